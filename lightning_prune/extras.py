@@ -1,0 +1,34 @@
+"""Optional packages: imported where they are used, and named with their extra where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["require"]
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional package, or say how to install it.
+
+    Args:
+        module: Name to import, ``"matplotlib.pyplot"`` say.
+        extra: Extra of ``lightning-prune`` that installs it.
+
+    Returns:
+        The imported module (the last part of a dotted name).
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed. A package that is installed and fails inside raises its
+            own error.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f'`{package}` is needed here and is not installed. Install it with: pip install "lightning-prune[{extra}]"',
+            name=error.name,
+        ) from error
