@@ -1,0 +1,24 @@
+"""What can be removed together, what must stay and why, and what it all costs."""
+
+from lightning_prune.structure.analysis import StructureError, Subject, trace
+from lightning_prune.structure.cost import Axis, CostModel, Term
+from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
+from lightning_prune.structure.layers import refresh
+from lightning_prune.structure.tracing import Call
+
+__all__ = [
+    "Axes",
+    "Axis",
+    "Call",
+    "CostModel",
+    "Frozen",
+    "Group",
+    "Member",
+    "Role",
+    "Structure",
+    "StructureError",
+    "Subject",
+    "Term",
+    "refresh",
+    "trace",
+]

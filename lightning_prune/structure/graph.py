@@ -1,0 +1,173 @@
+"""What can be removed together: units, groups of coupled axes, and what stays and why. Plain values, no model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_prune.structure.cost import CostModel
+
+__all__ = ["Axes", "Frozen", "Group", "Member", "Role", "Structure"]
+
+IndexArray = npt.NDArray[np.int64]
+
+#: Kept positions per tensor and dimension: ``{"net.0.weight": {0: array([0, 2, 5])}}``. The one currency of surgery.
+Axes = dict[str, dict[int, IndexArray]]
+
+#: How a layer meets a unit: it *produces* it ("out"), *consumes* it ("in") or merely follows it ("along": bias, norm).
+Role = Literal["out", "in", "along"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter or buffer, and where each unit of its group lies on it.
+
+    Attributes:
+        tensor: Qualified name of the parameter or buffer, as in ``model.named_parameters()``.
+        dim: Dimension of the tensor that the units lie on.
+        role: ``"out"``, ``"in"`` or ``"along"``.
+        index: Positions on that axis, shape ``(width, k)``; ``k`` > 1 where a unit repeats (a channel flattened over
+            its pixels, a depthwise multiplier).
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    index: IndexArray
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that owns the tensor; the tensor's own name if the model itself does."""
+        return self.tensor.rpartition(".")[0] or self.tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Member):
+            return NotImplemented
+        mine, theirs = (self.tensor, self.dim, self.role), (other.tensor, other.dim, other.role)
+        return mine == theirs and np.array_equal(self.index, other.index)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor, self.dim, self.role))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that lie on the same axes: removing one removes its slice of every member.
+
+    Attributes:
+        name: The first layer, in the order of execution, that produces the units.
+        width: Number of units.
+        members: Every axis the units lie on, producers first.
+    """
+
+    name: str
+    width: int
+    members: tuple[Member, ...]
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Layers whose outputs the units are."""
+        return tuple(dict.fromkeys(m.layer for m in self.members if m.role == "out"))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Layers that take the units as input."""
+        return tuple(dict.fromkeys(m.layer for m in self.members if m.role == "in"))
+
+    def take(self, kept: Sequence[int], axes: Axes) -> Group:
+        """The group after a cut that keeps the units ``kept``, its positions renumbered along ``axes``."""
+        rows = np.asarray(kept, dtype=np.int64)
+        members = []
+        for member in self.members:
+            index = member.index[rows]
+            survivors = axes.get(member.tensor, {}).get(member.dim)
+            if survivors is not None:
+                index = np.searchsorted(survivors, index)
+            members.append(replace(member, index=index))
+        return Group(self.name, len(rows), tuple(members))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis that keeps its width, and why.
+
+    Attributes:
+        tensor: Qualified name of the parameter or buffer.
+        dim: Its dimension.
+        width: Number of positions that stay.
+        reason: Why, in words for the user.
+    """
+
+    tensor: str
+    dim: int
+    width: int
+    reason: str
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0] or self.tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything that is known about a network's widths.
+
+    Attributes:
+        groups: What can shrink, in the order of execution.
+        frozen: What cannot (output axes and bare parameters; one entry per axis), and why.
+        cost: Parameters and MACs as a function of the widths.
+        notes: Remarks on how the structure was found (a step that could not be traced, say).
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    cost: CostModel
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units per group."""
+        return {group.name: group.width for group in self.groups}
+
+    def group(self, name: str) -> Group:
+        """The group called ``name``.
+
+        Raises:
+            KeyError: If there is none; the message lists those that exist.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group is called {name!r}; there are: {', '.join(self.widths) or 'none'}")
+
+    def axes(self, kept: Mapping[str, Iterable[int]]) -> Axes:
+        """Kept positions of every axis that a cut touches.
+
+        Args:
+            kept: Units to keep per group, ascending, counted in the present widths; groups left out stay whole.
+        """
+        lengths = self.cost.shapes
+        gone: dict[tuple[str, int], list[IndexArray]] = {}
+        for name, units in kept.items():
+            group = self.group(name)
+            lost = np.setdiff1d(np.arange(group.width), np.fromiter(units, dtype=np.int64))
+            if lost.size:
+                for member in group.members:
+                    gone.setdefault((member.tensor, member.dim), []).append(member.index[lost].ravel())
+        axes: Axes = {}
+        for (tensor, dim), lost_positions in gone.items():
+            everything = np.arange(lengths[tensor][dim])
+            axes.setdefault(tensor, {})[dim] = np.setdiff1d(everything, np.concatenate(lost_positions))
+        return axes
+
+    def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:
+        """The structure after a cut: narrower groups, renumbered positions, the cost model re-based."""
+        kept = {name: tuple(units) for name, units in kept.items()}
+        axes = self.axes(kept)
+        groups = tuple(g.take(kept.get(g.name, range(g.width)), axes) for g in self.groups)
+        return replace(self, groups=groups, cost=self.cost.take(axes))

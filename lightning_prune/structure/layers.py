@@ -1,0 +1,113 @@
+"""The attributes in which a layer writes down its own widths, brought in line with the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["refresh", "tensors"]
+
+Shape = Sequence[int]
+Shapes = Mapping[str, Shape]
+
+
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters and buffers (persistent or not) by local name."""
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def refresh(module: nn.Module, old_shapes: Shapes) -> None:
+    """Set a layer's width attributes (``in_features``, ``groups``, ``normalized_shape`` ...) from its tensors' shapes.
+
+    Args:
+        module: A layer whose own parameters or buffers have just changed shape.
+        old_shapes: Shapes of its tensors, by local name, before the change. They tell how the channels of a grouped
+            convolution spread over its groups.
+
+    Modules of unknown types are left as they are: they have no attribute that PyTorch's own code would read.
+    """
+    for types, update in _UPDATES:
+        if isinstance(module, types):
+            update(module, old_shapes)
+            return
+
+
+def _weight_shape(module: nn.Module) -> Shape:
+    """Shape of the weight; under a parametrization (weight_norm) the shape of what it is made of."""
+    if "weight" in module._parameters or "weight" in module._buffers:
+        return tuple(tensors(module)["weight"].shape)
+    return tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]  # computed on access
+
+
+def _old_weight_shape(module: nn.Module, old: Shapes) -> Shape:
+    if "weight" in old:
+        return old["weight"]
+    raise KeyError(f"{type(module).__name__}: its weight is computed from other tensors and cannot be resized")
+
+
+def _linear(module: Any, old: Shapes) -> None:
+    module.out_features, module.in_features = _weight_shape(module)
+
+
+def _convolution(module: Any, old: Shapes) -> None:
+    shape, before = _weight_shape(module), _old_weight_shape(module, old)
+    groups = module.groups
+    if groups > 1:
+        per_group_in, per_group_out = (before[1], before[0] // groups)
+        if module.transposed:
+            per_group_in, per_group_out = (before[0] // groups, before[1])
+        # Whole groups go where a group has a single input or output channel (depthwise); elsewhere groups get thinner.
+        if per_group_in == 1 or per_group_out == 1:
+            groups = shape[0] // (per_group_in if module.transposed else per_group_out)
+    module.groups = groups
+    if module.transposed:
+        module.in_channels, module.out_channels = shape[0], shape[1] * groups
+    else:
+        module.in_channels, module.out_channels = shape[1] * groups, shape[0]
+
+
+def _batch_norm(module: Any, old: Shapes) -> None:
+    own = tensors(module)
+    per_channel = [own[name] for name in ("weight", "running_mean") if name in own]
+    if per_channel:
+        module.num_features = per_channel[0].shape[0]
+
+
+def _group_norm(module: Any, old: Shapes) -> None:
+    before, now = _old_weight_shape(module, old)[0], _weight_shape(module)[0]
+    if before == module.num_groups:  # one channel a group (instance norm): groups go with their channels
+        module.num_groups = now
+    module.num_channels = now
+
+
+def _layer_norm(module: Any, old: Shapes) -> None:
+    module.normalized_shape = tuple(_weight_shape(module))
+
+
+def _embedding(module: Any, old: Shapes) -> None:
+    module.num_embeddings, module.embedding_dim = _weight_shape(module)
+
+
+def _prelu(module: Any, old: Shapes) -> None:
+    module.num_parameters = _weight_shape(module)[0]
+
+
+def _bilinear(module: Any, old: Shapes) -> None:
+    module.out_features, module.in1_features, module.in2_features = _weight_shape(module)
+
+
+#: First match wins.
+_UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]], ...] = (
+    ((nn.Linear,), _linear),
+    ((nn.modules.conv._ConvNd,), _convolution),
+    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    ((nn.PReLU,), _prelu),
+    ((nn.Bilinear,), _bilinear),
+)

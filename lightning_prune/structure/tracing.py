@@ -1,0 +1,358 @@
+"""Running a network once on fake tensors while following every index of every axis."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_prune.structure.atoms import Atoms
+from lightning_prune.structure.layers import refresh, tensors
+
+__all__ = ["Call", "FakeCopy", "MacsRecord", "Tracer", "Value"]
+
+IndexArray = npt.NDArray[np.int64]
+#: Atoms along one dimension; None: an axis of fixed size; a string WILD: the same content at every index (expanded).
+AxisLabel = IndexArray | None | str
+WILD = "wild"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way in which the network is run: ``getattr(model, method)(*args, **kwargs)`` in train or eval mode."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "forward"
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known about a tensor.
+
+    Attributes:
+        axes: A label per dimension.
+        zero: Whether the slices of removed units are exactly zero in the masked network.
+        source: For a parameter seen directly or transposed: its name and the parameter's dimension behind each dimension.
+    """
+
+    axes: tuple[AxisLabel, ...]
+    zero: bool = False
+    source: tuple[str, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class MacsRecord:
+    """MACs of one operator: ``factor`` × the product of the lengths of the labelled axes."""
+
+    factor: float
+    axes: tuple[IndexArray, ...]
+    layer: str
+
+
+class Tracer(TorchDispatchMode):
+    """Dispatch mode that labels every tensor's axes with atoms by the rule of each operator.
+
+    Args:
+        atoms: The classes, shared between several traces of one network.
+        rules: Operator name (``"convolution"``) → rule.
+        module_path: Returns the name of the module that is running.
+    """
+
+    def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
+        super().__init__()
+        self.atoms = atoms
+        self.rules = rules
+        self.fallback = fallback
+        self.stack: list[str] = []
+        self.roles: dict[tuple[str, int], str] = {}
+        self.order: dict[str, int] = {}
+        self.seen: set[str] = set()
+        self.macs: list[MacsRecord] = []
+        self.counting = False
+        self._values: dict[int, tuple[torch.Tensor, Value]] = {}
+        self._by_storage: dict[tuple[Any, ...], Value] = {}
+
+    # -- labels ---------------------------------------------------------------------------------------------------
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """What is known about a tensor; one that came from nowhere has axes of fixed size."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known[1]
+        return self._by_storage.get(_storage_key(tensor)) or Value((None,) * tensor.dim())
+
+    def label(
+        self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None
+    ) -> None:
+        """Write down a tensor's labels."""
+        value = Value(tuple(axes), zero, source)
+        self._values[id(tensor)] = (tensor, value)  # the tensor is kept so that its id stays its own
+        self._by_storage[_storage_key(tensor)] = value
+
+    def forget(self) -> None:
+        """Drop every tensor of a finished run."""
+        self._values.clear()
+        self._by_storage.clear()
+
+    def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
+        """Unite two axes of equal length; the label of what comes out."""
+        if isinstance(a, str):
+            return b
+        if isinstance(b, str):
+            return a
+        if a is None or b is None:
+            self.freeze([a, b], f"meets an axis of fixed size in {where}")
+            return None
+        self.atoms.unite(a, b)
+        return a
+
+    def freeze(self, axes: Sequence[AxisLabel], reason: str) -> None:
+        """Freeze every labelled axis among ``axes``."""
+        for axis in axes:
+            if isinstance(axis, np.ndarray):
+                self.atoms.freeze(axis, reason)
+
+    def role(self, value: Value, dim: int, role: str) -> None:
+        """Note that a parameter's axis produces or consumes."""
+        if value.source is not None:
+            name, dims = value.source
+            self.roles.setdefault((name, dims[dim]), role)
+            self.seen.add(name)
+            self.order.setdefault(name, len(self.order))
+
+    def where(self, func: Any) -> str:
+        """An operator and its place, for messages."""
+        place = f" in `{self.stack[-1]}`" if self.stack and self.stack[-1] else ""
+        return f"`{_name(func)}`{place}"
+
+    def count(self, factor: float, axes: Sequence[AxisLabel], lengths: Sequence[int]) -> None:
+        """Record the MACs of a contraction; axes without label enter the factor."""
+        if not self.counting:
+            return
+        for axis, length in zip(axes, lengths, strict=True):
+            if not isinstance(axis, np.ndarray):
+                factor *= length
+        labelled = tuple(axis for axis in axes if isinstance(axis, np.ndarray))
+        self.macs.append(MacsRecord(factor, labelled, self.stack[-1] if self.stack else ""))
+
+    # -- dispatch -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":  # asks for a device or a layout
+            return out
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                source = self.value(leaf).source
+                if source is not None:
+                    self.seen.add(source[0])
+        rule = self.rules.get(_name(func))
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.rules["pointwise"]
+        (rule or self.fallback)(self, func, args, kwargs, out)
+        return out
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).removeprefix("aten::")
+
+
+def _storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+class FakeCopy:
+    """A copy of a network on fake tensors: runs without memory or arithmetic, and can be cut and restored cheaply.
+
+    Args:
+        model: The network; left untouched, hooks and all.
+        memo: Objects of the network that the copy shall not copy: ``{id(object): replacement}``.
+        prepare: Called with the copy, to replace what must not run on fake tensors (metrics, loggers).
+        real: Copy real tensors instead, for steps whose operators depend on data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        memo: Mapping[int, Any] | None = None,
+        prepare: Callable[[nn.Module], None] | None = None,
+        *,
+        real: bool = False,
+    ) -> None:
+        self.mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        memo = {**(memo or {})}
+        self.named: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for prefix, module in model.named_modules():
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                memo[id(getattr(module, hooks))] = _structural(getattr(module, hooks))
+            for name, tensor in tensors(module).items():
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                twin = self._twin(tensor)
+                memo[id(tensor)] = twin
+                self.named[f"{prefix}.{name}" if prefix else name] = twin
+            for plain in vars(module).values():
+                if isinstance(plain, torch.Tensor):
+                    memo.setdefault(id(plain), plain.detach())
+        self.module = copy.deepcopy(model, memo)
+        if prepare is not None:
+            prepare(self.module)
+        self._slots: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        for prefix, module in self.module.named_modules(remove_duplicate=True):
+            for name, tensor in tensors(module).items():
+                self._slots.setdefault(id(tensor), []).append((module, name, prefix))
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.mode is not None:
+            return self.mode.from_tensor(tensor, static_shapes=True)
+        twin = tensor.detach().clone()
+        return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+    @contextmanager
+    def cut(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
+        """Within the context the copy is narrower: ``{tensor: {dim: kept positions}}``."""
+        whole = dict(self.named)
+        attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        old_shapes: dict[int, tuple[nn.Module, dict[str, tuple[int, ...]]]] = {}
+        try:
+            for name, kept in axes.items():
+                tensor = whole[name]
+                shape = [len(kept[d]) if d in kept else n for d, n in enumerate(tensor.shape)]
+                narrow = self._empty(tensor, shape)
+                self.named[name] = narrow
+                for module, slot, _ in self._slots[id(tensor)]:
+                    if id(module) not in old_shapes:
+                        shapes = {n: tuple(t.shape) for n, t in tensors(module).items()}
+                        old_shapes[id(module)] = (module, shapes)
+                        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
+                        attributes.append((module, plain))
+                    _assign(module, slot, narrow)
+            for module, shapes in old_shapes.values():
+                refresh(module, shapes)
+            yield
+        finally:
+            for name in axes:
+                for module, slot, _ in self._slots[id(whole[name])]:
+                    _assign(module, slot, whole[name])
+            for module, plain in attributes:
+                vars(module).update(plain)
+            self.named = whole
+
+    def _empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        with ExitStack() as stack:
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+            narrow = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            return nn.Parameter(narrow, like.requires_grad) if isinstance(like, nn.Parameter) else narrow
+
+    def run(self, tracer: Tracer, call: Call, labels: Mapping[str, Sequence[AxisLabel]]) -> Any:
+        """Run the copy under the tracer.
+
+        Args:
+            tracer: Follows the indices.
+            call: What to run.
+            labels: Label of every axis of every parameter and buffer.
+        """
+        hooks = self._watch_modules(tracer)
+        self.module.train(call.training)
+        args, kwargs = self._inputs((call.args, dict(call.kwargs)))
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(_forked_rng())
+                if self.mode is not None:
+                    stack.enter_context(self.mode)
+                for name, tensor in self.named.items():
+                    tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
+                stack.enter_context(tracer)
+                return getattr(self.module, call.method)(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            tracer.stack.clear()
+            for handle in hooks:
+                handle.remove()
+
+    def _inputs(self, tree: Any) -> Any:
+        def twin(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if self.mode is None:
+                return leaf.detach().clone()
+            return self.mode.from_tensor(leaf.detach(), static_shapes=True)
+
+        return tree_map(twin, tree)
+
+    def _watch_modules(self, tracer: Tracer) -> list[Any]:
+        handles = []
+        for name, module in self.module.named_modules():
+
+            def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+                tracer.stack.append(name)
+
+            def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+                if tracer.stack:
+                    tracer.stack.pop()
+
+            handles += [
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        return handles
+
+
+def _assign(module: nn.Module, slot: str, tensor: torch.Tensor) -> None:
+    """Put a tensor into its place without the checks of ``__setattr__``."""
+    home = module._parameters if slot in module._parameters else module._buffers
+    home[slot] = tensor  # type: ignore[assignment]
+
+
+def _structural(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """The hooks that PyTorch itself builds a layer with (weight_norm); a user's hooks must not see fake tensors."""
+    kept = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
+    return OrderedDict((k, copy.copy(h)) for k, h in kept.items())
+
+
+@contextmanager
+def _forked_rng() -> Iterator[None]:
+    """Leave every random generator as it was found."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+
+
+def output_tensors(out: Any) -> list[torch.Tensor]:
+    """Every tensor in a nested output, dataclasses and objects with a ``__dict__`` of tensors included."""
+    found = []
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            found += [t for t in tree_leaves(vars(leaf)) if isinstance(t, torch.Tensor)]
+    return found
