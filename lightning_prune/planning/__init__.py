@@ -1,0 +1,38 @@
+"""How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
+
+from lightning_prune.planning.plan import Plan, feasible, make_plan
+from lightning_prune.planning.schedules import (
+    Cubic,
+    CutPoint,
+    Explicit,
+    Geometric,
+    Linear,
+    OneShot,
+    RunLength,
+    Schedule,
+    due,
+    reaches,
+)
+from lightning_prune.planning.scope import Scope, select
+from lightning_prune.planning.target import NoEffectWarning, Original, Target
+
+__all__ = [
+    "Cubic",
+    "CutPoint",
+    "Explicit",
+    "Geometric",
+    "Linear",
+    "NoEffectWarning",
+    "OneShot",
+    "Original",
+    "Plan",
+    "RunLength",
+    "Schedule",
+    "Scope",
+    "Target",
+    "due",
+    "feasible",
+    "make_plan",
+    "reaches",
+    "select",
+]

@@ -1,0 +1,268 @@
+"""Which units stay: a plan is a value, made from scores, and the same on every machine that makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_prune.planning.scope import Scope
+from lightning_prune.planning.target import Original, Quantity, Target
+from lightning_prune.structure.graph import Structure
+
+__all__ = ["Plan", "feasible", "make_plan"]
+
+FloatArray = npt.NDArray[np.float64]
+IndexArray = npt.NDArray[np.int64]
+
+# Shares are floats: 0.7 * 50 units must count as 35, and a limit may be missed by a few bits, never by a unit.
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one cut leaves of the groups that it changes.
+
+    Attributes:
+        kept: Units that stay, per group: ascending positions in the width before the cut.
+        before: Width before the cut of the same groups.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    before: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if self.kept.keys() != self.before.keys():
+            raise ValueError(
+                f"expected the same groups in `kept` and `before`, got {[*self.kept]} and {[*self.before]}"
+            )
+        for name, units in self.kept.items():
+            if not units:
+                raise ValueError(f"expected at least one unit to stay in {name!r}, got none")
+            if any(a >= b for a, b in pairwise(units)) or units[0] < 0 or units[-1] >= self.before[name]:
+                raise ValueError(f"expected ascending units below {self.before[name]} in {name!r}, got {units}")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width after the cut, per group."""
+        return {name: len(units) for name, units in self.kept.items()}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is removed."""
+        return not self.kept
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {self.before[n]}→{w}" for n, w in self.widths.items()) or "nothing to remove"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists and ints only, as checkpoints and other processes take them."""
+        return {"kept": {name: list(units) for name, units in self.kept.items()}, "before": dict(self.before)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Plan:
+        """The plan that `to_plain` wrote."""
+        return cls({name: tuple(units) for name, units in plain["kept"].items()}, dict(plain["before"]))
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON."""
+        return json.dumps(self.to_plain())
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote."""
+        return cls.from_plain(json.loads(text))
+
+
+def make_plan(
+    structure: Structure,
+    scores: Mapping[str, Tensor | FloatArray],
+    target: Target,
+    share: float,
+    scope: Scope,
+    original: Original,
+) -> Plan:
+    """Choose the units that stay so that ``share`` of the way from the dense network to the target is gone.
+
+    The amount is relative to the dense network, so it does not matter in how many cuts it is reached: with R the share
+    that the target leaves, 1 − share · (1 − R) remains. Within a group the lowest scores go, equal ones by index.
+
+    - Local, a share of units: every group has that share of its dense width, rounded to the nearest unit (or multiple
+      of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
+    - Local, anything else: all groups shrink at the same pace, one unit or block at a time, until the budget holds.
+    - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
+      until the budget holds.
+
+    Args:
+        structure: The network as it is now.
+        scores: Per group that may be pruned one finite number per unit, shape ``(present width,)``; low goes first.
+        target: What remains in the end.
+        share: Share of the way, in [0, 1].
+        scope: Comparison within or across groups, and limits of the widths.
+        original: Size of the dense network.
+
+    Raises:
+        ValueError: If scores do not fit the structure or are not finite, or the budget cannot be reached.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"expected `share` in [0, 1], got {share}")
+    ranked = _ranked(structure, scores)
+    now = {name: len(values) for name, values in ranked.items()}
+    fraction = 1 - share * (1 - target.fraction(original, now))
+    if target.quantity == "units" and scope.kind == "local" and isinstance(target.remaining, float):
+        widths = {name: _nearest(original.widths[name] * fraction, width, scope) for name, width in now.items()}
+    else:
+        keys = _paces(now, original, scope) if scope.kind == "local" else _merits(ranked, scores, scope)
+        widths = _descend(structure, keys, scope, target.quantity, fraction * original.size(target.quantity, now))
+    kept = {
+        name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
+        for name, order in ranked.items()
+        if widths[name] < now[name]
+    }
+    return Plan(kept, {name: now[name] for name in kept})
+
+
+def feasible(
+    structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original | None = None
+) -> int:
+    """Check before training that the target can be reached.
+
+    Args:
+        structure: The network as it is now.
+        target: What is to remain.
+        scope: Limits of the widths.
+        selected: Names of the groups that may be pruned.
+        original: Size of the dense network, if ``structure`` was already cut.
+
+    Returns:
+        The smallest reachable size in the target's quantity.
+
+    Raises:
+        ValueError: If the target is larger than the network or smaller than what can be reached.
+    """
+    original = original or Original.of(structure)
+    limit = target.fraction(original, selected) * original.size(target.quantity, selected)
+    floor = {name: scope.narrowest(structure.widths[name]) for name in selected}
+    smallest = _size(structure, floor, target.quantity)
+    per_group = target.quantity == "units" and scope.kind == "local" and isinstance(target.remaining, float)
+    if not per_group and not _holds(smallest, limit, target.quantity):
+        raise ValueError(_unreachable(smallest, limit, target.quantity, scope))
+    return smallest
+
+
+def _ranked(structure: Structure, scores: Mapping[str, Tensor | FloatArray]) -> dict[str, IndexArray]:
+    """Units of every scored group from the lowest score to the highest, groups in the order of execution."""
+    widths = structure.widths
+    if not scores:
+        raise ValueError(f"expected scores of at least one group ({', '.join(widths)}), got none")
+    if unknown := [name for name in scores if name not in widths]:
+        raise ValueError(f"expected scores of groups ({', '.join(widths)}), got some of {', '.join(unknown)}")
+    ranked = {}
+    for name in (name for name in widths if name in scores):
+        values = _array(scores[name])
+        if values.shape != (widths[name],):
+            raise ValueError(f"expected {widths[name]} scores for group {name!r}, got shape {values.shape}")
+        if not np.isfinite(values).all():
+            bad = np.flatnonzero(~np.isfinite(values)).tolist()
+            raise ValueError(
+                f"expected finite scores for group {name!r}, got NaN or infinity for {len(bad)} of its units "
+                f"({bad[:5]}). Look for NaN or infinite weights and activations before this cut."
+            )
+        ranked[name] = np.argsort(values, kind="stable")
+    return ranked
+
+
+def _array(scores: Tensor | FloatArray) -> FloatArray:
+    plain = scores.detach().to("cpu", torch.float64).numpy() if isinstance(scores, Tensor) else scores
+    return np.asarray(plain, dtype=np.float64)
+
+
+def _nearest(wanted: float, width: int, scope: Scope) -> int:
+    """The allowed width nearest to ``wanted``, halves up."""
+    rounded = math.floor(wanted / scope.round_to + 0.5 + _EPSILON) * scope.round_to
+    return min(width, max(rounded, scope.narrowest(width)))
+
+
+def _paces(now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
+    """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds."""
+    return {
+        name: np.array([-(a + b) / 2 / original.widths[name] for a, b in pairwise(scope.ladder(width))])
+        for name, width in now.items()
+    }
+
+
+def _merits(
+    ranked: Mapping[str, IndexArray], scores: Mapping[str, Tensor | FloatArray], scope: Scope
+) -> dict[str, FloatArray]:
+    """What each step down of a group costs: the mean score of the units that go, comparable across groups."""
+    merits = {}
+    for name, order in ranked.items():
+        values = _array(scores[name])
+        mean = np.abs(values).mean()
+        if scope.normalize == "mean" and mean > 0:
+            values = values / mean
+        ladder = np.array(scope.ladder(len(order)))
+        starts, sizes = ladder[0] - ladder[:-1], ladder[:-1] - ladder[1:]
+        removable = values[order][: ladder[0] - ladder[-1]]
+        means = np.add.reduceat(removable, starts) / sizes if sizes.size else np.empty(0)
+        # Means of equal scores may differ in the last bit; a group must still go down its ladder step by step.
+        merits[name] = np.maximum.accumulate(means)
+    return merits
+
+
+def _descend(
+    structure: Structure, keys: Mapping[str, FloatArray], scope: Scope, quantity: Quantity, limit: float
+) -> dict[str, int]:
+    """Take the steps with the lowest keys first, and no more of them than the limit needs.
+
+    All steps stand in one fixed order, so the first position at which the limit holds is found by bisection, one more
+    step never goes back on another, and a smaller limit always contains a larger one.
+    """
+    names = list(keys)
+    ladders = [scope.ladder(structure.widths[name]) for name in names]
+    group = np.repeat(np.arange(len(names)), [len(ladder) - 1 for ladder in ladders])
+    steps = np.concatenate([-np.diff(ladder) for ladder in ladders])
+    order = np.argsort(np.concatenate([keys[name] for name in names]), kind="stable")
+
+    def widths(count: int) -> dict[str, int]:
+        first = order[:count]
+        lost = np.bincount(group[first], weights=steps[first], minlength=len(names))
+        return {name: ladder[0] - int(n) for name, ladder, n in zip(names, ladders, lost, strict=True)}
+
+    def holds(count: int) -> bool:
+        return _holds(_size(structure, widths(count), quantity), limit, quantity)
+
+    count = bisect_left(range(len(order) + 1), True, key=holds)
+    if count > len(order):
+        raise ValueError(_unreachable(_size(structure, widths(len(order)), quantity), limit, quantity, scope))
+    return widths(count)
+
+
+def _size(structure: Structure, widths: Mapping[str, int], quantity: Quantity) -> int:
+    """Size of the network in ``quantity`` if the groups in ``widths`` have these, and all others their present one."""
+    if quantity == "units":
+        return sum(widths.values())
+    everything = structure.widths | dict(widths)
+    return structure.cost.params(everything) if quantity == "params" else structure.cost.macs(everything)
+
+
+def _holds(size: int, limit: float, quantity: Quantity) -> bool:
+    """Units are met to the nearest one, halves up; parameters and MACs are never exceeded."""
+    return size <= (math.floor(limit + 0.5 + _EPSILON) if quantity == "units" else limit * (1 + _EPSILON))
+
+
+def _unreachable(smallest: int, limit: float, quantity: Quantity, scope: Scope) -> str:
+    return (
+        f"the budget of {limit:.0f} {quantity} cannot be reached: with every prunable group at its narrowest "
+        f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest} {quantity} are left. Give a larger "
+        f"budget, a smaller `min_width` or `round_to`, or free more layers; an int is a count, a float a share."
+    )

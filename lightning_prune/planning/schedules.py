@@ -1,0 +1,469 @@
+"""When cuts happen and how far each one goes on the way to the target: plain values, known before training starts."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from typing_extensions import override
+
+from lightning_prune.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Cubic",
+    "CutPoint",
+    "Explicit",
+    "Geometric",
+    "Linear",
+    "OneShot",
+    "RunLength",
+    "Schedule",
+    "Spread",
+    "Unit",
+    "due",
+    "reaches",
+]
+
+#: What the moments of a schedule are counted in.
+Unit = Literal["auto", "epoch", "step"]
+
+# Shares of the run where nothing else is said: the network first matures, and recovers in the last 40 % of the run.
+_START, _END, _CUTS = 0.1, 0.6, 5
+
+# Positions are products of floats; 0.1 * 30 must not miss the moment 3 by one bit.
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a training run is; ``None`` = without limit, or not known.
+
+    Attributes:
+        epochs: ``max_epochs`` of the run.
+        steps: ``max_steps`` of the run (optimizer steps).
+        steps_per_epoch: Optimizer steps of one epoch; ``None`` for data of unknown length.
+    """
+
+    epochs: int | None
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+
+    @property
+    def limited_by_steps(self) -> bool:
+        """Whether ``steps`` ends the run before ``epochs`` do (taken as given where that cannot be known)."""
+        if self.steps is None:
+            return False
+        if self.epochs is None or self.steps_per_epoch is None:
+            return True
+        return self.steps < self.epochs * self.steps_per_epoch
+
+    def total(self, unit: Literal["epoch", "step"]) -> int | None:
+        """Number of epochs (a started one counts) or steps of the run, ``None`` if there is no telling."""
+        per_epoch = self.steps_per_epoch
+        if unit == "epoch":
+            limits = [self.epochs, math.ceil(self.steps / per_epoch) if self.steps and per_epoch else None]
+        else:
+            limits = [self.steps, self.epochs * per_epoch if self.epochs and per_epoch else None]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """One moment at which the network is cut.
+
+    Attributes:
+        index: Number of the cut, from 0.
+        at: Epochs or optimizer steps that have been trained when the cut is made: the cut of ``at=3`` happens before
+            the first batch of the epoch that Lightning numbers 3.
+        unit: What ``at`` counts.
+        share: Share of the way from the dense size to the target that is gone after this cut, in (0, 1].
+    """
+
+    index: int
+    at: int
+    unit: Literal["epoch", "step"]
+    share: float
+
+
+class Schedule(ABC):
+    """When cuts happen in a run, and how much of the target each one completes.
+
+    A subclass is a frozen dataclass of settings. Moments are given as *float* = share of the run in [0, 1] or as *int*
+    = absolute epoch or step. Shares of a run are rounded to whole epochs (steps); one above 0 never falls before the
+    first epoch has been trained, none falls beyond the start of the last epoch.
+    """
+
+    unit: Unit
+
+    @abstractmethod
+    def share(self, progress: float, remaining: float) -> float:
+        """Share of the way to the target that is done at ``progress``: pure, monotone, 0 at 0 and 1 at 1.
+
+        Args:
+            progress: Share of the cuts that are done, in [0, 1].
+            remaining: What the target leaves of the network, in (0, 1].
+        """
+
+    @abstractmethod
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        """Every cut as ``(moment, progress)``, in order, moments not yet rounded.
+
+        Args:
+            length: Epochs or steps of the run, ``None`` if not known.
+            remaining: What the target leaves of the network, in (0, 1).
+        """
+
+    @property
+    @abstractmethod
+    def marks(self) -> tuple[float | int | None, ...]:
+        """The moments and intervals the schedule was given, to tell shares (float) from absolute ones (int)."""
+
+    def resolve_unit(self, run: RunLength) -> Literal["epoch", "step"]:
+        """What the schedule counts in this run: ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+
+        Raises:
+            ValueError: If ``"auto"`` would silently read absolute numbers as steps because of ``max_steps``.
+        """
+        if self.unit != "auto":
+            return self.unit
+        if run.epochs == 1:
+            return "step"
+        if not run.limited_by_steps:
+            return "epoch"
+        if any(isinstance(mark, int) for mark in self.marks):
+            raise ValueError(
+                f"{self!r}: expected to know what its whole numbers count, because the run is limited by "
+                f'`max_steps={run.steps}`. Say unit="epoch" or unit="step".'
+            )
+        return "step"
+
+    def timeline(self, run: RunLength, remaining: float) -> tuple[CutPoint, ...]:
+        """The cuts of a run: explicit moments, ascending; of several on one moment only the last remains.
+
+        Cuts that would fall beyond the end of the run are left out: see `reaches`. Without anything to remove
+        (``remaining=1``) there are none.
+
+        Args:
+            run: How long the run is.
+            remaining: What the target leaves of the network, in (0, 1].
+
+        Raises:
+            ValueError: If the run's length is needed and not known, or no cut falls into the run.
+        """
+        if not 0 < remaining <= 1:
+            raise ValueError(f"expected `remaining` in (0, 1], got {remaining}")
+        if remaining == 1:
+            return ()
+        unit = self.resolve_unit(run)
+        length = run.total(unit)
+        if length is None and any(isinstance(mark, float) for mark in self.marks):
+            raise ValueError(
+                f"{self!r} counts in shares of the run, but the run's length in {unit}s is not known. Give "
+                f"whole numbers (start=10, every=10, end=50) and `unit`, or the Trainer `max_epochs` or `max_steps`."
+            )
+        shares: dict[int, float] = {}
+        for moment, progress in self.cut_moments(length, remaining):
+            shares[_whole(moment)] = self.share(progress, remaining)
+        inside = [(at, share) for at, share in shares.items() if length is None or at < length]
+        if not inside:
+            raise ValueError(
+                f"{self!r} never fires: its first cut is due after {unit} {min(shares)}, but the run has {length} "
+                f"{unit}(s) and the last cut can fall after {(length or 0) - 1}. Let it start earlier, or train longer."
+            )
+        return tuple(CutPoint(index, at, unit, share) for index, (at, share) in enumerate(inside))
+
+    def plot(self, run: RunLength | None = None, remaining: float = 0.5) -> Figure:
+        """What is left of the network over a run, as a figure (needs the extra ``plot``).
+
+        Args:
+            run: How long the run is, 100 epochs by default.
+            remaining: What the target leaves of the network, in (0, 1).
+        """
+        run = run or RunLength(epochs=100)
+        points = self.timeline(run, remaining)
+        unit = self.resolve_unit(run)
+        end = run.total(unit) or round(points[-1].at * 1.25)
+        left = [100.0] + [100 * (1 - point.share * (1 - remaining)) for point in points]
+        figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.step([0, *(point.at for point in points), end], [*left, left[-1]], where="post", color="#0072B2", lw=2)
+        axes.plot([point.at for point in points], left[1:], "o", color="#0072B2", ms=5)
+        axes.set(xlabel=f"{unit}s trained", ylabel="size (% of dense)", xlim=(0, end), ylim=(0, 105))
+        axes.set_title(repr(self), fontsize="small")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+@dataclass(frozen=True)
+class OneShot(Schedule):
+    """Everything in one cut.
+
+    Args:
+        at: Moment of the cut: a share of the run (float) or an absolute epoch or step (int).
+        unit: What an int counts; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+    """
+
+    at: int | float = _START
+    unit: Unit = "auto"
+
+    def __post_init__(self) -> None:
+        _check_moment("at", self.at)
+
+    @property
+    @override
+    def marks(self) -> tuple[float | int | None, ...]:
+        return (self.at,)
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        return float(progress >= 1)
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        return [(_position(self.at, length), 1.0)]
+
+
+@dataclass(frozen=True)
+class Spread(Schedule):
+    """Cuts at even distances, each with an even share of the progress: ``cuts`` of them, or one ``every`` so often.
+
+    Args:
+        start: Moment of the first cut: a share of the run (float) or an absolute epoch or step (int).
+        end: Moment of the last cut (with ``every``: at the latest).
+        cuts: How many cuts; 5 if neither this nor ``every`` is given.
+        every: Distance between two cuts, instead of ``cuts``: a share of the run (float) or epochs or steps (int).
+        unit: What ints count; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+    """
+
+    start: int | float = _START
+    end: int | float = _END
+    cuts: int | None = None
+    every: int | float | None = None
+    unit: Unit = "auto"
+
+    def __post_init__(self) -> None:
+        _check_moment("start", self.start)
+        _check_moment("end", self.end)
+        _check_interval(self.every)
+        if self.cuts is not None and self.every is not None:
+            raise ValueError(f"expected `cuts` or `every`, got both: cuts={self.cuts}, every={self.every}")
+        if self.cuts is not None and self.cuts < 1:
+            raise ValueError(f"expected `cuts` of at least 1, got {self.cuts}")
+        if type(self.start) is type(self.end) and self.end < self.start:
+            raise ValueError(f"expected `end` not before `start`, got start={self.start}, end={self.end}")
+
+    @property
+    @override
+    def marks(self) -> tuple[float | int | None, ...]:
+        return (self.start, self.end, self.every)
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        first, last = _position(self.start, length), _position(self.end, length)
+        if last < first:
+            raise ValueError(f"{self!r}: expected `end` not before `start`, got moments {first:g} and {last:g}")
+        if self.every is None:
+            moments = _evenly(first, last, self.cuts or _CUTS)
+        else:
+            step = _step(self.every, length)
+            moments = [first + i * step for i in range(math.floor((last - first) / step + _EPSILON) + 1)]
+        return [(moment, (i + 1) / len(moments)) for i, moment in enumerate(moments)]
+
+
+@dataclass(frozen=True)
+class Linear(Spread):
+    """Every cut removes the same amount: share = progress."""
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        return progress
+
+
+@dataclass(frozen=True)
+class Cubic(Spread):
+    """Large cuts first, ever smaller ones later: share = 1 − (1 − progress)³.
+
+    Zhu & Gupta, *To prune, or not to prune* (2017), eq. 1. There nothing is removed at the first moment; here the first
+    moment is the first cut.
+    """
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        return 1 - (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class Geometric(Schedule):
+    """Every cut removes the same share of the *current* size, until the target is met (the last cut may be smaller).
+
+    After cut i, max(R, (1 − rate)^i) of the network is left, R being what the target leaves; so the number of cuts is
+    ⌈ln R / ln(1 − rate)⌉. As a share of the way: (1 − R^progress) / (1 − R).
+
+    ``Geometric(rate=0.1, start=30, every=15)`` removes 10 % of the current width every 15 epochs, first after 30.
+
+    Args:
+        rate: Share of the current size that one cut removes, in (0, 1).
+        start: Moment of the first cut: a share of the run (float) or an absolute epoch or step (int).
+        end: Moment of the last cut (with ``every``: at the latest). By default 0.6 of the run; with ``every`` there is
+            no limit but the end of the run, which may come before the target: see `reaches`.
+        every: Distance between two cuts: a share of the run (float) or epochs or steps (int). By default the cuts are
+            spread evenly from ``start`` to ``end``.
+        unit: What ints count; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+    """
+
+    rate: float = 0.1
+    start: int | float = _START
+    end: int | float | None = None
+    every: int | float | None = None
+    unit: Unit = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(
+                f"expected `rate` in (0, 1), the share of the current size one cut removes, got {self.rate}"
+            )
+        _check_moment("start", self.start)
+        if self.end is not None:
+            _check_moment("end", self.end)
+        _check_interval(self.every)
+
+    @property
+    @override
+    def marks(self) -> tuple[float | int | None, ...]:
+        return (self.start, self._last, self.every)
+
+    @property
+    def _last(self) -> int | float | None:
+        return _END if self.end is None and self.every is None else self.end
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        if remaining == 1:
+            return progress  # the limit for R → 1
+        return float((1 - remaining**progress) / (1 - remaining))
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        needed = math.log(remaining) / math.log(1 - self.rate)
+        count = max(1, math.ceil(needed - _EPSILON))
+        first = _position(self.start, length)
+        last = math.inf if self._last is None else _position(self._last, length)
+        if last < first:
+            raise ValueError(f"{self!r}: expected `end` not before `start`, got moments {first:g} and {last:g}")
+        if self.every is None:
+            moments = _evenly(first, last, count)
+        else:
+            step = _step(self.every, length)
+            moments = [first + i * step for i in range(count) if first + i * step <= last + _EPSILON]
+        return [(moment, min(1.0, (i + 1) / needed)) for i, moment in enumerate(moments)]
+
+
+@dataclass(frozen=True)
+class Explicit(Schedule):
+    """A list of cuts: ``Explicit(((10, 0.5), (20, 1.0)))`` goes half of the way after epoch 10, and all of it after 20.
+
+    Args:
+        cuts: Pairs of a moment — a share of the run (float) or an absolute epoch or step (int) — and the share of the
+            way to the target that is done from then on; both ascending, the last share 1.
+        unit: What ints count; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+    """
+
+    cuts: tuple[tuple[int | float, float], ...] = ((_START, 0.5), (_END, 1.0))
+    unit: Unit = "auto"
+
+    def __post_init__(self) -> None:
+        cuts = tuple((moment, float(share)) for moment, share in self.cuts)
+        object.__setattr__(self, "cuts", cuts)  # lists, as they come from YAML, become comparable and hashable
+        for moment, _ in cuts:
+            _check_moment("cuts", moment)
+        shares = [0.0, *(share for _, share in cuts)]
+        if not all(a < b for a, b in pairwise(shares)) or shares[-1] != 1:
+            raise ValueError(f"expected `cuts` with ascending shares above 0 and a last one of 1, got {shares[1:]}")
+        if len({type(moment) for moment, _ in cuts}) > 1:
+            raise ValueError(f"expected moments in `cuts` all shares (float) or all absolute (int), got {cuts}")
+        if any(a >= b for (a, _), (b, _) in pairwise(cuts)):
+            raise ValueError(f"expected ascending moments in `cuts`, got {[moment for moment, _ in cuts]}")
+
+    @property
+    @override
+    def marks(self) -> tuple[float | int | None, ...]:
+        return tuple(moment for moment, _ in self.cuts)
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        done = math.floor(progress * len(self.cuts) + _EPSILON)
+        return self.cuts[done - 1][1] if done else 0.0
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        return [(_position(at, length), (i + 1) / len(self.cuts)) for i, (at, _) in enumerate(self.cuts)]
+
+
+def due(timeline: Sequence[CutPoint], done: int, now: int) -> CutPoint | None:
+    """The cut that is due now, or ``None``: the latest one at or before ``now`` that comes after cut ``done``.
+
+    Asking again after the cut gives ``None``, however often; of cuts that were missed only the last is due, because its
+    share includes theirs.
+
+    Args:
+        timeline: The cuts of the run.
+        done: Index of the last cut that was made, -1 before the first.
+        now: Epochs or steps trained so far, in the timeline's unit.
+    """
+    open_points = [point for point in timeline if point.index > done and point.at <= now]
+    return open_points[-1] if open_points else None
+
+
+def reaches(timeline: Sequence[CutPoint]) -> float:
+    """Share of the way to the target that the timeline goes: below 1 if the run ends too early."""
+    return timeline[-1].share if timeline else 0.0
+
+
+def _position(value: int | float, length: int | None) -> float:
+    """A moment in epochs or steps, between the bounds that keep a share of the run inside it."""
+    if isinstance(value, int):
+        return value
+    assert length is not None  # `timeline` has refused shares of a run of unknown length
+    first = 1 if value > 0 else 0
+    return max(first, min(value * length, length - 1))
+
+
+def _step(every: int | float, length: int | None) -> float:
+    """An interval in epochs or steps, at least one."""
+    if isinstance(every, int):
+        return every
+    assert length is not None
+    return max(1.0, every * length)
+
+
+def _evenly(first: float, last: float, count: int) -> list[float]:
+    return [first + (last - first) * i / max(1, count - 1) for i in range(count)]
+
+
+def _whole(moment: float) -> int:
+    """Rounded half up."""
+    return math.floor(moment + 0.5 + _EPSILON)
+
+
+def _check_moment(name: str, value: int | float) -> None:
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"expected `{name}` of at least 0 (an absolute epoch or step), got {value}")
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError(
+            f"expected `{name}` in [0, 1] (a share of the run) or a whole number (an epoch or step), got {value}"
+        )
+
+
+def _check_interval(every: int | float | None) -> None:
+    if isinstance(every, float) and not 0 < every <= 1:
+        raise ValueError(f"expected `every` in (0, 1] (a share of the run) or a whole number, got {every}")
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"expected `every` of at least 1 epoch or step, got {every}")

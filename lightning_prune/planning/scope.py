@@ -1,0 +1,152 @@
+"""Where units may be removed: which layers, compared within a layer or over all of them, and down to which width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from lightning_prune.structure.graph import Group, Structure
+
+__all__ = ["Scope", "select"]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How the amount to remove is distributed over the groups.
+
+    Attributes:
+        kind: ``"local"``: every group loses the same share (uniform). ``"global"``: the lowest scores of all groups go,
+            wherever they are (non-uniform).
+        min_width: Units that every group keeps, at least 1.
+        round_to: Widths after a cut are multiples of this (8 or 16 suit tensor cores); a narrower group stays.
+        normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
+            their absolute values within the group, so that layers whose sums have more terms are not favoured;
+            ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network).
+    """
+
+    kind: Literal["local", "global"] = "local"
+    min_width: int = 1
+    round_to: int = 1
+    normalize: Literal["mean", "none"] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("local", "global"):
+            raise ValueError(
+                f'expected a scope of "local" (per layer) or "global" (over all layers), got {self.kind!r}'
+            )
+        if self.normalize not in ("mean", "none"):
+            raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
+        for name in ("min_width", "round_to"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected `{name}` of at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, scope: Literal["local", "global"] | Scope) -> Scope:
+        """The scope itself, or the one of this kind with every other setting at its default."""
+        return scope if isinstance(scope, Scope) else cls(scope)
+
+    def narrowest(self, width: int) -> int:
+        """Smallest width that a group of ``width`` units may be cut to."""
+        return min(width, -(-self.min_width // self.round_to) * self.round_to)
+
+    def ladder(self, width: int) -> list[int]:
+        """Every width that a group of ``width`` units may have, descending, itself first."""
+        below = (width - 1) // self.round_to * self.round_to
+        return [width, *range(below, self.narrowest(width) - 1, -self.round_to)]
+
+
+def select(
+    structure: Structure,
+    layers: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The groups that may be pruned, and why every other layer may not.
+
+    A name is a layer's (``"encoder.fc1"``), a glob (``"encoder.*"``, ``"*.fc?"``), or the name of a module, which means
+    everything inside. It picks a group if it fits the group's name or any layer that produces its units: these layers
+    can only shrink together.
+
+    Args:
+        structure: What the network consists of.
+        layers: Only these; everything by default.
+        ignore: Not these. Wins over ``layers``.
+
+    Returns:
+        Names of the selected groups in the order of execution, and the reason for every other layer by its name.
+
+    Raises:
+        ValueError: If a name fits nothing or only what cannot be pruned, or nothing prunable remains.
+    """
+    frozen = _reasons(structure)
+    if not structure.groups:
+        raise ValueError(f"the model has nothing that can be pruned. {_why(frozen)}")
+    wanted, unwanted = _patterns(layers), _patterns(ignore)
+    for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
+        for pattern in patterns:
+            _check(argument, pattern, structure, frozen)
+    selected, refused = [], {}
+    for group in structure.groups:
+        if spared := [pattern for pattern in unwanted if _picks(pattern, group)]:
+            refused[group.name] = f"ignored by {spared[0]!r}"
+        elif layers is not None and not any(_picks(pattern, group) for pattern in wanted):
+            refused[group.name] = "not among `layers`"
+        else:
+            selected.append(group.name)
+    if not selected:
+        groups = ", ".join(structure.widths)
+        raise ValueError(
+            f"layers={layers!r} and ignore={ignore!r} leave nothing to prune. What can be pruned: {groups}"
+        )
+    producers = {layer for group in structure.groups for layer in group.producers}
+    return tuple(selected), refused | {layer: why for layer, why in frozen.items() if layer not in producers}
+
+
+def _reasons(structure: Structure) -> dict[str, str]:
+    """The first reason of every layer with a frozen axis."""
+    reasons: dict[str, str] = {}
+    for entry in structure.frozen:
+        reasons.setdefault(entry.layer, entry.reason)
+    return reasons
+
+
+def _patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def _picks(pattern: str, group: Group) -> bool:
+    return any(_fits(pattern, name) for name in (group.name, *group.producers))
+
+
+def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, str]) -> None:
+    """Refuse a name that has no effect, and say which one might have been meant."""
+    if any(_picks(pattern, group) for group in structure.groups):
+        return
+    names = list(dict.fromkeys(name for group in structure.groups for name in (group.name, *group.producers)))
+    if fixed := {layer: reason for layer, reason in frozen.items() if _fits(pattern, layer)}:
+        if argument == "ignore":
+            return  # it stays as it is, which is what was asked for
+        raise ValueError(f"{argument}={pattern!r}: expected layers that can be pruned. {_why(fixed)} {_can(names)}")
+    if heads := [g.name for g in structure.groups if any(_fits(pattern, member.layer) for member in g.members)]:
+        raise ValueError(
+            f"{argument}={pattern!r}: expected a layer that produces units; this one follows {', '.join(heads)}, "
+            f"so name that instead."
+        )
+    near = get_close_matches(pattern, [*names, *frozen], n=3, cutoff=0.5)
+    guess = f" Did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(f"{argument}={pattern!r} fits no layer.{guess} {_can(names)}")
+
+
+def _can(names: Iterable[str]) -> str:
+    return f"What can be pruned: {', '.join(names)}"
+
+
+def _why(frozen: dict[str, str]) -> str:
+    reasons = "; ".join(f"{layer} because {reason}" for layer, reason in frozen.items())
+    return f"What cannot be pruned: {reasons}." if reasons else "It has no layer with a width of its own."

@@ -1,0 +1,324 @@
+"""Which units stay: properties over random networks and scores, and a slow, plain reference."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_prune.planning.plan import Plan, feasible, make_plan
+from lightning_prune.planning.scope import Scope
+from lightning_prune.planning.target import Original, Target
+
+widths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+ratios = st.floats(0, 0.99)
+seeds = st.integers(0, 10**6)
+quantities = st.sampled_from(["units", "params", "macs"])
+kinds = st.sampled_from(["local", "global"])
+
+
+def draw_scores(structure, seed, levels=None):
+    """Random scores; with ``levels`` whole numbers below that, so that ties abound."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.random(width) if levels is None else rng.integers(0, levels, width).astype(float)
+        for name, width in structure.widths.items()
+    }
+
+
+def size(structure, widths, quantity):
+    everything = structure.widths | widths
+    if quantity == "units":
+        return sum(everything.values())
+    return getattr(structure.cost, quantity)(everything)
+
+
+def reachable(structure, target, scope):
+    try:
+        feasible(structure, target, scope, structure.widths)
+    except ValueError:
+        return False
+    return True
+
+
+@given(widths_lists, seeds, ratios, st.sampled_from([1, 3, 8]), st.integers(1, 10))
+def test_local_ratio_is_each_layers_share_to_the_nearest_unit(mlp, widths, seed, ratio, round_to, min_width):
+    structure = mlp(widths)
+    scores = draw_scores(structure, seed)
+    scope = Scope("local", min_width, round_to)
+    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, scope, Original.of(structure))
+    for name, width in structure.widths.items():
+        kept = plan.kept.get(name, tuple(range(width)))
+        wanted = width * (1 - ratio)
+        allowed = [w for w in range(1, width + 1) if w == width or (w % round_to == 0 and w >= min_width)]
+        best = min(abs(w - wanted) for w in allowed)
+        assert len(kept) in allowed
+        # a width of its own that is no multiple of a block stays only where no multiple is nearer to what was wanted
+        assert abs(len(kept) - wanted) <= max(best, round_to / 2) + 1e-6
+        assert list(kept) == sorted(kept)
+        lowest_kept = min(scores[name][list(kept)])
+        assert all(scores[name][u] <= lowest_kept for u in set(range(width)) - set(kept))
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "expected"),
+    [(5, 0.5, 3), (50, 0.3, 35), (10, 0.1, 9), (4, 0.1, 4), (3, 0.99, 1), (50, 0.32, 34)],
+)
+def test_local_examples(mlp, width, ratio, expected):
+    structure = mlp([width])
+    scores = {"net.0": np.arange(width)}
+    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, Scope(), Original.of(structure))
+    assert (structure.widths | plan.widths)["net.0"] == expected
+
+
+@given(widths_lists, seeds, ratios, quantities, kinds, st.sampled_from([1, 4]), st.integers(1, 3))
+def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quantity, kind, round_to, min_width):
+    structure = mlp(widths)
+    original = Original.of(structure)
+    total = original.size(quantity, widths_names := list(structure.widths))
+    target = Target(quantity, max(1, round(total * (1 - ratio))))
+    scope = Scope(kind, min_width, round_to)
+    scores = draw_scores(structure, seed, levels=5)
+    if not reachable(structure, target, scope):
+        with pytest.raises(ValueError, match="cannot be reached"):
+            make_plan(structure, scores, target, 1.0, scope, original)
+        return
+    plan = make_plan(structure, scores, target, 1.0, scope, original)
+    after = size(structure, plan.widths, quantity)
+    assert after <= target.remaining
+    if not plan.is_empty:
+        # giving one block back to some group must exceed the budget
+        larger = []
+        for name in plan.widths:
+            ladder = scope.ladder(structure.widths[name])
+            wider = ladder[ladder.index(plan.widths[name]) - 1]
+            larger.append(size(structure, plan.widths | {name: wider}, quantity))
+        assert max(larger) > target.remaining
+    assert all(plan.widths.get(name, min_width) >= min(min_width, structure.widths[name]) for name in widths_names)
+    assert all(plan.kept.values())
+
+
+@given(widths_lists, seeds, ratios, st.integers(1, 3), st.sampled_from(["none", "mean"]))
+def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, normalize):
+    structure = mlp(widths)
+    scores = draw_scores(structure, seed, levels=4)
+    target, scope = Target("params", 1 - ratio), Scope("global", min_width, normalize=normalize)
+    if not reachable(structure, target, scope):
+        return
+    plan = make_plan(structure, scores, target, 1.0, scope, Original.of(structure))
+
+    kept = {name: list(range(width)) for name, width in structure.widths.items()}
+    scale = {n: (np.abs(s).mean() or 1.0) if normalize == "mean" else 1.0 for n, s in scores.items()}
+    order = sorted(
+        (scores[name][unit] / scale[name], place, unit, name)
+        for place, (name, width) in enumerate(structure.widths.items())
+        for unit in range(width)
+    )
+    for _, _, unit, name in order:
+        if size(structure, {n: len(k) for n, k in kept.items()}, "params") <= (1 - ratio) * structure.cost.params(
+            structure.widths
+        ) * (1 + 1e-9):
+            break
+        if len(kept[name]) > min_width:
+            kept[name].remove(unit)
+    assert {n: tuple(k) for n, k in kept.items() if len(k) < structure.widths[n]} == plan.kept
+
+
+@given(widths_lists, seeds, ratios, ratios, quantities, kinds, st.sampled_from([1, 4]))
+def test_plans_nest_as_the_ratio_grows(mlp, widths, seed, a, b, quantity, kind, round_to):
+    structure = mlp(widths)
+    scores = draw_scores(structure, seed, levels=6)
+    scope = Scope(kind, round_to=round_to)
+    less, more = sorted((a, b))
+    if not reachable(structure, Target(quantity, 1 - more), scope):
+        return
+    small, large = (
+        make_plan(structure, scores, Target(quantity, 1 - r), 1.0, scope, Original.of(structure)) for r in (less, more)
+    )
+    for name, width in structure.widths.items():
+        everything = range(width)
+        assert set(large.kept.get(name, everything)) <= set(small.kept.get(name, everything))
+
+
+@given(widths_lists, seeds, ratios, quantities)
+def test_local_plans_do_not_change_under_monotone_transforms(mlp, widths, seed, ratio, quantity):
+    structure = mlp(widths)
+    scores = draw_scores(structure, seed)
+    target = Target(quantity, 1 - ratio)
+    if not reachable(structure, target, Scope()):
+        return
+    transformed = {name: 1000 * np.exp(3 * values) - 7 for name, values in scores.items()}
+    plans = [make_plan(structure, s, target, 1.0, Scope(), Original.of(structure)) for s in (scores, transformed)]
+    assert plans[0] == plans[1]
+
+
+@given(widths_lists, seeds, ratios, quantities, kinds)
+def test_same_plan_from_any_order_or_container(mlp, widths, seed, ratio, quantity, kind):
+    structure = mlp(widths)
+    scores = draw_scores(structure, seed, levels=3)
+    target, scope = Target(quantity, 1 - ratio), Scope(kind)
+    if not reachable(structure, target, scope):
+        return
+    backwards = {name: torch.tensor(scores[name], requires_grad=True) for name in reversed(scores)}
+    plans = [make_plan(structure, s, target, 1.0, scope, Original.of(structure)) for s in (scores, backwards)]
+    assert plans[0] == plans[1]
+    assert plans[0].to_json() == plans[1].to_json()
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_ties_go_by_index(mlp, kind):
+    structure = mlp([4, 4])
+    scores = {"net.2": np.ones(4), "net.0": np.ones(4)}
+    plan = make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(kind), Original.of(structure))
+    expected = {"net.0": (2, 3), "net.2": (2, 3)} if kind == "local" else {"net.0": (3,), "net.2": (1, 2, 3)}
+    assert plan.kept == expected
+
+
+@given(widths_lists, seeds, ratios, quantities, kinds, st.sampled_from([1, 4]), st.lists(st.floats(0, 1), max_size=3))
+def test_cuts_add_up_to_one_cut(mlp, widths, seed, ratio, quantity, kind, round_to, shares):
+    """However many cuts lead there, the same units are left, because amounts are relative to the dense network."""
+    structure = dense = mlp(widths)
+    original = Original.of(dense)
+    # raw scores: a mean over the units of a group changes when some are gone
+    scope = Scope(kind, round_to=round_to, normalize="none")
+    target = Target(quantity, 1 - ratio)
+    scores = draw_scores(structure, seed)
+    if not reachable(structure, target, scope):
+        return
+    if round_to > 1 and kind == "global":
+        return  # blocks are counted from the present width, so their means differ
+    alive = {name: np.arange(width) for name, width in structure.widths.items()}
+    for share in [*sorted(shares), 1.0]:
+        present = {name: scores[name][alive[name]] for name in alive}
+        plan = make_plan(structure, present, target, share, scope, original)
+        structure = structure.take(plan.kept)
+        alive |= {name: alive[name][list(kept)] for name, kept in plan.kept.items()}
+        again = {name: scores[name][alive[name]] for name in alive}
+        assert make_plan(structure, again, target, share, scope, original).is_empty
+    once = make_plan(dense, scores, target, 1.0, scope, original)
+    assert {n: tuple(a.tolist()) for n, a in alive.items() if len(a) < dense.widths[n]} == once.kept
+
+
+def test_a_cut_is_counted_in_present_positions_and_dense_shares(mlp):
+    dense = mlp([10])
+    original = Original.of(dense)
+    target = Target("units", 0.5)
+    first = make_plan(dense, {"net.0": np.arange(10)[::-1]}, target, 0.4, Scope(), original)
+    assert first.kept["net.0"] == tuple(range(8))
+    second = make_plan(dense.take(first.kept), {"net.0": np.arange(8)}, target, 1.0, Scope(), original)
+    assert second.kept["net.0"] == (3, 4, 5, 6, 7)
+
+
+def test_only_scored_groups_shrink(mlp):
+    structure = mlp([10, 10])
+    plan = make_plan(
+        structure, {"net.2": np.arange(10)}, Target("units", 0.5), 1.0, Scope("global"), Original.of(structure)
+    )
+    assert plan.widths == {"net.2": 5}
+
+
+def test_normalizing_spares_layers_whose_sums_have_few_terms(mlp):
+    structure = mlp([10, 10])
+    scores = {"net.0": np.linspace(100, 200, 10), "net.2": np.linspace(1, 2, 10)}
+    target, original = Target("units", 0.5), Original.of(structure)
+    raw = make_plan(structure, scores, target, 1.0, Scope("global", normalize="none"), original)
+    assert raw.widths == {"net.0": 9, "net.2": 1}
+    assert make_plan(structure, scores, target, 1.0, Scope("global"), original).widths == {"net.0": 5, "net.2": 5}
+    signed = {name: values - values.mean() for name, values in scores.items()}
+    plan = make_plan(structure, signed, target, 1.0, Scope("global"), original)
+    assert all(set(kept) <= {5, 6, 7, 8, 9} for kept in plan.kept.values())  # the sign of the mean turns nothing around
+    dead = make_plan(structure, {**scores, "net.0": np.zeros(10)}, target, 1.0, Scope("global"), original)
+    assert dead.widths["net.0"] == 1
+
+
+def test_coupled_groups_meet_macs(resnet_like):
+    rng = np.random.default_rng(0)
+    scores = {group.name: rng.random(group.width) for group in resnet_like.groups}
+    original = Original.of(resnet_like)
+    for kind, fraction in itertools.product(("local", "global"), (0.9, 0.5, 0.2)):
+        plan = make_plan(resnet_like, scores, Target("macs", fraction), 1.0, Scope(kind), original)
+        left = size(resnet_like, plan.widths, "macs") / original.macs
+        assert fraction - 0.05 < left <= fraction
+
+
+def test_feasible(mlp):
+    structure = mlp([10, 20], inputs=4, outputs=2)
+    smallest = structure.cost.params({"net.0": 3, "net.2": 3})
+    scope = Scope(min_width=3)
+    assert feasible(structure, Target("params", 0.9), scope, ["net.0", "net.2"]) == smallest
+    assert feasible(structure, Target("params", smallest), scope, ["net.0", "net.2"]) == smallest
+    with pytest.raises(
+        ValueError, match=rf"budget of {smallest - 1} params .*min_width=3.* {smallest} params are left"
+    ):
+        feasible(structure, Target("params", smallest - 1), scope, ["net.0", "net.2"])
+    with pytest.raises(ValueError, match="cannot be reached"):
+        feasible(structure, Target("macs", 0.2), scope, ["net.2"])
+    with pytest.raises(ValueError, match="larger than the network: it has"):
+        feasible(structure, Target("params", 10**6), scope, ["net.2"])
+    assert feasible(structure, Target("units", 0.05), scope, ["net.0", "net.2"]) == 6  # min_width wins over a ratio
+    narrow = structure.take({"net.0": [0, 1, 2], "net.2": [0, 1, 2]})
+    assert feasible(narrow, Target("params", 0.9), scope, ["net.0"], Original.of(structure)) == smallest
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({}, r"at least one group \(net.0\), got none"),
+        ({"net.9": np.ones(4)}, r"scores of groups \(net.0\), got some of net.9"),
+        ({"net.0": np.ones(3)}, r"4 scores for group 'net.0', got shape \(3,\)"),
+        ({"net.0": np.ones((4, 1))}, r"got shape \(4, 1\)"),
+        ({"net.0": np.array([1, np.nan, 2, np.inf])}, r"got NaN or infinity for 2 of its units \(\[1, 3\]\)"),
+    ],
+)
+def test_bad_scores(mlp, scores, message):
+    structure = mlp([4])
+    with pytest.raises(ValueError, match=message):
+        make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(), Original.of(structure))
+
+
+def test_bad_share(mlp):
+    structure = mlp([4])
+    with pytest.raises(ValueError, match=r"`share` in \[0, 1\], got 1.1"):
+        make_plan(structure, {"net.0": np.ones(4)}, Target("units", 0.5), 1.1, Scope(), Original.of(structure))
+
+
+def test_plan_is_a_printable_storable_value(mlp):
+    plan = Plan({"net.0": (0, 2), "net.2": (1,)}, {"net.0": 5, "net.2": 2})
+    assert str(plan) == "net.0 5→2, net.2 2→1"
+    assert str(Plan({}, {})) == "nothing to remove"
+    assert Plan({}, {}).is_empty
+    assert Plan.from_json(plan.to_json()) == plan == eval(repr(plan))
+    assert plan.widths == mlp([5, 2]).take(plan.kept).widths
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ((), "at least one unit to stay in 'a'"),
+        ((1, 0), "ascending units below 3"),
+        ((1, 1), "ascending units"),
+        ((0, 3), "ascending units below 3"),
+        ((-1, 0), "ascending units"),
+    ],
+)
+def test_bad_plans(kept, message):
+    with pytest.raises(ValueError, match=message):
+        Plan({"a": kept}, {"a": 3})
+    with pytest.raises(ValueError, match="same groups"):
+        Plan({"a": (0,)}, {"b": 3})
+
+
+def test_a_large_network_is_planned_within_a_second(mlp):
+    structure = mlp([2048] * 8 + [512] * 20)  # 26,000 units, as ResNet-50
+    scores = draw_scores(structure, 0)
+    original = Original.of(structure)
+    for kind, quantity in itertools.product(("local", "global"), ("params", "macs")):
+        start = time.perf_counter()
+        plan = make_plan(structure, scores, Target(quantity, 0.5), 1.0, Scope(kind), original)
+        assert time.perf_counter() - start < 1
+        left = size(structure, plan.widths, quantity) / original.size(quantity, [])
+        assert math.isclose(left, 0.5, rel_tol=1e-3)

@@ -1,0 +1,107 @@
+"""Which layers may be pruned, by name, glob and prefix, and how narrow they may become."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_prune.planning.scope import Scope, select
+from lightning_prune.structure.graph import Frozen, Structure
+
+
+@given(width=st.integers(1, 200), min_width=st.integers(1, 50), round_to=st.integers(1, 20))
+def test_ladder(width, min_width, round_to):
+    scope = Scope(min_width=min_width, round_to=round_to)
+    ladder = scope.ladder(width)
+    reference = [width] + [w for w in range(width - 1, 0, -1) if w % round_to == 0 and w >= min_width]
+    assert ladder == reference
+    assert scope.narrowest(width) == ladder[-1] or ladder == [width]
+
+
+def test_of():
+    assert Scope.of("global") == Scope("global")
+    assert Scope.of(Scope(min_width=4)) == Scope(min_width=4)
+    assert eval(repr(Scope("global", 2, 8))) == Scope("global", 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scope("layer"), """"local" .* or "global" .*, got 'layer'"""),
+        (lambda: Scope(min_width=0), "`min_width` of at least 1, got 0"),
+        (lambda: Scope(round_to=0), "`round_to` of at least 1, got 0"),
+        (lambda: Scope(normalize="max"), "got 'max'"),
+    ],
+)
+def test_bad_scope(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("layers", "ignore", "expected"),
+    [
+        (None, None, ["layer1.0.conv1", "layer1.1.conv1", "layer1.0.conv2"]),
+        ("layer1.0.conv1", None, ["layer1.0.conv1"]),
+        (["layer1.?.conv1"], None, ["layer1.0.conv1", "layer1.1.conv1"]),
+        ("layer1.1", None, ["layer1.1.conv1", "layer1.0.conv2"]),  # layer1.1.conv2 shares the units of layer1.0.conv2
+        ("layer1.1.conv2", None, ["layer1.0.conv2"]),
+        (None, "*.conv2", ["layer1.0.conv1", "layer1.1.conv1"]),
+        (None, ["layer1.1.conv2", "fc"], ["layer1.0.conv1", "layer1.1.conv1"]),
+        ("*", "layer1.0", ["layer1.1.conv1"]),
+    ],
+)
+def test_names_globs_and_prefixes(resnet_like, layers, ignore, expected):
+    selected, _ = select(resnet_like, layers, ["layer2", *([ignore] if isinstance(ignore, str) else ignore or [])])
+    assert list(selected) == expected
+
+
+def test_a_prefix_is_a_whole_name(mlp):
+    structure = mlp([4] * 7)  # net.0, net.2, ..., net.12, and the frozen net.14
+    assert select(structure, "net")[0] == tuple(structure.widths)
+    with pytest.raises(ValueError, match="fits no layer"):
+        select(structure, "net.1")
+
+
+def test_the_rest_is_refused_with_reasons(mlp):
+    selected, refused = select(mlp([4, 5, 6]), layers=["net.0", "net.2"], ignore="net.2")
+    assert selected == ("net.0",)
+    assert refused == {
+        "net.2": "ignored by 'net.2'",
+        "net.4": "not among `layers`",
+        "net.6": "it is an output of the model",
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "ignore", "message"),
+    [
+        ("net.O", None, r"layers='net.O' fits no layer. Did you mean .*net.0.*\? What can be pruned: net.0, net.2"),
+        (None, "decoder.*", "ignore='decoder.*' fits no layer. What can be pruned: net.0, net.2"),
+        (["net.0", "net.4"], None, "layers='net.4'.* net.4 because it is an output of the model"),
+        (None, "net", "ignore='net' leave nothing to prune. What can be pruned: net.0, net.2"),
+        ([], None, r"layers=\[\] and ignore=None leave nothing"),
+    ],
+)
+def test_names_without_effect(mlp, layers, ignore, message):
+    with pytest.raises(ValueError, match=message):
+        select(mlp([4, 5]), layers, ignore)
+
+
+def test_a_layer_that_follows_another(resnet_like):
+    with pytest.raises(ValueError, match=r"this one follows layer1.0.conv1, so name that"):
+        select(resnet_like, "layer1.0.bn1")
+
+
+def test_ignoring_what_is_frozen_is_fine(mlp):
+    assert select(mlp([4]), ignore="net.2")[0] == ("net.0",)
+
+
+def test_nothing_prunable(mlp):
+    cost = mlp([4]).cost
+    frozen = (Frozen("a.weight", 0, 3, "it is an output of the model"), Frozen("b", 0, 2, "it is used by an FFT"))
+    with pytest.raises(
+        ValueError, match=r"nothing that can be pruned.*a because it is an output.*; b because it is us"
+    ):
+        select(Structure((), frozen, cost))
+    with pytest.raises(ValueError, match="no layer with a width of its own"):
+        select(Structure((), (), cost))

@@ -1,0 +1,73 @@
+"""What is to remain, and every way to say it wrongly."""
+
+import pickle
+
+import pytest
+
+from lightning_prune.planning.target import NoEffectWarning, Original, Target
+
+ORIGINAL = Original(params=1000, macs=5000, widths={"a": 30, "b": 10, "c": 60})
+
+
+def test_the_two_ways_to_say_it():
+    assert Target.of(pruning_ratio=0.25) == Target("units", 0.75)
+    assert Target.of(budget={"params": 0.6}) == Target.of(budget=0.6) == Target("params", 0.6)
+    assert Target.of(budget={"macs": 4000}) == Target("macs", 4000)
+    assert Target.of(budget=700) == Target("params", 700)
+    target = Target.of(budget={"macs": 4000})
+    assert eval(repr(target)) == target
+    assert pickle.loads(pickle.dumps(target)) == target
+
+
+def test_fraction_of_the_dense_network():
+    assert Target("params", 0.6).fraction(ORIGINAL, ["a"]) == 0.6
+    assert Target("params", 600).fraction(ORIGINAL, ["a"]) == 0.6
+    assert Target("macs", 1000).fraction(ORIGINAL, ["a"]) == 0.2
+    assert Target("units", 10).fraction(ORIGINAL, ["a", "b"]) == 0.25
+    assert Target("params", 1000).fraction(ORIGINAL, []) == 1
+
+
+@pytest.mark.parametrize("given", [{"pruning_ratio": 0}, {"pruning_ratio": 0.0}, {"budget": 1.0}])
+def test_nothing_to_remove_warns(given):
+    with pytest.warns(NoEffectWarning, match="nothing will be pruned"):
+        assert Target.of(**given).remaining == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of `pruning_ratio` .* and `budget` .*, got none"),
+        ({"pruning_ratio": 0.5, "budget": 0.5}, ValueError, "got both: pruning_ratio=0.5, budget=0.5"),
+        ({"pruning_ratio": 1.5}, ValueError, r"in \[0, 1\), got 1.5$"),
+        ({"pruning_ratio": 1}, ValueError, r"in \[0, 1\), got 1$"),
+        ({"pruning_ratio": -0.1}, ValueError, r"in \[0, 1\), got -0.1$"),
+        ({"pruning_ratio": float("nan")}, ValueError, r"in \[0, 1\), got nan$"),
+        ({"pruning_ratio": 50}, ValueError, r"got 50 \(did you mean 0.5\?\)"),
+        ({"pruning_ratio": "0.5"}, TypeError, "a number in .*, got '0.5'"),
+        ({"pruning_ratio": True}, TypeError, "got True"),
+        ({"budget": 60.0}, ValueError, r"got 60.0 \(did you mean 0.6\?\). A count must be an int"),
+        ({"budget": {"params": 0.0}}, ValueError, r"in \(0, 1\], the share of the params that remains, got 0.0"),
+        ({"budget": {"macs": 0}}, ValueError, r"at least 1 \(an int counts macs\), got 0"),
+        ({"budget": {"flops": 0.5}}, ValueError, """"units", "params", "macs", got 'flops'"""),
+        ({"budget": {"params": 0.5, "macs": 0.5}}, ValueError, "one key"),
+        ({"budget": {}}, ValueError, "one key"),
+        ({"budget": "60%"}, TypeError, "a share .* or a count .*, got '60%'"),
+        ({"budget": True}, TypeError, "got True"),
+    ],
+)
+def test_misuse(given, error, message):
+    with pytest.raises(error, match=message):
+        Target.of(**given)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target("params", 1001), "larger than the network: it has 1000 params"),
+        (Target("macs", 10**6), "larger than the network: it has 5000 macs"),
+        (Target("units", 41), "larger than the network: its prunable groups have 40 units"),
+    ],
+)
+def test_budget_larger_than_the_network(target, message):
+    with pytest.raises(ValueError, match=message):
+        target.fraction(ORIGINAL, ["a", "b"])
