@@ -1,0 +1,49 @@
+# Every target makes what it needs: a virtual environment, installed again when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
+
+.PHONY: demo test lint docs compat clean
+
+demo: $(VENV)/.demo  ## train and prune on the digits
+	$(BIN)/lightning-prune fit --config digits_mlp_contribution
+
+test: lint  ## everything CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## docs/_build/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
+compat: .venv-oldest/.oldest  ## the tests on the oldest supported versions
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider
+
+clean:  ## environments and whatever tools left; runs/ stays
+	rm -rf .venv .venv-oldest docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[digits,plot,wandb]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[docs]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# uv, because pip cannot resolve to the lowest versions that pyproject.toml allows.
+.venv-oldest/.oldest: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --progress-bar off uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	touch $@

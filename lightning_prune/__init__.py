@@ -1,0 +1,60 @@
+"""Structured pruning while Lightning trains: add one callback and the network becomes small.
+
+The names below are imported when they are first used, so that the rooms that need no Lightning (structure, scoring,
+planning, surgery, reporting) and the command line's quick answers do not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks import ContributionPruning, StructuredPruning, inspect, load_from_checkpoint
+    from lightning_prune.planning import Cubic, Geometric, Linear, OneShot, Scope
+    from lightning_prune.scoring import L1, L2, Contribution, Random
+
+__all__ = [
+    "L1",
+    "L2",
+    "Contribution",
+    "ContributionPruning",
+    "Cubic",
+    "Geometric",
+    "Linear",
+    "OneShot",
+    "Random",
+    "Scope",
+    "StructuredPruning",
+    "__version__",
+    "inspect",
+    "load_from_checkpoint",
+]
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "Contribution": "scoring",
+    "ContributionPruning": "callbacks",
+    "Cubic": "planning",
+    "Geometric": "planning",
+    "L1": "scoring",
+    "L2": "scoring",
+    "Linear": "planning",
+    "OneShot": "planning",
+    "Random": "scoring",
+    "Scope": "planning",
+    "StructuredPruning": "callbacks",
+    "inspect": "callbacks",
+    "load_from_checkpoint": "callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

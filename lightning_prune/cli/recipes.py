@@ -1,0 +1,128 @@
+"""The experiments that come with the package: one YAML file each, to run, to read or to copy."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+__all__ = ["copy", "folder", "main", "path", "recipes", "resolve", "summary"]
+
+
+def folder() -> Path:
+    """Where the recipes are: inside the package in a wheel, beside it in a checkout."""
+    package = Path(str(files("lightning_prune")))
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """Every recipe by its name, sorted."""
+    return {file.stem: file for file in sorted(folder().glob("*.yaml"))}
+
+
+def path(name: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: The recipe's name, with or without ``.yaml``.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe; the message lists those that exist.
+    """
+    known = recipes()
+    found = known.get(name.removesuffix(".yaml"))
+    if found is None:
+        raise FileNotFoundError(
+            f"expected a file or the name of a recipe, got {name!r}. The recipes are: {', '.join(known)}"
+        )
+    return found
+
+
+def summary(recipe: Path) -> str:
+    """The first line of a recipe, its comment sign taken off."""
+    return recipe.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def copy(name: str, destination: Path) -> Path:
+    """Copy a recipe to edit it.
+
+    Args:
+        name: The recipe's name.
+        destination: A folder that exists, or the new file.
+
+    Returns:
+        The new file.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        FileExistsError: If the new file exists; it is left as it is.
+    """
+    source = path(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists():
+        raise FileExistsError(f"expected a new file, got {target}, which exists. Give another name or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def resolve(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the names of recipes after ``--config`` replaced by their files.
+
+    A file of that name in the working folder wins.
+
+    Raises:
+        SystemExit: If a word after ``--config`` is neither a file nor a recipe.
+    """
+    resolved: list[str] = []
+    for position, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if equals and flag in ("--config", "-c"):
+            resolved.append(f"{flag}={_file(value)}")
+        elif position and words[position - 1] in ("--config", "-c"):
+            resolved.append(_file(word))
+        else:
+            resolved.append(word)
+    return resolved
+
+
+def main(words: Sequence[str]) -> None:
+    """``lightning-prune recipes list | show NAME | copy NAME [DEST]``."""
+    parser = ArgumentParser("lightning-prune recipes", description="The experiments that come with the package.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="names, and what each one does")
+    show = verbs.add_parser("show", help="print a recipe")
+    take = verbs.add_parser("copy", help="copy a recipe to edit it")
+    for verb in (show, take):
+        verb.add_argument("name", help="name of the recipe")
+    take.add_argument("destination", nargs="?", default=".", type=Path, help="folder or new file (default: here)")
+    given = parser.parse_args(words)
+    try:
+        if given.verb == "list":
+            _print_list()
+        elif given.verb == "show":
+            sys.stdout.write(path(given.name).read_text(encoding="utf-8"))
+        else:
+            sys.stdout.write(f"{copy(given.name, given.destination)}\n")
+    except (FileNotFoundError, FileExistsError) as error:
+        parser.error(str(error))
+
+
+def _print_list() -> None:
+    known = recipes()
+    width = max(map(len, known), default=0)
+    for name, file in known.items():
+        sys.stdout.write(f"{name:<{width}}  {summary(file)}\n")
+
+
+def _file(value: str) -> str:
+    if Path(value).exists():
+        return value
+    try:
+        return str(path(value))
+    except FileNotFoundError as error:
+        sys.exit(f"lightning-prune: {error}")

@@ -1,0 +1,58 @@
+"""One folder per run: made once, found again by its checkpoints, never written over."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+__all__ = ["CONFIG", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
+
+#: The file that makes a folder a run: the whole configuration of its last start.
+CONFIG = "config.yaml"
+
+
+def new(parent: Path) -> Path:
+    """Make the next free folder ``parent/001``, ``parent/002``, ...
+
+    Two processes that ask at the same time get two folders.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1 + max(_numbers(parent), default=0)):
+        folder = parent / f"{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("numbers do not end")
+
+
+def latest(parent: Path) -> Path | None:
+    """The folder with the highest number under ``parent``; ``None`` if there is none."""
+    numbers = _numbers(parent)
+    return parent / f"{max(numbers):03d}" if numbers else None
+
+
+def last_checkpoint(parent: Path) -> Path | None:
+    """The newest ``last.ckpt`` of any run under ``parent``; ``None`` if there is none."""
+    found = parent.glob("*/checkpoints/last*.ckpt")
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def of_checkpoint(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to; ``None`` if it lies in no run's folder.
+
+    Checkpoints lie in the run's folder or in a folder of it.
+    """
+    return next((folder for folder in checkpoint.parents[:2] if (folder / CONFIG).is_file()), None)
+
+
+def set_aside(file: Path) -> None:
+    """Rename ``name.ext`` to the first free of ``name.1.ext``, ``name.2.ext``, ..., if it exists."""
+    if file.exists():
+        names = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
+
+
+def _numbers(parent: Path) -> list[int]:
+    return [int(folder.name) for folder in parent.glob("*") if folder.name.isdecimal()]

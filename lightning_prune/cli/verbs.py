@@ -1,0 +1,200 @@
+"""fit, validate, test, predict and inspect: LightningCLI with our names imported, each run in a folder of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import rich
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+# Imported for their names: a class that is loaded can be given by its short name in YAML and on the command line.
+# import lightning_prune.callbacks
+import lightning_prune.data
+import lightning_prune.models
+import lightning_prune.planning
+
+# import lightning_prune.scoring.criteria
+from lightning_prune.cli import runs
+from lightning_prune.data import ImageData
+
+__all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "run"]
+
+_DESCRIPTION = (
+    "Network pruning while Lightning trains. `lightning-prune recipes` lists, shows and copies the experiments that "
+    "come with the package; `--config` takes their names as well as files."
+)
+
+
+class PruningTrainer(Trainer):
+    """Lightning's Trainer with one more verb."""
+
+    def inspect(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Print what can be pruned, and what cannot and why.
+
+        Args:
+            model: The network.
+            datamodule: Where the example comes from if the model has no ``example_input_array``.
+        """
+        example = None
+        if model.example_input_array is None and datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            example = next(iter(datamodule.train_dataloader()))
+        rich.print(lightning_prune.inspect(model, example))
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder, and gives it to the loggers that keep hyperparameters."""
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        runs.set_aside(folder / runs.CONFIG)
+        self.parser.save(self.config, folder / runs.CONFIG, skip_none=False, multifile=False)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # it would write the same file again
+                logger.log_hyperparams({"config": self.config.as_dict()})
+
+
+class PruningCLI(LightningCLI):
+    """LightningCLI whose runs never meet.
+
+    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it goes on in that run's folder. The
+    other verbs, given such a checkpoint, make a folder inside that run. The root is ``--trainer.default_root_dir``,
+    ``runs`` if left out. Without ``--trainer.logger`` the curves go to ``metrics.csv`` and, where W&B is installed, to
+    an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
+    """
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run's folder (default: the configuration's)."
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Without Lightning's warning that `args` hides the process's own words: ours are these words, names resolved.
+        self.config = parser.parse_args(cast("list[str]", args))
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.name is None:
+            files = [Path(str(file)).stem for file in config.config or []]
+            config.name = files[0] if files else config.model.class_path.rpartition(".")[2]
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand == "inspect" or trainer.fast_dev_run:
+            return super().instantiate_trainer(**kwargs)
+        folder = self._folder()
+        kwargs["default_root_dir"] = str(folder)
+        if trainer.logger in (None, True):
+            kwargs["logger"] = _loggers(folder)
+        return super().instantiate_trainer(**kwargs)
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if isinstance(self.datamodule, ImageData):
+            # Good advice for others; ours are tensors in memory.
+            warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+        if self.subcommand != "fit":
+            # The other verbs write no checkpoints, so it does not matter where they would.
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+
+    def before_fit(self) -> None:
+        """Keeps the curves of an earlier start: CSVLogger deletes the file it finds."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                rank_zero_only(runs.set_aside)(Path(logger.log_dir) / "metrics.csv")
+
+    def _folder(self) -> Path:
+        config = self.config[self.subcommand]
+        parent = Path(config.trainer.default_root_dir or "runs") / config.name
+        checkpoint = runs.last_checkpoint(parent) if config.ckpt_path == "last" else config.ckpt_path
+        earlier = runs.of_checkpoint(Path(checkpoint)) if checkpoint else None
+        if earlier is not None and self.subcommand == "fit":
+            return earlier
+        parent = earlier / str(self.subcommand) if earlier else parent
+        # Other ranks follow rank zero, which was there first if it started them.
+        return rank_zero_only(runs.new)(parent) or runs.latest(parent) or parent
+
+
+def run(words: Sequence[str]) -> None:
+    """Parse a command line and do what it says."""
+    with warnings.catch_warnings(), _without_advertisements(), _own_wandb_run():
+        # What it warns of, `before_fit` has prevented.
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        # Lightning 2.6's own use of PyTorch.
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+        PruningCLI(
+            args=list(words),
+            trainer_class=PruningTrainer,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            parser_kwargs={"description": _DESCRIPTION},
+        )
+
+
+@contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """Ends a W&B run that began inside, so that the next command in this process gets one of its own."""
+    before = _wandb_run()
+    try:
+        yield
+    finally:
+        ours = _wandb_run()
+        if ours is not None and ours is not before:
+            ours.finish()
+
+
+def _wandb_run() -> Any:
+    wandb = sys.modules.get("wandb")
+    return wandb.run if wandb else None
+
+
+@contextmanager
+def _without_advertisements() -> Iterator[None]:
+    """Drops Lightning's "Tip: try installing" lines: they concern other products and hide what a run says."""
+    source = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def useful(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("💡")
+
+    source.addFilter(useful)
+    try:
+        yield
+    finally:
+        source.removeFilter(useful)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    # A logger's log folder is save_dir/name/version, and Lightning puts checkpoints there.
+    loggers: list[Logger] = [CSVLogger(folder.parent, name="", version=folder.name)]
+    if find_spec("wandb"):
+        project = os.environ.get("WANDB_PROJECT", "lightning-prune")
+        mode = os.environ.get("WANDB_MODE", "offline")
+        name = f"{folder.parent.name}/{folder.name}"
+        # Quiet: it says where the run is, and leaves the summary to the report.
+        settings = {"quiet": True}
+        loggers.append(WandbLogger(name=name, save_dir=folder, project=project, mode=mode, settings=settings))
+    return loggers

@@ -1,0 +1,113 @@
+"""MNIST, Fashion-MNIST and CIFAR, read by torchvision."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+
+from lightning_prune.data.tensors import ImageData, ImageTensors
+from lightning_prune.extras import require
+
+__all__ = ["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"]
+
+
+class _Torchvision(ImageData, ABC):
+    """A set that torchvision has under the same class name.
+
+    Args:
+        root: Folder that holds the set in torchvision's layout. If it is left out, the environment variable
+            ``LIGHTNING_PRUNE_DATA`` names it; without either, the set is downloaded once into the user's cache folder.
+        batch_size: Images in a batch.
+        val_share: Share of the training images that is held out for validation, in (0, 1).
+        train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
+        augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
+        seed: Seed of the validation split, the order and the augmentation.
+    """
+
+    #: Mean and standard deviation of each channel over the training images, pixels in [0, 1].
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 128,
+        val_share: float = 0.1,
+        train_limit: int | None = None,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_share, train_limit, augment, seed)
+        self.root = root or os.environ.get("LIGHTNING_PRUNE_DATA")
+
+    def prepare_data(self) -> None:
+        """Downloads into the cache folder if no folder was named."""
+        if not self.root:
+            self._open(train=True, download=True)
+
+    def load(self) -> tuple[ImageTensors, ImageTensors]:
+        """The official training and test images.
+
+        Raises:
+            FileNotFoundError: If the set is not there, or not whole.
+        """
+        return self._read(train=True), self._read(train=False)
+
+    def _open(self, train: bool, download: bool) -> Any:
+        dataset = getattr(require("torchvision.datasets", extra="vision"), type(self).__name__)
+        return dataset(str(self._folder), train=train, download=download)
+
+    def _read(self, train: bool) -> ImageTensors:
+        try:
+            source = self._open(train, download=False)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: expected its files under {self._folder} in torchvision's layout, found none "
+                "that are complete. Name the folder by `root` or the environment variable LIGHTNING_PRUNE_DATA, or "
+                "leave both out to download."
+            ) from error
+        pixels = torch.as_tensor(source.data)
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        mean, std = (torch.tensor(fact).view(1, -1, 1, 1) for fact in (self.mean, self.std))
+        return ImageTensors((pixels / 255 - mean) / std, torch.as_tensor(source.targets).long())
+
+    @property
+    def _folder(self) -> Path:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(self.root) if self.root else Path(cache) / "lightning_prune"
+
+
+@final
+class MNIST(_Torchvision):
+    """70,000 handwritten digits, 28×28 grey, 10,000 of them for the test (LeCun et al., 1998)."""
+
+    mean = (0.1307,)
+    std = (0.3081,)
+
+
+@final
+class FashionMNIST(_Torchvision):
+    """70,000 pieces of clothing in ten classes, 28×28 grey, 10,000 of them for the test (Xiao et al., 2017)."""
+
+    mean = (0.2860,)
+    std = (0.3530,)
+
+
+@final
+class CIFAR10(_Torchvision):
+    """60,000 photographs in ten classes, 32×32 colour, 10,000 of them for the test (Krizhevsky, 2009)."""
+
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+
+
+@final
+class CIFAR100(_Torchvision):
+    """60,000 photographs in a hundred classes, 32×32 colour, 10,000 of them for the test (Krizhevsky, 2009)."""
+
+    mean = (0.5071, 0.4865, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)

@@ -1,0 +1,7 @@
+"""The seed's networks as ordinary LightningModules: nothing in them knows of pruning."""
+
+from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.cnn import CNNClassifier
+from lightning_prune.models.mlp import MLPClassifier
+
+__all__ = ["CNNClassifier", "Classifier", "MLPClassifier"]

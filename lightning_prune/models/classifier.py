@@ -1,0 +1,88 @@
+"""What every classifier here shares: cross entropy, accuracies, an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+__all__ = ["Classifier"]
+
+Stage = Literal["train", "val", "test"]
+
+
+class Classifier(LightningModule):
+    """Trains by cross entropy and logs ``{train,val,test}_loss`` and ``_acc`` once an epoch.
+
+    Subclasses build their layers and write ``forward``, which gives logits of shape ``(batch, classes)``.
+
+    Args:
+        input_shape: Shape of one sample, without the batch dimension.
+        classes: Number of classes.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. A name, not an object, so that a checkpoint's hyperparameters
+            are plain values.
+        lr: Learning rate.
+        momentum: Momentum of SGD; the others take their own defaults.
+        weight_decay: Weight decay, in the optimizer's own meaning.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        classes: int,
+        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if momentum and optimizer != "sgd":
+            raise ValueError(
+                f"{type(self).__name__}: expected `momentum` with optimizer='sgd' only, got momentum={momentum} with "
+                f"optimizer={optimizer!r}. Leave `momentum` out or choose 'sgd'."
+            )
+        self.optimizer_name = optimizer
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.example_input_array = torch.zeros(2, *input_shape)
+        self.accuracies = nn.ModuleDict(
+            {f"{stage}_acc": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
+        )
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """The cross entropy of one batch."""
+        return self._loss("train", batch)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        """Logs ``val_loss`` and ``val_acc``."""
+        self._loss("val", batch)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        """Logs ``test_loss`` and ``test_acc``."""
+        self._loss("test", batch)
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """The most likely class of each sample, shape ``(batch,)``."""
+        prediction: Tensor = self(batch[0]).argmax(dim=1)
+        return prediction
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer named at construction, over all parameters."""
+        common: dict[str, Any] = {"params": self.parameters(), "lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer_name == "sgd":
+            return torch.optim.SGD(momentum=self.momentum, **common)
+        return torch.optim.Adam(**common) if self.optimizer_name == "adam" else torch.optim.AdamW(**common)
+
+    def _loss(self, stage: Stage, batch: Sequence[Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = cast(MulticlassAccuracy, self.accuracies[f"{stage}_acc"])
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        return loss

@@ -1,0 +1,53 @@
+"""The seed's feed-forward network for MNIST."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, final
+
+from torch import Tensor, nn
+
+from lightning_prune.models.classifier import Classifier
+
+__all__ = ["MLPClassifier"]
+
+
+@final
+class MLPClassifier(Classifier):
+    """Linear layers with ReLU between them; images are flattened.
+
+    The default is the four-layer network of the contribution paper's appendix A.1, 784-50-30-10.
+
+    Args:
+        sizes: Widths from the input to the classes, at least two.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (784, 50, 30, 10),
+        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if len(sizes) < 2:
+            raise ValueError(
+                f"MLPClassifier: expected `sizes` from the input to the classes, two at least, got {list(sizes)}. "
+                "Give for instance [784, 50, 30, 10]."
+            )
+        super().__init__((sizes[0],), sizes[-1], optimizer, lr, momentum, weight_decay)
+        self.save_hyperparameters()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for width, next_width in pairwise(sizes):
+            layers += [nn.Linear(width, next_width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of ``images`` ``(batch, ...)`` with ``sizes[0]`` values each."""
+        logits: Tensor = self.layers(images)
+        return logits

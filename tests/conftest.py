@@ -1,0 +1,54 @@
+"""Settings of the whole suite: one thread, no network, the same random numbers every time."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: the suite runs on several processes, and each one's threads would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+# Derandomised: a suite that fails on one machine must fail on all of them.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine may be connected to (W&B talks to a process of its own)."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"tests run offline, this one wants to connect to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder of the test's own, without data elsewhere and without processes that write there afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIGHTNING_PRUNE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path

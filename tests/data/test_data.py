@@ -1,0 +1,286 @@
+"""Splits, order, augmentation, and files in the layouts that torchvision reads."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prune.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder, ImageTensors
+from lightning_prune.data.tensors import crop_and_mirror
+from lightning_prune.models import MLPClassifier
+
+
+class Numbered(ImageData):
+    """Images whose only pixel is their number; labels are the number again."""
+
+    def __init__(self, count: int = 40, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.count = count
+
+    def load(self) -> tuple[ImageTensors, ImageTensors]:
+        numbers = torch.arange(self.count)
+        train = ImageTensors(numbers.float().view(-1, 1, 1, 1), numbers)
+        return train, ImageTensors(1000 + train.images[:10], 1000 + train.labels[:10])
+
+
+def ready(data: ImageData) -> ImageData:
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def labels(loader: Any, epoch: int | None = None) -> list[int]:
+    if epoch is not None:
+        loader.sampler.set_epoch(epoch)
+    return torch.cat([batch[1] for batch in loader]).tolist()
+
+
+def test_parts_share_nothing_and_lose_nothing() -> None:
+    data = ready(Numbered(val_share=0.25))
+    train, val = labels(data.train_dataloader()), labels(data.val_dataloader())
+    assert (len(train), len(val)) == (30, 10)
+    assert sorted(train + val) == list(range(40))
+    assert labels(data.test_dataloader()) == list(range(1000, 1010)) == labels(data.predict_dataloader())
+
+
+def test_images_stay_with_their_labels() -> None:
+    for images, numbers in ready(Numbered(batch_size=7)).train_dataloader():
+        assert images.shape == (len(numbers), 1, 1, 1)
+        assert torch.equal(images.flatten(), numbers.float())
+
+
+def test_everything_follows_from_the_seed() -> None:
+    one, same, other = (ready(Numbered(seed=seed)) for seed in (1, 1, 2))
+    assert labels(one.train_dataloader(), 3) == labels(same.train_dataloader(), 3)
+    assert labels(one.train_dataloader(), 3) != labels(one.train_dataloader(), 4)
+    assert labels(one.val_dataloader()) == labels(same.val_dataloader()) != labels(other.val_dataloader())
+    assert labels(one.val_dataloader()) == labels(one.val_dataloader())
+
+
+def test_train_limit_keeps_the_validation_images() -> None:
+    whole, part = ready(Numbered()), ready(Numbered(train_limit=5))
+    assert labels(whole.val_dataloader()) == labels(part.val_dataloader())
+    assert len(labels(part.train_dataloader())) == 5
+    assert len(labels(ready(Numbered(train_limit=10_000)).train_dataloader())) == 36
+
+
+@pytest.mark.parametrize(
+    "setting", [{"val_share": 0}, {"val_share": 1.0}, {"batch_size": 0}, {"train_limit": 0}, {"seed": -1}]
+)
+def test_bad_settings(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Numbered: expected `{next(iter(setting))}`"):
+        Numbered(**setting)
+
+
+def test_too_few_images() -> None:
+    with pytest.raises(ValueError, match="got none for validation"):
+        ready(Numbered(count=3, val_share=0.1))
+
+
+def naive_crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int) -> Tensor:
+    shifts = torch.randint(0, 2 * padding + 1, (2, len(images), 1), generator=generator)
+    mirrors = torch.rand(len(images), 1, generator=generator) < 0.5
+    out = []
+    for i, image in enumerate(images):
+        y, x = int(shifts[0, i]), int(shifts[1, i])
+        crop = F.pad(image, (padding,) * 4)[:, y : y + image.shape[1], x : x + image.shape[2]]
+        out.append(crop.flip(2) if mirrors[i] else crop)
+    return torch.stack(out)
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 99)
+)
+def test_crop_and_mirror(count: int, channels: int, height: int, width: int, padding: int, seed: int) -> None:
+    images = torch.arange(1.0, count * channels * height * width + 1).view(count, channels, height, width)
+    first, second = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    changed = crop_and_mirror(images, first, padding)
+    assert torch.equal(changed, naive_crop_and_mirror(images, second, padding))
+
+
+def test_augmentation_is_for_training_only_and_follows_the_seed() -> None:
+    class Pictures(Numbered):
+        def load(self) -> tuple[ImageTensors, ImageTensors]:
+            images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+            both = ImageTensors(images, torch.arange(40))
+            return both, both
+
+    plain, one, same = (ready(Pictures(augment=augment, batch_size=9)) for augment in (False, True, True))
+    pairs = list(zip(plain.train_dataloader(), one.train_dataloader(), same.train_dataloader(), strict=True))
+    assert all(torch.equal(a[1], b[1]) for a, b, _ in pairs)
+    assert not any(torch.equal(a[0], b[0]) for a, b, _ in pairs)
+    assert all(torch.equal(b[0], c[0]) for _, b, c in pairs)
+    for a, b in zip(plain.val_dataloader(), one.val_dataloader(), strict=True):
+        assert torch.equal(a[0], b[0])
+
+
+def test_digits() -> None:
+    data = ready(Digits())
+    parts = [torch.cat([b[0] for b in loader]) for loader in (data.train_dataloader(), data.test_dataloader())]
+    assert len(parts[1]) == 359
+    for images in parts:
+        assert images.shape[1:] == (1, 8, 8)
+        assert (images.min(), images.max()) == (-1, 1)
+    assert labels(ready(Digits(seed=5)).test_dataloader()) == labels(data.test_dataloader())
+
+
+def write_mnist(root: Path, name: str = "MNIST", train: int = 30, test: int = 20) -> None:
+    """Random pictures in the idx format: magic number, sizes (big-endian), bytes."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in (("train", train), ("t10k", test)):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes())
+        classes = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + classes.tobytes())
+
+
+def write_cifar(
+    root: Path, monkeypatch: pytest.MonkeyPatch, classes: int = 10, train: int = 20, test: int = 10
+) -> None:
+    """Random pictures as CIFAR's pickles; torchvision checks their sums, which are told to it."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, f"CIFAR{classes}")
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(count: int) -> dict[str, Any]:
+        pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {"data": pixels, "labels" if classes == 10 else "fine_labels": [i % classes for i in range(count)]}
+
+    names = {part: [name for name, _ in getattr(dataset, f"{part}_list")] for part in ("train", "test")}
+    each = {"train": train // len(names["train"]), "test": test}
+    for part, files in names.items():
+        monkeypatch.setattr(dataset, f"{part}_list", [write(name, batch(each[part])) for name in files])
+    meta = dict(dataset.meta)
+    written = write(meta["filename"], {meta["key"]: [str(i) for i in range(classes)]})
+    monkeypatch.setattr(dataset, "meta", {**meta, "md5": written[1]})
+
+
+@pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
+def test_mnist_files(kind: type[MNIST] | type[FashionMNIST], tmp_path: Path) -> None:
+    write_mnist(tmp_path, kind.__name__)
+    data = ready(kind(root=str(tmp_path), batch_size=8, val_share=0.2))
+    images, classes = next(iter(data.test_dataloader()))
+    assert images.shape == (8, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert classes.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    raw = (tmp_path / kind.__name__ / "raw" / "t10k-images-idx3-ubyte").read_bytes()
+    pixels = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).reshape(20, 28, 28)[:8].copy())
+    assert torch.allclose((images[:, 0] * kind.std[0] + kind.mean[0]) * 255, pixels.float(), atol=1e-3)
+    assert (len(labels(data.train_dataloader())), len(labels(data.val_dataloader()))) == (24, 6)
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
+def test_cifar_files(kind: type[CIFAR10] | type[CIFAR100], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, int(kind.__name__[5:]))
+    data = ready(kind(root=str(tmp_path), batch_size=8))
+    images, classes = next(iter(data.test_dataloader()))
+    assert images.shape == (8, 3, 32, 32)
+    assert classes.tolist() == list(range(8))
+    name = "test_batch" if kind is CIFAR10 else "test"
+    content = pickle.loads(next(tmp_path.rglob(name)).read_bytes())
+    pixels = torch.from_numpy(content["data"][:8]).view(8, 3, 32, 32).float()
+    mean, std = (torch.tensor(fact).view(1, 3, 1, 1) for fact in (kind.mean, kind.std))
+    assert torch.allclose((images * std + mean) * 255, pixels, atol=1e-3)
+
+
+def test_root_comes_from_the_argument_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path / "argument", train=30)
+    write_mnist(tmp_path / "environment", train=50)
+    monkeypatch.setenv("LIGHTNING_PRUNE_DATA", str(tmp_path / "environment"))
+    assert len(labels(ready(MNIST()).train_dataloader())) == 45
+    assert len(labels(ready(MNIST(root=str(tmp_path / "argument"))).train_dataloader())) == 27
+
+
+def test_without_a_root_the_cache_is_downloaded_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    monkeypatch.delenv("LIGHTNING_PRUNE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    downloads = []
+
+    def download(self: Any) -> None:
+        downloads.append(self.root)
+        write_mnist(Path(self.root))
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    assert len(labels(ready(MNIST()).test_dataloader())) == 20
+    assert downloads == [str(tmp_path / "lightning_prune")]
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"MNIST: expected its files under .*LIGHTNING_PRUNE_DATA"):
+        ready(MNIST(root=str(tmp_path)))
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for position, name in enumerate(("daisy", "rose")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (24 + i, 20), (255 * position, 0, 0)).save(tmp_path / name / f"{i}.png")
+    data = ready(ImageFolder(str(tmp_path), size=16, batch_size=4, val_share=0.25))
+    seen = 0
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        for images, classes in loader:
+            assert images.shape[1:] == (3, 16, 16)
+            red = images[:, 0, 8, 8] * 0.229 + 0.485
+            assert torch.allclose(red, classes.float(), atol=1e-5)
+            seen += len(classes)
+    assert seen == 20
+    with pytest.raises(FileNotFoundError, match="expected a folder with one sub-folder of images per class"):
+        ready(ImageFolder(str(tmp_path / "nowhere")))
+
+
+class Seen(MLPClassifier.__base__):  # type: ignore[name-defined,misc]
+    """Notes the labels of every training batch by epoch."""
+
+    def __init__(self) -> None:
+        super().__init__((1,), 2000)
+        self.layer = torch.nn.Linear(1, 2000)
+        self.epochs: dict[int, list[int]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1) / 2000)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.epochs.setdefault(self.current_epoch, []).extend(batch[1].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_resumed_run_sees_the_same_batches(tmp_path: Path) -> None:
+    def fit(epochs: int, checkpoint: Path | None = None) -> tuple[Seen, Trainer]:
+        trainer = Trainer(
+            max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        model = Seen()
+        trainer.fit(model, Numbered(batch_size=8), ckpt_path=checkpoint)
+        return model, trainer
+
+    through, _ = fit(4)
+    _, trainer = fit(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(4, tmp_path / "half.ckpt")
+    assert resumed.epochs == {epoch: through.epochs[epoch] for epoch in (2, 3)}
+    assert len({tuple(order) for order in through.epochs.values()}) == 4

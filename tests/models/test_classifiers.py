@@ -1,0 +1,105 @@
+"""The seed's networks: their sizes, their metrics, and that they learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.models import CNNClassifier, MLPClassifier
+
+
+def weights(model: LightningModule) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+
+
+def test_mlp_is_the_seeds() -> None:
+    model = MLPClassifier()
+    assert weights(model) == [(50, 784), (30, 50), (10, 30)]
+    assert model(torch.randn(3, 1, 28, 28)).shape == (3, 10)
+    assert [type(layer) for layer in model.layers] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_cnn_is_the_seeds(batch_norm: bool) -> None:
+    model = CNNClassifier(classes=100, batch_norm=batch_norm)
+    assert weights(model) == [(16, 3, 3, 3), (32, 16, 3, 3), (256, 2048), (128, 256), (100, 128)]
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 2 * batch_norm
+    assert model(torch.randn(3, 3, 32, 32)).shape == (3, 100)
+
+
+@pytest.mark.parametrize("model", [MLPClassifier(), CNNClassifier(), CNNClassifier((1, 28, 28))], ids=str)
+def test_example_runs(model: LightningModule) -> None:
+    example = model.example_input_array
+    assert isinstance(example, Tensor)
+    assert len(model(example)) == len(example)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_optimizer_by_name(optimizer: str) -> None:
+    settings = {"momentum": 0.9} if optimizer == "sgd" else {}
+    made = MLPClassifier(optimizer=optimizer, lr=0.25, weight_decay=0.125, **settings).configure_optimizers()
+    assert type(made).__name__.lower() == optimizer
+    (group,) = made.param_groups
+    assert (group["lr"], group["weight_decay"], group.get("momentum", 0.0)) == (
+        0.25,
+        0.125,
+        settings.get("momentum", 0),
+    )
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="expected `sizes` from the input to the classes"):
+        MLPClassifier([10])
+    with pytest.raises(ValueError, match="divisible by 4"):
+        CNNClassifier((3, 30, 32))
+    with pytest.raises(ValueError, match="expected `momentum` with optimizer='sgd' only"):
+        MLPClassifier(optimizer="adam", momentum=0.9)
+
+
+def test_hyperparameters_are_plain() -> None:
+    """A checkpoint holds them, and must load with `weights_only=True`."""
+    assert dict(CNNClassifier(hidden=(20, 10), lr=0.5).hparams) == {
+        "input_shape": (3, 32, 32),
+        "classes": 10,
+        "channels": (16, 32),
+        "hidden": (20, 10),
+        "batch_norm": True,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+    }
+
+
+class Recorder(MLPClassifier.__base__):  # type: ignore[name-defined,misc]
+    """Answers the first input value as class, so that every metric is known."""
+
+    def __init__(self) -> None:
+        super().__init__((1,), 2, lr=0.0)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * torch.stack([1 - images[:, 0], images[:, 0]], 1)
+
+
+def test_metrics_are_means_over_the_epoch() -> None:
+    # Three batches of unequal size; 4 of 5 are right.
+    images = torch.tensor([[0.0], [1.0], [1.0], [0.0], [0.0]])
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    loader = DataLoader(TensorDataset(images, labels), batch_size=2)
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    model = Recorder()
+    trainer.fit(model, loader, loader)
+    right, wrong = torch.tensor([1.0, 0.0]).log_softmax(0).neg().tolist()
+    expected = (4 * right + wrong) / 5
+    for stage in ("train", "val"):
+        assert trainer.callback_metrics[f"{stage}_acc"] == pytest.approx(0.8)
+        assert trainer.callback_metrics[f"{stage}_loss"] == pytest.approx(expected)
+    (tested,) = trainer.test(model, loader, verbose=False)
+    assert tested == {"test_acc": pytest.approx(0.8), "test_loss": pytest.approx(expected)}
+    assert torch.cat(trainer.predict(model, loader)).tolist() == [0, 1, 1, 0, 0]

@@ -1,0 +1,171 @@
+"""The rules of the house, held over the syntax tree of every file: whoever breaks one hears of it here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_prune
+
+PACKAGE = Path(lightning_prune.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# In the order of the data: a room may import those before it.
+ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "cli"]
+WITH_LIGHTNING = {"callbacks", "study", "data", "models", "cli"}
+# Imported where they are used, because each one costs a second or may be missing.
+OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "ray", "safetensors", "sklearn", "torchvision", "wandb", "xgboost"}
+
+
+def name_of(module: Path) -> str:
+    return ".".join(("lightning_prune", *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names of every imported module, type checking blocks included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{package}: relative imports hide the room they come from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def at_import(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported; imports for type checkers do not."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def is_registered(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether a decorator such as ``@rule("cat")`` makes a function reachable without its name."""
+    return isinstance(node, ast.FunctionDef) and any(isinstance(mark, ast.Call) for mark in node.decorator_list)
+
+
+modules = pytest.mark.parametrize("module", MODULES, ids=[name_of(module) for module in MODULES])
+
+
+def test_every_room_is_known() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= {*ROOMS, *WITH_LIGHTNING}, "a new room needs its place in the direction of imports"
+
+
+@modules
+def test_imports_run_one_way(module: Path) -> None:
+    room = room_of(name_of(module))
+    later = set(ROOMS[ROOMS.index(room) + 1 :]) if room in ROOMS else {"cli"} if room else set()
+    wrong = [
+        name
+        for name in imports(ast.parse(module.read_text()), name_of(module))
+        if name.startswith("lightning_prune.") and room_of(name) in later
+    ]
+    assert not wrong, f"{room} comes before what it imports: {wrong}"
+
+
+@modules
+def test_only_the_upper_rooms_import_lightning(module: Path) -> None:
+    room = room_of(name_of(module))
+    wrong = [
+        name
+        for name in imports(ast.parse(module.read_text()), name_of(module))
+        if name.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric")
+    ]
+    assert room in WITH_LIGHTNING or not wrong or not room, f"imports {wrong}"
+
+
+@modules
+def test_optional_packages_are_imported_where_they_are_used(module: Path) -> None:
+    tree = ast.Module(list(at_import(ast.parse(module.read_text()))), [])
+    wrong = [name for name in imports(tree, name_of(module)) if name.split(".")[0] in OPTIONAL]
+    assert not wrong, f"at import: {wrong}"
+
+
+@modules
+def test_all_is_complete(module: Path) -> None:
+    """`__all__` holds every public class and function that the module defines, and all of it exists."""
+    loaded = importlib.import_module(name_of(module))
+    tree = ast.parse(module.read_text())
+    public = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not is_registered(node)
+    }
+    assert isinstance(getattr(loaded, "__all__", None), list), "no `__all__`"
+    assert len(set(loaded.__all__)) == len(loaded.__all__), "named twice"
+    assert public <= set(loaded.__all__), f"not in `__all__`: {sorted(public - set(loaded.__all__))}"
+    assert not [name for name in loaded.__all__ if not hasattr(loaded, name)], "names that do not exist"
+
+
+def test_a_room_exports_from_itself_only() -> None:
+    """A public name has one home."""
+    for room in ROOMS[:-1]:
+        loaded = importlib.import_module(f"lightning_prune.{room}")
+        homes = {
+            name: getattr(getattr(loaded, name), "__module__", f"lightning_prune.{room}") for name in loaded.__all__
+        }
+        strangers = {
+            name: home for name, home in homes.items() if home.startswith("lightning_prune.") and room_of(home) != room
+        }
+        assert not strangers, f"{room} exports what lives elsewhere: {strangers}"
+
+
+def test_public_names_agree() -> None:
+    """The names for type checkers, for `__getattr__` and for `import *` are the same."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    typed = {
+        alias.name: node.module
+        for block in blocks
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {name: f"lightning_prune.{room}" for name, room in lightning_prune._ROOM_OF.items()}
+    assert set(lightning_prune.__all__) == {"__version__", *typed}
+    for name in lightning_prune.__all__:
+        assert getattr(lightning_prune, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        lightning_prune.nonsense  # noqa: B018
+
+
+def test_every_public_name_is_in_the_documentation() -> None:
+    pages = "\n".join(page.read_text() for page in (PACKAGE.parent / "docs").glob("*.md"))
+    missing = [name for name in lightning_prune.__all__ if not re.search(rf"\b{re.escape(name)}\b", pages)]
+    assert not missing
+
+
+def test_import_is_light() -> None:
+    """The package alone loads neither Lightning nor torch; with its callbacks it loads nothing optional."""
+    heavy = sorted(OPTIONAL | {"lightning", "torch", "pandas"})
+    code = f"import sys, lightning_prune; print([name for name in {heavy} if name in sys.modules])"
+    assert _python(code) == "[]"
+    before = "import sys, lightning.pytorch; early = set(sys.modules); import lightning_prune.callbacks; "
+    code = before + f"print([name for name in {sorted(OPTIONAL)} if name in sys.modules and name not in early])"
+    assert _python(code) == "[]"
+
+
+def test_recipes_answer_without_lightning() -> None:
+    code = "import sys; from lightning_prune.cli import main; main(['recipes', 'list']); print('torch' in sys.modules)"
+    assert _python(code).endswith("False")
+
+
+def _python(code: str) -> str:
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.strip()
