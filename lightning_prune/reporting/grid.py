@@ -1,0 +1,123 @@
+"""One table, four renderings: terminal, text, Markdown, HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Group as RichGroup
+    from rich.table import Table
+
+__all__ = ["Grid", "as_rich", "as_text", "count", "kib", "number", "plural", "share"]
+
+#: What stands where a figure was not measured.
+MISSING = "–"
+
+_TEXT_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of words and figures.
+
+    Attributes:
+        title: What it shows.
+        columns: Head of every column.
+        rows: Cells as text, as many per row as there are columns.
+        words: Number of leading columns that hold words, aligned left; all others hold figures, aligned right.
+        note: Legend below the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+    note: str = ""
+
+    def rich(self) -> Table:
+        """The table for a terminal, without its note: `as_rich` adds it in the full width."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="left" if i < self.words else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown, under its title."""
+        rule = ("---" if i < self.words else "---:" for i in range(len(self.columns)))
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self._lines(tuple(rule))]
+        return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])])
+
+    def html(self) -> str:
+        """The table for a notebook."""
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            align = ("left" if i < self.words else "right" for i in range(len(cells)))
+            parts = (f'<{tag} style="text-align:{a}">{escape(c)}</{tag}>' for c, a in zip(cells, align, strict=True))
+            return f"<tr>{''.join(parts)}</tr>"
+
+        body = "".join(line(row, "td") for row in self.rows)
+        note = f"<p><small>{escape(self.note)}</small></p>" if self.note else ""
+        head = f"<caption><b>{escape(self.title)}</b></caption><thead>{line(self.columns, 'th')}</thead>"
+        return f"<table>{head}<tbody>{body}</tbody></table>{note}"
+
+    def _lines(self, rule: tuple[str, ...]) -> list[tuple[str, ...]]:
+        return [self.columns, rule, *self.rows]
+
+
+def as_rich(grids: Sequence[Grid]) -> RichGroup:
+    """Tables with their notes for a terminal, an empty line between two."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*(part for grid in grids for part in (grid.rich(), Text(grid.note, style="dim"), "")))
+
+
+def as_text(grids: Sequence[Grid]) -> str:
+    """Tables as plain text, for `print` and log files."""
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=_TEXT_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(as_rich(grids))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip()
+
+
+def count(value: float) -> str:
+    """A count: whole up to six digits, then 1.23 M, 4.56 G."""
+    if abs(value) < 1e6:
+        return f"{value:,.0f}"
+    scale, prefix = (1e6, "M") if abs(value) < 1e9 else (1e9, "G") if abs(value) < 1e12 else (1e12, "T")
+    return f"{value / scale:.3g} {prefix}"
+
+
+def plural(n: int, noun: str) -> str:
+    """``1 cut``, ``2 cuts``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def kib(size: int | None) -> str:
+    """Bytes as KiB (1024 bytes)."""
+    return MISSING if size is None else f"{size / 1024:,.1f}"
+
+
+def number(value: float | None) -> str:
+    """A measured figure, four digits."""
+    return MISSING if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """A part in per cent of the whole."""
+    if part is None or not whole or math.isnan(part) or math.isnan(whole):
+        return MISSING
+    return f"{100 * part / whole:.1f} %"

@@ -1,0 +1,107 @@
+"""What can be pruned in a network, and what cannot and why: shown before anything is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_prune.reporting.grid import Grid, as_rich, as_text, count, share
+from lightning_prune.structure.graph import Structure
+
+if TYPE_CHECKING:
+    from rich.console import Group as RichGroup
+
+__all__ = ["Inspection"]
+
+# Long residual stages couple dozens of layers; the first ones tell which stage it is.
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A structure that can be looked at: printed, in a terminal or in a notebook.
+
+    Attributes:
+        structure: Groups and frozen axes of the network.
+    """
+
+    structure: Structure
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return self.structure.cost.params(self.structure.widths)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample's forward pass (1 MAC = 2 FLOPs)."""
+        return self.structure.cost.macs(self.structure.widths)
+
+    @property
+    def units(self) -> int:
+        """Units that could be removed."""
+        return sum(self.structure.widths.values())
+
+    @property
+    def reachable(self) -> float:
+        """Share of the parameters that lie on at least one prunable axis, in [0, 1]."""
+        fixed = self.structure.cost.params(dict.fromkeys(self.structure.widths, 0))
+        return 1 - fixed / self.params if self.params else 0.0
+
+    @property
+    def summary(self) -> str:
+        """The totals in one line."""
+        return (
+            f"{count(self.params)} parameters, {count(self.macs)} MACs per sample (1 MAC = 2 FLOPs). "
+            f"{count(self.units)} units in {len(self.structure.groups)} groups can be pruned; "
+            f"{100 * self.reachable:.1f} % of the parameters lie on them."
+        )
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The tables: what can be pruned, what cannot and why, remarks."""
+        return (self._groups(), *(grid for grid in (self._frozen(), self._notes()) if grid.rows))
+
+    def _groups(self) -> Grid:
+        widths, cost = self.structure.widths, self.structure.cost
+        rows = []
+        for group in self.structure.groups:
+            held = self.params - cost.params(widths | {group.name: 0})
+            producers = [name for name in group.producers if name != group.name]
+            rows.append(
+                (
+                    group.name,
+                    _names(producers),
+                    _names(group.consumers),
+                    count(group.width),
+                    count(held),
+                    share(held, self.params),
+                )
+            )
+        columns = ("group", "coupled with", "goes into", "units", "parameters", "of all")
+        note = f"{self.summary} A weight between two groups is counted for both." if rows else self.summary
+        return Grid("What can be pruned", columns, tuple(rows), words=3, note=note)
+
+    def _frozen(self) -> Grid:
+        entries: dict[tuple[str, str], list[int]] = {}
+        for axis in self.structure.frozen:
+            entries.setdefault((axis.layer, axis.reason), []).append(axis.width)
+        rows = ((layer, why, ", ".join(map(str, widths))) for (layer, why), widths in entries.items())
+        return Grid("What stays as it is", ("layer", "because", "width"), tuple(rows), words=2)
+
+    def _notes(self) -> Grid:
+        return Grid("Remarks", ("",), tuple((note,) for note in self.structure.notes))
+
+    def __str__(self) -> str:
+        return as_text(self.grids())
+
+    def __rich__(self) -> RichGroup:
+        return as_rich(self.grids())
+
+    def _repr_html_(self) -> str:
+        return "".join(grid.html() for grid in self.grids())
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" +{len(names) - _NAMES_SHOWN}" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -1,0 +1,116 @@
+"""What a network costs on this machine: bytes on disk and milliseconds."""
+
+from __future__ import annotations
+
+import io
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_prune.structure import Call
+
+__all__ = ["latency", "size_on_disk", "versions"]
+
+_PACKAGES = ("lightning-prune", "lightning", "torch", "torchmetrics", "numpy")
+
+
+def size_on_disk(model: nn.Module) -> int:
+    """Bytes of the file that ``torch.save(model.state_dict(), ...)`` would write; nothing is stored."""
+    counter = _Counter()
+    torch.save(model.state_dict(), cast(IO[bytes], counter))
+    return counter.size
+
+
+def latency(
+    model: nn.Module, call: Call, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2
+) -> dict[int, float]:
+    """Median milliseconds of a forward pass in eval mode without gradients, on the model's device.
+
+    The first sample of the call is repeated to each batch size. Modes of the modules and the random state are put back.
+
+    Args:
+        model: Network to time.
+        call: How it is run; mode and method of the call are not used.
+        batch_sizes: Samples per pass.
+        seconds: Time to spend per batch size; a pass that takes longer is timed once, after one to warm up.
+
+    Returns:
+        Milliseconds per pass by batch size; NaN where the device's memory does not suffice.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    threads = torch.get_num_threads()
+    medians: dict[int, float] = {}
+    with _eval(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        for batch_size in batch_sizes:
+            args, kwargs = (_resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
+            try:
+                medians[batch_size] = 1e3 * _median_seconds(partial(model, *args, **kwargs), threads, seconds)
+            except torch.cuda.OutOfMemoryError:
+                medians[batch_size] = math.nan
+    return medians
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's figures depend on, as far as it is installed."""
+    installed = {
+        name: version for name in _PACKAGES for version in {dist.version for dist in metadata.distributions(name=name)}
+    }
+    return {"python": platform.python_version(), **installed}
+
+
+class _Counter(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        written = memoryview(data).nbytes
+        self.size += written
+        return written
+
+
+def _median_seconds(run: Callable[[], Any], threads: int, seconds: float) -> float:
+    from torch.utils.benchmark import Timer, timer  # the import looks for a CUDA compiler, and says so
+
+    run()  # the first pass allocates memory and chooses algorithms
+    start = timer()  # waits for the device
+    run()
+    once = float(timer() - start)
+    if once > seconds:
+        return once
+    measured = Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=seconds)
+    return float(measured.median)
+
+
+def _resize(tree: Any, call: Call, batch_size: int) -> Any:
+    """The tree with every tensor that has the call's batch dimension repeated from its first sample."""
+    tensors = [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
+    samples = len(tensors[0]) if tensors else 0
+
+    def resize(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples:
+            return leaf[:1].expand(batch_size, *leaf.shape[1:]).contiguous()
+        return leaf
+
+    return tree_map(resize, tree)
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,167 @@
+"""The picture of a run: metric and size over time with the cuts marked, and the width of every layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_prune.extras import require
+from lightning_prune.reporting.grid import count, number, plural
+from lightning_prune.reporting.report import Report, family
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["report_figure"]
+
+FloatArray = npt.NDArray[np.float64]
+
+# Okabe & Ito's palette: told apart with every common colour blindness, and by lightness in print.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+
+# Above this many layers their names would overlap; their place in the order of execution stands instead.
+_MOST_NAMES = 70
+
+# Characters that fit side by side below the widths.
+_LINE = 110
+
+# Two layers alone would make bars as wide as walls.
+_FEWEST_SLOTS = 4
+
+
+def report_figure(report: Report) -> Figure:
+    """Three panels: the main metric over the run, parameters and MACs that are left, widths before and after.
+
+    Needs the extra ``plot``; no global state of matplotlib is touched. Save it with ``figure.savefig("report.png")``.
+
+    Args:
+        report: What was collected; anything missing leaves its panel with a note.
+    """
+    layers = len(report.dense.widths) if report.dense else 0
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(
+        figsize=(min(16.0, max(10.0, 0.22 * layers + 3)), 7.5), dpi=150
+    )
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
+    grid = figure.add_gridspec(2, 2)
+    clock = _Clock(report)
+    _metric_panel(figure.add_subplot(grid[0, 0]), report, clock)
+    _size_panel(figure.add_subplot(grid[0, 1]), report, clock)
+    _width_panel(figure.add_subplot(grid[1, :]), report)
+    figure.suptitle(_headline(report), fontsize="large")
+    return figure
+
+
+class _Clock:
+    """Where optimizer steps lie on the time axis: in epochs trained, or in steps where there was one epoch at most."""
+
+    def __init__(self, report: Report) -> None:
+        # Metrics of an epoch arrive at its end; the last step seen in it is that end.
+        ends = {row.epoch: row.step for row in report.history}
+        self.in_epochs = len(ends) > 1
+        self.label = "epochs trained" if self.in_epochs else "optimizer steps trained"
+        self._steps = [0, *ends.values()]
+        self._epochs = [0, *(epoch + 1 for epoch in ends)]
+        last = max([0, *ends.values(), *(cut.step for cut in report.cuts)])
+        self.end = float(self.at([last])[0]) or 1.0
+
+    def at(self, steps: list[int]) -> FloatArray:
+        """Positions of steps on the axis."""
+        if not self.in_epochs:
+            return np.asarray(steps, dtype=np.float64)
+        return np.interp(steps, self._steps, self._epochs)
+
+
+def _metric_panel(axes: Axes, report: Report, clock: _Clock) -> None:
+    main = report.main_metric
+    _frame(axes, clock, report, main or "metric")
+    if main is None:
+        _note(axes, "no accuracy or loss was logged" if report.metric is None else f"{report.metric} was not logged")
+        return
+    relatives = list(dict.fromkeys(n for row in report.history for n in row.metrics if family(n) == family(main)))
+    shown = [main, *(name for name in relatives if name != main and not name.endswith("_step"))]
+    styles = [(_BLUE, "-", 2.0), (_ORANGE, "--", 1.5), (_GREEN, "-.", 1.5), (_PURPLE, ":", 1.5)]
+    for name, (colour, line, width) in zip(shown, styles, strict=False):
+        steps, values = zip(*report.values(name), strict=True)
+        marker: dict[str, Any] = {"marker": "o", "ms": 3.5} if len(steps) <= 40 else {}
+        axes.plot(clock.at(list(steps)), values, line, color=colour, lw=width, label=name, **marker)
+    _legend(axes)
+
+
+def _size_panel(axes: Axes, report: Report, clock: _Clock) -> None:
+    _frame(axes, clock, report, "left of the dense network (%)")
+    axes.set_ylim(0, 106)
+    if report.dense is None:
+        _note(axes, "no size was recorded")
+        return
+    x = np.append(np.insert(clock.at([cut.step for cut in report.cuts]), 0, 0), clock.end)
+    lines = (("params", "parameters", _BLUE, "-", 2.4), ("macs", "MACs", _ORANGE, "--", 1.8))
+    for quantity, word, colour, line, width in lines:
+        sizes = [getattr(size, quantity) for size in (report.dense, *report.cuts)]
+        left = [100 * size / (sizes[0] or 1) for size in (*sizes, sizes[-1])]
+        label = f"{word}: {count(sizes[0])} → {count(sizes[-1])}"
+        axes.step(x, left, line, where="post", color=colour, lw=width, label=label)
+    _legend(axes)
+
+
+def _width_panel(axes: Axes, report: Report) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    dense = dict(report.dense.widths) if report.dense else {}
+    if not dense:
+        _note(axes, "no widths were recorded")
+        return
+    now, x = report.widths, np.arange(len(dense))
+    axes.bar(x, list(dense.values()), 0.8, color="#DDDDDD", edgecolor=_GREY, lw=0.6, label="dense")
+    axes.bar(x, [now[name] for name in dense], 0.8, color=_BLUE, label="pruned")
+    slots, few = max(len(dense), _FEWEST_SLOTS), len(dense) <= 16
+    middle = (len(dense) - 1) / 2
+    axes.set(ylabel="units", xlim=(middle - slots / 2 - 0.2, middle + slots / 2 + 0.2))
+    axes.set_ylim(0, 1.1 * max(dense.values()))
+    if few:
+        for i, (name, old) in enumerate(dense.items()):
+            text = f"{old} → {now[name]}" if now[name] != old else f"{old}"
+            axes.annotate(text, (i, old), xytext=(0, 3), textcoords="offset points", ha="center", fontsize="small")
+    if len(dense) <= _MOST_NAMES:
+        turned = slots * max(map(len, dense)) > _LINE
+        axes.set_xticks(x, list(dense), rotation=90 if turned else 0, fontsize=9 if few else 7)
+        axes.set_xlabel("group of layers")
+    else:
+        axes.set_xlabel("group of layers, in the order of execution")
+    _legend(axes)
+
+
+def _frame(axes: Axes, clock: _Clock, report: Report, label: str) -> None:
+    marks = ", cuts dashed" if report.cuts else ""
+    axes.set(xlabel=f"{clock.label}{marks}", ylabel=label, xlim=(0, clock.end * 1.02))
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    cuts = clock.at([cut.step for cut in report.cuts])
+    # Two hundred cuts must not bury the curve.
+    alpha = 0.9 if len(cuts) <= 15 else 0.35
+    for x in cuts:
+        axes.axvline(x, color=_GREY, lw=0.8, ls=(0, (4, 3)), alpha=alpha, zorder=0)
+
+
+def _legend(axes: Axes) -> None:
+    # Above the panel, where no curve can be, however many cuts and layers there are.
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 3}
+    axes.legend(fontsize="small", frameon=False, columnspacing=1.2, handlelength=1.6, **place)
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+
+
+def _headline(report: Report) -> str:
+    dense, now = report.dense, report.size
+    if dense is None or now is None:
+        return "Pruning report"
+    parts = [
+        f"{100 * now.params / (dense.params or 1):.1f} % of the parameters left after {plural(len(report.cuts), 'cut')}"
+    ]
+    before, _, last = report.outcome
+    if report.main_metric and last is not None:
+        parts.append(f"{report.main_metric} {number(before)} → {number(last)}")
+    return "   ·   ".join(parts)

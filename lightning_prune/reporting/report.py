@@ -1,0 +1,352 @@
+"""What was won and lost: collects plain values during a run and shows them afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+
+if TYPE_CHECKING:
+    from rich.console import Group as RichGroup
+
+__all__ = ["Cut", "Measurement", "Report", "Size", "plain"]
+
+# Form of `Report.to_plain`; a reader of old checkpoints needs it.
+_FORMAT = 1
+
+# Words in a metric's name that say on which data it was measured, or how it was averaged, but not what it is.
+_DATA_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "epoch"})
+
+# A metric with one of these words is better when it is lower.
+_LOWER_IS_BETTER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "nll", "bce", "kld")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network costs.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-accumulates of one sample's forward pass (1 MAC = 2 FLOPs).
+        widths: Units per group.
+        bytes: Size of the saved ``state_dict``.
+        latency: Milliseconds per forward pass by batch size.
+    """
+
+    params: int
+    macs: int
+    widths: Mapping[str, int] = field(default_factory=dict)
+    bytes: int | None = None
+    latency: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut, as it was made.
+
+    Attributes:
+        index: Number of the cut, from 0.
+        epoch: Epochs that had been trained.
+        step: Optimizer steps that had been trained.
+        before: Units before the cut, of the groups that changed.
+        after: Units after it, of the same groups.
+        params: Parameters after the cut.
+        macs: MACs of one sample after the cut.
+        seconds: Time the cut took.
+    """
+
+    index: int
+    epoch: int
+    step: int
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    params: int
+    macs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Metrics as they stood after ``step`` optimizer steps, in the epoch that Lightning numbers ``epoch``."""
+
+    epoch: int
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass
+class Report:
+    """Everything that a run tells about its pruning.
+
+    Attributes:
+        dense: The network before the first cut.
+        final: The network at the end.
+        cuts: Cuts in order.
+        history: Metrics in order of their steps.
+        config: The recipe, in plain values.
+        versions: Versions of the packages, see `versions`.
+        seed: Seed of the run.
+        metric: Name of the metric that counts; by default the first accuracy that was logged, else the first loss,
+            those of the validation before those of the training.
+    """
+
+    dense: Size | None = None
+    final: Size | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    history: list[Measurement] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    metric: str | None = None
+
+    # collecting
+
+    def log(self, epoch: int, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add metrics; those of a known step join it (validation comes first, the end of the training's epoch later).
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Optimizer steps trained so far.
+            metrics: Numbers by name, as in ``trainer.callback_metrics``.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        if self.history and self.history[-1].step == step:
+            last = self.history.pop()
+            values = {**last.metrics, **values}
+        self.history.append(Measurement(epoch, step, values))
+
+    # reading
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units per group as they are after the last cut."""
+        widths = dict(self.dense.widths) if self.dense else {}
+        for cut in self.cuts:
+            widths.update(cut.after)
+        return widths
+
+    @property
+    def size(self) -> Size | None:
+        """The network as it is now: at the end, after the last cut, or dense."""
+        if self.final or not self.cuts:
+            return self.final or self.dense
+        return Size(self.cuts[-1].params, self.cuts[-1].macs, self.widths)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the units that is removed, in [0, 1)."""
+        dense = sum(self.dense.widths.values()) if self.dense else 0
+        return 1 - sum(self.widths.values()) / dense if dense else 0.0
+
+    @property
+    def main_metric(self) -> str | None:
+        """Name of the metric that counts, ``None`` if nothing suitable was logged."""
+        names = list(dict.fromkeys(name for row in self.history for name in row.metrics))
+        if self.metric is not None:
+            return self.metric if self.metric in names else None
+        candidates = [name for name in names if not name.endswith("_step") and _kind(name) is not None]
+        return min(candidates, key=lambda name: (_kind(name), _is_training(name)), default=None)
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether more or less of the main metric is better, by its name."""
+        words = _words(self.main_metric or "")
+        return "min" if any(word in _LOWER_IS_BETTER for word in words) else "max"
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """Every value of a metric with its step."""
+        return [(row.step, row.metrics[name]) for row in self.history if name in row.metrics]
+
+    def between(self, first: int, last: float) -> list[float]:
+        """Values of the main metric that were measured after step ``first`` and not after step ``last``."""
+        return [value for step, value in self.values(self.main_metric or "") if first < step <= last]
+
+    def around(self, cut: Cut) -> tuple[float | None, float | None, float | None]:
+        """The main metric: last before a cut, first measured after it, last before the next cut (or the end)."""
+        following = [other.step for other in self.cuts if other.index > cut.index]
+        before = self.between(-1, cut.step)
+        after = self.between(cut.step, following[0] if following else math.inf)
+        return before[-1] if before else None, after[0] if after else None, after[-1] if after else None
+
+    @property
+    def outcome(self) -> tuple[float | None, float | None, float | None]:
+        """The main metric before the first cut, best at the final size, and at the very end."""
+        before = self.between(-1, self.cuts[0].step if self.cuts else math.inf)
+        after = self.between(self.cuts[-1].step if self.cuts else -1, math.inf)
+        real = [value for value in after if not math.isnan(value)]
+        best = (max(real) if self.mode == "max" else min(real)) if real else None
+        return before[-1] if before else None, best, after[-1] if after else None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end."""
+        size = self.size
+        if size is None:
+            return {}
+        numbers = {"pruning/params": float(size.params), "pruning/macs": float(size.macs), "pruning/ratio": self.ratio}
+        numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+        if size.bytes is not None:
+            numbers["pruning/bytes"] = float(size.bytes)
+        return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}
+
+    # storing
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, numbers and strings only, as checkpoints take them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        result: dict[str, Any] = plain({"format": _FORMAT} | values)
+        return result
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> Report:
+        """The report that `to_plain` wrote.
+
+        Raises:
+            ValueError: If a newer version of this package wrote it.
+        """
+        if stored["format"] > _FORMAT:
+            raise ValueError(
+                f"expected a report of format {_FORMAT} or older, got {stored['format']}. A newer "
+                f"lightning-prune wrote it: update this one."
+            )
+        values = {f.name: stored[f.name] for f in fields(cls)}
+        values["dense"], values["final"] = (_size(stored[name]) for name in ("dense", "final"))
+        values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
+        values["history"] = [Measurement(**row) for row in stored["history"]]
+        return cls(**values)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything, and `metrics` as ``summary``; what is not a number becomes null."""
+        content = _without_nan({**self.to_plain(), "summary": plain(self.metrics())})
+        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    # showing
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The tables: what was won and lost, the cuts, the widths."""
+        grids = [self._summary(), self._cuts(), self._widths()]
+        return tuple(grid for grid in grids if grid.rows)
+
+    def table(self) -> RichGroup:
+        """The tables for a terminal."""
+        return as_rich(self.grids())
+
+    def to_markdown(self, picture: str | None = None) -> str:
+        """The report as a page.
+
+        Args:
+            picture: Address of the figure, relative to the page.
+        """
+        parts = ["# Pruning report", *([f"![metrics, size and widths]({picture})"] if picture else [])]
+        parts += [grid.markdown() for grid in self.grids()]
+        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        seed = f"Seed {self.seed}. " if self.seed is not None else ""
+        if made_with or seed:
+            parts.append(f"{seed}{made_with}")
+        if self.config:
+            parts.append(f"```json\n{json.dumps(_without_nan(plain(self.config)), indent=2)}\n```")
+        return "\n\n".join(parts) + "\n"
+
+    def __str__(self) -> str:
+        return as_text(self.grids()) or "nothing recorded"
+
+    def __rich__(self) -> RichGroup:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return "".join(grid.html() for grid in self.grids())
+
+    def _summary(self) -> Grid:
+        dense, now = self.dense, self.size
+        if dense is None or now is None:
+            return Grid("", (), ())
+        rows = [
+            ("parameters", count(dense.params), count(now.params), share(now.params, dense.params)),
+            ("MACs per sample", count(dense.macs), count(now.macs), share(now.macs, dense.macs)),
+            ("size on disk, KiB", kib(dense.bytes), kib(now.bytes), share(now.bytes, dense.bytes)),
+        ]
+        for batch in dense.latency:
+            old, new = dense.latency[batch], now.latency.get(batch)
+            rows.append((f"latency at batch {batch}, ms", number(old), number(new), share(new, old)))
+        before, best, last = self.outcome
+        if self.main_metric:
+            rows.append(
+                (f"{self.main_metric}, before the first cut and at the end", number(before), number(last), MISSING)
+            )
+            rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
+        units = f"{100 * self.ratio:.1f} % of the units are gone, in {plural(len(self.cuts), 'cut')}. 1 MAC = 2 FLOPs."
+        return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=units)
+
+    def _cuts(self) -> Grid:
+        metric = self.main_metric
+        columns: tuple[str, ...] = ("cut", "after epoch", "step", "units", "parameters", "MACs", "seconds")
+        rows = []
+        for cut in self.cuts:
+            units = f"{sum(cut.before.values()):,} → {sum(cut.after.values()):,}"
+            cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", units, count(cut.params), count(cut.macs))
+            measured = tuple(number(value) for value in self.around(cut)) if metric else ()
+            rows.append((*cells, f"{cut.seconds:.3g}", *measured))
+        note = "Units are those of the groups that a cut changes."
+        if metric:
+            columns = (*columns, "before", "after", "recovered")
+            note += f" {metric}: last before the cut, first measured after it, last before the next cut or the end."
+        return Grid("Cuts", columns, tuple(rows), words=0, note=note)
+
+    def _widths(self) -> Grid:
+        dense, now = self.dense.widths if self.dense else {}, self.widths
+        rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
+        return Grid("Widths", ("group", "dense", "pruned", "left"), rows)
+
+
+def plain(value: Any) -> Any:
+    """A value in dicts with string keys, lists, numbers, strings, bools and ``None``; anything else as its ``repr``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def family(name: str) -> tuple[str, ...]:
+    """What a metric is, without the data it was measured on: the same for ``val_acc`` and ``train_acc_epoch``."""
+    return tuple(word for word in _words(name) if word not in _DATA_WORDS)
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in name.lower().replace("/", "_").replace(".", "_").replace("-", "_").split("_") if word]
+
+
+def _kind(name: str) -> int | None:
+    """0 for an accuracy, 1 for a loss, ``None`` for anything else."""
+    lowered = name.lower()
+    return 0 if "acc" in lowered else 1 if "loss" in lowered else None
+
+
+def _is_training(name: str) -> bool:
+    return bool({"train", "training"} & set(_words(name)))
+
+
+def _size(stored: Mapping[str, Any] | None) -> Size | None:
+    if stored is None:
+        return None
+    return Size(**{**stored, "latency": {int(batch): ms for batch, ms in stored["latency"].items()}})
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity as ``None``: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""Bytes and milliseconds."""
+
+import math
+import platform
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.reporting.measure import latency, size_on_disk, versions
+from lightning_prune.structure import Call
+
+
+class Spy(nn.Module):
+    """Notes how it is called, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.dropout = nn.Dropout()
+        self.seen = []
+
+    def forward(self, x, scale, mask=None):
+        assert not torch.is_grad_enabled()
+        self.seen.append((tuple(x.shape), tuple(scale.shape), tuple(mask.shape), self.training, self.dropout.training))
+        return self.dropout(self.layer(x)) + torch.rand(())
+
+
+def call():
+    return Call((torch.randn(2, 4), torch.ones(3)), {"mask": torch.ones(2, 1)}, training=True)
+
+
+def test_size_on_disk_is_that_of_the_file(tmp_path):
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    file = (tmp_path / "weights.pt").stat().st_size
+    # the name of the file is part of the archive, once per entry
+    assert abs(size_on_disk(model) - file) < 1024
+    assert size_on_disk(nn.Linear(400, 300)) > 4 * 400 * 300
+
+
+def test_latency_resizes_the_batch_and_leaves_no_trace():
+    model = Spy()
+    model.dropout.eval()
+    example = call()
+    state = torch.get_rng_state()
+    medians = latency(model, example, (1, 5), seconds=0.01)
+    assert list(medians) == [1, 5]
+    assert all(0 < ms < 1000 for ms in medians.values())
+    assert {seen[:3] for seen in model.seen} == {((n, 4), (3,), (n, 1)) for n in (1, 5)}
+    assert not any(training for seen in model.seen for training in seen[3:])
+    assert model.training
+    assert not model.dropout.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latency_is_that_of_the_forward_pass():
+    class Slow(nn.Module):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            time.sleep(0.05)
+            return x
+
+    model = Slow()
+    assert latency(model, Call((torch.ones(1, 2),)), (1,), seconds=0.01)[1] == pytest.approx(50, abs=25)
+    assert model.passes == 2  # one to warm up, one to time
+
+
+def test_modes_are_put_back_after_an_error():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    model = Broken()
+    with pytest.raises(RuntimeError, match="no"):
+        latency(model, Call((torch.ones(1, 2),)))
+    assert model.training
+
+
+def test_too_large_a_batch_is_no_number():
+    class Large(nn.Module):
+        def forward(self, x):
+            if len(x) > 1:
+                raise torch.cuda.OutOfMemoryError("no memory")
+            return x
+
+    medians = latency(Large(), Call((torch.ones(1, 2),)), (1, 64), seconds=0.001)
+    assert medians[1] > 0
+    assert math.isnan(medians[64])
+
+
+def test_versions():
+    found = versions()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__

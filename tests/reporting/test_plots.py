@@ -1,0 +1,96 @@
+"""The picture of a run."""
+
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lightning_prune.reporting import Cut, Report, Size
+from lightning_prune.reporting.plots import _Clock
+
+pytest.importorskip("matplotlib")
+from lightning_prune.reporting import report_figure
+
+
+def draw(report):
+    """Axes of the figure, after it was drawn for real."""
+    figure = report_figure(report)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=40)
+    assert file.getvalue().startswith(b"\x89PNG")
+    return figure.axes
+
+
+def cut_lines(axes):
+    return [line.get_xdata()[0] for line in axes.lines if list(line.get_ydata()) == [0, 1]]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 50, 120])
+def test_any_number_of_layers(make_report, layers):
+    report = make_report(layers)
+    _, _, widths = draw(report)
+    dense, pruned = widths.containers
+    assert [bar.get_height() for bar in dense] == list(report.dense.widths.values())
+    assert [bar.get_height() for bar in pruned] == list(report.widths.values())
+
+
+def test_metrics_and_sizes_over_epochs_with_the_cuts(make_report):
+    report = make_report()
+    metric, size, _ = draw(report)
+    assert cut_lines(metric) == cut_lines(size) == [2, 4]
+    curves = {line.get_label(): line for line in metric.lines}
+    assert list(curves["val_acc"].get_xdata()) == [1, 2, 3, 4, 5, 6]
+    assert list(curves["val_acc"].get_ydata()) == [0.6, 0.7, 0.5, 0.6, 0.4, 0.5]
+    assert "train_acc" in curves
+    assert "val_loss" not in curves
+    assert "train_acc_step" not in curves
+    params = next(line for line in size.lines if line.get_label().startswith("parameters: 1,000 → 640"))
+    np.testing.assert_allclose(params.get_xdata(), [0, 2, 4, 6])
+    np.testing.assert_allclose(params.get_ydata(), [100, 80, 64, 64])
+    assert metric.get_xlabel() == "epochs trained, cuts dashed"
+
+
+def test_no_cuts(make_report):
+    metric, size, _ = draw(make_report(cut_epochs=()))
+    assert cut_lines(metric) == []
+    assert all(set(line.get_ydata()) == {100} for line in size.lines)
+
+
+def test_one_epoch_is_drawn_in_steps(make_report):
+    report = make_report(epochs=1, cut_epochs=())
+    report.cuts.append(Cut(0, 0, 4, {"net.0": 20}, {"net.0": 10}, 500, 2500, 0.1))
+    metric, size, _ = draw(report)
+    assert metric.get_xlabel() == "optimizer steps trained, cuts dashed"
+    assert cut_lines(size) == [4]
+
+
+def test_cuts_inside_an_epoch_lie_inside_it(make_report):
+    clock = _Clock(make_report())
+    np.testing.assert_allclose(clock.at([0, 5, 10, 25, 60]), [0, 0.5, 1, 2.5, 6])
+
+
+def test_two_hundred_cuts(make_report):
+    draw(make_report(layers=3, epochs=202, cut_epochs=range(1, 201)))
+
+
+def test_missing_things_leave_a_note(make_report):
+    texts = [axes.texts[0].get_text() for axes in draw(Report())]
+    assert texts == ["no accuracy or loss was logged", "no size was recorded", "no widths were recorded"]
+    report = Report(Size(100, 200), metric="val_iou")
+    assert draw(report)[0].texts[0].get_text() == "val_iou was not logged"
+    broken = make_report()
+    broken.log(9, 99, {"val_acc": math.nan, "train_acc": math.inf})
+    draw(broken)
+
+
+def test_no_global_state_of_matplotlib():
+    code = (
+        "import sys; from lightning_prune.reporting import Report, report_figure; "
+        "assert 'matplotlib' not in sys.modules; report_figure(Report()).savefig(sys.stdout.buffer); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,0 +1,195 @@
+"""What a run tells about its pruning."""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_prune.reporting import Measurement, Report, Size, plain
+
+
+def test_metrics_of_one_step_are_one_measurement():
+    report = Report()
+    report.log(0, 10, {"val_acc": torch.tensor(0.5)})
+    report.log(0, 10, {"train_loss": 1.5, "val_acc": 0.6})
+    report.log(1, 20, {"val_acc": 0.7})
+    assert report.history == [
+        Measurement(0, 10, {"val_acc": 0.6, "train_loss": 1.5}),
+        Measurement(1, 20, {"val_acc": 0.7}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "mode"),
+    [
+        (["lr", "train_loss", "train_acc", "val_loss", "val_acc"], "val_acc", "max"),
+        (["train_loss", "train_Accuracy", "val_loss"], "train_Accuracy", "max"),
+        (["train_loss", "val/loss"], "val/loss", "min"),
+        (["train_acc_step", "train_acc_epoch"], "train_acc_epoch", "max"),
+        (["loss_bce"], "loss_bce", "min"),
+        (["lr", "perplexity"], None, "max"),
+        ([], None, "max"),
+    ],
+)
+def test_the_metric_that_counts(names, expected, mode):
+    report = Report()
+    report.log(0, 1, dict.fromkeys(names, 1.0))
+    assert report.main_metric == expected
+    assert report.mode == mode
+
+
+def test_the_metric_can_be_named():
+    report = Report(metric="perplexity")
+    report.log(0, 1, {"val_acc": 0.5})
+    assert report.main_metric is None
+    report.log(0, 1, {"perplexity": 30.0})
+    assert report.main_metric == "perplexity"
+    assert report.mode == "min"
+
+
+def test_metric_before_a_cut_after_it_and_recovered(make_report):
+    report = make_report()  # accuracies .6 .7 | .5 .6 | .4 .5
+    assert report.around(report.cuts[0]) == (0.7, 0.5, 0.6)
+    assert report.around(report.cuts[1]) == (0.6, 0.4, 0.5)
+    assert report.outcome == (0.7, 0.5, 0.5)
+
+
+def test_best_at_the_final_size_counts_only_the_final_size():
+    report = Report()
+    for step, loss in enumerate([9.0, 3.0, math.nan, 5.0]):
+        report.log(step, step, {"val_loss": loss})
+    assert report.outcome == (5.0, 3.0, 5.0)
+    assert Report().outcome == (None, None, None)
+
+
+def test_a_cut_that_was_never_measured(make_report):
+    report = make_report(epochs=5, cut_epochs=(1, 2))
+    first, last = report.cuts
+    report.history = [row for row in report.history if row.step not in (20, 50, 40, 30)]
+    assert report.around(first) == (0.6, None, None)
+    assert report.around(last) == (0.6, None, None)
+    assert "–" in str(report)
+
+
+def test_size_now(make_report):
+    report = make_report(cut_epochs=())
+    assert report.size is report.dense
+    assert report.ratio == 0
+    report = make_report()
+    assert report.widths == {"net.0": 16, "net.1": 24}
+    assert report.size == Size(640, 3200, {"net.0": 16, "net.1": 24})
+    assert report.ratio == pytest.approx(0.2)
+    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25})
+    assert report.size is report.final
+    assert report.metrics() == {
+        "pruning/params": 640,
+        "pruning/macs": 3200,
+        "pruning/ratio": pytest.approx(0.2),
+        "pruning/width/net.0": 16,
+        "pruning/width/net.1": 24,
+        "pruning/bytes": 4096,
+        "pruning/latency_ms/batch_1": 0.25,
+    }
+    assert Report().metrics() == {}
+
+
+def test_only_changed_groups_are_in_a_cut(make_report):
+    report = make_report(cut_epochs=(2,))
+    report.cuts[0].after.pop("net.1")  # type: ignore[attr-defined]
+    assert report.widths == {"net.0": 18, "net.1": 30}
+
+
+def test_round_trip_through_a_checkpoint(make_report):
+    report = make_report()
+    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25, 64: math.inf})
+    report.config = {"schedule": {"start": 0.1}, "layers": ["a"]}
+    file = io.BytesIO()
+    torch.save(report.to_plain(), file)
+    file.seek(0)
+    again = Report.from_plain(torch.load(file, weights_only=True))
+    assert again == report
+    again.log(9, 99, {"val_acc": 1.0})
+    assert again != report
+    assert Report.from_plain(Report().to_plain()) == Report()
+
+
+def test_a_newer_format_is_refused():
+    stored = {**Report().to_plain(), "format": 99}
+    with pytest.raises(ValueError, match=r"format 1 or older, got 99.*update"):
+        Report.from_plain(stored)
+
+
+def test_json_has_null_where_there_is_no_number(make_report, tmp_path):
+    report = make_report()
+    report.log(9, 99, {"val_acc": math.nan, "val_loss": -math.inf})
+    report.final = Size(640, 3200, report.widths, 4096, {64: math.nan})
+    report.to_json(tmp_path / "report.json")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert stored["history"][-1]["metrics"] == {"val_acc": None, "val_loss": None}
+    assert stored["summary"]["pruning/params"] == 640
+    assert stored["summary"]["pruning/latency_ms/batch_64"] is None
+    assert stored["cuts"][0]["after"] == {"net.0": 18, "net.1": 27}
+    assert stored["seed"] == 7
+
+
+def test_markdown_says_what_was_won_and_lost(make_report):
+    report = make_report()
+    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25, 64: math.nan})
+    report.config = {"pruning_ratio": 0.2}
+    page = report.to_markdown("report.png")
+    for line in (
+        "![metrics, size and widths](report.png)",
+        "| parameters | 1,000 | 640 | 64.0 % |",
+        "| size on disk, KiB | 8.0 | 4.0 | 50.0 % |",
+        "| latency at batch 1, ms | 0.5 | 0.25 | 50.0 % |",
+        "| latency at batch 64, ms | 4 | – | – |",
+        "| val_acc, before the first cut and at the end | 0.7 | 0.5 | – |",
+        "| 1 | 2 | 20 | 50 → 45 | 800 | 4,000 | 0.01 | 0.7 | 0.5 | 0.6 |",
+        "| net.1 | 30 | 24 | 80.0 % |",
+        "Seed 7. torch 2.15",
+        '  "pruning_ratio": 0.2',
+    ):
+        assert line in page.splitlines(), line
+    assert "20.0 % of the units are gone, in 2 cuts. 1 MAC = 2 FLOPs." in page
+
+
+def test_same_figures_in_terminal_and_notebook(make_report):
+    report = make_report()
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(report)
+    for text in (capture.get(), str(report), report._repr_html_()):
+        assert all(word in text for word in ("64.0 %", "50 → 45", "net.1", "recovered", "1 MAC = 2 FLOPs"))
+
+
+def test_an_empty_report_can_be_shown():
+    assert str(Report()) == "nothing recorded"
+    assert Report().to_markdown() == "# Pruning report\n"
+    assert Report()._repr_html_() == ""
+
+
+def test_plain():
+    @dataclass(frozen=True)
+    class Setting:
+        cuts: tuple[int, ...] = (1, 2)
+
+    value = {1: Setting(), "t": torch.tensor(2.5), "n": np.float32(0.5), "none": None, "kind": int, "set": {3}}
+    assert plain(value) == {
+        "1": {"cuts": [1, 2]},
+        "t": 2.5,
+        "n": 0.5,
+        "none": None,
+        "kind": "<class 'int'>",
+        "set": [3],
+    }
+    assert type(plain(np.float64(0.5))) is float
+    assert type(plain(np.int64(5))) is int
