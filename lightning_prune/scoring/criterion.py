@@ -1,0 +1,108 @@
+"""What a criterion is: one number per unit, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_prune.scoring.statistics import Statistic
+from lightning_prune.structure.graph import Group, Member, Structure
+
+__all__ = ["Criterion", "score_groups", "unit_rows", "unit_weights"]
+
+
+class Criterion(ABC):
+    """How much each unit matters: the lowest are removed first.
+
+    Concrete criteria are final frozen dataclasses, one paper per file, and hold settings only; what has to be observed
+    during training is accumulated by their ``statistic``.
+
+    Attributes:
+        every_n_batches: How often training batches are observed: every ``n``-th. Without a statistic it has no use.
+    """
+
+    every_n_batches: int = 1
+
+    @property
+    def waived(self) -> Mapping[str, str]:
+        """Clauses of the contract that the criterion does not meet, each with the reason.
+
+        Clauses: ``"dead_is_lowest"`` (a unit whose weights are all 0 scores lowest), ``"equivariant"`` (permuting
+        units permutes scores).
+        """
+        return {}
+
+    def statistic(self, structure: Structure) -> Statistic | None:  # noqa: ARG002
+        """What has to be observed in training; None if the weights say it all."""
+        return None
+
+    @abstractmethod
+    def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:
+        """Score every unit of a group.
+
+        Args:
+            group: The group.
+            tensors: Parameters and buffers of the network by qualified name, detached.
+            statistic: What ``self.statistic`` returned, after it observed the training.
+
+        Returns:
+            Shape ``(width,)``, floating point, low = removed first.
+        """
+
+
+def score_groups(
+    criterion: Criterion, groups: Iterable[Group], tensors: Mapping[str, Tensor], statistic: Statistic | None
+) -> dict[str, Tensor]:
+    """Scores by group name, in float64 on the CPU, checked.
+
+    Raises:
+        FloatingPointError: If a score is NaN or infinite.
+        ValueError: If a criterion returns anything but one number per unit.
+    """
+    scores: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for group in groups:
+            score = criterion.score(group, tensors, statistic)
+            if score.shape != (group.width,):
+                raise ValueError(
+                    f"{type(criterion).__name__}: expected a score for each of the {group.width} units of group "
+                    f"'{group.name}', got a tensor of shape {tuple(score.shape)}. Return a tensor of shape (width,)."
+                )
+            bad = int((~score.isfinite()).sum())
+            if bad:
+                raise FloatingPointError(
+                    f"{type(criterion).__name__}: expected finite scores, got {bad} of {group.width} in group "
+                    f"'{group.name}' that are NaN or infinite. Have the weights diverged? A lower learning rate or "
+                    "gradient clipping may help."
+                )
+            scores[group.name] = score.detach().to("cpu", torch.float64)
+    return scores
+
+
+def unit_rows(tensor: Tensor, member: Member) -> Tensor:
+    """A member's slices, one row per unit: shape ``(width, k · elements of a slice)``, at least float32."""
+    index = torch.as_tensor(member.index, device=tensor.device)
+    rows = tensor.detach().movedim(member.dim, 0)[index].flatten(1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Everything that the weights producing a unit hold, one row per unit: shape ``(width, n)``.
+
+    Biases and normalisation are left out. Coupled producers (a residual sum) stand side by side in a row. Where nothing
+    produces a unit (a bare parameter, say), the weights that take it as input speak for it.
+
+    Raises:
+        ValueError: If no weight produces or takes the group's units.
+    """
+    for role in ("out", "in"):
+        members = [m for m in group.members if m.role == role and tensors[m.tensor].dim() >= 2]
+        if members:
+            return torch.cat([unit_rows(tensors[m.tensor], m) for m in members], dim=1)
+    raise ValueError(
+        f"group '{group.name}': expected a weight that produces its units or takes them as input, got only "
+        f"{', '.join(m.tensor for m in group.members)}. Exclude the layer from pruning."
+    )

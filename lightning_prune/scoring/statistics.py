@@ -1,0 +1,410 @@
+"""What is observed while the network trains: sums and maxima per unit, from forward and backward hooks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
+from torchmetrics.functional.regression import spearman_corrcoef
+
+from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
+from lightning_prune.structure.graph import Group, Member, Structure
+
+__all__ = ["ContributionStatistic", "Statistic"]
+
+Reduction = Literal["sum", "max"]
+#: One of the two halves that observed batches alternate between; None: both together.
+Half = Literal[0, 1] | None
+
+
+class Statistic(Metric):
+    """Numbers per unit of every group, accumulated over observed training batches.
+
+    Each quantity is a persistent state per group of shape ``(2, sources, …)``: even and odd observed batches apart, so
+    that the agreement of two halves of the data tells whether the numbers have settled, and one row for every place
+    ("source") that a group is observed at. All are sums or maxima of non-negative numbers and start at 0, so ranks,
+    halves and the parts of an interrupted run merge by the reduction declared. Kept in float64 where the device has it.
+
+    A subclass declares its quantities, writes ``observe`` (the hooks) and ``estimate`` (the number per unit).
+
+    Args:
+        structure: The network's groups.
+        sources: Names of the places each group is observed at; groups without any are ``unobservable``.
+    """
+
+    full_state_update = False
+    batches: Tensor
+
+    def __init__(self, structure: Structure, sources: Mapping[str, Sequence[str]]) -> None:
+        # No cache: it is cleared by `update`, and hooks may not use that (its wrapper would count layers as batches).
+        super().__init__(compute_with_cache=False)
+        self.structure = structure
+        self.sources = {name: tuple(places) for name, places in sources.items() if places}
+        self._states: dict[str, tuple[Reduction, bool]] = {}
+        self._half = 0
+        self._warned: set[str] = set()
+        self._set("batches", torch.zeros((), dtype=torch.int64), "sum", per_unit=False)
+        self.declare("passes", "sum", per_unit=False)
+        self.declare("skipped", "sum", per_unit=False)
+
+    # -- for subclasses ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks that ``record`` what happens, and return their handles."""
+
+    @abstractmethod
+    def estimate(self, name: str, half: Half = None) -> Tensor:
+        """The number per unit of a group that was observed: shape ``(width,)``."""
+
+    @final
+    def declare(self, quantity: str, reduction: Reduction, *, per_unit: bool = True) -> None:
+        """Add a state for every observed group: a number per unit and source, or per source alone."""
+        for name, places in self.sources.items():
+            unit_axis = (self.structure.group(name).width,) if per_unit else ()
+            self._set(f"{quantity}/{name}", torch.zeros(2, len(places), *unit_axis), reduction, per_unit=per_unit)
+
+    @final
+    def record(self, name: str, source: int, passes: int, **quantities: Tensor) -> None:
+        """Add what one call showed of a group to the present half.
+
+        A call with NaN or infinity in any quantity is left out whole and counted as skipped; a warning names the place
+        when the next batch is observed (not at once, since asking a GPU in the middle of a forward pass stalls it).
+        """
+        finite = torch.stack([value.isfinite().all() for value in quantities.values()]).all()
+        quantities |= {"passes": finite * passes, "skipped": ~finite * passes}
+        for quantity, value in quantities.items():
+            key = f"{quantity}/{name}"
+            row = getattr(self, key)[self._half, source]
+            if quantity not in ("passes", "skipped"):
+                value = value.nan_to_num(0.0, 0.0, 0.0) * finite
+            if self._states[key][0] == "sum":
+                row += value
+            else:
+                torch.maximum(row, value.to(row.dtype), out=row)
+
+    @final
+    def read(self, quantity: str, name: str, half: Half = None) -> Tensor:
+        """A quantity of one group: shape ``(sources, …)``, of one half or both."""
+        state: Tensor = getattr(self, f"{quantity}/{name}")
+        if half is not None:
+            return state[half]
+        return state.sum(0) if self._states[f"{quantity}/{name}"][0] == "sum" else state.amax(0)
+
+    # -- for callbacks ----------------------------------------------------------------------------------------------
+
+    @final
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Observe one training batch: from now until every handle is removed.
+
+        Call it before the batch's forward pass, and remove the handles after its backward pass.
+        """
+        self._warn_of_skipped()
+        parameter = next(model.parameters(), None)
+        self._move(parameter.device if parameter is not None else self.device)
+        self._half = int(self.batches) % 2
+        self.batches += 1
+        return self.observe(model)
+
+    def unobservable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
+        """Groups that can never be observed in this network: ``{group: reason}``."""
+        return {name: "nothing to observe it at" for name in self.structure.widths if name not in self.sources}
+
+    @final
+    def value(self, name: str) -> Tensor:
+        """The number per unit over all observed batches: shape ``(width,)``.
+
+        Raises:
+            FloatingPointError: If every pass that was observed held NaN or infinity.
+            RuntimeError: If no pass was observed.
+        """
+        if self.passes(name) == 0:
+            self._refuse(name)
+        return self.estimate(name)
+
+    @final
+    def passes(self, name: str) -> int:
+        """Samples observed since the start or the last ``reset``, at the source that saw most."""
+        return int(self.read("passes", name).amax()) if name in self.sources else 0
+
+    @final
+    def split_half(self, name: str) -> float:
+        """Spearman's rank correlation between even and odd observed batches, in [-1, 1].
+
+        Near 1: more batches would not change the order of the units. NaN if a half saw nothing or there is one unit.
+        """
+        if name not in self.sources or self.structure.group(name).width < 2:
+            return math.nan
+        if not self.read("passes", name, 0).any() or not self.read("passes", name, 1).any():
+            return math.nan
+        return float(spearman_corrcoef(self.estimate(name, 0), self.estimate(name, 1)))
+
+    @final
+    def take(self, kept: Mapping[str, Sequence[int]], structure: Structure) -> None:
+        """Follow a cut: keep the numbers of the units ``kept`` (groups left out stay whole).
+
+        Args:
+            kept: Units kept per group, in the widths before the cut.
+            structure: The structure after the cut.
+        """
+        for key, (reduction, per_unit) in list(self._states.items()):
+            name = key.partition("/")[2]
+            if per_unit and name in kept:
+                state = getattr(self, key)
+                index = torch.as_tensor(kept[name], dtype=torch.int64, device=state.device)
+                self._set(key, state.index_select(-1, index), reduction, per_unit=True)
+        self.structure = structure
+
+    # -- torchmetrics -----------------------------------------------------------------------------------------------
+
+    @property
+    def update_count(self) -> int:
+        """Observed batches since the start or the last ``reset``."""
+        return int(self.batches)
+
+    @property
+    def update_called(self) -> bool:
+        """Whether any batch was observed."""
+        return self.update_count > 0
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Not used: hooks ``record``.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"{type(self).__name__} observes by hooks; use `attach(model)`")
+
+    @final
+    def compute(self) -> dict[str, Tensor]:
+        """``value`` of every group that was observed."""
+        return {name: self.value(name) for name in self.sources if self.passes(name)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore what was observed.
+
+        Raises:
+            ValueError: If the states are not those of this structure.
+        """
+        expected = {key: tuple(getattr(self, key).shape) for key in self._states}
+        found = {key: tuple(value.shape) for key, value in state_dict.items()}
+        if expected != found:
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise ValueError(
+                f"{type(self).__name__}: expected states of the present network, got others for {', '.join(wrong[:5])} "
+                f"({len(wrong)} in all; first: expected {expected.get(wrong[0])}, got {found.get(wrong[0])}). Cut the "
+                "network to the widths it was saved at before loading."
+            )
+        # torchmetrics would hand over the caller's tensors themselves, to be added to in place.
+        copies = {key: value.to(getattr(self, key).device, copy=True) for key, value in state_dict.items()}
+        return super().load_state_dict(copies, strict=strict, assign=assign)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _set(self, key: str, state: Tensor, reduction: Reduction, *, per_unit: bool) -> None:
+        """Declare a state (anew) with this content; its default has to have the same shape, type and device."""
+        if state.is_floating_point():
+            state = state.to(torch.float32 if state.device.type == "mps" else torch.float64)  # MPS has no float64
+        self._states[key] = (reduction, per_unit)
+        self.add_state(key, torch.zeros_like(state), dist_reduce_fx=reduction, persistent=True)
+        setattr(self, key, state)
+
+    def _move(self, device: torch.device) -> None:
+        if self.batches.device == device:
+            return
+        for key, (reduction, per_unit) in list(self._states.items()):
+            state: Tensor = getattr(self, key)
+            if device.type == "mps" and state.is_floating_point():
+                state = state.float()
+            self._set(key, state.to(device), reduction, per_unit=per_unit)
+
+    def _skipped_places(self, names: Iterable[str]) -> list[str]:
+        """Places that saw NaN or infinity, asked for with a single transfer from the device."""
+        places = [place for name in names for place in self.sources.get(name, ())]
+        if not places:
+            return []
+        skipped = torch.cat([self.read("skipped", name) for name in names if name in self.sources]).tolist()
+        return list(dict.fromkeys(place for place, passes in zip(places, skipped, strict=True) if passes))
+
+    def _warn_of_skipped(self) -> None:
+        for place in self._skipped_places(list(self.sources)):
+            if place not in self._warned:
+                self._warned.add(place)
+                warnings.warn(
+                    f"NaN or infinite activations at layer '{place}': such batches are left out of the scores. A lower "
+                    "learning rate, gradient clipping or bf16 in place of fp16 may help.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def _refuse(self, name: str) -> NoReturn:
+        bad = self._skipped_places([name])
+        if bad:
+            raise FloatingPointError(
+                f"group '{name}' cannot be scored: every observed pass had NaN or infinite activations at layer "
+                f"{', '.join(map(repr, bad))}. Lower the learning rate or clip gradients."
+            )
+        raise RuntimeError(
+            f"group '{name}' cannot be scored: expected at least one training pass to have been observed, got none at "
+            f"{', '.join(map(repr, self.sources.get(name, ()))) or 'any layer'}. Observe more batches "
+            "(`every_n_batches`), cut later, or exclude the layer if it is never called as a module."
+        )
+
+
+class _Target(NamedTuple):
+    """Where a layer's inputs belong: the group, its source, and the inputs of each unit, shape ``(width, k)``."""
+
+    group: str
+    source: int
+    inputs: Tensor
+
+
+@final
+class ContributionStatistic(Statistic):
+    """Shares of every unit in the outputs of the layers that take it as input (contribution pruning).
+
+    A unit that enters a layer as several inputs (a channel flattened over its pixels) has the sum of their shares, and
+    the maximum of their maxima; several layers that take the same units average; a layer called several times in a
+    forward pass counts every call. A pass recomputed under gradient checkpointing counts twice, in the shares and in
+    their number, and so changes no mean.
+
+    Args:
+        structure: The network's groups.
+        lambda_avg: Weight of C_avg, divided by its mean over the group; at 0 it is not computed.
+        lambda_max: Weight of C_max, divided likewise; at 0 it is not computed.
+        ratio: ``"absolute"`` or ``"signed"`` shares.
+        epsilon: Stabilises signed denominators.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        lambda_avg: float = 1.0,
+        lambda_max: float = 0.0,
+        ratio: Ratio = "absolute",
+        epsilon: float = 1e-6,
+    ) -> None:
+        super().__init__(structure, {group.name: [m.layer for m in _consuming(group)] for group in structure.groups})
+        self.lambda_avg, self.lambda_max = lambda_avg, lambda_max
+        self.ratio, self.epsilon = ratio, epsilon
+        self.declare("outputs", "sum", per_unit=False)
+        if lambda_avg:
+            self.declare("mass", "sum")
+        if lambda_max:
+            self.declare("maximum", "max")
+
+    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+        """Forward hooks on every Linear, Conv and ConvTranspose that takes units as input."""
+        targets = self._targets(model)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            # A copy of the model (for averaged weights, say) made in this batch has the hook but is no target.
+            if model.training and module in targets:
+                self._see(module, args[0] if args else kwargs["input"], output, targets[module])
+
+        # First of all hooks: later ones may replace or overwrite the output.
+        return [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in targets]
+
+    def unobservable(self, model: nn.Module) -> dict[str, str]:
+        """Groups whose units enter no layer that can be hooked, with the reason."""
+        seen = {target.group for targets in self._targets(model).values() for target in targets}
+        return {
+            name: f"contributions cannot be observed: its units enter {', '.join(self.sources[name])}, which is not "
+            "called as a Linear, Conv or ConvTranspose module"
+            if name in self.sources
+            else "contributions cannot be observed: no layer takes its units as input"
+            for name in self.structure.widths
+            if name not in seen
+        }
+
+    def estimate(self, name: str, half: Half = None) -> Tensor:
+        """λ_avg · C_avg + λ_max · C_max, each divided by its mean (magnitude, where signed) over the group."""
+        score = torch.zeros(self.structure.group(name).width, dtype=torch.float64)
+        for weight, term in ((self.lambda_avg, self.average), (self.lambda_max, self.maximum)):
+            if weight:
+                value = term(name, half).to(score)
+                score += weight * value / value.abs().mean().clamp_min(torch.finfo(value.dtype).tiny)
+        return score
+
+    def average(self, name: str, half: Half = None) -> Tensor:
+        """C_avg of a group: shape ``(width,)``; sums to 1 where the group is all that enters its consumers."""
+        outputs = self.read("outputs", name, half).clamp_min(1)
+        return self._over_consumers(self.read("mass", name, half) / outputs[:, None], name, half)
+
+    def maximum(self, name: str, half: Half = None) -> Tensor:
+        """C_max of a group: shape ``(width,)``, at least 0."""
+        return self._over_consumers(self.read("maximum", name, half), name, half)
+
+    def _over_consumers(self, value: Tensor, name: str, half: Half) -> Tensor:
+        return value[self.read("passes", name, half) > 0].mean(0)
+
+    def _see(self, module: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[_Target]) -> None:
+        if activation.numel() == 0:
+            return
+        seen = contributions_of(
+            module,
+            activation,
+            output,
+            ratio=self.ratio,
+            epsilon=self.epsilon,
+            average=self.lambda_avg != 0,
+            maximum=self.lambda_max != 0,
+        )
+        for name, source, inputs in targets:
+            quantities = {"outputs": seen.outputs}
+            if self.lambda_avg:
+                quantities["mass"] = seen.mass[inputs].sum(1)
+            if self.lambda_max:
+                quantities["maximum"] = seen.maximum[inputs].amax(1)
+            self.record(name, source, seen.passes, **quantities)
+
+    def _targets(self, model: nn.Module) -> dict[nn.Module, list[_Target]]:
+        """The layers to hook, and where their inputs belong."""
+        layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
+        for module in model.modules():
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None and _is_linear(module):
+                layers.setdefault(weight, []).append(module)
+        tensors = dict(model.named_parameters())
+        targets: dict[nn.Module, list[_Target]] = {}
+        for group in self.structure.groups:
+            for source, member in enumerate(_consuming(group)):
+                weight = tensors.get(member.tensor)
+                for module in layers.get(weight, ()) if weight is not None else ():
+                    inputs = _inputs(module, member)
+                    if inputs is not None:
+                        targets.setdefault(module, []).append(_Target(group.name, source, inputs.to(self.device)))
+        return targets
+
+
+def _consuming(group: Group) -> list[Member]:
+    return [member for member in group.members if member.role == "in"]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether calling the module computes the plain linear layer, and that is how it is used."""
+    own_forward = type(module).forward in [layer.forward for layer in LINEAR_LAYERS]
+    # MultiheadAttention uses the weight of this one without calling it.
+    return isinstance(module, LINEAR_LAYERS) and own_forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _inputs(layer: Any, member: Member) -> Tensor | None:
+    """Inputs (features, channels) that each unit is, shape ``(width, k)``; None if the layer sums over none of them."""
+    index = torch.as_tensor(member.index)
+    if isinstance(layer, nn.Linear):
+        return index if member.dim == 1 else None
+    if layer.transposed:  # weight: inputs × outputs of one group
+        # Where groups go as a whole (depthwise), a unit has all of its outputs to itself, whatever its weights.
+        depthwise = layer.groups > 1 and layer.groups in (layer.in_channels, layer.out_channels)
+        return index if member.dim == 0 and not depthwise else None
+    # weight: outputs × inputs of one group, which stand for the same place in every group
+    offsets = torch.arange(layer.groups) * (layer.in_channels // layer.groups)
+    return (index[:, :, None] + offsets).flatten(1) if member.dim == 1 else None

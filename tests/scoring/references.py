@@ -1,0 +1,181 @@
+"""Every criterion once more: slow, plain, with everything written out, and sharing nothing with the package.
+
+A new criterion adds a function of about three lines under ``@reference(Criterion())``; further instances beside the
+default one run through the contract too.
+"""
+
+import copy
+import functools
+import itertools
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_prune.scoring import L1, L2, Contribution, Criterion, Random
+from lightning_prune.structure import Group
+
+REFERENCES = {}
+
+
+def reference(*criteria: Criterion):
+    """Register a function ``(criterion, evidence) -> scores`` for these instances."""
+
+    def register(function):
+        REFERENCES.update(dict.fromkeys(criteria, function))
+        return function
+
+    return register
+
+
+@dataclass
+class Evidence:
+    """All that there is to know about one group.
+
+    Attributes:
+        group: The group.
+        tensors: Parameters and buffers at the time of scoring, as arrays.
+        batches: Per training batch: inputs of every module's calls by name, and gradients by parameter name.
+        modules: The network's modules by name.
+    """
+
+    group: Group
+    tensors: dict[str, np.ndarray]
+    batches: list[tuple[dict[str, list[torch.Tensor]], dict[str, np.ndarray]]]
+    modules: dict[str, nn.Module]
+
+    @property
+    def units(self):
+        return range(self.group.width)
+
+    def slices(self, unit, role="out"):
+        """What a unit holds of every weight with this role."""
+        members = [m for m in self.group.members if m.role == role and self.tensors[m.tensor].ndim > 1]
+        return [np.take(self.tensors[m.tensor], p, axis=m.dim) for m in members for p in m.index[unit]]
+
+
+def _note(inputs, module, args, kwargs, output):
+    inputs.append((args[0] if args else kwargs["input"]).detach().clone())
+
+
+def watch(model, inputs):
+    """Train on these inputs and write down everything: the ``batches`` of ``Evidence``."""
+    seen = []
+    for x in inputs:
+        calls = {name: [] for name, _ in model.named_modules()}
+        handles = [
+            module.register_forward_hook(functools.partial(_note, calls[name]), with_kwargs=True)
+            for name, module in model.named_modules()
+        ]
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        seen.append((calls, {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}))
+    return seen
+
+
+# -- criteria --------------------------------------------------------------------------------------------------------
+
+
+@reference(L1())
+def l1(criterion, evidence):
+    return [sum(abs(w).sum() for w in evidence.slices(unit)) for unit in evidence.units]
+
+
+@reference(L2())
+def l2(criterion, evidence):
+    return [sum((w**2).sum() for w in evidence.slices(unit)) ** 0.5 for unit in evidence.units]
+
+
+@reference(Random(), Random(seed=7))
+def random(criterion, evidence):
+    text = f"{criterion.seed}/{evidence.group.name}/{evidence.group.width}"
+    return torch.rand(
+        evidence.group.width, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())), dtype=torch.float64
+    )
+
+
+@reference(
+    Contribution(),
+    Contribution(ratio="signed"),
+    Contribution(lambda_avg=0, lambda_max=1),
+    Contribution(lambda_avg=0.5, lambda_max=2, ratio="signed", epsilon=0.1),
+)
+def contribution(criterion, evidence):
+    averages, maxima = [], []  # per consumer and unit
+    for member in [m for m in evidence.group.members if m.role == "in"]:
+        layer = evidence.modules[member.layer]
+        inputs = [inputs_of(layer, member, unit) for unit in evidence.units]
+        if any(alone(layer, own) for own in inputs):
+            continue
+        calls = [x for called, _ in evidence.batches for x in called[member.layer]]
+        every = [shares(layer, x, criterion.ratio, criterion.epsilon) for x in calls]  # (taps, outputs, inputs) each
+        outputs = sum((share != 0).any((0, 2)).sum() for share in every)
+        averages.append([sum(share[..., own].sum() for share in every) / outputs for own in inputs])
+        maxima.append([max(0, *(share[..., own].max() for share in every)) for own in inputs])
+    average, maximum = np.mean(averages, 0), np.mean(maxima, 0)
+    return criterion.lambda_avg * average / abs(average).mean() + criterion.lambda_max * maximum / maximum.mean()
+
+
+# -- what a linear layer adds up -------------------------------------------------------------------------------------
+
+
+def _only(x, channel):
+    alone = torch.zeros_like(x)
+    alone[:, channel] = x[:, channel]
+    return alone
+
+
+@torch.no_grad()
+def products(layer, x):
+    """Every ``w · a`` of every output by itself: an array of (taps, outputs over passes and positions, inputs).
+
+    Taken from the layer's own forward, with one tap of the kernel and one channel of the input left in place at a
+    time, so that there is no formula of a convolution here.
+    """
+    if isinstance(layer, nn.Linear):
+        x = x.reshape(-1, x.shape[-1])
+        return torch.einsum("jk,nk->njk", layer.weight, x).flatten(0, 1)[None].numpy()
+    x = x if x.dim() == len(layer.kernel_size) + 2 else x[None]
+    found = []
+    for tap in itertools.product(*map(range, layer.kernel_size)):
+        single = copy.deepcopy(layer)
+        single.bias = None
+        single.weight.zero_()
+        single.weight[(..., *tap)] = layer.weight[(..., *tap)]
+        found.append(torch.stack([single(_only(x, k)).flatten() for k in range(x.shape[1])], -1))
+    return torch.stack(found).numpy()
+
+
+def shares(layer, x, ratio, epsilon=1e-6):
+    """Share of every input in every output, shape as ``products``; 0 where the output is."""
+    terms = products(layer, x) if ratio == "signed" else abs(products(layer, x))
+    z = terms.sum((0, 2), keepdims=True)
+    z = z + epsilon * np.sign(z) if ratio == "signed" else z
+    return np.divide(terms, z, out=np.zeros_like(terms), where=z != 0)
+
+
+@torch.no_grad()
+def connections(layer, member=None, unit=None):
+    """Which inputs reach which outputs, (outputs, inputs), with all weights 1 but those of a unit."""
+    ones = copy.deepcopy(layer)
+    torch.nn.init.ones_(ones.weight)
+    if member is not None:
+        ones.weight.movedim(member.dim, 0)[member.index[unit]] = 0
+    linear = isinstance(layer, nn.Linear)
+    sizes = (layer.in_features,) if linear else (layer.in_channels, *(3 * k for k in layer.kernel_size))
+    return products(ones, torch.ones(1, *sizes, dtype=layer.weight.dtype)).any(0)
+
+
+def inputs_of(layer, member, unit):
+    """Inputs that reach nothing once the unit's weights are 0."""
+    return np.flatnonzero(~connections(layer, member, unit).any(0))
+
+
+def alone(layer, own):
+    """Whether inputs have all the outputs they reach to themselves (depthwise), so that their share says nothing."""
+    reached = connections(layer)
+    return not np.delete(reached[reached[:, own].any(1)], own, axis=1).any()
