@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+# LightningCLI calls what newer versions of jsonargparse will drop.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import socket
 from collections.abc import Iterator

@@ -102,13 +102,13 @@ class PruningCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = self.config[self.subcommand].trainer
-        if self.subcommand == "inspect" or trainer.fast_dev_run:
-            return super().instantiate_trainer(**kwargs)
-        folder = self._folder()
-        kwargs["default_root_dir"] = str(folder)
-        if trainer.logger in (None, True):
-            kwargs["logger"] = _loggers(folder)
+        config = self.config[self.subcommand].trainer
+        leaves_nothing = self.subcommand == "inspect" or config.fast_dev_run
+        folder = None if leaves_nothing else self._folder()
+        if folder:
+            kwargs["default_root_dir"] = str(folder)
+        if config.logger in (None, True):
+            kwargs["logger"] = _loggers(folder) if folder else False
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -132,6 +132,7 @@ class PruningCLI(LightningCLI):
         checkpoint = runs.last_checkpoint(parent) if config.ckpt_path == "last" else config.ckpt_path
         earlier = runs.of_checkpoint(Path(checkpoint)) if checkpoint else None
         if earlier is not None and self.subcommand == "fit":
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             return earlier
         parent = earlier / str(self.subcommand) if earlier else parent
         # Other ranks follow rank zero, which was there first if it started them.

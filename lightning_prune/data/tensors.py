@@ -130,7 +130,8 @@ class ImageData(LightningDataModule):
 
     def _loader(self, batches: _Batches, sampler: _ShuffledByEpoch | None = None) -> DataLoader[Batch]:
         # No worker processes: the work of a batch is one gather, far less than sending it between processes.
-        return DataLoader(batches, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        # By keyword, because Lightning makes the loader again with its own arguments.
+        return DataLoader(batches, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def _augmented(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         epoch = self.trainer.current_epoch if self.trainer else 0
