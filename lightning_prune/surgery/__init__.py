@@ -1,0 +1,37 @@
+"""Removing what a plan removes: from the network, its optimizers and its checkpoints, whole or not at all."""
+
+from lightning_prune.surgery.history import (
+    History,
+    HistoryError,
+    Keep,
+    attach,
+    conform,
+    history_of,
+    load_from,
+    replay,
+    save_into,
+)
+from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
+from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, mask
+from lightning_prune.surgery.tensors import take
+
+__all__ = [
+    "Change",
+    "CutError",
+    "History",
+    "HistoryError",
+    "Keep",
+    "OptimizerRefusedError",
+    "attach",
+    "check",
+    "conform",
+    "cut",
+    "cut_and_check",
+    "history_of",
+    "load_from",
+    "mask",
+    "refuse",
+    "replay",
+    "save_into",
+    "take",
+]

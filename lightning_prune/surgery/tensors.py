@@ -1,0 +1,119 @@
+"""The one slicing primitive, and how tensors of a network are found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_prune.structure.graph import IndexArray
+from lightning_prune.structure.layers import tensors
+
+__all__ = ["blank", "canonical", "named", "non_persistent", "take", "zero"]
+
+#: What ``torch.compile`` puts into the names of everything inside a compiled module.
+_COMPILED = "_orig_mod."
+
+
+def canonical(name: str) -> str:
+    """A qualified name as it reads without ``torch.compile``."""
+    return name.replace(_COMPILED, "")
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by canonical name; a tied one appears under each of its names."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in tensors(module).items():
+            found[canonical(f"{prefix}.{name}" if prefix else name)] = tensor
+    return found
+
+
+def non_persistent(model: nn.Module) -> set[str]:
+    """Canonical names of the buffers that a ``state_dict`` leaves out."""
+    return {
+        canonical(f"{prefix}.{name}" if prefix else name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def take(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tensor:
+    """A copy of ``tensor`` with only the positions ``kept`` along each named dimension.
+
+    Dtype, device and the order of the dimensions in memory (channels-last, transposed) stay as they are.
+
+    Args:
+        tensor: A dense tensor; fake and meta tensors work too.
+        kept: Positions to keep, strictly ascending, by dimension; dimensions left out stay whole.
+
+    Raises:
+        ValueError: If the tensor is sparse, or a dimension or position does not exist on it or is out of order.
+    """
+    _require_dense(tensor)
+    for dim, positions in kept.items():
+        _require_positions(tensor, dim, positions)
+    # index_select returns its result row-major: it is done on the dimensions as they lie in memory.
+    order = _memory_order(tensor)
+    out = tensor.permute(order)
+    for dim, positions in kept.items():
+        out = out.index_select(order.index(dim), _index(positions, tensor))
+    return (out if kept else out.clone()).permute(_inverse(order))
+
+
+def zero(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tensor:
+    """A copy of ``tensor`` that is zero wherever :func:`take` would remove it; same arguments and errors."""
+    _require_dense(tensor)
+    out = tensor.clone()
+    for dim, positions in kept.items():
+        _require_positions(tensor, dim, positions)
+        lost = np.setdiff1d(np.arange(tensor.shape[dim]), np.asarray(positions, dtype=np.int64))
+        out.index_fill_(dim, _index(lost, tensor), 0)
+    return out
+
+
+def blank(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros of another ``shape`` with the dtype, device and memory order of ``tensor``."""
+    order = _memory_order(tensor)
+    return tensor.new_zeros([shape[dim] for dim in order]).permute(_inverse(order))
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest in memory."""
+    # Dimensions of one element have arbitrary strides: behind the longer ones of the same stride they change nothing.
+    return sorted(range(tensor.ndim), key=lambda dim: (tensor.stride()[dim], tensor.shape[dim]), reverse=True)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
+
+
+def _index(positions: IndexArray | Sequence[int], like: Tensor) -> Tensor:
+    if isinstance(like, FakeTensor):
+        # Only the number of positions matters, and a real index beside a fake tensor is refused.
+        return like.new_zeros(len(positions), dtype=torch.int64)
+    return torch.as_tensor(np.asarray(positions, dtype=np.int64), device=like.device)
+
+
+def _require_dense(tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"Only dense tensors can be sliced, got layout {tensor.layout}. If it is a sparse gradient (an embedding "
+            "with `sparse=True`), clear it before the cut: `optimizer.zero_grad(set_to_none=True)`."
+        )
+
+
+def _require_positions(tensor: Tensor, dim: int, positions: IndexArray | Sequence[int]) -> None:
+    # Checked here because an index out of range on a GPU takes the whole process down.
+    if not 0 <= dim < tensor.ndim:
+        raise ValueError(f"Expected a dimension of a tensor of shape {tuple(tensor.shape)}, got {dim}.")
+    array = np.asarray(positions, dtype=np.int64)
+    length = tensor.shape[dim]
+    if array.ndim != 1 or np.any(np.diff(array) <= 0) or (array.size and (array[0] < 0 or array[-1] >= length)):
+        raise ValueError(
+            f"Expected strictly ascending positions in [0, {length}) along dimension {dim} of a tensor of shape "
+            f"{tuple(tensor.shape)}, got {array.tolist()}."
+        )
