@@ -22,10 +22,10 @@ kinds = st.sampled_from(["local", "global"])
 
 
 def draw_scores(structure, seed, levels=None):
-    """Random scores; with ``levels`` whole numbers below that, so that ties abound."""
+    """Random scores; with ``levels`` that many multiples of 0.1, so that ties abound and sums are not exact."""
     rng = np.random.default_rng(seed)
     return {
-        name: rng.random(width) if levels is None else rng.integers(0, levels, width).astype(float)
+        name: rng.random(width) if levels is None else 0.1 * rng.integers(0, levels, width)
         for name, width in structure.widths.items()
     }
 
@@ -66,7 +66,7 @@ def test_local_ratio_is_each_layers_share_to_the_nearest_unit(mlp, widths, seed,
 
 @pytest.mark.parametrize(
     ("width", "ratio", "expected"),
-    [(5, 0.5, 3), (50, 0.3, 35), (10, 0.1, 9), (4, 0.1, 4), (3, 0.99, 1), (50, 0.32, 34)],
+    [(5, 0.5, 3), (50, 0.3, 35), (10, 0.1, 9), (4, 0.1, 4), (3, 0.99, 1), (50, 0.32, 34), (15, 0.9, 2)],
 )
 def test_local_examples(mlp, width, ratio, expected):
     structure = mlp([width])
@@ -203,6 +203,14 @@ def test_cuts_add_up_to_one_cut(mlp, widths, seed, ratio, quantity, kind, round_
     assert {n: tuple(a.tolist()) for n, a in alive.items() if len(a) < dense.widths[n]} == once.kept
 
 
+def test_blocks_of_equal_scores_go_one_after_the_other(mlp):
+    structure = mlp([17])
+    scores = {"net.0": np.full(17, 0.1)}  # the mean of eight of them is a bit below 0.1
+    scope = Scope("global", round_to=8, normalize="none")
+    plan = make_plan(structure, scores, Target("units", 16), 1.0, scope, Original.of(structure))
+    assert plan.kept == {"net.0": tuple(range(1, 17))}
+
+
 def test_a_cut_is_counted_in_present_positions_and_dense_shares(mlp):
     dense = mlp([10])
     original = Original.of(dense)
@@ -231,6 +239,8 @@ def test_normalizing_spares_layers_whose_sums_have_few_terms(mlp):
     signed = {name: values - values.mean() for name, values in scores.items()}
     plan = make_plan(structure, signed, target, 1.0, Scope("global"), original)
     assert all(set(kept) <= {5, 6, 7, 8, 9} for kept in plan.kept.values())  # the sign of the mean turns nothing around
+    negative = {name: -values[::-1] for name, values in scores.items()}
+    assert make_plan(structure, negative, target, 1.0, Scope("global"), original).widths == {"net.0": 5, "net.2": 5}
     dead = make_plan(structure, {**scores, "net.0": np.zeros(10)}, target, 1.0, Scope("global"), original)
     assert dead.widths["net.0"] == 1
 

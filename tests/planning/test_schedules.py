@@ -132,6 +132,11 @@ def test_geometric_is_the_rate_of_the_current_size():
     assert reaches(timeline) == 1
 
 
+@pytest.mark.parametrize("cuts", range(1, 40))
+def test_geometric_makes_no_cut_too_many(cuts):
+    assert len(Geometric(rate=0.1, start=1, every=1).timeline(RunLength(100), 0.9**cuts)) == cuts
+
+
 def test_geometric_that_does_not_reach_its_target_stops_and_tells():
     timeline = Geometric(rate=0.1, start=30, every=15).timeline(RunLength(60), 0.32)
     assert [point.at for point in timeline] == [30, 45]

@@ -46,6 +46,8 @@ def test_table_names_couplings_widths_and_reasons():
     for text in (capture.get(), str(inspected), inspected._repr_html_()):
         words = ("first", "blocks.0, blocks.1", "blocks.2 +2", "inner", "head", "because", "1 MAC = 2 FLOPs")
         assert all(word in text for word in words)
+    inner = next(line.split() for line in str(inspected).splitlines() if line.strip().startswith("inner"))
+    assert inner == ["inner", "head", "16", "192", "31.8", "%"]  # 8·16 weights, 16 biases, 16·3 weights of the head
     head = next(line for line in str(inspected).splitlines() if line.strip().startswith("head"))
     assert head.strip().endswith("3")
     assert inspected.structure.frozen[0].reason in str(inspected)

@@ -49,6 +49,7 @@ def test_metrics_and_sizes_over_epochs_with_the_cuts(make_report):
     assert "train_acc_step" not in curves
     params = next(line for line in size.lines if line.get_label().startswith("parameters: 1,000 → 640"))
     np.testing.assert_allclose(params.get_xdata(), [0, 2, 4, 6])
+    assert params.get_drawstyle() == "steps-post"
     np.testing.assert_allclose(params.get_ydata(), [100, 80, 64, 64])
     assert metric.get_xlabel() == "epochs trained, cuts dashed"
 
