@@ -17,7 +17,7 @@ from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, coun
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
 
-__all__ = ["Cut", "Measurement", "Report", "Size", "plain"]
+__all__ = ["Cut", "Measurement", "Report", "Size", "family", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 1
