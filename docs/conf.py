@@ -1,0 +1,21 @@
+"""How Sphinx builds the pages: `make docs`, every warning an error."""
+
+import lightning_prune
+
+project = "lightning-prune"
+author = "The lightning-prune authors"
+version = release = lightning_prune.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"lightning-prune {version}"
