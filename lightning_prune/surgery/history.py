@@ -137,16 +137,16 @@ class History:
                 raise HistoryError(f"Expected the name of a parameter or buffer of the network, got {name!r}.")
         new = [name for name in edit.axes if name not in self.shapes]
         seen = Dense.of(model, new)
-        after = replace(
+        # What is written must be readable: better an error now than a lost checkpoint.
+        units = {**self.widths, **{group: len(kept) for past in self.edits for group, kept in past.kept.items()}}
+        edit = _read_edit(_write_edit(edit, {}), {name: list(present[name].shape) for name in edit.axes}, units)
+        return replace(
             self,
             shapes={**self.shapes, **{name: tuple(present[name].shape) for name in new}},
             edits=(*self.edits, edit),
-            # The other way round a module cut before would be remembered as it is now.
+            # The other way round a layer cut before would be remembered as it is now.
             dense=Dense({**seen.buffers, **self.dense.buffers}, {**seen.attributes, **self.dense.attributes}),
         )
-        # What is written must be readable: better an error now than a lost checkpoint.
-        History.from_plain(after.to_plain())
-        return after
 
     @property
     def axes(self) -> Axes:
@@ -169,13 +169,7 @@ class History:
 
     def to_plain(self) -> dict[str, Any]:
         """Dictionaries, lists, strings, numbers and int64 tensors: what loads with ``weights_only=True``."""
-        # Most axes of a group have the same positions, and `torch.save` writes a tensor once.
         known: dict[bytes, Tensor] = {}
-
-        def tensor(positions: IndexArray | tuple[int, ...]) -> Tensor:
-            array = np.array(positions, dtype=np.int64)
-            return known.setdefault(array.tobytes(), torch.from_numpy(array))
-
         return {
             "version": VERSION,
             "original": {
@@ -184,20 +178,7 @@ class History:
                 "macs": int(self.macs),
                 "widths": {group: int(width) for group, width in self.widths.items()},
             },
-            "edits": [
-                {
-                    "kind": edit.kind,
-                    "axes": {
-                        name: {dim: tensor(kept) for dim, kept in axes.items()} for name, axes in edit.axes.items()
-                    },
-                    "kept": {group: tensor(units) for group, units in edit.kept.items()},
-                    "epoch": int(edit.epoch),
-                    "step": int(edit.step),
-                    "cut": int(edit.cut),
-                    "info": {name: _plain_number(name, value) for name, value in edit.info.items()},
-                }
-                for edit in self.edits
-            ],
+            "edits": [_write_edit(edit, known) for edit in self.edits],
         }
 
     @classmethod
@@ -343,6 +324,25 @@ def _differences(
         wanted = expected.get(id(present[name])) if name in present else None
         if wanted is not None and isinstance(weight, Tensor) and not is_lazy(weight) and tuple(weight.shape) != wanted:
             yield f"{name} is {list(weight.shape)}, here it should be {list(wanted)}"
+
+
+def _write_edit(edit: Keep, known: dict[bytes, Tensor]) -> dict[str, Any]:
+    """One edit as plain data; equal positions share a tensor among all that is ``known``."""
+
+    def tensor(positions: IndexArray | tuple[int, ...]) -> Tensor:
+        # Most axes of a group have the same positions, and `torch.save` writes a tensor once.
+        array = np.array(positions, dtype=np.int64)
+        return known.setdefault(array.tobytes(), torch.from_numpy(array))
+
+    return {
+        "kind": edit.kind,
+        "axes": {name: {dim: tensor(kept) for dim, kept in axes.items()} for name, axes in edit.axes.items()},
+        "kept": {group: tensor(units) for group, units in edit.kept.items()},
+        "epoch": int(edit.epoch),
+        "step": int(edit.step),
+        "cut": int(edit.cut),
+        "info": {name: _plain_number(name, value) for name, value in edit.info.items()},
+    }
 
 
 def _plain_number(name: str, value: object) -> int | float:

@@ -78,7 +78,7 @@ def _migrated(key: str, value: Any, shape: tuple[int, ...], kept: Mapping[int, I
         return value
     if not isinstance(value, Tensor):
         raise UnsliceableStateError(f"`{key}` is a {type(value).__name__}")
-    if value.numel() == 1 and tuple(value.shape) != shape:
+    if value.numel() == 1:
         return value
     if value.ndim == len(shape) and all(own in (full, 1) for own, full in zip(value.shape, shape, strict=True)):
         return take(value, {dim: rows for dim, rows in kept.items() if value.shape[dim] == shape[dim]})

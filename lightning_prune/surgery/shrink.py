@@ -222,7 +222,10 @@ def _cut(
     with _writable(), _whole(change):
         # First all that takes memory and time; what follows it are assignments.
         narrow = [(_apply(take, piece, piece.tensor.data), _narrow_grad(piece)) for piece in pieces]
-        states = [pair for piece in pieces for optimizer in optimizers for pair in _narrow_state(optimizer, piece)]
+        states: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for optimizer in optimizers:
+            for piece in pieces:
+                states += _narrow_state(optimizer, piece)
         alive = [change.assign(piece.tensor, *new) for piece, new in zip(pieces, narrow, strict=True)]
         for entries, new_entries in states:
             change.replace_entries(entries, new_entries)
@@ -233,7 +236,7 @@ def _cut(
                 "An autograd graph from before the cut is still alive: is a loss or output kept without `.detach()`? "
                 "Running backward through it fails from now on. A wrapper like DistributedDataParallel holds such "
                 "graphs too and no longer sees the gradients: unwrap the network before a cut.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -295,7 +298,7 @@ def _narrow_state(optimizer: Optimizer, piece: _Piece) -> Iterator[tuple[dict[st
     except UnsliceableStateError as error:
         warnings.warn(
             f"{type(optimizer).__name__} starts anew for {piece.name}: its state cannot follow the cut, {error}.",
-            stacklevel=5,
+            stacklevel=4,
         )
         # An empty state is what every optimizer of PyTorch takes as "not begun".
         yield entries, {}

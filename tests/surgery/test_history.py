@@ -136,6 +136,28 @@ class TestLoading:
         _load(fresh, _checkpoint(net.model(seed=4)))
         assert torch.equal(fresh(net.example()), net.model(seed=4)(net.example()))
 
+    def test_the_same_units_again_leave_all_as_it_is(self, net, photograph, same):
+        model = net.model()
+        checkpoint = _prune(net, model)[-1]
+        net.step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        before = photograph(model)
+        load_from(_through_a_file(checkpoint), model)
+        before[" attributes"][history_module._ATTRIBUTE] = history_of(model)
+        assert same(photograph(model), before)
+
+    def test_a_layer_that_was_cut_on_one_side_first(self, zoo):
+        model = zoo["mlp"].model()
+        dense, structure = _checkpoint(model), zoo["mlp"].structure(model)
+        history = History.begin(structure)
+        for number, kept in enumerate([{"0": (0, 1)}, {"2": (2, 3)}]):
+            axes = structure.axes(kept)
+            history = history.add(Keep(axes, kept, 0, 0, number), model)
+            cut(model, axes)
+            structure = structure.take(kept)
+        attach(model, history)
+        _load(model, dense)
+        assert (model[2].in_features, model[2].out_features) == (8, 5)
+
     def test_without_any_history_nothing_is_done(self, zoo):
         """Also if shapes differ: that is for `load_state_dict` to say."""
         model = zoo["mlp"].model()
@@ -282,11 +304,26 @@ class TestPlain:
         assert self._only_plain(plain)
         assert plain["edits"][0]["info"] == {"a": 0.5, "b": 3, "c": 1}
 
+    def test_positions_may_come_as_lists(self, zoo):
+        model = zoo["mlp"].model()
+        history = History({}, 0, 0, {})
+        for kept in ([0, 2, 5], [0, 2]):
+            history = history.add(Keep({"0.bias": {0: kept}}, {}, 0, 0, 0), model)
+            cut(model, {"0.bias": {0: kept}})
+        assert history.axes["0.bias"][0].tolist() == [0, 5]
+
     def test_what_is_no_number_is_refused_before_the_cut(self, zoo):
         model = zoo["mlp"].model()
         keep = Keep({"0.bias": {0: np.arange(3)}}, {}, 0, 0, 0, {"metric": torch.tensor(1.0)})
         with pytest.raises(HistoryError, match="`info\\['metric'\\]` to be a plain number, got Tensor"):
             History({}, 0, 0, {}).add(keep, model)
+
+    def test_units_that_are_not_there_are_refused_before_the_cut(self, zoo):
+        model = zoo["mlp"].model()
+        _prune(zoo["mlp"], model, 1)  # 6 of 8 units remain
+        for edit in (Keep({"0.bias": {0: np.array([7])}}, {}, 0, 0, 0), Keep({}, {"0": (7,)}, 0, 0, 0)):
+            with pytest.raises(HistoryError, match=r"in \[0, 6\)"):
+                history_of(model).add(edit, model)
 
     def test_an_edit_of_what_is_not_there(self, zoo):
         with pytest.raises(HistoryError, match=r"got 'nine.weight'"):

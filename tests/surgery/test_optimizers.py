@@ -306,6 +306,7 @@ def test_state_that_cannot_be_sliced_is_rebuilt_with_a_warning(zoo, photograph, 
     assert not optimizer.state[model[0].weight]
     assert optimizer.state[model[0].bias]["momentum_buffer"].shape == (3,)
     net.step(model, optimizer)
+    optimizer.state[model[0].weight]["came later"] = 1
     change.undo()
     weight = optimizer.state[model[0].weight]
     assert same(dict(weight), before["optimizer 0"][1][id(model[0].weight)])

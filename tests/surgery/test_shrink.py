@@ -127,10 +127,19 @@ class _Failing:
         return self.original(*args, **kwargs)
 
 
+def test_undo_removes_attributes_that_came(zoo, monkeypatch):
+    model = zoo["mlp"].model()
+    monkeypatch.setattr(shrink, "refresh", lambda module, old: setattr(module, "width", 3))
+    change = cut(model, zoo["mlp"].axes(model))
+    assert model[0].width == 3
+    change.undo()
+    assert "width" not in vars(model[0])
+
+
 @pytest.mark.parametrize(
     ("module", "stage"),
     [
-        *((shrink, name) for name in ("take", "migrate", "refresh", "_assign", "_leaves")),
+        *((shrink, name) for name in ("take", "migrate", "refresh", "_assign", "_shape_in_graph", "_leaves")),
         (torch.autograd, "backward"),
     ],
 )
@@ -155,6 +164,17 @@ def test_a_failure_at_any_stage_changes_nothing(net, module, stage, fatal, photo
     assert same((photograph(model, [optimizer]), photograph(average)), before)
     assert torch.equal(torch.get_rng_state(), random)
     net.step(model, optimizer)  # and training goes on
+
+
+@pytest.mark.parametrize("operation", [cut, mask])
+@pytest.mark.parametrize("fatal", [RuntimeError, KeyboardInterrupt])
+def test_the_same_without_a_check(net, operation, fatal, photograph, same, monkeypatch):
+    model = net.model()
+    before = photograph(model)
+    monkeypatch.setattr(shrink, "_shape_in_graph", _Failing(shrink._shape_in_graph, fatal, 3))
+    with pytest.raises(fatal, match="planted"):
+        operation(model, net.axes(model))
+    assert same(photograph(model), before)
 
 
 def test_the_text_of_a_failed_cut(zoo):
@@ -240,8 +260,9 @@ class TestOldGraphs:
     def test_training_goes_on(self, net):
         model, optimizer = _trained(net, torch.optim.SGD)
         kept = model(net.example()).sum()
-        with pytest.warns(UserWarning, match=r"kept without `\.detach\(\)`"):
+        with pytest.warns(UserWarning, match=r"kept without `\.detach\(\)`") as seen:
             change = cut_and_check(model, net.axes(model), [optimizer], [], lambda: model(net.example()))
+        assert seen[0].filename == __file__
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         net.step(model, optimizer)
         # A bias in front of batch normalisation has no gradient.
@@ -350,8 +371,9 @@ class TestCheck:
                 raise ValueError("planted")
 
         model = zoo["mlp"].model()
-        with pytest.raises(CutError, match="the backward pass fails with ValueError: planted"):
-            check(lambda: Broken.apply(model(zoo["mlp"].example())), model)
+        for outside in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+            with outside, pytest.raises(CutError, match="the backward pass fails with ValueError: planted"):
+                check(lambda: Broken.apply(model(zoo["mlp"].example())), model)
 
     def test_sparse_gradients(self):
         model = nn.Embedding(5, 2, sparse=True)
