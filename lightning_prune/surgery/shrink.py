@@ -116,7 +116,7 @@ def cut(model: nn.Module, axes: Axes, optimizers: Iterable[Optimizer] = (), copi
 
 
 def mask(model: nn.Module, axes: Axes) -> Change:
-    """Set to zero all that :func:`cut` would remove from parameters and buffers; the same arguments and errors."""
+    """Set to zero all that :func:`cut` would remove from parameters and buffers, in place; the same errors."""
     change = Change()
     with _writable(), _whole(change):
         for piece in _pieces([model], axes):
