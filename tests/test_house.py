@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
+from lightning_prune.extras import require
 
 PACKAGE = Path(lightning_prune.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -146,7 +147,8 @@ def test_public_names_agree() -> None:
 
 def test_every_public_name_is_in_the_documentation() -> None:
     pages = "\n".join(page.read_text() for page in (PACKAGE.parent / "docs").glob("*.md"))
-    missing = [name for name in lightning_prune.__all__ if not re.search(rf"\b{re.escape(name)}\b", pages)]
+    names = set(lightning_prune.__all__) - {"__version__"}
+    missing = sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", pages))
     assert not missing
 
 
@@ -163,6 +165,31 @@ def test_import_is_light() -> None:
 def test_recipes_answer_without_lightning() -> None:
     code = "import sys; from lightning_prune.cli import main; main(['recipes', 'list']); print('torch' in sys.modules)"
     assert _python(code).endswith("False")
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "present.py").write_text("import absent_dependency")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert require("json", extra="none") is importlib.import_module("json")
+    with pytest.raises(ModuleNotFoundError, match=r'`absent` is needed .*: pip install "lightning-prune\[plot\]"'):
+        require("absent.part", extra="plot")
+    # A package that is there and lacks something of its own speaks for itself.
+    with pytest.raises(ModuleNotFoundError, match="No module named 'absent_dependency'"):
+        require("present", extra="plot")
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    named = {
+        keyword.value.value
+        for module in MODULES
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "require"
+        for keyword in node.keywords
+        if keyword.arg == "extra" and isinstance(keyword.value, ast.Constant)
+    }
+    section = (PACKAGE.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    extras = set(re.findall(r"^(\w+) = \[", section.partition("\n[")[0], re.MULTILINE))
+    assert {"digits", "vision"} <= named <= extras
 
 
 def _python(code: str) -> str:

@@ -1,0 +1,165 @@
+"""Pruning from the command line: the shipped recipes, one's own module, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+
+import lightning_prune
+from lightning_prune.cli import main, recipes, verbs
+from lightning_prune.data.torchvision import MNIST
+from lightning_prune.models import CNNClassifier, MLPClassifier
+from tests.data.files import write_cifar, write_mnist
+
+MODULE = '''
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class Mine(LightningModule):
+    """A user's own module: one optimizer, no metric objects, nothing of ours."""
+
+    def __init__(self, hidden: int = 20):
+        super().__init__()
+        self.save_hyperparameters()
+        self.first = nn.Linear(64, hidden)
+        self.second = nn.Linear(hidden, 10)
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)).relu())
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+'''
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]
+SHORT = ["--trainer.max_epochs=5", "--trainer.callbacks.schedule=OneShot"]
+
+
+@pytest.fixture(autouse=True)
+def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (in_tmp / "mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(in_tmp))
+    monkeypatch.setattr(verbs, "find_spec", lambda name: None)  # W&B takes seconds to start; test_verbs has it
+
+
+def load(kind: type[LightningModule], run: str) -> Any:
+    return lightning_prune.load_from_checkpoint(kind, f"{run}/checkpoints/last.ckpt")
+
+
+def test_the_digits_recipe_halves_the_network() -> None:
+    main(["fit", *DIGITS])
+    run = "runs/digits_mlp_contribution/001"
+    small = load(MLPClassifier, run)
+    assert [layer.out_features for layer in small.layers if isinstance(layer, torch.nn.Linear)] == [25, 15, 10]
+    assert {"report.json", "report.md", "report.png"} <= {path.name for path in Path(run).iterdir()}
+    header = Path(run, "metrics.csv").read_text().partition("\n")[0]
+    assert "pruning/params" in header
+
+
+@pytest.mark.parametrize("name", sorted(set(recipes.recipes()) - {"digits_mlp_contribution"}))
+def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
+    write_mnist(in_tmp)
+    write_mnist(in_tmp, "FashionMNIST")
+    write_cifar(in_tmp, monkeypatch)
+    main(["fit", f"--config={name}", f"--data.root={in_tmp}", *QUIET])
+    if "cnn" in name:
+        small = load(CNNClassifier, f"runs/{name}/001")
+        assert [small.features[0].out_channels, small.features[4].out_channels] == [16, 32]
+        assert [small.classifier[1].out_features, small.classifier[3].out_features] == [151, 76]
+    else:
+        small = load(MLPClassifier, f"runs/{name}/001")
+        assert [small.layers[1].out_features, small.layers[3].out_features] == [16, 10]
+
+
+def test_a_recipe_with_ones_own_module() -> None:
+    main(["fit", *DIGITS, *SHORT, "--model=mine.Mine"])
+    import mine
+
+    assert load(mine.Mine, "runs/digits_mlp_contribution/001").first.out_features == 10
+
+
+def test_short_names_and_overrides() -> None:
+    words = ["--trainer.callbacks=StructuredPruning", "--trainer.callbacks.criterion=L1"]
+    words += ["--trainer.callbacks.pruning_ratio=0.25", "--trainer.callbacks.schedule=OneShot"]
+    words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    main(
+        [
+            "fit",
+            "--model=MLPClassifier",
+            "--model.sizes=[64,12,10]",
+            "--data=Digits",
+            "--trainer.max_epochs=3",
+            *words,
+            *QUIET,
+        ]
+    )
+    assert load(MLPClassifier, "runs/MLPClassifier/001").layers[1].out_features == 9
+    saved = yaml.safe_load(Path("runs/MLPClassifier/001/config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["criterion"]["class_path"].endswith("L1")
+
+
+def test_a_pruned_run_resumes_and_is_tested() -> None:
+    main(["fit", *DIGITS, *SHORT])
+    run = "runs/digits_mlp_contribution/001"
+    main(["fit", *DIGITS, *SHORT, "--trainer.max_epochs=7", "--ckpt_path=last"])
+    assert [path.name for path in Path("runs/digits_mlp_contribution").iterdir()] == ["001"]
+    assert load(MLPClassifier, run).layers[1].out_features == 25
+    assert torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["epoch"] == 6
+    for verb in ("validate", "test", "predict"):
+        main([verb, f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"])
+        assert Path(run, verb, "001").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model=MLPClassifier"], ["layers.1", "layers.3"]),
+        (["--model=mine.Mine", "--data=Digits"], ["first"]),
+        (["--config=digits_mlp_contribution"], ["layers.1", "layers.3"]),
+    ],
+)
+def test_inspect(words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", *words])
+    text = capsys.readouterr().out
+    for name in expected:
+        assert name in text
+    assert not Path("runs").exists()
+
+
+def test_inspect_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="example"):
+        main(["inspect", "--model=mine.Mine"])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--trainer.callbacks.pruning_ratio=1.5"], "pruning_ratio"),
+        (["--trainer.callbacks.budget=0.5"], "pruning_ratio"),
+        (["--trainer.callbacks.layers=nonsense"], "nonsense"),
+    ],
+)
+def test_bad_amounts_and_layers(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main(["fit", *DIGITS, *SHORT, *words])
+    assert text in str(error.value) + capsys.readouterr().err
+
+
+def test_missing_data_is_named(in_tmp: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=MNIST.__name__):
+        main(["fit", "--config=mnist_mlp_contribution", f"--data.root={in_tmp}", *QUIET])
