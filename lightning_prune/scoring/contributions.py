@@ -39,9 +39,10 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 
-#: Elements of the largest temporary of the maximum. On a CPU it has to stay in the cache (1 MB of float32); elsewhere
-#: it has to be worth a kernel launch.
-_BLOCK_CPU, _BLOCK_DEVICE = 2**18, 2**24
+#: Elements of a block of products in the maximum. On a CPU just below the size from which PyTorch splits operations
+#: over threads: a block fits into the cache, and hundreds of meetings of threads would each wait for busy cores.
+#: Elsewhere a block has to be worth a kernel launch.
+_BLOCK_CPU, _BLOCK_DEVICE = 2**15 - 1, 2**24
 
 
 class Contributions(NamedTuple):
@@ -127,14 +128,17 @@ def _maximum(matrices: Iterator[_Matrix], nothing: Tensor, ratio: Ratio) -> Tens
     best = nothing.clone()
     block = _BLOCK_CPU if nothing.device.type == "cpu" else _BLOCK_DEVICE
     for a, inverse, weight, inputs in matrices:
-        outputs = max(block // weight.shape[1], 1)
-        rows = max(outputs // weight.shape[0], 1)
-        for n, j in itertools.product(range(0, len(a), rows), range(0, len(weight), outputs)):
-            a_block = a[n : n + rows]
-            product = inverse[n : n + rows, j : j + outputs, None] * weight[j : j + outputs]
-            largest = a_block * product.amax(1)
-            if ratio == "signed":  # under a negative activation the least product is the largest share
-                largest = torch.maximum(largest, a_block * product.amin(1))
+        outputs = max(min(block // weight.shape[1], weight.shape[0]), 1)
+        rows = max(block // (outputs * weight.shape[1]), 1)
+        for j in range(0, weight.shape[0], outputs):
+            weights = weight[j : j + outputs]
+            starts = range(0, inverse.shape[0], rows)
+            products = (inverse[n : n + rows, j : j + outputs, None] * weights for n in starts)
+            if ratio == "absolute":
+                largest = a * torch.cat([product.amax(1) for product in products])
+            else:  # under a negative activation the least product is the largest share
+                ends = [torch.stack([product.amax(1), product.amin(1)]) for product in products]
+                largest = (a * torch.cat(ends, 1)).amax(0)
             best[inputs] = torch.maximum(best[inputs], largest.amax(0))
     return best
 
@@ -199,7 +203,7 @@ class _Convolution:
         if layer.padding == "same":
             outside = tuple(side for r in reversed(reach) for side in (r // 2, r - r // 2))
         elif layer.padding_mode != "zeros":
-            outside, padding = tuple(p for p in reversed(padding) for _ in range(2)), (0,) * spatial
+            outside, padding = _both_sides(padding), (0,) * spatial
         extra = (0,) * spatial
         if layer.transposed:  # from the shapes, since a call may ask for another `output_size`
             sizes = zip(z.shape[-spatial:], a.shape[-spatial:], layer.stride, padding, reach, strict=True)
@@ -229,9 +233,7 @@ class _Convolution:
     def matrices(self, a: Tensor, inverse: Tensor, weight: Tensor) -> Iterator[_Matrix]:
         """One matrix per tap and group: a tap pairs every position of one side with a shifted one of the other."""
         still, moving = (a, inverse) if self.transposed else (inverse, a)
-        # The last `output_padding` positions are out of reach of every tap.
-        borders = [(p, p - extra) for p, extra in zip(self.padding, self.output_padding, strict=True)]
-        moving = F.pad(moving, [side for border in reversed(borders) for side in border])
+        moving = F.pad(moving, _both_sides(self.padding))
         for tap in itertools.product(*map(range, weight.shape[2:])):
             shifted, kernel = moving, weight
             steps = zip(tap, self.dilation, self.stride, still.shape[2:], strict=True)
@@ -255,6 +257,11 @@ class _Convolution:
     @property
     def _geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+
+def _both_sides(padding: tuple[int, ...]) -> tuple[int, ...]:
+    """Padding as ``F.pad`` wants it: last dimension first, before and after."""
+    return tuple(p for p in reversed(padding) for _ in range(2))
 
 
 def _arithmetic(layer: nn.Module, a: Tensor, z: Tensor) -> _Dense | _Convolution:

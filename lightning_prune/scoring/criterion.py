@@ -99,7 +99,7 @@ def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         ValueError: If no weight produces or takes the group's units.
     """
     for role in ("out", "in"):
-        members = [m for m in group.members if m.role == role and tensors[m.tensor].dim() >= 2]
+        members = [member for member in group.members if member.role == role]
         if members:
             return torch.cat([unit_rows(tensors[m.tensor], m) for m in members], dim=1)
     raise ValueError(

@@ -33,7 +33,8 @@ class Statistic(Metric):
     ("source") that a group is observed at. All are sums or maxima of non-negative numbers and start at 0, so ranks,
     halves and the parts of an interrupted run merge by the reduction declared. Kept in float64 where the device has it.
 
-    A subclass declares its quantities, writes ``observe`` (the hooks) and ``estimate`` (the number per unit).
+    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) and ``estimate`` (the number
+    per unit).
 
     Args:
         structure: The network's groups.
@@ -61,6 +62,10 @@ class Statistic(Metric):
     def observe(self, model: nn.Module) -> list[RemovableHandle]:
         """Register the hooks that ``record`` what happens, and return their handles."""
 
+    def unhookable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
+        """Groups that ``observe`` finds no place for in this network: ``{group: reason}``."""
+        return {name: "there is nowhere to observe it" for name in self.structure.widths if name not in self.sources}
+
     @abstractmethod
     def estimate(self, name: str, half: Half = None) -> Tensor:
         """The number per unit of a group that was observed: shape ``(width,)``."""
@@ -76,16 +81,15 @@ class Statistic(Metric):
     def record(self, name: str, source: int, passes: int, **quantities: Tensor) -> None:
         """Add what one call showed of a group to the present half.
 
-        A call with NaN or infinity in any quantity is left out whole and counted as skipped; a warning names the place
-        when the next batch is observed (not at once, since asking a GPU in the middle of a forward pass stalls it).
+        A call with NaN or infinity in any quantity is left out whole and counted as skipped. The warning that names the
+        place waits for the next batch or score, since asking a GPU in the middle of a forward pass stalls it.
         """
-        finite = torch.stack([value.isfinite().all() for value in quantities.values()]).all()
-        quantities |= {"passes": finite * passes, "skipped": ~finite * passes}
-        for quantity, value in quantities.items():
+        finite = torch.stack([value.sum() for value in quantities.values()]).isfinite().all()
+        counted = {quantity: torch.where(finite, value, 0) for quantity, value in quantities.items()}
+        counted |= {"passes": finite * passes, "skipped": ~finite * passes}
+        for quantity, value in counted.items():
             key = f"{quantity}/{name}"
             row = getattr(self, key)[self._half, source]
-            if quantity not in ("passes", "skipped"):
-                value = value.nan_to_num(0.0, 0.0, 0.0) * finite
             if self._states[key][0] == "sum":
                 row += value
             else:
@@ -107,16 +111,26 @@ class Statistic(Metric):
 
         Call it before the batch's forward pass, and remove the handles after its backward pass.
         """
-        self._warn_of_skipped()
+        self._warn_of_skipped(self.sources)
         parameter = next(model.parameters(), None)
         self._move(parameter.device if parameter is not None else self.device)
         self._half = int(self.batches) % 2
         self.batches += 1
         return self.observe(model)
 
-    def unobservable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
-        """Groups that can never be observed in this network: ``{group: reason}``."""
-        return {name: "nothing to observe it at" for name in self.structure.widths if name not in self.sources}
+    @final
+    def unobservable(self, model: nn.Module) -> dict[str, str]:
+        """Groups that cannot be scored, ``{group: reason}``: nothing to hook, or never called so far.
+
+        Some layers are used without being called (``F.linear(x, layer.weight)``), which only shows once batches have
+        been observed: ask before the first batch and again before every cut.
+        """
+        silent = {
+            name: f"{', '.join(places)} was called as a module in none of the {self.update_count} observed batches"
+            for name, places in self.sources.items()
+            if self.update_count and not (self.read("passes", name) + self.read("skipped", name)).any()
+        }
+        return silent | self.unhookable(model)
 
     @final
     def value(self, name: str) -> Tensor:
@@ -128,6 +142,7 @@ class Statistic(Metric):
         """
         if self.passes(name) == 0:
             self._refuse(name)
+        self._warn_of_skipped([name])
         return self.estimate(name)
 
     @final
@@ -204,7 +219,7 @@ class Statistic(Metric):
                 "network to the widths it was saved at before loading."
             )
         # torchmetrics would hand over the caller's tensors themselves, to be added to in place.
-        copies = {key: value.to(getattr(self, key).device, copy=True) for key, value in state_dict.items()}
+        copies = {key: value.to(getattr(self, key), copy=True) for key, value in state_dict.items()}
         return super().load_state_dict(copies, strict=strict, assign=assign)
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -234,13 +249,13 @@ class Statistic(Metric):
         skipped = torch.cat([self.read("skipped", name) for name in names if name in self.sources]).tolist()
         return list(dict.fromkeys(place for place, passes in zip(places, skipped, strict=True) if passes))
 
-    def _warn_of_skipped(self) -> None:
-        for place in self._skipped_places(list(self.sources)):
+    def _warn_of_skipped(self, names: Iterable[str]) -> None:
+        for place in self._skipped_places(names):
             if place not in self._warned:
                 self._warned.add(place)
                 warnings.warn(
-                    f"NaN or infinite activations at layer '{place}': such batches are left out of the scores. A lower "
-                    "learning rate, gradient clipping or bf16 in place of fp16 may help.",
+                    f"NaN or infinite activations or weights at layer '{place}': such batches are left out of the "
+                    "scores. A lower learning rate, gradient clipping or bf16 in place of fp16 may help.",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -249,8 +264,8 @@ class Statistic(Metric):
         bad = self._skipped_places([name])
         if bad:
             raise FloatingPointError(
-                f"group '{name}' cannot be scored: every observed pass had NaN or infinite activations at layer "
-                f"{', '.join(map(repr, bad))}. Lower the learning rate or clip gradients."
+                f"group '{name}' cannot be scored: every observed pass had NaN or infinite activations or weights at "
+                f"layer {', '.join(map(repr, bad))}. Lower the learning rate or clip gradients."
             )
         raise RuntimeError(
             f"group '{name}' cannot be scored: expected at least one training pass to have been observed, got none at "
@@ -313,14 +328,13 @@ class ContributionStatistic(Statistic):
         # First of all hooks: later ones may replace or overwrite the output.
         return [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in targets]
 
-    def unobservable(self, model: nn.Module) -> dict[str, str]:
-        """Groups whose units enter no layer that can be hooked, with the reason."""
+    def unhookable(self, model: nn.Module) -> dict[str, str]:
+        """Groups whose units enter no plain Linear, Conv or ConvTranspose."""
         seen = {target.group for targets in self._targets(model).values() for target in targets}
         return {
-            name: f"contributions cannot be observed: its units enter {', '.join(self.sources[name])}, which is not "
-            "called as a Linear, Conv or ConvTranspose module"
+            name: f"its units enter {', '.join(self.sources[name])}, which is no plain Linear, Conv or ConvTranspose"
             if name in self.sources
-            else "contributions cannot be observed: no layer takes its units as input"
+            else "no layer takes its units as input"
             for name in self.structure.widths
             if name not in seen
         }
@@ -369,9 +383,9 @@ class ContributionStatistic(Statistic):
     def _targets(self, model: nn.Module) -> dict[nn.Module, list[_Target]]:
         """The layers to hook, and where their inputs belong."""
         layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
-        for module in model.modules():
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None and _is_linear(module):
+        for module in filter(_is_linear, model.modules()):
+            weight = module._parameters.get("weight")  # none where a parametrization computes it
+            if weight is not None:
                 layers.setdefault(weight, []).append(module)
         tensors = dict(model.named_parameters())
         targets: dict[nn.Module, list[_Target]] = {}

@@ -52,7 +52,7 @@ class Evidence:
 
     def slices(self, unit, role="out"):
         """What a unit holds of every weight with this role."""
-        members = [m for m in self.group.members if m.role == role and self.tensors[m.tensor].ndim > 1]
+        members = [m for m in self.group.members if m.role == role]
         return [np.take(self.tensors[m.tensor], p, axis=m.dim) for m in members for p in m.index[unit]]
 
 

@@ -166,6 +166,14 @@ def test_bad_numbers_show(name, bad, ratio):
     assert not found.maximum.isfinite().all()
 
 
+def test_bad_outputs_show():
+    """A sum that overflowed though no term did."""
+    layer, x, output = make("linear")
+    output = output.detach().clone()
+    output[0, 0] = math.nan
+    assert not contributions_of(layer, x, output, ratio="signed").mass.isfinite().all()
+
+
 @both_ratios
 @pytest.mark.parametrize("name", ["linear", "conv2d, stride and padding"])
 def test_half_precision_layers_are_computed_in_single(name, ratio):
