@@ -20,12 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 # Imported for their names: a class that is loaded can be given by its short name in YAML and on the command line.
-# import lightning_prune.callbacks
+import lightning_prune.callbacks
 import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
 
-# import lightning_prune.scoring.criteria
+import lightning_prune.scoring.criteria
 from lightning_prune.cli import runs
 from lightning_prune.data import ImageData
 

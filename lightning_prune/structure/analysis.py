@@ -10,7 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 from lightning_prune.structure.atoms import Atoms, Mismatch
 from lightning_prune.structure.cost import Axis, CostModel, Term
@@ -199,7 +203,11 @@ class _Analysis:
         return self.tracer.roles.get(axis, "along")  # type: ignore[return-value]
 
     def _rank(self, group: Group) -> int:
-        return min(self.tracer.order.get(m.tensor, len(self.tracer.order)) for m in group.members if m.tensor == group.members[0].tensor)
+        return min(
+            self.tracer.order.get(m.tensor, len(self.tracer.order))
+            for m in group.members
+            if m.tensor == group.members[0].tensor
+        )
 
     def _frozen(self, groups: Sequence[Group]) -> list[Frozen]:
         """Every produced axis, and every bare or unused tensor's axis, that is not wholly in a group."""

@@ -129,8 +129,22 @@ def same(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.label(out, value.axes, zero=value.zero, source=value.source)
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "bernoulli_",
-      "uniform_", "normal_", "random_", "fill_", "zero_", "exponential_")
+@rule(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "bernoulli_",
+    "uniform_",
+    "normal_",
+    "random_",
+    "fill_",
+    "zero_",
+    "exponential_",
+)
 def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A tensor of the size of its input."""
     zero = str(func._schema.name) in ("aten::zeros_like", "aten::zero_")
@@ -143,8 +157,23 @@ def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
     t.label(out, (WILD,) * out.dim())
 
 
-@rule("rand", "randn", "empty", "empty_strided", "new_empty", "new_empty_strided", "arange", "linspace", "eye", "tensor",
-      "randint", "randperm", "rand.generator", "_local_scalar_dense", "item")
+@rule(
+    "rand",
+    "randn",
+    "empty",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "arange",
+    "linspace",
+    "eye",
+    "tensor",
+    "randint",
+    "randperm",
+    "rand.generator",
+    "_local_scalar_dense",
+    "item",
+)
 def constant(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A constant: axes of fixed size."""
     _rigid(t, out)
@@ -290,8 +319,16 @@ def embedding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 # -- normalisation ----------------------------------------------------------------------------------------------------
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm", "_native_batch_norm_legit_functional")
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "miopen_batch_norm",
+    "_native_batch_norm_legit_functional",
+)
 def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Batch norm: everything of one channel goes with it."""
     x = t.value(args[0])
@@ -345,19 +382,47 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 # -- pooling and resampling -------------------------------------------------------------------------------------------
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
-      "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_max_pool1d",
-      "max_pool1d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-      "upsample_bicubic2d", "upsample_trilinear3d", "upsample_linear1d", "_upsample_nearest_exact2d", "reflection_pad1d",
-      "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "max_unpool2d",
-      "max_unpool3d", "_upsample_bilinear2d_aa", "mkldnn_max_pool2d")
+@rule(
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "adaptive_max_pool1d",
+    "max_pool1d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "upsample_linear1d",
+    "_upsample_nearest_exact2d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "max_unpool2d",
+    "max_unpool3d",
+    "_upsample_bilinear2d_aa",
+    "mkldnn_max_pool2d",
+)
 def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Work on the trailing positions, channel by channel."""
     name = str(func._schema.name)
     rank = next(int(n) for n in "123" if f"{n}d" in name)
     inputs = [x for x in _tensors(args) if x.dim() == args[0].dim()]
     value = t.value(args[0])
-    axes = _broadcast(t, func, [(x, t.value(x)) for x in inputs], args[0].dim()) if len(inputs) > 1 else list(value.axes)
+    axes = (
+        _broadcast(t, func, [(x, t.value(x)) for x in inputs], args[0].dim()) if len(inputs) > 1 else list(value.axes)
+    )
     t.freeze(axes[-rank:], f"the positions of {t.where(func)}")
     for result in _tensors(out):
         t.label(result, [*axes[: result.dim() - rank], *([None] * rank)], zero=value.zero)
@@ -386,9 +451,40 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 # -- reductions -------------------------------------------------------------------------------------------------------
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "argmax", "argmin", "prod", "any",
-      "all", "norm", "linalg_vector_norm", "logsumexp", "median", "nansum", "count_nonzero", "_softmax", "_log_softmax",
-      "cumsum", "cumprod", "sort", "topk", "_safe_softmax", "kthvalue", "cummax", "cummin", "logcumsumexp")
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "prod",
+    "any",
+    "all",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "median",
+    "nansum",
+    "count_nonzero",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "topk",
+    "_safe_softmax",
+    "kthvalue",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+)
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Reduce or normalise over some dimensions; only a sum of zeros is the same without them."""
     name = str(func._schema.name).removeprefix("aten::")
@@ -432,8 +528,23 @@ def permute(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     _moved(t, out, value, dims)
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "squeeze", "squeeze_", "unsqueeze",
-      "unsqueeze_", "view_as", "_reshape_copy", "view_copy", "squeeze_copy", "unsqueeze_copy")
+@rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "unflatten",
+    "flatten",
+    "squeeze",
+    "squeeze_",
+    "unsqueeze",
+    "unsqueeze_",
+    "view_as",
+    "_reshape_copy",
+    "view_copy",
+    "squeeze_copy",
+    "unsqueeze_copy",
+)
 def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Merge and split dimensions (an added or dropped dimension of length 1 is a case of it)."""
     x = args[0]
@@ -559,10 +670,14 @@ def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if not any(isinstance(p, np.ndarray) for p in pieces):
             axes.append(None)
             continue
-        axes.append(np.concatenate([
-            p if isinstance(p, np.ndarray) else t.atoms.fresh(x.shape[d], f"a part of fixed size in {where}")
-            for x, p in zip(parts, pieces, strict=True)
-        ]))
+        axes.append(
+            np.concatenate(
+                [
+                    p if isinstance(p, np.ndarray) else t.atoms.fresh(x.shape[d], f"a part of fixed size in {where}")
+                    for x, p in zip(parts, pieces, strict=True)
+                ]
+            )
+        )
     t.label(out, axes, zero=zero)
 
 
@@ -665,7 +780,16 @@ def rearranged(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.label(out, axes, zero=value.zero)
 
 
-@rule("sym_size", "sym_numel", "sym_stride", "is_same_size", "_assert_async", "_assert_tensor_metadata", "set_", "_is_all_true")
+@rule(
+    "sym_size",
+    "sym_numel",
+    "sym_stride",
+    "is_same_size",
+    "_assert_async",
+    "_assert_tensor_metadata",
+    "set_",
+    "_is_all_true",
+)
 def nothing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Reads sizes only."""
     _rigid(t, out)

@@ -95,9 +95,7 @@ class Tracer(TorchDispatchMode):
             return known[1]
         return self._by_storage.get(_storage_key(tensor)) or Value((None,) * tensor.dim())
 
-    def label(
-        self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None
-    ) -> None:
+    def label(self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None) -> None:
         """Write down a tensor's labels."""
         value = Value(tuple(axes), zero, source)
         self._values[id(tensor)] = (tensor, value)  # the tensor is kept so that its id stays its own

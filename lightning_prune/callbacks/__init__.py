@@ -1,0 +1,8 @@
+"""When it happens in a Lightning run: one thin callback per method, loading, and a look before anything is pruned."""
+
+from lightning_prune.callbacks.checkpoints import load_from_checkpoint
+from lightning_prune.callbacks.contribution import ContributionPruning
+from lightning_prune.callbacks.structured import StructuredPruning
+from lightning_prune.callbacks.subjects import inspect
+
+__all__ = ["ContributionPruning", "StructuredPruning", "inspect", "load_from_checkpoint"]

@@ -1,0 +1,84 @@
+"""The history of a network in every checkpoint, and the narrow network out of any of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_prune.surgery.history import load_from, save_into
+
+__all__ = ["keep_history", "load_from_checkpoint"]
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def keep_history(module: LightningModule) -> None:
+    """From now on the module's checkpoints carry its history, and loading one makes it as narrow or wide as needed.
+
+    The module's own hooks are wrapped, not a callback's: they also run for ``save_weights_only`` and after the fit, and
+    before the shapes are compared. Twice is once.
+    """
+    if not isinstance(vars(module).get("on_save_checkpoint"), partial):
+        # Partials of functions of this module, so that the network can still be pickled and copied.
+        vars(module)["on_save_checkpoint"] = partial(_save, module)
+        vars(module)["on_load_checkpoint"] = partial(_load, module)
+
+
+def load_from_checkpoint(
+    model_class: type[Module],
+    checkpoint_path: str | Path,
+    map_location: Any = None,
+    strict: bool | None = None,
+    **init: Any,
+) -> Module:
+    """The network of a checkpoint, as narrow as it was saved; no callback is needed.
+
+    Args:
+        model_class: The LightningModule's class.
+        checkpoint_path: A checkpoint of a pruned or of a dense network.
+        map_location: Where to put the tensors, as in ``torch.load``.
+        strict: As in ``LightningModule.load_from_checkpoint``.
+        **init: Arguments of the class that ``save_hyperparameters()`` did not save, or that shall differ.
+
+    Returns:
+        A plain instance of ``model_class`` in the widths of the checkpoint. It keeps its history: checkpoints written
+        from it load again.
+
+    Raises:
+        HistoryError: If the checkpoint is of another architecture or its history is damaged.
+        TypeError: If ``model_class`` is no LightningModule class.
+    """
+    if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
+        raise TypeError(
+            f"expected the class of a LightningModule, got {model_class!r}. Write `load_from_checkpoint(MyModule, path)`."
+        )
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        self.__class__ = model_class
+        keep_history(self)
+        self.on_load_checkpoint(checkpoint)
+
+    # Lightning builds the instance, calls this hook on it and then loads the weights: no other way in between.
+    loader: Any = type(
+        model_class.__name__,
+        (model_class,),
+        {"on_load_checkpoint": on_load_checkpoint, "__module__": model_class.__module__},
+    )
+    with torch.inference_mode(False):
+        module: Module = loader.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
+    return module
+
+
+def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    type(module).on_save_checkpoint(module, checkpoint)
+    save_into(checkpoint, module)
+
+
+def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    # The user's hook may still build layers that the checkpoint asks for.
+    type(module).on_load_checkpoint(module, checkpoint)
+    load_from(checkpoint, module)

@@ -1,0 +1,192 @@
+"""What a run shows while it prunes and at its end: numbers for loggers, a table, files."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from torch import Tensor
+
+from lightning_prune.reporting import Report, Size, latency, report_figure, size_on_disk
+from lightning_prune.scoring import Statistic
+from lightning_prune.structure import Call
+
+__all__ = ["Pace", "Showing", "log_now", "score_summary"]
+
+# Columns of a table that goes to a file or a pipe.
+_FILE_WIDTH = 120
+
+
+def log_now(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """Send numbers to every logger at once, on the step axis of Lightning's own curves, and to other callbacks.
+
+    ``self.log`` would drop what falls between two steps of ``log_every_n_steps``; cuts must not be lost.
+    """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(numbers), step=step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+
+
+def score_summary(scores: Mapping[str, Tensor], statistic: Statistic | None) -> dict[str, float]:
+    """Quantiles of the scores of every group and the agreement of two halves of the batches, for loggers."""
+    numbers: dict[str, float] = {}
+    for name, values in scores.items():
+        quantiles = torch.quantile(values, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=values.dtype)).tolist()
+        for label, value in zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True):
+            numbers[f"pruning/score/{name}/{label}"] = value
+        if statistic is not None:
+            agreement = statistic.split_half(name)
+            if not math.isnan(agreement):
+                numbers[f"pruning/split_half/{name}"] = agreement
+    return numbers
+
+
+@dataclass
+class Pace:
+    """How long training steps take with and without observation.
+
+    Attributes:
+        observed: Seconds of steps whose activations were observed, this epoch.
+        plain: Seconds of the others.
+    """
+
+    observed: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    _began: float | None = None
+    _is_observed: bool = False
+
+    def start(self, *, observed: bool) -> None:
+        """A step begins."""
+        self._began, self._is_observed = perf_counter(), observed
+
+    def stop(self) -> None:
+        """The step has ended."""
+        if self._began is not None:
+            (self.observed if self._is_observed else self.plain).append(perf_counter() - self._began)
+
+    def overhead(self) -> float | None:
+        """Extra time of observed steps as a share of an epoch without them; None where there is nothing to compare."""
+        observed, plain = self.observed, self.plain
+        self.observed, self.plain = [], []
+        if not observed or not plain:
+            return None if observed else 0.0
+        usual = median(plain)
+        extra = max(median(observed) - usual, 0.0) * len(observed)
+        return extra / (usual * (len(observed) + len(plain)))
+
+
+class Showing:
+    """The report of one run and where it goes.
+
+    Args:
+        report: What was collected.
+        trainer: The run.
+        dirpath: The user's folder, if any.
+        run_id: Tells this run's files from another's.
+    """
+
+    def __init__(self, report: Report, trainer: Trainer, dirpath: str | None, run_id: str) -> None:
+        self.report, self.trainer, self.dirpath, self.run_id = report, trainer, dirpath, run_id
+
+    def claim(self) -> None:
+        """Refuse a folder with another run's report.
+
+        Raises:
+            FileExistsError: If the user's ``dirpath`` holds one.
+        """
+        if self.dirpath is not None and not self._is_ours(Path(self.dirpath)):
+            raise FileExistsError(
+                f"`dirpath`: expected a folder without a report or the folder of the run that is resumed, got "
+                f"'{self.dirpath}', which holds another run's report. Give another folder or remove it."
+            )
+
+    def folder(self) -> Path:
+        """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report."""
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        home = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder, number = home, 1
+        while not self._is_ours(folder):
+            number += 1
+            folder = home / f"pruning-{number}"
+        return folder
+
+    def _is_ours(self, folder: Path) -> bool:
+        file = folder / "report.json"
+        if not file.is_file():
+            return True
+        try:
+            return bool(json.loads(file.read_text(encoding="utf-8"))["config"]["run"] == self.run_id)
+        except (ValueError, KeyError, TypeError):
+            return False  # somebody else's file of that name
+
+    def measure(self, module: LightningModule, call: Call, size: Size) -> Size:
+        """The size with bytes on disk and latency."""
+        try:
+            milliseconds = latency(module, call)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            warnings.warn(
+                f"the latency could not be measured ({type(error).__name__}: {error}): `forward` runs on the example, "
+                "but not at batch sizes 1 and 64",
+                stacklevel=2,
+            )
+            milliseconds = {}
+        return replace(size, bytes=size_on_disk(module), latency=milliseconds)
+
+    def finish(self) -> None:
+        """Print the table, write the files, hand the results to the loggers."""
+        self._log()
+        if self.trainer.fast_dev_run:
+            return
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.report.to_json(folder / "report.json")
+        picture = self._picture(folder)
+        (folder / "report.md").write_text(self.report.to_markdown(picture and picture.name), encoding="utf-8")
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_FILE_WIDTH)
+        console.print(self.report.table())
+        console.print(f"Report: {folder}", soft_wrap=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _to_wandb(logger, self.report, picture)
+
+    def _log(self) -> None:
+        log_now(self.trainer, self.report.metrics())
+
+    def _picture(self, folder: Path) -> Path | None:
+        try:
+            figure = report_figure(self.report)
+        except ModuleNotFoundError as error:
+            warnings.warn(f"no picture of the run: {error}", stacklevel=2)
+            return None
+        path = folder / "report.png"
+        figure.savefig(path)
+        return path
+
+
+def _to_wandb(logger: WandbLogger, report: Report, picture: Path | None) -> None:
+    """The recipe and final widths in the run's config, the results in its summary, the picture and the tables."""
+    run: Any = logger.experiment
+    run.config.update(
+        {"pruning": {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True
+    )
+    run.summary.update(report.metrics())
+    for grid in report.grids():
+        if grid.title:
+            logger.log_table(f"pruning/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])
+    if picture is not None:
+        logger.log_image("pruning/report", [str(picture)])

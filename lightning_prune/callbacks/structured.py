@@ -1,0 +1,461 @@
+"""Structured pruning while Lightning trains: decides *when*; the rooms below know how."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from typing_extensions import override
+
+from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.monitors import hold_early_stopping, reset_monitors
+from lightning_prune.callbacks.showing import Pace, Showing, log_now, score_summary
+from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.planning import (
+    CutPoint,
+    Linear,
+    NoEffectWarning,
+    Original,
+    Plan,
+    RunLength,
+    Schedule,
+    Scope,
+    Target,
+    due,
+    feasible,
+    make_plan,
+    reaches,
+    select,
+)
+from lightning_prune.reporting import Cut, Report, Size, versions
+from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
+from lightning_prune.structure import Structure, StructureError, Subject, trace
+from lightning_prune.surgery import History, HistoryError, Keep, attach, cut_and_check, history_of, refuse
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["StructuredPruning"]
+
+# Form of the callback's state in a checkpoint.
+_FORMAT = 1
+
+
+class StructuredPruning(Callback):
+    """Makes the layers of a LightningModule physically narrower while it trains.
+
+    At each cut of the schedule the units with the lowest scores leave: weights, gradients, optimizer state and
+    statistics are sliced, the narrower network is run forward and backward, and only then the cut counts. Optimizer,
+    schedulers, parameter groups and hooks stay the same objects. Checkpoints carry what was done, so that every
+    ``ckpt_path`` loads and training resumes; ``load_from_checkpoint`` gives the narrow network without a callback.
+
+    Cuts happen before a training batch, so a validation always measures the network that is saved with it.
+
+    Args:
+        pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``.
+        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
+            a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
+        criterion: How much each unit matters.
+        schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
+        scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+        reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
+            best at the final size, and let early stopping wait for the last cut.
+        dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
+
+    Raises:
+        ValueError: At once for amounts out of range; before the first training step for everything that depends on
+            network, optimizer and trainer. The text says what was expected, what came and what to do.
+
+    Example:
+        >>> from lightning_prune import L2, OneShot, StructuredPruning
+        >>> callback = StructuredPruning(budget={"macs": 0.5}, criterion=L2(), schedule=OneShot(), scope="global")
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: float | None = None,
+        budget: float | int | dict[str, float | int] | None = None,
+        criterion: Criterion = L1(),  # noqa: B008  # frozen
+        schedule: Schedule = Linear(),  # noqa: B008  # frozen
+        scope: Literal["local", "global"] | Scope = "local",
+        layers: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        reset_monitors: bool = True,
+        dirpath: str | None = None,
+    ) -> None:
+        self.target = Target.of(pruning_ratio, budget)
+        self.criterion = criterion
+        self.schedule = schedule
+        self.scope = Scope.of(scope)
+        self.layers = layers
+        self.ignore = ignore
+        self.reset_monitors = reset_monitors
+        self.dirpath = dirpath
+        self.report = Report()
+        self._forget()
+
+    def _forget(self) -> None:
+        """A run of its own begins: nothing is known of the network, nothing was done."""
+        self.report = Report()
+        self._run_id = uuid.uuid4().hex
+        self._done = -1  # index of the last cut of the schedule that was made
+        self._batches = 0  # training batches since the start, to observe every n-th
+        self._saved_statistic: Mapping[str, torch.Tensor] | None = None
+        self._unprepare()
+
+    def _unprepare(self) -> None:
+        """What is found anew whenever a fit begins."""
+        self._structure: Structure | None = None
+        self._subject: Subject | None = None
+        self._statistic: Statistic | None = None
+        self._original = Original(0, 0, {})
+        self._selected: tuple[str, ...] = ()
+        self._timeline: tuple[CutPoint, ...] = ()
+        self._observing: list[Any] = []
+        self._pace = Pace()
+
+    # -- what others may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def structure(self) -> Structure | None:
+        """Groups of the network as it is now; None before the first training batch."""
+        return self._structure
+
+    @property
+    def pending(self) -> bool:
+        """Whether cuts are still to come."""
+        return bool(self._timeline) and self._done < self._timeline[-1].index
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _refuse_surroundings(self, trainer, pl_module)
+        keep_history(pl_module)
+        if stage == "fit":
+            history = history_of(pl_module)
+            self._unprepare()
+            if history is None:
+                self._forget()
+            elif history.edits:  # the same network goes on
+                self._done = history.edits[-1].cut
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse(trainer.optimizers)
+        history = history_of(pl_module)
+        if history is not None and history.edits:
+            self._done = max(self._done, history.edits[-1].cut)
+        Showing(self.report, trainer, self.dirpath, self._run_id).claim()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._structure is None:
+            self._prepare(trainer, pl_module, batch)
+        point = due(self._timeline, self._done, self._now(trainer)) if self._timeline else None
+        if point is not None:
+            self._cut(trainer, pl_module, point)
+        if self.pending and self.reset_monitors and batch_idx == 0:
+            hold_early_stopping(trainer)
+        if point is not None or batch_idx == 0:
+            self._log_params_left(pl_module)
+        observe = self._statistic is not None and self.pending and self._batches % self.criterion.every_n_batches == 0
+        self._batches += 1
+        self._pace.start(observed=observe)
+        if observe and self._statistic is not None:
+            self._observing = self._statistic.attach(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_observing()
+        self._pace.stop()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pending and self.reset_monitors:
+            hold_early_stopping(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._collect(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._structure is not None:
+            numbers = self.report.metrics()
+            overhead = self._pace.overhead()
+            if overhead is not None:
+                numbers["pruning/overhead"] = overhead
+            log_now(trainer, numbers)
+        self._collect(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._structure is None or self._subject is None:
+            return
+        self._collect(trainer)
+        if self.pending:
+            last = self._timeline[-1]
+            warnings.warn(
+                f"the run ended before the last of its cuts ({last.unit} {last.at}): "
+                f"{100 * self.report.ratio:.1f} % of the units are gone.",
+                stacklevel=2,
+            )
+        showing = Showing(self.report, trainer, self.dirpath, self._run_id)
+        self.report.final = showing.measure(pl_module, self._subject.calls[0], self._size())
+        showing.finish()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_observing()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_observing()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        statistic = self._saved_statistic
+        if self._statistic is not None:
+            statistic = {name: value.detach().clone() for name, value in self._statistic.state_dict().items()}
+        return {
+            "format": _FORMAT,
+            "run": self._run_id,
+            "done": self._done,
+            "batches": self._batches,
+            "statistic": dict(statistic or {}),
+            "report": self.report.to_plain(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
+                "It was written by another version of lightning-prune: install that one, or resume without the state."
+            )
+        self._run_id = state_dict["run"]
+        self._done = state_dict["done"]
+        self._batches = state_dict["batches"]
+        self._saved_statistic = state_dict["statistic"]
+        self.report = Report.from_plain(state_dict["report"])
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Find the structure and check everything that can be checked, before any weight has changed."""
+        subject = subject_of(module, batch)
+        structure = trace(subject)
+        for note in structure.notes:
+            warnings.warn(note, stacklevel=2)
+        history = history_of(module)
+        original = Original.of(structure)
+        if history is not None:
+            original = Original(history.params, history.macs, history.widths)
+            if history.widths.keys() != structure.widths.keys():
+                raise HistoryError(
+                    f"expected the groups the network was pruned with ({', '.join(history.widths)}), found "
+                    f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
+                )
+        selected, refused = select(structure, self.layers, self.ignore)
+        statistic = self.criterion.statistic(structure)
+        if statistic is not None:
+            selected = self._observable(statistic.unobservable(module), selected)
+        feasible(structure, self.target, self.scope, selected, original)
+        timeline: tuple[CutPoint, ...] = ()
+        if not trainer.fast_dev_run:
+            timeline = self.schedule.timeline(_run_length(trainer), self.target.fraction(original, selected))
+            if timeline and reaches(timeline) < 1:
+                warnings.warn(
+                    f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: train "
+                    "longer, start earlier or cut more often to reach it.",
+                    stacklevel=2,
+                )
+        if statistic is not None and self._saved_statistic:
+            statistic.load_state_dict(self._saved_statistic)
+        self._saved_statistic = None
+        self._structure, self._subject, self._statistic = structure, subject, statistic
+        self._original, self._selected, self._timeline = original, selected, timeline
+        self._begin_report(trainer, module)
+
+    def _observable(self, silent: Mapping[str, str], selected: tuple[str, ...]) -> tuple[str, ...]:
+        """The selected groups that the criterion can score; an error if the user named one that it cannot."""
+        lost = {name: why for name, why in silent.items() if name in selected}
+        kept = tuple(name for name in selected if name not in lost)
+        reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
+        if lost and (self.layers is not None or not kept):
+            raise StructureError(
+                f"{type(self.criterion).__name__} cannot score {reasons}. Choose other `layers`, or a criterion of weights "
+                "such as L1."
+            )
+        if lost:
+            warnings.warn(
+                f"{type(self.criterion).__name__} cannot score, so these stay as they are: {reasons}", stacklevel=2
+            )
+        return kept
+
+    def _begin_report(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.report.dense is None and self._subject is not None and self._structure is not None:
+            dense = Size(self._original.params, self._original.macs, dict(self._original.widths))
+            if history_of(module) is None:
+                showing = Showing(self.report, trainer, self.dirpath, self._run_id)
+                dense = showing.measure(module, self._subject.calls[0], dense)
+            self.report.dense = dense
+        self.report.versions = versions()
+        self.report.config = {
+            "run": self._run_id,
+            "target": self.target,
+            "criterion": repr(self.criterion),
+            "schedule": repr(self.schedule),
+            "scope": self.scope,
+            "layers": self.layers,
+            "ignore": self.ignore,
+            "cuts": [[point.unit, point.at, point.share] for point in self._timeline],
+        }
+
+    # -- a cut --------------------------------------------------------------------------------------------------------
+
+    def _now(self, trainer: Trainer) -> int:
+        return trainer.current_epoch if self._timeline[0].unit == "epoch" else trainer.global_step
+
+    def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
+        """Score, plan, cut, check; whole or not at all."""
+        structure, subject, statistic = self._structure, self._subject, self._statistic
+        if structure is None or subject is None:
+            raise RuntimeError("a cut was asked for before the structure was found")
+        began = perf_counter()
+        if statistic is not None:
+            self._selected = self._observable(statistic.unobservable(module), self._selected)
+        tensors = {name: tensor.detach() for name, tensor in named(module).items()}
+        groups = [structure.group(name) for name in self._selected]
+        scores = score_groups(self.criterion, groups, tensors, statistic)
+        plan = make_plan(structure, scores, self.target, point.share, self.scope, self._original)
+        summary = score_summary(scores, statistic)
+        if plan.is_empty:
+            self._done = point.index
+            warnings.warn(
+                f"cut {point.index} ({point.unit} {point.at}) removes nothing: its share of the target is less than one "
+                "unit of any layer",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+            return
+        after = structure.take(plan.kept)
+        self._operate(trainer, module, plan, after, point)
+        if self.reset_monitors:
+            reset_monitors(trainer)
+        seconds = perf_counter() - began
+        widths = after.widths
+        cut = Cut(
+            point.index,
+            trainer.current_epoch,
+            trainer.global_step,
+            dict(plan.before),
+            plan.widths,
+            after.cost.params(widths),
+            after.cost.macs(widths),
+            seconds,
+        )
+        self.report.cuts.append(cut)
+        log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": seconds})
+
+    def _operate(
+        self, trainer: Trainer, module: LightningModule, plan: Plan, after: Structure, point: CutPoint
+    ) -> None:
+        """The cut itself: network, optimizers, history, statistics and what this callback knows, together."""
+        structure, subject = self._structure, self._subject
+        assert structure is not None
+        assert subject is not None
+        call = subject.calls[0]
+        before = history_of(module)
+        axes = structure.axes(plan.kept)
+        edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, point.index, {"share": point.share})
+        history = (before or History.begin(structure)).add(edit, module)
+
+        def run() -> Any:
+            with trainer.precision_plugin.forward_context():
+                return module.forward(*call.args, **call.kwargs)
+
+        change = cut_and_check(module, axes, trainer.optimizers, (), run)
+        try:
+            if self._statistic is not None:
+                self._statistic.take(plan.kept, after)
+                self._statistic.reset()  # contributions count from the last cut
+            attach(module, history)
+            self._structure, self._done = after, point.index
+        except BaseException:
+            change.undo()
+            attach(module, before)
+            raise
+
+    # -- showing ------------------------------------------------------------------------------------------------------
+
+    def _size(self) -> Size:
+        assert self._structure is not None
+        widths = self._structure.widths
+        return Size(self._structure.cost.params(widths), self._structure.cost.macs(widths), widths)
+
+    def _log_params_left(self, module: LightningModule) -> None:
+        size = self.report.size
+        if size is not None:
+            module.log(
+                "params", float(size.params), prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
+            )
+
+    def _collect(self, trainer: Trainer) -> None:
+        metrics = {
+            name: value for name, value in trainer.callback_metrics.items() if name != "params" and value.numel() == 1
+        }
+        if metrics:
+            self.report.log(trainer.current_epoch, trainer.global_step, metrics)
+
+    def _stop_observing(self) -> None:
+        for handle in self._observing:
+            handle.remove()
+        self._observing = []
+
+
+def _run_length(trainer: Trainer) -> RunLength:
+    """How long the run is, as far as the trainer knows."""
+    epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+    steps = trainer.max_steps if trainer.max_steps != -1 else None
+    batches = trainer.num_training_batches
+    per_epoch = None
+    if batches != float("inf"):
+        per_epoch = max(-(-int(batches) // trainer.accumulate_grad_batches), 1)
+    return RunLength(epochs, steps, per_epoch)
+
+
+def _refuse_surroundings(callback: StructuredPruning, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse what a cut cannot be made safe in, before anything happens."""
+    name = type(callback).__name__
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import Trainer, "
+            "LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size > 1:
+        raise ValueError(
+            f"{name}: expected one process on one device, got {type(trainer.strategy).__name__} with {trainer.world_size} "
+            'processes. Use `Trainer(devices=1, strategy="auto")`; several processes are not supported yet.'
+        )
+    others = [c for c in trainer.callbacks if isinstance(c, StructuredPruning) and c is not callback]  # type: ignore[attr-defined]
+    if others:
+        raise ValueError(
+            f"{name}: expected one pruning callback, got {1 + len(others)}. Let one callback do all cuts: choose its "
+            "`layers` and `scope`."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            f"{name}: expected a module that is not compiled: hooks and shapes change while it trains. Train without "
+            "`torch.compile` and compile the narrow network afterwards."
+        )

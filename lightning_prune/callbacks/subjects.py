@@ -1,0 +1,214 @@
+"""From a LightningModule and a batch to something whose structure can be found: how it is run, and what must be kept off.
+
+``forward`` is traced, and the ``training_step`` with it: a head that only the training uses would be missed otherwise.
+The step runs on a copy whose metrics, logging, optimizers and trainer are stand-ins that do nothing.
+"""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric, MetricCollection
+
+from lightning_prune.reporting import Inspection
+from lightning_prune.structure import Call, StructureError, Subject, trace
+
+__all__ = ["inspect", "subject_of"]
+
+
+def inspect(model: nn.Module, example: Any = None) -> Inspection:
+    """What can be pruned in a network, and what cannot and why; print it, or let a notebook show it.
+
+    Args:
+        model: A LightningModule or any module. It is left as it is.
+        example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords, or a training batch (its
+            inputs are found by trying). By default the module's ``example_input_array``.
+
+    Raises:
+        StructureError: If there is no example, or the network fails on it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import inspect
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> inspect(net, torch.zeros(1, 4)).structure.widths
+        {'0': 8}
+    """
+    if isinstance(model, LightningModule):
+        return Inspection(trace(subject_of(model, example, step=False)))
+    return Inspection(trace(Subject(model, _forward_calls(model, example, None))))
+
+
+def subject_of(module: LightningModule, batch: Any = None, *, step: bool = True) -> Subject:
+    """A LightningModule as a subject of tracing.
+
+    Args:
+        module: The network.
+        batch: A training batch, for the example (where there is no ``example_input_array``) and the training step.
+        step: Trace ``training_step`` too.
+
+    Raises:
+        StructureError: If there is no example that ``forward`` accepts.
+    """
+    prepare, memo = _Standins(module), _kept_off(module)
+    calls = _forward_calls(module, batch, module.example_input_array, memo=memo, prepare=prepare)
+    optional: tuple[Call, ...] = ()
+    if step and batch is not None and is_overridden("training_step", module):
+        optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)
+    return Subject(module, calls, optional, memo, prepare)
+
+
+def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: Any) -> tuple[Call, ...]:
+    """Forward in eval and in train mode on the first candidate that the network accepts."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    candidates = list(_candidates(batch, own_example))
+    if not candidates:
+        raise StructureError(
+            f"{type(model).__name__}: expected an example of what `forward` takes, found none. Set `example_input_array` "
+            "in the module, or pass an `example`."
+        )
+    failures = []
+    for args, kwargs in candidates:
+        args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
+        if len(candidates) == 1:
+            return calls
+        try:
+            trace(Subject(model, calls, **copying), trial=False)
+        except StructureError as error:
+            failures.append(str(error))
+        else:
+            return calls
+    raise StructureError(
+        f"{type(model).__name__}: `forward` accepts no part of the training batch. Set `example_input_array` in the "
+        f"module. The last attempt: {failures[-1]}"
+    )
+
+
+def _candidates(batch: Any, own_example: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments to try, the likeliest first."""
+    if own_example is not None:
+        if isinstance(own_example, Mapping):
+            yield (), dict(own_example)
+        else:
+            yield (tuple(own_example) if isinstance(own_example, (tuple, list)) else (own_example,)), {}
+    elif isinstance(batch, Mapping):
+        yield (batch,), {}
+        yield (), dict(batch)
+        for value in batch.values():
+            yield (value,), {}
+    elif isinstance(batch, (tuple, list)) and batch:
+        yield (batch[0],), {}
+        yield tuple(batch), {}
+        yield (batch,), {}
+        yield tuple(batch[:-1]), {}
+    elif batch is not None:
+        yield (batch,), {}
+
+
+def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
+    accepts = signatures.signature(module.training_step).parameters
+    return (batch, 0) if "batch_idx" in accepts or len(accepts) > 1 else (batch,)
+
+
+def _kept_off(module: LightningModule) -> dict[int, Any]:
+    """The trainer is not copied with the module: it holds data, loggers and optimizers."""
+    trainer = getattr(module, "_trainer", None)
+    return {} if trainer is None else {id(trainer): _TrainerStandin(trainer)}
+
+
+class _Silent:
+    """Takes every call, holds every attribute, does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __getitem__(self, _: Any) -> Any:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self
+
+
+class _TrainerStandin(_Silent):
+    """A trainer that tells its numbers and does nothing."""
+
+    def __init__(self, trainer: Any) -> None:
+        vars(self)["_real"] = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(vars(self)["_real"], name)
+        return value if isinstance(value, (bool, int, float, str, type(None))) else _Silent()
+
+
+class _MetricStandin(nn.Module):
+    """In place of a metric, whose real one may depend on data: what it sees must keep its size."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A number; the inputs go through an operator that lets no width change."""
+        for leaf in (*args, *kwargs.values()):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                torch.cumsum(leaf.reshape(-1), 0)
+        return torch.zeros(())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return self.forward if name in ("update", "compute") else _Silent()
+
+
+class _Standins:
+    """Makes the copy of a LightningModule ready for a training step that leaves no trace.
+
+    Args:
+        module: The original; tells how many optimizers there are.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        trainer = getattr(module, "_trainer", None)
+        self.optimizers = len(trainer.optimizers) if trainer is not None and trainer.optimizers else 1
+
+    def __call__(self, copy: nn.Module) -> None:
+        silent: Any = _Silent()
+        several = [silent] * self.optimizers if self.optimizers > 1 else silent
+        for parent in list(copy.modules()):
+            if isinstance(parent, (Metric, MetricCollection)):
+                continue
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, (Metric, MetricCollection)):
+                    parent._modules[name] = _MetricStandin()
+        for name in (
+            "log",
+            "log_dict",
+            "print",
+            "manual_backward",
+            "toggle_optimizer",
+            "untoggle_optimizer",
+            "clip_gradients",
+            "toggled_optimizer",
+        ):
+            vars(copy)[name] = silent
+        vars(copy)["optimizers"] = MethodType(lambda _self, *_, **__: several, copy)
+        vars(copy)["lr_schedulers"] = silent
