@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from lightning_prune.surgery.history import load_from, save_into
 __all__ = ["keep_history", "load_from_checkpoint"]
 
 Module = TypeVar("Module", bound=LightningModule)
+
+# One load at a time: it borrows a hook of the class.
+_loading = RLock()
 
 
 def keep_history(module: LightningModule) -> None:
@@ -54,23 +58,28 @@ def load_from_checkpoint(
     """
     if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
         raise TypeError(
-            f"expected the class of a LightningModule, got {model_class!r}. Write `load_from_checkpoint(MyModule, path)`."
+            f"expected the class of a LightningModule, got {model_class!r}. "
+            "Write `load_from_checkpoint(MyModule, path)`."
         )
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        self.__class__ = model_class
         keep_history(self)
-        self.on_load_checkpoint(checkpoint)
+        own = before or super(model_class, self).on_load_checkpoint.__func__
+        own(self, checkpoint)
+        load_from(checkpoint, self)
 
-    # Lightning builds the instance, calls this hook on it and then loads the weights: no other way in between.
-    loader: Any = type(
-        model_class.__name__,
-        (model_class,),
-        {"on_load_checkpoint": on_load_checkpoint, "__module__": model_class.__module__},
-    )
-    with torch.inference_mode(False):
-        module: Module = loader.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
-    return module
+    # Lightning builds the instance, calls this hook on it and then loads the weights: there is no other way in between,
+    # and a subclass of our own would not be the class that the checkpoint of a LightningCLI asks for.
+    with _loading, torch.inference_mode(False):
+        before = vars(model_class).get("on_load_checkpoint")
+        model_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+        try:
+            return model_class.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
+        finally:
+            if before is None:
+                del model_class.on_load_checkpoint
+            else:
+                model_class.on_load_checkpoint = before  # type: ignore[method-assign]
 
 
 def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 from lightning_prune.callbacks.structured import StructuredPruning
-from lightning_prune.planning import Linear, Schedule, Scope
-from lightning_prune.scoring import Contribution, Criterion
+from lightning_prune.scoring import Contribution
 
 __all__ = ["ContributionPruning"]
 
@@ -18,11 +17,13 @@ class ContributionPruning(StructuredPruning):
     While the network trains, every unit's share in what the next layer computes is observed; at each cut the units with
     the smallest share leave, and the training goes on with the narrower layers.
 
+    Takes the arguments of `StructuredPruning`; ``criterion`` is `Contribution()` by default.
+
     Args:
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
             a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
-        criterion: How contributions are weighed and how often batches are observed.
+        criterion: How contributions are weighed and how often batches are observed; by default `Contribution()`.
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
         layers: Only these layers: names, globs, or names of modules that contain them.
@@ -36,16 +37,4 @@ class ContributionPruning(StructuredPruning):
         >>> callback = ContributionPruning(pruning_ratio=0.5)
     """
 
-    def __init__(
-        self,
-        pruning_ratio: float | None = None,
-        budget: float | int | dict[str, float | int] | None = None,
-        criterion: Criterion = Contribution(),  # noqa: B008  # frozen
-        schedule: Schedule = Linear(),  # noqa: B008  # frozen
-        scope: Literal["local", "global"] | Scope = "local",
-        layers: str | list[str] | None = None,
-        ignore: str | list[str] | None = None,
-        reset_monitors: bool = True,
-        dirpath: str | None = None,
-    ) -> None:
-        super().__init__(pruning_ratio, budget, criterion, schedule, scope, layers, ignore, reset_monitors, dirpath)
+    default_criterion = Contribution

@@ -148,13 +148,13 @@ class Showing:
     def finish(self) -> None:
         """Print the table, write the files, hand the results to the loggers."""
         self._log()
-        if self.trainer.fast_dev_run:
+        if getattr(self.trainer, "fast_dev_run", False):
             return
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
         picture = self._picture(folder)
-        (folder / "report.md").write_text(self.report.to_markdown(picture and picture.name), encoding="utf-8")
+        (folder / "report.md").write_text(self.report.to_markdown(picture.name if picture else None), encoding="utf-8")
         console = Console()
         if not console.is_terminal:
             console = Console(width=_FILE_WIDTH)

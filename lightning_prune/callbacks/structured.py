@@ -6,7 +6,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -59,7 +59,7 @@ class StructuredPruning(Callback):
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
             a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
-        criterion: How much each unit matters.
+        criterion: How much each unit matters; by default `L1`.
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
         layers: Only these layers: names, globs, or names of modules that contain them.
@@ -77,12 +77,14 @@ class StructuredPruning(Callback):
         >>> callback = StructuredPruning(budget={"macs": 0.5}, criterion=L2(), schedule=OneShot(), scope="global")
     """
 
+    default_criterion: ClassVar[type[Criterion]] = L1
+
     def __init__(
         self,
         pruning_ratio: float | None = None,
         budget: float | int | dict[str, float | int] | None = None,
-        criterion: Criterion = L1(),  # noqa: B008  # frozen
-        schedule: Schedule = Linear(),  # noqa: B008  # frozen
+        criterion: Criterion | None = None,
+        schedule: Schedule | None = None,
         scope: Literal["local", "global"] | Scope = "local",
         layers: str | list[str] | None = None,
         ignore: str | list[str] | None = None,
@@ -90,8 +92,9 @@ class StructuredPruning(Callback):
         dirpath: str | None = None,
     ) -> None:
         self.target = Target.of(pruning_ratio, budget)
-        self.criterion = criterion
-        self.schedule = schedule
+        # None rather than a default instance: on the command line its settings would leak into another class's.
+        self.criterion = self.default_criterion() if criterion is None else criterion
+        self.schedule = Linear() if schedule is None else schedule
         self.scope = Scope.of(scope)
         self.layers = layers
         self.ignore = ignore
@@ -105,7 +108,7 @@ class StructuredPruning(Callback):
         self.report = Report()
         self._run_id = uuid.uuid4().hex
         self._done = -1  # index of the last cut of the schedule that was made
-        self._batches = 0  # training batches since the start, to observe every n-th
+        self._batches = 0  # training batches since the last cut, to observe every n-th
         self._saved_statistic: Mapping[str, torch.Tensor] | None = None
         self._unprepare()
 
@@ -266,18 +269,18 @@ class StructuredPruning(Callback):
                     f"expected the groups the network was pruned with ({', '.join(history.widths)}), found "
                     f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
                 )
-        selected, refused = select(structure, self.layers, self.ignore)
+        selected, _ = select(structure, self.layers, self.ignore)
         statistic = self.criterion.statistic(structure)
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         feasible(structure, self.target, self.scope, selected, original)
         timeline: tuple[CutPoint, ...] = ()
-        if not trainer.fast_dev_run:
+        if not _is_rehearsal(trainer):
             timeline = self.schedule.timeline(_run_length(trainer), self.target.fraction(original, selected))
             if timeline and reaches(timeline) < 1:
                 warnings.warn(
-                    f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: train "
-                    "longer, start earlier or cut more often to reach it.",
+                    f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
+                    "train longer, start earlier or cut more often to reach it.",
                     stacklevel=2,
                 )
         if statistic is not None and self._saved_statistic:
@@ -294,8 +297,8 @@ class StructuredPruning(Callback):
         reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
         if lost and (self.layers is not None or not kept):
             raise StructureError(
-                f"{type(self.criterion).__name__} cannot score {reasons}. Choose other `layers`, or a criterion of weights "
-                "such as L1."
+                f"{type(self.criterion).__name__} cannot score {reasons}. Choose other `layers`, or a criterion "
+                "of weights such as L1."
             )
         if lost:
             warnings.warn(
@@ -343,8 +346,8 @@ class StructuredPruning(Callback):
         if plan.is_empty:
             self._done = point.index
             warnings.warn(
-                f"cut {point.index} ({point.unit} {point.at}) removes nothing: its share of the target is less than one "
-                "unit of any layer",
+                f"cut {point.index} ({point.unit} {point.at}) removes nothing: its share of the target is less than "
+                "one unit of any layer",
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -391,7 +394,7 @@ class StructuredPruning(Callback):
                 self._statistic.take(plan.kept, after)
                 self._statistic.reset()  # contributions count from the last cut
             attach(module, history)
-            self._structure, self._done = after, point.index
+            self._structure, self._done, self._batches = after, point.index, 0
         except BaseException:
             change.undo()
             attach(module, before)
@@ -424,6 +427,11 @@ class StructuredPruning(Callback):
         self._observing = []
 
 
+def _is_rehearsal(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, too short for a schedule: everything is checked, nothing is cut."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def _run_length(trainer: Trainer) -> RunLength:
     """How long the run is, as far as the trainer knows."""
     epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
@@ -440,13 +448,13 @@ def _refuse_surroundings(callback: StructuredPruning, trainer: Trainer, module: 
     name = type(callback).__name__
     if not isinstance(trainer, Trainer):
         raise TypeError(
-            f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import Trainer, "
-            "LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
+            f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import "
+            "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
         )
     if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size > 1:
         raise ValueError(
-            f"{name}: expected one process on one device, got {type(trainer.strategy).__name__} with {trainer.world_size} "
-            'processes. Use `Trainer(devices=1, strategy="auto")`; several processes are not supported yet.'
+            f"{name}: expected one process on one device, got {type(trainer.strategy).__name__} with "
+            f'{trainer.world_size} processes. Use `Trainer(devices=1, strategy="auto")`; several processes are not supported yet.'
         )
     others = [c for c in trainer.callbacks if isinstance(c, StructuredPruning) and c is not callback]  # type: ignore[attr-defined]
     if others:

@@ -1,4 +1,4 @@
-"""From a LightningModule and a batch to something whose structure can be found: how it is run, and what must be kept off.
+"""From a LightningModule and a batch to what can be traced: how it is run, and what must be kept off.
 
 ``forward`` is traced, and the ``training_step`` with it: a head that only the training uses would be missed otherwise.
 The step runs on a copy whose metrics, logging, optimizers and trainer are stand-ins that do nothing.
@@ -72,8 +72,8 @@ def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: An
     candidates = list(_candidates(batch, own_example))
     if not candidates:
         raise StructureError(
-            f"{type(model).__name__}: expected an example of what `forward` takes, found none. Set `example_input_array` "
-            "in the module, or pass an `example`."
+            f"{type(model).__name__}: expected an example of what `forward` takes, found none. Set "
+            "`example_input_array` in the module, or pass an `example`."
         )
     failures = []
     for args, kwargs in candidates:

@@ -24,7 +24,6 @@ import lightning_prune.callbacks
 import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
-
 import lightning_prune.scoring.criteria
 from lightning_prune.cli import runs
 from lightning_prune.data import ImageData

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from lightning_prune.structure.atoms import Atoms, Mismatch
+from lightning_prune.structure.atoms import Atoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
@@ -258,7 +257,7 @@ class _Analysis:
         failing = self._failing(structure, names[:half])
         failing |= self._failing(structure, names[half:])
         # Halves that work alone but not together: the later one gives way.
-        return failing or {name: f"a trial cut failed together with others: {reason}" for name in names[half:]}
+        return failing or dict.fromkeys(names[half:], f"a trial cut failed together with others: {reason}")
 
     def _attempt(self, structure: Structure, names: list[str]) -> str | None:
         """Cut half of the units of these groups and run; None if nothing is coupled that was not before."""

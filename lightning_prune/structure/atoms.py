@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Atoms", "Mismatch"]
+__all__ = ["Atoms", "MismatchError"]
 
 IndexArray = npt.NDArray[np.int64]
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """A cut network couples what the original does not: the cut would be wrong."""
 
 
@@ -19,7 +19,7 @@ class Atoms:
 
     Attributes:
         sealed: Refuse what a first trace did not see: uniting two classes of which one may shrink, or freezing one that
-            may, raises `Mismatch`. The trial of a cut runs like this.
+            may, raises `MismatchError`. The trial of a cut runs like this.
     """
 
     def __init__(self) -> None:
@@ -62,14 +62,14 @@ class Atoms:
                 return
             low, high = np.minimum(ra, rb)[apart], np.maximum(ra, rb)[apart]
             if self.sealed and not (self.is_frozen(low) & self.is_frozen(high)).all():
-                raise Mismatch("indices meet that belong to different units")
+                raise MismatchError("indices meet that belong to different units")
             np.minimum.at(self.parent, high, low)
 
     def freeze(self, atoms: IndexArray, reason: str) -> None:
         """Forbid the removal of these atoms' classes, for the reason given."""
         if self.sealed:
             if not self.is_frozen(atoms).all():
-                raise Mismatch(f"a unit may not be removed here: {reason}")
+                raise MismatchError(f"a unit may not be removed here: {reason}")
             return
         fresh = atoms[self.reason[atoms] < 0]
         if fresh.size:

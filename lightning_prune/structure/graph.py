@@ -1,4 +1,4 @@
-"""What can be removed together: units, groups of coupled axes, and what stays and why. Plain values, no model needed."""
+"""What can be removed together: units, groups of coupled axes, what stays and why. Plain values, no model needed."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Structure:
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:
         """The structure after a cut: narrower groups, renumbered positions, the cost model re-based."""
-        kept = {name: tuple(units) for name, units in kept.items()}
-        axes = self.axes(kept)
-        groups = tuple(g.take(kept.get(g.name, range(g.width)), axes) for g in self.groups)
+        units = {name: tuple(rows) for name, rows in kept.items()}
+        axes = self.axes(units)
+        groups = tuple(g.take(units.get(g.name, range(g.width)), axes) for g in self.groups)
         return replace(self, groups=groups, cost=self.cost.take(axes))

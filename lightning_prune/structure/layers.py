@@ -40,7 +40,7 @@ def _weight_shape(module: nn.Module) -> Shape:
     """Shape of the weight; under a parametrization (weight_norm) the shape of what it is made of."""
     if "weight" in module._parameters or "weight" in module._buffers:
         return tuple(tensors(module)["weight"].shape)
-    return tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]  # computed on access
+    return tuple(module.weight.shape)  # type: ignore[arg-type]  # computed on access
 
 
 def _old_weight_shape(module: nn.Module, old: Shapes) -> Shape:
@@ -49,7 +49,7 @@ def _old_weight_shape(module: nn.Module, old: Shapes) -> Shape:
     raise KeyError(f"{type(module).__name__}: its weight is computed from other tensors and cannot be resized")
 
 
-def _linear(module: Any, old: Shapes) -> None:
+def _linear(module: Any, _: Shapes) -> None:
     module.out_features, module.in_features = _weight_shape(module)
 
 
@@ -70,7 +70,7 @@ def _convolution(module: Any, old: Shapes) -> None:
         module.in_channels, module.out_channels = shape[1] * groups, shape[0]
 
 
-def _batch_norm(module: Any, old: Shapes) -> None:
+def _batch_norm(module: Any, _: Shapes) -> None:
     own = tensors(module)
     per_channel = [own[name] for name in ("weight", "running_mean") if name in own]
     if per_channel:
@@ -84,19 +84,19 @@ def _group_norm(module: Any, old: Shapes) -> None:
     module.num_channels = now
 
 
-def _layer_norm(module: Any, old: Shapes) -> None:
+def _layer_norm(module: Any, _: Shapes) -> None:
     module.normalized_shape = tuple(_weight_shape(module))
 
 
-def _embedding(module: Any, old: Shapes) -> None:
+def _embedding(module: Any, _: Shapes) -> None:
     module.num_embeddings, module.embedding_dim = _weight_shape(module)
 
 
-def _prelu(module: Any, old: Shapes) -> None:
+def _prelu(module: Any, _: Shapes) -> None:
     module.num_parameters = _weight_shape(module)[0]
 
 
-def _bilinear(module: Any, old: Shapes) -> None:
+def _bilinear(module: Any, _: Shapes) -> None:
     module.out_features, module.in1_features, module.in2_features = _weight_shape(module)
 
 

@@ -75,9 +75,51 @@ def _rigid(t: Tracer, out: Any) -> None:
 
 #: f(0) = 0 in every input that is a tensor: the slices of removed units stay zero.
 _ZERO_KEEPING = frozenset(
-    "relu leaky_relu gelu silu elu celu selu tanh hardtanh hardswish relu6 mish abs neg sin asin atan sqrt square sign "
-    "clone detach alias _to_copy add sub mul div softplus_backward softsign prelu _prelu_kernel rrelu_with_noise "
-    "native_dropout dropout contiguous view_as expm1 log1p erf tan sinh round floor ceil trunc".split()
+    [
+        "relu",
+        "leaky_relu",
+        "gelu",
+        "silu",
+        "elu",
+        "celu",
+        "selu",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "relu6",
+        "mish",
+        "abs",
+        "neg",
+        "sin",
+        "asin",
+        "atan",
+        "sqrt",
+        "square",
+        "sign",
+        "clone",
+        "detach",
+        "alias",
+        "_to_copy",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "softsign",
+        "prelu",
+        "_prelu_kernel",
+        "rrelu_with_noise",
+        "native_dropout",
+        "dropout",
+        "expm1",
+        "log1p",
+        "erf",
+        "tan",
+        "sinh",
+        "round",
+        "floor",
+        "ceil",
+        "trunc",
+    ]
 )
 
 
@@ -96,7 +138,7 @@ def _broadcast(t: Tracer, func: Any, values: Sequence[tuple[torch.Tensor, Value]
     return axes
 
 
-@rule("pointwise")
+@rule("pointwise", "hardswish", "masked_fill", "mish", "rsub", "log_sigmoid", "hardshrink", "softshrink")
 def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Any elementwise operator, with broadcasting."""
     inputs = [(x, t.value(x)) for x in _tensors((args, kwargs))]
@@ -607,7 +649,7 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if not varying:
         t.freeze([label], f"the same unit at every index in {t.where(func)}")
         return [None] * len(new)
-    # The innermost varying axis keeps its indices; those it is crossed with share them, so that every block loses alike.
+    # The innermost varying axis keeps its indices; those it is crossed with share them: every block loses alike.
     keep = varying[-1]
     line = _line(grid, keep)
     if len(varying) > 1:
@@ -763,6 +805,29 @@ def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
     t.freeze(t.value(indices[dim]).axes, f"used as an index in {t.where(func)}")
     t.label(out, [*value.axes[:dim], *([None] * indices[dim].dim()), *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("as_strided")
+def as_strided(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """New strides: followed where they only change the memory format of the same shape, in place."""
+    x = args[0]
+    if str(func._schema.name) == "aten::as_strided_" and tuple(x.shape) == tuple(args[1]) == tuple(out.shape):
+        same(t, func, args, kwargs, out)
+    else:
+        unknown(t, func, args, kwargs, out)
+
+
+@rule("glu")
+def glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Gated halves: both lose the same indices."""
+    x, value = args[0], t.value(args[0])
+    dim = _argument(func, args, kwargs, "dim", -1) % x.dim()
+    axis = value.axes[dim]
+    if isinstance(axis, np.ndarray):
+        first, second = axis.reshape(2, -1)
+        t.atoms.unite(first, second)
+        axis = first
+    t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
 
 
 @rule("flip", "roll")

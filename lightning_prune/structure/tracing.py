@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.structure.atoms import Atoms
 from lightning_prune.structure.layers import refresh, tensors
 
-__all__ = ["Call", "FakeCopy", "MacsRecord", "Tracer", "Value"]
+__all__ = ["WILD", "AxisLabel", "Call", "FakeCopy", "IndexArray", "MacsRecord", "Tracer", "Value", "output_tensors"]
 
 IndexArray = npt.NDArray[np.int64]
 #: Atoms along one dimension; None: an axis of fixed size; a string WILD: the same content at every index (expanded).
@@ -46,7 +46,7 @@ class Value:
     Attributes:
         axes: A label per dimension.
         zero: Whether the slices of removed units are exactly zero in the masked network.
-        source: For a parameter seen directly or transposed: its name and the parameter's dimension behind each dimension.
+        source: For a parameter seen directly or transposed: its name and its own dimension behind each dimension.
     """
 
     axes: tuple[AxisLabel, ...]
@@ -63,17 +63,17 @@ class MacsRecord:
     layer: str
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that labels every tensor's axes with atoms by the rule of each operator.
 
     Args:
         atoms: The classes, shared between several traces of one network.
         rules: Operator name (``"convolution"``) → rule.
-        module_path: Returns the name of the module that is running.
+        fallback: The rule for all others.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.atoms = atoms
         self.rules = rules
         self.fallback = fallback
@@ -159,11 +159,16 @@ class Tracer(TorchDispatchMode):
                 source = self.value(leaf).source
                 if source is not None:
                     self.seen.add(source[0])
-        rule = self.rules.get(_name(func))
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = self.rules["pointwise"]
-        (rule or self.fallback)(self, func, args, kwargs, out)
+        self._rule(func)(self, func, args, kwargs, out)
         return out
+
+    def _rule(self, func: Any) -> Callable[..., None]:
+        """The rule of an operator; of an in-place one that of its twin."""
+        name = _name(func)
+        for candidate in (name, name.removesuffix("_")):
+            if candidate in self.rules:
+                return self.rules[candidate]
+        return self.rules["pointwise"] if torch.Tag.pointwise in func.tags else self.fallback
 
 
 def _name(func: Any) -> str:
@@ -195,29 +200,30 @@ class FakeCopy:
         real: bool = False,
     ) -> None:
         self.mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
-        memo = {**(memo or {})}
         self.named: dict[str, torch.Tensor] = {}
-        seen: set[int] = set()
-        for prefix, module in model.named_modules():
-            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                memo[id(getattr(module, hooks))] = _structural(getattr(module, hooks))
-            for name, tensor in tensors(module).items():
-                if id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
-                twin = self._twin(tensor)
-                memo[id(tensor)] = twin
-                self.named[f"{prefix}.{name}" if prefix else name] = twin
-            for plain in vars(module).values():
-                if isinstance(plain, torch.Tensor):
-                    memo.setdefault(id(plain), plain.detach())
-        self.module = copy.deepcopy(model, memo)
+        self.module = copy.deepcopy(model, self._twins(model, memo or {}))
         if prepare is not None:
             prepare(self.module)
-        self._slots: dict[int, list[tuple[nn.Module, str, str]]] = {}
-        for prefix, module in self.module.named_modules(remove_duplicate=True):
+        self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.module.modules():
             for name, tensor in tensors(module).items():
-                self._slots.setdefault(id(tensor), []).append((module, name, prefix))
+                self._slots.setdefault(id(tensor), []).append((module, name))
+
+    def _twins(self, model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+        """What stands in the copy for the tensors and hooks of the network: ``{id(object): stand-in}``."""
+        twins = dict(memo)
+        for prefix, module in model.named_modules():
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                twins[id(getattr(module, hooks))] = _structural(getattr(module, hooks))
+            for name, tensor in tensors(module).items():
+                if id(tensor) not in twins:
+                    twin = self._twin(tensor)
+                    twins[id(tensor)] = twin
+                    self.named[f"{prefix}.{name}" if prefix else name] = twin
+            for plain in vars(module).values():
+                if isinstance(plain, torch.Tensor):
+                    twins.setdefault(id(plain), plain.detach())
+        return twins
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.mode is not None:
@@ -237,7 +243,7 @@ class FakeCopy:
                 shape = [len(kept[d]) if d in kept else n for d, n in enumerate(tensor.shape)]
                 narrow = self._empty(tensor, shape)
                 self.named[name] = narrow
-                for module, slot, _ in self._slots[id(tensor)]:
+                for module, slot in self._slots[id(tensor)]:
                     if id(module) not in old_shapes:
                         shapes = {n: tuple(t.shape) for n, t in tensors(module).items()}
                         old_shapes[id(module)] = (module, shapes)
@@ -249,7 +255,7 @@ class FakeCopy:
             yield
         finally:
             for name in axes:
-                for module, slot, _ in self._slots[id(whole[name])]:
+                for module, slot in self._slots[id(whole[name])]:
                     _assign(module, slot, whole[name])
             for module, plain in attributes:
                 vars(module).update(plain)
@@ -336,7 +342,7 @@ def _structural(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
 def _forked_rng() -> Iterator[None]:
     """Leave every random generator as it was found."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
