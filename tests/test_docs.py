@@ -14,6 +14,7 @@ PAGES = [
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")  # a reader's Trainer has no logger yet
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_blocks_run(page: Path, in_tmp: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
