@@ -39,13 +39,23 @@ _DESCRIPTION = (
 class PruningTrainer(Trainer):
     """Lightning's Trainer with one more verb."""
 
-    def inspect(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,  # noqa: ARG002
+    ) -> None:
         """Print what can be pruned, and what cannot and why.
 
         Args:
             model: The network.
             datamodule: Where the example comes from if the model has no ``example_input_array``.
+            ckpt_path: Look at the network of this checkpoint, in its widths.
+            weights_only: Not used; here so that the configuration of a run can be given.
         """
+        if ckpt_path is not None:
+            model = lightning_prune.load_from_checkpoint(type(model), ckpt_path)
         example = None
         if model.example_input_array is None and datamodule is not None:
             datamodule.prepare_data()

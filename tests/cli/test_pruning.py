@@ -113,7 +113,7 @@ def test_short_names_and_overrides() -> None:
     assert saved["trainer"]["callbacks"][0]["init_args"]["criterion"]["class_path"].endswith("L1")
 
 
-def test_a_pruned_run_resumes_and_is_tested() -> None:
+def test_a_pruned_run_resumes_and_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", *DIGITS, *SHORT])
     run = "runs/digits_mlp_contribution/001"
     main(["fit", *DIGITS, *SHORT, "--trainer.max_epochs=7", "--ckpt_path=last"])
@@ -123,6 +123,9 @@ def test_a_pruned_run_resumes_and_is_tested() -> None:
     for verb in ("validate", "test", "predict"):
         main([verb, f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"])
         assert Path(run, verb, "001").is_dir()
+    capsys.readouterr()
+    main(["inspect", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"])
+    assert "40 units in 2 groups" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
