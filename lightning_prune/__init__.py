@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.callbacks import ContributionPruning, StructuredPruning, inspect, load_from_checkpoint
+    from lightning_prune.callbacks import ContributionPruning, StructuredPruning, inspect, load_from_checkpoint, prune
     from lightning_prune.planning import Cubic, Geometric, Linear, OneShot, Scope
     from lightning_prune.scoring import L1, L2, Contribution, Random
 
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "inspect",
     "load_from_checkpoint",
+    "prune",
 ]
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _ROOM_OF = {
     "StructuredPruning": "callbacks",
     "inspect": "callbacks",
     "load_from_checkpoint": "callbacks",
+    "prune": "callbacks",
 }
 
 

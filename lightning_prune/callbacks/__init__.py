@@ -2,7 +2,8 @@
 
 from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
+from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
 
-__all__ = ["ContributionPruning", "StructuredPruning", "inspect", "load_from_checkpoint"]
+__all__ = ["ContributionPruning", "StructuredPruning", "inspect", "load_from_checkpoint", "prune"]

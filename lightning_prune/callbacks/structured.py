@@ -454,7 +454,7 @@ def _refuse_surroundings(callback: StructuredPruning, trainer: Trainer, module: 
     if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size > 1:
         raise ValueError(
             f"{name}: expected one process on one device, got {type(trainer.strategy).__name__} with "
-            f'{trainer.world_size} processes. Use `Trainer(devices=1, strategy="auto")`; several processes are not supported yet.'
+            f"{trainer.world_size} processes. Use `Trainer(devices=1)`; several processes are not supported yet."
         )
     others = [c for c in trainer.callbacks if isinstance(c, StructuredPruning) and c is not callback]  # type: ignore[attr-defined]
     if others:

@@ -21,7 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, Subject, trace
 
-__all__ = ["inspect", "subject_of"]
+__all__ = ["inspect", "subject_for", "subject_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -42,9 +42,20 @@ def inspect(model: nn.Module, example: Any = None) -> Inspection:
         >>> inspect(net, torch.zeros(1, 4)).structure.widths
         {'0': 8}
     """
+    return Inspection(trace(subject_for(model, example)))
+
+
+def subject_for(model: nn.Module, example: Any = None) -> Subject:
+    """Any network as a subject of tracing, by what ``forward`` takes.
+
+    Raises:
+        StructureError: If there is no example that ``forward`` accepts.
+    """
+    if isinstance(example, (tuple, list)):
+        example = _Arguments(example)  # meant as arguments; a training batch is a later guess
     if isinstance(model, LightningModule):
-        return Inspection(trace(subject_of(model, example, step=False)))
-    return Inspection(trace(Subject(model, _forward_calls(model, example, None))))
+        return subject_of(model, example, step=False)
+    return Subject(model, _forward_calls(model, example, None))
 
 
 def subject_of(module: LightningModule, batch: Any = None, *, step: bool = True) -> Subject:
@@ -95,7 +106,10 @@ def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: An
 
 def _candidates(batch: Any, own_example: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments to try, the likeliest first."""
-    if own_example is not None:
+    if isinstance(batch, _Arguments):
+        yield tuple(batch), {}
+        yield from _candidates(tuple(batch), None)
+    elif own_example is not None:
         if isinstance(own_example, Mapping):
             yield (), dict(own_example)
         else:
@@ -123,6 +137,10 @@ def _kept_off(module: LightningModule) -> dict[int, Any]:
     """The trainer is not copied with the module: it holds data, loggers and optimizers."""
     trainer = getattr(module, "_trainer", None)
     return {} if trainer is None else {id(trainer): _TrainerStandin(trainer)}
+
+
+class _Arguments(tuple[Any, ...]):
+    """An example that a user gave as a tuple: first of all the arguments of ``forward``."""
 
 
 class _Silent:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.structure.graph import IndexArray
 
-__all__ = ["HistoryError", "entry", "items", "number", "positions", "shape", "value"]
+__all__ = ["HistoryError", "damaged", "entry", "items", "number", "positions", "shape", "value"]
 
 T = TypeVar("T")
 

@@ -1,0 +1,115 @@
+"""Pruning without a Trainer: one call, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import perf_counter
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.subjects import subject_for
+from lightning_prune.planning import Original, Scope, Target, feasible, make_plan, select
+from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
+from lightning_prune.scoring import L1, Criterion, score_groups
+from lightning_prune.structure import Call, Structure, trace
+from lightning_prune.surgery import History, Keep, attach, cut_and_check, history_of, refuse
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    pruning_ratio: float | None = None,
+    budget: float | int | dict[str, float | int] | None = None,
+    criterion: Criterion | None = None,
+    scope: Literal["local", "global"] | Scope = "local",
+    layers: str | list[str] | None = None,
+    ignore: str | list[str] | None = None,
+    optimizers: Iterable[Optimizer] = (),
+) -> Report:
+    """Remove units from a network at once, in place, and tell what that won.
+
+    The network that remains is the masked one, exactly: what is kept has its weights, and an optimizer keeps its state.
+    Every amount is a share of the dense network, also where the network was pruned before.
+
+    Args:
+        model: A LightningModule or any module.
+        example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords. By default a
+            LightningModule's ``example_input_array``.
+        pruning_ratio: Share of the units to remove, in [0, 1); see `StructuredPruning`.
+        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}`` or ``{"units": 40}``.
+        criterion: How much each unit matters, by the weights alone; by default `L1`.
+        scope: ``"local"``, ``"global"``, or a `Scope`.
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+        optimizers: Optimizers of the network, whose state follows.
+
+    Returns:
+        The report: sizes before and after, widths, seconds.
+
+    Raises:
+        ValueError: If an amount, a layer or the criterion does not fit; nothing has changed then.
+        CutError: If the narrower network fails; it is taken back whole.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import prune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = prune(net, torch.zeros(1, 4), pruning_ratio=0.5)
+        >>> net[0], report.widths
+        (Linear(in_features=4, out_features=4, bias=True), {'0': 4})
+    """
+    target, scope = Target.of(pruning_ratio, budget), Scope.of(scope)
+    criterion = L1() if criterion is None else criterion
+    optimizers = tuple(optimizers)
+    refuse(optimizers)
+    subject = subject_for(model, example)
+    structure, call = trace(subject), subject.calls[0]
+    if criterion.statistic(structure) is not None:
+        raise ValueError(
+            f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training. "
+            "Use it with the callback `StructuredPruning`."
+        )
+    history = history_of(model)
+    original = Original.of(structure)
+    if history is not None:
+        original = Original(history.params, history.macs, history.widths)
+    selected, _ = select(structure, layers, ignore)
+    feasible(structure, target, scope, selected, original)
+    began = perf_counter()
+    groups = [structure.group(name) for name in selected]
+    scores = score_groups(criterion, groups, named(model), None)
+    plan = make_plan(structure, scores, target, 1.0, scope, original)
+    report = Report(dense=_size(model, call, structure), versions=versions())
+    after = structure.take(plan.kept)
+    if not plan.is_empty:
+        number = len(history.edits) if history is not None else 0
+        edit = Keep(structure.axes(plan.kept), plan.kept, 0, 0, number)
+        remembered = (history or History.begin(structure)).add(edit, model)
+        cut_and_check(model, edit.axes, optimizers, (), lambda: model(*call.args, **call.kwargs))
+        attach(model, remembered)
+        if isinstance(model, LightningModule):
+            keep_history(model)
+        widths = after.widths
+        params, macs = after.cost.params(widths), after.cost.macs(widths)
+        report.cuts.append(Cut(number, 0, 0, plan.before, plan.widths, params, macs, perf_counter() - began))
+    report.final = _size(model, call, after)
+    return report
+
+
+def _size(model: nn.Module, call: Call, structure: Structure) -> Size:
+    widths = structure.widths
+    return Size(
+        structure.cost.params(widths),
+        structure.cost.macs(widths),
+        widths,
+        size_on_disk(model),
+        latency(model, call, batch_sizes=(1,)),
+    )

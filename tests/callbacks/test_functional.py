@@ -1,0 +1,114 @@
+"""Pruning without a Trainer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import L2, Contribution, prune
+from lightning_prune.models import MLPClassifier
+from lightning_prune.structure import Subject, trace
+from lightning_prune.surgery import history_of, mask, replay
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 12),
+        nn.ReLU(),
+        nn.Linear(12, 4),
+    ).double()
+
+
+EXAMPLE = torch.zeros(2, 3, 6, 6, dtype=torch.float64)
+
+
+def test_what_remains_is_the_masked_network() -> None:
+    net = network()
+    dense, images = copy.deepcopy(net), torch.randn_like(EXAMPLE)
+    report = prune(net, EXAMPLE, pruning_ratio=0.5)
+    assert (net[0].out_channels, net[4].in_features, net[4].out_features) == (4, 64, 6)
+    assert report.widths == {"0": 4, "4": 6}
+    history = history_of(net)
+    assert history is not None
+    masked = copy.deepcopy(dense)
+    mask(masked, history.axes)
+    torch.testing.assert_close(net.eval()(images), masked.eval()(images), rtol=1e-12, atol=1e-12)
+
+
+def test_a_budget_counts_from_the_dense_network() -> None:
+    net = network()
+    dense = sum(p.numel() for p in net.parameters())
+    prune(net, EXAMPLE, budget={"params": 0.7}, criterion=L2(), scope="global")
+    prune(net, EXAMPLE, budget={"params": 0.4}, criterion=L2(), scope="global")
+    left = sum(p.numel() for p in net.parameters())
+    one_unit = 16 * 12 + 3 * 9 + 3  # the dearest: a channel
+    assert 0.4 * dense - one_unit <= left <= 0.4 * dense
+    history = history_of(net)
+    assert history is not None
+    assert [edit.cut for edit in history.edits] == [0, 1]
+    again = network()
+    replay(again, history)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]
+
+
+def test_the_optimizer_follows() -> None:
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn_like(EXAMPLE)).sum().backward()
+    optimizer.step()
+    prune(net, EXAMPLE, pruning_ratio=0.5, optimizers=[optimizer])
+    assert optimizer.state[net[0].weight]["exp_avg"].shape == net[0].weight.shape
+    before = net[0].weight.detach().clone()
+    optimizer.zero_grad()
+    net(torch.randn_like(EXAMPLE)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_a_lightning_module_brings_its_example() -> None:
+    model = MLPClassifier([64, 20, 10])
+    report = prune(model, pruning_ratio=0.25)
+    assert report.size is not None
+    assert report.size.params == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tuple_is_the_arguments() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            return self.last(self.first(x) + (0 if y is None else self.second(y)))
+
+    net = Two()
+    prune(net, (torch.zeros(1, 4), torch.zeros(1, 3)), pruning_ratio=0.5)
+    assert net.second.out_features == 3
+
+
+def test_a_criterion_that_observes_is_refused() -> None:
+    net = network()
+    with pytest.raises(ValueError, match="StructuredPruning"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, criterion=Contribution())
+    assert net[0].out_channels == 8
+
+
+def test_dead_channels_leave_without_a_trace() -> None:
+    net = network().eval()
+    with torch.no_grad():
+        net[0].weight[[1, 5]] = 0
+        net[0].bias[[1, 5]] = 0
+        net[1].weight[[1, 5]] = 0
+        net[1].bias[[1, 5]] = 0
+    images = torch.randn_like(EXAMPLE)
+    before = net(images).detach()
+    prune(net, EXAMPLE, pruning_ratio=0.25, layers="0")
+    torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
+    assert trace(Subject.of(net, EXAMPLE)).widths["0"] == 6
