@@ -96,8 +96,8 @@ def make_plan(
     The amount is relative to the dense network, so it does not matter in how many cuts it is reached: with R the share
     that the target leaves, 1 − share · (1 − R) remains. Within a group the lowest scores go, equal ones by index.
 
-    - Local, a share of units: every group has that share of its dense width, rounded to the nearest unit (or multiple
-      of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
+    - Local, a share of units (one for all or one per group): every group has that share of its dense width, rounded to
+      the nearest unit (or multiple of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
     - Local, anything else: all groups shrink at the same pace, one unit or block at a time, until the budget holds.
     - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
       until the budget holds.
@@ -105,22 +105,24 @@ def make_plan(
     Args:
         structure: The network as it is now.
         scores: Per group that may be pruned one finite number per unit, shape ``(present width,)``; low goes first.
-        target: What remains in the end.
+        target: What remains in the end; shares per layer resolved (`Target.resolve`).
         share: Share of the way, in [0, 1].
         scope: Comparison within or across groups, and limits of the widths.
         original: Size of the dense network.
 
     Raises:
-        ValueError: If scores do not fit the structure or are not finite, or the budget cannot be reached.
+        ValueError: If scores do not fit the structure or are not finite, the budget cannot be reached, or there are
+            shares per layer in a global scope.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"expected `share` in [0, 1], got {share}")
     ranked = _ranked(structure, scores)
     now = {name: len(values) for name, values in ranked.items()}
-    fraction = 1 - share * (1 - target.fraction(original, now))
-    if target.quantity == "units" and scope.kind == "local" and isinstance(target.remaining, float):
-        widths = {name: _nearest(original.widths[name] * fraction, width, scope) for name, width in now.items()}
+    if (shares := _shares(target, scope, now)) is not None:
+        left = {name: 1 - share * (1 - remaining) for name, remaining in shares.items()}
+        widths = {name: _nearest(original.widths[name] * left[name], width, scope) for name, width in now.items()}
     else:
+        fraction = 1 - share * (1 - target.fraction(original, now))
         keys = _paces(now, original, scope) if scope.kind == "local" else _merits(ranked, scores, scope)
         widths = _descend(structure, keys, scope, target.quantity, fraction * original.size(target.quantity, now))
     kept = {
@@ -147,16 +149,32 @@ def feasible(
         The smallest reachable size in the target's quantity.
 
     Raises:
-        ValueError: If the target is larger than the network or smaller than what can be reached.
+        ValueError: If the target is larger than the network or smaller than what can be reached, or has shares per
+            layer in a global scope.
     """
     original = original or Original.of(structure)
+    per_group = _shares(target, scope, selected) is not None
     limit = target.fraction(original, selected) * original.size(target.quantity, selected)
     floor = {name: scope.narrowest(structure.widths[name]) for name in selected}
     smallest = _size(structure, floor, target.quantity)
-    per_group = target.quantity == "units" and scope.kind == "local" and isinstance(target.remaining, float)
     if not per_group and not _holds(smallest, limit, target.quantity):
         raise ValueError(_unreachable(smallest, limit, target.quantity, scope))
     return smallest
+
+
+def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, float] | None:
+    """The share of its units that each group keeps in the end; ``None`` where the groups share one budget."""
+    remaining = target.remaining
+    if isinstance(remaining, Mapping):
+        if scope.kind == "global":
+            raise ValueError(
+                "expected one `pruning_ratio` or `budget` for the whole network with a global scope, got one per layer "
+                f'({", ".join(remaining)}). Use scope="local", or give a single number.'
+            )
+        return {name: remaining[name] for name in names}
+    if target.quantity == "units" and scope.kind == "local" and isinstance(remaining, float):
+        return dict.fromkeys(names, remaining)
+    return None
 
 
 def _ranked(structure: Structure, scores: Mapping[str, Tensor | FloatArray]) -> dict[str, IndexArray]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lightning_prune.structure.graph import Group, Structure
 
-__all__ = ["Scope", "select"]
+__all__ = ["Scope", "pick", "select"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,26 @@ def select(
         )
     producers = {layer for group in structure.groups for layer in group.producers}
     return tuple(selected), refused | {layer: why for layer, why in frozen.items() if layer not in producers}
+
+
+def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[str, str]:
+    """The first of the ``patterns`` (names, globs, names of modules) that fits each group; groups without one left out.
+
+    Raises:
+        ValueError: If a pattern fits nothing, only what cannot be pruned, or only what earlier ones fit already.
+    """
+    frozen = _reasons(structure)
+    for pattern in patterns:
+        _check(argument, pattern, structure, frozen)
+    first = {group.name: next((p for p in patterns if _picks(p, group)), None) for group in structure.groups}
+    for pattern in patterns:
+        if pattern not in first.values():
+            taken = ", ".join(f"{g.name} ({first[g.name]!r})" for g in structure.groups if _picks(pattern, g))
+            raise ValueError(
+                f"{argument}={pattern!r} has no effect: earlier names fit the same layers: {taken}. The first that "
+                "fits counts: put the narrower ones first."
+            )
+    return {name: pattern for name, pattern in first.items() if pattern is not None}
 
 
 def _reasons(structure: Structure) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
+from lightning_prune.planning.scope import pick
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["NoEffectWarning", "Original", "Quantity", "Target"]
@@ -52,16 +53,24 @@ class Target:
 
     Attributes:
         quantity: What is counted: ``"units"`` of the prunable groups, ``"params"`` or ``"macs"`` of the whole network.
-        remaining: A float is the share of the dense network that remains, in (0, 1]; an int is a count.
+        remaining: A float is the share of the dense network that remains, in (0, 1]; an int is a count; a mapping
+            gives the share of the units per layer, by name or glob, and all other layers stay as they are.
     """
 
     quantity: Quantity
-    remaining: float | int
+    remaining: float | int | Mapping[str, float]
 
     def __post_init__(self) -> None:
         if self.quantity not in get_args(Quantity):
             raise ValueError(f"expected a budget of {_known()}, got {self.quantity!r}")
         remaining = self.remaining
+        if isinstance(remaining, Mapping):
+            if self.quantity != "units":
+                raise ValueError(
+                    f"expected shares per layer of units, got shares of {self.quantity}. Give `pruning_ratio` per "
+                    "layer, or one budget for the whole network."
+                )
+            return
         if isinstance(remaining, bool) or not isinstance(remaining, int | float):
             raise TypeError(f"expected a budget that is a share (float) or a count (int), got {remaining!r}")
         if isinstance(remaining, int) and remaining < 1:
@@ -75,14 +84,15 @@ class Target:
     @classmethod
     def of(
         cls,
-        pruning_ratio: float | None = None,
+        pruning_ratio: float | Mapping[str, float] | None = None,
         budget: float | int | Mapping[str, float | int] | None = None,
     ) -> Target:
         """The target behind a user's ``pruning_ratio`` or ``budget``; exactly one of the two must be given.
 
         Args:
             pruning_ratio: Share of the units that is *removed*, in [0, 1): of every group (local scope), or of all
-                prunable units (global scope).
+                prunable units (global scope). ``{"layers.1": 0.5, "encoder.*": 0.2}`` gives the share per layer, by
+                name, glob or name of a module that contains it, the first that fits; all others stay as they are.
             budget: What *remains*: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``; a float is a share of the
                 dense network in (0, 1], an int a count. A bare number counts parameters.
 
@@ -99,24 +109,51 @@ class Target:
                 f"expected exactly one of `pruning_ratio` (the share of units to remove) and `budget` (what remains), "
                 f'got {got}. Give pruning_ratio=0.5 or budget={{"params": 0.6}}.'
             )
-        target = cls("units", 1 - _ratio(pruning_ratio)) if pruning_ratio is not None else cls(*_budget(budget))
-        if isinstance(target.remaining, float) and target.remaining == 1:
+        target = cls("units", _remaining(pruning_ratio)) if pruning_ratio is not None else cls(*_budget(budget))
+        shares = target.remaining.values() if isinstance(target.remaining, Mapping) else (target.remaining,)
+        if all(isinstance(share, float) and share == 1 for share in shares):
             given = f"{pruning_ratio=}" if budget is None else f"{budget=}"
             warnings.warn(f"{given} leaves the network as it is: nothing will be pruned", NoEffectWarning, stacklevel=2)
         return target
+
+    def resolve(self, structure: Structure, selected: Collection[str]) -> tuple[Target, tuple[str, ...]]:
+        """The target with a share for each group instead of names and globs, and the groups that have one.
+
+        A target for the whole network stays as it is.
+
+        Args:
+            structure: What the network consists of.
+            selected: Names of the groups that may be pruned.
+
+        Raises:
+            ValueError: If a name or glob fits nothing that may be pruned; the text says what does.
+        """
+        if not isinstance(self.remaining, Mapping):
+            return self, tuple(selected)
+        fits = pick(structure, "pruning_ratio", tuple(self.remaining))
+        found = {name: self.remaining[fits[name]] for name in selected if name in fits}
+        if not found:
+            raise ValueError(
+                f"`pruning_ratio` names {', '.join(self.remaining)}, but `layers` and `ignore` leave "
+                f"{', '.join(selected)}. Name layers that may be pruned."
+            )
+        return replace(self, remaining=found), tuple(found)
 
     def fraction(self, original: Original, selected: Collection[str]) -> float:
         """What remains as a share of the dense network, in (0, 1].
 
         Args:
             original: Size of the dense network.
-            selected: Names of the groups that may be pruned.
+            selected: Names of the groups that may be pruned; with shares per layer those that `resolve` gave.
 
         Raises:
             ValueError: If a count is larger than the network.
         """
         if isinstance(self.remaining, float):
             return self.remaining
+        if isinstance(self.remaining, Mapping):
+            left = sum(self.remaining[name] * original.widths[name] for name in selected)
+            return left / sum(original.widths[name] for name in selected)
         size = original.size(self.quantity, selected)
         if self.remaining > size:
             whole = "its prunable groups have" if self.quantity == "units" else "it has"
@@ -127,13 +164,19 @@ class Target:
         return self.remaining / size
 
 
-def _ratio(ratio: float) -> float:
+def _remaining(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
+    if not isinstance(ratio, Mapping):
+        return 1 - _ratio(ratio, "`pruning_ratio`")
+    if not ratio:
+        raise ValueError('expected `pruning_ratio` to name layers, got {}. Give {"layers.1": 0.5} or a number.')
+    return {name: 1 - _ratio(share, f"`pruning_ratio` of {name!r}") for name, share in ratio.items()}
+
+
+def _ratio(ratio: float, what: str) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise TypeError(f"expected a number in [0, 1) for `pruning_ratio`, got {ratio!r}")
+        raise TypeError(f"expected a number in [0, 1) for {what}, got {ratio!r}")
     if not 0 <= ratio < 1:
-        raise ValueError(
-            f"expected `pruning_ratio` (the share of units to remove) in [0, 1), got {ratio}{_hint(ratio)}"
-        )
+        raise ValueError(f"expected {what} (the share of units to remove) in [0, 1), got {ratio}{_hint(ratio)}")
     return float(ratio)
 
 

@@ -332,3 +332,28 @@ def test_a_large_network_is_planned_within_a_second(mlp):
         assert time.perf_counter() - start < 1
         left = size(structure, plan.widths, quantity) / original.size(quantity, [])
         assert math.isclose(left, 0.5, rel_tol=1e-3)
+
+
+@given(widths_lists, seeds, st.lists(ratios, min_size=5, max_size=5), st.floats(0, 1))
+def test_ratios_per_layer_are_the_plans_of_each_layer_alone(mlp, widths, seed, each, share):
+    structure = mlp(widths)
+    scores, original = draw_scores(structure, seed), Original.of(structure)
+    wanted = dict(zip(structure.widths, each, strict=False))
+    target, selected = Target.of(pruning_ratio=wanted | {"net.0": 0.3}).resolve(structure, [*wanted])
+    assert selected == tuple(wanted)
+    plan = make_plan(structure, scores, target, share, Scope(), original)
+    alone = {}
+    for name, ratio in (wanted | {"net.0": 0.3}).items():
+        single = Target("units", 1 - ratio)
+        alone |= make_plan(structure, {name: scores[name]}, single, share, Scope(), original).kept
+    assert plan.kept == alone
+
+
+def test_ratios_per_layer_need_a_local_scope(mlp):
+    structure = mlp([4, 4])
+    target, selected = Target.of(pruning_ratio={"net.0": 0.5}).resolve(structure, ["net.0"])
+    assert feasible(structure, target, Scope(), selected) == 1
+    with pytest.raises(ValueError, match=r"with a global scope, got one per layer \(net.0\)"):
+        feasible(structure, target, Scope("global"), selected)
+    with pytest.raises(ValueError, match="with a global scope"):
+        make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope("global"), Original.of(structure))

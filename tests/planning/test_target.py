@@ -71,3 +71,52 @@ def test_misuse(given, error, message):
 def test_budget_larger_than_the_network(target, message):
     with pytest.raises(ValueError, match=message):
         target.fraction(ORIGINAL, ["a", "b"])
+
+
+def test_ratios_per_layer(mlp):
+    structure = mlp([30, 10, 60])
+    target = Target.of(pruning_ratio={"net.2": 0.5, "net.*": 0.2})
+    resolved, selected = target.resolve(structure, tuple(structure.widths))
+    assert resolved.remaining == {"net.0": 0.8, "net.2": 0.5, "net.4": 0.8}
+    assert selected == ("net.0", "net.2", "net.4")
+    assert resolved.fraction(Original.of(structure), selected) == pytest.approx((24 + 5 + 48) / 100)
+    # What is not named stays, and so does what may not be pruned.
+    assert Target.of(pruning_ratio={"net.2": 0.5}).resolve(structure, ("net.0", "net.2"))[1] == ("net.2",)
+    assert target.resolve(structure, ("net.0",))[0].remaining == {"net.0": 0.8}
+    assert Target("units", 0.5).resolve(structure, ("net.0",)) == (Target("units", 0.5), ("net.0",))
+
+
+def test_a_ratio_per_layer_finds_a_group_by_any_layer_that_produces_it(resnet_like):
+    target = Target.of(pruning_ratio={"layer1.1.conv2": 0.25, "layer2": 0.5})
+    resolved, _ = target.resolve(resnet_like, tuple(resnet_like.widths))
+    assert resolved.remaining == {
+        "layer1.0.conv2": 0.75,
+        "layer2.0.conv1": 0.5,
+        "layer2.1.conv1": 0.5,
+        "layer2.0.conv2": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ({}, "expected `pruning_ratio` to name layers, got {}"),
+        ({"net.0": 1.0}, r"`pruning_ratio` of 'net.0' .* in \[0, 1\), got 1.0"),
+        ({"net.0": 30}, r"got 30 \(did you mean 0.3\?\)"),
+        ({"net.1": 0.5}, "pruning_ratio='net.1' fits no layer. Did you mean net"),
+        ({"net.4": 0.5}, "expected layers that can be pruned. What .*: net.4 because it is an output"),
+        ({"net.*": 0.5, "net.2": 0.1}, r"'net.2' has no effect: .* net.2 \('net.\*'\)"),
+        ({"net.2": 0.5}, "names net.2, but `layers` and `ignore` leave net.0"),
+    ],
+)
+def test_misuse_of_ratios_per_layer(mlp, ratios, message):
+    structure = mlp([4, 4])
+    with pytest.raises(ValueError, match=message):
+        Target.of(pruning_ratio=ratios).resolve(structure, ("net.0",))
+
+
+def test_shares_per_layer_are_shares_of_units():
+    with pytest.raises(ValueError, match="shares per layer of units, got shares of macs"):
+        Target("macs", {"a": 0.5})
+    with pytest.warns(NoEffectWarning, match="nothing will be pruned"):
+        Target.of(pruning_ratio={"a": 0.0})
