@@ -12,25 +12,32 @@ from lightning_prune.surgery.history import (
     save_into,
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
+from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Repair, Ridge, install, repaired
 from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, mask
 from lightning_prune.surgery.tensors import take
 
 __all__ = [
     "Change",
     "CutError",
+    "FoldMean",
     "History",
     "HistoryError",
     "Keep",
     "OptimizerRefusedError",
+    "ReestimateBatchNorm",
+    "Repair",
+    "Ridge",
     "attach",
     "check",
     "conform",
     "cut",
     "cut_and_check",
     "history_of",
+    "install",
     "load_from",
     "mask",
     "refuse",
+    "repaired",
     "replay",
     "save_into",
     "take",
