@@ -3,5 +3,6 @@
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier
 from lightning_prune.models.mlp import MLPClassifier
+from lightning_prune.models.resnet import ResNetCIFAR
 
-__all__ = ["CNNClassifier", "Classifier", "MLPClassifier"]
+__all__ = ["CNNClassifier", "Classifier", "MLPClassifier", "ResNetCIFAR"]

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.models import CNNClassifier, MLPClassifier
+from lightning_prune.models import CNNClassifier, MLPClassifier, ResNetCIFAR
 
 
 def weights(model: LightningModule) -> list[tuple[int, ...]]:
@@ -103,3 +103,33 @@ def test_metrics_are_means_over_the_epoch() -> None:
     (tested,) = trainer.test(model, loader, verbose=False)
     assert tested == {"test_acc": pytest.approx(0.8), "test_loss": pytest.approx(expected)}
     assert torch.cat(trainer.predict(model, loader)).tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018)])
+def test_resnet_is_he_and_others(depth: int, parameters: int) -> None:
+    """Table 6 of the paper says 0.27 M and 0.85 M."""
+    model = ResNetCIFAR(depth)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.ndim > 1 for p in model.parameters()) == depth
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_shortcut_has_every_second_pixel_between_channels_of_zeros() -> None:
+    block = ResNetCIFAR(8).layer2[0]
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(1, 16, 32, 32)
+    out = block(x)
+    torch.testing.assert_close(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
+
+
+def test_resnet_takes_pretrained_weights() -> None:
+    source, model = ResNetCIFAR(8), ResNetCIFAR(8)
+    layers = {f"module.{n}": t for n, t in source.state_dict().items() if not n.startswith("accuracies")}
+    model.load_pretrained(layers)
+    assert torch.equal(model.layer3[0].conv2.weight, source.layer3[0].conv2.weight)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ResNetCIFAR(8).load_pretrained({**layers, "module.layer1.1.conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"expected `depth` of 6n \+ 2, got 21"):
+        ResNetCIFAR(21)

@@ -1,0 +1,92 @@
+"""The residual networks that filter pruning is measured on with CIFAR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune.models.classifier import Classifier
+
+__all__ = ["ResNetCIFAR"]
+
+
+@final
+class ResNetCIFAR(Classifier):
+    """ResNet-20, -32, -44, -56 or -110 for 32×32 images (He et al., 2016, section 4.2).
+
+    Three stages of 16, 32 and 64 channels with ``(depth − 2) / 6`` blocks of two 3×3 convolutions each, and shortcuts
+    without parameters (option A): where the stage changes, every second pixel, padded with channels of zeros.
+
+    Args:
+        depth: Number of layers with weights, 6n + 2.
+        classes: Number of classes.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        classes: int = 10,
+        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"ResNetCIFAR: expected `depth` of 6n + 2, got {depth}. Give 20, 32, 44, 56 or 110.")
+        super().__init__((3, 32, 32), classes, optimizer, lr, momentum, weight_decay)
+        self.save_hyperparameters()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(blocks, 16, 16)
+        self.layer2 = _stage(blocks, 16, 32)
+        self.layer3 = _stage(blocks, 32, 64)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of ``images`` ``(batch, 3, 32, 32)``."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the weights of a network of this depth and layout, ``module.`` in front of their names or not.
+
+        Raises:
+            RuntimeError: If names or shapes differ.
+        """
+        weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("accuracies.")}
+        self.load_state_dict({**own, **weights})
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.more = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+        if self.more:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
+        return F.relu(out + shortcut)
+
+
+def _stage(blocks: int, inputs: int, outputs: int) -> nn.Sequential:
+    stride = outputs // inputs
+    later = (_Block(outputs, outputs, 1) for _ in range(blocks - 1))
+    return nn.Sequential(_Block(inputs, outputs, stride), *later)
