@@ -116,7 +116,7 @@ class Showing:
         """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report."""
         if self.dirpath is not None:
             return Path(self.dirpath)
-        home = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        home = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a broadcast
         folder, number = home, 1
         while not self._is_ours(folder):
             number += 1
@@ -133,7 +133,9 @@ class Showing:
             return False  # somebody else's file of that name
 
     def measure(self, module: LightningModule, call: Call, size: Size) -> Size:
-        """The size with bytes on disk and latency."""
+        """The size with bytes on disk and latency, of the first process."""
+        if not self.trainer.is_global_zero:
+            return size
         try:
             milliseconds = latency(module, call)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -148,9 +150,9 @@ class Showing:
     def finish(self) -> None:
         """Print the table, write the files, hand the results to the loggers."""
         self._log()
-        if getattr(self.trainer, "fast_dev_run", False):
+        folder = self.folder()  # asks all processes
+        if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
-        folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
         picture = self._picture(folder)

@@ -10,11 +10,20 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.monitors import hold_early_stopping, reset_monitors
+from lightning_prune.callbacks.processes import (
+    agreed,
+    in_exception,
+    merged,
+    on_first,
+    refuse_strategy,
+    same_everywhere,
+    together,
+    unwrapped,
+)
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, score_summary
 from lightning_prune.callbacks.subjects import subject_of
 from lightning_prune.planning import (
@@ -229,7 +238,10 @@ class StructuredPruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         statistic = self._saved_statistic
         if self._statistic is not None:
-            statistic = {name: value.detach().clone() for name, value in self._statistic.state_dict().items()}
+            own = self._statistic.batches.clone()
+            with merged(None if in_exception() else self._statistic):
+                statistic = {name: value.detach().clone() for name, value in self._statistic.state_dict().items()}
+            statistic["batches"] = own
         return {
             "format": _FORMAT,
             "run": self._run_id,
@@ -249,7 +261,7 @@ class StructuredPruning(Callback):
         self._run_id = state_dict["run"]
         self._done = state_dict["done"]
         self._batches = state_dict["batches"]
-        self._saved_statistic = state_dict["statistic"]
+        self._saved_statistic = on_first(state_dict["statistic"])
         self.report = Report.from_plain(state_dict["report"])
 
     # -- before the first step ----------------------------------------------------------------------------------------
@@ -336,13 +348,14 @@ class StructuredPruning(Callback):
         if structure is None or subject is None:
             raise RuntimeError("a cut was asked for before the structure was found")
         began = perf_counter()
-        if statistic is not None:
-            self._selected = self._observable(statistic.unobservable(module), self._selected)
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
-        groups = [structure.group(name) for name in self._selected]
-        scores = score_groups(self.criterion, groups, tensors, statistic)
-        plan = make_plan(structure, scores, self.target, point.share, self.scope, self._original)
-        summary = score_summary(scores, statistic)
+        with merged(statistic):
+            if statistic is not None:
+                self._selected = self._observable(statistic.unobservable(module), self._selected)
+            groups = [structure.group(name) for name in self._selected]
+            scores = score_groups(self.criterion, groups, tensors, statistic)
+            summary = score_summary(scores, statistic)
+        plan = agreed(trainer, make_plan(structure, scores, self.target, point.share, self.scope, self._original))
         if plan.is_empty:
             self._done = point.index
             warnings.warn(
@@ -388,13 +401,24 @@ class StructuredPruning(Callback):
             with trainer.precision_plugin.forward_context():
                 return module.forward(*call.args, **call.kwargs)
 
-        change = cut_and_check(module, axes, trainer.optimizers, (), run)
+        with unwrapped(trainer, module):
+            try:
+                change = cut_and_check(module, axes, trainer.optimizers, (), run)
+            except Exception as error:
+                together(error)
+                raise
+            try:
+                together(None)
+            except BaseException:
+                change.undo()
+                raise
         try:
             if self._statistic is not None:
                 self._statistic.take(plan.kept, after)
                 self._statistic.reset()  # contributions count from the last cut
             attach(module, history)
             self._structure, self._done, self._batches = after, point.index, 0
+            same_everywhere(module)
         except BaseException:
             change.undo()
             attach(module, before)
@@ -451,11 +475,7 @@ def _refuse_surroundings(callback: StructuredPruning, trainer: Trainer, module: 
             f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import "
             "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy) or trainer.world_size > 1:
-        raise ValueError(
-            f"{name}: expected one process on one device, got {type(trainer.strategy).__name__} with "
-            f"{trainer.world_size} processes. Use `Trainer(devices=1)`; several processes are not supported yet."
-        )
+    refuse_strategy(name, trainer)
     others = [c for c in trainer.callbacks if isinstance(c, StructuredPruning) and c is not callback]  # type: ignore[attr-defined]
     if others:
         raise ValueError(

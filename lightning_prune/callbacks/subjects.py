@@ -197,6 +197,13 @@ class _MetricStandin(nn.Module):
             return self.forward if name in ("update", "compute") else _Silent()
 
 
+class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """In place of a SyncBatchNorm: the same channels, one process."""
+
+    def _check_input_dim(self, _: Tensor) -> None:
+        return
+
+
 class _Standins:
     """Makes the copy of a LightningModule ready for a training step that leaves no trace.
 
@@ -214,6 +221,8 @@ class _Standins:
         for parent in list(copy.modules()):
             if isinstance(parent, (Metric, MetricCollection)):
                 continue
+            if isinstance(parent, nn.SyncBatchNorm):  # asks for a GPU and for other processes
+                parent.__class__ = _AnyBatchNorm  # type: ignore[assignment]
             for name, child in list(parent._modules.items()):
                 if isinstance(child, (Metric, MetricCollection)):
                     parent._modules[name] = _MetricStandin()

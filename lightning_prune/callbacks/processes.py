@@ -1,0 +1,164 @@
+"""Several processes, one network: statistics merged, one plan for all, the wrapper off during a cut and on again.
+
+Everything here does nothing with a single process. The private names of Lightning's DDP strategy are used here only.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.planning import Plan
+from lightning_prune.scoring import Statistic
+
+__all__ = [
+    "DisagreementError",
+    "agreed",
+    "in_exception",
+    "merged",
+    "on_first",
+    "refuse_strategy",
+    "same_everywhere",
+    "several",
+    "together",
+    "unwrapped",
+]
+
+
+class DisagreementError(RuntimeError):
+    """Processes that must hold the same hold different things, or one of them has failed."""
+
+
+def refuse_strategy(name: str, trainer: Trainer) -> None:
+    """Refuse the strategies in which a cut cannot be made safe.
+
+    Args:
+        name: Who refuses, for the message.
+        trainer: The run.
+
+    Raises:
+        ValueError: For anything but one device or DDP with a process started per device.
+    """
+    strategy = trainer.strategy
+    if type(strategy) is DDPStrategy and strategy._start_method == "popen":
+        return
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    started = f" with start_method={strategy._start_method!r}" if isinstance(strategy, DDPStrategy) else ""
+    raise ValueError(
+        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}{started}. Use "
+        '`Trainer(devices=1)` or `Trainer(strategy="ddp")`: layers of sharded networks cannot be cut yet, and '
+        "processes that are spawned or forked hand a narrower network back to one that is still wide."
+    )
+
+
+def several() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def merged(statistic: Statistic | None) -> Iterator[None]:
+    """Within the context a statistic holds what all processes observed, merged by its declared reductions."""
+    if statistic is None or not several():
+        yield
+        return
+    statistic.sync()
+    try:
+        yield
+    finally:
+        statistic.unsync()
+
+
+def in_exception() -> bool:
+    """Whether an exception is being handled, in which other processes may not take part in a collective."""
+    return sys.exc_info()[0] is not None
+
+
+def agreed(trainer: Trainer, plan: Plan) -> Plan:
+    """The plan of the first process."""
+    if not several():
+        return plan
+    return Plan.from_plain(trainer.strategy.broadcast(plan.to_plain()))
+
+
+def together(error: BaseException | None) -> None:
+    """Go on only if every process does.
+
+    Raises:
+        BaseException: ``error``, if this process has failed.
+        DisagreementError: If another one has.
+    """
+    failed = torch.tensor(float(error is not None), device=_device())
+    if several():
+        dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise DisagreementError(
+            f"{int(failed.item())} of {dist.get_world_size()} processes failed, see their texts. Nothing has changed."
+        )
+
+
+def same_everywhere(module: LightningModule) -> None:
+    """Assert that all processes hold the same parameters.
+
+    Raises:
+        DisagreementError: If their shapes or contents differ.
+    """
+    if not several():
+        return
+    numbers = [float(p.numel()) for p in module.parameters()]
+    sums = [p.detach().to(torch.float64).sum() for p in module.parameters()]
+    mine = torch.stack([torch.tensor(numbers, device=_device()).double().sum(), *(s.to(_device()) for s in sums)])
+    lowest, highest = mine.clone(), mine.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise DisagreementError(
+            "expected the same weights in all processes, got different ones after a cut. Was a parameter changed in "
+            "one process only?"
+        )
+
+
+@contextmanager
+def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within the context no DDP wrapper watches the parameters; afterwards a new one does.
+
+    A live wrapper's reducer holds autograd nodes of the old shapes, and backward would fail in it.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        yield
+        return
+    strategy.model = module
+    gc.collect()  # the wrapper is in reference cycles; its hooks go when it goes
+    try:
+        yield
+    finally:
+        strategy.model = strategy._setup_model(module)
+        strategy._register_ddp_hooks()
+        strategy._pl_static_graph_delay_done = False
+
+
+def _device() -> torch.device:
+    """Where the backend's collectives work."""
+    if several() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def on_first(statistic: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this process restores of merged sums: all of it the first, nothing the others."""
+    if not several() or dist.get_rank() == 0:
+        return statistic
+    return {name: value if name == "batches" else torch.zeros_like(value) for name, value in statistic.items()}
