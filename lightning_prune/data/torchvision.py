@@ -26,6 +26,7 @@ class _Torchvision(ImageData, ABC):
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
+        normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels in [0, 1].
     """
 
     #: Mean and standard deviation of each channel over the training images, pixels in [0, 1].
@@ -40,8 +41,10 @@ class _Torchvision(ImageData, ABC):
         train_limit: int | None = None,
         augment: bool = False,
         seed: int = 0,
+        normalize: bool = True,
     ) -> None:
         super().__init__(batch_size, val_share, train_limit, augment, seed)
+        self.normalize = normalize
         self.root = root or os.environ.get("LIGHTNING_PRUNE_DATA")
 
     def prepare_data(self) -> None:
@@ -73,7 +76,8 @@ class _Torchvision(ImageData, ABC):
         pixels = torch.as_tensor(source.data)
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         mean, std = (torch.tensor(fact).view(1, -1, 1, 1) for fact in (self.mean, self.std))
-        return ImageTensors((pixels / 255 - mean) / std, torch.as_tensor(source.targets).long())
+        images = (pixels / 255 - mean) / std if self.normalize else pixels / 255
+        return ImageTensors(images, torch.as_tensor(source.targets).long())
 
     @property
     def _folder(self) -> Path:

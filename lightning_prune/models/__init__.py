@@ -4,5 +4,6 @@ from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier
 from lightning_prune.models.mlp import MLPClassifier
 from lightning_prune.models.resnet import ResNetCIFAR
+from lightning_prune.models.vae import VAE
 
-__all__ = ["CNNClassifier", "Classifier", "MLPClassifier", "ResNetCIFAR"]
+__all__ = ["VAE", "CNNClassifier", "Classifier", "MLPClassifier", "ResNetCIFAR"]
