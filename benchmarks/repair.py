@@ -1,0 +1,227 @@
+"""Test accuracy right after a cut, without training, with and without repairs: ``python -m benchmarks.repair``.
+
+The contribution paper's CNN, trained here for some epochs, and with ``--weights`` a pretrained ResNet-20 lose 10, 30
+and 50 % of their units at once (of the ResNet the inner width of every block). Needs CIFAR-10 under ``--root`` or
+``LIGHTNING_PRUNE_DATA``. Repairs see training images only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.common import EVIDENCE, command, machine
+from lightning_prune import L1, Contribution
+from lightning_prune.data import CIFAR10, ImageTensors
+from lightning_prune.data.tensors import crop_and_mirror
+from lightning_prune.extras import require
+from lightning_prune.models import CNNClassifier, ResNetCIFAR
+from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.scoring import Criterion, score_groups
+from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
+from lightning_prune.surgery.tensors import named
+
+BATCH, SHARES = 128, (0.1, 0.3, 0.5)
+# What the pretrained weights expect.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Row = dict[str, Any]
+
+
+def repairs(batches: int) -> dict[str, tuple[Repair, ...]]:
+    """What is compared."""
+    mean, ridge, norm = FoldMean(batches), Ridge(batches), ReestimateBatchNorm(batches)
+    return {
+        "none": (),
+        "mean": (mean,),
+        "BN": (norm,),
+        "ridge": (ridge,),
+        "ridge + BN": (ridge, norm),
+    }
+
+
+def normalised(images: ImageTensors, source: CIFAR10) -> ImageTensors:
+    """The images as the pretrained network expects them."""
+    old_mean, old_std, mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (source.mean, source.std, MEAN, STD))
+    return ImageTensors((images.images * old_std + old_mean - mean) / std, images.labels)
+
+
+@torch.no_grad()
+def accuracy(module: LightningModule, images: ImageTensors) -> float:
+    """Share of images classified right, in %."""
+    module.eval()
+    pairs = zip(images.images.split(500), images.labels.split(500), strict=True)
+    return round(100 * sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs) / len(images), 2)
+
+
+def train(module: CNNClassifier, images: ImageTensors, epochs: int, seed: int) -> None:
+    """SGD with momentum, one cycle of the learning rate, crops and mirrors."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = epochs * (len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    module.train()
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(BATCH)[: len(images) // BATCH]:
+            batch = images.take(rows)
+            optimizer.zero_grad()
+            F.cross_entropy(module(crop_and_mirror(batch.images, generator)), batch.labels).backward()
+            optimizer.step()
+            schedule.step()
+        print(f"epoch {epoch + 1} of {epochs}", flush=True)
+
+
+def calibration(images: ImageTensors, batches: int) -> tuple[list[Tensor], Callable[[torch.nn.Module, int], None]]:
+    """Batches drawn once from the training images, and how a repair runs them."""
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: batches * BATCH]
+    drawn = list(images.images[rows].split(BATCH))
+
+    def run(model: torch.nn.Module, n: int) -> None:
+        for batch in drawn[:n]:
+            model(batch)
+
+    return drawn, run
+
+
+def scores_of(
+    criterion: Criterion, structure: Structure, names: Sequence[str], module: LightningModule, drawn: Sequence[Tensor]
+) -> Mapping[str, Tensor]:
+    """Scores of the trained network, observed on the calibration batches where the criterion needs that."""
+    statistic = criterion.statistic(structure)
+    observed = copy.deepcopy(module).train()
+    for batch in drawn if statistic is not None else ():
+        handles = statistic.attach(observed)
+        with torch.no_grad():
+            observed(batch)
+        for handle in handles:
+            handle.remove()
+    tensors = {name: tensor.detach() for name, tensor in named(module).items()}
+    return score_groups(criterion, [structure.group(name) for name in names], tensors, statistic)
+
+
+def measure(
+    name: str, module: LightningModule, train: ImageTensors, test: ImageTensors, ignore: str | None, batches: int
+) -> Iterator[Row]:
+    """One row per criterion, share and repair; every cut is undone."""
+    module.eval()
+    structure = trace(Subject.of(module, module.example_input_array))
+    names, _ = select(structure, ignore=ignore)
+    drawn, run = calibration(train, batches)
+    dense = accuracy(module, test)
+    print(f"{name}: {dense} % dense", flush=True)
+    for criterion, share in product((L1(), Contribution()), SHARES):
+        scores = scores_of(criterion, structure, names, module, drawn)
+        plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Original.of(structure))
+        axes, after = structure.axes(plan.kept), structure.take(plan.kept)
+        for label, chosen in repairs(batches).items():
+            began = time.perf_counter()
+            contents = repaired(copy.deepcopy(module).train(), axes, chosen, run)
+            seconds = time.perf_counter() - began
+            with cut(module, axes) as change:
+                install(change, module, contents)
+                after_cut = accuracy(module, test)
+            row = {"network": name, "criterion": type(criterion).__name__, "removed": share, "repair": label}
+            row |= {"params": after.cost.params(after.widths), "macs": after.cost.macs(after.widths)}
+            yield {**row, "dense": dense, "accuracy": after_cut, "seconds": round(seconds, 2)}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per network, criterion and share, a column per repair."""
+    labels = list(dict.fromkeys(row["repair"] for row in rows))
+    lines = [f"| network | criterion | removed | parameters | dense | {' | '.join(labels)} |"]
+    lines.append("|---|---|---:|---:|---:|" + "---:|" * len(labels))
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        key = (row["network"], row["criterion"], f"{100 * row['removed']:.0f} %", f"{row['params']:,}", row["dense"])
+        cells.setdefault(key, []).append(row["accuracy"])
+    for key, values in cells.items():
+        best = max(values)
+        shown = [f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in values]
+        lines.append("| " + " | ".join([*map(str, key), *shown]) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row]) -> Any:
+    """Accuracy against share removed, a panel per network and criterion, a line per repair."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
+    figure = require("matplotlib.figure", extra="plot").Figure(
+        figsize=(10, 3.6 * len(networks)), layout="constrained", dpi=130
+    )
+    grid = figure.subplots(len(networks), len(criteria), squeeze=False, sharex=True, sharey="row")
+    looks = [("#999999", "o-"), ("#56B4E9", "s--"), ("#CC79A7", "^:"), ("#E69F00", "D--"), ("#D55E00", "D-")]
+    for (i, network), (j, criterion) in product(enumerate(networks), enumerate(criteria)):
+        axes = grid[i][j]
+        mine = [row for row in rows if row["network"] == network and row["criterion"] == criterion]
+        axes.axhline(mine[0]["dense"], color="black", lw=0.8, ls=(0, (4, 3)), label="dense")
+        for label, (colour, style) in zip(repairs(1), looks, strict=True):
+            points = [(100 * row["removed"], row["accuracy"]) for row in mine if row["repair"] == label]
+            axes.plot(*zip(*points, strict=True), style, color=colour, ms=5, label=label)
+        axes.set(title=f"{network}, {criterion}", ylim=(0, 100), xticks=[100 * share for share in SHARES])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if i == len(networks) - 1:
+            axes.set_xlabel("units removed at once (%)")
+        if j == 0:
+            axes.set_ylabel("test accuracy, no training (%)")
+    grid[0][0].legend(fontsize="small", ncols=2, loc="lower left")
+    return figure
+
+
+def write(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
+    """Everything under docs/evidence/repair."""
+    folder = EVIDENCE / "repair"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"command": command("benchmarks.repair"), **settings, "machine": machine()}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    (folder / "results.json").write_text(f'{json.dumps(facts)[:-1]},\n "rows": [\n  {lines}\n ]}}\n')
+    (folder / "tables.md").write_text(f"{table(rows)}\n", encoding="utf-8")
+    draw(rows).savefig(folder / "figure.png")
+
+
+def main() -> None:
+    """Both networks, writing after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", help="folder of CIFAR-10, in torchvision's layout")
+    parser.add_argument("--weights", help="file with the weights of a ResNet-20 trained on CIFAR-10")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs that the CNN is trained for")
+    parser.add_argument("--train-limit", type=int, default=50000, help="training images")
+    parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
+    parser.add_argument("--batches", type=int, default=32, help=f"batches of {BATCH} that repairs see")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    seed_everything(given.seed, verbose=False)
+    source = CIFAR10(root=given.root)
+    images, test = (normalised(part, source) for part in source.load())
+    images = images.take(torch.arange(min(given.train_limit, len(images))))
+    test = test.take(torch.arange(min(given.test_limit, len(test))))
+    cnn = CNNClassifier()
+    train(cnn, images, given.epochs, given.seed)
+    networks: dict[str, tuple[LightningModule, str | None]] = {"CNN": (cnn, None)}
+    if given.weights:
+        resnet = ResNetCIFAR(20)
+        resnet.load_pretrained(torch.load(given.weights, map_location="cpu", weights_only=True)["state_dict"])
+        networks["ResNet-20"] = (resnet, "conv1")  # the residual stream, which layer2 and layer3 pad, stays
+    settings = {name: value for name, value in vars(given).items() if name not in ("root", "weights")}
+    rows: list[Row] = []
+    for name, (module, ignore) in networks.items():
+        for row in measure(name, module, images, test, ignore, given.batches):
+            rows.append(row)
+            print(row, flush=True)
+        write(rows, settings)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
