@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LINEAR_LAYERS", "Contributions", "Ratio", "contributions_of"]
+__all__ = ["LINEAR_LAYERS", "Contributions", "Ratio", "contributions_of", "per_pass"]
 
 Ratio = Literal["absolute", "signed"]
 
@@ -112,6 +112,24 @@ def contributions_of(
             maximum=_maximum(arithmetic.matrices(a, inverse, weight), nothing, ratio) if maximum else nothing,
             passes=a.shape[0],
         )
+
+
+def per_pass(layer: nn.Module, activation: Tensor, gradient: Tensor) -> Tensor:
+    """Activation times gradient of every input of a linear layer, summed over positions: shape ``(passes, inputs)``.
+
+    Only the gradient that comes back through this layer counts, whatever else takes the same activation.
+
+    Args:
+        layer: One of ``LINEAR_LAYERS``; its inputs are features or channels.
+        activation: What entered the layer, batched or not.
+        gradient: Of some scalar, with respect to what came out.
+    """
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
+        arithmetic = _arithmetic(layer, activation, gradient)
+        a, g = arithmetic.batched(activation.to(dtype), gradient.to(dtype))
+        product = a * arithmetic.backward(g, a, layer.get_parameter("weight").detach().to(dtype))
+        return product.movedim(arithmetic.channel, 1).flatten(2).sum(2) if product.dim() > 2 else product
 
 
 class _Matrix(NamedTuple):

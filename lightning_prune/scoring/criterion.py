@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group, Member, Structure
 
-__all__ = ["Criterion", "score_groups", "unit_rows", "unit_weights"]
+__all__ = ["Criterion", "ObservingCriterion", "score_groups", "unit_rows", "unit_weights"]
 
 
 class Criterion(ABC):
@@ -51,6 +52,34 @@ class Criterion(ABC):
         Returns:
             Shape ``(width,)``, floating point, low = removed first.
         """
+
+
+@dataclass(frozen=True)
+class ObservingCriterion(Criterion):
+    """A criterion whose score is what its statistic makes of the training: it only names the statistic.
+
+    Raises:
+        ValueError: If ``every_n_batches`` is below 1.
+    """
+
+    def __post_init__(self) -> None:
+        if self.every_n_batches < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected `every_n_batches` to be 1 (every batch) or more, got "
+                f"{self.every_n_batches}."
+            )
+
+    @abstractmethod
+    def statistic(self, structure: Structure) -> Statistic:
+        """What has to be observed."""
+
+    def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
+        """The number that the statistic has for each unit."""
+        if statistic is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected the statistic that `statistic(structure)` returned, got None."
+            )
+        return statistic.value(group.name)
 
 
 def score_groups(

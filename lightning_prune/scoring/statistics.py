@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, final
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, final
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
 from lightning_prune.structure.graph import Group, Member, Structure
+from lightning_prune.structure.tracing import Call
 
-__all__ = ["ContributionStatistic", "Statistic"]
+__all__ = ["ActivationStatistic", "ConsumerStatistic", "ContributionStatistic", "Statistic", "Target", "per_unit"]
 
 Reduction = Literal["sum", "max"]
 #: One of the two halves that observed batches alternate between; None: both together.
@@ -33,16 +34,24 @@ class Statistic(Metric):
     ("source") that a group is observed at. All are sums or maxima of non-negative numbers and start at 0, so ranks,
     halves and the parts of an interrupted run merge by the reduction declared. Kept in float64 where the device has it.
 
-    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) and ``estimate`` (the number
-    per unit).
+    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) or ``examine`` (a pass of its
+    own, which does), and ``estimate`` (the number per unit).
 
     Args:
         structure: The network's groups.
         sources: Names of the places each group is observed at; groups without any are ``unobservable``.
+
+    Attributes:
+        evidence: What the numbers are made of, in a word.
+        loss_scale: Factor on the loss of the batch being observed (mixed precision), which gradients carry along.
     """
 
     full_state_update = False
     batches: Tensor
+    evidence: ClassVar[str] = "activations"
+    # Completions of messages: "NaN or infinite ... 'place'" and "place ... in none of the observed batches".
+    _faulty: ClassVar[str] = "activations or weights at layer"
+    _unseen: ClassVar[str] = "was called as a module"
 
     def __init__(self, structure: Structure, sources: Mapping[str, Sequence[str]]) -> None:
         # No cache: it is cleared by `update`, and hooks may not use that (its wrapper would count layers as batches).
@@ -51,6 +60,7 @@ class Statistic(Metric):
         self.sources = {name: tuple(places) for name, places in sources.items() if places}
         self._states: dict[str, tuple[Reduction, bool]] = {}
         self._half = 0
+        self.loss_scale = 1.0
         self._warned: set[str] = set()
         self._set("batches", torch.zeros((), dtype=torch.int64), "sum", per_unit=False)
         self.declare("passes", "sum", per_unit=False)
@@ -58,13 +68,23 @@ class Statistic(Metric):
 
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks that ``record`` what happens, and return their handles."""
+    def observe(self, model: nn.Module) -> list[RemovableHandle]:  # noqa: ARG002
+        """Register the hooks that ``record`` what happens, and return their handles; none if ``examine`` does all."""
+        return []
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
         """Groups that ``observe`` finds no place for in this network: ``{group: reason}``."""
         return {name: "there is nowhere to observe it" for name in self.structure.widths if name not in self.sources}
+
+    def examine(self, model: nn.Module, call: Call) -> None:
+        """Run the network once more, right before scores are taken; most statistics have no need to.
+
+        For numbers that no training pass shows (what masking a unit would change, say). The network is left as it is.
+
+        Args:
+            model: The network.
+            call: Arguments that ``model(*call.args, **call.kwargs)`` takes, a batch of the data if there is one.
+        """
 
     @abstractmethod
     def estimate(self, name: str, half: Half = None) -> Tensor:
@@ -103,19 +123,35 @@ class Statistic(Metric):
             return state[half]
         return state.sum(0) if self._states[f"{quantity}/{name}"][0] == "sum" else state.amax(0)
 
+    @final
+    def per_pass(self, quantity: str, name: str, half: Half = None) -> Tensor:
+        """A quantity of one group over the number of passes: shape ``(sources seen, width)``."""
+        passes = self.read("passes", name, half)
+        return (self.read(quantity, name, half) / passes[:, None])[passes > 0]
+
+    @final
+    def follow(self, model: nn.Module) -> None:
+        """Move to where the network is."""
+        parameter = next(model.parameters(), None)
+        self._move(parameter.device if parameter is not None else self.device)
+
     # -- for callbacks ----------------------------------------------------------------------------------------------
 
     @final
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+    def attach(self, model: nn.Module, loss_scale: float = 1.0) -> list[RemovableHandle]:
         """Observe one training batch: from now until every handle is removed.
 
         Call it before the batch's forward pass, and remove the handles after its backward pass.
+
+        Args:
+            model: The network.
+            loss_scale: Factor on the loss of this batch, as mixed precision in fp16 scales it.
         """
         self._warn_of_skipped(self.sources)
-        parameter = next(model.parameters(), None)
-        self._move(parameter.device if parameter is not None else self.device)
+        self.follow(model)
         self._half = int(self.batches) % 2
         self.batches += 1
+        self.loss_scale = loss_scale
         return self.observe(model)
 
     @final
@@ -126,7 +162,7 @@ class Statistic(Metric):
         been observed: ask before the first batch and again before every cut.
         """
         silent = {
-            name: f"{', '.join(places)} was called as a module in none of the {self.update_count} observed batches"
+            name: f"{', '.join(places)} {self._unseen} in none of the {self.update_count} observed batches"
             for name, places in self.sources.items()
             if self.update_count and not (self.read("passes", name) + self.read("skipped", name)).any()
         }
@@ -254,7 +290,7 @@ class Statistic(Metric):
             if place not in self._warned:
                 self._warned.add(place)
                 warnings.warn(
-                    f"NaN or infinite activations or weights at layer '{place}': such batches are left out of the "
+                    f"NaN or infinite {self._faulty} '{place}': such batches are left out of the "
                     "scores. A lower learning rate, gradient clipping or bf16 in place of fp16 may help.",
                     RuntimeWarning,
                     stacklevel=3,
@@ -264,8 +300,8 @@ class Statistic(Metric):
         bad = self._skipped_places([name])
         if bad:
             raise FloatingPointError(
-                f"group '{name}' cannot be scored: every observed pass had NaN or infinite activations or weights at "
-                f"layer {', '.join(map(repr, bad))}. Lower the learning rate or clip gradients."
+                f"group '{name}' cannot be scored: every observed pass had NaN or infinite {self._faulty} "
+                f"{', '.join(map(repr, bad))}. Lower the learning rate or clip gradients."
             )
         raise RuntimeError(
             f"group '{name}' cannot be scored: expected at least one training pass to have been observed, got none at "
@@ -274,7 +310,7 @@ class Statistic(Metric):
         )
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """Where a layer's inputs belong: the group, its source, and the inputs of each unit, shape ``(width, k)``."""
 
     group: str
@@ -282,8 +318,77 @@ class _Target(NamedTuple):
     inputs: Tensor
 
 
+class ConsumerStatistic(Statistic):
+    """Groups are observed where their units enter a Linear, Conv or ConvTranspose: the sources are these layers."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__(structure, {group.name: [m.layer for m in _consuming(group)] for group in structure.groups})
+
+    def unhookable(self, model: nn.Module) -> dict[str, str]:
+        """Groups whose units enter no plain Linear, Conv or ConvTranspose."""
+        seen = {target.group for targets in self.targets(model).values() for target in targets}
+        return {
+            name: f"its units enter {', '.join(self.sources[name])}, which is no plain Linear, Conv or ConvTranspose"
+            if name in self.sources
+            else "no layer takes its units as input"
+            for name in self.structure.widths
+            if name not in seen
+        }
+
+    @final
+    def targets(self, model: nn.Module) -> dict[nn.Module, list[Target]]:
+        """The layers to hook, and where their inputs belong."""
+        layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
+        for module in filter(_is_linear, model.modules()):
+            weight = module._parameters.get("weight")  # none where a parametrization computes it
+            if weight is not None:
+                layers.setdefault(weight, []).append(module)
+        tensors = dict(model.named_parameters())
+        targets: dict[nn.Module, list[Target]] = {}
+        for group in self.structure.groups:
+            for source, member in enumerate(_consuming(group)):
+                weight = tensors.get(member.tensor)
+                for module in layers.get(weight, ()) if weight is not None else ():
+                    inputs = _inputs(module, member)
+                    if inputs is not None:
+                        targets.setdefault(module, []).append(Target(group.name, source, inputs.to(self.device)))
+        return targets
+
+
+class ActivationStatistic(ConsumerStatistic):
+    """What enters the layers that take a group's units as input, in training.
+
+    A subclass writes ``see``, which is given every call of such a layer. A layer called several times in a forward
+    pass, or again under gradient checkpointing, shows every call.
+    """
+
+    @abstractmethod
+    def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
+        """Record one call of a layer.
+
+        Args:
+            layer: A Linear, Conv or ConvTranspose.
+            activation: What entered it; never empty.
+            output: What came out, before hooks of others.
+            targets: Which of its inputs belong to which units.
+        """
+
+    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+        """Forward hooks on every Linear, Conv and ConvTranspose that takes units as input."""
+        targets = self.targets(model)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            # A copy of the model (for averaged weights, say) made in this batch has the hook but is no target.
+            activation = args[0] if args else kwargs["input"]
+            if model.training and module in targets and activation.numel():
+                self.see(module, activation, output, targets[module])
+
+        # First of all hooks: later ones may replace or overwrite the output.
+        return [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in targets]
+
+
 @final
-class ContributionStatistic(Statistic):
+class ContributionStatistic(ActivationStatistic):
     """Shares of every unit in the outputs of the layers that take it as input (contribution pruning).
 
     A unit that enters a layer as several inputs (a channel flattened over its pixels) has the sum of their shares, and
@@ -307,7 +412,7 @@ class ContributionStatistic(Statistic):
         ratio: Ratio = "absolute",
         epsilon: float = 1e-6,
     ) -> None:
-        super().__init__(structure, {group.name: [m.layer for m in _consuming(group)] for group in structure.groups})
+        super().__init__(structure)
         self.lambda_avg, self.lambda_max = lambda_avg, lambda_max
         self.ratio, self.epsilon = ratio, epsilon
         self.declare("outputs", "sum", per_unit=False)
@@ -316,28 +421,24 @@ class ContributionStatistic(Statistic):
         if lambda_max:
             self.declare("maximum", "max")
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
-        """Forward hooks on every Linear, Conv and ConvTranspose that takes units as input."""
-        targets = self._targets(model)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            # A copy of the model (for averaged weights, say) made in this batch has the hook but is no target.
-            if model.training and module in targets:
-                self._see(module, args[0] if args else kwargs["input"], output, targets[module])
-
-        # First of all hooks: later ones may replace or overwrite the output.
-        return [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in targets]
-
-    def unhookable(self, model: nn.Module) -> dict[str, str]:
-        """Groups whose units enter no plain Linear, Conv or ConvTranspose."""
-        seen = {target.group for targets in self._targets(model).values() for target in targets}
-        return {
-            name: f"its units enter {', '.join(self.sources[name])}, which is no plain Linear, Conv or ConvTranspose"
-            if name in self.sources
-            else "no layer takes its units as input"
-            for name in self.structure.widths
-            if name not in seen
-        }
+    def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
+        """Shares of every input in every output."""
+        seen = contributions_of(
+            layer,
+            activation,
+            output,
+            ratio=self.ratio,
+            epsilon=self.epsilon,
+            average=self.lambda_avg != 0,
+            maximum=self.lambda_max != 0,
+        )
+        for name, source, inputs in targets:
+            quantities = {"outputs": seen.outputs}
+            if self.lambda_avg:
+                quantities["mass"] = seen.mass[inputs].sum(1)
+            if self.lambda_max:
+                quantities["maximum"] = seen.maximum[inputs].amax(1)
+            self.record(name, source, seen.passes, **quantities)
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
         """λ_avg · C_avg + λ_max · C_max, each divided by its mean (magnitude, where signed) over the group."""
@@ -359,44 +460,6 @@ class ContributionStatistic(Statistic):
 
     def _over_consumers(self, value: Tensor, name: str, half: Half) -> Tensor:
         return value[self.read("passes", name, half) > 0].mean(0)
-
-    def _see(self, module: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[_Target]) -> None:
-        if activation.numel() == 0:
-            return
-        seen = contributions_of(
-            module,
-            activation,
-            output,
-            ratio=self.ratio,
-            epsilon=self.epsilon,
-            average=self.lambda_avg != 0,
-            maximum=self.lambda_max != 0,
-        )
-        for name, source, inputs in targets:
-            quantities = {"outputs": seen.outputs}
-            if self.lambda_avg:
-                quantities["mass"] = seen.mass[inputs].sum(1)
-            if self.lambda_max:
-                quantities["maximum"] = seen.maximum[inputs].amax(1)
-            self.record(name, source, seen.passes, **quantities)
-
-    def _targets(self, model: nn.Module) -> dict[nn.Module, list[_Target]]:
-        """The layers to hook, and where their inputs belong."""
-        layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
-        for module in filter(_is_linear, model.modules()):
-            weight = module._parameters.get("weight")  # none where a parametrization computes it
-            if weight is not None:
-                layers.setdefault(weight, []).append(module)
-        tensors = dict(model.named_parameters())
-        targets: dict[nn.Module, list[_Target]] = {}
-        for group in self.structure.groups:
-            for source, member in enumerate(_consuming(group)):
-                weight = tensors.get(member.tensor)
-                for module in layers.get(weight, ()) if weight is not None else ():
-                    inputs = _inputs(module, member)
-                    if inputs is not None:
-                        targets.setdefault(module, []).append(_Target(group.name, source, inputs.to(self.device)))
-        return targets
 
 
 def _consuming(group: Group) -> list[Member]:
@@ -422,3 +485,19 @@ def _inputs(layer: Any, member: Member) -> Tensor | None:
     # weight: outputs × inputs of one group, which stand for the same place in every group
     offsets = torch.arange(layer.groups) * (layer.in_channels // layer.groups)
     return (index[:, :, None] + offsets).flatten(1) if member.dim == 1 else None
+
+
+@torch.no_grad()
+def per_unit(layer: nn.Module, activation: Tensor, inputs: Tensor) -> Tensor:
+    """What entered a layer, unit by unit: shape ``(passes, width, k, *positions)``, at least float32.
+
+    Args:
+        layer: A Linear, Conv or ConvTranspose.
+        activation: What entered it, batched or not.
+        inputs: Features or channels of each unit, shape ``(width, k)``.
+    """
+    dense = isinstance(layer, nn.Linear)
+    x = activation.detach().to(torch.promote_types(activation.dtype, torch.float32))
+    if x.dim() == (1 if dense else layer.get_parameter("weight").dim() - 1):
+        x = x[None]
+    return (x.movedim(-1, 1) if dense else x)[:, inputs]

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import Call, Subject, trace
 
 
 class Residual(nn.Module):
@@ -124,6 +124,12 @@ def train(model, inputs, statistic=None):
                 handle.remove()
         outputs.append(out.detach())
     return outputs
+
+
+def examine(model, inputs, statistic):
+    """What a callback has a statistic do before a cut, here for several batches."""
+    for x in inputs:
+        statistic.examine(model, Call((x,)))
 
 
 def tensors_of(model):

@@ -14,7 +14,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.scoring import L1, L2, Contribution, Criterion, Random
+from lightning_prune.scoring import (
+    FPGM,
+    KL,
+    L1,
+    L2,
+    LAMP,
+    NISP,
+    SNIP,
+    APoZ,
+    BNScale,
+    Contribution,
+    Criterion,
+    Fisher,
+    HRank,
+    Random,
+    SynFlow,
+    Taylor,
+)
 from lightning_prune.structure import Group
 
 REFERENCES = {}
@@ -39,12 +56,16 @@ class Evidence:
         tensors: Parameters and buffers at the time of scoring, as arrays.
         batches: Per training batch: inputs of every module's calls by name, and gradients by parameter name.
         modules: The network's modules by name.
+        model: The network; to be copied, not changed.
+        inputs: What it was trained on, after ``torch.manual_seed(0)``.
     """
 
     group: Group
     tensors: dict[str, np.ndarray]
     batches: list[tuple[dict[str, list[torch.Tensor]], dict[str, np.ndarray]]]
     modules: dict[str, nn.Module]
+    model: nn.Module
+    inputs: list[torch.Tensor]
 
     @property
     def units(self):
@@ -54,6 +75,61 @@ class Evidence:
         """What a unit holds of every weight with this role."""
         members = [m for m in self.group.members if m.role == role]
         return [np.take(self.tensors[m.tensor], p, axis=m.dim) for m in members for p in m.index[unit]]
+
+    def everything(self, unit, values):
+        """What a unit holds of arrays by name, in whatever role, as one long array."""
+        members = [m for m in self.group.members if m.tensor in values]
+        return np.concatenate([np.take(values[m.tensor], p, m.dim).ravel() for m in members for p in m.index[unit]])
+
+    def saliency(self, function):
+        """Mean over batches of a function of weights and gradients, summed over everything a unit holds."""
+        per_batch = [{n: function(self.tensors[n], g) for n, g in gradients.items()} for _, gradients in self.batches]
+        return [np.mean([self.everything(unit, values).sum() for values in per_batch]) for unit in self.units]
+
+    def consumers(self):
+        """Layers that take the units together with others: name, and which unit each of their inputs is (or -1)."""
+        for member in [m for m in self.group.members if m.role == "in"]:
+            layer = self.modules[member.layer]
+            owned = [inputs_of(layer, member, unit) for unit in self.units]
+            if any(alone(layer, own) for own in owned):
+                continue
+            units = np.full(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels, -1)
+            for unit, own in enumerate(owned):
+                units[own] = unit
+            yield member.layer, units
+
+    def over_consumers(self, function):
+        """Mean over consumers and passes of a function of what a unit puts into a layer in one pass."""
+        means = []
+        for layer, units in self.consumers():
+            passes = [a for seen, _ in self.batches for x in seen[layer] for a in x]
+            means.append([np.mean([function(a[units == unit]) for a in passes]) for unit in self.units])
+        return np.mean(means, 0)
+
+    def rewired(self, change, absolute=False):
+        """A copy of the network with ``change(x, units)`` on what enters each consumer; of absolute weights, if asked.
+
+        ``units`` says which unit each channel is, -1 if none.
+        """
+        model = copy.deepcopy(self.model)
+        model.zero_grad()
+        for layer, units in self.consumers():
+            model.get_submodule(layer).register_forward_pre_hook(
+                functools.partial(_change, change, units), with_kwargs=True
+            )
+        if absolute:
+            model.eval()
+            for tensor in model.parameters():
+                tensor.data.abs_()
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.zero_()
+        return model
+
+
+def _change(change, units, module, args, kwargs):
+    x = args[0] if args else kwargs["input"]
+    return (change(x.transpose(1, -1), torch.as_tensor(units)).transpose(1, -1),), {}
 
 
 def _note(inputs, module, args, kwargs, output):
@@ -88,6 +164,91 @@ def l1(criterion, evidence):
 @reference(L2())
 def l2(criterion, evidence):
     return [sum((w**2).sum() for w in evidence.slices(unit)) ** 0.5 for unit in evidence.units]
+
+
+@reference(BNScale())
+def bn_scale(criterion, evidence):
+    norms = [m.tensor for m in evidence.group.members if isinstance(evidence.modules[m.layer], nn.BatchNorm2d)]
+    scales = [abs(evidence.tensors[name]) for name in norms if name.endswith("weight")]
+    return sum(scales) if scales else l2(criterion, evidence)
+
+
+@reference(LAMP())
+def lamp(criterion, evidence):
+    size = [sum((w**2).sum() for w in evidence.slices(unit)) for unit in evidence.units]
+    return [mine / sum(other for other in size if other >= mine) for mine in size]
+
+
+@reference(FPGM())
+def fpgm(criterion, evidence):
+    flat = [np.concatenate([w.ravel() for w in evidence.slices(unit)]) for unit in evidence.units]
+    return [sum(np.linalg.norm(mine - other) for other in flat) for mine in flat]
+
+
+@reference(Taylor())
+def taylor(criterion, evidence):
+    return evidence.saliency(lambda w, g: (w * g) ** 2)
+
+
+@reference(SNIP())
+def snip(criterion, evidence):
+    return evidence.saliency(lambda w, g: abs(w * g))
+
+
+@reference(Fisher())
+def fisher(criterion, evidence):
+    squares = []
+    model = evidence.rewired(lambda x, units: x * factors[(slice(None), *[None] * (x.dim() - 2), units)])
+    torch.manual_seed(0)
+    for x in evidence.inputs:
+        factor = torch.ones(len(x), evidence.group.width, dtype=x.dtype, requires_grad=True)
+        factors = torch.cat([factor, torch.ones(len(x), 1, dtype=x.dtype)], 1)  # the last is of no unit
+        model(x).square().sum().backward()
+        squares.append((len(x) * factor.grad).square())
+    return torch.cat(squares).mean(0)
+
+
+@reference(APoZ())
+def apoz(criterion, evidence):
+    return evidence.over_consumers(lambda a: (a != 0).double().mean())
+
+
+@reference(HRank(), HRank(every_n_batches=1, samples=100))
+def hrank(criterion, evidence):
+    few = copy.copy(evidence)
+    few.batches = [({n: [x[: criterion.samples] for x in c] for n, c in calls.items()}, g) for calls, g in few.batches]
+    flattened = len(evidence.inputs[0].shape) == 4  # then a vector that enters a layer is a map of 2 × 3
+    return few.over_consumers(
+        lambda a: np.linalg.matrix_rank(
+            a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2, 3) if flattened else a[:, None]
+        )
+    )
+
+
+@reference(NISP())
+def nisp(criterion, evidence):
+    shift = torch.zeros(evidence.group.width + 1, dtype=torch.float64, requires_grad=True)
+    model = evidence.rewired(lambda x, units: x + shift[units], absolute=True)
+    sum(model(torch.ones_like(x)).sum() for x in evidence.inputs).backward()
+    return shift.grad[:-1] / len(evidence.inputs)
+
+
+@reference(SynFlow())
+def synflow(criterion, evidence):
+    model = evidence.rewired(lambda x, units: x, absolute=True)
+    sum(model(torch.ones_like(x)).sum() for x in evidence.inputs).backward()
+    flow = {name: (p * p.grad).detach().numpy() / len(evidence.inputs) for name, p in model.named_parameters()}
+    return [evidence.everything(unit, flow).sum() for unit in evidence.units]
+
+
+@reference(KL())
+def kl(criterion, evidence):
+    def probabilities(masked):
+        model = evidence.rewired(lambda x, units: x * (units != masked)).eval()
+        return torch.cat([model(x).detach().softmax(1) for x in evidence.inputs])
+
+    p = probabilities(-2)
+    return [(p * (p / probabilities(unit)).log()).flatten(1).sum(1).mean() for unit in evidence.units]
 
 
 @reference(Random(), Random(seed=7))

@@ -13,7 +13,7 @@ import torch
 
 from lightning_prune import scoring
 from lightning_prune.scoring import Criterion, criteria, score_groups
-from tests.scoring.networks import NETWORKS, batches, network, structure_of, tensors_of, train
+from tests.scoring.networks import NETWORKS, batches, examine, network, structure_of, tensors_of, train
 from tests.scoring.references import REFERENCES, Evidence, watch
 
 FOUND = sorted(
@@ -40,6 +40,8 @@ def run(criterion, model, inputs, structure):
     """Scores after training passes over the inputs. Gradients are gone by then: they belong to the statistic."""
     statistic = criterion.statistic(structure)
     train(model, inputs, statistic)
+    if statistic is not None:
+        examine(model, inputs, statistic)
     model.zero_grad()
     return score_groups(criterion, structure.groups, tensors_of(model), statistic)
 
@@ -95,7 +97,7 @@ def test_equals_its_reference(criterion, name):
     modules = dict(twin.named_modules())
     assert set(found) == set(structure.widths)
     for group in structure.groups:
-        expected = REFERENCES[criterion](criterion, Evidence(group, tensors, seen, modules))
+        expected = REFERENCES[criterion](criterion, Evidence(group, tensors, seen, modules, twin, inputs))
         np.testing.assert_allclose(found[group.name], expected, rtol=1e-7, err_msg=group.name)
 
 
@@ -139,8 +141,11 @@ def test_half_runs_merged_by_their_reduction_are_one_run(criterion, name):
     if name == "dropout":
         model.get_submodule("2").p = 0.0  # a later run draws other numbers
     whole, first, second = (criterion.statistic(structure) for _ in range(3))
-    for statistic, part in ((whole, inputs), (first, inputs[:2]), (second, inputs[2:])):
+    parts = ((whole, inputs), (first, inputs[:2]), (second, inputs[2:]))
+    for statistic, part in parts:
         train(model, part, statistic)
+    for statistic, part in parts:
+        examine(model, part, statistic)
     merged = criterion.statistic(structure)
     merged.load_state_dict(
         {
@@ -168,6 +173,8 @@ def test_leaves_the_training_alone(criterion, name):
     torch.manual_seed(4)
     statistic = criterion.statistic(structure)
     outputs = train(observed, inputs, statistic)
+    if statistic is not None:
+        examine(observed, inputs, statistic)
     scores = score_groups(criterion, structure.groups, tensors_of(observed), statistic)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, outputs, expected))

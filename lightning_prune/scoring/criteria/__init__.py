@@ -1,8 +1,35 @@
 """The criteria, one paper per file."""
 
+from lightning_prune.scoring.criteria.apoz import APoZ
+from lightning_prune.scoring.criteria.bn_scale import BNScale
 from lightning_prune.scoring.criteria.contribution import Contribution
+from lightning_prune.scoring.criteria.fisher import Fisher
+from lightning_prune.scoring.criteria.fpgm import FPGM
+from lightning_prune.scoring.criteria.hrank import HRank
+from lightning_prune.scoring.criteria.kl import KL
 from lightning_prune.scoring.criteria.l1 import L1
 from lightning_prune.scoring.criteria.l2 import L2
+from lightning_prune.scoring.criteria.lamp import LAMP
+from lightning_prune.scoring.criteria.nisp import NISP
 from lightning_prune.scoring.criteria.random import Random
+from lightning_prune.scoring.criteria.snip import SNIP
+from lightning_prune.scoring.criteria.synflow import SynFlow
+from lightning_prune.scoring.criteria.taylor import Taylor
 
-__all__ = ["L1", "L2", "Contribution", "Random"]
+__all__ = [
+    "FPGM",
+    "KL",
+    "L1",
+    "L2",
+    "LAMP",
+    "NISP",
+    "SNIP",
+    "APoZ",
+    "BNScale",
+    "Contribution",
+    "Fisher",
+    "HRank",
+    "Random",
+    "SynFlow",
+    "Taylor",
+]

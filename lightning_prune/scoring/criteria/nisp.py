@@ -1,0 +1,78 @@
+"""Propagated importance (Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.passes import positive_response
+from lightning_prune.scoring.statistics import ConsumerStatistic, Half, Target, per_unit
+from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.tracing import Call
+
+__all__ = ["NISP", "PropagatedImportance"]
+
+
+@final
+class PropagatedImportance(ConsumerStatistic):
+    """Gradients of the positive response where units enter the next layers, summed."""
+
+    evidence = "weights, in a pass of its own"
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__(structure)
+        self.declare("score", "sum")
+
+    def examine(self, model: nn.Module, call: Call) -> None:
+        """One forward and backward pass on ones."""
+        self.follow(model)
+        entered: list[tuple[nn.Module, Tensor, list[Target]]] = []
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], where: list[Target]) -> Any:
+            x = args[0] if args else kwargs["input"]
+            alias = x.view_as(x)  # its gradient is what comes back through this layer alone
+            entered.append((layer, alias, where))
+            return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, "input": alias})
+
+        handles = [
+            layer.register_forward_pre_hook(partial(hook, where=where), with_kwargs=True)
+            for layer, where in self.targets(model).items()
+        ]
+        try:
+            response, _ = positive_response(model, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        inputs = [alias for _, alias, _ in entered]
+        gradients = torch.autograd.grad(response, inputs, materialize_grads=True)
+        importance: dict[tuple[str, int], Tensor] = {}  # a layer may be called several times
+        for (layer, _, where), gradient in zip(entered, gradients, strict=True):
+            for name, source, of_units in where:
+                here = per_unit(layer, gradient, of_units).flatten(2).sum((0, 2))
+                importance[name, source] = importance.get((name, source), 0) + here
+        for (name, source), score in importance.items():
+            self.record(name, source, 1, score=score)
+
+    def estimate(self, name: str, half: Half = None) -> Tensor:
+        """Sums over consumers."""
+        return self.per_pass("score", name, half).sum(0)
+
+
+@final
+@dataclass(frozen=True)
+class NISP(ObservingCriterion):
+    r"""Importance propagated from the outputs, :math:`s_k = \sum_j |w_{jk}| s_j` (NISP: Yu et al., 2018).
+
+    Layer by layer from the outputs back, through whatever lies between: the gradient of all outputs with respect to the
+    unit in a network of absolute weights on inputs of 1. Positions, repeats and several consumers add up. Other than in
+    the paper, where features of the last hidden layer are ranked by data, all outputs are equally important.
+    """
+
+    def statistic(self, structure: Structure) -> PropagatedImportance:
+        """Importance where units enter the next layers."""
+        return PropagatedImportance(structure)

@@ -1,0 +1,47 @@
+"""Synaptic flow (Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import nn
+
+from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.gradients import MemberStatistic
+from lightning_prune.scoring.passes import positive_response
+from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.tracing import Call
+
+__all__ = ["SynFlow", "SynapticFlow"]
+
+
+@final
+class SynapticFlow(MemberStatistic):
+    """Products of absolute weights and gradients of the positive response."""
+
+    evidence = "weights, in a pass of its own"
+
+    def examine(self, model: nn.Module, call: Call) -> None:
+        """One forward and backward pass on ones."""
+        self.follow(model)
+        response, weights = positive_response(model, call)
+        gradients = torch.autograd.grad(response, tuple(weights.values()), materialize_grads=True)
+        flow = [weight.detach() * gradient for weight, gradient in zip(weights.values(), gradients, strict=True)]
+        self.record_weights(dict(zip(weights, flow, strict=True)))
+
+
+@final
+@dataclass(frozen=True)
+class SynFlow(ObservingCriterion):
+    r"""Synaptic flow through the unit, :math:`\sum_i |w_i| \, \partial R / \partial |w_i|` (Tanaka et al., 2020).
+
+    :math:`R` is what the outputs add up to when all weights are absolute and all inputs 1; no data is needed.
+    Everything that goes with the unit counts, in all coupled layers. The paper prunes in a hundred small steps before
+    training: each cut of the schedule is one such step here.
+    """
+
+    def statistic(self, structure: Structure) -> SynapticFlow:
+        """Flow through every parameter."""
+        return SynapticFlow(structure)
