@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 import lightning_prune
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
-from lightning_prune.models import CNNClassifier, MLPClassifier
+from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
 from tests.data.files import write_cifar, write_mnist
 
 MODULE = '''
@@ -81,6 +81,10 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
         small = load(CNNClassifier, f"runs/{name}/001")
         assert [small.features[0].out_channels, small.features[4].out_channels] == [16, 32]
         assert [small.classifier[1].out_features, small.classifier[3].out_features] == [151, 76]
+    elif "vae" in name:
+        small = load(VAE, f"runs/{name}/001")
+        assert [small.encoder[0].out_channels, small.encoder[5].out_features, small.mean.out_features] == [22, 358, 32]
+        assert Path(f"runs/{name}/001/reconstructions.png").is_file()
     else:
         small = load(MLPClassifier, f"runs/{name}/001")
         assert [small.layers[1].out_features, small.layers[3].out_features] == [16, 10]
