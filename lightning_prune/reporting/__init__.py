@@ -2,15 +2,17 @@
 
 from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
-from lightning_prune.reporting.plots import report_figure
-from lightning_prune.reporting.report import Cut, Measurement, Report, Size, plain
+from lightning_prune.reporting.plots import ladder_figure, report_figure
+from lightning_prune.reporting.report import Cut, Measurement, Report, Rung, Size, plain
 
 __all__ = [
     "Cut",
     "Inspection",
     "Measurement",
     "Report",
+    "Rung",
     "Size",
+    "ladder_figure",
     "latency",
     "plain",
     "report_figure",

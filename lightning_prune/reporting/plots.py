@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["report_figure"]
+__all__ = ["ladder_figure", "report_figure"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -51,6 +51,34 @@ def report_figure(report: Report) -> Figure:
     _size_panel(figure.add_subplot(grid[0, 1]), report, clock)
     _width_panel(figure.add_subplot(grid[1, :]), report)
     figure.suptitle(_headline(report), fontsize="large")
+    return figure
+
+
+def ladder_figure(report: Report) -> Figure:
+    """The main metric against parameters and MACs left, a point per saved network; needs the extra ``plot``."""
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4.2), dpi=150)
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
+    panels = figure.subplots(1, 2, sharey=True)
+    rungs = [rung for rung in report.rungs if rung.metric is not None]
+    for axes, quantity, word, colour in zip(
+        panels, ("params", "macs"), ("parameters", "MACs"), (_BLUE, _ORANGE), strict=True
+    ):
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(f"{word} left of the dense network (%)")
+        if not rungs or report.dense is None:
+            _note(axes, "nothing was measured at any size")
+            continue
+        left = [100 * getattr(rung, quantity) / (getattr(report.dense, quantity) or 1) for rung in rungs]
+        axes.plot(left, [rung.metric for rung in rungs], "o-", color=colour, lw=1.8, ms=5)
+        axes.set_xlim(0, 104)
+        for i in {0, len(rungs) - 1}:
+            text = f"{count(getattr(rungs[i], quantity))}: {number(rungs[i].metric)}"
+            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right" if left[i] > 50 else "left"}
+            axes.annotate(text, (left[i], rungs[i].metric), fontsize="small", **above)
+    panels[0].set_ylabel(report.main_metric or "metric")
+    panels[0].margins(y=0.2)
+    figure.suptitle("Networks saved on the way: the dense one at the right", fontsize="large")
     return figure
 
 

@@ -17,7 +17,7 @@ from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, coun
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
 
-__all__ = ["Cut", "Measurement", "Report", "Size", "family", "plain"]
+__all__ = ["Cut", "Measurement", "Report", "Rung", "Size", "family", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 1
@@ -82,6 +82,27 @@ class Measurement:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A network of one size that was saved on the way from the dense one to the smallest.
+
+    Attributes:
+        file: Name of the checkpoint, relative to the report.
+        params: Its parameters.
+        macs: MACs of one sample.
+        epoch: Epochs that had been trained.
+        step: Optimizer steps that had been trained.
+        metric: The main metric, last measured at this size; ``None`` if it never was.
+    """
+
+    file: str
+    params: int
+    macs: int
+    epoch: int
+    step: int
+    metric: float | None = None
+
+
 @dataclass
 class Report:
     """Everything that a run tells about its pruning.
@@ -96,6 +117,8 @@ class Report:
         seed: Seed of the run.
         metric: Name of the metric that counts; by default the first accuracy that was logged, else the first loss,
             those of the validation before those of the training.
+        rungs: Networks that were saved at each size, if that was asked for.
+        notes: What else happened, in sentences.
     """
 
     dense: Size | None = None
@@ -106,6 +129,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     metric: str | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     # collecting
 
@@ -216,10 +241,11 @@ class Report:
                 f"expected a report of format {_FORMAT} or older, got {stored['format']}. A newer "
                 f"lightning-prune wrote it: update this one."
             )
-        values = {f.name: stored[f.name] for f in fields(cls)}
+        values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values["dense"], values["final"] = (_size(stored[name]) for name in ("dense", "final"))
         values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
+        values["rungs"] = [Rung(**rung) for rung in stored.get("rungs", [])]
         return cls(**values)
 
     def to_json(self, path: str | Path) -> None:
@@ -230,21 +256,23 @@ class Report:
     # showing
 
     def grids(self) -> tuple[Grid, ...]:
-        """The tables: what was won and lost, the cuts, the widths."""
-        grids = [self._summary(), self._cuts(), self._widths()]
+        """The tables: what was won and lost, the cuts, the networks saved on the way, the widths."""
+        grids = [self._summary(), self._cuts(), self._ladder(), self._widths()]
         return tuple(grid for grid in grids if grid.rows)
 
     def table(self) -> RichGroup:
         """The tables for a terminal."""
         return as_rich(self.grids())
 
-    def to_markdown(self, picture: str | None = None) -> str:
+    def to_markdown(self, picture: str | None = None, ladder: str | None = None) -> str:
         """The report as a page.
 
         Args:
             picture: Address of the figure, relative to the page.
+            ladder: Address of the figure of the rungs.
         """
         parts = ["# Pruning report", *([f"![metrics, size and widths]({picture})"] if picture else [])]
+        parts += [f"![metric against size]({ladder})"] if ladder else []
         parts += [grid.markdown() for grid in self.grids()]
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         seed = f"Seed {self.seed}. " if self.seed is not None else ""
@@ -282,6 +310,7 @@ class Report:
             )
             rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
         units = f"{100 * self.ratio:.1f} % of the units are gone, in {plural(len(self.cuts), 'cut')}. 1 MAC = 2 FLOPs."
+        units = " ".join([units, *self.notes])
         return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=units)
 
     def _cuts(self) -> Grid:
@@ -298,6 +327,16 @@ class Report:
             columns = (*columns, "before", "after", "recovered")
             note += f" {metric}: last before the cut, first measured after it, last before the next cut or the end."
         return Grid("Cuts", columns, tuple(rows), words=0, note=note)
+
+    def _ladder(self) -> Grid:
+        whole = self.dense.params if self.dense else None
+        rows = tuple(
+            (r.file, str(r.epoch), count(r.params), count(r.macs), share(r.params, whole), number(r.metric))
+            for r in self.rungs
+        )
+        columns = ("checkpoint", "after epoch", "parameters", "MACs", "left", self.main_metric or "metric")
+        note = "Each network as it was before the next cut or at the end, the metric as last measured at that size."
+        return Grid("Ladder", columns, rows, note=note)
 
     def _widths(self) -> Grid:
         dense, now = self.dense.widths if self.dense else {}, self.widths

@@ -252,7 +252,7 @@ class _Consumer:
         """Inputs with exactly one batch dimension."""
         if isinstance(self.layer, nn.Linear):
             return x.reshape(-1, x.shape[-1])
-        return x if x.ndim == self.layer.weight.ndim else x[None]  # type: ignore[operator]
+        return x if x.ndim == self.layer.weight.ndim else x[None]
 
 
 def _consumers(model: nn.Module, axes: Axes) -> list[_Consumer]:

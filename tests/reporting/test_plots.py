@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from lightning_prune.reporting import Cut, Report, Size
+from lightning_prune.reporting import Cut, Report, Rung, Size
 from lightning_prune.reporting.plots import _Clock
 
 pytest.importorskip("matplotlib")
-from lightning_prune.reporting import report_figure
+from lightning_prune.reporting import ladder_figure, report_figure
 
 
 def draw(report):
@@ -95,3 +95,16 @@ def test_no_global_state_of_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_ladder_is_drawn_from_what_was_measured():
+    report = Report(dense=Size(200, 1000, {"a": 10}))
+    report.log(0, 5, {"val_acc": 0.5})
+    report.rungs = [Rung("a", 200, 1000, 1, 5, 0.9), Rung("b", 100, 250, 2, 10), Rung("c", 50, 100, 3, 15, 0.8)]
+    left, right = ladder_figure(report).axes
+    assert [tuple(map(list, axes.lines[0].get_data())) for axes in (left, right)] == [
+        ([100, 25], [0.9, 0.8]),
+        ([100, 10], [0.9, 0.8]),
+    ]
+    assert left.get_ylabel() == "val_acc"
+    assert "nothing was measured" in ladder_figure(Report()).axes[0].texts[0].get_text()

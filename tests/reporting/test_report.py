@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_prune.reporting import Measurement, Report, Size, plain
+from lightning_prune.reporting import Measurement, Report, Rung, Size, plain
 
 
 def test_metrics_of_one_step_are_one_measurement():
@@ -193,3 +193,19 @@ def test_plain():
     }
     assert type(plain(np.float64(0.5))) is float
     assert type(plain(np.int64(5))) is int
+
+
+def test_rungs_and_notes_are_shown_and_stored():
+    report = Report(dense=Size(100, 1000, {"a": 10}), notes=["Cut 2 was taken back."])
+    report.log(0, 5, {"val_acc": 0.5})
+    report.rungs = [Rung("ladder/params=100.ckpt", 100, 1000, 1, 5, 0.5), Rung("ladder/params=40.ckpt", 40, 300, 3, 15)]
+    again = Report.from_plain(report.to_plain())
+    assert again == report
+    page = again.to_markdown(ladder="ladder.png")
+    assert "| ladder/params=40.ckpt | 3 | 40 | 300 | 40.0 % | – |" in page
+    assert "| ladder/params=100.ckpt | 1 | 100 | 1,000 | 100.0 % | 0.5 |" in page
+    assert page.count("Cut 2 was taken back.") == 1
+    assert "![metric against size](ladder.png)" in page
+    stored = report.to_plain()
+    del stored["rungs"], stored["notes"]  # as an older version wrote it
+    assert Report.from_plain(stored).rungs == []
