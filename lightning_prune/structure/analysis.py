@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -76,7 +77,8 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
-    return _Analysis(subject).structure(trial=trial)
+    with torch.inference_mode(False):
+        return _Analysis(subject).structure(trial=trial)
 
 
 class _Analysis:
@@ -179,6 +181,8 @@ class _Analysis:
         for units in places.values():
             by_signature.setdefault(frozenset((axis, len(p)) for axis, p in units.items()), []).append(units)
         groups = [self._group(units) for units in by_signature.values()]
+        # An axis of length 1 that no layer produces (a class token's first) is no unit.
+        groups = [group for group in groups if group.width > 1 or group.producers]
         groups.sort(key=lambda g: (self._rank(g), g.members[0].index[0].tolist()))
         names: dict[str, int] = {}
         renamed = []
@@ -230,11 +234,15 @@ class _Analysis:
 
     def _try(self, groups: list[Group]) -> list[Group]:
         """Cut the fake copy, run it again, and freeze the groups that make it fail."""
-        candidates = [g for g in groups if g.width > 1]
+        groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
+        # An axis of length 1 broadcasts and shows no pattern: groups of two units are only seen to run with one.
+        return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
+
+    def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
         shapes = {name: tuple(t.shape) for name, t in self.fake.named.items()}
         while candidates:
             bare = Structure(tuple(candidates), (), CostModel((), (), shapes))
-            failing = self._failing(bare, [g.name for g in candidates])
+            failing = self._failing(bare, [g.name for g in candidates], follow)
             if not failing:
                 break
             for group in candidates:
@@ -246,36 +254,37 @@ class _Analysis:
         first = [(g, self.labels[g.members[0].tensor][g.members[0].dim][g.members[0].index[:, 0]]) for g in groups]
         return [g for g, atoms in first if int(self.atoms.find(atoms)[0]) not in stuck]
 
-    def _failing(self, structure: Structure, names: list[str]) -> dict[str, str]:
+    def _failing(self, structure: Structure, names: list[str], follow: bool) -> dict[str, str]:
         """The smallest sets of groups whose cut fails, found by halving: ``{group: reason}``."""
-        reason = self._attempt(structure, names)
+        reason = self._attempt(structure, names, follow)
         if reason is None:
             return {}
         if len(names) == 1:
             return {names[0]: f"a trial cut failed: {reason}"}
         half = len(names) // 2
-        failing = self._failing(structure, names[:half])
-        failing |= self._failing(structure, names[half:])
+        failing = self._failing(structure, names[:half], follow)
+        failing |= self._failing(structure, names[half:], follow)
         # Halves that work alone but not together: the later one gives way.
         return failing or dict.fromkeys(names[half:], f"a trial cut failed together with others: {reason}")
 
-    def _attempt(self, structure: Structure, names: list[str]) -> str | None:
+    def _attempt(self, structure: Structure, names: list[str], follow: bool) -> str | None:
         """Cut half of the units of these groups and run; None if nothing is coupled that was not before."""
         draw = np.random.default_rng(0)
         kept = {}
         for name in names:
             width = structure.group(name).width
-            lost = draw.permutation(width)[: max(width // 2, 1)]
+            lost = draw.permutation(width)[: max((width - 1) // 2, 1)]
             kept[name] = tuple(np.setdiff1d(np.arange(width), lost).tolist())
-        return self.mismatch(structure.axes(kept))
+        return self._mismatch(structure.axes(kept), follow)
 
-    def mismatch(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> str | None:
-        """Why the copy cut along ``axes`` is not the masked original; None if it is."""
+    def _mismatch(self, axes: Mapping[str, Mapping[int, IndexArray]], follow: bool) -> str | None:
+        """Why the copy cut along ``axes`` is not the masked original (or does not run); None if it is."""
         labels = {
             name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
             for name, dims in self.labels.items()
         }
         trial = self.atoms.sealed_copy()
+        trial.sealed = follow
         tracer = Tracer(trial, RULES, unknown)
         calls = [*self.subject.calls, *self.subject.optional]
         for number, call in enumerate(calls):

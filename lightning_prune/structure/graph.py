@@ -22,6 +22,11 @@ Axes = dict[str, dict[int, IndexArray]]
 Role = Literal["out", "in", "along"]
 
 
+def _layer(tensor: str) -> str:
+    """Module that owns a tensor; of what a parametrization computes a weight from, the module with the weight."""
+    return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else tensor.rpartition(".")[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """One axis of one parameter or buffer, and where each unit of its group lies on it.
@@ -42,7 +47,7 @@ class Member:
     @property
     def layer(self) -> str:
         """Name of the module that owns the tensor; the tensor's own name if the model itself does."""
-        return self.tensor.rpartition(".")[0] or self.tensor
+        return _layer(self.tensor) or self.tensor
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Member):
@@ -109,8 +114,8 @@ class Frozen:
 
     @property
     def layer(self) -> str:
-        """Name of the module that owns the tensor."""
-        return self.tensor.rpartition(".")[0] or self.tensor
+        """Name of the module that owns the tensor; the tensor's own name if the model itself does."""
+        return _layer(self.tensor) or self.tensor
 
 
 @dataclass(frozen=True)

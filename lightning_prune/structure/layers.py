@@ -37,15 +37,18 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
 
 
 def _weight_shape(module: nn.Module) -> Shape:
-    """Shape of the weight; under a parametrization (weight_norm) the shape of what it is made of."""
-    if "weight" in module._parameters or "weight" in module._buffers:
-        return tuple(tensors(module)["weight"].shape)
+    """Shape of the weight, or of what weight_norm makes it of."""
+    own = tensors(module)
+    for name in ("weight", "weight_v"):
+        if name in own:
+            return tuple(own[name].shape)
     return tuple(module.weight.shape)  # type: ignore[arg-type]  # computed on access
 
 
 def _old_weight_shape(module: nn.Module, old: Shapes) -> Shape:
-    if "weight" in old:
-        return old["weight"]
+    for name in ("weight", "weight_v"):
+        if name in old:
+            return old[name]
     raise KeyError(f"{type(module).__name__}: its weight is computed from other tensors and cannot be resized")
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.structure.tracing import WILD, AxisLabel, IndexArray, Tracer, Value
 
-__all__ = ["RULES", "unknown"]
+__all__ = ["RULES", "rule", "unknown"]
 
 Rule = Callable[[Tracer, Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
@@ -193,19 +193,27 @@ def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.label(out, t.value(args[0]).axes, zero=zero)
 
 
-@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor")
-def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A constant of one value: the same at every index; whether its size follows is settled by the trial."""
-    t.label(out, (WILD,) * out.dim())
-
-
 @rule(
-    "rand",
-    "randn",
+    "zeros",
+    "ones",
+    "full",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "scalar_tensor",
     "empty",
     "empty_strided",
     "new_empty",
     "new_empty_strided",
+    "rand",
+    "randn",
+)
+def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The same (or the same noise) at every index; whether its size follows is settled by the trial."""
+    t.label(out, (WILD,) * out.dim())
+
+
+@rule(
     "arange",
     "linspace",
     "eye",
@@ -289,6 +297,33 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     t.label(out, axes, zero=zero)
 
 
+@rule(
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """softmax(q kᵀ · scale) v on (batch, heads, positions, features).
+
+    The features of v are followed. Those of q and k stay, since the scale is computed from their number.
+    """
+    q, k, v = (t.value(x) for x in args[:3])
+    where = t.where(func)
+    t.freeze([q.axes[3], k.axes[3]], f"the scale of {where}")
+    t.freeze([q.axes[2], k.axes[2], v.axes[2]], f"the positions of {where}")
+    for tensor in _tensors((args[3:], kwargs)):
+        t.freeze(t.value(tensor).axes, f"the mask of {where}")
+    outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
+    rows, columns = args[0].shape[2], args[1].shape[2]
+    heads = math.prod(args[0].shape[:2]) * rows * columns
+    t.count(heads * args[0].shape[3], (), ())
+    t.count(heads, [v.axes[3]], [args[2].shape[3]])
+    _rigid(t, out[1:])
+    t.label(out[0], [*outer, None, v.axes[3]], zero=v.zero)
+
+
 @rule("convolution", "cudnn_convolution", "mkldnn_convolution", "_convolution")
 def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Convolution, transposed or not, grouped or not."""
@@ -333,7 +368,9 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
     by_group = rows.reshape(groups, -1)
     given_by_group = given.reshape(groups, -1)
     per_row_group, per_inner = by_group.shape[1], len(inner)
-    if per_row_group == 1 or per_inner == 1:  # whole groups
+    roots = t.atoms.find(by_group)
+    already_alike = (roots == roots[0]).all()  # groups that a trial cut made as thin as one channel
+    if (per_row_group == 1 or per_inner == 1) and not already_alike:  # whole groups
         t.freeze([inner], f"the channels inside a group of {where}")
         t.atoms.unite(by_group[:, 1:].ravel(), np.repeat(by_group[:, 0], per_row_group - 1))
         t.atoms.unite(given_by_group.ravel(), np.repeat(by_group[:, 0], given_by_group.shape[1]))
@@ -399,6 +436,17 @@ def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             for d, axis in enumerate(t.value(tensor).axes):
                 axes[first + d] = t.meet(axes[first + d], axis, t.where(func))
     t.label(out[0], axes, zero=weight is not None)
+    _rigid(t, out[1:])
+
+
+@rule("_weight_norm_interface")
+def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Weight = g · v / ‖v‖ with one norm per index of `dim`; entries that are zero do not count in a norm."""
+    v, g = t.value(args[0]), t.value(args[1])
+    dim = _argument(func, args, kwargs, "dim", 0)
+    axes = list(v.axes)
+    axes[dim] = t.meet(axes[dim], g.axes[dim], t.where(func))
+    t.label(out[0], axes, zero=v.zero or g.zero, source=v.source)
     _rigid(t, out[1:])
 
 
@@ -537,14 +585,14 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     value = t.value(x)
     dims = _dims(_argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
-    if not (name == "sum" and value.zero):
+    if not (name in ("sum", "norm", "linalg_vector_norm") and value.zero):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in _tensors(out):
         if result.dim() == x.dim():
             axes = [None if d in dims else axis for d, axis in enumerate(value.axes)]
         else:
             axes = [axis for d, axis in enumerate(value.axes) if d not in dims]
-        t.label(result, axes, zero=name in ("sum", "mean") and value.zero)
+        t.label(result, axes, zero=name in ("sum", "mean", "norm", "linalg_vector_norm") and value.zero)
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
@@ -577,14 +625,11 @@ def permute(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "_reshape_alias",
     "unflatten",
     "flatten",
-    "squeeze",
-    "squeeze_",
     "unsqueeze",
     "unsqueeze_",
     "view_as",
     "_reshape_copy",
     "view_copy",
-    "squeeze_copy",
     "unsqueeze_copy",
 )
 def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -598,13 +643,25 @@ def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         unknown(t, func, args, kwargs, out)
         return
     axes: list[AxisLabel] = []
-    for old, new in _blocks(tuple(x.shape), tuple(out.shape)):
+    for old, new in _blocks(tuple(x.shape), tuple(out.shape), _labelled(value.axes)):
         axes += _regroup(t, func, [(x.shape[d], value.axes[d]) for d in old], [out.shape[d] for d in new])
     t.label(out, axes, zero=value.zero)
 
 
-def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of old and new dimensions with the same number of elements, in order."""
+@rule("squeeze", "squeeze_copy")
+def squeeze(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Drop dimensions of length 1."""
+    value = t.value(args[0])
+    dropped = [d for d in _dims(args[1] if len(args) > 1 else None, args[0].dim()) if args[0].shape[d] == 1]
+    t.freeze([value.axes[d] for d in dropped], f"a single unit, dropped in {t.where(func)}")
+    _moved(t, out, value, [d for d in range(args[0].dim()) if d not in dropped])
+
+
+def _blocks(old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of old and new dimensions with the same number of elements, in order.
+
+    A labelled dimension of length 1 that has no counterpart was merged into what follows it.
+    """
     blocks: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -623,28 +680,31 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
             else:
                 right.append(j)
                 b, j = b * new[j], j + 1
+        if blocks and not blocks[-1][1] and set(blocks[-1][0]) & set(labelled):
+            left = blocks.pop()[0] + left
         blocks.append((left, right))
     return blocks
 
 
 def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[int]) -> list[AxisLabel]:
     """Labels of new dimensions made of old ones, all elements in row-major order."""
-    labelled = [d for d, (n, axis) in enumerate(old) if isinstance(axis, np.ndarray) and n > 1]
+    if len(new) == 1 and len(old) == 1:
+        return [old[0][1]]
+    labelled = [d for d, (_, axis) in enumerate(old) if isinstance(axis, np.ndarray)]
     if not labelled:
-        t.freeze([axis for _, axis in old], f"a single unit, regrouped in {t.where(func)}")
         wild = any(n > 1 for n, _ in old) and all(isinstance(axis, str) for n, axis in old if n > 1)
         return [WILD if wild else None for _ in new]
     if len(labelled) > 1:
         t.freeze([old[d][1] for d in labelled], f"two axes that could shrink are merged in {t.where(func)}")
         return [None] * len(new)
-    if len(new) == 1 and len(old) == 1:
-        return [old[0][1]]
     sizes, d = [n for n, _ in old], labelled[0]
     shape = [1] * len(old)
     shape[d] = sizes[d]
     label = old[d][1]
     assert isinstance(label, np.ndarray)
     grid = np.broadcast_to(label.reshape(shape), sizes).reshape(new)
+    if len(new) == 1:
+        return [grid]
     varying = [k for k, n in enumerate(new) if n > 1 and not (grid == grid.take([0], axis=k)).all()]
     if not varying:
         t.freeze([label], f"the same unit at every index in {t.where(func)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -278,14 +279,16 @@ class FakeCopy:
         """
         hooks = self._watch_modules(tracer)
         self.module.train(call.training)
-        args, kwargs = self._inputs((call.args, dict(call.kwargs)))
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             with ExitStack() as stack:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(_forked_rng())
+                args, kwargs = self._inputs((call.args, dict(call.kwargs)))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
                 for name, tensor in self.named.items():
@@ -302,9 +305,8 @@ class FakeCopy:
         def twin(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            if self.mode is None:
-                return leaf.detach().clone()
-            return self.mode.from_tensor(leaf.detach(), static_shapes=True)
+            own = leaf.detach().clone()  # an inference tensor becomes an ordinary one
+            return own if self.mode is None else self.mode.from_tensor(own, static_shapes=True)
 
         return tree_map(twin, tree)
 

@@ -1,0 +1,84 @@
+"""A cut and a mask made by hand, independent of `lightning_prune.surgery`, to hold the structure against."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_prune.structure import refresh
+
+
+def named(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def draw(structure, seed):
+    """Units to keep: for each group a share of its own between one unit and all."""
+    random = np.random.default_rng(seed)
+    return {
+        group.name: tuple(np.sort(random.permutation(group.width)[: random.integers(1, group.width + 1)]).tolist())
+        for group in structure.groups
+    }
+
+
+def half(structure, seed=0):
+    """Keep half of every group, drawn."""
+    random = np.random.default_rng(seed)
+    return {
+        group.name: tuple(np.sort(random.permutation(group.width)[: (group.width + 1) // 2]).tolist())
+        for group in structure.groups
+    }
+
+
+def masked(model, axes):
+    """A copy with the removed slices set to zero."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in named(model).items():
+            for dim, kept in axes.get(name, {}).items():
+                lost = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
+                tensor.index_fill_(dim, torch.from_numpy(lost), 0)
+    return model
+
+
+def shrunk(model, axes):
+    """A copy without the removed slices."""
+    return cut(copy.deepcopy(model), axes)
+
+
+def cut(model, axes):
+    """Replace every tensor by one without the removed slices."""
+    narrow = {id(tensor): _narrow(tensor, axes[name]) for name, tensor in named(model).items() if name in axes}
+    changed = []
+    for module in model.modules():
+        slots = [(home, name) for home in (module._parameters, module._buffers) for name in home]
+        own = {name: home[name] for home, name in slots if home[name] is not None}
+        if any(id(tensor) in narrow for tensor in own.values()):
+            changed.append((module, {name: tuple(tensor.shape) for name, tensor in own.items()}))
+        for home, name in slots:
+            home[name] = narrow.get(id(home[name]), home[name])
+    for module, shapes in changed:
+        refresh(module, shapes)
+    return model
+
+
+def _narrow(tensor, kept_by_dim):
+    data = tensor.detach()
+    for dim, kept in kept_by_dim.items():
+        data = data.index_select(dim, torch.from_numpy(np.asarray(kept)))
+    return nn.Parameter(data) if isinstance(tensor, nn.Parameter) else data
+
+
+def settle(model):
+    """Double precision, and running statistics and affine parameters that matter."""
+    model.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+        norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+        if isinstance(module, norms) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model

@@ -1,0 +1,436 @@
+"""A zoo of small networks, one structural difficulty each, with the widths that can shrink written by hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from tests.structure.cutting import settle
+
+
+class Net(nn.Module):
+    """A module from its layers and a function of them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+class BufferScaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("scale", torch.linspace(0.5, 2, 6))
+        self.register_buffer("shift", torch.linspace(-1, 1, 6), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.first(x) * self.scale + self.shift)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.third.weight = self.second.weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.third(F.relu(self.second(F.relu(self.first(x))))))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.stem(x)))
+        return self.head(x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))))
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle of two branches, as in ShuffleNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.mix, self.head = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        left, right = self.stem(x).chunk(2, dim=1)
+        x = torch.cat([left, F.relu(self.branch(right))], dim=1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(F.relu(self.mix(x)))
+
+
+class OptionA(nn.Module):
+    """A shortcut padded with empty channels, as in the ResNets for CIFAR-10."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.inner, self.outer = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        return self.head((shortcut + self.outer(F.relu(self.inner(x)))).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """An encoder block: LayerNorm, attention, MLP, class token, layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.scale = nn.Parameter(torch.rand(8))
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], dim=1)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0] * self.scale
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x[:, 0])
+
+
+class Functional(nn.Module):
+    """Weights that are bare parameters, used by functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(7, 4)), nn.Parameter(torch.randn(7))
+        self.kernel = nn.Parameter(torch.randn(5, 7))
+        self.out = nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x, self.weight, self.bias)), self.kernel) @ self.out
+
+
+class Auxiliary(nn.Module):
+    """A second head in train mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.head, self.aux = nn.Linear(5, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        out = self.head(F.relu(self.body(x)))
+        return (out, self.aux(x)) if self.training else out
+
+
+class HardCoded(nn.Module):
+    """A size as a number in `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.first(F.relu(self.free(x))).view(-1, 2, 4).sum(1))
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.bottom = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 5, 2, stride=2)
+        self.join, self.head = nn.Conv2d(9, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        skip = F.relu(self.down(x))
+        x = F.relu(self.bottom(F.max_pool2d(skip, 2)))
+        return self.head(F.relu(self.join(torch.cat([skip, self.up(x)], dim=1))))
+
+
+class SegNet(nn.Module):
+    """Pooling whose indices are used again."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x, where = F.max_pool2d(F.relu(self.down(x)), 2, return_indices=True)
+        return self.head(F.max_unpool2d(self.up(x), where, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network, its input, and what must be found.
+
+    Attributes:
+        widths: Groups by name, and their widths.
+        frozen: For tensors that must be frozen a part of the reason.
+        masked: Whether the cut network equals the one with zeros (not so under statistics over units, nor where
+            weights are divided by their norm).
+        integers: If not 0, the input is made of integers below it.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    widths: dict[str, int]
+    frozen: dict[str, str] = field(default_factory=dict)
+    masked: bool = True
+    integers: int = 0
+
+    def model(self, seed=0):
+        torch.manual_seed(seed)
+        return settle(self.build()).eval()
+
+    def example(self, batch=3, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        if self.integers:
+            return torch.randint(self.integers, (batch, *self.shape), generator=generator)
+        return torch.randn(batch, *self.shape, generator=generator, dtype=torch.float64)
+
+
+def case(name, shape, widths, frozen=None, *, masked=True, integers=0):
+    """Register what builds a network as a case."""
+
+    def register(build):
+        CASES.append(Case(name, build, shape, widths, frozen or {}, masked, integers))
+        return build
+
+    return register
+
+
+CASES: list[Case] = []
+OUT = "output of the network"
+
+case("linear", (6,), {"0": 8, "2": 5}, {"4.weight": OUT})(
+    lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+)
+case("linear on sequences", (4, 6), {"0": 8}, {"2.weight": OUT})(
+    lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+)
+for rank, conv in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
+    case(f"conv{rank}d", (3,) + (5,) * rank, {"0": 6, "2": 4})(
+        lambda conv=conv, rank=rank: nn.Sequential(
+            *(conv(3, 6, 3), nn.ReLU(), conv(6, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2))
+        )
+    )
+case("depthwise", (3, 6, 6), {"0": 6, "3": 5})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.ReLU()),
+        nn.Conv2d(5, 2, 1),
+    )
+)
+case("depthwise multiplier", (3, 6, 6), {"0": 6})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 4, 1))
+)
+case("grouped, several to one", (3, 6, 6), {"0": 3})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 3, groups=3), nn.ReLU(), nn.Conv2d(3, 4, 1))
+)
+case("grouped", (3, 6, 6), {"0": 4, "2": 3})(
+    lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 4, 1))
+)
+case("transposed", (3, 4, 4), {"0": 6, "2": 5})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
+)
+case("transposed grouped", (3, 4, 4), {"0": 4, "2": 3})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    )
+)
+case("transposed depthwise", (3, 4, 4), {"0": 6})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 2, 3))
+)
+case("transposed to the output", (3, 4, 4), {"0": 4}, {"1.weight": OUT})(
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2, stride=2))
+)
+case("batch norm", (3, 6, 6), {"0": 6, "3": 4})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+    )
+)
+case("batch norm without affine", (3, 6, 6), {"0": 6})(
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+    )
+)
+case("layer norm", (5,), {"0": 8, "3": 6}, masked=False)(
+    lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+)
+case("layer norm without weights", (5,), {}, {"0.weight": "layer norm without weights"})(
+    lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2))
+)
+case("group norm", (3, 6, 6), {"0": 4}, masked=False)(
+    lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+)
+case("group norm of single channels", (3, 6, 6), {"0": 8})(
+    lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(8, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+)
+case("instance norm", (3, 6, 6), {"0": 8, "3": 6})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 6, 1)),
+        *(nn.InstanceNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)),
+    )
+)
+case("pooling", (3, 16, 16), {"0": 6, "5": 4})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2, 1), nn.LPPool2d(2, 2), nn.Conv2d(6, 4, 1)),
+        *(nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+)
+case("dropout", (3, 6, 6), {"0": 6, "6": 4})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.Dropout2d(0.3), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(6, 4), nn.AlphaDropout(0.1), nn.ReLU(), nn.Linear(4, 2)),
+    )
+)
+case("residual", (3, 6, 6), {"stem": 6, "inner": 4})(
+    lambda: Net(
+        lambda m, x: m.head((lambda y: y + m.outer(F.relu(m.inner(y))))(F.relu(m.stem(x)))),
+        stem=nn.Conv2d(3, 6, 3, padding=1),
+        inner=nn.Conv2d(6, 4, 3, padding=1),
+        outer=nn.Conv2d(4, 6, 3, padding=1),
+        head=nn.Conv2d(6, 2, 1),
+    )
+)
+case("concat", (3, 6, 6), {"a": 4, "b": 5})(
+    lambda: Net(
+        lambda m, x: m.head(F.relu(torch.cat([m.a(x), m.b(x)], 1))),
+        a=nn.Conv2d(3, 4, 1),
+        b=nn.Conv2d(3, 5, 1),
+        head=nn.Conv2d(9, 2, 1),
+    )
+)
+case("concat with the input", (3, 6, 6), {"a": 4})(
+    lambda: Net(lambda m, x: m.head(torch.cat([x, F.relu(m.a(x))], 1)), a=nn.Conv2d(3, 4, 1), head=nn.Conv2d(7, 2, 1))
+)
+case("concat with itself", (3, 6, 6), {"a": 4})(
+    lambda: Net(
+        lambda m, x: m.head((lambda y: torch.cat([y, y.neg()], 1).relu())(m.a(x))),
+        a=nn.Conv2d(3, 4, 1),
+        head=nn.Conv2d(8, 2, 1),
+    )
+)
+case("dense block", (3, 6, 6), {"a": 4, "b": 5, "c": 3})(
+    lambda: Net(
+        lambda m, x: m.head(
+            (lambda p: (lambda q: torch.cat([*q, m.c(torch.cat(q, 1)).relu()], 1))([*p, m.b(torch.cat(p, 1)).relu()]))(
+                [m.a(x).relu()]
+            )
+        ),
+        a=nn.Conv2d(3, 4, 1),
+        b=nn.Conv2d(4, 5, 1),
+        c=nn.Conv2d(9, 3, 1),
+        head=nn.Conv2d(12, 2, 1),
+    )
+)
+case("flatten", (3, 4, 4), {"0": 5})(
+    lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2))
+)
+case("flatten channels last", (3, 4, 4), {"a": 5})(
+    lambda: Net(
+        lambda m, x: m.head(m.a(x).relu().permute(0, 2, 3, 1).flatten(1)), a=nn.Conv2d(3, 5, 3), head=nn.Linear(20, 2)
+    )
+)
+case("shared module", (4,), {"first": 6})(
+    lambda: Net(
+        lambda m, x: m.head(m.again(m.again(m.first(x).relu()).relu())),
+        first=nn.Linear(4, 6),
+        again=nn.Linear(6, 6),
+        head=nn.Linear(6, 2),
+    )
+)
+case("tied weights", (4,), {"first": 8})(Tied)
+case("functional", (4,), {"weight": 7, "kernel": 5})(Functional)
+case("bare parameters and attention", (5, 6), {"up": 12}, {"embed.weight": ""})(Attention)
+case("channel shuffle", (3, 4, 4), {"mix": 6, "stem": 4})(Shuffle)
+case("gate of halves", (4,), {"up": 6})(
+    lambda: Net(
+        lambda m, x: m.head((lambda a, b: a * torch.sigmoid(b))(*m.up(x).chunk(2, -1))),
+        up=nn.Linear(4, 12),
+        head=nn.Linear(6, 2),
+    )
+)
+case("glu", (4,), {"0": 6})(lambda: nn.Sequential(nn.Linear(4, 12), nn.GLU(), nn.Linear(6, 2)))
+case("slicing", (4,), {"up": 3, "left": 5}, {"up.weight": "bound"})(
+    lambda: Net(
+        lambda m, x: m.head(m.left(m.up(x)[:, :5].relu())) + m.right(m.up(x)[:, 5:]),
+        up=nn.Linear(4, 8),
+        left=nn.Linear(5, 5),
+        right=nn.Linear(3, 2),
+        head=nn.Linear(5, 2),
+    )
+)
+case("split into unequal parts", (4,), {"left": 6}, {"up.weight": "unequal"})(
+    lambda: Net(
+        lambda m, x: (lambda a, b: m.head(m.left(a).relu()) + m.right(b))(*m.up(x).split([5, 3], 1)),
+        up=nn.Linear(4, 8),
+        left=nn.Linear(5, 6),
+        right=nn.Linear(3, 2),
+        head=nn.Linear(6, 2),
+    )
+)
+case("squeeze and excitation", (3, 6, 6), {"stem": 8, "down": 4})(SqueezeExcite)
+case("upsampling", (3, 4, 4), {"0": 6, "3": 5})(
+    lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(6, 5, 1)),
+        *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(5, 2, 1)),
+    )
+)
+case("padded shortcut", (3, 6, 6), {"stem": 4, "inner": 8}, {"outer.weight": "padded"})(OptionA)
+case("prelu", (3, 6, 6), {"0": 6, "2": 4})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.PReLU(6), nn.Conv2d(6, 4, 1), nn.PReLU(), nn.Conv2d(4, 2, 1))
+)
+case("buffers as wide as a layer", (4,), {"first": 6})(BufferScaled)
+case("weight norm", (4,), {"0": 6}, masked=False)(
+    lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
+)
+case("spectral norm", (4,), {"2": 5}, {"0.parametrizations.weight.original": ""})(
+    lambda: nn.Sequential(
+        *(parametrizations.spectral_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    )
+)
+case("unknown operator", (4,), {"b": 6}, {"a.weight": "no rule for the operator `_cdist_forward`"})(
+    lambda: Net(
+        lambda m, x: m.head(m.b(torch.cdist(m.a(x), m.anchor.weight)).relu()),
+        a=nn.Linear(4, 5),
+        anchor=nn.Embedding(7, 5),
+        b=nn.Linear(7, 6),
+        head=nn.Linear(6, 2),
+    )
+)
+case("size as a number", (4,), {"free": 6}, {"first.weight": "trial cut failed"})(HardCoded)
+case("head in train mode only", (4,), {"stem": 6, "body": 5}, {"aux.weight": OUT})(Auxiliary)
+case("unused weights", (4,), {"a": 6}, {"idle.weight": "not used by any traced call"})(
+    lambda: Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2), idle=nn.Linear(6, 6))
+)
+case("u-net", (3, 6, 6), {"down": 4, "bottom": 6, "up": 5, "join": 4})(UNet)
+case("unpooling", (3, 6, 6), {"down": 6})(SegNet)
+case("softmax over units", (4,), {"2": 5}, {"0.weight": "softmax"})(
+    lambda: nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+)
+case("mean over units", (4,), {"a": 5}, {"b.weight": "reduced over"})(
+    lambda: Net(lambda m, x: m.b(m.a(x).relu()).mean(-1, keepdim=True), a=nn.Linear(4, 5), b=nn.Linear(5, 6))
+)
+case("units that are not zero", (3, 4), {}, {"a.weight": "removed units would not be zero"})(
+    lambda: Net(
+        lambda m, x: torch.sigmoid(m.a(x)) @ torch.sigmoid(m.b(x)).transpose(1, 2), a=nn.Linear(4, 5), b=nn.Linear(4, 5)
+    )
+)
+case("embedding", (4,), {"0": 6, "1": 5}, integers=9)(
+    lambda: nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+)

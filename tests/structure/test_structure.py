@@ -1,0 +1,399 @@
+"""What `trace` finds in small networks of one difficulty each, held against networks that were really cut."""
+
+import copy
+import functools
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_prune.structure import Call, StructureError, Subject, refresh, trace
+from tests.structure.cutting import cut, draw, half, masked, named, shrunk
+from tests.structure.networks import CASES, Auxiliary, Net
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SEEDS = range(3)
+# An InstanceNorm without weights warns of a width that it does not need.
+pytestmark = pytest.mark.filterwarnings("ignore:input's size at dim:UserWarning")
+
+
+@functools.cache
+def structure_of(case):
+    return trace(Subject.of(case.model(), case.example()))
+
+
+@cases
+def test_the_widths_that_can_shrink(case):
+    structure = structure_of(case)
+    assert structure.widths == case.widths
+    assert not structure.notes
+
+
+@cases
+def test_what_stays_says_why(case):
+    structure = structure_of(case)
+    reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
+    assert all(reasons.values())
+    for tensor, reason in case.frozen.items():
+        assert reason in reasons[tensor]
+
+
+@cases
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_cut_network_equals_the_masked_one(case, seed):
+    if not case.masked:
+        pytest.skip("statistics over units: see the independent networks below")
+    model, x = case.model(), case.example()
+    structure = structure_of(case)
+    axes = structure.axes(draw(structure, seed))
+    torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
+
+
+@cases
+@pytest.mark.parametrize("seed", SEEDS)
+def test_costs_are_those_of_the_cut_network(case, seed):
+    model, x = case.model(), case.example(batch=1)
+    structure = structure_of(case)
+    for kept in ({}, draw(structure, seed)):
+        small = shrunk(model, structure.axes(kept))
+        widths = structure.widths | {name: len(units) for name, units in kept.items()}
+        with FlopCounterMode(display=False) as counter:
+            small(x)
+        assert structure.cost.params(widths) == sum(p.numel() for p in small.parameters())
+        if case.name != "spectral norm":  # its products of matrix and vector are left out by PyTorch's counter
+            assert structure.cost.macs(widths) * 2 == counter.get_total_flops()
+
+
+@cases
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_structure_after_a_cut_is_that_of_the_cut_network(case, seed):
+    model = case.model()
+    structure = structure_of(case)
+    kept = half(structure, seed)
+    after = structure.take(kept)
+    again = trace(Subject.of(shrunk(model, structure.axes(kept)), case.example()))
+    assert after.widths == {name: len(units) for name, units in kept.items()}
+    assert after.cost.shapes == again.cost.shapes
+    if all(width > 1 for width in after.widths.values()):  # a width of one is no pattern to follow
+        assert {g.name: g for g in after.groups} == {g.name: g for g in again.groups}
+        assert {(f.tensor, f.dim, f.width) for f in after.frozen} == {(f.tensor, f.dim, f.width) for f in again.frozen}
+    second = half(after, seed)
+    twice = shrunk(shrunk(model, structure.axes(kept)), after.axes(second))
+    once = shrunk(model, structure.axes({g: np.asarray(kept[g])[list(second[g])].tolist() for g in kept}))
+    for name, tensor in named(once).items():
+        assert torch.equal(named(twice)[name], tensor)
+
+
+@cases
+def test_the_cut_network_trains(case):
+    model, x = case.model(), case.example(batch=4)
+    structure = structure_of(case)
+    small = shrunk(model, structure.axes(half(structure))).train()
+    out = small(x)
+    sum(o.square().sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+    used = [p for name, p in small.named_parameters() if "not used" not in case.frozen.get(name, "")]
+    missing = [tuple(p.shape) for p in used if p.grad is None or p.grad.shape != p.shape]
+    assert not missing or case.name in ("unused weights",)
+
+
+@cases
+def test_the_network_is_left_alone(case):
+    model, x = case.model(), case.example()
+    for number, module in enumerate(model.modules()):
+        module.training = number % 2 == 0
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.detach().clone() for name, tensor in named(model).items()}
+    objects = {name: id(tensor) for name, tensor in named(model).items()}
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    trace(Subject.of(model, x))
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == random.getstate()
+    assert (state[2] == np.random.get_state()[1]).all()
+    assert [module.training for module in model.modules()] == modes
+    assert {name: id(tensor) for name, tensor in named(model).items()} == objects
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named(model).items())
+
+
+# -- independent narrow networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_layer_norm_equals_a_narrow_network_with_the_kept_weights(seed):
+    case = next(c for c in CASES if c.name == "layer norm")
+    model, x = case.model(), case.example()
+    structure = structure_of(case)
+    kept = draw(structure, seed)
+    a, b = (list(kept[name]) for name in ("0", "3"))
+    layers = [nn.Linear(5, len(a)), nn.LayerNorm(len(a)), nn.ReLU(), nn.Linear(len(a), len(b)), nn.ReLU()]
+    narrow = nn.Sequential(*layers, nn.Linear(len(b), 2)).double()
+    old = model.state_dict()
+    picks = {
+        **{name: old[name][a] for name in ("0.weight", "0.bias", "1.weight", "1.bias")},
+        **{"3.weight": old["3.weight"][b][:, a], "3.bias": old["3.bias"][b]},
+        **{"5.weight": old["5.weight"][:, b], "5.bias": old["5.bias"]},
+    }
+    narrow.load_state_dict(picks)
+    torch.testing.assert_close(shrunk(model, structure.axes(kept))(x), narrow(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_group_norm_equals_a_narrow_network_with_the_kept_weights(seed):
+    case = next(c for c in CASES if c.name == "group norm")
+    model, x = case.model(), case.example()
+    structure = structure_of(case)
+    kept = draw(structure, seed)
+    rows = [row + 4 * group for group in range(2) for row in kept["0"]]  # every group loses the same positions
+    n, old = len(rows), model.state_dict()
+    narrow = nn.Sequential(nn.Conv2d(3, n, 3), nn.GroupNorm(2, n), nn.ReLU(), nn.Conv2d(n, 2, 1)).double()
+    picks = {name: old[name][rows] for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    narrow.load_state_dict({**picks, "3.weight": old["3.weight"][:, rows], "3.bias": old["3.bias"]})
+    torch.testing.assert_close(shrunk(model, structure.axes(kept))(x), narrow(x), rtol=1e-12, atol=1e-12)
+
+
+# -- ways to call a network -------------------------------------------------------------------------------------------
+
+
+def two_inputs():
+    return Net(
+        lambda m, x, y: m.head(m.a(x).relu() + m.b(y)), a=nn.Linear(4, 6), b=nn.Linear(3, 6), head=nn.Linear(6, 2)
+    )
+
+
+def by_dictionary():
+    return Net(
+        lambda m, batch, *, scale: m.head(m.a(batch["x"]).relu() * scale), a=nn.Linear(4, 6), head=nn.Linear(6, 2)
+    )
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: dict[str, torch.Tensor]
+
+
+def nested_output():
+    return Net(
+        lambda m, x: Output(m.head(m.free(m.a(x)).relu()), {"kept": m.a(x)}),
+        a=nn.Linear(4, 5),
+        free=nn.Linear(5, 6),
+        head=nn.Linear(6, 2),
+    )
+
+
+CALLS = [
+    ("several inputs", two_inputs, (torch.ones(2, 4), torch.ones(2, 3)), {}, {"a": 6}),
+    ("dictionary and keyword", by_dictionary, ({"x": torch.ones(2, 4)},), {"scale": torch.ones(())}, {"a": 6}),
+    ("nested output", nested_output, (torch.ones(2, 4),), {}, {"free": 6}),
+    (
+        "unbatched",
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(24, 2)),
+        (torch.ones(3, 4, 4),),
+        {},
+        {"0": 6},
+    ),
+    ("unbatched linear", lambda: nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2)), (torch.ones(3),), {}, {"0": 6}),
+    (
+        "batch of one",
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)),
+        (torch.ones(1, 3, 4, 4),),
+        {},
+        {"0": 6},
+    ),
+    (
+        "bfloat16",
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2)).bfloat16(),
+        (torch.ones(2, 3, dtype=torch.bfloat16),),
+        {},
+        {"0": 6},
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "args", "kwargs", "widths"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
+def test_ways_to_call_a_network(build, args, kwargs, widths):
+    model = build()
+    structure = trace(Subject.of(model, *args, **kwargs))
+    assert structure.widths == widths
+    axes = structure.axes(half(structure))
+    small, zeros = shrunk(model, axes)(*args, **kwargs), masked(model, axes)(*args, **kwargs)
+    if isinstance(small, Output):
+        small, zeros = small.logits, zeros.logits
+    torch.testing.assert_close(small, zeros)
+
+
+def test_only_what_a_call_uses_is_known():
+    """In eval mode alone the second head of an auxiliary network never runs and its input cannot be followed."""
+    model, x = Auxiliary(), torch.ones(2, 4)
+    structure = trace(Subject(model, (Call((x,)),)))
+    assert structure.widths == {"body": 5, "stem": 6} or "stem" in structure.widths
+    assert "not used" in next(f.reason for f in structure.frozen if f.tensor == "aux.weight")
+
+
+def test_another_method_is_followed_too():
+    model = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2), extra=nn.Linear(6, 3))
+    model.training_step = lambda x: model.extra(model.a(x)).sum()
+    x = torch.ones(2, 4)
+    alone = trace(Subject.of(model, x))
+    assert {m.tensor for m in alone.group("a").members} == {"a.weight", "a.bias", "b.weight"}
+
+
+class WithStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.extra = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+    def training_step(self, x):
+        return self.extra(self.a(x)).square().mean()
+
+    def broken_step(self, x):
+        raise RuntimeError("no logger here")
+
+    def counting_step(self, x):
+        return torch.bincount(self.extra(self.a(x)).argmax(-1)).sum()
+
+
+def test_a_training_step_is_followed_too():
+    x = torch.ones(2, 4)
+    calls = (Call((x,)),)
+    structure = trace(Subject(WithStep(), calls, (Call((x,), method="training_step", training=True),)))
+    assert {m.tensor for m in structure.group("a").members} == {"a.weight", "a.bias", "b.weight", "extra.weight"}
+    assert not structure.notes
+
+
+def test_a_step_that_fails_leaves_a_note():
+    x = torch.ones(2, 4)
+    structure = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="broken_step", training=True),)))
+    (note,) = structure.notes
+    assert "broken_step" in note
+    assert "no logger here" in note
+    assert structure.widths == {"a": 6}
+
+
+def test_operators_that_depend_on_data_run_on_real_numbers():
+    x = torch.ones(2, 4)
+    structure = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
+    assert not structure.notes
+    assert "extra.weight" in {m.tensor for m in structure.group("a").members}
+
+
+def test_a_network_without_widths():
+    structure = trace(Subject.of(nn.Linear(3, 2), torch.ones(2, 3)))
+    assert structure.groups == ()
+    assert structure.cost.params({}) == 8
+    assert structure.cost.macs({}) == 6
+
+
+def test_hooks_of_the_user_see_nothing():
+    model, seen = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), []
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    model[2].register_full_backward_hook(lambda *_: seen.append("backward"))
+    hooks = [dict(m._forward_hooks) for m in model.modules()]
+    trace(Subject.of(model, torch.ones(2, 4)))
+    assert not seen
+    assert [dict(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("normed", [old_weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weight_norm_equals_plain_layers_with_the_kept_weights(normed):
+    model = nn.Sequential(normed(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model(x)  # leaves a weight that is part of an autograd graph
+    structure = trace(Subject.of(model, x))
+    assert structure.widths == {"0": 6}
+    hidden = F.relu(F.linear(x, model[0].weight[[1, 4]], model[0].bias[[1, 4]]))
+    expected = F.linear(hidden, model[2].weight[:, [1, 4]], model[2].bias)
+    torch.testing.assert_close(cut(model, structure.axes({"0": (1, 4)}))(x), expected)
+    assert (model[0].in_features, model[0].out_features) == (4, 2)
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert trace(Subject.of(model, torch.ones(2, 4, device="meta"))).widths == {"0": 6}
+
+
+def test_inside_inference_mode():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.inference_mode():
+        assert trace(Subject.of(model, torch.ones(2, 4))).widths == {"0": 6}
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_that_does_not_fit_is_named():
+    with pytest.raises(StructureError, match=r"Linear.forward fails on the example in eval mode.*\(2, 3\)"):
+        trace(Subject.of(nn.Linear(4, 2), torch.ones(2, 3)))
+
+
+def test_an_example_without_tensors_is_named():
+    with pytest.raises(StructureError, match="without tensors"):
+        trace(Subject.of(nn.Linear(4, 2), "text"))
+
+
+def test_a_network_that_cannot_be_copied_is_named():
+    model = nn.Linear(4, 2)
+    model.source = (number for number in range(3))
+    with pytest.raises(StructureError, match=r"Linear cannot be copied.*generator"):
+        trace(Subject.of(model, torch.ones(2, 4)))
+
+
+def test_a_group_that_does_not_exist_is_named():
+    structure = trace(Subject.of(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.ones(2, 4)))
+    with pytest.raises(KeyError, match=r"'nonsense'.*there are: 0"):
+        structure.axes({"nonsense": (0,)})
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+LAYERS = [
+    (nn.Linear(6, 4), nn.Linear(3, 2)),
+    (nn.Bilinear(6, 5, 4), nn.Bilinear(3, 2, 1)),
+    (nn.Conv2d(6, 4, 3), nn.Conv2d(3, 2, 3)),
+    (nn.Conv1d(6, 6, 3, groups=6), nn.Conv1d(2, 2, 3, groups=2)),
+    (nn.Conv3d(4, 12, 1, groups=4), nn.Conv3d(2, 6, 1, groups=2)),
+    (nn.Conv2d(8, 4, 3, groups=4), nn.Conv2d(4, 2, 3, groups=2)),
+    (nn.Conv2d(8, 12, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2)),
+    (nn.ConvTranspose2d(6, 4, 3), nn.ConvTranspose2d(3, 2, 3)),
+    (nn.ConvTranspose2d(6, 12, 3, groups=6), nn.ConvTranspose2d(2, 4, 3, groups=2)),
+    (nn.ConvTranspose2d(8, 12, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2)),
+    (nn.BatchNorm2d(6), nn.BatchNorm2d(3)),
+    (nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(3, affine=False)),
+    (nn.InstanceNorm2d(6, affine=True), nn.InstanceNorm2d(3, affine=True)),
+    (nn.GroupNorm(2, 8), nn.GroupNorm(2, 4)),
+    (nn.GroupNorm(8, 8), nn.GroupNorm(3, 3)),
+    (nn.LayerNorm(6), nn.LayerNorm(3)),
+    (nn.LayerNorm((2, 6)), nn.LayerNorm((2, 3))),
+    (nn.RMSNorm(6), nn.RMSNorm(3)),
+    (nn.Embedding(9, 6), nn.Embedding(9, 3)),
+    (nn.PReLU(6), nn.PReLU(3)),
+]
+
+
+@pytest.mark.parametrize(("wide", "narrow"), LAYERS, ids=lambda layer: repr(layer))
+def test_a_layer_says_its_new_widths(wide, narrow):
+    wide, shapes = copy.deepcopy(wide), {name: tuple(t.shape) for name, t in named(wide).items()}
+    for name, tensor in named(narrow).items():
+        if tensor.dim():
+            home = wide._parameters if name in wide._parameters else wide._buffers
+            home[name] = tensor
+    refresh(wide, shapes)
+    assert repr(wide) == repr(narrow)
+    own = {name: value for name, value in vars(narrow).items() if isinstance(value, int | tuple)}
+    assert {name: vars(wide)[name] for name in own} == own
