@@ -25,7 +25,7 @@ from lightning_prune.callbacks.processes import (
     unwrapped,
 )
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, score_summary
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
     CutPoint,
     Linear,
@@ -44,7 +44,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import Cut, Report, Size, versions
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
-from lightning_prune.structure import Structure, StructureError, Subject, trace
+from lightning_prune.structure import Call, Structure, StructureError, Subject, trace
 from lightning_prune.surgery import History, HistoryError, Keep, attach, cut_and_check, history_of, refuse
 from lightning_prune.surgery.tensors import named
 
@@ -126,6 +126,7 @@ class StructuredPruning(Callback):
         self._structure: Structure | None = None
         self._subject: Subject | None = None
         self._statistic: Statistic | None = None
+        self._examined: Call | None = None  # what a statistic that runs the network itself runs it on
         self._original = Original(0, 0, {})
         self._selected: tuple[str, ...] = ()
         self._timeline: tuple[CutPoint, ...] = ()
@@ -181,7 +182,7 @@ class StructuredPruning(Callback):
         self._batches += 1
         self._pace.start(observed=observe)
         if observe and self._statistic is not None:
-            self._observing = self._statistic.attach(pl_module)
+            self._observing = self._statistic.attach(pl_module, _loss_scale(trainer))
 
     @override
     def on_train_batch_end(
@@ -299,6 +300,7 @@ class StructuredPruning(Callback):
             statistic.load_state_dict(self._saved_statistic)
         self._saved_statistic = None
         self._structure, self._subject, self._statistic = structure, subject, statistic
+        self._examined = call_on(module, batch, subject) if statistic is not None and statistic.examines else None
         self._original, self._selected, self._timeline = original, selected, timeline
         self._begin_report(trainer, module)
 
@@ -349,6 +351,8 @@ class StructuredPruning(Callback):
             raise RuntimeError("a cut was asked for before the structure was found")
         began = perf_counter()
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
+        if statistic is not None and self._examined is not None:
+            statistic.examine(module, self._examined)
         with merged(statistic):
             if statistic is not None:
                 self._selected = self._observable(statistic.unobservable(module), self._selected)
@@ -454,6 +458,12 @@ class StructuredPruning(Callback):
 def _is_rehearsal(trainer: Trainer) -> bool:
     """Whether this is a ``fast_dev_run``, too short for a schedule: everything is checked, nothing is cut."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """What mixed precision in fp16 multiplies the loss with."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _run_length(trainer: Trainer) -> RunLength:

@@ -7,6 +7,7 @@ The step runs on a copy whose metrics, logging, optimizers and trainer are stand
 from __future__ import annotations
 
 import inspect as signatures
+import warnings
 from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
@@ -21,7 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, Subject, trace
 
-__all__ = ["inspect", "subject_for", "subject_of"]
+__all__ = ["call_on", "inspect", "subject_for", "subject_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -75,6 +76,20 @@ def subject_of(module: LightningModule, batch: Any = None, *, step: bool = True)
     if step and batch is not None and is_overridden("training_step", module):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)
     return Subject(module, calls, optional, memo, prepare)
+
+
+def call_on(module: LightningModule, batch: Any, subject: Subject) -> Call:
+    """How ``forward`` takes a training batch, for criteria that look at data.
+
+    An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
+    """
+    if module.example_input_array is None:
+        return subject.calls[0]
+    try:
+        return _forward_calls(module, batch, None, memo=_kept_off(module), prepare=_Standins(module))[0]
+    except StructureError as error:
+        warnings.warn(f"scores are taken on the `example_input_array`: {error}", stacklevel=2)
+        return subject.calls[0]
 
 
 def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: Any) -> tuple[Call, ...]:

@@ -86,6 +86,11 @@ class Statistic(Metric):
             call: Arguments that ``model(*call.args, **call.kwargs)`` takes, a batch of the data if there is one.
         """
 
+    @property
+    def examines(self) -> bool:
+        """Whether ``examine`` does anything."""
+        return type(self).examine is not Statistic.examine
+
     @abstractmethod
     def estimate(self, name: str, half: Half = None) -> Tensor:
         """The number per unit of a group that was observed: shape ``(width,)``."""
