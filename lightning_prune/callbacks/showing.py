@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune.reporting import Report, Size, latency, report_figure, size_on_disk
+from lightning_prune.reporting import Report, Size, ladder_figure, latency, report_figure, size_on_disk
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Call
 
@@ -155,8 +155,10 @@ class Showing:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
-        picture = self._picture(folder)
-        (folder / "report.md").write_text(self.report.to_markdown(picture.name if picture else None), encoding="utf-8")
+        picture = self._picture(folder / "report.png", report_figure)
+        ladder = self._picture(folder / "ladder.png", ladder_figure) if self.report.rungs else None
+        page = self.report.to_markdown(picture.name if picture else None, ladder.name if ladder else None)
+        (folder / "report.md").write_text(page, encoding="utf-8")
         console = Console()
         if not console.is_terminal:
             console = Console(width=_FILE_WIDTH)
@@ -169,13 +171,12 @@ class Showing:
     def _log(self) -> None:
         log_now(self.trainer, self.report.metrics())
 
-    def _picture(self, folder: Path) -> Path | None:
+    def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:
         try:
-            figure = report_figure(self.report)
+            figure = draw(self.report)
         except ModuleNotFoundError as error:
             warnings.warn(f"no picture of the run: {error}", stacklevel=2)
             return None
-        path = folder / "report.png"
         figure.savefig(path)
         return path
 

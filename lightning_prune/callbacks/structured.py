@@ -12,7 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.callbacks.calibration import Calibration
 from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.guard import Guard, go_back, snapshot
+from lightning_prune.callbacks.ladder import save_rung
 from lightning_prune.callbacks.monitors import hold_early_stopping, reset_monitors
 from lightning_prune.callbacks.processes import (
     agreed,
@@ -45,7 +48,18 @@ from lightning_prune.planning import (
 from lightning_prune.reporting import Cut, Report, Size, versions
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
 from lightning_prune.structure import Call, Structure, StructureError, Subject, trace
-from lightning_prune.surgery import History, HistoryError, Keep, attach, cut_and_check, history_of, refuse
+from lightning_prune.surgery import (
+    History,
+    HistoryError,
+    Keep,
+    Repair,
+    attach,
+    cut_and_check,
+    history_of,
+    install_and_check,
+    refuse,
+    repaired,
+)
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["StructuredPruning"]
@@ -65,7 +79,9 @@ class StructuredPruning(Callback):
     Cuts happen before a training batch, so a validation always measures the network that is saved with it.
 
     Args:
-        pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``.
+        pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
+            share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that fits counts, and what
+            none fits stays.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
             a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
         criterion: How much each unit matters; by default `L1`.
@@ -76,6 +92,11 @@ class StructuredPruning(Callback):
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
+        repair: What makes good for a cut at once, from some training batches: `Ridge`, `FoldMean`,
+            `ReestimateBatchNorm`, or several in a list.
+        guard: Take back a cut that does not recover, see `Guard`.
+        ladder: Save the network of each size, right before the next cut and at the end, as
+            ``ladder/params=12345.ckpt`` beside the report, with a table and a picture of metric against size.
 
     Raises:
         ValueError: At once for amounts out of range; before the first training step for everything that depends on
@@ -90,7 +111,7 @@ class StructuredPruning(Callback):
 
     def __init__(
         self,
-        pruning_ratio: float | None = None,
+        pruning_ratio: float | dict[str, float] | None = None,
         budget: float | int | dict[str, float | int] | None = None,
         criterion: Criterion | None = None,
         schedule: Schedule | None = None,
@@ -99,6 +120,9 @@ class StructuredPruning(Callback):
         ignore: str | list[str] | None = None,
         reset_monitors: bool = True,
         dirpath: str | None = None,
+        repair: Repair | list[Repair] | None = None,
+        guard: Guard | None = None,
+        ladder: bool = False,
     ) -> None:
         self.target = Target.of(pruning_ratio, budget)
         # None rather than a default instance: on the command line its settings would leak into another class's.
@@ -109,6 +133,9 @@ class StructuredPruning(Callback):
         self.ignore = ignore
         self.reset_monitors = reset_monitors
         self.dirpath = dirpath
+        self.repairs = (repair,) if isinstance(repair, Repair) else tuple(repair or ())
+        self.guard = guard
+        self.ladder = ladder
         self.report = Report()
         self._forget()
 
@@ -119,6 +146,7 @@ class StructuredPruning(Callback):
         self._done = -1  # index of the last cut of the schedule that was made
         self._batches = 0  # training batches since the last cut, to observe every n-th
         self._saved_statistic: Mapping[str, torch.Tensor] | None = None
+        self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
         self._unprepare()
 
     def _unprepare(self) -> None:
@@ -127,7 +155,9 @@ class StructuredPruning(Callback):
         self._subject: Subject | None = None
         self._statistic: Statistic | None = None
         self._examined: Call | None = None  # what a statistic that runs the network itself runs it on
+        self._calibration: Calibration | None = None
         self._original = Original(0, 0, {})
+        self._resolved = self.target
         self._selected: tuple[str, ...] = ()
         self._timeline: tuple[CutPoint, ...] = ()
         self._observing: list[Any] = []
@@ -171,7 +201,10 @@ class StructuredPruning(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._structure is None:
             self._prepare(trainer, pl_module, batch)
-        point = due(self._timeline, self._done, self._now(trainer)) if self._timeline else None
+        if batch_idx == 0:
+            self._judge(trainer, pl_module)
+        waits = self._kept is not None or not self._timeline
+        point = None if waits else due(self._timeline, self._done, self._now(trainer))
         if point is not None:
             self._cut(trainer, pl_module, point)
         if self.pending and self.reset_monitors and batch_idx == 0:
@@ -224,6 +257,8 @@ class StructuredPruning(Callback):
                 stacklevel=2,
             )
         showing = Showing(self.report, trainer, self.dirpath, self._run_id)
+        self._warn_unjudged(trainer)
+        self._save_rung(trainer)
         self.report.final = showing.measure(pl_module, self._subject.calls[0], self._size())
         showing.finish()
 
@@ -249,6 +284,7 @@ class StructuredPruning(Callback):
             "done": self._done,
             "batches": self._batches,
             "statistic": dict(statistic or {}),
+            "kept": self._kept,
             "report": self.report.to_plain(),
         }
 
@@ -263,6 +299,7 @@ class StructuredPruning(Callback):
         self._done = state_dict["done"]
         self._batches = state_dict["batches"]
         self._saved_statistic = on_first(state_dict["statistic"])
+        self._kept = state_dict.get("kept") if self.guard is not None else None
         self.report = Report.from_plain(state_dict["report"])
 
     # -- before the first step ----------------------------------------------------------------------------------------
@@ -283,13 +320,15 @@ class StructuredPruning(Callback):
                     f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
                 )
         selected, _ = select(structure, self.layers, self.ignore)
+        self._resolved, selected = self.target.resolve(structure, selected)
         statistic = self.criterion.statistic(structure)
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
-        feasible(structure, self.target, self.scope, selected, original)
+        feasible(structure, self._resolved, self.scope, selected, original)
+        self._calibration = Calibration(trainer, module, subject) if self.repairs else None
         timeline: tuple[CutPoint, ...] = ()
         if not _is_rehearsal(trainer):
-            timeline = self.schedule.timeline(_run_length(trainer), self.target.fraction(original, selected))
+            timeline = self.schedule.timeline(_run_length(trainer), self._resolved.fraction(original, selected))
             if timeline and reaches(timeline) < 1:
                 warnings.warn(
                     f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
@@ -334,6 +373,8 @@ class StructuredPruning(Callback):
             "criterion": repr(self.criterion),
             "schedule": repr(self.schedule),
             "scope": self.scope,
+            "repair": [repr(repair) for repair in self.repairs],
+            "guard": self.guard,
             "layers": self.layers,
             "ignore": self.ignore,
             "cuts": [[point.unit, point.at, point.share] for point in self._timeline],
@@ -359,7 +400,7 @@ class StructuredPruning(Callback):
             groups = [structure.group(name) for name in self._selected]
             scores = score_groups(self.criterion, groups, tensors, statistic)
             summary = score_summary(scores, statistic)
-        plan = agreed(trainer, make_plan(structure, scores, self.target, point.share, self.scope, self._original))
+        plan = agreed(trainer, make_plan(structure, scores, self._resolved, point.share, self.scope, self._original))
         if plan.is_empty:
             self._done = point.index
             warnings.warn(
@@ -370,7 +411,10 @@ class StructuredPruning(Callback):
             )
             return
         after = structure.take(plan.kept)
+        self._save_rung(trainer)
+        kept = self._keep(trainer, module)
         self._operate(trainer, module, plan, after, point)
+        self._kept = kept
         if self.reset_monitors:
             reset_monitors(trainer)
         seconds = perf_counter() - began
@@ -407,6 +451,9 @@ class StructuredPruning(Callback):
 
         with unwrapped(trainer, module):
             try:
+                contents = {}
+                if self._calibration is not None:
+                    contents = repaired(self._calibration.copy(), axes, self.repairs, self._calibration.run)
                 change = cut_and_check(module, axes, trainer.optimizers, (), run)
             except Exception as error:
                 together(error)
@@ -417,6 +464,7 @@ class StructuredPruning(Callback):
                 change.undo()
                 raise
         try:
+            install_and_check(change, module, contents, run)
             if self._statistic is not None:
                 self._statistic.take(plan.kept, after)
                 self._statistic.reset()  # contributions count from the last cut
@@ -427,6 +475,58 @@ class StructuredPruning(Callback):
             change.undo()
             attach(module, before)
             raise
+
+    # -- after a cut ---------------------------------------------------------------------------------------------------
+
+    def _keep(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
+        """What it takes to undo the cut that is to follow, if somebody watches over it."""
+        if self.guard is None:
+            return None
+        missing = self.guard.missing(self.report)
+        if missing is not None:
+            warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)
+            return None
+        return snapshot(module, trainer.optimizers)
+
+    def _judge(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take the last cut back if it had its time and has not recovered."""
+        if self._kept is None or self.guard is None:
+            return
+        verdict = trainer.strategy.broadcast(self.guard.judge(self.report, trainer.current_epoch))
+        if verdict == "failed":
+            self._take_back(trainer, module, self.guard)
+        if verdict != "open":
+            self._kept = None
+
+    def _take_back(self, trainer: Trainer, module: LightningModule, guard: Guard) -> None:
+        assert self._kept is not None
+        assert self._subject is not None
+        note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {guard.words(self.report)}."
+        with unwrapped(trainer, module):
+            go_back(self._kept, module, trainer.optimizers)
+        self.report.cuts.pop()
+        self.report.notes.append(note)
+        self._structure, self._statistic = trace(self._subject), None
+        self._done = self._timeline[-1].index if self._timeline else self._done
+        if self.reset_monitors:
+            reset_monitors(trainer)
+        log_now(trainer, self.report.metrics())
+        warnings.warn(note, stacklevel=2)
+
+    def _warn_unjudged(self, trainer: Trainer) -> None:
+        if self._kept is None or self.guard is None:
+            return
+        if self.guard.judge(self.report, trainer.current_epoch) != "recovered":
+            warnings.warn(
+                f"the run ended before its last cut had recovered ({self.guard.words(self.report)}): it stays. Train "
+                "longer, or cut earlier.",
+                stacklevel=2,
+            )
+
+    def _save_rung(self, trainer: Trainer) -> None:
+        if self.ladder and not _is_rehearsal(trainer):
+            folder = Showing(self.report, trainer, self.dirpath, self._run_id).folder()
+            save_rung(trainer, self.report, self._size(), folder)
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,15 @@ from lightning_prune.surgery.history import (
     save_into,
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
-from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Repair, Ridge, install, repaired
+from lightning_prune.surgery.repair import (
+    FoldMean,
+    ReestimateBatchNorm,
+    Repair,
+    Ridge,
+    install,
+    install_and_check,
+    repaired,
+)
 from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, mask
 from lightning_prune.surgery.tensors import take
 
@@ -34,6 +42,7 @@ __all__ = [
     "cut_and_check",
     "history_of",
     "install",
+    "install_and_check",
     "load_from",
     "mask",
     "refuse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from lightning_prune.surgery import Change, CutError, cut
-from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, repaired
+from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, install_and_check, repaired
 from lightning_prune.surgery.repair import _patches as patches
 
 REPAIRS = [FoldMean(), Ridge(), ReestimateBatchNorm()]
@@ -412,3 +413,13 @@ def test_infinite_data_is_an_error():
     batches = [torch.full((8, 4), torch.inf, dtype=torch.float64)]
     with pytest.raises(CutError, match=r"NaN or infinity for 2\.bias"):
         repaired(mlp(), mlp_axes([0, 1]), [FoldMean()], runs(batches))
+
+
+def test_a_repair_that_breaks_the_network_is_an_error():
+    model = mlp()
+    run = partial(model, data(2, 4)[0])
+    with Change() as change, pytest.raises(CutError, match="no longer finite after the repair"):
+        install_and_check(change, model, {"2.weight": torch.full((3, 6), torch.inf)}, run)
+    assert model[2].weight.isfinite().all()  # the change went back
+    install_and_check(Change(), model, {"2.bias": torch.ones(3)}, run)
+    assert (model[2].bias == 1).all()

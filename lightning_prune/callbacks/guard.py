@@ -1,0 +1,114 @@
+"""A cut that the network does not recover from is taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_prune.reporting import Report
+from lightning_prune.surgery import History, conform, history_of
+
+__all__ = ["Guard", "Verdict", "go_back", "snapshot"]
+
+#: Of the last cut: it may still recover, has recovered, has not recovered in time, or there is nothing to compare with.
+Verdict = Literal["open", "recovered", "failed", "unknown"]
+
+
+@final
+@dataclass(frozen=True)
+class Guard:
+    """Takes back a cut that does not recover in time, and lets the run go on without further cuts.
+
+    Before each cut the network and the optimizers' state are kept in memory, and in checkpoints, until the cut is
+    judged: at the start of every epoch, by the metric as last measured before the cut and as measured since. The next
+    cut waits for that. Learning rates and schedules go on as they are.
+
+    Args:
+        epochs: Epochs that a cut is given, at least 1.
+        tolerance: How much worse than before the cut is good enough, in units of the metric, at least 0.
+        monitor: Name of a logged metric; by default the first accuracy that was logged, else the first loss, those of
+            the validation before those of the training. Its name tells whether less is better (a loss, an error).
+    """
+
+    epochs: int = 3
+    tolerance: float = 0.01
+    monitor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"Guard: expected `epochs` of at least 1, got {self.epochs}.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"Guard: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
+
+    def judge(self, report: Report, epoch: int) -> Verdict:
+        """Whether the last cut of the report has recovered.
+
+        Args:
+            report: What was measured, in time order.
+            epoch: Epochs trained so far.
+        """
+        last = report.cuts[-1]
+        view = self._view(report)
+        before, after = view.between(-1, last.step), view.between(last.step, math.inf)
+        if not before or math.isnan(before[-1]):
+            return "unknown"
+        if any(self._is_good(value, before[-1], view.mode) for value in after):
+            return "recovered"
+        return "failed" if after and epoch - last.epoch >= self.epochs else "open"
+
+    def words(self, report: Report) -> str:
+        """The metric before and after the last cut, for messages."""
+        view, step = self._view(report), report.cuts[-1].step
+        before, after = view.between(-1, step), view.between(step, math.inf)
+        best = (max if view.mode == "max" else min)(after, default=math.nan)
+        return f"{view.main_metric} {before[-1] if before else math.nan:.4g} before it, {best:.4g} at best since"
+
+    def missing(self, report: Report) -> str | None:
+        """Why nothing can be compared yet, or ``None``."""
+        view = self._view(report)
+        if view.main_metric is not None:
+            return None
+        known = ", ".join(dict.fromkeys(name for row in report.history for name in row.metrics)) or "none"
+        return f"no value of {self.monitor or 'an accuracy or a loss'} was logged before it (logged: {known})"
+
+    def _view(self, report: Report) -> Report:
+        """The report with the monitored metric as its main one."""
+        return replace(report, metric=self.monitor or report.metric)
+
+    def _is_good(self, value: float, before: float, mode: str) -> bool:
+        return value >= before - self.tolerance if mode == "max" else value <= before + self.tolerance
+
+
+def snapshot(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Network, history and optimizers' state, copied to the CPU: plain data, as checkpoints take it."""
+    history = history_of(module)
+    return {
+        "weights": _copied(dict(module.state_dict())),
+        "history": None if history is None else history.to_plain(),
+        "optimizers": [_copied(optimizer.state_dict()["state"]) for optimizer in optimizers],
+    }
+
+
+def go_back(kept: dict[str, Any], module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """The network and the optimizers' state as they were when ``kept`` was made; gradients are cleared.
+
+    Parameters, optimizers and their groups stay the same objects, and their hyperparameters are not touched.
+    """
+    history = None if kept["history"] is None else History.from_plain(kept["history"])
+    for parameter in module.parameters():
+        parameter.grad = None
+    conform(module, kept["weights"], history)
+    module.load_state_dict(kept["weights"])
+    for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
+        optimizer.load_state_dict({"state": _copied(state), "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, tree)
