@@ -20,11 +20,13 @@ from lightning_prune.structure.atoms import Atoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.tracing import Call, FakeCopy, Tracer, output_tensors
+from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, output_tensors
 
 __all__ = ["StructureError", "Subject", "trace"]
 
 IndexArray = npt.NDArray[np.int64]
+#: Kinds of copies, the cheapest first.
+_KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
 #: What PyTorch raises where an operator's result depends on numbers that fake tensors do not have.
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
@@ -57,9 +59,9 @@ class Subject:
         calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
         return cls(model, calls)
 
-    def copy(self, *, real: bool = False) -> FakeCopy:
-        """A copy on fake (or real) tensors."""
-        return FakeCopy(self.model, self.memo, self.prepare, real=real)
+    def copy(self, kind: Kind) -> FakeCopy:
+        """A copy of the network on tensors of this kind."""
+        return FakeCopy(self.model, self.memo, self.prepare, kind=kind)
 
 
 def trace(subject: Subject, *, trial: bool = True) -> Structure:
@@ -81,6 +83,18 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
         return _Analysis(subject).structure(trial=trial)
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """Why a trial cut failed, and the representatives of the atoms at the operator where it did."""
+
+    reason: str
+    roots: IndexArray
+
+    def involves(self, atoms: IndexArray) -> bool:
+        """Whether any of these representatives is among them."""
+        return bool(np.isin(atoms, self.roots).any())
+
+
 class _Analysis:
     """One network's atoms, from the first run to the structure."""
 
@@ -88,21 +102,26 @@ class _Analysis:
         self.subject = subject
         self.notes: list[str] = []
         self.atoms = Atoms()
+        self.copies: dict[Kind, FakeCopy] = {}
         try:
-            self.fake = subject.copy()
+            self.first = self._copy(_KINDS[0])
         except Exception as error:
             raise StructureError(
                 f"{type(subject.model).__name__} cannot be copied for analysis ({type(error).__name__}: {error}). "
                 "Pruning runs a copy of the network on fake tensors; make `copy.deepcopy(model)` work, or keep what it "
                 "stumbles over outside of the module."
             ) from error
-        self.real: FakeCopy | None = None
         self.labels = {
-            name: tuple(self.atoms.fresh(n) for n in tensor.shape) for name, tensor in self.fake.named.items()
+            name: tuple(self.atoms.fresh(n) for n in tensor.shape) for name, tensor in self.first.named.items()
         }
+        self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
-        self.needs_real: set[int] = set()
-        self.traced: list[Call] = []
+        self.traced: list[tuple[Call, Kind]] = []
+
+    def _copy(self, kind: Kind) -> FakeCopy:
+        if kind not in self.copies:
+            self.copies[kind] = self.subject.copy(kind)
+        return self.copies[kind]
 
     def structure(self, *, trial: bool) -> Structure:
         """Trace, group, try."""
@@ -120,7 +139,7 @@ class _Analysis:
         for number, call in enumerate(self.subject.calls):
             self.tracer.counting = number == 0
             try:
-                self._run(call, number)
+                self._run(call)
             except Exception as error:
                 mode = "train" if call.training else "eval"
                 raise StructureError(
@@ -128,39 +147,45 @@ class _Analysis:
                     f"{type(error).__name__}: {error}. The example was {_describe(call)}; give one that the network "
                     "accepts (`example_input_array` of the LightningModule, or the `example` argument)."
                 ) from error
-            self.traced.append(call)
         self.tracer.counting = False
-        for number, call in enumerate(self.subject.optional, start=len(self.subject.calls)):
-            try:
-                self._run(call, number)
-            except Exception as error:
-                self.notes.append(
-                    f"`{call.method}` could not be traced ({type(error).__name__}: {_first_line(error)}); layers that "
-                    "only it uses are frozen"
-                )
-                continue
-            self.traced.append(call)
+        for call in self.subject.optional:
+            self._run_if_possible(call)
 
-    def _run(self, call: Call, number: int) -> None:
-        """Run a call on fake tensors, or on real ones where its operators depend on data."""
+    def _run_if_possible(self, call: Call) -> None:
         try:
-            out = self.fake.run(self.tracer, call, self.labels)
-        except _DATA_DEPENDENT:
-            self.tracer.forget()
-            self.needs_real.add(number)
-            self.real = self.real or self.subject.copy(real=True)
-            out = self.real.run(self.tracer, call, self.labels)
-        if call.method == "forward":
-            self._freeze_output(out)
-        self.tracer.forget()
+            self._run(call)
+        except Exception as error:
+            self.notes.append(
+                f"`{call.method}` could not be traced ({type(error).__name__}: {_first_line(error)}); layers that "
+                "only it uses are frozen"
+            )
 
-    def _freeze_output(self, out: Any) -> None:
-        for tensor in output_tensors(out):
-            self.tracer.freeze(self.tracer.value(tensor).axes, "an output of the network")
+    def _run(self, call: Call) -> None:
+        """Run a call on the cheapest kind of tensors that it runs on."""
+        for kind in _KINDS:
+            self.tracer.macs, counted = list(self.tracer.macs), self.tracer.macs
+            try:
+                out = self._copy(kind).run(self.tracer, call, self.labels)
+            except Exception as error:
+                self.tracer.forget()
+                self.tracer.macs = counted
+                # Tensors without content and devices may be too little for a network; real ones are slow.
+                if kind == "meta" or isinstance(error, _DATA_DEPENDENT):
+                    continue
+                raise
+            self._freeze_output(self.tracer, call, out)
+            self.tracer.forget()
+            self.traced.append((call, kind))
+            return
+
+    def _freeze_output(self, tracer: Tracer, call: Call, out: Any) -> None:
+        if call.method == "forward":
+            for tensor in output_tensors(out):
+                tracer.freeze(tracer.value(tensor).axes, "an output of the network")
 
     def _freeze_unseen(self) -> None:
         """What no call has touched is frozen: how it is used is not known."""
-        for name in self.fake.named:
+        for name in self.first.named:
             if name not in self.tracer.seen:
                 for axis in self.labels[name]:
                     self.atoms.freeze(axis, "not used by any traced call")
@@ -169,18 +194,29 @@ class _Analysis:
 
     def _groups(self) -> list[Group]:
         """Classes of atoms with the same set of axes, in the order of execution."""
-        frozen = self.atoms.class_reasons()
-        # root → {(tensor, dim): positions}
-        places: dict[int, dict[tuple[str, int], list[int]]] = {}
-        for name, axes in self.labels.items():
-            for dim, atoms in enumerate(axes):
-                for position, root in enumerate(self.atoms.find(atoms).tolist()):
-                    if root not in frozen:
-                        places.setdefault(root, {}).setdefault((name, dim), []).append(position)
-        by_signature: dict[frozenset[tuple[tuple[str, int], int]], list[dict[tuple[str, int], list[int]]]] = {}
-        for units in places.values():
-            by_signature.setdefault(frozenset((axis, len(p)) for axis, p in units.items()), []).append(units)
-        groups = [self._group(units) for units in by_signature.values()]
+        axes = [(name, dim) for name, dims in self.labels.items() for dim in range(len(dims))]
+        lengths = [len(self.labels[name][dim]) for name, dim in axes]
+        if not axes:
+            return []
+        root = self.atoms.find(np.concatenate([self.labels[name][dim] for name, dim in axes]))
+        axis = np.repeat(np.arange(len(axes)), lengths)
+        position = np.concatenate([np.arange(n) for n in lengths])
+        free = ~self.atoms.frozen()[root]
+        # The places of every unit, one after another: sorted by unit, axis and position.
+        order = np.lexsort((position[free], axis[free], root[free]))
+        root, axis, position = root[free][order], axis[free][order], position[free][order]
+        starts = np.flatnonzero(np.diff(root, prepend=-1))
+        by_signature: dict[bytes, list[IndexArray]] = {}
+        signatures: dict[bytes, IndexArray] = {}
+        for unit_axes, unit_positions in zip(np.split(axis, starts[1:]), np.split(position, starts[1:]), strict=True):
+            key = unit_axes.tobytes()
+            signatures[key] = unit_axes
+            by_signature.setdefault(key, []).append(unit_positions)
+        groups = [
+            self._group([axes[a] for a in signatures[key].tolist()], np.stack(units))
+            for key, units in by_signature.items()
+            if len(signatures[key])
+        ]
         # An axis of length 1 that no layer produces (a class token's first) is no unit.
         groups = [group for group in groups if group.width > 1 or group.producers]
         groups.sort(key=lambda g: (self._rank(g), g.members[0].index[0].tolist()))
@@ -192,14 +228,15 @@ class _Analysis:
             renamed.append(Group(group.name + suffix, group.width, group.members))
         return renamed
 
-    def _group(self, units: list[dict[tuple[str, int], list[int]]]) -> Group:
+    def _group(self, places: list[tuple[str, int]], units: IndexArray) -> Group:
+        """A group of units with the axes ``places`` (repeated where a unit repeats) and these positions on them."""
+        columns: dict[tuple[str, int], list[int]] = {}
+        for column, place in enumerate(places):
+            columns.setdefault(place, []).append(column)
         order = self.tracer.order
-        axes = sorted(units[0], key=lambda axis: (self._role(axis) != "out", order.get(axis[0], len(order)), axis))
-        units = sorted(units, key=lambda unit: unit[axes[0]])
-        members = tuple(
-            Member(name, dim, self._role((name, dim)), np.array([unit[name, dim] for unit in units], dtype=np.int64))
-            for name, dim in axes
-        )
+        axes = sorted(columns, key=lambda axis: (self._role(axis) != "out", order.get(axis[0], len(order)), axis))
+        units = units[np.argsort(units[:, columns[axes[0]][0]])]
+        members = tuple(Member(name, dim, self._role((name, dim)), units[:, columns[name, dim]]) for name, dim in axes)
         return Group(members[0].layer, len(units), members)
 
     def _role(self, axis: tuple[str, int]) -> Role:
@@ -233,73 +270,68 @@ class _Analysis:
     # -- trial ------------------------------------------------------------------------------------------------------
 
     def _try(self, groups: list[Group]) -> list[Group]:
-        """Cut the fake copy, run it again, and freeze the groups that make it fail."""
+        """Cut the copy, run it again, and freeze the groups that make it fail."""
         groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
         # An axis of length 1 broadcasts and shows no pattern: groups of two units are only seen to run with one.
         return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
-        shapes = {name: tuple(t.shape) for name, t in self.fake.named.items()}
+        failed: set[str] = set()
         while candidates:
-            bare = Structure(tuple(candidates), (), CostModel((), (), shapes))
-            failing = self._failing(bare, [g.name for g in candidates], follow)
+            failing = self._failing(candidates, follow)
             if not failing:
                 break
-            for group in candidates:
-                if group.name in failing:
-                    for m in group.members:
-                        self.atoms.freeze(self.labels[m.tensor][m.dim][m.index.ravel()], failing[group.name])
-            candidates = [g for g in candidates if g.name not in failing]
-        stuck = self.atoms.class_reasons()
-        first = [(g, self.labels[g.members[0].tensor][g.members[0].dim][g.members[0].index[:, 0]]) for g in groups]
-        return [g for g, atoms in first if int(self.atoms.find(atoms)[0]) not in stuck]
+            for group, reason in failing:
+                for m in group.members:
+                    self.atoms.freeze(self.labels[m.tensor][m.dim][m.index.ravel()], reason)
+            failed |= {group.name for group, _ in failing}
+            candidates = [g for g in candidates if g.name not in failed]
+        return [g for g in groups if g.name not in failed]
 
-    def _failing(self, structure: Structure, names: list[str], follow: bool) -> dict[str, str]:
-        """The smallest sets of groups whose cut fails, found by halving: ``{group: reason}``."""
-        reason = self._attempt(structure, names, follow)
-        if reason is None:
-            return {}
-        if len(names) == 1:
-            return {names[0]: f"a trial cut failed: {reason}"}
-        half = len(names) // 2
-        failing = self._failing(structure, names[:half], follow)
-        failing |= self._failing(structure, names[half:], follow)
+    def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
+        """Groups whose cut fails, each with the reason: those at the operator that fails, or else found by halving."""
+        failure = self._attempt(groups, follow)
+        if failure is None:
+            return []
+        if len(groups) == 1:
+            return [(groups[0], f"a trial cut failed: {failure.reason}")]
+        suspects = [group for group in groups if failure.involves(self._atoms_of(group))]
+        if 0 < len(suspects) < len(groups):
+            found = self._failing(suspects, follow)
+            if found:
+                return found
+        half = len(groups) // 2
+        found = self._failing(groups[:half], follow) + self._failing(groups[half:], follow)
         # Halves that work alone but not together: the later one gives way.
-        return failing or dict.fromkeys(names[half:], f"a trial cut failed together with others: {reason}")
+        return found or [(g, f"a trial cut failed together with others: {failure.reason}") for g in groups[half:]]
 
-    def _attempt(self, structure: Structure, names: list[str], follow: bool) -> str | None:
+    def _atoms_of(self, group: Group) -> IndexArray:
+        first = group.members[0]
+        return self.atoms.find(self.labels[first.tensor][first.dim][first.index[:, 0]])
+
+    def _attempt(self, groups: list[Group], follow: bool) -> _Failure | None:
         """Cut half of the units of these groups and run; None if nothing is coupled that was not before."""
         draw = np.random.default_rng(0)
         kept = {}
-        for name in names:
-            width = structure.group(name).width
-            lost = draw.permutation(width)[: max((width - 1) // 2, 1)]
-            kept[name] = tuple(np.setdiff1d(np.arange(width), lost).tolist())
-        return self._mismatch(structure.axes(kept), follow)
-
-    def _mismatch(self, axes: Mapping[str, Mapping[int, IndexArray]], follow: bool) -> str | None:
-        """Why the copy cut along ``axes`` is not the masked original (or does not run); None if it is."""
+        for group in groups:
+            lost = draw.permutation(group.width)[: max((group.width - 1) // 2, 1)]
+            kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
+        axes = Structure(tuple(groups), (), CostModel((), (), self.shapes)).axes(kept)
         labels = {
             name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
             for name, dims in self.labels.items()
         }
-        trial = self.atoms.sealed_copy()
-        trial.sealed = follow
-        tracer = Tracer(trial, RULES, unknown)
-        calls = [*self.subject.calls, *self.subject.optional]
-        for number, call in enumerate(calls):
-            if call not in self.traced:
-                continue
-            copy = self.real if number in self.needs_real else self.fake
-            assert copy is not None
+        tracer = Tracer(self.atoms.sealed_copy(sealed=follow), RULES, unknown)
+        for call, kind in self.traced:
+            copy = self._copy(kind)
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
-                if call.method == "forward":
-                    for tensor in output_tensors(out):
-                        tracer.freeze(tracer.value(tensor).axes, "an output of the network")
+                self._freeze_output(tracer, call, out)
             except Exception as error:
-                return f"{type(error).__name__}: {_first_line(error)}"
+                involved = [a for value in tracer.latest for a in value.axes if isinstance(a, np.ndarray)]
+                atoms = np.concatenate([*involved, np.empty(0, dtype=np.int64)])
+                return _Failure(f"{type(error).__name__}: {_first_line(error)}", self.atoms.find_known(atoms))
             finally:
                 tracer.forget()
         return None
@@ -307,24 +339,21 @@ class _Analysis:
     # -- cost -------------------------------------------------------------------------------------------------------
 
     def _cost(self, groups: Sequence[Group]) -> CostModel:
-        by_root: dict[int, str] = {}
-        for group in groups:
-            m = group.members[0]
-            for root in self.atoms.find(self.labels[m.tensor][m.dim][m.index[:, 0]]).tolist():
-                by_root[root] = group.name
-        widths = {group.name: group.width for group in groups}
+        owner = np.full(len(self.atoms.parent), -1)
+        for number, group in enumerate(groups):
+            owner[self._atoms_of(group)] = number
 
         def axis(atoms: IndexArray) -> Axis:
-            counts: dict[str, int] = {}
-            for root in self.atoms.find(atoms).tolist():
-                if root in by_root:
-                    counts[by_root[root]] = counts.get(by_root[root], 0) + 1
-            repeat = tuple((name, n // widths[name]) for name, n in counts.items())
-            return Axis(len(atoms) - sum(counts.values()), repeat)
+            owners = owner[self.atoms.find(atoms)]
+            numbers, counts = np.unique(owners[owners >= 0], return_counts=True)
+            repeat = [
+                (groups[i].name, n // groups[i].width) for i, n in zip(numbers.tolist(), counts.tolist(), strict=True)
+            ]
+            return Axis(len(atoms) - int(counts.sum()), tuple(repeat))
 
         parameters = tuple(
             Term(1.0, tuple(axis(atoms) for atoms in self.labels[name]), name.rpartition(".")[0])
-            for name, tensor in self.fake.named.items()
+            for name, tensor in self.first.named.items()
             if isinstance(tensor, nn.Parameter)
         )
         batch = _batch_size(self.subject.calls[0])
@@ -332,8 +361,7 @@ class _Analysis:
             Term(record.factor / batch, tuple(axis(atoms) for atoms in record.axes), record.layer)
             for record in self.tracer.macs
         )
-        shapes = {name: tuple(t.shape) for name, t in self.fake.named.items()}
-        return CostModel(parameters, macs, shapes)
+        return CostModel(parameters, macs, self.shapes)
 
 
 def _batch_size(call: Call) -> int:

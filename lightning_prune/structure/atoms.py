@@ -75,16 +75,24 @@ class Atoms:
         if fresh.size:
             self.reason[fresh] = self._reason(reason)
 
-    def sealed_copy(self) -> Atoms:
-        """The same classes, to check a second trace against: nothing new may be united or frozen."""
+    def frozen(self) -> npt.NDArray[np.bool_]:
+        """For every atom, if it represents its class: whether the class must stay."""
+        held = np.flatnonzero(self.reason >= 0)
+        frozen = np.zeros(len(self.parent), dtype=np.bool_)
+        frozen[self.find(held)] = True
+        return frozen
+
+    def find_known(self, atoms: IndexArray) -> IndexArray:
+        """Representatives of those of these atoms that exist here (and not only in a copy)."""
+        return self.find(atoms[atoms < self._count])
+
+    def sealed_copy(self, *, sealed: bool = True) -> Atoms:
+        """The same classes, to check a second trace against: once sealed, nothing new may be united or frozen."""
         other = Atoms()
         other.parent, other.reason, other.reasons = self.parent.copy(), self.reason.copy(), list(self.reasons)
         other._count = self._count
-        everything = np.arange(self._count)
-        roots = other.find(everything)
-        other._frozen_roots = np.zeros(self._count, dtype=np.bool_)
-        other._frozen_roots[roots[self.reason[everything] >= 0]] = True
-        other.sealed = True
+        other._frozen_roots = other.frozen()[: self._count]
+        other.sealed = sealed
         return other
 
     def is_frozen(self, atoms: IndexArray) -> npt.NDArray[np.bool_]:
