@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 from lightning_prune.scoring import criteria
 from lightning_prune.scoring.criterion import Criterion
@@ -13,15 +14,13 @@ __all__ = ["criteria_table"]
 
 
 def criteria_table() -> str:
-    """A Markdown table of all criteria: name, meaning with its source, and what it looks at."""
+    """A Markdown table of all criteria: name, meaning with its source, what it needs besides the weights."""
     nothing = Structure((), (), CostModel((), (), {}))
-    rows = ["| Criterion | Meaning | Looks at |", "|---|---|---|"]
+    rows = ["| Criterion | Meaning | Observes |", "|---|---|---|"]
     for name in sorted(criteria.__all__, key=str.lower):
         criterion: Criterion = getattr(criteria, name)()
         statistic = criterion.statistic(nothing)
         meaning = (inspect.getdoc(criterion) or "").partition("\n\n")[0].replace("\n", " ")
-        meaning = (
-            meaning.replace("|", "\\|").replace(":math:`", "$").replace("`", "$") if ":math:" in meaning else meaning
-        )
-        rows.append(f"| `{name}` | {meaning} | {'weights' if statistic is None else statistic.evidence} |")
+        meaning = re.sub(r":math:`([^`]*)`", r"$\1$", meaning).replace("|", r"\vert{}")  # a bar would end the cell
+        rows.append(f"| `{name}` | {meaning} | {'–' if statistic is None else statistic.evidence} |")
     return "\n".join(rows) + "\n"

@@ -22,6 +22,23 @@ class Residual(nn.Module):
         return torch.cat([self.left(x), self.right(x)], 1)
 
 
+class Block(nn.Module):
+    """Norms on both sides of a residual sum, a depthwise layer, and activations in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.deep, self.deep_norm = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4)
+        self.point, self.point_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu_()
+        y = self.deep_norm(self.deep(x)).relu_()
+        x = (x + self.point_norm(self.point(y))).relu_().mean((2, 3))
+        return self.head(self.hidden(x).relu_())
+
+
 class Shared(nn.Module):
     """One layer called twice; called by keyword."""
 
@@ -82,6 +99,7 @@ NETWORKS = {
         (6,),
     ),
     "residual": (Residual, (6,)),
+    "block": (Block, (3, 6, 6)),
     "shared": (Shared, (6,)),
     "concatenated": (Concatenated, (3, 6, 6)),
     "dropout": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)), (6,)),

@@ -217,10 +217,9 @@ def apoz(criterion, evidence):
 def hrank(criterion, evidence):
     few = copy.copy(evidence)
     few.batches = [({n: [x[: criterion.samples] for x in c] for n, c in calls.items()}, g) for calls, g in few.batches]
-    flattened = len(evidence.inputs[0].shape) == 4  # then a vector that enters a layer is a map of 2 × 3
     return few.over_consumers(
         lambda a: np.linalg.matrix_rank(
-            a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2, 3) if flattened else a[:, None]
+            a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2 if len(a) == 6 else len(a), -1)
         )
     )
 

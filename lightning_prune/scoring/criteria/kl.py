@@ -22,7 +22,7 @@ __all__ = ["KL", "MaskedDivergence"]
 class MaskedDivergence(ConsumerStatistic):
     """Divergence of the outputs from those of the network in which a unit is 0, for one unit after the other."""
 
-    evidence = "outputs, in passes of its own"
+    evidence = "outputs, in one more pass per unit"
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure)
@@ -76,7 +76,7 @@ def _log_probabilities(result: Any) -> list[Tensor]:
 @final
 @dataclass(frozen=True)
 class KL(ObservingCriterion):
-    r"""Divergence :math:`\mathrm{KL}(p \,\|\, p_{-k})` of the outputs when the unit is masked (CURL: Luo and Wu, 2020).
+    r"""Divergence of the outputs when a unit is masked, :math:`\mathrm{KL}(p \Vert p_{-k})` (CURL: Luo and Wu, 2020).
 
     The unit is set to 0 where it enters the next layers; outputs are classes on dimension 1, and the divergences are
     summed over positions and averaged over the batch at hand when a cut is due. Costs one forward pass for every unit.

@@ -22,7 +22,7 @@ __all__ = ["NISP", "PropagatedImportance"]
 class PropagatedImportance(ConsumerStatistic):
     """Gradients of the positive response where units enter the next layers, summed."""
 
-    evidence = "weights, in a pass of its own"
+    evidence = "one more pass"
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure)

@@ -21,7 +21,7 @@ __all__ = ["SynFlow", "SynapticFlow"]
 class SynapticFlow(MemberStatistic):
     """Products of absolute weights and gradients of the positive response."""
 
-    evidence = "weights, in a pass of its own"
+    evidence = "one more pass"
 
     def examine(self, model: nn.Module, call: Call) -> None:
         """One forward and backward pass on ones."""

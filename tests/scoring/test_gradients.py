@@ -1,0 +1,133 @@
+"""Numbers from the backward pass: which gradients count, and what becomes of scales, accumulation and bad numbers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_prune.scoring import Fisher, Taylor
+from lightning_prune.structure import Subject, trace
+from tests.scoring.networks import batches, network, structure_of, train
+
+both = pytest.mark.parametrize("criterion", [Taylor(), Fisher()], ids=repr)
+
+
+def observed(criterion, name="mlp", model=None, sizes=(3, 2)):
+    statistic = criterion.statistic(structure_of(name))
+    train(network(name) if model is None else model, batches(name, sizes), statistic)
+    return statistic
+
+
+def assert_same_values(one, two):
+    for group in one.structure.widths:
+        torch.testing.assert_close(one.value(group), two.value(group), rtol=1e-9, atol=0)
+
+
+@both
+def test_accumulated_gradients_count_once(criterion):
+    model = network("cnn")
+    train(model, batches("cnn", (4,)))  # leaves its gradients behind
+    assert_same_values(observed(criterion, "cnn", model), observed(criterion, "cnn"))
+
+
+@both
+def test_a_scale_on_the_loss_does_not_matter(criterion):
+    plain, scaled, model = observed(criterion, sizes=(3, 2)), criterion.statistic(structure_of("mlp")), network("mlp")
+    for x, scale in zip(batches("mlp", (3, 2)), (1024.0, 32.0), strict=True):
+        handles = scaled.attach(model, scale)
+        (model(x).square().sum() * scale).backward()
+        for handle in handles:
+            handle.remove()
+    assert_same_values(scaled, plain)
+
+
+@both
+def test_an_optimizer_step_within_the_batch_changes_nothing(criterion):
+    """Callbacks remove the hooks only after the step."""
+    model, statistic = network("mlp"), criterion.statistic(structure_of("mlp"))
+    x = batches("mlp", (3,))[0]
+    handles = statistic.attach(model)
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 1.0).step()
+    for handle in handles:
+        handle.remove()
+    assert_same_values(statistic, observed(criterion, sizes=(3,)))
+
+
+@both
+def test_gradient_checkpointing_counts_once(criterion):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Checkpointed(*copy.deepcopy(network("cnn")))
+    assert_same_values(observed(criterion, "cnn", model), observed(criterion, "cnn"))
+
+
+@both
+def test_bad_gradients_are_left_out(criterion):
+    model, statistic = network("mlp"), criterion.statistic(structure_of("mlp"))
+    good, bad = batches("mlp", (3, 3))
+    for x, scale in ((good, 1.0), (bad, math.inf)):
+        handles = statistic.attach(model)
+        (model(x).square().sum() * scale).backward()
+        for handle in handles:
+            handle.remove()
+    with pytest.warns(RuntimeWarning, match="NaN or infinite .*gradients"):
+        statistic.value("0")
+    with pytest.warns(RuntimeWarning, match="NaN or infinite .*gradients"):
+        statistic.value("2")
+    assert_same_values(statistic, observed(criterion, sizes=(3,)))
+
+
+def test_parameters_that_are_frozen_add_nothing():
+    model = network("mlp")
+    model[0].requires_grad_(False)
+    statistic, everything = observed(Taylor(), model=model), observed(Taylor())
+    alone = everything.structure.group("0").members.index(
+        next(m for m in everything.structure.group("0").members if m.role == "in")
+    )
+    expected = everything.per_pass("score", "0")[alone]
+    torch.testing.assert_close(statistic.value("0"), expected)
+    model.requires_grad_(False)
+    assert statistic.unhookable(model) == {
+        "0": "none of 0.weight, 2.weight, 0.bias is trained",
+        "2": "none of 2.weight, 4.weight, 2.bias is trained",
+    }
+
+
+def test_says_which_groups_had_no_gradient():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.aside, self.end = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            return self.last(self.first(x).relu()) + self.end(self.aside(x).relu()).detach()
+
+    model = Unused()
+    statistic = Taylor().statistic(trace(Subject.of(model, torch.zeros(2, 4))))
+    train(model, [torch.randn(3, 4)], statistic)
+    silent = statistic.unobservable(model)
+    assert list(silent) == ["aside"]
+    assert silent["aside"].endswith("had a gradient in none of the 1 observed batches")
+
+
+def test_follows_a_cut():
+    statistic = observed(Taylor())
+    before, kept = statistic.value("0"), [0, 2, 3]
+    statistic.take({"0": kept}, structure_of("mlp").take({"0": kept}))
+    torch.testing.assert_close(statistic.value("0"), before[kept], rtol=0, atol=0)
+
+
+def test_an_exception_in_a_batch_leaves_no_half_of_it():
+    """A batch whose hooks go before its backward pass has shown nothing."""
+    model, statistic = network("mlp"), Fisher().statistic(structure_of("mlp"))
+    handles = statistic.attach(model)
+    model(batches("mlp")[0])
+    for handle in handles:
+        handle.remove()
+    assert statistic.passes("0") == 0

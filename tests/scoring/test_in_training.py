@@ -1,0 +1,74 @@
+"""Every criterion in a run of Lightning: observed, examined, cut, and the run goes on."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import OneShot, StructuredPruning
+from lightning_prune.callbacks.showing import Showing
+from lightning_prune.scoring import criteria
+from lightning_prune.scoring.criteria.kl import MaskedDivergence
+
+
+class Net(LightningModule):
+    def __init__(self, example=None):
+        super().__init__()
+        self.example_input_array = example
+        self.net = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(4 * 16, 8), nn.ReLU(), nn.Linear(8, 3)),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Latencies and pictures take longer than the training."""
+    monkeypatch.setattr(Showing, "measure", lambda self, module, call, size: size)
+    monkeypatch.setattr(Showing, "finish", lambda self: None)
+
+
+def fit(callback, tmp_path, model, **settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*is less than one unit of any layer")
+        trainer = Trainer(
+            **{"max_epochs": 4, "accelerator": "cpu", "logger": False, "callbacks": [callback]},
+            **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+            **{"default_root_dir": tmp_path, "log_every_n_steps": 1, **settings},
+        )
+        data = TensorDataset(torch.rand(24, 1, 8, 8), torch.randint(3, (24,)))
+        trainer.fit(model, DataLoader(data, 8))
+
+
+@pytest.mark.parametrize("kind", criteria.__all__)
+def test_cuts_a_network_in_training(kind, tmp_path):
+    model, callback = Net(), StructuredPruning(0.5, criterion=getattr(criteria, kind)())
+    fit(callback, tmp_path, model, accumulate_grad_batches=2)
+    assert callback.structure.widths == {"net.0": 3, "net.3": 2, "net.6": 4}
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch):
+    seen, examine = [], MaskedDivergence.examine
+    monkeypatch.setattr(
+        MaskedDivergence,
+        "examine",
+        lambda self, model, call: (seen.append(call.args[0].shape), examine(self, model, call)),
+    )
+    model = Net(torch.zeros(1, 1, 8, 8))
+    fit(StructuredPruning(0.5, criterion=criteria.KL(), schedule=OneShot()), tmp_path, model)
+    assert seen == [(8, 1, 8, 8)]
