@@ -1,0 +1,60 @@
+"""What every benchmark says about itself: where and with what it ran, and how sure a mean is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lightning_prune.reporting import versions
+
+__all__ = ["EVIDENCE", "command", "interval", "machine", "signed"]
+
+#: Where every benchmark leaves its output.
+EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
+
+
+def command(module: str) -> str:
+    """The command that was run, without the place of the data."""
+    arguments = list(sys.argv[1:])
+    while "--root" in arguments:
+        at = arguments.index("--root")
+        del arguments[at : at + 2]
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t) of independent values, at least two."""
+    return fmean(values), _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / len(values) ** 0.5
+
+
+def signed(values: Sequence[float], digits: int = 2) -> str:
+    """A mean difference with its 95 % interval, as text."""
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

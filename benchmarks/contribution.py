@@ -1,0 +1,404 @@
+"""Contribution pruning on MNIST or Fashion-MNIST beside its controls: ``python -m benchmarks.contribution``.
+
+The contribution paper's MLP 784-50-30-10 loses 68 % of its hidden neurons in training, once per criterion and seed, and
+the same network is cut once, without any training after it, at nine shares. Controls: the dense network, and one of the
+final widths (16-10) that trains equally long from scratch. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+
+from benchmarks.common import EVIDENCE, command, interval, machine, signed
+from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
+from lightning_prune.data import ImageData, ImageTensors
+from lightning_prune.extras import require
+from lightning_prune.models import MLPClassifier
+from lightning_prune.planning import Original, Scope, Target, make_plan
+from lightning_prune.scoring import Criterion, Statistic, score_groups
+from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.surgery import cut
+
+Point = dict[str, float]  # accuracies in % of one moment, and the parameters left
+
+SIZES, RATIO = (784, 50, 30, 10), 0.68
+WARM_UP, EVERY, RATE = 4, 2, 0.1
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+NARROW, DENSE = "16-10 from scratch", "unpruned"
+
+LOOKS = {  # colours that colour-blind readers can tell apart
+    "contribution": ("#0072B2", "-"),
+    "contribution, C_max": ("#56B4E9", "-"),
+    "contribution, signed": ("#CC79A7", "-"),
+    "L1": ("#D55E00", "-"),
+    "random": ("#999999", "-"),
+    NARROW: ("#009E73", "--"),
+    DENSE: ("#000000", ":"),
+}
+
+
+def criteria(seed: int) -> dict[str, Criterion]:
+    """The criteria that are compared; the first is the callback's default."""
+    return {
+        "contribution": Contribution(),
+        "contribution, C_max": Contribution(lambda_avg=0, lambda_max=1),
+        "contribution, signed": Contribution(ratio="signed"),
+        "L1": L1(),
+        "random": Random(seed),
+    }
+
+
+class Held(ImageData):
+    """A set that is in memory already, split by the seed."""
+
+    def __init__(self, sets: tuple[ImageTensors, ImageTensors], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size=batch_size, val_share=1 / 6, seed=seed)
+        self.sets = sets
+        self.setup("fit")
+
+    def load(self) -> tuple[ImageTensors, ImageTensors]:
+        """Training and test images."""
+        return self.sets
+
+    def parts(self) -> dict[str, ImageTensors]:
+        """Training, validation and test images."""
+        return dict(self._splits)
+
+
+class Curve(Callback):
+    """Accuracy in eval mode after every epoch, and right after every cut, before the next training step."""
+
+    def __init__(self, parts: Mapping[str, ImageTensors]) -> None:
+        self.parts = parts
+        self.points: list[Point] = []
+        self.cuts: list[Point] = []
+        self._params = 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # cuts fall between epochs, and the pruning callback comes first
+            params = sum(p.numel() for p in module.parameters())
+            if params < self._params:
+                self.cuts.append(self._measure(module, trainer.current_epoch))
+            self._params = params
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.points.append(self._measure(module, trainer.current_epoch + 1))
+
+    def _measure(self, module: LightningModule, epochs: int) -> Point:
+        numbers = {part: accuracy(module, images) for part, images in self.parts.items()}
+        return {"epochs": epochs, "params": sum(p.numel() for p in module.parameters()), **numbers}
+
+
+class Observer(Callback):
+    """Lets statistics see every tenth batch, as the pruning callback does, from a given epoch on."""
+
+    def __init__(self, statistics: Mapping[str, tuple[Statistic, int]]) -> None:
+        self.statistics = statistics
+        self._handles: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % 10 == 0:
+            for statistic, first in self.statistics.values():
+                if trainer.current_epoch >= first:
+                    self._handles += statistic.attach(module)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+@torch.no_grad()
+def accuracy(module: LightningModule, images: ImageTensors) -> float:
+    """Share of images classified right, in %."""
+    was_training = module.training
+    module.eval()
+    right = int((torch.cat([module(x).argmax(1) for x in torch.split(images.images, 10000)]) == images.labels).sum())
+    module.train(was_training)
+    return round(100 * right / len(images), 3)
+
+
+def train(
+    sizes: Sequence[int], held: Held, epochs: int, seed: int, callbacks: Sequence[Callback]
+) -> tuple[LightningModule, Curve]:
+    """One run; the same seed gives the same initial weights, split and order of batches."""
+    seed_everything(seed, verbose=False)
+    module = MLPClassifier(sizes)
+    curve = Curve(held.parts())
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[*callbacks, curve],
+        )
+        trainer.fit(module, train_dataloaders=held.train_dataloader())
+    return module, curve
+
+
+def one_seed(name: str, root: str | None, epochs: int, batch_size: int, seed: int) -> dict[str, Any]:
+    """Everything of one seed: a run per criterion, the two controls, the cuts without training."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    held = Held(getattr(data, name)(root=root).load(), batch_size, seed)
+    runs = {}
+    began = time.perf_counter()
+    for label, criterion in criteria(seed).items():
+        schedule = Geometric(rate=RATE, start=WARM_UP, every=EVERY)
+        pruning = StructuredPruning(pruning_ratio=RATIO, criterion=criterion, schedule=schedule)
+        module, curve = train(SIZES, held, epochs, seed, [pruning])
+        if [p.shape[0] for p in module.parameters()][::2] != [16, 10, 10]:
+            raise RuntimeError(f"expected the final widths 16-10, got {module}")
+        runs[label] = {"epochs": curve.points, "cuts": curve.cuts}
+    runs[NARROW] = {"epochs": train((784, 16, 10, 10), held, epochs, seed, [])[1].points}
+    curve, one_shot = observed_and_cut(held, epochs, seed)
+    runs[DENSE] = {"epochs": curve.points}
+    return {"seed": seed, "runs": runs, "one_shot": one_shot, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def observed_and_cut(held: Held, epochs: int, seed: int) -> tuple[Curve, dict[str, list[float]]]:
+    """The dense network's curve, and its test accuracy after one cut at each share, nothing trained after it."""
+    structure = trace(Subject.of(MLPClassifier(SIZES), torch.zeros(2, 784)))
+    chosen = criteria(seed) | {"contribution, last epoch only": Contribution()}
+    first = {"contribution, last epoch only": epochs - 1}
+    statistics = {
+        label: (statistic, first.get(label, 0))
+        for label, criterion in chosen.items()
+        if (statistic := criterion.statistic(structure)) is not None
+    }
+    module, curve = train(SIZES, held, epochs, seed, [Observer(statistics)])
+    one_shot = {}
+    for label, criterion in chosen.items():
+        scores = score(criterion, structure, module, statistics.get(label, (None, 0))[0])
+        one_shot[label] = [cut_accuracy(module, structure, scores, share, held) for share in SHARES]
+    return curve, one_shot
+
+
+def score(
+    criterion: Criterion, structure: Structure, module: LightningModule, statistic: Statistic | None
+) -> Mapping[str, Tensor]:
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return score_groups(criterion, structure.groups, tensors, statistic)
+
+
+def cut_accuracy(
+    module: LightningModule, structure: Structure, scores: Mapping[str, Tensor], share: float, held: Held
+) -> float:
+    """Test accuracy right after a cut, which is then undone."""
+    plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Original.of(structure))
+    with cut(module, structure.axes(plan.kept)):
+        return accuracy(module, held.parts()["test"])
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def final(results: Sequence[Mapping[str, Any]], label: str, part: str) -> list[float]:
+    """Accuracy after the last epoch, per seed."""
+    return [r["runs"][label]["epochs"][-1][part] for r in results]
+
+
+def best(results: Sequence[Mapping[str, Any]], label: str) -> list[float]:
+    """Best test accuracy of an epoch at the final size, per seed: an upper bound that saw the test images."""
+    runs = [r["runs"][label]["epochs"] for r in results]
+    return [max(p["test"] for p in points if p["params"] == points[-1]["params"]) for points in runs]
+
+
+def area(results: Sequence[Mapping[str, Any]], label: str) -> list[float]:
+    """Mean test accuracy over the shares removed, 0 to 90 % by the trapezoidal rule, per seed."""
+    areas = []
+    for r in results:
+        heights = [r["runs"][DENSE]["epochs"][-1]["test"], *r["one_shot"][label]]
+        areas.append((sum(heights) - (heights[0] + heights[-1]) / 2) / (len(heights) - 1))
+    return areas
+
+
+def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def tables(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown tables of the comparison."""
+
+    def of(values: Sequence[float]) -> str:
+        mean, half = interval(values)
+        return f"{mean:.2f} ± {half:.2f}"
+
+    yield "| network | training | validation | test, last epoch | best test epoch | test − 16-10 | test − random |"
+    yield "|---|---|---|---|---|---|---|"
+    for label in results[0]["runs"]:
+        test = final(results, label, "test")
+        against = [
+            "" if label == other else signed(minus(test, final(results, other, "test"))) for other in (NARROW, "random")
+        ]
+        columns = [of(final(results, label, "train")), of(final(results, label, "val")), of(test)]
+        yield f"| {label} | {' | '.join(columns)} | {of(best(results, label))} | {' | '.join(against)} |"
+    yield ""
+    yield "| one cut, nothing trained after it | 10 % | 30 % | 50 % | 70 % | 90 % | area | area − random | area − L1 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for label in results[0]["one_shot"]:
+        at = [fmean(r["one_shot"][label][SHARES.index(share)] for r in results) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+        mine = area(results, label)
+        against = ["" if label == other else signed(minus(mine, area(results, other)), 1) for other in ("random", "L1")]
+        mean, half = interval(mine)
+        yield f"| {label} | {' | '.join(f'{a:.1f}' for a in at)} | {mean:.1f} ± {half:.1f} | {' | '.join(against)} |"
+    yield ""
+    yield "| during training | test lost by a cut, mean of all | lost by the worst cut | left after recovery, mean |"
+    yield "|---|---|---|---|"
+    for label in [label for label, run in results[0]["runs"].items() if "cuts" in run]:
+        lost = [losses(r["runs"][label]) for r in results]
+        yield (
+            f"| {label} | {of([fmean(drop for drop, _ in s) for s in lost])} | "
+            f"{of([max(drop for drop, _ in s) for s in lost])} | {of([fmean(left for _, left in s) for s in lost])} |"
+        )
+
+
+def losses(run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Points lost by each cut, and those still missing when the next cut is due (or at the end)."""
+    points = {int(p["epochs"]): p["test"] for p in run["epochs"]}
+    cuts = [(int(p["epochs"]), p["test"]) for p in run["cuts"]]
+    ends = [at for at, _ in cuts[1:]] + [max(points)]
+    return [(points[at] - test, points[at] - points[end]) for (at, test), end in zip(cuts, ends, strict=True)]
+
+
+def with_troughs(run: Mapping[str, Any], part: str) -> list[tuple[float, float]]:
+    """The curve of one run: every epoch, and a second point at the same place right after a cut."""
+    points = [(p["epochs"], kind, p[part]) for kind, name in enumerate(("epochs", "cuts")) for p in run.get(name, [])]
+    return [(epoch, height) for epoch, _, height in sorted(points)]
+
+
+def draw(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Training and test accuracy over epochs, accuracy against share removed before and after recovery."""
+    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(12, 8.4), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for axis, part in zip(axes[0], ("train", "test"), strict=True):
+        for label in results[0]["runs"]:
+            curves = [with_troughs(r["runs"][label], part) for r in results]
+            band(axis, [x for x, _ in curves[0]], [[y for _, y in curve] for curve in curves], label)
+        name = {"train": "training"}.get(part, part)
+        floor = min(fmean(p[part] for p in points) for points in _after_cuts(results))
+        axis.set(xlabel="epochs trained", ylabel=f"{name} accuracy (%)", xlim=(1, None), ylim=(max(floor - 4, 0), 100))
+    axes[0, 0].legend(fontsize="small", loc="lower right")
+    axes[0, 0].set_title("every cut is a trough: points right after it, before the next step", fontsize="small")
+    for label in results[0]["one_shot"]:
+        heights = [[r["runs"][DENSE]["epochs"][-1]["test"], *r["one_shot"][label]] for r in results]
+        band(axes[1, 0], [0, *(100 * share for share in SHARES)], heights, label)
+    axes[1, 0].set(xlabel="hidden neurons removed at once (%)", ylabel="test accuracy (%)", ylim=(0, 100))
+    axes[1, 0].set_title("trained network, one cut, nothing trained after it", fontsize="small")
+    axes[1, 0].legend(fontsize="small", loc="lower left")
+    for label in [label for label, run in results[0]["runs"].items() if "cuts" in run]:
+        _before_and_after(axes[1, 1], results, label)
+    axes[1, 1].set(xlabel="hidden neurons removed so far (%)", ylabel="test accuracy (%)", ylim=axes[0, 1].get_ylim())
+    axes[1, 1].set_title("during training: right after the cut (dashed), and recovered (solid)", fontsize="small")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _after_cuts(results: Sequence[Mapping[str, Any]]) -> list[list[Point]]:
+    """The moments right after every cut of every criterion, over seeds."""
+    return [
+        [r["runs"][label]["cuts"][i] for r in results]
+        for label, run in results[0]["runs"].items()
+        if "cuts" in run
+        for i in range(len(run["cuts"]))
+    ]
+
+
+def _before_and_after(axis: Any, results: Sequence[Mapping[str, Any]], label: str) -> None:
+    gone, low, high = [], [], []
+    for r in results:
+        run = r["runs"][label]
+        points = {int(p["epochs"]): p["test"] for p in run["epochs"]}
+        cuts = run["cuts"]
+        ends = [int(p["epochs"]) for p in cuts[1:]] + [int(cuts[-1]["epochs"]) + EVERY]
+        gone = [100 * (1 - max((1 - RATE) ** (i + 1), 1 - RATIO)) for i in range(len(cuts))]
+        low.append([p["test"] for p in cuts])
+        high.append([points[end] for end in ends])
+    band(axis, gone, low, label, style="--")
+    band(axis, gone, high, label, style="-")
+
+
+def band(
+    axis: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, style: str | None = None
+) -> None:
+    """The mean over seeds and its 95 % interval."""
+    colour, usual = LOOKS.get(label, ("#E69F00", "-."))
+    summary = [interval(values) for values in zip(*curves, strict=True)]
+    axis.plot(x, [mean for mean, _ in summary], style or usual, color=colour, label=label, lw=1.5)
+    axis.fill_between(x, [m - h for m, h in summary], [m + h for m, h in summary], color=colour, alpha=0.18, lw=0)
+
+
+def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], folder: Path) -> None:
+    """Numbers, tables and figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"command": command("benchmarks.contribution"), "settings": settings, "machine": machine()}
+    text = json.dumps({**facts, "seeds": results}, separators=(",", ":")).replace('{"seed"', '\n{"seed"')
+    (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
+    if len(results) > 1:  # one seed has no interval
+        lines = "\n".join(tables(results))
+        (folder / "tables.md").write_text(f"{lines}\n", encoding="utf-8")
+        title = (
+            f"{settings['data']}, MLP 784-50-30-10, 68 % of hidden neurons removed ({len(results)} seeds, bands: 95 %)"
+        )
+        draw(results, title, folder / "figure.png")
+
+
+def main() -> None:
+    """Run the seeds that are not there yet, writing after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=["MNIST", "FashionMNIST"], default="MNIST")
+    parser.add_argument("--root", help="folder of the set, in torchvision's layout")
+    parser.add_argument("--seeds", type=int, default=10, help="how many, from 0")
+    parser.add_argument("--epochs", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    settings = {"data": given.data, "epochs": given.epochs, "batch_size": given.batch_size}
+    folder = EVIDENCE / given.data.lower()
+    results = stored(folder, settings)
+    fixed = (given.data, given.root, given.epochs, given.batch_size)
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        missing = set(range(given.seeds)) - {result["seed"] for result in results}
+        for done in as_completed([pool.submit(one_seed, *fixed, seed) for seed in sorted(missing)]):
+            results = sorted([*results, done.result()], key=lambda result: int(result["seed"]))
+            print(f"seed {done.result()['seed']}: {done.result()['seconds']} s", flush=True)
+            write(results, settings, folder)
+    write(results, settings, folder)
+    print(json.dumps(machine()), (folder / "tables.md").read_text(encoding="utf-8"), sep="\n")
+
+
+def stored(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Seeds that were run before, with the same settings."""
+    file = folder / "results.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(found["seeds"]) if found.get("settings") == settings else []
+
+
+if __name__ == "__main__":
+    main()
