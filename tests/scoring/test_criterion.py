@@ -7,7 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.scoring import L1, Contribution, Criterion, Random, score_groups, unit_rows, unit_weights
+from lightning_prune.scoring import (
+    L1,
+    LAMP,
+    SNIP,
+    APoZ,
+    BNScale,
+    Contribution,
+    Criterion,
+    Fisher,
+    HRank,
+    Random,
+    Taylor,
+    score_groups,
+    unit_rows,
+    unit_weights,
+)
 from lightning_prune.structure import Group, Member
 from tests.scoring.networks import batches, network, structure_of, tensors_of, train
 
@@ -29,10 +44,40 @@ def test_contribution_refuses(settings, message):
         Contribution(**settings)
 
 
-def test_contribution_does_not_score_unobserved_units():
+@pytest.mark.parametrize("kind", [Taylor, SNIP, Fisher, APoZ, HRank])
+def test_observing_every_zeroth_batch_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: expected `every_n_batches` to be 1 .* got 0"):
+        kind(every_n_batches=0)
+
+
+def test_hrank_looks_at_one_sample_at_least():
+    with pytest.raises(ValueError, match="HRank: expected `samples` to be at least 1, got 0"):
+        HRank(samples=0)
+
+
+@pytest.mark.parametrize("criterion", [Contribution(), Taylor()])
+def test_does_not_score_unobserved_units(criterion):
     group = structure_of("mlp").groups[0]
-    with pytest.raises(ValueError, match="expected the statistic that"):
-        Contribution().score(group, {}, None)
+    with pytest.raises(ValueError, match=f"{type(criterion).__name__}: expected the statistic that"):
+        criterion.score(group, {}, None)
+
+
+def test_scales_of_norms_add_up_and_slopes_are_none():
+    index = np.arange(3)[:, None]
+    names = ("a.weight", "one.weight", "one.bias", "two.weight", "two.bias", "prelu.weight", "a.bias")
+    group = Group("a", 3, tuple(Member(n, 0, "out" if n == "a.weight" else "along", index) for n in names))
+    tensors = {name: torch.randn(3, 2) if name == "a.weight" else torch.randn(3) for name in names}
+    expected = tensors["one.weight"].abs() + tensors["two.weight"].abs()
+    torch.testing.assert_close(BNScale().score(group, tensors, None), expected)
+    unnormalised = Group("a", 3, tuple(m for m in group.members if m.layer in ("a", "prelu")))
+    torch.testing.assert_close(BNScale().score(unnormalised, tensors, None), tensors["a.weight"].norm(dim=1))
+
+
+def test_lamp_scores_equal_units_alike_and_the_largest_with_one():
+    group = Group("a", 4, (Member("a.weight", 0, "out", np.arange(4)[:, None]),))
+    score = LAMP().score(group, {"a.weight": torch.tensor([[1.0], [2.0], [0.0], [1.0]])}, None)
+    assert score.tolist() == pytest.approx([1 / 6, 1, 0, 1 / 6])
+    assert LAMP().score(group, {"a.weight": torch.zeros(4, 1)}, None).tolist() == [0] * 4
 
 
 def test_lambdas_weigh_terms_of_equal_size():

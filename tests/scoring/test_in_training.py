@@ -4,13 +4,15 @@ import warnings
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, StructuredPruning
 from lightning_prune.callbacks.showing import Showing
-from lightning_prune.scoring import criteria
+from lightning_prune.scoring import Criterion, GradientStatistic, criteria
 from lightning_prune.scoring.criteria.kl import MaskedDivergence
 
 
@@ -72,3 +74,22 @@ def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch)
     model = Net(torch.zeros(1, 1, 8, 8))
     fit(StructuredPruning(0.5, criterion=criteria.KL(), schedule=OneShot()), tmp_path, model)
     assert seen == [(8, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("kind", criteria.__all__)
+def test_is_chosen_by_name(kind):
+    parser = ArgumentParser()
+    parser.add_argument("--criterion", type=Criterion)
+    assert parser.instantiate_classes(parser.parse_args([f"--criterion={kind}"])).criterion == getattr(criteria, kind)()
+
+
+def test_learns_the_scale_of_the_loss_from_mixed_precision(tmp_path, monkeypatch):
+    """fp16 starts at 2¹⁶; without it gradients would be that much larger."""
+    seen, observe = [], GradientStatistic.observe
+    monkeypatch.setattr(
+        GradientStatistic, "observe", lambda self, model: (seen.append(self.loss_scale), observe(self, model))[1]
+    )
+    callback = StructuredPruning(0.5, criterion=criteria.Taylor(every_n_batches=1))
+    fit(callback, tmp_path, Net(), plugins=MixedPrecision("16-mixed", "cpu"))
+    assert seen[0] == 2**16
+    assert callback.structure.widths["net.0"] == 3
