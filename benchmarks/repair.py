@@ -1,7 +1,7 @@
 """Test accuracy right after a cut, without training, with and without repairs: ``python -m benchmarks.repair``.
 
-The contribution paper's CNN, trained here for some epochs, and with ``--weights`` a pretrained ResNet-20 lose 10, 30
-and 50 % of their units at once (of the ResNet the inner width of every block). Needs CIFAR-10 under ``--root`` or
+The contribution paper's CNN, trained here for some epochs, or with ``--weights`` a pretrained ResNet-20 loses 10, 30
+and 50 % of its units at once (the ResNet those of the inner width of every block). Needs CIFAR-10 under ``--root`` or
 ``LIGHTNING_PRUNE_DATA``. Repairs see training images only.
 """
 
@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,48 +154,43 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """Accuracy against share removed, a panel per network and criterion, a line per repair."""
-    networks = list(dict.fromkeys(row["network"] for row in rows))
+    """Accuracy against share removed, a panel per criterion, a line per repair."""
     criteria = list(dict.fromkeys(row["criterion"] for row in rows))
-    figure = require("matplotlib.figure", extra="plot").Figure(
-        figsize=(10, 3.6 * len(networks)), layout="constrained", dpi=130
-    )
-    grid = figure.subplots(len(networks), len(criteria), squeeze=False, sharex=True, sharey="row")
+    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), layout="constrained", dpi=130)
+    panels = figure.subplots(1, len(criteria), squeeze=False, sharey=True)[0]
     looks = [("#999999", "o-"), ("#56B4E9", "s--"), ("#CC79A7", "^:"), ("#E69F00", "D--"), ("#D55E00", "D-")]
-    for (i, network), (j, criterion) in product(enumerate(networks), enumerate(criteria)):
-        axes = grid[i][j]
-        mine = [row for row in rows if row["network"] == network and row["criterion"] == criterion]
+    for axes, criterion in zip(panels, criteria, strict=True):
+        mine = [row for row in rows if row["criterion"] == criterion]
         axes.axhline(mine[0]["dense"], color="black", lw=0.8, ls=(0, (4, 3)), label="dense")
         for label, (colour, style) in zip(repairs(1), looks, strict=True):
             points = [(100 * row["removed"], row["accuracy"]) for row in mine if row["repair"] == label]
             axes.plot(*zip(*points, strict=True), style, color=colour, ms=5, label=label)
-        axes.set(title=f"{network}, {criterion}", ylim=(0, 100), xticks=[100 * share for share in SHARES])
+        axes.set(title=criterion, ylim=(0, 100), xticks=[100 * share for share in SHARES])
+        axes.set_xlabel("units removed at once (%)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if i == len(networks) - 1:
-            axes.set_xlabel("units removed at once (%)")
-        if j == 0:
-            axes.set_ylabel("test accuracy, no training (%)")
-    grid[0][0].legend(fontsize="small", ncols=2, loc="lower left")
+    panels[0].set_ylabel("test accuracy, no training (%)")
+    panels[0].legend(fontsize="small", ncols=2, loc="lower left")
+    figure.suptitle(rows[0]["network"])
     return figure
 
 
 def write(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
-    """Everything under docs/evidence/repair."""
-    folder = EVIDENCE / "repair"
+    """Everything under docs/evidence/repair, named after the network."""
+    folder, name = EVIDENCE / "repair", rows[0]["network"].lower()
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command("benchmarks.repair"), **settings, "machine": machine()}
+    facts = {**settings, "machine": machine()}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    (folder / "results.json").write_text(f'{json.dumps(facts)[:-1]},\n "rows": [\n  {lines}\n ]}}\n')
-    (folder / "tables.md").write_text(f"{table(rows)}\n", encoding="utf-8")
-    draw(rows).savefig(folder / "figure.png")
+    (folder / f"{name}.json").write_text(f'{json.dumps(facts)[:-1]},\n "rows": [\n  {lines}\n ]}}\n')
+    (folder / f"{name}.md").write_text(f"{table(rows)}\n", encoding="utf-8")
+    draw(rows).savefig(folder / f"{name}.png")
 
 
 def main() -> None:
-    """Both networks, writing after each."""
+    """One network, writing after each cut."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of CIFAR-10, in torchvision's layout")
-    parser.add_argument("--weights", help="file with the weights of a ResNet-20 trained on CIFAR-10")
+    parser.add_argument("--weights", type=Path, help="weights of a ResNet-20 trained on CIFAR-10; else the CNN")
     parser.add_argument("--epochs", type=int, default=10, help="epochs that the CNN is trained for")
     parser.add_argument("--train-limit", type=int, default=50000, help="training images")
     parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
@@ -206,21 +202,28 @@ def main() -> None:
     images, test = (normalised(part, source) for part in source.load())
     images = images.take(torch.arange(min(given.train_limit, len(images))))
     test = test.take(torch.arange(min(given.test_limit, len(test))))
-    cnn = CNNClassifier()
-    train(cnn, images, given.epochs, given.seed)
-    networks: dict[str, tuple[LightningModule, str | None]] = {"CNN": (cnn, None)}
-    if given.weights:
-        resnet = ResNetCIFAR(20)
-        resnet.load_pretrained(torch.load(given.weights, map_location="cpu", weights_only=True)["state_dict"])
-        networks["ResNet-20"] = (resnet, "conv1")  # the residual stream, which layer2 and layer3 pad, stays
     settings = {name: value for name, value in vars(given).items() if name not in ("root", "weights")}
+    line = command("benchmarks.repair")
+    settings["command"] = line.replace(str(given.weights), given.weights.name) if given.weights else line
     rows: list[Row] = []
-    for name, (module, ignore) in networks.items():
-        for row in measure(name, module, images, test, ignore, given.batches):
-            rows.append(row)
-            print(row, flush=True)
-        write(rows, settings)
+    for row in network(given, images, test):
+        rows.append(row)
+        print(row, flush=True)
+        if row["repair"] == [*repairs(1)][-1]:
+            write(rows, settings)
     print(table(rows))
+
+
+def network(given: argparse.Namespace, images: ImageTensors, test: ImageTensors) -> Iterator[Row]:
+    """The rows of the network that was asked for."""
+    if given.weights is None:
+        cnn = CNNClassifier()
+        train(cnn, images, given.epochs, given.seed)
+        return measure("CNN", cnn, images, test, None, given.batches)
+    resnet = ResNetCIFAR(20)
+    resnet.load_pretrained(torch.load(given.weights, map_location="cpu", weights_only=True)["state_dict"])
+    # The residual stream stays: two of its stages are padded.
+    return measure("ResNet-20", resnet, images, test, "conv1", given.batches)
 
 
 if __name__ == "__main__":
