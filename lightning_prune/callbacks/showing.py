@@ -111,6 +111,8 @@ class Showing:
                 f"`dirpath`: expected a folder without a report or the folder of the run that is resumed, got "
                 f"'{self.dirpath}', which holds another run's report. Give another folder or remove it."
             )
+        if self.dirpath is not None and not getattr(self.trainer, "fast_dev_run", False):
+            Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # better now than when the results are there
 
     def folder(self) -> Path:
         """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report."""
@@ -137,7 +139,8 @@ class Showing:
         if not self.trainer.is_global_zero:
             return size
         try:
-            milliseconds = latency(module, call)
+            with self.trainer.precision_plugin.forward_context():
+                milliseconds = latency(module, call)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             warnings.warn(
                 f"the latency could not be measured ({type(error).__name__}: {error}): `forward` runs on the example, "

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
 from lightning_prune.callbacks.calibration import Calibration
@@ -136,16 +137,16 @@ class StructuredPruning(Callback):
         self.repairs = (repair,) if isinstance(repair, Repair) else tuple(repair or ())
         self.guard = guard
         self.ladder = ladder
-        self.report = Report()
+        self._is_fit = True
         self._forget()
 
     def _forget(self) -> None:
         """A run of its own begins: nothing is known of the network, nothing was done."""
         self.report = Report()
         self._run_id = uuid.uuid4().hex
-        self._done = -1  # index of the last cut of the schedule that was made
+        self._done: int | None = None  # index of the last cut that was made, -1 for none; None: the history knows
         self._batches = 0  # training batches since the last cut, to observe every n-th
-        self._saved_statistic: Mapping[str, torch.Tensor] | None = None
+        self._saved_statistic: Mapping[str, torch.Tensor] = {}
         self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
         self._unprepare()
 
@@ -161,6 +162,8 @@ class StructuredPruning(Callback):
         self._selected: tuple[str, ...] = ()
         self._timeline: tuple[CutPoint, ...] = ()
         self._observing: list[Any] = []
+        self._before_batch: Mapping[str, torch.Tensor] | None = None  # statistic without the batch that is running
+        self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
         self._pace = Pace()
 
     # -- what others may ask ------------------------------------------------------------------------------------------
@@ -173,7 +176,11 @@ class StructuredPruning(Callback):
     @property
     def pending(self) -> bool:
         """Whether cuts are still to come."""
-        return bool(self._timeline) and self._done < self._timeline[-1].index
+        return bool(self._timeline) and self._last_done < self._timeline[-1].index
+
+    @property
+    def _last_done(self) -> int:
+        return -1 if self._done is None else self._done
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -181,30 +188,29 @@ class StructuredPruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse_surroundings(self, trainer, pl_module)
         keep_history(pl_module)
-        if stage == "fit":
-            history = history_of(pl_module)
+        self._is_fit = stage == "fit"
+        if not self._is_fit:
+            return
+        if self._goes_on(trainer, pl_module):
+            self._saved_statistic = self._observed()
             self._unprepare()
-            if history is None:
-                self._forget()
-            elif history.edits:  # the same network goes on
-                self._done = history.edits[-1].cut
+        else:
+            self._forget()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse(trainer.optimizers)
-        history = history_of(pl_module)
-        if history is not None and history.edits:
-            self._done = max(self._done, history.edits[-1].cut)
         Showing(self.report, trainer, self.dirpath, self._run_id).claim()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_observing()  # a callback may have ended the last batch before its time
         if self._structure is None:
             self._prepare(trainer, pl_module, batch)
         if batch_idx == 0:
             self._judge(trainer, pl_module)
         waits = self._kept is not None or not self._timeline
-        point = None if waits else due(self._timeline, self._done, self._now(trainer))
+        point = None if waits else due(self._timeline, self._last_done, _now(trainer, self._timeline[0]))
         if point is not None:
             self._cut(trainer, pl_module, point)
         if self.pending and self.reset_monitors and batch_idx == 0:
@@ -212,9 +218,9 @@ class StructuredPruning(Callback):
         if point is not None or batch_idx == 0:
             self._log_params_left(pl_module)
         observe = self._statistic is not None and self.pending and self._batches % self.criterion.every_n_batches == 0
-        self._batches += 1
         self._pace.start(observed=observe)
         if observe and self._statistic is not None:
+            self._before_batch = self._observed()
             self._observing = self._statistic.attach(pl_module, _loss_scale(trainer))
 
     @override
@@ -222,16 +228,18 @@ class StructuredPruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stop_observing()
+        self._before_batch = None
+        self._batches += 1
         self._pace.stop()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.pending and self.reset_monitors:
+        if self._is_fit and self.pending and self.reset_monitors:
             hold_early_stopping(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._is_fit and not trainer.sanity_checking:
             self._collect(trainer)
 
     @override
@@ -272,42 +280,66 @@ class StructuredPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        statistic = self._saved_statistic
-        if self._statistic is not None:
-            own = self._statistic.batches.clone()
-            with merged(None if in_exception() else self._statistic):
-                statistic = {name: value.detach().clone() for name, value in self._statistic.state_dict().items()}
-            statistic["batches"] = own
+        statistic = self._observed()
+        if statistic and self._before_batch is None and not in_exception():
+            own = statistic["batches"]
+            with merged(self._statistic):
+                statistic = {**self._observed(), "batches": own}
         return {
             "format": _FORMAT,
             "run": self._run_id,
             "done": self._done,
             "batches": self._batches,
-            "statistic": dict(statistic or {}),
+            "statistic": dict(statistic),
             "kept": self._kept,
             "report": self.report.to_plain(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._is_fit:
+            return  # a checkpoint that is only looked at does not change what this run has done
         if state_dict.get("format") != _FORMAT:
             raise ValueError(
                 f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
                 "It was written by another version of lightning-prune: install that one, or resume without the state."
             )
-        self._run_id = state_dict["run"]
-        self._done = state_dict["done"]
-        self._batches = state_dict["batches"]
-        self._saved_statistic = on_first(state_dict["statistic"])
-        self._kept = state_dict.get("kept") if self.guard is not None else None
-        self.report = Report.from_plain(state_dict["report"])
+        try:
+            self._run_id = str(state_dict["run"])
+            self._done = None if state_dict["done"] is None else int(state_dict["done"])
+            self._batches = int(state_dict["batches"])
+            self._saved_statistic = on_first(dict(state_dict["statistic"]))
+            self._kept = state_dict.get("kept") if self.guard is not None else None
+            self.report = Report.from_plain(state_dict["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the {type(self).__name__} state in the checkpoint is damaged ({type(error).__name__}: {error}). "
+                "Resume from another checkpoint."
+            ) from error
+
+    def _observed(self) -> Mapping[str, torch.Tensor]:
+        """What was observed up to the last whole batch: a batch that fails is run again by who resumes."""
+        if self._before_batch is not None:
+            return self._before_batch
+        if self._statistic is None:
+            return self._saved_statistic
+        return {name: value.detach().clone() for name, value in self._statistic.state_dict().items()}
+
+    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether this fit continues the last one of this callback: same trainer and network, cut by nobody else."""
+        history = history_of(module)
+        cuts = [(edit.cut, edit.step) for edit in history.edits] if history is not None else []
+        mine = [(cut.index, cut.step) for cut in self.report.cuts]
+        return trainer.global_step > 0 and self._subject is not None and self._subject.model is module and cuts == mine
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Find the structure and check everything that can be checked, before any weight has changed."""
-        subject = subject_of(module, batch)
-        structure = trace(subject)
+        # `true` precisions have another default type, which tensors made in `forward` take.
+        with trainer.precision_plugin.module_init_context():
+            subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
+            structure = trace(subject)
         for note in structure.notes:
             warnings.warn(note, stacklevel=2)
         history = history_of(module)
@@ -326,18 +358,17 @@ class StructuredPruning(Callback):
             selected = self._observable(statistic.unobservable(module), selected)
         feasible(structure, self._resolved, self.scope, selected, original)
         self._calibration = Calibration(trainer, module, subject) if self.repairs else None
-        timeline: tuple[CutPoint, ...] = ()
-        if not _is_rehearsal(trainer):
-            timeline = self.schedule.timeline(_run_length(trainer), self._resolved.fraction(original, selected))
-            if timeline and reaches(timeline) < 1:
-                warnings.warn(
-                    f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
-                    "train longer, start earlier or cut more often to reach it.",
-                    stacklevel=2,
-                )
+        if self._done is None:
+            # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
+            made = history.edits if history is not None and trainer.global_step > 0 else ()
+            self._done = max((edit.cut for edit in made), default=-1)
+        timeline = self._moments(trainer, original, selected)
+        if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
+            warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
+            timeline = ()
         if statistic is not None and self._saved_statistic:
             statistic.load_state_dict(self._saved_statistic)
-        self._saved_statistic = None
+        self._saved_statistic = {}
         self._structure, self._subject, self._statistic = structure, subject, statistic
         self._examined = call_on(module, batch, subject) if statistic is not None and statistic.examines else None
         self._original, self._selected, self._timeline = original, selected, timeline
@@ -359,6 +390,24 @@ class StructuredPruning(Callback):
             )
         return kept
 
+    def _moments(self, trainer: Trainer, original: Original, selected: tuple[str, ...]) -> tuple[CutPoint, ...]:
+        """The cuts of this run."""
+        if _is_rehearsal(trainer):
+            return ()
+        timeline = self.schedule.timeline(_run_length(trainer), self._resolved.fraction(original, selected))
+        if timeline and reaches(timeline) < 1:
+            warnings.warn(
+                f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
+                "train longer, start earlier or cut more often to reach it.",
+                stacklevel=2,
+            )
+        return timeline
+
+    def _is_reached(self, structure: Structure, selected: tuple[str, ...], original: Original) -> bool:
+        widths = structure.widths
+        scores = {name: torch.zeros(widths[name]) for name in selected}
+        return make_plan(structure, scores, self._resolved, 1.0, self.scope, original).is_empty
+
     def _begin_report(self, trainer: Trainer, module: LightningModule) -> None:
         if self.report.dense is None and self._subject is not None and self._structure is not None:
             dense = Size(self._original.params, self._original.macs, dict(self._original.widths))
@@ -366,6 +415,7 @@ class StructuredPruning(Callback):
                 showing = Showing(self.report, trainer, self.dirpath, self._run_id)
                 dense = showing.measure(module, self._subject.calls[0], dense)
             self.report.dense = dense
+        self.report.final = None
         self.report.versions = versions()
         self.report.config = {
             "run": self._run_id,
@@ -381,9 +431,6 @@ class StructuredPruning(Callback):
         }
 
     # -- a cut --------------------------------------------------------------------------------------------------------
-
-    def _now(self, trainer: Trainer) -> int:
-        return trainer.current_epoch if self._timeline[0].unit == "epoch" else trainer.global_step
 
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         """Score, plan, cut, check; whole or not at all."""
@@ -441,6 +488,8 @@ class StructuredPruning(Callback):
         assert subject is not None
         call = subject.calls[0]
         before = history_of(module)
+        # Contributions count from the last cut.
+        statistic = None if self._statistic is None else self.criterion.statistic(after)
         axes = structure.axes(plan.kept)
         edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, point.index, {"share": point.share})
         history = (before or History.begin(structure)).add(edit, module)
@@ -465,16 +514,13 @@ class StructuredPruning(Callback):
                 raise
         try:
             install_and_check(change, module, contents, run)
-            if self._statistic is not None:
-                self._statistic.take(plan.kept, after)
-                self._statistic.reset()  # contributions count from the last cut
             attach(module, history)
-            self._structure, self._done, self._batches = after, point.index, 0
             same_everywhere(module)
         except BaseException:
             change.undo()
             attach(module, before)
             raise
+        self._structure, self._statistic, self._done, self._batches = after, statistic, point.index, 0
 
     # -- after a cut ---------------------------------------------------------------------------------------------------
 
@@ -543,11 +589,16 @@ class StructuredPruning(Callback):
             )
 
     def _collect(self, trainer: Trainer) -> None:
+        """Write down what was measured since the last time; a metric of an earlier validation stays as it is."""
         metrics = {
-            name: value for name, value in trainer.callback_metrics.items() if name != "params" and value.numel() == 1
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name != "params" and not name.startswith("pruning/") and value.numel() == 1
         }
-        if metrics:
-            self.report.log(trainer.current_epoch, trainer.global_step, metrics)
+        new = {name: value for name, value in metrics.items() if self._measured.get(name) is not value}
+        self._measured = metrics
+        if new:
+            self.report.log(trainer.current_epoch, trainer.global_step, new)
 
     def _stop_observing(self) -> None:
         for handle in self._observing:
@@ -564,6 +615,14 @@ def _loss_scale(trainer: Trainer) -> float:
     """What mixed precision in fp16 multiplies the loss with."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _now(trainer: Trainer, point: CutPoint) -> int:
+    """How long the run has gone, in what the schedule counts."""
+    if point.unit == "epoch":
+        return trainer.current_epoch
+    # The two differ under manual optimization, where several optimizers step on one batch: `max_steps` counts all.
+    return trainer.global_step if trainer.max_steps != -1 else trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _run_length(trainer: Trainer) -> RunLength:
@@ -592,7 +651,17 @@ def _refuse_surroundings(callback: StructuredPruning, trainer: Trainer, module: 
             f"{name}: expected one pruning callback, got {1 + len(others)}. Let one callback do all cuts: choose its "
             "`layers` and `scope`."
         )
-    if getattr(module, "_compiler_ctx", None) is not None:
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        kinds = {base.__name__ for base in type(other).__mro__}
+        if kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ValueError(
+                f"{name}: expected no callback that averages weights, got {type(other).__name__}: its copy of the "
+                "network would stay wide. Remove one of the two; average the narrow network in a run of its own."
+            )
+    parts = list(module.modules())
+    if any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts) or getattr(
+        module, "_compiler_ctx", None
+    ):
         raise ValueError(
             f"{name}: expected a module that is not compiled: hooks and shapes change while it trains. Train without "
             "`torch.compile` and compile the narrow network afterwards."

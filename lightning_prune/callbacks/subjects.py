@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect as signatures
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -59,19 +59,26 @@ def subject_for(model: nn.Module, example: Any = None) -> Subject:
     return Subject(model, _forward_calls(model, example, None))
 
 
-def subject_of(module: LightningModule, batch: Any = None, *, step: bool = True) -> Subject:
+def subject_of(
+    module: LightningModule,
+    batch: Any = None,
+    *,
+    step: bool = True,
+    convert: Callable[[Any], Any] = lambda example: example,
+) -> Subject:
     """A LightningModule as a subject of tracing.
 
     Args:
         module: The network.
         batch: A training batch, for the example (where there is no ``example_input_array``) and the training step.
         step: Trace ``training_step`` too.
+        convert: Gives the module's own example the type that training has; the batch has it already.
 
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
     """
     prepare, memo = _Standins(module), _kept_off(module)
-    calls = _forward_calls(module, batch, module.example_input_array, memo=memo, prepare=prepare)
+    calls = _forward_calls(module, batch, convert(module.example_input_array), memo=memo, prepare=prepare)
     optional: tuple[Call, ...] = ()
     if step and batch is not None and is_overridden("training_step", module):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure import Call
+from lightning_prune.surgery.shrink import silent
 
 __all__ = ["latency", "size_on_disk", "versions"]
 
@@ -34,7 +35,8 @@ def latency(
 ) -> dict[int, float]:
     """Median milliseconds of a forward pass in eval mode without gradients, on the model's device.
 
-    The first sample of the call is repeated to each batch size. Modes of the modules and the random state are put back.
+    The first sample of the call is repeated to each batch size. Modes of the modules and the random state are put back,
+    the users' hooks stay silent.
 
     Args:
         model: Network to time.
@@ -48,7 +50,7 @@ def latency(
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     threads = torch.get_num_threads()
     medians: dict[int, float] = {}
-    with _eval(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+    with _eval(model), silent(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         for batch_size in batch_sizes:
             args, kwargs = (_resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
             try:

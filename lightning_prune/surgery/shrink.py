@@ -20,7 +20,7 @@ from lightning_prune.structure.layers import refresh, tensors
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.tensors import canonical, named, take, zero
 
-__all__ = ["Change", "CutError", "check", "cut", "cut_and_check", "mask", "take"]
+__all__ = ["Change", "CutError", "check", "cut", "cut_and_check", "mask", "silent", "take"]
 
 
 class CutError(RuntimeError):
@@ -356,14 +356,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices, device_type=kind),
-        _silent(model),
+        silent(model),
         _contents_kept(model),
     ):
         yield
 
 
 @contextmanager
-def _silent(model: nn.Module) -> Iterator[None]:
+def silent(model: nn.Module) -> Iterator[None]:
     """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...)."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     registers = [getattr(module, kind) for module in model.modules() for kind in kinds]
