@@ -20,7 +20,7 @@ from lightning_prune.structure.atoms import Atoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, output_tensors
+from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, Value, output_tensors
 
 __all__ = ["StructureError", "Subject", "trace"]
 
@@ -85,14 +85,10 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a trial cut failed, and the representatives of the atoms at the operator where it did."""
+    """Why a trial cut failed, and representatives of the atoms at the latest operators, the last one first."""
 
     reason: str
-    roots: IndexArray
-
-    def involves(self, atoms: IndexArray) -> bool:
-        """Whether any of these representatives is among them."""
-        return bool(np.isin(atoms, self.roots).any())
+    trail: list[IndexArray]
 
 
 class _Analysis:
@@ -295,7 +291,7 @@ class _Analysis:
             return []
         if len(groups) == 1:
             return [(groups[0], f"a trial cut failed: {failure.reason}")]
-        suspects = [group for group in groups if failure.involves(self._atoms_of(group))]
+        suspects = self._suspects(groups, failure)
         if 0 < len(suspects) < len(groups):
             found = self._failing(suspects, follow)
             if found:
@@ -304,6 +300,14 @@ class _Analysis:
         found = self._failing(groups[:half], follow) + self._failing(groups[half:], follow)
         # Halves that work alone but not together: the later one gives way.
         return found or [(g, f"a trial cut failed together with others: {failure.reason}") for g in groups[half:]]
+
+    def _suspects(self, groups: list[Group], failure: _Failure) -> list[Group]:
+        """The groups at the operator that failed, or else at the nearest one before it that has any."""
+        for roots in failure.trail:
+            suspects = [group for group in groups if np.isin(self._atoms_of(group), roots).any()]
+            if suspects:
+                return suspects
+        return []
 
     def _atoms_of(self, group: Group) -> IndexArray:
         first = group.members[0]
@@ -329,12 +333,15 @@ class _Analysis:
                     out = copy.run(tracer, call, labels)
                 self._freeze_output(tracer, call, out)
             except Exception as error:
-                involved = [a for value in tracer.latest for a in value.axes if isinstance(a, np.ndarray)]
-                atoms = np.concatenate([*involved, np.empty(0, dtype=np.int64)])
-                return _Failure(f"{type(error).__name__}: {_first_line(error)}", self.atoms.find_known(atoms))
+                trail = [self._roots(values) for values in reversed(tracer.trail)]
+                return _Failure(f"{type(error).__name__}: {_first_line(error)}", trail)
             finally:
                 tracer.forget()
         return None
+
+    def _roots(self, values: Sequence[Value]) -> IndexArray:
+        axes = [axis for value in values for axis in value.axes if isinstance(axis, np.ndarray)]
+        return self.atoms.find_known(np.concatenate([*axes, np.empty(0, dtype=np.int64)]))
 
     # -- cost -------------------------------------------------------------------------------------------------------
 

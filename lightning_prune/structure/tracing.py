@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         meta: Whether the network runs on the meta device.
-        latest: What is known about the inputs of the latest operator: where to look when it fails.
+        trail: What is known about the inputs of the latest operators: where to look when one fails.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -101,7 +101,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: list[MacsRecord] = []
         self.counting = False
         self.meta = False
-        self.latest: list[Value] = []
+        self.trail: deque[list[Value]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
         self._by_storage: dict[tuple[Any, ...], Value] = {}
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": "meta"}
         values = [self.value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if values:
-            self.latest = values
+            self.trail.append(values)
         short = self.meta and _SHORTCUTS.get(_name(func))
         out = short(*args) if short else func(*args, **kwargs)
         if func.namespace == "prim":  # asks for a device or a layout
@@ -206,8 +206,21 @@ def _batch_norm(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, t
     return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
 
 
+def _layer_norm(x: torch.Tensor, shape: Sequence[int], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for layer norm."""
+    if tuple(x.shape[x.dim() - len(shape) :]) != tuple(shape):
+        raise ValueError(f"a layer norm of {list(shape)} met an input of {list(x.shape)}")
+    outer = [*x.shape[: x.dim() - len(shape)], *([1] * len(shape))]
+    return torch.empty_like(x), x.new_empty(outer), x.new_empty(outer)
+
+
 #: Operators that the meta device works out slowly.
-_SHORTCUTS: dict[str, Callable[..., Any]] = {"native_batch_norm": _batch_norm}
+_SHORTCUTS: dict[str, Callable[..., Any]] = {
+    "native_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
+    **dict.fromkeys(("relu", "gelu", "silu", "sigmoid", "tanh", "hardswish"), lambda x, *_: torch.empty_like(x)),
+    **dict.fromkeys(("relu_", "silu_", "hardtanh_", "hardswish_"), lambda x, *_: x),
+}
 
 
 def _storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
