@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_prune.reporting import versions
 
-__all__ = ["EVIDENCE", "command", "interval", "machine", "signed"]
+__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "signed"]
 
 #: Where every benchmark leaves its output.
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -49,6 +49,14 @@ def signed(values: Sequence[float], digits: int = 2) -> str:
     """A mean difference with its 95 % interval, as text."""
     mean, half = interval(values)
     return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def fill(page: Path, tables: str) -> None:
+    """Put tables into a page, between its two marks, so that what is said around them stays."""
+    begin, end = "<!-- tables: written by the command above -->", "<!-- end of tables -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"# {page.parent.name}\n\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    page.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def _processor() -> str:

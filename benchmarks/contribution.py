@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common import EVIDENCE, command, interval, machine, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -362,7 +362,7 @@ def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], fol
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
     if len(results) > 1:  # one seed has no interval
         lines = "\n".join(tables(results))
-        (folder / "tables.md").write_text(f"{lines}\n", encoding="utf-8")
+        fill(folder / "README.md", lines)
         title = (
             f"{settings['data']}, MLP 784-50-30-10, 68 % of hidden neurons removed ({len(results)} seeds, bands: 95 %)"
         )
@@ -390,7 +390,7 @@ def main() -> None:
             print(f"seed {done.result()['seed']}: {done.result()['seconds']} s", flush=True)
             write(results, settings, folder)
     write(results, settings, folder)
-    print(json.dumps(machine()), (folder / "tables.md").read_text(encoding="utf-8"), sep="\n")
+    print(json.dumps(machine()), *tables(results), sep="\n")
 
 
 def stored(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, command, machine
+from benchmarks.common import EVIDENCE, command, fill, machine
 from lightning_prune import L1, Contribution, OneShot, StructuredPruning
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
@@ -310,7 +311,7 @@ def tables(results: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {r['step_ms']:.2f} | {shown(r['every_10th'])} | {shown(r['every_step'])} |")
     lines += ["", "| one cut of ResNet-50 with AdamW (s) | 64×64 | 224×224 |", "|---|---|---|"]
     small, large = (results.get("cut", {}).get(size, {}) for size in ("64", "224"))
-    lines += [f"| {part} | {seconds:.3f} | {large[part]:.3f} |" for part, seconds in small.items()]
+    lines += [f"| {part} | {seconds:.3f} | {large.get(part, nan):.3f} |" for part, seconds in small.items()]
     lines += ["", "| import | seconds |", "|---|---|"]
     lines += [f"| `{name}` | {seconds:.3f} |" for name, seconds in results.get("import", {}).get("seconds", {}).items()]
     lines += ["", "| ResNet-18 | MACs | dense step (ms) | cut | Lightning's mask callback |", "|---|---|---|---|---|"]
@@ -335,7 +336,7 @@ class Results:
         self.parts["machine"] = machine() | {"threads": self.threads, "clock": _clock[0]}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.parts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (self.folder / "tables.md").write_text(tables(self.parts) + "\n", encoding="utf-8")
+        fill(self.folder / "README.md", tables(self.parts))
         print(part, name, value, flush=True)
 
 
