@@ -145,7 +145,7 @@ class Report:
         values = {name: float(value) for name, value in metrics.items()}
         if self.history and self.history[-1].step == step:
             last = self.history.pop()
-            values = {**last.metrics, **values}
+            epoch, values = last.epoch, {**last.metrics, **values}  # at the very end Lightning counts one epoch more
         self.history.append(Measurement(epoch, step, values))
 
     # reading

@@ -209,3 +209,11 @@ def test_rungs_and_notes_are_shown_and_stored():
     stored = report.to_plain()
     del stored["rungs"], stored["notes"]  # as an older version wrote it
     assert Report.from_plain(stored).rungs == []
+
+
+def test_a_step_stays_in_its_epoch() -> None:
+    """After the last epoch Lightning's number is one higher; what is measured there belongs to the last step."""
+    report = Report()
+    report.log(4, 50, {"val_acc": 0.9})
+    report.log(5, 50, {"train_acc": 0.8})
+    assert [(row.epoch, dict(row.metrics)) for row in report.history] == [(4, {"val_acc": 0.9, "train_acc": 0.8})]
