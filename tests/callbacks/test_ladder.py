@@ -1,0 +1,81 @@
+"""One training, a loadable checkpoint of every size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_prune import StructuredPruning, load_from_checkpoint
+from lightning_prune.planning import Explicit
+from tests.callbacks.small import Small, loaders, trainer
+
+
+class AtEpochs(Callback):
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(pl_module.net[0].weight.detach().clone())
+
+
+@pytest.mark.usefixtures("measured")
+def test_every_size_is_saved_as_it_was_before_the_next_cut(tmp_path: Path) -> None:
+    module, ends = Small(), AtEpochs()
+    cuts = Explicit(((1, 0.5), (3, 1.0)))
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
+    run = trainer(tmp_path, 4, callback, ends)
+    run.fit(module, *loaders())
+    folder = tmp_path / "here" / "ladder"
+    rungs = callback.report.rungs
+    assert [rung.file for rung in rungs] == [f"ladder/params={n}.ckpt" for n in (155, 105, 63)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(r.file).name for r in rungs)
+    assert [rung.metric for rung in rungs] == pytest.approx([0.9, 0.9, 0.9])
+    assert [rung.epoch for rung in rungs][:2] == [1, 3]
+    for rung, epoch in zip(rungs, (0, 2, 3), strict=True):
+        loaded = load_from_checkpoint(Small, folder / Path(rung.file).name)
+        assert sum(p.numel() for p in loaded.parameters()) == rung.params
+        assert torch.equal(loaded.net[0].weight, ends.weights[epoch])
+        file = torch.load(folder / Path(rung.file).name, weights_only=True)
+        assert "optimizer_states" not in file
+    run.test(module, loaders()[1], ckpt_path=folder / "params=155.ckpt", verbose=False)
+    assert module.net[0].out_features == 8
+    page = (tmp_path / "here" / "report.md").read_text()
+    assert "**Ladder**" in page
+    assert "![metric against size](ladder.png)" in page
+    assert (tmp_path / "here" / "ladder.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "here" / "report.json").read_text())["rungs"]) == 3
+
+
+def test_the_ladder_goes_on_after_a_resume(tmp_path: Path) -> None:
+    def callback() -> StructuredPruning:
+        cuts = Explicit(((1, 0.5), (3, 1.0)))
+        return StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
+
+    first = trainer(tmp_path, 4, callback())
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "stop.ckpt")
+
+    first.callbacks.append(Stop())
+    first.fit(Small(), *loaders())
+    for file in (tmp_path / "here" / "ladder").iterdir():
+        file.unlink()
+    resumed = callback()
+    trainer(tmp_path, 4, resumed).fit(Small(), *loaders(), ckpt_path=tmp_path / "stop.ckpt")
+    assert [rung.params for rung in resumed.report.rungs] == [155, 105, 63]  # the first is remembered
+    assert len(list((tmp_path / "here" / "ladder").iterdir())) == 2
+
+
+def test_without_it_nothing_is_saved(tmp_path: Path) -> None:
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=Explicit(((1, 1.0),)))
+    trainer(tmp_path, 2, callback).fit(Small(), *loaders())
+    assert not (tmp_path / "ladder").exists()
+    assert not (tmp_path / "ladder.png").exists()
+    assert callback.report.rungs == []
