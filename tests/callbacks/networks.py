@@ -134,6 +134,7 @@ def refit(run: Trainer, model: LightningModule, ckpt_path: Any = None, data: Any
             "The dirpath has changed from",
             "`.fit.ckpt_path=None.` was called without a model",  # it asks so of every OnExceptionCheckpoint
             ".*there is no last checkpoint available",
+            "You defined a `validation_step` but have no",
             "Be aware that when using `ckpt_path`",
             "Checkpoint directory .* exists and is not empty",
             "`isinstance.treespec",
