@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.callbacks import ContributionPruning, StructuredPruning, inspect, load_from_checkpoint, prune
+    from lightning_prune.callbacks import (
+        ContributionPruning,
+        Guard,
+        StructuredPruning,
+        inspect,
+        load_from_checkpoint,
+        prune,
+    )
     from lightning_prune.planning import Cubic, Geometric, Linear, OneShot, Scope
     from lightning_prune.scoring import (
         FPGM,
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
         SynFlow,
         Taylor,
     )
+    from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Ridge
 
 __all__ = [
     "FPGM",
@@ -42,11 +50,15 @@ __all__ = [
     "ContributionPruning",
     "Cubic",
     "Fisher",
+    "FoldMean",
     "Geometric",
+    "Guard",
     "HRank",
     "Linear",
     "OneShot",
     "Random",
+    "ReestimateBatchNorm",
+    "Ridge",
     "Scope",
     "StructuredPruning",
     "SynFlow",
@@ -67,7 +79,9 @@ _ROOM_OF = {
     "Cubic": "planning",
     "FPGM": "scoring",
     "Fisher": "scoring",
+    "FoldMean": "surgery",
     "Geometric": "planning",
+    "Guard": "callbacks",
     "HRank": "scoring",
     "KL": "scoring",
     "L1": "scoring",
@@ -77,6 +91,8 @@ _ROOM_OF = {
     "NISP": "scoring",
     "OneShot": "planning",
     "Random": "scoring",
+    "ReestimateBatchNorm": "surgery",
+    "Ridge": "surgery",
     "SNIP": "scoring",
     "Scope": "planning",
     "StructuredPruning": "callbacks",

@@ -20,7 +20,8 @@ class ContributionPruning(StructuredPruning):
     Takes the arguments of `StructuredPruning`; ``criterion`` is `Contribution()` by default.
 
     Args:
-        pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``.
+        pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
+            share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
             a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
         criterion: How contributions are weighed and how often batches are observed; by default `Contribution()`.
@@ -31,6 +32,9 @@ class ContributionPruning(StructuredPruning):
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for the report; by default the logger's folder.
+        repair: What makes good for a cut at once, from some training batches, see `StructuredPruning`.
+        guard: Take back a cut that does not recover, see `Guard`.
+        ladder: Save the network of each size.
 
     Example:
         >>> from lightning_prune import ContributionPruning
