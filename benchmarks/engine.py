@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from benchmarks.common import EVIDENCE, command, machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import EVIDENCE, command, machine
 from lightning_prune.structure import Frozen, Structure, Subject, trace
 from lightning_prune.surgery import cut, mask
 
@@ -50,7 +50,7 @@ def half(structure: Structure) -> dict[str, tuple[int, ...]]:
     return {g.name: tuple(sorted(draw.permutation(g.width)[: (g.width + 1) // 2].tolist())) for g in structure.groups}
 
 
-# -- beside Torch-Pruning -----------------------------------------------------------------------------------------------
+# -- beside Torch-Pruning ---------------------------------------------------------------------------------------------
 
 
 def ours(model: nn.Module, x: Tensor) -> None:
@@ -98,7 +98,7 @@ def compare(repeats: int) -> tuple[dict[str, Any], str]:
     return {"rows": rows, "threads": torch.get_num_threads()}, "\n".join([text, "", *lines])
 
 
-# -- all of torchvision -------------------------------------------------------------------------------------------------
+# -- all of torchvision -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -212,9 +212,9 @@ def survey(names: list[str]) -> tuple[dict[str, Any], str]:
 def survey_table(rows: dict[str, Any]) -> str:
     """The survey as a table, and what is frozen and why."""
     lines = [
-        "Half of every group removed, drawn; float64. *error*: largest difference to the masked network over its largest",
-        "output (\\* with layer norms stilled on both sides, since their statistics differ by design). *reached*: share of",
-        "the parameters that lie on an axis that can shrink.",
+        "Half of every group removed, drawn; float64 (optical flow: float32). *error*: largest difference to the",
+        "masked network over its largest output (\\* with layer norms stilled on both sides, since statistics",
+        "differ by design). *reached*: share of the parameters that lie on an axis that can shrink.",
         "",
         "| network | groups | trace (s) | error | params | MACs | parameters left | reached |",
         "|---|---|---|---|---|---|---|---|",

@@ -63,8 +63,11 @@ def _convolution(module: Any, old: Shapes) -> None:
         per_group_in, per_group_out = (before[1], before[0] // groups)
         if module.transposed:
             per_group_in, per_group_out = (before[0] // groups, before[1])
-        # Whole groups go where a group has a single input or output channel (depthwise); elsewhere groups get thinner.
-        if per_group_in == 1 or per_group_out == 1:
+        # Whole groups go where a group has a single input or output channel (depthwise); elsewhere groups get thinner,
+        # and go on doing so when a single channel is left: shapes alone could not tell the two apart then.
+        if per_group_in > 1 and per_group_out > 1:
+            module.groups_stay = True
+        elif not getattr(module, "groups_stay", False):
             groups = shape[0] // (per_group_in if module.transposed else per_group_out)
     module.groups = groups
     if module.transposed:

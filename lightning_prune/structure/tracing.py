@@ -288,31 +288,31 @@ class FakeCopy:
     def cut(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
         """Within the context the copy is narrower: ``{tensor: {dim: kept positions}}``."""
         whole = dict(self.named)
-        attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        old_shapes: dict[int, tuple[nn.Module, dict[str, tuple[int, ...]]]] = {}
+        owners = {id(module): module for name in axes for module, _ in self._slots[id(whole[name])]}
+        before = [(m, _plain(m), {n: tuple(t.shape) for n, t in tensors(m).items()}) for m in owners.values()]
         try:
             for name, kept in axes.items():
                 tensor = whole[name]
                 shape = [len(kept[d]) if d in kept else n for d, n in enumerate(tensor.shape)]
-                narrow = self._empty(tensor, shape)
-                self.named[name] = narrow
-                for module, slot in self._slots[id(tensor)]:
-                    if id(module) not in old_shapes:
-                        shapes = {n: tuple(t.shape) for n, t in tensors(module).items()}
-                        old_shapes[id(module)] = (module, shapes)
-                        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, tuple))}
-                        attributes.append((module, plain))
-                    _assign(module, slot, narrow)
-            for module, shapes in old_shapes.values():
+                self.named[name] = self._empty(tensor, shape)
+                self._put(tensor, self.named[name])
+            for module, _, shapes in before:
                 refresh(module, shapes)
             yield
         finally:
             for name in axes:
-                for module, slot in self._slots[id(whole[name])]:
-                    _assign(module, slot, whole[name])
-            for module, plain in attributes:
+                self._put(whole[name], whole[name])
+            for module, plain, _ in before:
+                for name in _plain(module).keys() - plain.keys():
+                    delattr(module, name)
                 vars(module).update(plain)
             self.named = whole
+
+    def _put(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Put a tensor into every place that `place` had at first."""
+        for module, slot in self._slots[id(place)]:
+            home = module._parameters if slot in module._parameters else module._buffers
+            home[slot] = tensor  # type: ignore[assignment]  # without the checks of `__setattr__`
 
     def _empty(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         with ExitStack() as stack:
@@ -381,10 +381,9 @@ class FakeCopy:
         return handles
 
 
-def _assign(module: nn.Module, slot: str, tensor: torch.Tensor) -> None:
-    """Put a tensor into its place without the checks of ``__setattr__``."""
-    home = module._parameters if slot in module._parameters else module._buffers
-    home[slot] = tensor  # type: ignore[assignment]
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The attributes in which a layer may have written down its widths."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, tuple))}
 
 
 def _structural(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
