@@ -236,6 +236,7 @@ class _Standins:
     def __init__(self, module: LightningModule) -> None:
         trainer = getattr(module, "_trainer", None)
         self.optimizers = len(trainer.optimizers) if trainer is not None and trainer.optimizers else 1
+        self.trainer = None if trainer is None else _TrainerStandin(trainer)
 
     def __call__(self, copy: nn.Module) -> None:
         silent: Any = _Silent()
@@ -261,3 +262,4 @@ class _Standins:
             vars(copy)[name] = silent
         vars(copy)["optimizers"] = MethodType(lambda _self, *_, **__: several, copy)
         vars(copy)["lr_schedulers"] = silent
+        vars(copy)["_trainer"] = self.trainer  # a copied LightningModule has none

@@ -138,7 +138,7 @@ class Losses(Callback):
         self.starts: list[dict[str, Tensor]] = []
         self.ends: list[dict[str, Tensor]] = []
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.starts.append(weights(pl_module))
 
 
@@ -412,7 +412,7 @@ def test_an_interrupt_leaves_no_hook(error: type[BaseException], place: str, tmp
     with pytest.raises((error, SystemExit)):
         refit(run, model)
     assert hooks(model) == 0
-    assert not [c for c in gc.get_objects() if isinstance(c, FakeTensor)]
+    assert not [c for c in gc.get_objects() if type(c) is FakeTensor]
 
 
 def test_a_batch_that_ends_early_leaves_no_hook(tmp_path: Path) -> None:
@@ -475,16 +475,16 @@ def test_nothing_grows_over_forty_cuts(tmp_path: Path) -> None:
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             gc.collect()
-            self.tensors.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
+            self.tensors.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
             self.hooks.append(hooks(pl_module))
 
-    count, model = Count(), make(Net, "adamw", width=64)
+    count, model = Count(), make(Net, "adamw", width=80)
     count.tensors, count.hooks = [], []
     pruner = contribution(Linear(start=1, end=40, cuts=40))
     pruner.ignore = "second"
     fit(tmp_path, model, pruner, count, epochs=42, validate=False)
-    assert model.first.out_features == 32
-    assert len(pruner.report.cuts) == 32 or len(pruner.report.cuts) == 40
+    assert model.first.out_features == 40
+    assert len(pruner.report.cuts) == 40
     assert set(count.hooks) == {0}
     assert count.tensors[38] <= count.tensors[5] + 5
 
