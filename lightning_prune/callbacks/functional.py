@@ -26,7 +26,7 @@ def prune(
     model: nn.Module,
     example: Any = None,
     *,
-    pruning_ratio: float | None = None,
+    pruning_ratio: float | dict[str, float] | None = None,
     budget: float | int | dict[str, float | int] | None = None,
     criterion: Criterion | None = None,
     scope: Literal["local", "global"] | Scope = "local",
@@ -43,7 +43,7 @@ def prune(
         model: A LightningModule or any module.
         example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords. By default a
             LightningModule's ``example_input_array``.
-        pruning_ratio: Share of the units to remove, in [0, 1); see `StructuredPruning`.
+        pruning_ratio: Share of the units to remove, in [0, 1), for all or per layer; see `StructuredPruning`.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}`` or ``{"units": 40}``.
         criterion: How much each unit matters, by the weights alone; by default `L1`.
         scope: ``"local"``, ``"global"``, or a `Scope`.
@@ -81,7 +81,7 @@ def prune(
     original = Original.of(structure)
     if history is not None:
         original = Original(history.params, history.macs, history.widths)
-    selected, _ = select(structure, layers, ignore)
+    target, selected = target.resolve(structure, select(structure, layers, ignore)[0])
     feasible(structure, target, scope, selected, original)
     began = perf_counter()
     groups = [structure.group(name) for name in selected]
