@@ -95,7 +95,7 @@ def compare(repeats: int) -> tuple[dict[str, Any], str]:
         print(name, {key: round(value, 3) for key, value in rows[name].items() if key != "pairs"}, flush=True)
     lines = ["| network | lightning_prune (s) | Torch-Pruning 1.6.1 (s) | ratio |", "|---|---|---|---|"]
     lines += [f"| {n} | {r['ours']:.3f} | {r['torch_pruning']:.3f} | {r['ratio']:.3f} |" for n, r in rows.items()]
-    text = f"Analysis and cut of half of every group: processor seconds on one thread, median of {repeats}, both in turn."
+    text = f"Analysis and cut of half of every group: processor time, one thread, median of {repeats} runs, in turn."
     return {"rows": rows, "threads": torch.get_num_threads()}, "\n".join([text, "", *lines])
 
 
