@@ -112,7 +112,7 @@ class _Analysis:
         }
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
-        self.traced: list[tuple[Call, Kind]] = []
+        self.traced: list[tuple[Call, Kind, list[tuple[Any, ...]]]] = []
 
     def _copy(self, kind: Kind) -> FakeCopy:
         if kind not in self.copies:
@@ -170,8 +170,8 @@ class _Analysis:
                     continue
                 raise
             self._freeze_output(self.tracer, call, out)
+            self.traced.append((call, kind, self.tracer.script))
             self.tracer.forget()
-            self.traced.append((call, kind))
             return
 
     def _freeze_output(self, tracer: Tracer, call: Call, out: Any) -> None:
@@ -326,8 +326,8 @@ class _Analysis:
             for name, dims in self.labels.items()
         }
         tracer = Tracer(self.atoms.sealed_copy(sealed=follow), RULES, unknown)
-        for call, kind in self.traced:
-            copy = self._copy(kind)
+        for call, kind, script in self.traced:
+            copy, tracer.expected = self._copy(kind), script if follow else None
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)

@@ -161,6 +161,10 @@ def _stays_zero(func: Any, args: Any, inputs: Sequence[tuple[torch.Tensor, Value
     plain_numbers = [a for a in args[1:2] if isinstance(a, (int, float)) and a != 0]
     if name in ("add", "sub") and plain_numbers:
         return False
+    if name == "hardtanh" and not _argument(func, args, {}, "min_val", -1) <= 0 <= _argument(
+        func, args, {}, "max_val", 1
+    ):
+        return False
     return name in _ZERO_KEEPING and all(covers)
 
 
@@ -195,11 +199,7 @@ def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule(
     "zeros",
-    "ones",
-    "full",
     "new_zeros",
-    "new_ones",
-    "new_full",
     "scalar_tensor",
     "empty",
     "empty_strided",
@@ -209,11 +209,15 @@ def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "randn",
 )
 def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """The same (or the same noise) at every index; whether its size follows is settled by the trial."""
+    """Zeros or noise, the same at every index; whether the size follows is settled by the trial."""
     t.label(out, (WILD,) * out.dim())
 
 
 @rule(
+    "ones",
+    "full",
+    "new_ones",
+    "new_full",
     "arange",
     "linspace",
     "eye",
@@ -585,7 +589,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     value = t.value(x)
     dims = _dims(_argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
-    if not (name in ("sum", "norm", "linalg_vector_norm") and value.zero):
+    if not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in _tensors(out):
         if result.dim() == x.dim():
@@ -593,6 +597,15 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         else:
             axes = [axis for d, axis in enumerate(value.axes) if d not in dims]
         t.label(result, axes, zero=name in ("sum", "mean", "norm", "linalg_vector_norm") and value.zero)
+
+
+def _ignores_zeros(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a reduction is the same without elements that are zero: a sum, a norm of positive order."""
+    name = str(func._schema.name).removeprefix("aten::")
+    if name in ("norm", "linalg_vector_norm"):
+        order = _argument(func, args, kwargs, "ord" if name == "linalg_vector_norm" else "p", 2)
+        return order is None or order > 0
+    return name == "sum"
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------

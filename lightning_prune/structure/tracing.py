@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.structure.atoms import Atoms
+from lightning_prune.structure.atoms import Atoms, MismatchError
 from lightning_prune.structure.layers import refresh, tensors
 
 __all__ = [
@@ -86,6 +86,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         meta: Whether the network runs on the meta device.
+        script: Operators of a run, with the numbers that enter elementwise ones.
+        expected: The script of the first trace, which a trial must follow.
         trail: What is known about the inputs of the latest operators: where to look when one fails.
     """
 
@@ -101,6 +103,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: list[MacsRecord] = []
         self.counting = False
         self.meta = False
+        self.script: list[tuple[Any, ...]] = []
+        self.expected: list[tuple[Any, ...]] | None = None
         self.trail: deque[list[Value]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
@@ -125,6 +129,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Drop every tensor of a finished run."""
         self._values.clear()
         self._by_storage.clear()
+        self.script = []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
         """Unite two axes of equal length; the label of what comes out."""
@@ -185,7 +190,41 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule is None:
             rule = self._rule_of[func] = self._rule(func)
         rule(self, func, args, kwargs, out)
+        self._note_numbers(func, args, kwargs, out)
+        if func._schema.name.endswith("_") and isinstance(out, torch.Tensor):
+            self._written(out)
         return out
+
+    def _note_numbers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep the numbers that enter elementwise operators, or compare them with those of the first trace.
+
+        A number that a network computes from a width (a scale ``width ** -0.5``) reaches no rule, but is another one in
+        the trial, and so are the operators where a branch or loop depends on a width.
+        """
+        line: tuple[Any, ...] = (_name(func),)
+        if torch.Tag.pointwise in func.tags:
+            line += tuple(n for n in tree_leaves((args, kwargs)) if isinstance(n, (int, float)))
+        elif line[0] in ("full", "new_full", "full_like", "fill_", "scalar_tensor"):
+            line += (args[-1],)
+        elif line[0] in ("ones", "new_ones", "arange", "linspace", "eye"):
+            line += tuple(out.shape)  # sizes that follow a width are counted with, sooner or later
+        if self.expected is not None:
+            at = len(self.script)
+            if at >= len(self.expected) or not _same_line(self.expected[at], line):
+                raise MismatchError(f"a number that depends on a width enters {self.where(func)}")
+        self.script.append(line)
+
+    def _written(self, out: torch.Tensor) -> None:
+        """After a write in place, no other view of the same memory is known to be zero where units left."""
+        if self.value(out).zero or not any(isinstance(axis, np.ndarray) for axis in self.value(out).axes):
+            return
+        home = _storage_key(out)[0]
+        for number, (tensor, value) in self._values.items():
+            if value.zero and _storage_key(tensor)[0] == home:
+                self._values[number] = (tensor, replace(value, zero=False))
+        for key, value in self._by_storage.items():
+            if value.zero and key[0] == home:
+                self._by_storage[key] = replace(value, zero=False)
 
     def _rule(self, func: Any) -> Callable[..., None]:
         """The rule of an operator; of an in-place one that of its twin."""
@@ -194,6 +233,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if candidate in self.rules:
                 return self.rules[candidate]
         return self.rules["pointwise"] if torch.Tag.pointwise in func.tags else self.fallback
+
+
+def _same_line(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether the same numbers entered the same operator; NaN is itself."""
+    return len(first) == len(second) and all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
 
 
 def _name(func: Any) -> str:
