@@ -129,6 +129,12 @@ class StructuredPruning(Callback):
         # None rather than a default instance: on the command line its settings would leak into another class's.
         self.criterion = self.default_criterion() if criterion is None else criterion
         self.schedule = Linear() if schedule is None else schedule
+        for name, value, kind in (("criterion", self.criterion, Criterion), ("schedule", self.schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"{type(self).__name__}: expected `{name}` to be an instance of {kind.__name__}, got {value!r}. "
+                    f"Import one from lightning_prune, for example `{'L1()' if name == 'criterion' else 'Linear()'}`."
+                )
         self.scope = Scope.of(scope)
         self.layers = layers
         self.ignore = ignore

@@ -206,6 +206,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             line += tuple(n for n in tree_leaves((args, kwargs)) if isinstance(n, (int, float)))
         elif line[0] in ("full", "new_full", "full_like", "fill_", "scalar_tensor"):
             line += (args[-1],)
+        elif line[0] == "lift_fresh" and args[0].numel() == 1 and type(args[0]) is torch.Tensor and not args[0].is_meta:
+            line += (args[0].item(),)  # torch.tensor(number)
         elif line[0] in ("ones", "new_ones", "arange", "linspace", "eye"):
             line += tuple(out.shape)  # sizes that follow a width are counted with, sooner or later
         if self.expected is not None:

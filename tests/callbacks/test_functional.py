@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_prune import L2, Contribution, prune
+from lightning_prune import L2, Contribution, StructuredPruning, prune
 from lightning_prune.models import MLPClassifier
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import history_of, mask, replay
@@ -112,3 +113,9 @@ def test_dead_channels_leave_without_a_trace() -> None:
     prune(net, EXAMPLE, pruning_ratio=0.25, layers="0")
     torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
     assert trace(Subject.of(net, EXAMPLE)).widths["0"] == 6
+
+
+@pytest.mark.parametrize("argument", [{"criterion": "l1"}, {"criterion": L2}, {"schedule": "linear"}])
+def test_an_argument_of_a_wrong_type_is_named(argument: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"`{next(iter(argument))}` to be an instance"):
+        StructuredPruning(pruning_ratio=0.5, **argument)

@@ -41,13 +41,26 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
         lambda net, h: h * len(net.first.bias),
         lambda net, h: h * net.first.out_features,
         lambda _, h: h * torch.full((1,), float(h.shape[1])),
+        lambda _, h: h * torch.tensor(float(h.shape[1])),
         branch,
         lambda _, h: h * torch.ones(h.shape).sum(1, keepdim=True),
         through_alias,
         lambda _, h: h * F.hardtanh(h, 0.5, 2.0).sum(1, keepdim=True),
         lambda _, h: h * torch.linalg.vector_norm(h, ord=-1, dim=1, keepdim=True),
     ],
-    ids=["scale", "numel", "length", "attribute", "full", "branch", "ones", "alias", "hardtanh", "negative order"],
+    ids=[
+        "scale",
+        "numel",
+        "length",
+        "attribute",
+        "full",
+        "tensor",
+        "branch",
+        "ones",
+        "alias",
+        "hardtanh",
+        "negative order",
+    ],
 )
 def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
     structure = trace(Subject.of(Between(work), torch.randn(2, 4)))
