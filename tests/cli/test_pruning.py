@@ -14,35 +14,8 @@ import lightning_prune
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
+from tests.cli.modules import MODULE
 from tests.data.files import write_cifar, write_mnist
-
-MODULE = '''
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-
-
-class Mine(LightningModule):
-    """A user's own module: one optimizer, no metric objects, nothing of ours."""
-
-    def __init__(self, hidden: int = 20):
-        super().__init__()
-        self.save_hyperparameters()
-        self.first = nn.Linear(64, hidden)
-        self.second = nn.Linear(hidden, 10)
-
-    def forward(self, x):
-        return self.second(self.first(x.flatten(1)).relu())
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-'''
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]

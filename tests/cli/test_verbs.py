@@ -13,34 +13,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_prune.cli import main, verbs
-
-MODULE = '''
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-
-
-class Mine(LightningModule):
-    """A user's own module: one optimizer, no metric objects, nothing of ours."""
-
-    def __init__(self, hidden: int = 20):
-        super().__init__()
-        self.save_hyperparameters()
-        self.first = nn.Linear(64, hidden)
-        self.second = nn.Linear(hidden, 10)
-
-    def forward(self, x):
-        return self.second(self.first(x.flatten(1)).relu())
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-'''
+from tests.cli.modules import MODULE
 
 QUICK = ["--data=Digits", "--data.train_limit=40", "--data.batch_size=20", "--trainer.max_epochs=1"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
