@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.subjects import subject_for
-from lightning_prune.planning import Original, Scope, Target, feasible, make_plan, select
+from lightning_prune.planning import Scope, Target, feasible, make_plan, select
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.structure import Call, Structure, trace
-from lightning_prune.surgery import History, Keep, attach, cut_and_check, history_of, refuse
+from lightning_prune.structure.latency import with_latency
+from lightning_prune.surgery import Keep, attach, begun, cut_and_check, history_of, latency_table, original_of, refuse
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["prune"]
@@ -44,7 +46,8 @@ def prune(
         example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords. By default a
             LightningModule's ``example_input_array``.
         pruning_ratio: Share of the units to remove, in [0, 1), for all or per layer; see `StructuredPruning`.
-        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}`` or ``{"units": 40}``.
+        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
+            ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
         criterion: How much each unit matters, by the weights alone; by default `L1`.
         scope: ``"local"``, ``"global"``, or a `Scope`.
         layers: Only these layers: names, globs, or names of modules that contain them.
@@ -78,9 +81,9 @@ def prune(
             "Use it with the callback `StructuredPruning`."
         )
     history = history_of(model)
-    original = Original.of(structure)
-    if history is not None:
-        original = Original(history.params, history.macs, history.widths)
+    if target.quantity == "latency":
+        structure = with_latency(structure, latency_table(subject, structure))
+    original = original_of(model, structure)
     target, selected = target.resolve(structure, select(structure, layers, ignore)[0])
     feasible(structure, target, scope, selected, original)
     began = perf_counter()
@@ -92,24 +95,16 @@ def prune(
     if not plan.is_empty:
         number = len(history.edits) if history is not None else 0
         edit = Keep(structure.axes(plan.kept), plan.kept, 0, 0, number)
-        remembered = (history or History.begin(structure)).add(edit, model)
+        remembered = begun(model, structure).add(edit, model)
         cut_and_check(model, edit.axes, optimizers, (), lambda: model(*call.args, **call.kwargs))
         attach(model, remembered)
         if isinstance(model, LightningModule):
             keep_history(model)
-        widths = after.widths
-        params, macs = after.cost.params(widths), after.cost.macs(widths)
-        report.cuts.append(Cut(number, 0, 0, plan.before, plan.widths, params, macs, perf_counter() - began))
+        report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
     report.final = _size(model, call, after)
     return report
 
 
 def _size(model: nn.Module, call: Call, structure: Structure) -> Size:
-    widths = structure.widths
-    return Size(
-        structure.cost.params(widths),
-        structure.cost.macs(widths),
-        widths,
-        size_on_disk(model),
-        latency(model, call, batch_sizes=(1,)),
-    )
+    size = Size.of(structure)
+    return replace(size, bytes=size_on_disk(model), latency=latency(model, call, batch_sizes=(1,)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.planning import Plan
 from lightning_prune.scoring import Statistic
+from lightning_prune.structure import LatencyTable
 
 __all__ = [
     "DisagreementError",
     "agreed",
     "in_exception",
+    "measured_on_first",
     "merged",
     "on_first",
     "refuse_strategy",
@@ -89,6 +91,13 @@ def agreed(trainer: Trainer, plan: Plan) -> Plan:
     if not several():
         return plan
     return Plan.from_plain(trainer.strategy.broadcast(plan.to_plain()))
+
+
+def measured_on_first(trainer: Trainer, measure: Callable[[], LatencyTable]) -> LatencyTable:
+    """What the first process measures, on all of them."""
+    if not several():
+        return measure()
+    return LatencyTable.from_plain(trainer.strategy.broadcast(measure().to_plain() if trainer.is_global_zero else {}))
 
 
 def together(error: BaseException | None) -> None:

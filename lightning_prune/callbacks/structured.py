@@ -21,6 +21,7 @@ from lightning_prune.callbacks.monitors import hold_early_stopping, reset_monito
 from lightning_prune.callbacks.processes import (
     agreed,
     in_exception,
+    measured_on_first,
     merged,
     on_first,
     refuse_strategy,
@@ -48,16 +49,18 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import Cut, Report, Size, versions
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, Subject, trace
+from lightning_prune.structure import Call, LatencyTable, Structure, StructureError, Subject, trace
+from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
-    History,
-    HistoryError,
     Keep,
     Repair,
     attach,
+    begun,
     cut_and_check,
     history_of,
     install_and_check,
+    latency_table,
+    original_of,
     refuse,
     repaired,
 )
@@ -83,8 +86,10 @@ class StructuredPruning(Callback):
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
             share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that fits counts, and what
             none fits stays.
-        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
-            a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
+        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
+            ``{"memory": 0.5}`` (bytes of one sample's activations) or ``{"latency": 0.6}`` (milliseconds of one sample,
+            by a table that is measured when the run begins). A float is a share of the dense network in (0, 1], an int
+            a count; a bare number counts parameters.
         criterion: How much each unit matters; by default `L1`.
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
@@ -154,6 +159,7 @@ class StructuredPruning(Callback):
         self._batches = 0  # training batches since the last cut, to observe every n-th
         self._saved_statistic: Mapping[str, torch.Tensor] = {}
         self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
+        self._latency: LatencyTable | None = None  # as measured when the run began
         self._unprepare()
 
     def _unprepare(self) -> None:
@@ -298,6 +304,7 @@ class StructuredPruning(Callback):
             "batches": self._batches,
             "statistic": dict(statistic),
             "kept": self._kept,
+            "latency": None if self._latency is None else self._latency.to_plain(),
             "report": self.report.to_plain(),
         }
 
@@ -316,6 +323,8 @@ class StructuredPruning(Callback):
             self._batches = int(state_dict["batches"])
             self._saved_statistic = on_first(dict(state_dict["statistic"]))
             self._kept = state_dict.get("kept") if self.guard is not None else None
+            table = state_dict.get("latency")
+            self._latency = None if table is None else LatencyTable.from_plain(table)
             self.report = Report.from_plain(state_dict["report"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -349,14 +358,9 @@ class StructuredPruning(Callback):
         for note in structure.notes:
             warnings.warn(note, stacklevel=2)
         history = history_of(module)
-        original = Original.of(structure)
-        if history is not None:
-            original = Original(history.params, history.macs, history.widths)
-            if history.widths.keys() != structure.widths.keys():
-                raise HistoryError(
-                    f"expected the groups the network was pruned with ({', '.join(history.widths)}), found "
-                    f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
-                )
+        if self.target.quantity == "latency":
+            structure = with_latency(structure, self._latency_table(trainer, subject, structure))
+        original = original_of(module, structure)
         selected, _ = select(structure, self.layers, self.ignore)
         self._resolved, selected = self.target.resolve(structure, selected)
         statistic = self.criterion.statistic(structure)
@@ -379,6 +383,13 @@ class StructuredPruning(Callback):
         self._examined = call_on(module, batch, subject) if statistic is not None and statistic.examines else None
         self._original, self._selected, self._timeline = original, selected, timeline
         self._begin_report(trainer, module)
+
+    def _latency_table(self, trainer: Trainer, subject: Subject, structure: Structure) -> LatencyTable:
+        """What latencies are reckoned by, measured once on the first process: another table would be another plan."""
+        if self._latency is None:
+            with trainer.precision_plugin.forward_context():
+                self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
+        return self._latency
 
     def _observable(self, silent: Mapping[str, str], selected: tuple[str, ...]) -> tuple[str, ...]:
         """The selected groups that the criterion can score; an error if the user named one that it cannot."""
@@ -416,7 +427,7 @@ class StructuredPruning(Callback):
 
     def _begin_report(self, trainer: Trainer, module: LightningModule) -> None:
         if self.report.dense is None and self._subject is not None and self._structure is not None:
-            dense = Size(self._original.params, self._original.macs, dict(self._original.widths))
+            dense = Size.of(self._structure, self._original)
             if history_of(module) is None:
                 showing = Showing(self.report, trainer, self.dirpath, self._run_id)
                 dense = showing.measure(module, self._subject.calls[0], dense)
@@ -471,18 +482,8 @@ class StructuredPruning(Callback):
         if self.reset_monitors:
             reset_monitors(trainer)
         seconds = perf_counter() - began
-        widths = after.widths
-        cut = Cut(
-            point.index,
-            trainer.current_epoch,
-            trainer.global_step,
-            dict(plan.before),
-            plan.widths,
-            after.cost.params(widths),
-            after.cost.macs(widths),
-            seconds,
-        )
-        self.report.cuts.append(cut)
+        epoch, step = trainer.current_epoch, trainer.global_step
+        self.report.cuts.append(Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds))
         log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": seconds})
 
     def _operate(
@@ -498,7 +499,7 @@ class StructuredPruning(Callback):
         statistic = None if self._statistic is None else self.criterion.statistic(after)
         axes = structure.axes(plan.kept)
         edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, point.index, {"share": point.share})
-        history = (before or History.begin(structure)).add(edit, module)
+        history = begun(module, structure).add(edit, module)
 
         def run() -> Any:
             with trainer.precision_plugin.forward_context():
@@ -559,6 +560,8 @@ class StructuredPruning(Callback):
         self.report.cuts.pop()
         self.report.notes.append(note)
         self._structure, self._statistic = trace(self._subject), None
+        if self._latency is not None:
+            self._structure = with_latency(self._structure, self._latency)
         self._done = self._timeline[-1].index if self._timeline else self._done
         if self.reset_monitors:
             reset_monitors(trainer)
@@ -584,8 +587,7 @@ class StructuredPruning(Callback):
 
     def _size(self) -> Size:
         assert self._structure is not None
-        widths = self._structure.widths
-        return Size(self._structure.cost.params(widths), self._structure.cost.macs(widths), widths)
+        return Size.of(self._structure)
 
     def _log_params_left(self, module: LightningModule) -> None:
         size = self.report.size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
@@ -73,15 +72,6 @@ class Plan:
         """The plan that `to_plain` wrote."""
         return cls({name: tuple(units) for name, units in plain["kept"].items()}, dict(plain["before"]))
 
-    def to_json(self) -> str:
-        """The plan as one line of JSON."""
-        return json.dumps(self.to_plain())
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote."""
-        return cls.from_plain(json.loads(text))
-
 
 def make_plan(
     structure: Structure,
@@ -135,7 +125,7 @@ def make_plan(
 
 def feasible(
     structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original | None = None
-) -> int:
+) -> float:
     """Check before training that the target can be reached.
 
     Args:
@@ -265,22 +255,28 @@ def _descend(
     return widths(count)
 
 
-def _size(structure: Structure, widths: Mapping[str, int], quantity: Quantity) -> int:
+def _size(structure: Structure, widths: Mapping[str, int], quantity: Quantity) -> float:
     """Size of the network in ``quantity`` if the groups in ``widths`` have these, and all others their present one."""
     if quantity == "units":
         return sum(widths.values())
-    everything = structure.widths | dict(widths)
-    return structure.cost.params(everything) if quantity == "params" else structure.cost.macs(everything)
+    size: float = getattr(structure.cost, quantity)(structure.widths | dict(widths))
+    return size
 
 
-def _holds(size: int, limit: float, quantity: Quantity) -> bool:
-    """Units are met to the nearest one, halves up; parameters and MACs are never exceeded."""
+def _holds(size: float, limit: float, quantity: Quantity) -> bool:
+    """Units are met to the nearest one, halves up; everything else is never exceeded."""
     return size <= (math.floor(limit + 0.5 + _EPSILON) if quantity == "units" else limit * (1 + _EPSILON))
 
 
-def _unreachable(smallest: int, limit: float, quantity: Quantity, scope: Scope) -> str:
+def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope) -> str:
+    what = _of(quantity)
     return (
-        f"the budget of {limit:.0f} {quantity} cannot be reached: with every prunable group at its narrowest "
-        f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest} {quantity} are left. Give a larger "
+        f"the budget of {limit:.6g} {what} cannot be reached: with every prunable group at its narrowest "
+        f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest:.6g} {what} are left. Give a larger "
         f"budget, a smaller `min_width` or `round_to`, or free more layers; an int is a count, a float a share."
     )
+
+
+def _of(quantity: Quantity) -> str:
+    """What a number of ``quantity`` counts, in words."""
+    return {"memory": "bytes of memory", "latency": "milliseconds of latency"}.get(quantity, quantity)

@@ -12,8 +12,8 @@ from lightning_prune.structure.graph import Structure
 
 __all__ = ["NoEffectWarning", "Original", "Quantity", "Target"]
 
-#: What a target counts. 1 MAC = 2 FLOPs.
-Quantity = Literal["units", "params", "macs"]
+#: What a target counts: 1 MAC = 2 FLOPs; memory is bytes of activations and latency milliseconds, both of one sample.
+Quantity = Literal["units", "params", "macs", "memory", "latency"]
 
 
 class NoEffectWarning(UserWarning):
@@ -28,23 +28,35 @@ class Original:
         params: Number of parameters.
         macs: Multiply-accumulates of one sample's forward pass.
         widths: Units per group.
+        memory: Bytes of the activations of one sample.
+        latency: Milliseconds of one sample's forward pass, if they were measured.
     """
 
     params: int
     macs: int
     widths: Mapping[str, int] = field(default_factory=dict)
+    memory: int = 0
+    latency: float | None = None
 
     @classmethod
     def of(cls, structure: Structure) -> Original:
         """The size of a network that was not cut yet."""
-        widths = structure.widths
-        return cls(structure.cost.params(widths), structure.cost.macs(widths), widths)
+        widths, cost = structure.widths, structure.cost
+        latency = None if cost.latency_table is None else cost.latency(widths)
+        return cls(cost.params(widths), cost.macs(widths), widths, cost.memory(widths), latency)
 
-    def size(self, quantity: Quantity, selected: Collection[str]) -> int:
-        """The dense size in ``quantity``; units are counted over the ``selected`` groups only."""
+    def size(self, quantity: Quantity, selected: Collection[str]) -> float:
+        """The dense size in ``quantity``; units are counted over the ``selected`` groups only.
+
+        Raises:
+            ValueError: If the latency is asked for and was not measured.
+        """
         if quantity == "units":
             return sum(self.widths[name] for name in selected)
-        return self.params if quantity == "params" else self.macs
+        size: float | None = getattr(self, quantity)
+        if size is None:
+            raise ValueError("expected a latency that was measured, got none: the structure needs a table of latencies")
+        return size
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,8 @@ class Target:
     """What is to remain.
 
     Attributes:
-        quantity: What is counted: ``"units"`` of the prunable groups, ``"params"`` or ``"macs"`` of the whole network.
+        quantity: What is counted: ``"units"`` of the prunable groups; of the whole network ``"params"``, ``"macs"``,
+            ``"memory"`` (bytes of activations) or ``"latency"`` (milliseconds), the last three for one sample.
         remaining: A float is the share of the dense network that remains, in (0, 1]; an int is a count; a mapping
             gives the share of the units per layer, by name or glob, and all other layers stay as they are.
     """
@@ -93,8 +106,9 @@ class Target:
             pruning_ratio: Share of the units that is *removed*, in [0, 1): of every group (local scope), or of all
                 prunable units (global scope). ``{"layers.1": 0.5, "encoder.*": 0.2}`` gives the share per layer, by
                 name, glob or name of a module that contains it, the first that fits; all others stay as they are.
-            budget: What *remains*: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``; a float is a share of the
-                dense network in (0, 1], an int a count. A bare number counts parameters.
+            budget: What *remains*: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``, ``{"memory": 0.5}``,
+                ``{"latency": 0.6}``; a float is a share of the dense network in (0, 1], an int a count (of bytes and
+                milliseconds too). A bare number counts parameters.
 
         Raises:
             ValueError: If both are given or none, a number is out of range, or the budget's key is unknown.
@@ -158,7 +172,7 @@ class Target:
         if self.remaining > size:
             whole = "its prunable groups have" if self.quantity == "units" else "it has"
             raise ValueError(
-                f'budget={{"{self.quantity}": {self.remaining}}} is larger than the network: {whole} {size} '
+                f'budget={{"{self.quantity}": {self.remaining}}} is larger than the network: {whole} {size:.6g} '
                 f"{self.quantity}. Give a count of at most that, or a share as a float in (0, 1]."
             )
         return self.remaining / size

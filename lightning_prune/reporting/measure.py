@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lightning_prune.structure import Call
+from lightning_prune.structure.latency import median_seconds, resize
 from lightning_prune.surgery.shrink import silent
 
 __all__ = ["latency", "size_on_disk", "versions"]
@@ -48,13 +48,12 @@ def latency(
         Milliseconds per pass by batch size; NaN where the device's memory does not suffice.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    threads = torch.get_num_threads()
     medians: dict[int, float] = {}
     with _eval(model), silent(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         for batch_size in batch_sizes:
-            args, kwargs = (_resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
+            args, kwargs = (resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
             try:
-                medians[batch_size] = 1e3 * _median_seconds(partial(model, *args, **kwargs), threads, seconds)
+                medians[batch_size] = 1e3 * median_seconds(partial(model, *args, **kwargs), seconds)
             except torch.cuda.OutOfMemoryError:
                 medians[batch_size] = math.nan
     return medians
@@ -78,32 +77,6 @@ class _Counter(io.RawIOBase):
         written = memoryview(data).nbytes
         self.size += written
         return written
-
-
-def _median_seconds(run: Callable[[], Any], threads: int, seconds: float) -> float:
-    from torch.utils.benchmark import Timer, timer  # the import looks for a CUDA compiler, and says so
-
-    run()  # the first pass allocates memory and chooses algorithms
-    start = timer()  # waits for the device
-    run()
-    once = float(timer() - start)
-    if once > seconds:
-        return once
-    measured = Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=seconds)
-    return float(measured.median)
-
-
-def _resize(tree: Any, call: Call, batch_size: int) -> Any:
-    """The tree with every tensor that has the call's batch dimension repeated from its first sample."""
-    tensors = [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
-    samples = len(tensors[0]) if tensors else 0
-
-    def resize(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples:
-            return leaf[:1].expand(batch_size, *leaf.shape[1:]).contiguous()
-        return leaf
-
-    return tree_map(resize, tree)
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from lightning_prune.planning import Original
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.structure import Structure
 
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
@@ -39,6 +41,8 @@ class Size:
         widths: Units per group.
         bytes: Size of the saved ``state_dict``.
         latency: Milliseconds per forward pass by batch size.
+        memory: Bytes of the activations of one sample, see `CostModel.memory`.
+        reckoned: Milliseconds of one sample by the table of latencies, if there is one.
     """
 
     params: int
@@ -46,6 +50,14 @@ class Size:
     widths: Mapping[str, int] = field(default_factory=dict)
     bytes: int | None = None
     latency: Mapping[int, float] = field(default_factory=dict)
+    memory: int | None = None
+    reckoned: float | None = None
+
+    @classmethod
+    def of(cls, structure: Structure, original: Original | None = None) -> Size:
+        """What is known of a network without running it; of the dense network if its ``original`` size is given."""
+        now = original or Original.of(structure)
+        return cls(now.params, now.macs, dict(now.widths), memory=now.memory, reckoned=now.latency)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Cut:
         params: Parameters after the cut.
         macs: MACs of one sample after the cut.
         seconds: Time the cut took.
+        memory: Bytes of the activations of one sample after it.
+        reckoned: Milliseconds of one sample after it by the table of latencies, if there is one.
     """
 
     index: int
@@ -71,6 +85,24 @@ class Cut:
     params: int
     macs: int
     seconds: float
+    memory: int | None = None
+    reckoned: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        size: Size,
+        index: int,
+        epoch: int,
+        step: int,
+        before: Mapping[str, int],
+        after: Mapping[str, int],
+        seconds: float,
+    ) -> Cut:
+        """The cut that has led to a network of this size."""
+        return cls(
+            index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds, size.memory, size.reckoned
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,8 @@ class Report:
         """The network as it is now: at the end, after the last cut, or dense."""
         if self.final or not self.cuts:
             return self.final or self.dense
-        return Size(self.cuts[-1].params, self.cuts[-1].macs, self.widths)
+        last = self.cuts[-1]
+        return Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
 
     @property
     def ratio(self) -> float:
@@ -217,6 +250,10 @@ class Report:
             return {}
         numbers = {"pruning/params": float(size.params), "pruning/macs": float(size.macs), "pruning/ratio": self.ratio}
         numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+        if size.memory is not None:
+            numbers["pruning/memory"] = float(size.memory)
+        if size.reckoned is not None:
+            numbers["pruning/latency_ms"] = size.reckoned
         if size.bytes is not None:
             numbers["pruning/bytes"] = float(size.bytes)
         return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}
@@ -298,11 +335,15 @@ class Report:
         rows = [
             ("parameters", count(dense.params), count(now.params), share(now.params, dense.params)),
             ("MACs per sample", count(dense.macs), count(now.macs), share(now.macs, dense.macs)),
+            ("activations per sample, KiB", kib(dense.memory), kib(now.memory), share(now.memory, dense.memory)),
             ("size on disk, KiB", kib(dense.bytes), kib(now.bytes), share(now.bytes, dense.bytes)),
         ]
         for batch in dense.latency:
             old, new = dense.latency[batch], now.latency.get(batch)
             rows.append((f"latency at batch {batch}, ms", number(old), number(new), share(new, old)))
+        if dense.reckoned is not None:
+            old, new = dense.reckoned, now.reckoned
+            rows.append(("latency by the table, ms", number(old), number(new), share(new, old)))
         before, best, last = self.outcome
         if self.main_metric:
             rows.append(

@@ -58,11 +58,11 @@ class Statistic(Metric):
         super().__init__(compute_with_cache=False)
         self.structure = structure
         self.sources = {name: tuple(places) for name, places in sources.items() if places}
-        self._states: dict[str, tuple[Reduction, bool]] = {}
+        self._states: dict[str, Reduction] = {}
         self._half = 0
         self.loss_scale = 1.0
         self._warned: set[str] = set()
-        self._set("batches", torch.zeros((), dtype=torch.int64), "sum", per_unit=False)
+        self._set("batches", torch.zeros((), dtype=torch.int64), "sum")
         self.declare("passes", "sum", per_unit=False)
         self.declare("skipped", "sum", per_unit=False)
 
@@ -100,7 +100,7 @@ class Statistic(Metric):
         """Add a state for every observed group: a number per unit and source, or per source alone."""
         for name, places in self.sources.items():
             unit_axis = (self.structure.group(name).width,) if per_unit else ()
-            self._set(f"{quantity}/{name}", torch.zeros(2, len(places), *unit_axis), reduction, per_unit=per_unit)
+            self._set(f"{quantity}/{name}", torch.zeros(2, len(places), *unit_axis), reduction)
 
     @final
     def record(self, name: str, source: int, passes: int, **quantities: Tensor) -> None:
@@ -115,7 +115,7 @@ class Statistic(Metric):
         for quantity, value in counted.items():
             key = f"{quantity}/{name}"
             row = getattr(self, key)[self._half, source]
-            if self._states[key][0] == "sum":
+            if self._states[key] == "sum":
                 row += value
             else:
                 torch.maximum(row, value.to(row.dtype), out=row)
@@ -126,7 +126,7 @@ class Statistic(Metric):
         state: Tensor = getattr(self, f"{quantity}/{name}")
         if half is not None:
             return state[half]
-        return state.sum(0) if self._states[f"{quantity}/{name}"][0] == "sum" else state.amax(0)
+        return state.sum(0) if self._states[f"{quantity}/{name}"] == "sum" else state.amax(0)
 
     @final
     def per_pass(self, quantity: str, name: str, half: Half = None) -> Tensor:
@@ -203,22 +203,6 @@ class Statistic(Metric):
             return math.nan
         return float(spearman_corrcoef(self.estimate(name, 0), self.estimate(name, 1)))
 
-    @final
-    def take(self, kept: Mapping[str, Sequence[int]], structure: Structure) -> None:
-        """Follow a cut: keep the numbers of the units ``kept`` (groups left out stay whole).
-
-        Args:
-            kept: Units kept per group, in the widths before the cut.
-            structure: The structure after the cut.
-        """
-        for key, (reduction, per_unit) in list(self._states.items()):
-            name = key.partition("/")[2]
-            if per_unit and name in kept:
-                state = getattr(self, key)
-                index = torch.as_tensor(kept[name], dtype=torch.int64, device=state.device)
-                self._set(key, state.index_select(-1, index), reduction, per_unit=True)
-        self.structure = structure
-
     # -- torchmetrics -----------------------------------------------------------------------------------------------
 
     @property
@@ -265,22 +249,22 @@ class Statistic(Metric):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _set(self, key: str, state: Tensor, reduction: Reduction, *, per_unit: bool) -> None:
+    def _set(self, key: str, state: Tensor, reduction: Reduction) -> None:
         """Declare a state (anew) with this content; its default has to have the same shape, type and device."""
         if state.is_floating_point():
             state = state.to(torch.float32 if state.device.type == "mps" else torch.float64)  # MPS has no float64
-        self._states[key] = (reduction, per_unit)
+        self._states[key] = reduction
         self.add_state(key, torch.zeros_like(state), dist_reduce_fx=reduction, persistent=True)
         setattr(self, key, state)
 
     def _move(self, device: torch.device) -> None:
         if self.batches.device == device:
             return
-        for key, (reduction, per_unit) in list(self._states.items()):
+        for key, reduction in list(self._states.items()):
             state: Tensor = getattr(self, key)
             if device.type == "mps" and state.is_floating_point():
                 state = state.float()
-            self._set(key, state.to(device), reduction, per_unit=per_unit)
+            self._set(key, state.to(device), reduction)
 
     def _skipped_places(self, names: Iterable[str]) -> list[str]:
         """Places that saw NaN or infinity, asked for with a single transfer from the device."""

@@ -1,7 +1,7 @@
 """What can be removed together, what must stay and why, and what it all costs."""
 
 from lightning_prune.structure.analysis import StructureError, Subject, trace
-from lightning_prune.structure.cost import Axis, CostModel, Term
+from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.layers import refresh
 from lightning_prune.structure.tracing import Call
@@ -13,6 +13,7 @@ __all__ = [
     "CostModel",
     "Frozen",
     "Group",
+    "LatencyTable",
     "Member",
     "Role",
     "Structure",

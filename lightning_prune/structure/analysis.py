@@ -159,12 +159,13 @@ class _Analysis:
     def _run(self, call: Call) -> None:
         """Run a call on the cheapest kind of tensors that it runs on."""
         for kind in _KINDS:
-            self.tracer.macs, counted = list(self.tracer.macs), self.tracer.macs
+            counted = self.tracer.macs, self.tracer.written
+            self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
             try:
                 out = self._copy(kind).run(self.tracer, call, self.labels)
             except Exception as error:
                 self.tracer.forget()
-                self.tracer.macs = counted
+                self.tracer.macs, self.tracer.written = counted
                 # Tensors without content and devices may be too little for a network; real ones are slow.
                 if kind == "meta" or isinstance(error, _DATA_DEPENDENT):
                     continue
@@ -364,11 +365,11 @@ class _Analysis:
             if isinstance(tensor, nn.Parameter)
         )
         batch = _batch_size(self.subject.calls[0])
-        macs = tuple(
-            Term(record.factor / batch, tuple(axis(atoms) for atoms in record.axes), record.layer)
-            for record in self.tracer.macs
+        macs, memory = (
+            tuple(Term(r.factor / batch, tuple(axis(atoms) for atoms in r.axes), r.layer) for r in records)
+            for records in (self.tracer.macs, self.tracer.written)
         )
-        return CostModel(parameters, macs, self.shapes)
+        return CostModel(parameters, macs, self.shapes, memory)
 
 
 def _batch_size(call: Call) -> int:

@@ -1,15 +1,16 @@
-"""What a network costs as a function of its widths: parameters and MACs, on numbers alone."""
+"""What a network costs as a function of its widths: parameters, MACs, activations, milliseconds. Numbers alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Axis", "CostModel", "Term"]
+__all__ = ["Axis", "CostModel", "LatencyTable", "LayerTimes", "Term"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Term:
-    """A product ``factor · Π length(axis)``: the elements of a tensor, or the MACs of one operator for one sample."""
+    """A product ``factor · Π length(axis)``: elements or bytes of a tensor, or MACs of one operator for one sample."""
 
     factor: float
     axes: tuple[Axis, ...]
@@ -38,18 +39,86 @@ class Term:
 
 
 @dataclass(frozen=True)
+class LayerTimes:
+    """How long one convolution or matrix product takes, by the first two dimensions of its weight.
+
+    Attributes:
+        axes: Lengths of the two dimensions as functions of the widths.
+        grid: Lengths at which it was measured, ascending, for each of the two.
+        ms: Milliseconds, a row per length of the first dimension; never less for a longer one.
+    """
+
+    axes: tuple[Axis, Axis]
+    grid: tuple[tuple[int, ...], tuple[int, ...]]
+    ms: tuple[tuple[float, ...], ...]
+
+    def value(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds at these widths, linear between the points of the grid; a layer without units takes none."""
+        first, second = (axis.length(widths) for axis in self.axes)
+        if not first or not second:
+            return 0.0
+        return float(np.interp(first, self.grid[0], [np.interp(second, self.grid[1], row) for row in self.ms]))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, numbers and strings only."""
+        axes = [{"fixed": axis.fixed, "repeat": dict(axis.repeat)} for axis in self.axes]
+        return {"axes": axes, "grid": [list(points) for points in self.grid], "ms": [list(row) for row in self.ms]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> LayerTimes:
+        """What `to_plain` wrote."""
+        first, second = (Axis(axis["fixed"], tuple(axis["repeat"].items())) for axis in plain["axes"])
+        rows, columns = (tuple(points) for points in plain["grid"])
+        return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    r"""Milliseconds of one sample's forward pass, as measured on one device.
+
+    .. math:: t = a + b \cdot \text{memory} + \sum_\text{layers} t_\text{layer}(\text{widths})
+
+    Attributes:
+        fixed: a, the milliseconds that no width changes.
+        per_byte: b, the milliseconds of everything else per byte of activations (norms, nonlinearities, additions).
+        layers: Convolutions and matrix products.
+    """
+
+    fixed: float
+    per_byte: float
+    layers: tuple[LayerTimes, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, numbers and strings only, as checkpoints and other processes take them."""
+        return {
+            "fixed": self.fixed,
+            "per_byte": self.per_byte,
+            "layers": [layer.to_plain() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> LatencyTable:
+        """What `to_plain` wrote."""
+        return cls(plain["fixed"], plain["per_byte"], tuple(LayerTimes.from_plain(layer) for layer in plain["layers"]))
+
+
+@dataclass(frozen=True)
 class CostModel:
-    """Parameters and MACs (multiply-accumulates, one sample; 1 MAC = 2 FLOPs) of a network at any widths.
+    """What a network costs at any widths, for one sample's forward pass in eval mode.
 
     Attributes:
         parameters: One term per parameter, tied parameters once.
-        macs_terms: One term per convolution or matrix product of a forward pass in eval mode.
+        macs_terms: One term per convolution or matrix product (multiply-accumulates; 1 MAC = 2 FLOPs).
         shapes: Present shape of every parameter and buffer.
+        memory_terms: One term, in bytes, per tensor that an operator writes.
+        latency_table: Milliseconds, if they were measured.
     """
 
     parameters: tuple[Term, ...]
     macs_terms: tuple[Term, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    memory_terms: tuple[Term, ...] = ()
+    latency_table: LatencyTable | None = None
 
     def params(self, widths: Mapping[str, int]) -> int:
         """Number of parameters, trainable or not, buffers left out."""
@@ -58,6 +127,24 @@ class CostModel:
     def macs(self, widths: Mapping[str, int]) -> int:
         """Multiply-accumulates of one sample's forward pass."""
         return round(sum(term.value(widths) for term in self.macs_terms))
+
+    def memory(self, widths: Mapping[str, int]) -> int:
+        """Bytes of all activations of one sample: every tensor that an operator writes, views and in-place left out.
+
+        Nothing is taken as freed: training keeps what the backward pass needs, which is at most this, times the batch.
+        """
+        return round(sum(term.value(widths) for term in self.memory_terms))
+
+    def latency(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds of one sample's forward pass, by the measured table.
+
+        Raises:
+            ValueError: If nothing was measured.
+        """
+        table = self.latency_table
+        if table is None:
+            raise ValueError("the latency of this network was not measured: expected a cost model with a table")
+        return table.fixed + table.per_byte * self.memory(widths) + sum(layer.value(widths) for layer in table.layers)
 
     def take(self, axes: Mapping[str, Mapping[int, npt.NDArray[np.int64]]]) -> CostModel:
         """The same terms for a network whose tensors were cut along ``axes``."""

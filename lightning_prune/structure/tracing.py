@@ -69,7 +69,7 @@ class Value:
 
 @dataclass(frozen=True)
 class MacsRecord:
-    """MACs of one operator: ``factor`` × the product of the lengths of the labelled axes."""
+    """MACs of one operator, or bytes of a tensor: ``factor`` × the product of the lengths of the labelled axes."""
 
     factor: float
     axes: tuple[IndexArray, ...]
@@ -101,6 +101,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.order: dict[str, int] = {}
         self.seen: set[str] = set()
         self.macs: list[MacsRecord] = []
+        self.written: list[MacsRecord] = []
         self.counting = False
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
@@ -191,6 +192,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rule = self._rule_of[func] = self._rule(func)
         rule(self, func, args, kwargs, out)
         self._note_numbers(func, args, kwargs, out)
+        self._note_memory((args, kwargs), out)
         if func._schema.name.endswith("_") and isinstance(out, torch.Tensor):
             self._written(out)
         return out
@@ -215,6 +217,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if at >= len(self.expected) or not _same_line(self.expected[at], line):
                 raise MismatchError(f"a number that depends on a width enters {self.where(func)}")
         self.script.append(line)
+
+    def _note_memory(self, inputs: Any, out: Any) -> None:
+        """Write down the bytes of the tensors that an operator makes; a view of an input is no new one."""
+        if not self.counting:
+            return
+        given = {_storage_key(leaf)[0] for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and _storage_key(tensor)[0] not in given:
+                fixed, labelled = tensor.element_size(), []
+                for axis, length in zip(self.value(tensor).axes, tensor.shape, strict=True):
+                    if isinstance(axis, np.ndarray):
+                        labelled.append(axis)
+                    else:
+                        fixed *= length
+                self.written.append(MacsRecord(fixed, tuple(labelled), self.stack[-1] if self.stack else ""))
 
     def _written(self, out: torch.Tensor) -> None:
         """After a write in place, no other view of the same memory is known to be zero where units left."""
@@ -246,9 +263,9 @@ def _name(func: Any) -> str:
     return str(func._schema.name).removeprefix("aten::")
 
 
-def _batch_norm(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes of what batch norm gives back; PyTorch's own answer on the meta device takes a millisecond of Python."""
-    channels = x.shape[1]
+    channels = x.shape[1] if rest[4] else 0  # statistics of the batch, in training
     return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
 
 

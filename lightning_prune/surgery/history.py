@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.planning.target import Original
+from lightning_prune.structure.analysis import Subject
+from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, IndexArray, Structure
+from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import tensors
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.plain import HistoryError
@@ -27,9 +31,12 @@ __all__ = [
     "HistoryError",
     "Keep",
     "attach",
+    "begun",
     "conform",
     "history_of",
+    "latency_table",
     "load_from",
+    "original_of",
     "replay",
     "save_into",
 ]
@@ -37,7 +44,7 @@ __all__ = [
 #: Where a checkpoint keeps the history.
 KEY = "lightning_prune"
 #: Version of the format that is written; all versions up to it are read.
-VERSION = 1
+VERSION = 2
 
 _ATTRIBUTE = "_lightning_prune_history"
 _UPGRADE = "It was written by a newer lightning_prune: `pip install --upgrade lightning-prune`."
@@ -107,6 +114,8 @@ class History:
         widths: Its units by group.
         edits: What was done, in order.
         dense: What it takes to widen the live network; not part of a checkpoint.
+        memory: Bytes of the dense network's activations for one sample; ``None`` in files of version 1.
+        latency: What its latency is reckoned by, if that was measured: one table for all of the network's life.
     """
 
     shapes: Mapping[str, Shape]
@@ -115,12 +124,16 @@ class History:
     widths: Mapping[str, int]
     edits: tuple[Keep, ...] = ()
     dense: Dense = field(default_factory=Dense)
+    memory: int | None = None
+    latency: LatencyTable | None = None
 
     @classmethod
     def begin(cls, structure: Structure) -> History:
         """The empty history of a dense network."""
-        widths = structure.widths
-        return cls({}, structure.cost.params(widths), structure.cost.macs(widths), widths)
+        widths, cost = structure.widths, structure.cost
+        return cls(
+            {}, cost.params(widths), cost.macs(widths), widths, memory=cost.memory(widths), latency=cost.latency_table
+        )
 
     def add(self, edit: Keep, model: nn.Module) -> History:
         """The history with ``edit``, which is about to be done to ``model``.
@@ -177,6 +190,8 @@ class History:
                 "params": int(self.params),
                 "macs": int(self.macs),
                 "widths": {group: int(width) for group, width in self.widths.items()},
+                **({} if self.memory is None else {"memory": int(self.memory)}),
+                **({} if self.latency is None else {"latency": self.latency.to_plain()}),
             },
             "edits": [_write_edit(edit, known) for edit in self.edits],
         }
@@ -202,7 +217,10 @@ class History:
         untouched = shapes.keys() - {name for edit in edits for name in edit.axes}
         if untouched:
             raise plain.damaged(f"it has a dense shape for {min(untouched)!r}, which no edit cuts")
-        return cls(shapes, plain.entry(original, "params", int), plain.entry(original, "macs", int), widths, edits)
+        params, macs = (plain.entry(original, key, int) for key in ("params", "macs"))
+        memory = plain.entry(original, "memory", int) if "memory" in original else None
+        latency = _table(plain.entry(original, "latency", dict)) if "latency" in original else None
+        return cls(shapes, params, macs, widths, edits, memory=memory, latency=latency)
 
 
 def attach(model: nn.Module, history: History | None) -> None:
@@ -217,6 +235,44 @@ def history_of(model: nn.Module) -> History | None:
     """What was done to ``model``, or ``None`` if nothing."""
     history: History | None = getattr(model, _ATTRIBUTE, None)
     return history
+
+
+def begun(model: nn.Module, structure: Structure) -> History:
+    """The history of ``model`` as a next edit takes it: its own or a new one, with the latencies that are known."""
+    history = history_of(model) or History.begin(structure)
+    return history if history.latency is not None else replace(history, latency=structure.cost.latency_table)
+
+
+def latency_table(subject: Subject, structure: Structure) -> LatencyTable:
+    """The table that the network was cut by before, or else one that is measured now."""
+    history = history_of(subject.model)
+    if history is not None and history.latency is not None:
+        return history.latency
+    return measure_latency(subject, structure, None if history is None else history.widths)
+
+
+def original_of(model: nn.Module, structure: Structure) -> Original:
+    """The size of the network that ``model`` was before its first cut.
+
+    Args:
+        model: The network, with its history if it was cut.
+        structure: Its structure as it is now, with a table of latencies if one is needed.
+
+    Raises:
+        HistoryError: If the groups are not those that the network was cut with.
+    """
+    history = history_of(model)
+    if history is None:
+        return Original.of(structure)
+    if history.widths.keys() != structure.widths.keys():
+        raise HistoryError(
+            f"expected the groups the network was pruned with ({', '.join(history.widths)}), found "
+            f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
+        )
+    cost = structure.cost
+    memory = cost.memory(history.widths) if history.memory is None else history.memory
+    latency = None if cost.latency_table is None else cost.latency(history.widths)
+    return Original(history.params, history.macs, history.widths, memory, latency)
 
 
 def save_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
@@ -324,6 +380,13 @@ def _differences(
         wanted = expected.get(id(present[name])) if name in present else None
         if wanted is not None and isinstance(weight, Tensor) and not is_lazy(weight) and tuple(weight.shape) != wanted:
             yield f"{name} is {list(weight.shape)}, here it should be {list(wanted)}"
+
+
+def _table(found: dict[str, Any]) -> LatencyTable:
+    try:
+        return LatencyTable.from_plain(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise plain.damaged(f"its table of latencies is none ({type(error).__name__}: {error})") from error
 
 
 def _write_edit(edit: Keep, known: dict[bytes, Tensor]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune import L2, Contribution, StructuredPruning, prune
 from lightning_prune.models import MLPClassifier
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import Subject, latency, trace
 from lightning_prune.surgery import history_of, mask, replay
 
 
@@ -57,6 +57,50 @@ def test_a_budget_counts_from_the_dense_network() -> None:
     again = network()
     replay(again, history)
     assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]
+
+
+def activations(net: nn.Module) -> int:
+    """Elements that the layers of `network` write for one sample."""
+    sizes: list[int] = []
+    hooks = [m.register_forward_hook(lambda _m, _x, out: sizes.append(out.numel())) for m in net if m is not net[3]]
+    net(EXAMPLE[:1])
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
+
+
+def test_a_budget_of_memory() -> None:
+    net = network().eval()
+    dense = activations(net)
+    report = prune(net, EXAMPLE, budget={"memory": 0.6})
+    left = activations(net)
+    assert report.dense is not None
+    assert report.final is not None
+    assert (report.dense.memory, report.final.memory) == (8 * dense, 8 * left)
+    assert 0.6 * dense - 3 * 16 <= left <= 0.6 * dense  # a channel is the dearest unit
+    prune(net, EXAMPLE, budget={"memory": 0.4})
+    assert 0.4 * dense - 3 * 16 <= activations(net) <= 0.4 * dense
+
+
+def test_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 1e-3 * run().numel())
+    net = network()
+    report = prune(net, EXAMPLE, budget={"latency": 0.7})
+    assert report.dense is not None
+    assert report.final is not None
+    assert report.dense.reckoned == pytest.approx(4)  # the whole network, as planted: 4 elements
+    whole = 8 * 16 + 12 + 4  # what its layers take alone is scaled to that
+    left = net[0].out_channels * 16 + net[4].out_features + 4
+    assert report.final.reckoned == pytest.approx(4 * left / whole)
+    assert 0.7 * whole - 17 <= left <= 0.7 * whole
+    # The table stays with the network: times of another machine are not compared with it.
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 9e-3 * run().numel())
+    again = prune(net, EXAMPLE, budget={"latency": 0.5})
+    assert again.final is not None
+    left = net[0].out_channels * 16 + net[4].out_features + 4
+    assert again.final.reckoned == pytest.approx(4 * left / whole)
+    assert 0.5 * whole - 17 <= left <= 0.5 * whole
+    assert "latency by the table" in str(again)
 
 
 def test_the_optimizer_follows() -> None:

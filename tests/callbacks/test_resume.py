@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import L1, L2, Contribution, ContributionPruning, Linear, Random, StructuredPruning
+from lightning_prune.structure import latency
 from lightning_prune.surgery import history_of
 from tests.callbacks.networks import BATCHES, Net, Stream, equal, fit, make, refit, samples, trainer, weights, widths
 
@@ -22,6 +23,7 @@ PRUNERS: dict[str, Any] = {
     "contribution": lambda **o: ContributionPruning(0.5, criterion=Contribution(every_n_batches=3), **o),
     "l1": lambda **o: StructuredPruning(0.5, criterion=L1(), **o),
     "l2": lambda **o: StructuredPruning(budget={"params": 0.5}, criterion=L2(), scope="global", **o),
+    "memory": lambda **o: StructuredPruning(budget={"memory": 0.5}, **o),
     "random": lambda **o: StructuredPruning(0.5, criterion=Random(), **o),
 }
 # Cuts before the epochs 2 and 4.
@@ -60,6 +62,34 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
     found["_structure"] = pruner._structure.widths if pruner._structure else None
     found["_statistic"] = dict(pruner._statistic.state_dict()) if pruner._statistic else None
     return found
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """Each operator takes as long as its result has elements, or a multiple of it."""
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: times * 1e-3 * run().numel())
+
+
+def test_a_latency_keeps_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whatever machine a run goes on, before its first cut or after it: another table would be another plan."""
+    planted(monkeypatch, 1)
+    PRUNERS["latency"] = lambda **o: StructuredPruning(budget={"latency": 0.5}, **o)
+    try:
+        expected = undisturbed(tmp_path, "latency", "sgd")
+    finally:
+        del PRUNERS["latency"]
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, make(Net), StructuredPruning(budget={"latency": 0.5}, schedule=SCHEDULE), saver, epochs=EPOCHS)
+    planted(monkeypatch, 7)
+    for epoch in (0, 2, 4):
+        model, pruner = make(Net), StructuredPruning(budget={"latency": 0.5}, schedule=SCHEDULE)
+        run = fit(tmp_path, model, pruner, epochs=EPOCHS, ckpt_path=tmp_path / "ends" / f"epoch={epoch}.ckpt")
+        found = content(run, model, pruner)
+        for part in expected:
+            assert equal(found[part], expected[part]), (epoch, part)
+    dense, left = pruner.report.dense, pruner.report.size
+    assert dense is not None
+    assert left is not None
+    assert 0.4 < left.reckoned / dense.reckoned <= 0.5  # type: ignore[operator]
 
 
 class StopError(Exception):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lightning_prune.structure.cost import Axis, CostModel, Term
+from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Structure
 
 
@@ -28,7 +28,13 @@ def build_mlp(hidden: Sequence[int], inputs: int = 7, outputs: int = 3) -> Struc
     weights = tuple(Term(1, (axes[i + 1], axes[i]), name) for i, name in enumerate(names))
     biases = tuple(Term(1, (axes[i + 1],), name) for i, name in enumerate(names))
     frozen = (Frozen(f"{names[-1]}.weight", 0, outputs, "it is an output of the model"),)
-    return Structure(tuple(groups), frozen, CostModel(weights + biases, weights, shapes))
+    memory = tuple(Term(4, term.axes, term.layer) for term in biases)
+    times = tuple(
+        LayerTimes(term.axes, ((1, n), (1, m)), ((1.0, float(m)), (float(n), float(n * m))))
+        for term, n, m in zip(weights, sizes[1:], sizes[:-1], strict=True)
+    )
+    cost = CostModel(weights + biases, weights, shapes, memory, LatencyTable(3.0, 0.5, times))
+    return Structure(tuple(groups), frozen, cost)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def test_nothing_to_remove_warns(given):
         ({"budget": 60.0}, ValueError, r"got 60.0 \(did you mean 0.6\?\). A count must be an int"),
         ({"budget": {"params": 0.0}}, ValueError, r"in \(0, 1\], the share of the params that remains, got 0.0"),
         ({"budget": {"macs": 0}}, ValueError, r"at least 1 \(an int counts macs\), got 0"),
-        ({"budget": {"flops": 0.5}}, ValueError, """"units", "params", "macs", got 'flops'"""),
+        ({"budget": {"flops": 0.5}}, ValueError, """"units", "params", "macs", "memory", "latency", got 'flops'"""),
         ({"budget": {"params": 0.5, "macs": 0.5}}, ValueError, "one key"),
         ({"budget": {}}, ValueError, "one key"),
         ({"budget": "60%"}, TypeError, "a share .* or a count .*, got '60%'"),

@@ -116,13 +116,6 @@ def test_says_which_groups_had_no_gradient():
     assert silent["aside"].endswith("had a gradient in none of the 1 observed batches")
 
 
-def test_follows_a_cut():
-    statistic = observed(Taylor())
-    before, kept = statistic.value("0"), [0, 2, 3]
-    statistic.take({"0": kept}, structure_of("mlp").take({"0": kept}))
-    torch.testing.assert_close(statistic.value("0"), before[kept], rtol=0, atol=0)
-
-
 def test_an_exception_in_a_batch_leaves_no_half_of_it():
     """A batch whose hooks go before its backward pass has shown nothing."""
     model, statistic = network("mlp"), Fisher().statistic(structure_of("mlp"))

@@ -328,40 +328,6 @@ def test_updates_by_hand_are_refused():
 # -- a cut -----------------------------------------------------------------------------------------------------------
 
 
-def cut(model, kept):
-    """The MLP of ``networks.py`` with fewer units in its first layer."""
-    narrow = copy.deepcopy(model)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            setattr(narrow[0], name, nn.Parameter(getattr(model[0], name)[kept]))
-        narrow[2].weight = nn.Parameter(model[2].weight[:, kept])
-    return narrow
-
-
-def test_follows_a_cut_and_goes_on():
-    model, statistic = observed(lambda_max=1.0)
-    before = copy.deepcopy(statistic)
-    kept = [0, 2, 3]
-    after = structure_of("mlp").take({"0": kept})
-    statistic.take({"0": kept}, after)
-    for quantity in ("mass", "maximum"):
-        for half in (0, 1):
-            expected = before.read(quantity, "0", half)[:, kept]
-            torch.testing.assert_close(statistic.read(quantity, "0", half), expected, rtol=0, atol=0)
-            torch.testing.assert_close(statistic.read(quantity, "2", half), before.read(quantity, "2", half))
-    assert statistic.passes("0") == before.passes("0")
-    assert statistic.value("0").shape == (3,)
-
-    narrow = cut(model, kept)
-    train(narrow, batches("mlp"), statistic)
-    assert statistic.passes("0") == 2 * before.passes("0")
-    statistic.reset()
-    train(narrow, batches("mlp"), statistic)
-    fresh = ContributionStatistic(after, lambda_max=1.0)
-    train(narrow, batches("mlp"), fresh)
-    assert_same(statistic, fresh)
-
-
 # -- agreement of the halves -----------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.structure import Call, StructureError, Subject, refresh, trace
@@ -68,6 +70,37 @@ def test_costs_are_those_of_the_cut_network(case, seed):
         assert structure.cost.params(widths) == sum(p.numel() for p in small.parameters())
         if case.name != "spectral norm":  # its products of matrix and vector are left out by PyTorch's counter
             assert structure.cost.macs(widths) * 2 == counter.get_total_flops()
+
+
+class Written(TorchDispatchMode):
+    """Bytes of every tensor that an operator writes anew, counted on real tensors."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.total += sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage()._cdata not in known)
+        return out
+
+
+# Weights that are computed once for a batch, and operators that are others on a device than without one.
+INEXACT_MEMORY = {
+    "weight norm", "spectral norm", "group norm of single channels", "flatten channels last",
+    "bare parameters and attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in INEXACT_MEMORY], ids=lambda case: case.name)
+def test_memory_is_what_the_operators_of_the_cut_network_write(case):
+    structure = structure_of(case)
+    for kept in ({}, draw(structure, 0)):
+        small, x = shrunk(case.model(), structure.axes(kept)).eval(), case.example(batch=1)
+        with Written() as written:
+            small(x)
+        widths = structure.widths | {name: len(units) for name, units in kept.items()}
+        assert structure.cost.memory(widths) == written.total
 
 
 @cases

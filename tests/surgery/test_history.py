@@ -293,7 +293,7 @@ class TestPlain:
         assert self._only_plain(plain)
         again = History.from_plain(_through_a_file(plain)).to_plain()
         assert same(again, plain)
-        assert plain["version"] == 1
+        assert plain["version"] == 2
 
     def test_numbers_of_numpy_become_plain(self, zoo):
         model = zoo["mlp"].model()
@@ -348,7 +348,7 @@ class TestPlain:
             ((), [], "expected the history to be a dict, got list"),
             (("version",), None, "it has no 'version'"),
             (("version",), "1", "expected 'version' to be a int, got str"),
-            (("version",), 2, "version 2, 1 is the last known.*upgrade"),
+            (("version",), 3, "version 3, 2 is the last known.*upgrade"),
             (("original",), None, "it has no 'original'"),
             (("original", "params"), 1.5, "expected 'params' to be a int"),
             (("original", "params"), True, "expected 'params' to be a int, got bool"),
@@ -360,6 +360,8 @@ class TestPlain:
             (("original", "shapes", "0.bias"), None, "cuts dimension 0 of '0.bias', which has no shape"),
             (("original", "shapes", "extra"), [3], "a dense shape for 'extra', which no edit cuts"),
             (("original", "shapes", 3), [3], "a key of 'shapes' to be a str"),
+            (("original", "memory"), 1.5, "expected 'memory' to be a int"),
+            (("original", "latency"), {"fixed": 1.0}, "table of latencies is none"),
             (("edits",), {}, "'edits' to be a list"),
             (("edits", 0), "cut", "an edit to be a dict"),
             (("edits", 0, "kind"), "drop", "unknown kind 'drop'.*upgrade"),
