@@ -1,9 +1,11 @@
-"""The seed's networks as ordinary LightningModules: nothing in them knows of pruning."""
+"""The seeds' networks as ordinary LightningModules: nothing in them knows of pruning."""
 
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier
 from lightning_prune.models.mlp import MLPClassifier
+from lightning_prune.models.mobilenet import MobileNetV2CIFAR
 from lightning_prune.models.resnet import ResNetCIFAR
 from lightning_prune.models.vae import VAE
+from lightning_prune.models.vgg import VGG16CIFAR
 
-__all__ = ["VAE", "CNNClassifier", "Classifier", "MLPClassifier", "ResNetCIFAR"]
+__all__ = ["VAE", "VGG16CIFAR", "CNNClassifier", "Classifier", "MLPClassifier", "MobileNetV2CIFAR", "ResNetCIFAR"]

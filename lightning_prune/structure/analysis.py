@@ -10,11 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-)
 
 from lightning_prune.structure.atoms import Atoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
@@ -27,8 +22,6 @@ __all__ = ["StructureError", "Subject", "trace"]
 IndexArray = npt.NDArray[np.int64]
 #: Kinds of copies, the cheapest first.
 _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
-#: What PyTorch raises where an operator's result depends on numbers that fake tensors do not have.
-_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
 class StructureError(ValueError):
@@ -163,13 +156,13 @@ class _Analysis:
             self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
             try:
                 out = self._copy(kind).run(self.tracer, call, self.labels)
-            except Exception as error:
+            except Exception:
                 self.tracer.forget()
                 self.tracer.macs, self.tracer.written = counted
                 # Tensors without content and devices may be too little for a network; real ones are slow.
-                if kind == "meta" or isinstance(error, _DATA_DEPENDENT):
-                    continue
-                raise
+                if kind == _KINDS[-1]:
+                    raise
+                continue
             self._freeze_output(self.tracer, call, out)
             self.traced.append((call, kind, self.tracer.script))
             self.tracer.forget()
@@ -214,8 +207,7 @@ class _Analysis:
             for key, units in by_signature.items()
             if len(signatures[key])
         ]
-        # An axis of length 1 that no layer produces (a class token's first) is no unit.
-        groups = [group for group in groups if group.width > 1 or group.producers]
+        groups = [group for group in groups if self._learns(group)]
         groups.sort(key=lambda g: (self._rank(g), g.members[0].index[0].tolist()))
         names: dict[str, int] = {}
         renamed = []
@@ -225,13 +217,22 @@ class _Analysis:
             renamed.append(Group(group.name + suffix, group.width, group.members))
         return renamed
 
+    def _learns(self, group: Group) -> bool:
+        """Whether a parameter holds the units, and not merely as an axis of length 1 that no layer produces.
+
+        The axes of a table of coordinates that a layer reads have no units, nor has the first one of a class token.
+        """
+        own = [m for m in group.members if isinstance(self.first.named[m.tensor], nn.Parameter) and m.role != "in"]
+        return any(m.role == "out" or group.width > 1 for m in own)
+
     def _group(self, places: list[tuple[str, int]], units: IndexArray) -> Group:
         """A group of units with the axes ``places`` (repeated where a unit repeats) and these positions on them."""
         columns: dict[tuple[str, int], list[int]] = {}
         for column, place in enumerate(places):
             columns.setdefault(place, []).append(column)
         order = self.tracer.order
-        axes = sorted(columns, key=lambda axis: (self._role(axis) != "out", order.get(axis[0], len(order)), axis))
+        ranks = ("out", "along", "in")
+        axes = sorted(columns, key=lambda axis: (ranks.index(self._role(axis)), order.get(axis[0], len(order)), axis))
         units = units[np.argsort(units[:, columns[axes[0]][0]])]
         members = tuple(Member(name, dim, self._role((name, dim)), units[:, columns[name, dim]]) for name, dim in axes)
         return Group(members[0].layer, len(units), members)
@@ -365,16 +366,27 @@ class _Analysis:
             if isinstance(tensor, nn.Parameter)
         )
         batch = _batch_size(self.subject.calls[0])
+        if self.tracer.samples is not None:  # an example without a batch dimension gets one of length 1
+            batch = min(batch, self.tracer.samples)
         macs, memory = (
-            tuple(Term(r.factor / batch, tuple(axis(atoms) for atoms in r.axes), r.layer) for r in records)
+            tuple(
+                Term(r.factor / (1 if r.once else batch), tuple(axis(atoms) for atoms in r.axes), r.layer)
+                for r in records
+            )
             for records in (self.tracer.macs, self.tracer.written)
         )
         return CostModel(parameters, macs, self.shapes, memory)
 
 
 def _batch_size(call: Call) -> int:
+    """Samples in an example: the images of a list (as detectors take them), else the length of the first tensor."""
+    first = next(iter((*call.args, *call.kwargs.values())), None)
+    if isinstance(first, list) and all(isinstance(item, torch.Tensor) and item.dim() == 3 for item in first):
+        return max(len(first), 1)
     tensors = output_tensors((call.args, dict(call.kwargs)))
-    return max(int(tensors[0].shape[0]), 1) if tensors and tensors[0].dim() > 0 else 1
+    if not tensors or tensors[0].dim() == 0 or (tensors[0].dim() == 1 and tensors[0].is_floating_point()):
+        return 1
+    return max(int(tensors[0].shape[0]), 1)
 
 
 def _describe(call: Call) -> str:

@@ -351,8 +351,10 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         produced = t.meet(produced, t.value(bias).axes[0], where)
     axes = [*v.axes[:channel], produced, *([None] * spatial)]
     positions = x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :]
-    batch = x.shape[:channel]
-    t.count(math.prod(positions) * math.prod(weight.shape[2:]) * math.prod(batch), w.axes[:2], weight.shape[:2])
+    batch = math.prod(x.shape[:channel])
+    if t.samples is None and not t.constant:
+        t.samples = batch
+    t.count(math.prod(positions) * math.prod(weight.shape[2:]) * batch, w.axes[:2], weight.shape[:2])
     t.label(out, axes, zero=w.zero and (bias is None or t.value(bias).zero))
 
 
@@ -739,6 +741,7 @@ def _line(grid: IndexArray, axis: int) -> IndexArray:
 def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat along dimensions of length 1: the same content at every index."""
     x, value = args[0], t.value(args[0])
+    t.constant = False  # a parameter is most often repeated for every sample
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):
@@ -750,6 +753,7 @@ def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat whole axes."""
     x, value = args[0], t.value(args[0])
+    t.constant = False  # as above
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):
@@ -764,12 +768,13 @@ def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 @rule("cat", "concat", "stack")
 def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Concatenate: indices stand one after another."""
-    parts = [p for p in args[0] if p.dim() > 1 or p.numel()]
+    stacked = str(func._schema.name) == "aten::stack"
+    parts = [p for p in args[0] if stacked or p.dim() > 1 or p.numel()]  # `cat` skips empty vectors
     dim = _argument(func, args, kwargs, "dim", 0) % out.dim()
     values = [t.value(p) for p in parts]
     where = t.where(func)
     zero = all(v.zero for v in values)
-    if str(func._schema.name) == "aten::stack":
+    if stacked:
         rest = _broadcast(t, func, list(zip(parts, values, strict=True)), parts[0].dim())
         t.label(out, [*rest[:dim], None, *rest[dim:]], zero=zero)
         return

@@ -60,20 +60,27 @@ class Value:
         axes: A label per dimension.
         zero: Whether the slices of removed units are exactly zero in the masked network.
         source: For a parameter seen directly or transposed: its name and its own dimension behind each dimension.
+        constant: Whether it is computed from parameters and buffers alone, once for all samples.
     """
 
     axes: tuple[AxisLabel, ...]
     zero: bool = False
     source: tuple[str, tuple[int, ...]] | None = None
+    constant: bool = False
 
 
 @dataclass(frozen=True)
 class MacsRecord:
-    """MACs of one operator, or bytes of a tensor: ``factor`` × the product of the lengths of the labelled axes."""
+    """MACs of one operator, or bytes of a tensor: ``factor`` × the product of the lengths of the labelled axes.
+
+    Attributes:
+        once: Whether that is for all samples of a batch together, since it does not depend on them.
+    """
 
     factor: float
     axes: tuple[IndexArray, ...]
     layer: str
+    once: bool
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,6 +110,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: list[MacsRecord] = []
         self.written: list[MacsRecord] = []
         self.counting = False
+        self.samples: int | None = None  # as the first convolution saw them
+        self.constant = True  # whether what is being computed does not depend on the network's inputs
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
@@ -122,7 +131,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def label(self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None) -> None:
         """Write down a tensor's labels."""
-        value = Value(tuple(axes), zero, source)
+        value = Value(tuple(axes), zero, source, self.constant)
         self._values[id(tensor)] = (tensor, value)  # the tensor is kept so that its id stays its own
         self._by_storage[_storage_key(tensor)] = value
 
@@ -171,7 +180,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(axis, np.ndarray):
                 factor *= length
         labelled = tuple(axis for axis in axes if isinstance(axis, np.ndarray))
-        self.macs.append(MacsRecord(factor, labelled, self.stack[-1] if self.stack else ""))
+        self.macs.append(MacsRecord(factor, labelled, self.stack[-1] if self.stack else "", self.constant))
 
     # -- dispatch -------------------------------------------------------------------------------------------------
 
@@ -180,6 +189,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.meta and "device" in kwargs:  # constants join the network where it runs
             kwargs = {**kwargs, "device": "meta"}
         values = [self.value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.constant = all(value.constant for value in values)
         if values:
             self.trail.append(values)
         short = self.meta and _SHORTCUTS.get(_name(func))
@@ -231,7 +241,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         labelled.append(axis)
                     else:
                         fixed *= length
-                self.written.append(MacsRecord(fixed, tuple(labelled), self.stack[-1] if self.stack else ""))
+                self.written.append(
+                    MacsRecord(fixed, tuple(labelled), self.stack[-1] if self.stack else "", self.constant)
+                )
 
     def _written(self, out: torch.Tensor) -> None:
         """After a write in place, no other view of the same memory is known to be zero where units left."""
@@ -407,6 +419,7 @@ class FakeCopy:
                 args, kwargs = self._inputs((call.args, dict(call.kwargs)))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
+                tracer.constant = True
                 for name, tensor in self.named.items():
                     tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
                 stack.enter_context(tracer)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.models import CNNClassifier, MLPClassifier, ResNetCIFAR
+from lightning_prune.models import VGG16CIFAR, CNNClassifier, MLPClassifier, MobileNetV2CIFAR, ResNetCIFAR
+from lightning_prune.structure import Subject, trace
+from tests.structure.cutting import half, masked, shrunk
 
 
 def weights(model: LightningModule) -> list[tuple[int, ...]]:
@@ -133,3 +138,60 @@ def test_resnet_takes_pretrained_weights() -> None:
         ResNetCIFAR(8).load_pretrained({**layers, "module.layer1.1.conv1.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"expected `depth` of 6n \+ 2, got 21"):
         ResNetCIFAR(21)
+
+
+def counted(model: nn.Module, size: int = 32) -> tuple[int, int]:
+    """Parameters, and floating point operations (2 per multiplication) of one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+# What the thesis (table 3.2) prints: 0.85 M and 2.5e8, 2.2 M and 6.1e8. Its 2.2 M lies between 2.24 M without and
+# 2.30 M with the shortcuts, and only these give the 6.1e8.
+@pytest.mark.parametrize(
+    ("build", "millions", "flops"),
+    [
+        (lambda: ResNetCIFAR(56), 0.853, 2.51e8),
+        (lambda: ResNetCIFAR(20), 0.2697, 8.11e7),
+        (MobileNetV2CIFAR, 2.2978, 6.08e8),
+        (VGG16CIFAR, 14.724, 6.27e8),
+    ],
+    ids=["resnet-56", "resnet-20", "mobilenet", "vgg"],
+)
+def test_sizes_are_those_that_are_known(build: Callable[[], nn.Module], millions: float, flops: float) -> None:
+    model = build()
+    params, operations = counted(model)
+    assert params == pytest.approx(1e6 * millions, rel=5e-4)
+    assert operations == pytest.approx(flops, rel=5e-3)
+    structure = trace(Subject.of(model, model.example_input_array))
+    assert structure.cost.params(structure.widths) == params
+    assert 2 * structure.cost.macs(structure.widths) == operations
+
+
+def test_the_engine_counts_resnet50_as_is_known() -> None:
+    model = pytest.importorskip("torchvision").models.resnet50(weights=None)
+    structure = trace(Subject.of(model, torch.zeros(1, 3, 224, 224)))
+    assert structure.cost.params(structure.widths) == pytest.approx(25.6e6, rel=2e-3)
+    assert 2 * structure.cost.macs(structure.widths) == pytest.approx(8.2e9, rel=5e-3)
+
+
+@pytest.mark.parametrize("build", [MobileNetV2CIFAR, VGG16CIFAR])
+def test_half_of_every_group_leaves_the_masked_network(build: Callable[[], LightningModule]) -> None:
+    model = build().double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0, 0.1)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    axes = structure.axes(half(structure))
+    fixed = sum(p.numel() for name, p in model.named_parameters() if name == "linear.bias")
+    assert structure.cost.params(dict.fromkeys(structure.widths, 0)) == fixed
+    torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_mobilenet_adds_wherever_the_stride_is_one() -> None:
+    blocks = MobileNetV2CIFAR().blocks
+    assert len(blocks) == 17
+    assert [i for i, block in enumerate(blocks) if not block.residual] == [6, 13]
+    assert [i for i, block in enumerate(blocks) if "shortcut.0.weight" in block.state_dict()] == [0, 1, 3, 10, 16]

@@ -260,6 +260,62 @@ def test_ways_to_call_a_network(build, args, kwargs, widths):
     torch.testing.assert_close(small, zeros)
 
 
+class Coordinates(nn.Module):
+    """A bias from a table of coordinates, as in Swin V2, and a learned query: once for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.up, self.down = nn.Linear(2, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.rand(5, 2))
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) + self.down(self.up(self.table).relu()).sum(0)
+
+
+class Queries(nn.Module):
+    """Learned queries, the same for every sample, as in DETR."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.a, self.b = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.b(self.a(self.query.expand(len(x), -1, -1)).relu()) @ x.unsqueeze(-1)
+
+
+COUNTED = [
+    (Coordinates, torch.ones(3, 4), {"a": 6, "up": 8}),
+    (Queries, torch.ones(3, 4), {"query": 4, "a": 6}),
+    (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(24, 2)),
+        torch.ones(3, 4, 4),
+        {"0": 6},
+    ),
+    (lambda: nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2)), torch.ones(3), {"0": 6}),
+    (
+        lambda: Net(lambda m, images: m.b(m.a(torch.stack(images))), a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 2, 1)),
+        [torch.ones(3, 4, 4)] * 2,
+        {"a": 6},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "widths"), COUNTED, ids=["table", "queries", "unbatched image", "vector", "list"]
+)
+def test_multiplications_of_one_sample(build, example, widths):
+    model = build().eval()
+    structure = trace(Subject.of(model, example))
+    assert structure.widths == widths
+    one = example if isinstance(example, torch.Tensor) and example.dim() != 2 else example[:1]
+    for kept in ({}, half(structure)):
+        with FlopCounterMode(display=False) as counter:
+            shrunk(model, structure.axes(kept))(one)
+        now = structure.widths | {name: len(units) for name, units in kept.items()}
+        assert structure.cost.macs(now) * 2 == counter.get_total_flops()
+
+
 def test_only_what_a_call_uses_is_known():
     """In eval mode alone the second head of an auxiliary network never runs and its input cannot be followed."""
     model, x = Auxiliary(), torch.ones(2, 4)

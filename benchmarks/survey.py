@@ -1,0 +1,339 @@
+"""What the structural engine makes of other people's networks: half of every group removed, and everything checked."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import EVIDENCE
+from lightning_prune.reporting import Inspection
+from lightning_prune.structure import Axes, Call, Frozen, Structure, Subject, trace
+from lightning_prune.surgery import cut, mask
+
+PAGE = EVIDENCE / "engine" / "survey.json"
+
+#: timm's networks, many kinds and small ones; timm is no dependency of the package (``pip install timm``).
+TIMM = (
+    *("resnet26d", "resnetv2_50", "res2net50_26w_4s", "resnest14d", "skresnet18", "seresnet50", "ecaresnet26t"),
+    *("dpn68", "dla34", "hrnet_w18_small", "cspresnet50", "darknet53", "ese_vovnet19b_dw", "xception41"),
+    *("inception_v4", "inception_resnet_v2", "ghostnet_100", "mobilenetv4_conv_small", "tf_efficientnet_b0"),
+    *("mixnet_s", "rexnet_100", "repvgg_a0", "nfnet_l0", "convnextv2_atto", "convmixer_768_32", "mobileone_s0"),
+    *("fastvit_t8", "edgenext_xx_small", "efficientformer_l1", "poolformer_s12", "levit_128s", "mobilevit_xxs"),
+    *("deit_tiny_patch16_224", "beit_base_patch16_224", "mixer_s32_224", "resmlp_12_224", "gmlp_s16_224"),
+    *("pvt_v2_b0", "xcit_nano_12_p16_224", "tiny_vit_5m_224", "focalnet_tiny_srf", "davit_tiny"),
+)
+
+#: What torchvision's detectors choose their boxes from.
+_HEADS = ("head", "rpn.head", *(f"roi_heads.{part}_predictor" for part in ("box", "mask", "keypoint")))
+
+#: The folder of torchvision that a network's builder lies in, and its family here.
+_FOLDERS = {"segmentation": "segmentation", "detection": "detection", "video": "video", "optical_flow": "optical flow"}
+
+
+class Encoder(nn.Module):
+    """PyTorch's own transformer encoder at the size of BERT (base), with embeddings and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30522, 768), nn.Parameter(0.02 * torch.randn(128, 768))
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 12)
+        self.head = nn.Linear(768, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(batch, 2)`` of ``tokens`` ``(batch, positions)``."""
+        hidden: Tensor = self.layers(self.words(tokens) + self.places[: tokens.shape[1]])
+        logits: Tensor = self.head(hidden[:, 0])
+        return logits
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and how it is run.
+
+    Attributes:
+        model: The network.
+        args: Arguments in eval mode, one sample (two where one would be too few for batch norms).
+        train: Arguments in train mode, if they are others.
+        kwargs: Keyword arguments in both.
+        heads: Modules whose outputs are compared instead of the network's: what detectors choose from them hangs on
+            the order of scores, and untrained ones have many that are equal.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    train: tuple[Any, ...] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+
+    def subject(self) -> Subject:
+        """What the engine needs to know."""
+        calls = (
+            Call(self.args, self.kwargs),
+            Call(self.args if self.train is None else self.train, self.kwargs, training=True),
+        )
+        return Subject(self.model, calls)
+
+    def __call__(self, *, training: bool = False) -> list[Tensor]:
+        """Every tensor of the output."""
+        args = self.train if training and self.train is not None else self.args
+        found: list[Any] = []
+        watched = [m for name, m in self.model.named_modules() if name in self.heads and not training]
+        handles = [m.register_forward_hook(lambda _module, _args, out: found.append(out)) for m in watched]
+        out = self.model.train(training)(*args, **self.kwargs)
+        for handle in handles:
+            handle.remove()
+        leaves = tree_leaves(found or out)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+# -- which networks there are -----------------------------------------------------------------------------------------
+
+
+def catalogue() -> dict[str, list[str]]:
+    """Names by family: all that torchvision has, some of timm's, encoders of text."""
+    families: dict[str, list[str]] = {"classification": [], **{family: [] for family in _FOLDERS.values()}}
+    for name in torchvision.models.list_models():
+        folder = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+        if folder != "quantization":
+            families[_FOLDERS.get(folder, "classification")].append(name)
+    return {**families, "timm": list(TIMM), "encoders": ["nn.TransformerEncoder", "BertModel"]}
+
+
+def build(name: str, family: str) -> Network:
+    """An untrained network in float64, and an example."""
+    torch.manual_seed(0)
+    if family == "timm":
+        import timm
+
+        return Network(timm.create_model(name).double(), (_image(2, 224),))
+    if family == "encoders":
+        return _encoder(name)
+    model = torchvision_model(name).double()
+    if family == "detection":
+        images = [*_image(2, 224)]
+        target = {"boxes": torch.tensor([[20.0, 30.0, 120.0, 150.0]]).double(), "labels": torch.tensor([1])}
+        target["masks"] = torch.ones(1, 224, 224, dtype=torch.uint8)
+        target["keypoints"] = torch.tensor([[[50.0, 60.0, 1.0]] * 17]).double()
+        return Network(model, (images,), (images, [target, target]), heads=_HEADS)
+    if family == "video":
+        side = 112 if "resnet" in torchvision.models.get_model_builder(name).__module__ else 224
+        return Network(model, (torch.randn(1, 3, 16, side, side, dtype=torch.float64),))
+    if family == "optical flow":
+        return Network(model, tuple(_image(1, 128) for _ in range(2)))
+    return Network(model, (_image(2, 299 if name == "inception_v3" else 128 if family == "segmentation" else 224),))
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """An untrained torchvision network."""
+    options: dict[str, Any] = {"weights": None}
+    if any(part in name for part in ("rcnn", "retinanet", "fcos", "ssd", "deeplab", "fcn", "lraspp")):
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    return torchvision.models.get_model(name, **options)
+
+
+def _encoder(name: str) -> Network:
+    tokens = torch.randint(30522, (2, 32))
+    if name == "nn.TransformerEncoder":
+        return Network(Encoder().double(), (tokens,))
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(attn_implementation="eager")).double()
+    return Network(model, (), kwargs={"input_ids": tokens, "return_dict": False})
+
+
+def _image(n: int, side: int) -> Tensor:
+    return torch.randn(n, 3, side, side, dtype=torch.float64)
+
+
+# -- one network ------------------------------------------------------------------------------------------------------
+
+
+def half(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """A drawn half of every group."""
+    draw = np.random.default_rng(0)
+    return {g.name: tuple(sorted(draw.permutation(g.width)[: (g.width + 1) // 2].tolist())) for g in structure.groups}
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Numbers that matter: no statistic, scale, bias or head that starts out constant stays so."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            start = 1.0 if tensor.flatten()[0] else 0.0  # a layer scale of 1e-6 would hide what it scales
+            tensor.copy_(start + 0.1 * torch.randn_like(tensor))
+
+
+def _uneven(module: nn.Module) -> bool:
+    """Whether a norm's statistics run over units, so that a cut leaves others than a mask does."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups < module.num_channels
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__ == "GlobalResponseNorm"
+
+
+@contextlib.contextmanager
+def still_norms(model: nn.Module) -> Iterator[None]:
+    """Norms over units without their statistics: weight · x + bias."""
+
+    def affine(module: Any, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        x, shape = args[0], [-1]
+        if isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("Norm2d"):
+            shape = [-1, *[1] * (x.dim() - 2)]
+        for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+            if getattr(module, name, None) is not None:
+                x = combine(x, getattr(module, name).view(shape))
+        return x
+
+    handles = [module.register_forward_hook(affine) for module in model.modules() if _uneven(module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs(network: Network, axes: Axes | None = None) -> list[Tensor]:
+    """What comes out in eval mode, norms stilled; with slices set to zero for the time being."""
+    with torch.no_grad(), still_norms(network.model), contextlib.ExitStack() as stack:
+        if axes is not None:
+            stack.enter_context(mask(network.model, axes))
+        return network()
+
+
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Largest difference, as a share of the largest number of each output."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a.numel()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-300)) for a, b in pairs)
+
+
+def reason(frozen: Frozen) -> str:
+    """Why an axis is frozen, without the place and the numbers."""
+    text = re.sub(r" in `[^`]*`", "", frozen.reason)
+    return re.sub(r"[\d, ]*\d", " n", text).strip()
+
+
+def counted_macs(network: Network) -> float:
+    """MACs of one sample by PyTorch's own counter, which does not know the fused layers of fast inference."""
+    one = replace(network, args=_first(network.args), kwargs=_first(network.kwargs))
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        one()
+    return counter.get_total_flops() / 2
+
+
+def _first(tree: Any) -> Any:
+    """The first sample of every tensor, and of every list."""
+    if isinstance(tree, (Tensor, list)):
+        return tree[:1]
+    if isinstance(tree, tuple):
+        return tuple(map(_first, tree))
+    return {name: _first(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def examine(network: Network) -> dict[str, Any]:
+    """Trace, cut half of every group, compare with the mask, run in both modes, step back, count."""
+    model = network.model
+    settle(model)
+    start = time.perf_counter()
+    structure = trace(network.subject())
+    row: dict[str, Any] = {"groups": len(structure.groups), "seconds": time.perf_counter() - start}
+    before = structure.cost.params(structure.widths)
+    counted = sum(p.numel() for p in model.parameters())
+    kept = half(structure)
+    axes, widths = structure.axes(kept), {name: len(units) for name, units in kept.items()}
+    dense, expected = outputs(network), outputs(network, axes)
+    cut(model, axes)
+    row["error"] = difference(expected, outputs(network))
+    row["effect"] = difference(dense, expected)
+    row["stilled"] = any(map(_uneven, model.modules()))
+    after = sum(p.numel() for p in model.parameters())
+    row["params_agree"] = (before, structure.cost.params(widths)) == (counted, after)
+    row["macs_counted"] = counted_macs(network)
+    row["macs_predicted"] = structure.cost.macs(widths)
+    losses = network(training=True)
+    torch.stack([loss.square().mean() for loss in losses if loss.requires_grad]).sum().backward()
+    row["trained"] = sum(p.grad is not None for p in model.parameters()) / sum(1 for _ in model.parameters())
+    row |= {"params": before, "left": after / before, "reached": Inspection(structure).reachable}
+    row["frozen"] = dict(Counter(reason(f) for f in structure.frozen).most_common())
+    return row
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def survey(names: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Every network, or those named (a family's name stands for its networks); earlier results of others stay."""
+    rows: dict[str, Any] = json.loads(PAGE.read_text(encoding="utf-8"))["rows"] if PAGE.is_file() else {}
+    families = catalogue()
+    for family, members in families.items():
+        for name in members:
+            if names and name not in names and family not in names:
+                continue
+            rows[name] = _attempt(name, family)
+            gc.collect()
+            print(name, json.dumps(rows[name]), flush=True)
+    order = [name for members in families.values() for name in members if name in rows]
+    rows = {name: rows[name] for name in order}
+    return {"rows": rows}, survey_table(rows)
+
+
+def _attempt(name: str, family: str) -> dict[str, Any]:
+    # RAFT makes its coordinates in float32, whatever its weights are.
+    flow = family == "optical flow"
+    coordinates = mock.patch.object(Tensor, "float", Tensor.double) if flow else contextlib.nullcontext()
+    try:
+        with coordinates:
+            return {"family": family, **examine(build(name, family))}
+    except Exception as failure:  # a survey goes on
+        text = (str(failure).strip().splitlines() or [""])[0][:200]
+        return {"family": family, "failure": f"{type(failure).__name__}: {text}"}
+
+
+def survey_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table per family, and what is frozen and why."""
+    lines = [
+        "Half of every group removed, drawn; float64; every number that starts out constant drawn anew. *error*:",
+        "largest difference to the masked network over its largest output (\\* with norms over units stilled on both",
+        "sides, since their statistics differ by design; detectors: at their heads); *effect*: the same between masked",
+        "and dense network. *reached*: share of the parameters that lie on an axis that can shrink. MACs: predicted",
+        "against `FlopCounterMode` / 2 on the cut network.",
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows.values()):
+        members = {name: row for name, row in rows.items() if row["family"] == family}
+        lines += ["", f"## {family.capitalize()}", ""]
+        lines += ["| network | groups | trace (s) | error | effect | params | MACs | parameters left | reached |"]
+        lines += ["|---|---:|---:|---:|---:|---|---|---:|---:|", *map(_line, members, members.values())]
+        reasons = Counter(reason for row in members.values() for reason in row.get("frozen", ()))
+        lines += ["", "Why axes are frozen, and in how many of these networks:", ""]
+        lines += [f"- {reason}: {n}" for reason, n in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def _line(name: str, row: Mapping[str, Any]) -> str:
+    if "failure" in row:
+        return f"| {name} | {row['failure']} | | | | | | | |"
+    star = " \\*" if row["stilled"] else ""
+    counted, predicted = row["macs_counted"], row["macs_predicted"]
+    macs = "equal" if counted == predicted else f"{predicted / max(counted, 1) - 1:+.1e}"
+    return (
+        f"| {name} | {row['groups']} | {row['seconds']:.2f} | {row['error']:.1e}{star} | {row['effect']:.1e} "
+        f"| {'equal' if row['params_agree'] else '**differ**'} | {macs} | {row['left']:.2f} | {row['reached']:.2f} |"
+    )
