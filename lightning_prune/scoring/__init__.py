@@ -18,6 +18,7 @@ from lightning_prune.scoring.criteria import (
     SynFlow,
     Taylor,
 )
+from lightning_prune.scoring.criteria.bn_scale import norm_scales
 from lightning_prune.scoring.criterion import (
     Criterion,
     ObservingCriterion,
@@ -65,6 +66,7 @@ __all__ = [
     "Taylor",
     "contributions_of",
     "criteria_table",
+    "norm_scales",
     "per_unit",
     "score_groups",
     "unit_rows",

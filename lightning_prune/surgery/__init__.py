@@ -15,6 +15,7 @@ from lightning_prune.surgery.history import (
     save_into,
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
+from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
 from lightning_prune.surgery.repair import (
     FoldMean,
     ReestimateBatchNorm,
@@ -31,13 +32,18 @@ __all__ = [
     "Change",
     "CutError",
     "FoldMean",
+    "GroupLasso",
+    "GrowingL2",
+    "HalfSpace",
     "History",
     "HistoryError",
     "Keep",
     "OptimizerRefusedError",
+    "Penalty",
     "ReestimateBatchNorm",
     "Repair",
     "Ridge",
+    "ScaleL1",
     "attach",
     "begun",
     "check",

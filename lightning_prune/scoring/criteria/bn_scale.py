@@ -11,9 +11,20 @@ from torch import Tensor
 
 from lightning_prune.scoring.criterion import Criterion, unit_rows, unit_weights
 from lightning_prune.scoring.statistics import Statistic
-from lightning_prune.structure.graph import Group
+from lightning_prune.structure.graph import Group, Member
 
-__all__ = ["BNScale"]
+__all__ = ["BNScale", "norm_scales"]
+
+
+def norm_scales(group: Group) -> list[Member]:
+    """The scales of the norms on a group's units: members that are one number per channel beside a shift."""
+    along = {member.tensor: member for member in group.members if member.role == "along"}
+    # A single vector without a shift is no norm but, say, the slopes of a PReLU.
+    return [
+        member
+        for name, member in along.items()
+        if name.endswith("weight") and f"{name.removesuffix('weight')}bias" in along
+    ]
 
 
 @final
@@ -29,9 +40,7 @@ class BNScale(Criterion):
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Sums of absolute scales, shape ``(width,)``."""
-        along = {member.tensor: member for member in group.members if member.role == "along"}
-        # A single vector without a shift is no norm but, say, the slopes of a PReLU.
-        norms = [name for name in along if name.endswith("weight") and f"{name.removesuffix('weight')}bias" in along]
+        norms = norm_scales(group)
         if not norms:
             return unit_weights(group, tensors).square().sum(1).sqrt()
-        return torch.cat([unit_rows(tensors[name], along[name]).abs() for name in norms], 1).sum(1)
+        return torch.cat([unit_rows(tensors[member.tensor], member).abs() for member in norms], 1).sum(1)

@@ -1,0 +1,271 @@
+"""What pulls units towards zero while a network trains, so that removing them later takes little away.
+
+A penalty adds its gradient to those of the loss right before a step of the optimizer, or corrects the step right after
+it. It holds settings only and decides by the weights as they are, so that a resumed run goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_prune.scoring import norm_scales
+from lightning_prune.structure import Group, Member
+
+__all__ = ["GroupLasso", "GrowingL2", "HalfSpace", "Penalty", "ScaleL1"]
+
+Parameters = Mapping[str, Tensor]
+
+
+class Penalty(ABC):
+    """A pull on the units of groups during training."""
+
+    @abstractmethod
+    def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:
+        """Add to the gradients of one step.
+
+        Args:
+            groups: Groups whose units are pulled.
+            parameters: Trained parameters with a gradient, by qualified name; those of other optimizers left out.
+            step: Optimizer steps that went before, from 0.
+            scale: Factor on all gradients (mixed precision), which the step divides by again.
+        """
+
+    def remember(self, groups: Iterable[Group], parameters: Parameters) -> dict[str, Tensor]:  # noqa: ARG002
+        """What ``after_step`` has to know of the weights before the step."""
+        return {}
+
+    def after_step(  # noqa: B027
+        self, groups: Iterable[Group], parameters: Parameters, step: int, before: Mapping[str, Tensor]
+    ) -> None:
+        """Correct the weights after a step, in place.
+
+        Args:
+            groups: Groups whose units are pulled.
+            parameters: Trained parameters by qualified name.
+            step: Optimizer steps that went before this one.
+            before: What ``remember`` returned.
+        """
+
+    def unsuited(self, group: Group) -> str | None:  # noqa: ARG002
+        """Why a group has nothing to pull, or None."""
+        return None
+
+
+@final
+@dataclass(frozen=True)
+class ScaleL1(Penalty):
+    r"""L1 on the scales of normalisation, :math:`\lambda \sum |\gamma|` (network slimming: Liu et al., 2017).
+
+    The subgradient :math:`\lambda \, \mathrm{sign}(\gamma)` joins the gradient.
+
+    Args:
+        strength: :math:`\lambda`, at least 0; the paper has 1e-4 on CIFAR and 1e-5 on ImageNet.
+    """
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _at_least_zero(self, strength=self.strength)
+
+    @torch.no_grad()
+    def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
+        """Add the subgradient of every scale."""
+        for group in groups:
+            for member in norm_scales(group):
+                for weight, gradient in _trained(member, parameters):
+                    index = _index(member, weight).flatten()
+                    gradient.index_add_(0, index, weight[index].sign().to(gradient.dtype), alpha=self.strength * scale)
+
+    def unsuited(self, group: Group) -> str | None:
+        """A group without normalisation."""
+        return None if norm_scales(group) else "it has no normalisation with a scale"
+
+
+@final
+@dataclass(frozen=True)
+class GroupLasso(Penalty):
+    r"""L2 norm of everything that goes with a unit, :math:`\lambda \sum_k \lVert w_k \rVert_2`, not squared.
+
+    Weights that produce the unit and that take it, biases and norms, in all coupled layers, stand or fall together, as
+    the cut takes them together (structured sparsity: Wen et al., 2016; over dependency groups: Fang et al., 2023).
+
+    Args:
+        strength: :math:`\lambda`, at least 0.
+    """
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _at_least_zero(self, strength=self.strength)
+
+    @torch.no_grad()
+    def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
+        r"""Add :math:`\lambda w / \lVert w_k \rVert`; nothing for a unit that is zero."""
+        for group in groups:
+            norms = _sums(group.members, group.width, parameters).sqrt()
+            pull = torch.where(norms > 0, self.strength * scale / norms, 0.0)
+            _pull(group.members, parameters, pull)
+
+
+@final
+@dataclass(frozen=True)
+class GrowingL2(Penalty):
+    r"""An L2 penalty that grows step by step on the units with the smallest weights (GReg-1: Wang et al., 2021).
+
+    :math:`\lambda(t) = \min(\delta \lfloor t / K \rfloor, \lambda_{max})`, on the weights that produce a unit. The
+    paper chooses the units once; here they are the lowest share at every step, which the penalty itself keeps lowest.
+
+    Args:
+        share: Share of every group's units that is pulled, in (0, 1): what a cut is to remove.
+        delta: By how much the factor grows.
+        every: After how many optimizer steps, at least 1.
+        ceiling: Where it stops.
+    """
+
+    share: float = 0.5
+    delta: float = 1e-4
+    every: int = 10
+    ceiling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"GrowingL2: expected a `share` in (0, 1), got {self.share}.")
+        if self.every < 1:
+            raise ValueError(f"GrowingL2: expected `every` to be 1 step or more, got {self.every}.")
+        _at_least_zero(self, delta=self.delta, ceiling=self.ceiling)
+
+    @torch.no_grad()
+    def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:
+        r"""Add :math:`\lambda(t) w` to the lowest units."""
+        strength = min(self.delta * (step // self.every), self.ceiling)
+        for group in groups:
+            producers = _producers(group)
+            sizes = torch.zeros(group.width, dtype=torch.float64)
+            for member in producers:
+                for weight in _present(member, parameters):
+                    sizes = sizes.to(weight.device) + _rows(member, weight).abs().sum(1)
+            lowest = sizes.argsort(stable=True)[: math.floor(self.share * group.width)]
+            pull = torch.zeros_like(sizes)
+            pull[lowest] = strength * scale
+            _pull(producers, parameters, pull)
+
+
+@final
+@dataclass(frozen=True)
+class HalfSpace(Penalty):
+    r"""Group lasso, then projection to zero of units that turn back (half-space projection, OTO: Chen et al., 2021).
+
+    In the first stage the subgradient of :math:`\lambda \sum_k \lVert w_k \rVert_2` joins the gradient. From step
+    ``start`` on, a unit whose new weights :math:`x'` leave the half-space of the old ones,
+    :math:`\langle x', x \rangle < \varepsilon \lVert x \rVert^2`, is set to zero and stays there. A unit is everything
+    that produces it and follows it (weights, bias, norm), so that it gives zero where it is zero; the layers that take
+    it do not count.
+
+    Args:
+        strength: :math:`\lambda`, at least 0.
+        start: Optimizer steps before the first projection.
+        epsilon: In [0, 1); the larger, the more units are projected.
+    """
+
+    strength: float = 1e-3
+    start: int = 1000
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"HalfSpace: expected `epsilon` in [0, 1), got {self.epsilon}.")
+        _at_least_zero(self, strength=self.strength, start=self.start)
+
+    @torch.no_grad()
+    def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
+        """As `GroupLasso`, over what produces a unit and follows it."""
+        for group in groups:
+            members = _producers(group, along=True)
+            norms = _sums(members, group.width, parameters).sqrt()
+            _pull(members, parameters, torch.where(norms > 0, self.strength * scale / norms, 0.0))
+
+    def remember(self, groups: Iterable[Group], parameters: Parameters) -> dict[str, Tensor]:
+        """The weights before the step."""
+        names = {member.tensor for group in groups for member in _producers(group, along=True)}
+        return {name: parameters[name].detach().clone() for name in names if name in parameters}
+
+    @torch.no_grad()
+    def after_step(
+        self, groups: Iterable[Group], parameters: Parameters, step: int, before: Mapping[str, Tensor]
+    ) -> None:
+        """Project."""
+        if step < self.start:
+            return
+        for group in groups:
+            members = [member for member in _producers(group, along=True) if member.tensor in before]
+            if not members:
+                continue
+            old = torch.cat([_rows(member, before[member.tensor]) for member in members], 1)
+            new = torch.cat([_rows(member, parameters[member.tensor]) for member in members], 1)
+            size = old.square().sum(1)
+            leaves = ((old * new).sum(1) < self.epsilon * size) | (size == 0)
+            for member in members:
+                weight = parameters[member.tensor]
+                weight.index_fill_(member.dim, _index(member, weight)[leaves].flatten(), 0)
+
+
+def _at_least_zero(penalty: Penalty, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number >= 0:
+            raise ValueError(f"{type(penalty).__name__}: expected `{name}` of at least 0, got {number}.")
+
+
+def _producers(group: Group, *, along: bool = False) -> list[Member]:
+    return [member for member in group.members if member.role == "out" or (along and member.role == "along")]
+
+
+def _present(member: Member, parameters: Parameters) -> Iterator[Tensor]:
+    if member.tensor in parameters:
+        yield parameters[member.tensor].detach()
+
+
+def _trained(member: Member, parameters: Parameters) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parameter of a member and its gradient, if it has one."""
+    parameter = parameters.get(member.tensor)
+    if parameter is not None and parameter.grad is not None:
+        yield parameter.detach(), parameter.grad
+
+
+def _index(member: Member, tensor: Tensor) -> Tensor:
+    return torch.as_tensor(member.index, device=tensor.device)
+
+
+def _rows(member: Member, tensor: Tensor) -> Tensor:
+    """A member's slices, one row per unit, in float64 where the device has it."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return tensor.detach().movedim(member.dim, 0)[_index(member, tensor)].flatten(1).to(dtype)
+
+
+def _sums(members: Sequence[Member], width: int, parameters: Parameters) -> Tensor:
+    """Squares of everything that goes with a unit, shape ``(width,)``."""
+    total = torch.zeros(width)
+    for member in members:
+        for weight in _present(member, parameters):
+            others = [dim for dim in range(weight.dim()) if dim != member.dim]
+            squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
+            along = squares.sum(others) if others else squares
+            total = total.to(along) + along[_index(member, weight)].sum(1)
+    return total
+
+
+def _pull(members: Sequence[Member], parameters: Parameters, pull: Tensor) -> None:
+    """Add ``pull[k] · w`` to the gradient of every weight of unit k."""
+    for member in members:
+        for weight, gradient in _trained(member, parameters):
+            factor = torch.zeros(weight.shape[member.dim], device=weight.device, dtype=pull.dtype)
+            index = _index(member, weight)
+            factor[index] = pull.to(weight.device)[:, None].expand(index.shape)
+            shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
+            gradient.add_((weight * factor.view(shape)).to(gradient.dtype))
