@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +13,61 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_prune.scoring.statistics import Target
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["outputs_of", "positive_response", "undisturbed"]
+__all__ = ["entering", "outputs_of", "own_random_state", "positive_response", "undisturbed"]
+
+#: One call of a layer that takes units as input: the layer, what entered it, and which inputs belong to which units.
+Entered = tuple[nn.Module, Tensor, list[Target]]
+
+
+@contextmanager
+def own_random_state(model: nn.Module) -> Iterator[None]:
+    """Random numbers that are the same every time, after which those of the training go on as if none were drawn."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices, key=str)):
+        torch.manual_seed(0)
+        yield
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, after which modes and random states are what they were."""
     modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(sorted(devices, key=str)):
+        with own_random_state(model):
             model.eval()
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def entering(targets: Mapping[nn.Module, list[Target]]) -> Iterator[list[Entered]]:
+    """What enters layers within the context, call by call, fit for ``torch.autograd.grad``.
+
+    The gradient of what is noted is what comes back through that one call of that one layer.
+    """
+    entered: list[Entered] = []
+
+    def hook(where: list[Target], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["input"]
+        alias = x.view_as(x)
+        if torch.is_grad_enabled() and not alias.requires_grad:
+            alias.requires_grad_()
+        entered.append((layer, alias, where))
+        return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, "input": alias})
+
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, where), with_kwargs=True) for layer, where in targets.items()
+    ]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def outputs_of(result: Any) -> list[Tensor]:

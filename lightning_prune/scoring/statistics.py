@@ -43,12 +43,14 @@ class Statistic(Metric):
 
     Attributes:
         evidence: What the numbers are made of, in a word.
+        examines_loss: Whether ``examine`` needs the loss of a training step and not what the network gives out.
         loss_scale: Factor on the loss of the batch being observed (mixed precision), which gradients carry along.
     """
 
     full_state_update = False
     batches: Tensor
     evidence: ClassVar[str] = "activations"
+    examines_loss: ClassVar[bool] = False
     # Completions of messages: "NaN or infinite ... 'place'" and "place ... in none of the observed batches".
     _faulty: ClassVar[str] = "activations or weights at layer"
     _unseen: ClassVar[str] = "was called as a module"
@@ -82,8 +84,9 @@ class Statistic(Metric):
         For numbers that no training pass shows (what masking a unit would change, say). The network is left as it is.
 
         Args:
-            model: The network.
-            call: Arguments that ``model(*call.args, **call.kwargs)`` takes, a batch of the data if there is one.
+            model: The network; a copy of it, in the mode it trains in, if ``examines_loss``.
+            call: Arguments that ``model(*call.args, **call.kwargs)`` takes, a batch of the data if there is one; of
+                ``training_step`` if ``examines_loss``.
         """
 
     @property

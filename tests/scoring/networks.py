@@ -1,5 +1,6 @@
 """Small networks in float64, each with one thing that makes scoring hard."""
 
+import copy
 import functools
 
 import torch
@@ -147,7 +148,12 @@ def train(model, inputs, statistic=None):
 def examine(model, inputs, statistic):
     """What a callback has a statistic do before a cut, here for several batches."""
     for x in inputs:
-        statistic.examine(model, Call((x,)))
+        if statistic.examines_loss:
+            twin = copy.deepcopy(model)
+            twin.training_step = lambda x, twin=twin: twin(x).square().sum()
+            statistic.examine(twin, Call((x,), method="training_step", training=True))
+        else:
+            statistic.examine(model, Call((x,)))
 
 
 def tensors_of(model):

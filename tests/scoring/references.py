@@ -20,6 +20,7 @@ from lightning_prune.scoring import (
     L1,
     L2,
     LAMP,
+    LRP,
     NISP,
     SNIP,
     APoZ,
@@ -27,6 +28,7 @@ from lightning_prune.scoring import (
     Contribution,
     Criterion,
     Fisher,
+    GraSP,
     HRank,
     Random,
     SynFlow,
@@ -248,6 +250,46 @@ def kl(criterion, evidence):
 
     p = probabilities(-2)
     return [(p * (p / probabilities(unit)).log()).flatten(1).sum(1).mean() for unit in evidence.units]
+
+
+@reference(GraSP())
+def grasp(criterion, evidence):
+    scores = []
+    for x in evidence.inputs:
+        model = copy.deepcopy(evidence.model).train()
+        weights = dict(model.named_parameters())
+
+        def gradients_of_loss(model=model, weights=weights, x=x):
+            torch.manual_seed(0)
+            return torch.autograd.grad(model(x).square().sum(), list(weights.values()), create_graph=True)
+
+        fixed = [gradient.detach() for gradient in gradients_of_loss()]
+        hessian_product = torch.autograd.grad(gradients_of_loss(), list(weights.values()), fixed)
+        flow = {n: (w * h).detach().numpy() for (n, w), h in zip(weights.items(), hessian_product, strict=True)}
+        scores.append([evidence.everything(unit, flow).sum() for unit in evidence.units])
+    return np.mean(scores, 0)
+
+
+@reference(LRP(), LRP(epsilon=0.1))
+def lrp(criterion, evidence):
+    relevance = []
+    model = evidence.rewired(lambda x, units: x * factors[(slice(None), *[None] * (x.dim() - 2), units)]).eval()
+
+    def stabilised(_, __, z):  # the same numbers, but a smaller derivative
+        less = z * (z / (z + criterion.epsilon * torch.where(z < 0, -1, 1))).detach()
+        return less + (z - less).detach()
+
+    for module in model.modules():
+        if isinstance(module, (nn.Tanh, nn.SiLU)):
+            module.register_forward_hook(lambda _, args, out: args[0] * (out / args[0]).detach())
+        elif hasattr(module, "weight"):
+            module.register_forward_hook(stabilised)
+    for x in evidence.inputs:
+        factor = torch.ones(len(x), evidence.group.width, dtype=x.dtype, requires_grad=True)
+        factors = torch.cat([factor, torch.ones(len(x), 1, dtype=x.dtype)], 1)  # the last is of no unit
+        model(x).amax(1).sum().backward()
+        relevance.append(factor.grad.abs())
+    return torch.cat(relevance).mean(0)
 
 
 @reference(Random(), Random(seed=7))

@@ -5,11 +5,13 @@ from lightning_prune.scoring.criteria.bn_scale import BNScale
 from lightning_prune.scoring.criteria.contribution import Contribution
 from lightning_prune.scoring.criteria.fisher import Fisher
 from lightning_prune.scoring.criteria.fpgm import FPGM
+from lightning_prune.scoring.criteria.grasp import GraSP
 from lightning_prune.scoring.criteria.hrank import HRank
 from lightning_prune.scoring.criteria.kl import KL
 from lightning_prune.scoring.criteria.l1 import L1
 from lightning_prune.scoring.criteria.l2 import L2
 from lightning_prune.scoring.criteria.lamp import LAMP
+from lightning_prune.scoring.criteria.lrp import LRP
 from lightning_prune.scoring.criteria.nisp import NISP
 from lightning_prune.scoring.criteria.random import Random
 from lightning_prune.scoring.criteria.snip import SNIP
@@ -22,12 +24,14 @@ __all__ = [
     "L1",
     "L2",
     "LAMP",
+    "LRP",
     "NISP",
     "SNIP",
     "APoZ",
     "BNScale",
     "Contribution",
     "Fisher",
+    "GraSP",
     "HRank",
     "Random",
     "SynFlow",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.passes import positive_response
-from lightning_prune.scoring.statistics import ConsumerStatistic, Half, Target, per_unit
+from lightning_prune.scoring.passes import entering, positive_response
+from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.tracing import Call
 
@@ -31,23 +30,8 @@ class PropagatedImportance(ConsumerStatistic):
     def examine(self, model: nn.Module, call: Call) -> None:
         """One forward and backward pass on ones."""
         self.follow(model)
-        entered: list[tuple[nn.Module, Tensor, list[Target]]] = []
-
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], where: list[Target]) -> Any:
-            x = args[0] if args else kwargs["input"]
-            alias = x.view_as(x)  # its gradient is what comes back through this layer alone
-            entered.append((layer, alias, where))
-            return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, "input": alias})
-
-        handles = [
-            layer.register_forward_pre_hook(partial(hook, where=where), with_kwargs=True)
-            for layer, where in self.targets(model).items()
-        ]
-        try:
+        with entering(self.targets(model)) as entered:
             response, _ = positive_response(model, call)
-        finally:
-            for handle in handles:
-                handle.remove()
         inputs = [alias for _, alias, _ in entered]
         gradients = torch.autograd.grad(response, inputs, materialize_grads=True)
         importance: dict[tuple[str, int], Tensor] = {}  # a layer may be called several times

@@ -1,0 +1,115 @@
+"""Relevance of units (Yeom et al., "Pruning by Explaining: A Novel Criterion for DNN Pruning", 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_prune.scoring.contributions import LINEAR_LAYERS
+from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.passes import entering, outputs_of, undisturbed
+from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
+from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.tracing import Call
+
+__all__ = ["LRP", "Relevance"]
+
+# Their output is a product of their input and a number per element; the derivative of a ReLU is that number already.
+_GATES = (nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.Mish, nn.Hardswish, nn.Softplus)
+
+
+@final
+class Relevance(ConsumerStatistic):
+    """Absolute relevance of every unit where it enters the next layers, for the class that the network chooses."""
+
+    evidence = "outputs, in one more pass"
+
+    def __init__(self, structure: Structure, epsilon: float = 1e-9) -> None:
+        super().__init__(structure)
+        self.epsilon = epsilon
+        self.declare("score", "sum")
+
+    @torch.enable_grad()
+    def examine(self, model: nn.Module, call: Call) -> None:
+        """One forward pass, and one backward in which layers hand relevance on."""
+        self.follow(model)
+        with undisturbed(model), entering(self.targets(model)) as entered, _propagating(model, self.epsilon):
+            outputs = outputs_of(model(*call.args, **call.kwargs))
+        chosen = torch.stack([x.amax(1).sum() if x.dim() > 1 else x.sum() for x in outputs]).sum()
+        gradients = torch.autograd.grad(chosen, [x for _, x, _ in entered], materialize_grads=True)
+        relevance: dict[str, Tensor] = {}
+        for (layer, x, where), gradient in zip(entered, gradients, strict=True):
+            for name, _, inputs in where:
+                here = per_unit(layer, x.detach() * gradient, inputs).flatten(2).sum(2)
+                relevance[name] = relevance[name] + here if name in relevance else here
+        for name, found in relevance.items():
+            self.record(name, 0, len(found), score=found.abs().sum(0))
+
+    def estimate(self, name: str, half: Half = None) -> Tensor:
+        """Means over passes."""
+        return self.per_pass("score", name, half).mean(0)
+
+
+@contextmanager
+def _propagating(model: nn.Module, epsilon: float) -> Iterator[None]:
+    """Within the context the product of an activation and its gradient is its relevance by the ε-rule."""
+
+    def stabilised(_: nn.Module, __: Any, z: Tensor) -> None:
+        if z.requires_grad:
+            factor = z.detach() / (z.detach() + epsilon * torch.where(z.detach() < 0, -1, 1))
+            z.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+
+    def gated(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        z = args[0]
+        return z * torch.where(z == 0, 0, out.detach() / z.detach())
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, (*LINEAR_LAYERS, _NormBase)):
+            handles.append(module.register_forward_hook(stabilised))
+        elif isinstance(module, _GATES):
+            # An activation in place would overwrite what it is divided by.
+            handles.append(module.register_forward_pre_hook(lambda _, args: (args[0].clone(),)))
+            handles.append(module.register_forward_hook(gated))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@final
+@dataclass(frozen=True)
+class LRP(ObservingCriterion):
+    r"""Relevance of the unit for the decision, :math:`\overline{|R_k|}`, by layer-wise relevance propagation.
+
+    The score of the chosen class goes back through the network, each layer handing it on in shares of what it added up,
+    :math:`R_i = \sum_j \frac{w_{ij} a_i}{z_j + \varepsilon \, \mathrm{sign}(z_j)} R_j` (Bach et al., 2015; as a
+    criterion: Yeom et al., 2021). Positions, repeats and consumers add up within a sample; the bar is the mean over
+    the batch at hand when a cut is due. Outputs are classes on dimension 1. Branches share by what each gave, and
+    pooling hands on to what it took. The paper explains the label; here it is the class that the network chooses, since
+    ``forward`` sees no labels, and the score has no sign, so that evidence against a class counts too.
+
+    ReLU and the activations of ``torch.nn`` share exactly. Other non-linearities, and those called as functions, hand
+    on by their derivative (as Captum, which agrees on networks without branches, does).
+
+    Args:
+        epsilon: Stabilises sums near 0.
+    """
+
+    epsilon: float = 1e-9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epsilon >= 0:
+            raise ValueError(f"LRP: expected `epsilon` of at least 0, got {self.epsilon}.")
+
+    def statistic(self, structure: Structure) -> Relevance:
+        """Relevance where units enter the next layers."""
+        return Relevance(structure, self.epsilon)
