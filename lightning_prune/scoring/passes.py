@@ -23,11 +23,11 @@ Entered = tuple[nn.Module, Tensor, list[Target]]
 
 
 @contextmanager
-def own_random_state(model: nn.Module) -> Iterator[None]:
+def own_random_state(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Random numbers that are the same every time, after which those of the training go on as if none were drawn."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 

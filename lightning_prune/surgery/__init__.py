@@ -25,6 +25,7 @@ from lightning_prune.surgery.repair import (
     install_and_check,
     repaired,
 )
+from lightning_prune.surgery.restart import Reinitialise
 from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, mask
 from lightning_prune.surgery.tensors import take
 
@@ -41,6 +42,7 @@ __all__ = [
     "OptimizerRefusedError",
     "Penalty",
     "ReestimateBatchNorm",
+    "Reinitialise",
     "Repair",
     "Ridge",
     "ScaleL1",

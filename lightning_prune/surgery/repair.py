@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -45,9 +45,11 @@ class Repair(ABC):
 
     Attributes:
         batches: Batches of training data that are looked at.
+        restarts: Whether training starts anew from the new contents, so that the optimizer's state is cleared.
     """
 
     batches: int
+    restarts: ClassVar[bool] = False
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents by name of parameter or buffer, in the shapes before the cut, from the network before it.

@@ -1,0 +1,71 @@
+"""Starting anew after a cut: the narrow network keeps its shape and nothing of what it has learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_prune.scoring.passes import own_random_state
+from lightning_prune.structure.layers import tensors
+from lightning_prune.surgery.repair import Repair, Run
+from lightning_prune.surgery.tensors import canonical
+
+__all__ = ["Reinitialise"]
+
+
+@final
+@dataclass(frozen=True)
+class Reinitialise(Repair):
+    r"""Draws all weights anew, so that the narrow network trains from scratch.
+
+    Linear and convolutional weights are normal with :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015), their
+    biases 0; every other layer draws as its ``reset_parameters`` does, running statistics of norms included. Frozen
+    parameters are drawn as well. The optimizer's state is cleared; learning rate and schedulers go on as they are.
+
+    Args:
+        seed: Of the random numbers, the same in all processes; those of the training go on as if none were drawn.
+
+    Raises:
+        ValueError: In ``after``, for a parameter of a module that cannot draw it.
+    """
+
+    seed: int = 0
+
+    batches = 0
+    restarts = True
+
+    def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
+        """New contents of every parameter, and of the buffers of norms."""
+        before = {name: tensor.detach().clone() for name, tensor in _own(model).items()}
+        with own_random_state(model, self.seed):
+            drawn = [id(tensor) for module in model.modules() if _draw(module) for tensor in tensors(module).values()]
+        parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
+        lost = [name for name, parameter in parameters.items() if id(parameter) not in drawn]
+        if lost:
+            raise ValueError(
+                f"Reinitialise: expected every parameter to belong to a module with `reset_parameters`, got "
+                f"{', '.join(lost)}. Give its module a `reset_parameters()` that draws it."
+            )
+        after = _own(model)
+        return {name: after[name].detach().clone() for name in before if not torch.equal(after[name], before[name])}
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    return {canonical(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def _draw(module: nn.Module) -> bool:
+    """Draw what the module itself owns; whether it can."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        return False
+    reset()
+    if isinstance(module, (nn.Linear, _ConvNd)) and isinstance(module.weight, nn.Parameter):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return True
