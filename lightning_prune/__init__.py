@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         inspect,
         load_from_checkpoint,
         prune,
+        sensitivity,
     )
     from lightning_prune.planning import Cubic, Geometric, Linear, OneShot, Scope
     from lightning_prune.scoring import (
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
         L1,
         L2,
         LAMP,
+        LRP,
         NISP,
         SNIP,
         APoZ,
         BNScale,
         Contribution,
         Fisher,
+        GraSP,
         HRank,
         Random,
         SynFlow,
         Taylor,
     )
-    from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Ridge
+    from lightning_prune.surgery import (
+        FoldMean,
+        ReestimateBatchNorm,
+        Reinitialise,
+        Ridge,
+    )
 
 __all__ = [
     "FPGM",
@@ -42,6 +50,7 @@ __all__ = [
     "L1",
     "L2",
     "LAMP",
+    "LRP",
     "NISP",
     "SNIP",
     "APoZ",
@@ -52,12 +61,14 @@ __all__ = [
     "Fisher",
     "FoldMean",
     "Geometric",
+    "GraSP",
     "Guard",
     "HRank",
     "Linear",
     "OneShot",
     "Random",
     "ReestimateBatchNorm",
+    "Reinitialise",
     "Ridge",
     "Scope",
     "StructuredPruning",
@@ -67,6 +78,7 @@ __all__ = [
     "inspect",
     "load_from_checkpoint",
     "prune",
+    "sensitivity",
 ]
 
 __version__ = "0.1.0"
@@ -81,17 +93,20 @@ _ROOM_OF = {
     "Fisher": "scoring",
     "FoldMean": "surgery",
     "Geometric": "planning",
+    "GraSP": "scoring",
     "Guard": "callbacks",
     "HRank": "scoring",
     "KL": "scoring",
     "L1": "scoring",
     "L2": "scoring",
     "LAMP": "scoring",
+    "LRP": "scoring",
     "Linear": "planning",
     "NISP": "scoring",
     "OneShot": "planning",
     "Random": "scoring",
     "ReestimateBatchNorm": "surgery",
+    "Reinitialise": "surgery",
     "Ridge": "surgery",
     "SNIP": "scoring",
     "Scope": "planning",
@@ -101,6 +116,7 @@ _ROOM_OF = {
     "inspect": "callbacks",
     "load_from_checkpoint": "callbacks",
     "prune": "callbacks",
+    "sensitivity": "callbacks",
 }
 
 

@@ -4,7 +4,16 @@ from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.guard import Guard
+from lightning_prune.callbacks.sensitivity import sensitivity
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
 
-__all__ = ["ContributionPruning", "Guard", "StructuredPruning", "inspect", "load_from_checkpoint", "prune"]
+__all__ = [
+    "ContributionPruning",
+    "Guard",
+    "StructuredPruning",
+    "inspect",
+    "load_from_checkpoint",
+    "prune",
+    "sensitivity",
+]

@@ -4,6 +4,7 @@ from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
 from lightning_prune.reporting.plots import ladder_figure, report_figure
 from lightning_prune.reporting.report import Cut, Measurement, Report, Rung, Size, plain
+from lightning_prune.reporting.sensitivity import Sensitivity
 
 __all__ = [
     "Cut",
@@ -11,6 +12,7 @@ __all__ = [
     "Measurement",
     "Report",
     "Rung",
+    "Sensitivity",
     "Size",
     "ladder_figure",
     "latency",

@@ -1,0 +1,82 @@
+"""Which layers can lose much: every one is cut alone, measured, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.progress import track
+from torch import nn
+
+from lightning_prune.callbacks.subjects import subject_for
+from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.reporting import Sensitivity
+from lightning_prune.scoring import L1, Criterion, score_groups
+from lightning_prune.structure import trace
+from lightning_prune.surgery import cut
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["sensitivity"]
+
+
+def sensitivity(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    example: Any = None,
+    *,
+    criterion: Criterion | None = None,
+    shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    layers: str | list[str] | None = None,
+    ignore: str | list[str] | None = None,
+) -> Sensitivity:
+    """Measure a network with one layer cut at a time, to choose how much each may lose.
+
+    Args:
+        model: A LightningModule or any module. It is the same afterwards, whatever happens.
+        evaluate: Gives the metric of a network, an accuracy on some validation batches say. It is called once for the
+            dense network and once per layer and share, with the model itself, cut. It must not train.
+        example: What ``forward`` takes; by default a LightningModule's ``example_input_array``.
+        criterion: Which units go first, by the weights alone; by default `L1`.
+        shares: Shares of a layer's units to remove, ascending, in (0, 1).
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+
+    Returns:
+        The metrics: print them, draw them with ``figure()``, take ratios per layer from them with ``ratios()``.
+
+    Raises:
+        ValueError: If shares, layers or the criterion do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import sensitivity
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> scan = sensitivity(net, lambda m: float(m(torch.ones(1, 4)).sum()), torch.zeros(1, 4), shares=(0.5,))
+        >>> list(scan.metrics), net[0].out_features
+        (['0'], 8)
+    """
+    criterion = L1() if criterion is None else criterion
+    shares = tuple(shares)
+    if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
+        raise ValueError(f"expected ascending `shares` in (0, 1), got {shares}. Give (0.1, 0.3, 0.5).")
+    structure = trace(subject_for(model, example))
+    if criterion.statistic(structure) is not None:
+        raise ValueError(
+            f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training."
+        )
+    selected, _ = select(structure, layers, ignore)
+    scores = score_groups(criterion, [structure.group(name) for name in selected], named(model), None)
+    original, dense = Original.of(structure), float(evaluate(model))
+    metrics: dict[str, tuple[float, ...]] = {}
+    for name in track(selected, "Sensitivity", transient=True):
+        values: list[float] = []
+        for share in shares:
+            target = Target("units", {name: 1 - share})
+            plan = make_plan(structure, {name: scores[name]}, target, 1.0, Scope(), original)
+            if plan.is_empty:  # less than one unit
+                values.append(values[-1] if values else dense)
+                continue
+            with cut(model, structure.axes(plan.kept)):
+                values.append(float(evaluate(model)))
+        metrics[name] = tuple(values)
+    return Sensitivity(dense, shares, metrics, type(criterion).__name__)

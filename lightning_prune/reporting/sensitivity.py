@@ -1,0 +1,111 @@
+"""How much a network suffers where it is cut: one layer at a time, one share after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_prune.extras import require
+from lightning_prune.reporting.grid import Grid, as_rich, as_text, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Group as RichGroup
+
+__all__ = ["Sensitivity"]
+
+# Where the curves of many layers lie on each other, a matrix tells them apart.
+_MOST_CURVES = 10
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The metric of a network in which one layer has lost a share of its units, for every layer and share.
+
+    Attributes:
+        dense: The metric of the whole network.
+        shares: Shares removed, ascending, in (0, 1).
+        metrics: The metric at each share, by group in the order of execution.
+        criterion: What chose the units.
+    """
+
+    dense: float
+    shares: tuple[float, ...]
+    metrics: Mapping[str, tuple[float, ...]]
+    criterion: str = ""
+
+    def ratios(self, tolerance: float, mode: Literal["max", "min"] = "max") -> dict[str, float]:
+        """The largest share that each layer can lose alone before the metric is worse by more than ``tolerance``.
+
+        Fit for ``pruning_ratio=`` of `StructuredPruning` and `prune`; layers that can lose nothing are left out. Layers
+        suffer more together than each does alone: choose a tolerance well below what the whole network may lose.
+
+        Args:
+            tolerance: In units of the metric, at least 0.
+            mode: ``"max"`` if more is better (an accuracy), ``"min"`` if less is (a loss).
+        """
+        if not tolerance >= 0:
+            raise ValueError(f"expected a `tolerance` of at least 0, got {tolerance}. It is a difference.")
+        if mode not in ("max", "min"):
+            raise ValueError(f'expected `mode` of "max" or "min", got {mode!r}')
+        sign = 1 if mode == "max" else -1
+        ratios = {}
+        for name, values in self.metrics.items():
+            bearable = 0.0
+            for share, value in zip(self.shares, values, strict=True):
+                if not sign * (self.dense - value) <= tolerance:  # NaN is worse
+                    break
+                bearable = share
+            if bearable:
+                ratios[name] = bearable
+        return ratios
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The table: a line per layer, a column per share."""
+        columns = ("layer", *(f"{100 * share:.0f} %" for share in self.shares))
+        rows = tuple((name, *map(number, values)) for name, values in self.metrics.items())
+        note = (
+            f"Metric after one layer has lost this share of its units ({self.criterion}); dense {number(self.dense)}."
+        )
+        return (Grid("Sensitivity", columns, rows, note=note),)
+
+    def figure(self) -> Figure:
+        """A curve per layer; for more than ten layers a matrix of layers and shares. Needs the extra ``plot``."""
+        many = len(self.metrics) > _MOST_CURVES
+        size = (8.5, max(4.0, 0.2 * len(self.metrics) + 1.5)) if many else (7.5, 4.5)
+        figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots()
+        (self._matrix if many else self._curves)(figure, axes)
+        figure.suptitle(
+            f"One layer cut at a time, by {self.criterion}" if self.criterion else "One layer cut at a time"
+        )
+        return figure
+
+    def _curves(self, _: Figure, axes: Any) -> None:
+        percent = [0.0, *(100 * share for share in self.shares)]
+        colours = require("matplotlib", extra="plot").colormaps["viridis"]
+        last = max(len(self.metrics) - 1, 1)
+        for i, (name, values) in enumerate(self.metrics.items()):
+            axes.plot(percent, [self.dense, *values], "o-", ms=4, lw=1.5, color=colours(0.92 * i / last), label=name)
+        axes.axhline(self.dense, color="black", lw=0.8, ls=(0, (4, 3)))
+        axes.set(xlabel="units of the layer removed (%)", ylabel="metric")
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small")
+
+    def _matrix(self, figure: Figure, axes: Any) -> None:
+        image = axes.imshow([list(values) for values in self.metrics.values()], aspect="auto", cmap="viridis")
+        axes.set_yticks(range(len(self.metrics)), list(self.metrics), fontsize="small")
+        axes.set_xticks(range(len(self.shares)), [f"{100 * share:.0f}" for share in self.shares])
+        axes.set_xlabel("units of the layer removed (%)")
+        figure.colorbar(image, label=f"metric (dense {number(self.dense)})")
+
+    def __str__(self) -> str:
+        return as_text(self.grids())
+
+    def __rich__(self) -> RichGroup:
+        return as_rich(self.grids())
+
+    def _repr_html_(self) -> str:
+        return "".join(grid.html() for grid in self.grids())
