@@ -72,6 +72,8 @@ def contributions_of(
     epsilon: float = 1e-6,
     average: bool = True,
     maximum: bool = False,
+    positions: int | None = None,
+    seed: int = 0,
 ) -> Contributions:
     """Shares of a layer's inputs in its outputs.
 
@@ -87,6 +89,9 @@ def contributions_of(
         average: Compute ``mass``; zeros otherwise.
         maximum: Compute ``maximum``; zeros otherwise. A max-product is no matrix product: it takes as many
             multiplications as the layer itself, without the speed of one.
+        positions: Take the maximum over this many positions of a convolution's output (of a transposed one's input),
+            the same for all passes, drawn without repetition. All positions by default, or where there are no more.
+        seed: Of the draw.
 
     Raises:
         TypeError: If the layer is none of ``LINEAR_LAYERS``.
@@ -109,7 +114,9 @@ def contributions_of(
         return Contributions(
             mass=arithmetic.per_input(a * arithmetic.backward(inverse, a, weight)) if average else nothing,
             outputs=torch.count_nonzero(inverse),
-            maximum=_maximum(arithmetic.matrices(a, inverse, weight), nothing, ratio) if maximum else nothing,
+            maximum=_maximum(arithmetic.matrices(a, inverse, weight, positions, seed), nothing, ratio)
+            if maximum
+            else nothing,
             passes=a.shape[0],
         )
 
@@ -187,8 +194,15 @@ class _Dense:
         """The sum over everything but inputs."""
         return x.flatten(0, -2).sum(0)
 
-    def matrices(self, a: Tensor, inverse: Tensor, weight: Tensor) -> Iterator[_Matrix]:
-        """The layer as plain matrices."""
+    def matrices(
+        self,
+        a: Tensor,
+        inverse: Tensor,
+        weight: Tensor,
+        positions: int | None,  # noqa: ARG002
+        seed: int,  # noqa: ARG002
+    ) -> Iterator[_Matrix]:
+        """The layer as plain matrices; of a convolution, at a draw of ``positions``."""
         yield _Matrix(a.flatten(0, -2), inverse.flatten(0, -2), weight, slice(None))
 
 
@@ -248,33 +262,46 @@ class _Convolution:
     def per_input(self, x: Tensor) -> Tensor:
         return x.flatten(2).sum((0, 2))
 
-    def matrices(self, a: Tensor, inverse: Tensor, weight: Tensor) -> Iterator[_Matrix]:
+    def matrices(
+        self, a: Tensor, inverse: Tensor, weight: Tensor, positions: int | None, seed: int
+    ) -> Iterator[_Matrix]:
         """One matrix per tap and group: a tap pairs every position of one side with a shifted one of the other."""
         still, moving = (a, inverse) if self.transposed else (inverse, a)
         moving = F.pad(moving, _both_sides(self.padding))
+        at = _drawn(math.prod(still.shape[2:]), positions, seed).to(a.device)
+        places = torch.unravel_index(at, still.shape[2:])
+        still, rows = _rows(still)[:, at], _rows(moving)
         for tap in itertools.product(*map(range, weight.shape[2:])):
-            shifted, kernel = moving, weight
-            steps = zip(tap, self.dilation, self.stride, still.shape[2:], strict=True)
-            for dim, (t, dilation, stride, positions) in enumerate(steps, start=2):
-                start = t * dilation
-                window = torch.arange(start, start + stride * positions, stride, device=moving.device)
-                shifted, kernel = shifted.index_select(dim, window), kernel.select(2, t)
-            outer, inner = (a, shifted) if self.transposed else (shifted, inverse)
+            shifted_at, kernel = torch.zeros_like(at), weight
+            steps = zip(places, tap, self.dilation, self.stride, moving.shape[2:], strict=True)
+            for place, t, dilation, stride, size in steps:
+                shifted_at = shifted_at * size + place * stride + t * dilation
+                kernel = kernel.select(2, t)
+            shifted = rows[:, shifted_at]
+            outer, inner = (still, shifted) if self.transposed else (shifted, still)
             for group in range(self.groups):
                 part = kernel.chunk(self.groups)[group]
                 part = part.T if self.transposed else part
                 width = part.shape[1]
-                yield _Matrix(
-                    self._rows(outer, group), self._rows(inner, group), part, slice(group * width, (group + 1) * width)
-                )
-
-    def _rows(self, x: Tensor, group: int) -> Tensor:
-        """The channels of one group, one row per pass and position."""
-        return x.chunk(self.groups, 1)[group].movedim(1, -1).flatten(0, -2)
+                x, y = (side.chunk(self.groups, -1)[group].flatten(0, 1) for side in (outer, inner))
+                yield _Matrix(x, y, part, slice(group * width, (group + 1) * width))
 
     @property
     def _geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+
+def _drawn(size: int, count: int | None, seed: int) -> Tensor:
+    """``count`` of the positions below ``size`` in ascending order, all if there are no more; the same everywhere."""
+    if count is None or count >= size:
+        return torch.arange(size)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)[:count].sort().values
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Channels last: shape ``(passes, positions, channels)``."""
+    return x.flatten(2).movedim(1, -1).contiguous()
 
 
 def _both_sides(padding: tuple[int, ...]) -> tuple[int, ...]:

@@ -394,6 +394,9 @@ class ContributionStatistic(ActivationStatistic):
         lambda_max: Weight of C_max, divided likewise; at 0 it is not computed.
         ratio: ``"absolute"`` or ``"signed"`` shares.
         epsilon: Stabilises signed denominators.
+        positions: C_max of a convolution looks at so many positions of a batch, others in every batch; at all if None.
+            The draw depends on the number of observed batches alone, and so is the same after a resume, in a pass that
+            is recomputed, and on every rank.
     """
 
     def __init__(
@@ -403,10 +406,11 @@ class ContributionStatistic(ActivationStatistic):
         lambda_max: float = 0.0,
         ratio: Ratio = "absolute",
         epsilon: float = 1e-6,
+        positions: int | None = None,
     ) -> None:
         super().__init__(structure)
         self.lambda_avg, self.lambda_max = lambda_avg, lambda_max
-        self.ratio, self.epsilon = ratio, epsilon
+        self.ratio, self.epsilon, self.positions = ratio, epsilon, positions
         self.declare("outputs", "sum", per_unit=False)
         if lambda_avg:
             self.declare("mass", "sum")
@@ -423,6 +427,8 @@ class ContributionStatistic(ActivationStatistic):
             epsilon=self.epsilon,
             average=self.lambda_avg != 0,
             maximum=self.lambda_max != 0,
+            positions=self.positions,
+            seed=self.update_count if self.positions else 0,  # asking for the count waits for a GPU
         )
         for name, source, inputs in targets:
             quantities = {"outputs": seen.outputs}

@@ -1,7 +1,9 @@
 """Shares of inputs in outputs: every kind of linear layer against its products written out one by one."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.scoring import contributions_of
-from tests.scoring.references import shares
+from tests.scoring.references import products, shares
 
 # name: layer, shape of one input
 LAYERS = {
@@ -90,6 +92,48 @@ def test_maximum_of_a_wide_layer_needs_no_tensor_of_batch_by_outputs_by_inputs(m
     with Watch():
         contributions_of(layer, x, output, maximum=True)
     assert 300 * 300 <= largest <= 2**18 < 32 * 300 * 300
+
+
+POSITIONS = {
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
+    "conv2d, grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=(1, 2)), (2, 4, 4, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (1, 2, 2, 3, 3)),
+    "conv2d, circular": (lambda: nn.Conv2d(2, 3, 2, padding=1, padding_mode="circular"), (2, 2, 2, 1)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1), (2, 3, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_maximum_over_a_draw_of_positions_is_that_of_some_of_them(name):
+    build, shape = POSITIONS[name]
+    layer, x = build().double(), torch.rand(shape, dtype=torch.float64)
+    share, transposed = shares(layer, x, "absolute"), name.startswith("transposed")
+    grid = (x if transposed else layer(x)).shape[2:]
+    possible = []
+    for pair in itertools.combinations(range(math.prod(grid)), 2):
+        chosen = torch.zeros(math.prod(grid)).index_fill(0, torch.tensor(pair), 1).view(grid)
+        if transposed:
+            counts = products(layer, x * chosen) != 0
+        else:
+            counts = chosen.expand(layer(x).shape).flatten().bool().numpy()[None, :, None]
+        possible.append((share * counts).max((0, 1)))
+    drawn = set()
+    for seed in range(8):
+        found = contributions_of(layer, x, layer(x), maximum=True, positions=2, seed=seed)
+        again = contributions_of(layer, x, layer(x), maximum=True, positions=2, seed=seed)
+        assert torch.equal(found.maximum, again.maximum)
+        fitting = [i for i, maximum in enumerate(possible) if np.allclose(found.maximum.numpy(), maximum)]
+        assert fitting
+        drawn.add(fitting[0])
+        torch.testing.assert_close(found.mass, torch.as_tensor(share.sum((0, 1))))  # of all positions, as ever
+    assert len(drawn) > 1
+
+
+def test_as_many_positions_as_there_are_is_exact():
+    layer, x, out = make("conv2d, stride and padding")
+    exact = contributions_of(layer, x, out, maximum=True).maximum
+    for positions in (out[0, 0].numel(), 10**6):
+        assert torch.equal(contributions_of(layer, x, out, maximum=True, positions=positions, seed=3).maximum, exact)
 
 
 # -- the identity ----------------------------------------------------------------------------------------------------

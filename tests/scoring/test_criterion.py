@@ -37,6 +37,8 @@ from tests.scoring.networks import batches, network, structure_of, tensors_of, t
         ({"ratio": "relative"}, r"`ratio` 'absolute' or 'signed', got 'relative'"),
         ({"every_n_batches": 0}, r"`every_n_batches` to be 1 \(every batch\) or more, got 0"),
         ({"epsilon": 0.0}, r"`epsilon` above 0 and finite, got 0.0"),
+        ({"lambda_max": 1.0, "positions": 0}, r"`positions` to be at least 1, .* got 0 and lambda_max=1.0"),
+        ({"positions": 64}, r"`positions` .* beside a `lambda_max` above 0, got 64 and lambda_max=0.0"),
     ],
 )
 def test_contribution_refuses(settings, message):

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, StructuredPruning
 from lightning_prune.callbacks.showing import Showing
-from lightning_prune.scoring import Criterion, GradientStatistic, criteria
+from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, criteria
 from lightning_prune.scoring.criteria.kl import MaskedDivergence
+from tests.scoring.references import shares
 
 
 class Net(LightningModule):
@@ -42,7 +44,7 @@ def _no_report(monkeypatch):
     monkeypatch.setattr(Showing, "finish", lambda self: None)
 
 
-def fit(callback, tmp_path, model, **settings):
+def fit(callback, tmp_path, model, val=False, **settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message=".*is less than one unit of any layer")
@@ -52,7 +54,7 @@ def fit(callback, tmp_path, model, **settings):
             **{"default_root_dir": tmp_path, "log_every_n_steps": 1, **settings},
         )
         data = TensorDataset(torch.rand(24, 1, 8, 8), torch.randint(3, (24,)))
-        trainer.fit(model, DataLoader(data, 8))
+        trainer.fit(model, DataLoader(data, 8), DataLoader(data, 8) if val else None)
 
 
 @pytest.mark.parametrize("kind", criteria.__all__)
@@ -81,6 +83,41 @@ def test_is_chosen_by_name(kind):
     parser = ArgumentParser()
     parser.add_argument("--criterion", type=Criterion)
     assert parser.instantiate_classes(parser.parse_args([f"--criterion={kind}"])).criterion == getattr(criteria, kind)()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_shares_in_a_run_are_those_of_its_training_passes(precision, tmp_path, monkeypatch):
+    """Gradients accumulate and validation comes in between; every training pass counts, and no other."""
+
+    class Validated(Net):
+        def validation_step(self, batch, _):
+            return self(batch[0])
+
+    model, passes = Validated(), []
+
+    def record(layer, args, _):
+        if layer.training:
+            passes.append(shares(layer, args[0].detach().float(), "absolute")[0])
+
+    scored, score = {}, Contribution.score
+    monkeypatch.setattr(
+        Contribution,
+        "score",
+        lambda self, group, tensors, statistic: (
+            scored.setdefault(group.name, (statistic.average(group.name), statistic.maximum(group.name))),
+            score(self, group, tensors, statistic),
+        )[1],
+    )
+    model.net[8].register_forward_hook(record)
+    criterion = Contribution(lambda_max=1.0, every_n_batches=1)
+    callback = StructuredPruning(0.5, criterion=criterion, schedule=OneShot(2))
+    settings = {"accumulate_grad_batches": 2, "val_check_interval": 1, "precision": precision}
+    fit(callback, tmp_path, model, val=True, **settings)
+    passes = np.concatenate([share for share in passes if share.shape[1] == 8])  # before the cut
+    assert len(passes) == 2 * 24 * 3
+    average, maximum = scored["net.6"]
+    np.testing.assert_allclose(average, passes.sum(0) / passes.any(1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(maximum, passes.max(0), rtol=1e-5)
 
 
 def test_learns_the_scale_of_the_loss_from_mixed_precision(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.scoring import ContributionStatistic
+from lightning_prune.scoring import ContributionStatistic, contributions_of
 from lightning_prune.structure import CostModel, Group, Member, Structure, Subject, trace
 from tests.scoring.networks import batches, network, structure_of, train
 from tests.scoring.references import shares
@@ -101,6 +101,30 @@ def test_recomputation_under_gradient_checkpointing_changes_no_mean():
     for group in structure_of("cnn").widths:
         torch.testing.assert_close(twice.value(group), plain.value(group))
     assert twice.passes("0") > plain.passes("0")
+
+
+def test_drawn_positions_differ_between_batches_and_not_within():
+    """Nor for the two passes of gradient checkpointing, nor after a resume."""
+    seen = []
+
+    def watch(layer, activation, output, *, seed, **settings):
+        seen.append((seed, settings["positions"]))
+        return contributions_of(layer, activation, output, seed=seed, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_prune.scoring.statistics.contributions_of", watch)
+        model, statistic = observed("cnn", lambda_max=1.0, positions=2)
+        consumers = len(seen) // 4
+        batch_of = [seed for seed, _ in seen]
+        assert all(len(set(batch_of[i * consumers : (i + 1) * consumers])) == 1 for i in range(4))
+        assert len(set(batch_of)) == 4
+        restored = ContributionStatistic(structure_of("cnn"), lambda_max=1.0, positions=2)
+        restored.load_state_dict(statistic.state_dict())
+        for one in (statistic, restored):
+            train(model, batches("cnn", (3,), seed=5), one)
+    assert seen[-2 * consumers : -consumers] == seen[-consumers:]
+    assert_same(statistic, restored)
+    assert not torch.equal(statistic.maximum("0"), observed("cnn", lambda_max=1.0)[1].maximum("0"))
 
 
 # -- where -----------------------------------------------------------------------------------------------------------

@@ -39,9 +39,12 @@ class Contribution(Criterion):
         ratio: ``"absolute"``, or ``"signed"`` as printed in the paper.
         every_n_batches: Observe every n-th training batch.
         epsilon: Signed denominators become ``z + epsilon · sign(z)``; above 0.
+        positions: C_max of convolutions looks at so many output positions of each observed batch, drawn at random, and
+            costs that much less; at all of them by default. C_avg and Linear layers are exact in any case.
 
     Raises:
-        ValueError: If a weight is negative, both are 0, or another argument is out of its range.
+        ValueError: If a weight is negative, both are 0, another argument is out of its range, or ``positions`` would
+            change nothing.
     """
 
     lambda_avg: float = 1.0
@@ -49,6 +52,7 @@ class Contribution(Criterion):
     ratio: Ratio = "absolute"
     every_n_batches: int = 10
     epsilon: float = 1e-6
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("lambda_avg", "lambda_max"):
@@ -68,6 +72,11 @@ class Contribution(Criterion):
             )
         if not 0 < self.epsilon < math.inf:
             raise ValueError(f"Contribution: expected `epsilon` above 0 and finite, got {self.epsilon}.")
+        if self.positions is not None and (self.positions < 1 or not self.lambda_max):
+            raise ValueError(
+                "Contribution: expected `positions` to be at least 1, beside a `lambda_max` above 0, got "
+                f"{self.positions} and lambda_max={self.lambda_max}. Leave it out for the maximum over all positions."
+            )
 
     @property
     def waived(self) -> Mapping[str, str]:
@@ -78,7 +87,9 @@ class Contribution(Criterion):
 
     def statistic(self, structure: Structure) -> ContributionStatistic:
         """Shares in the outputs of the next layers."""
-        return ContributionStatistic(structure, self.lambda_avg, self.lambda_max, self.ratio, self.epsilon)
+        return ContributionStatistic(
+            structure, self.lambda_avg, self.lambda_max, self.ratio, self.epsilon, self.positions
+        )
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """λ-weighted shares, each term divided by its mean over the group."""
