@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from lightning_prune.structure.atoms import Atoms
+from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, SealedAtoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, Value, output_tensors
+from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, flat_tensors, output_tensors
 
 __all__ = ["StructureError", "Subject", "trace"]
 
-IndexArray = npt.NDArray[np.int64]
 #: Kinds of copies, the cheapest first.
 _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
 
@@ -106,6 +104,7 @@ class _Analysis:
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
         self.traced: list[tuple[Call, Kind, list[tuple[Any, ...]]]] = []
+        self.same_in_both_modes: list[Call] = []
 
     def _copy(self, kind: Kind) -> FakeCopy:
         if kind not in self.copies:
@@ -126,6 +125,8 @@ class _Analysis:
 
     def _trace(self) -> None:
         for number, call in enumerate(self.subject.calls):
+            if self._is_known(call):
+                continue
             self.tracer.counting = number == 0
             try:
                 self._run(call)
@@ -139,6 +140,13 @@ class _Analysis:
         self.tracer.counting = False
         for call in self.subject.optional:
             self._run_if_possible(call)
+
+    def _is_known(self, call: Call) -> bool:
+        """Whether the same call was traced in the other mode and nothing asked which one it was."""
+        return any(
+            known.args is call.args and known.kwargs is call.kwargs and known.method == call.method
+            for known in self.same_in_both_modes
+        )
 
     def _run_if_possible(self, call: Call) -> None:
         try:
@@ -165,6 +173,8 @@ class _Analysis:
                 continue
             self._freeze_output(self.tracer, call, out)
             self.traced.append((call, kind, self.tracer.script))
+            if not self._copy(kind).mode_matters:
+                self.same_in_both_modes.append(call)
             self.tracer.forget()
             return
 
@@ -184,28 +194,31 @@ class _Analysis:
 
     def _groups(self) -> list[Group]:
         """Classes of atoms with the same set of axes, in the order of execution."""
-        axes = [(name, dim) for name, dims in self.labels.items() for dim in range(len(dims))]
-        lengths = [len(self.labels[name][dim]) for name, dim in axes]
-        if not axes:
+        patterns = self._patterns()
+        if not patterns:
             return []
-        root = self.atoms.find(np.concatenate([self.labels[name][dim] for name, dim in axes]))
-        axis = np.repeat(np.arange(len(axes)), lengths)
-        position = np.concatenate([np.arange(n) for n in lengths])
-        free = ~self.atoms.frozen()[root]
-        # The places of every unit, one after another: sorted by unit, axis and position.
-        order = np.lexsort((position[free], axis[free], root[free]))
-        root, axis, position = root[free][order], axis[free][order], position[free][order]
-        starts = np.flatnonzero(np.diff(root, prepend=-1))
+        root = np.concatenate([roots for roots, _ in patterns])
+        pattern = np.repeat(np.arange(len(patterns)), [len(roots) for roots, _ in patterns])
+        position = np.concatenate([np.arange(len(roots)) for roots, _ in patterns])
+        free = np.flatnonzero(~self.atoms.frozen()[root])
+        # The places of every unit, one after another: sorted by unit, pattern and position.
+        order = free[np.lexsort((position[free], pattern[free], root[free]))]
+        pattern, position = pattern[order], position[order]
+        starts = np.flatnonzero(np.diff(root[order], prepend=-1))
+        sizes = np.diff(starts, append=len(order))
         by_signature: dict[bytes, list[IndexArray]] = {}
-        signatures: dict[bytes, IndexArray] = {}
-        for unit_axes, unit_positions in zip(np.split(axis, starts[1:]), np.split(position, starts[1:]), strict=True):
-            key = unit_axes.tobytes()
-            signatures[key] = unit_axes
-            by_signature.setdefault(key, []).append(unit_positions)
+        signatures: dict[bytes, list[int]] = {}
+        for size in np.unique(sizes).tolist():
+            places = starts[sizes == size][:, None] + np.arange(size)
+            signature, positions = pattern[places], position[places]
+            bounds = np.flatnonzero((signature[1:] != signature[:-1]).any(1)) + 1
+            for first, last in zip([0, *bounds.tolist()], [*bounds.tolist(), len(places)], strict=True):
+                key = signature[first].tobytes()
+                signatures[key] = signature[first].tolist()
+                by_signature.setdefault(key, []).append(positions[first:last])
         groups = [
-            self._group([axes[a] for a in signatures[key].tolist()], np.stack(units))
+            self._group([patterns[p][1] for p in signatures[key]], np.concatenate(units))
             for key, units in by_signature.items()
-            if len(signatures[key])
         ]
         groups = [group for group in groups if self._learns(group)]
         groups.sort(key=lambda g: (self._rank(g), g.members[0].index[0].tolist()))
@@ -225,16 +238,33 @@ class _Analysis:
         own = [m for m in group.members if isinstance(self.first.named[m.tensor], nn.Parameter) and m.role != "in"]
         return any(m.role == "out" or group.width > 1 for m in own)
 
-    def _group(self, places: list[tuple[str, int]], units: IndexArray) -> Group:
+    def _patterns(self) -> list[tuple[IndexArray, tuple[tuple[str, int], ...]]]:
+        """Axes with the same units at the same positions: representatives, and names and dimensions."""
+        axes = [(name, dim) for name, dims in self.labels.items() for dim in range(len(dims))]
+        if not axes:
+            return []
+        roots = self.atoms.find(np.concatenate([self.labels[name][dim] for name, dim in axes]))
+        alike: dict[bytes, list[tuple[str, int]]] = {}
+        end = 0
+        for name, dim in axes:
+            start, end = end, end + len(self.labels[name][dim])
+            alike.setdefault(roots[start:end].tobytes(), []).append((name, dim))
+        return [(np.frombuffer(key, dtype=np.int64), tuple(places)) for key, places in alike.items() if key]
+
+    def _group(self, places: list[tuple[tuple[str, int], ...]], units: IndexArray) -> Group:
         """A group of units with the axes ``places`` (repeated where a unit repeats) and these positions on them."""
-        columns: dict[tuple[str, int], list[int]] = {}
-        for column, place in enumerate(places):
-            columns.setdefault(place, []).append(column)
+        columns: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        for column, alike in enumerate(places):
+            columns.setdefault(alike, []).append(column)
         order = self.tracer.order
         ranks = ("out", "along", "in")
-        axes = sorted(columns, key=lambda axis: (ranks.index(self._role(axis)), order.get(axis[0], len(order)), axis))
-        units = units[np.argsort(units[:, columns[axes[0]][0]])]
-        members = tuple(Member(name, dim, self._role((name, dim)), units[:, columns[name, dim]]) for name, dim in axes)
+        axes = sorted(
+            ((axis, alike) for alike in columns for axis in alike),
+            key=lambda one: (ranks.index(self._role(one[0])), order.get(one[0][0], len(order)), one[0]),
+        )
+        units = units[np.argsort(units[:, columns[axes[0][1]][0]], kind="stable")]
+        index = {alike: units[:, chosen] for alike, chosen in columns.items()}
+        members = tuple(Member(*axis, self._role(axis), index[alike]) for axis, alike in axes)
         return Group(members[0].layer, len(units), members)
 
     def _role(self, axis: tuple[str, int]) -> Role:
@@ -261,8 +291,8 @@ class _Analysis:
                 shown = self._role((name, dim)) == "out" or (name not in self.tracer.seen and dim == 0)
                 if not (stuck and shown):
                     continue
-                texts = [reasons[root] for root in self.atoms.find(atoms).tolist() if root in reasons]
-                found.append(Frozen(name, dim, stuck, texts[0] if texts else "its group failed the trial"))
+                texts = (reasons[root] for root in self.atoms.find(atoms).tolist() if root in reasons)
+                found.append(Frozen(name, dim, stuck, next(texts, "its group failed the trial")))
         return found
 
     # -- trial ------------------------------------------------------------------------------------------------------
@@ -327,38 +357,53 @@ class _Analysis:
             name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
             for name, dims in self.labels.items()
         }
-        tracer = Tracer(self.atoms.sealed_copy(sealed=follow), RULES, unknown)
+        atoms = SealedAtoms(self.atoms)
+        tracer = Tracer(atoms, RULES, unknown)
         for call, kind, script in self.traced:
             copy, tracer.expected = self._copy(kind), script if follow else None
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
                 self._freeze_output(tracer, call, out)
+                if follow:
+                    atoms.check()
             except Exception as error:
-                trail = [self._roots(values) for values in reversed(tracer.trail)]
-                return _Failure(f"{type(error).__name__}: {_first_line(error)}", trail)
+                return self._failure(error, tracer, atoms if follow else None)
             finally:
                 tracer.forget()
         return None
 
-    def _roots(self, values: Sequence[Value]) -> IndexArray:
-        axes = [axis for value in values for axis in value.axes if isinstance(axis, np.ndarray)]
-        return self.atoms.find_known(np.concatenate([*axes, np.empty(0, dtype=np.int64)]))
+    def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:
+        """Why a trial failed; what it coupled before an operator failed comes first."""
+        if atoms is not None and not isinstance(error, MismatchError):
+            try:
+                atoms.check()
+            except MismatchError as earlier:
+                error = earlier
+        trail = [self._roots(flat_tensors(*arguments), tracer) for arguments in reversed(tracer.trail)]
+        if isinstance(error, MismatchError) and error.atoms.size:
+            trail = [error.atoms]
+        return _Failure(f"{type(error).__name__}: {_first_line(error)}", trail)
+
+    def _roots(self, inputs: Sequence[torch.Tensor], tracer: Tracer) -> IndexArray:
+        axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]
+        atoms = np.concatenate([*axes, np.empty(0, dtype=np.int64)])
+        return self.atoms.find(atoms[atoms < len(self.atoms)])
 
     # -- cost -------------------------------------------------------------------------------------------------------
 
     def _cost(self, groups: Sequence[Group]) -> CostModel:
-        owner = np.full(len(self.atoms.parent), -1)
+        owner = np.full(len(self.atoms), -1)
         for number, group in enumerate(groups):
             owner[self._atoms_of(group)] = number
+        known: dict[int, Axis] = {}
 
         def axis(atoms: IndexArray) -> Axis:
-            owners = owner[self.atoms.find(atoms)]
-            numbers, counts = np.unique(owners[owners >= 0], return_counts=True)
-            repeat = [
-                (groups[i].name, n // groups[i].width) for i, n in zip(numbers.tolist(), counts.tolist(), strict=True)
-            ]
-            return Axis(len(atoms) - int(counts.sum()), tuple(repeat))
+            if id(atoms) not in known:
+                counts = np.bincount(owner[self.atoms.find(atoms)] + 1, minlength=1)
+                repeat = [(groups[i], int(counts[i + 1])) for i in np.flatnonzero(counts[1:]).tolist()]
+                known[id(atoms)] = Axis(int(counts[0]), tuple((group.name, n // group.width) for group, n in repeat))
+            return known[id(atoms)]
 
         parameters = tuple(
             Term(1.0, tuple(axis(atoms) for atoms in self.labels[name]), name.rpartition(".")[0])

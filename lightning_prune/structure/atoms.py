@@ -5,30 +5,41 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Atoms", "MismatchError"]
+__all__ = ["Atoms", "IndexArray", "MismatchError", "SealedAtoms"]
 
 IndexArray = npt.NDArray[np.int64]
+_NONE: IndexArray = np.empty(0, dtype=np.int64)
 
 
 class MismatchError(Exception):
-    """A cut network couples what the original does not: the cut would be wrong."""
+    """A cut network couples what the original does not: the cut would be wrong.
+
+    Attributes:
+        atoms: Representatives of the units concerned, where they are known.
+    """
+
+    def __init__(self, message: str, atoms: IndexArray = _NONE) -> None:
+        super().__init__(message)
+        self.atoms = atoms
 
 
 class Atoms:
     """Classes of indices that must be removed together, and the reasons for which some must stay.
 
-    Attributes:
-        sealed: Refuse what a first trace did not see: uniting two classes of which one may shrink, or freezing one that
-            may, raises `MismatchError`. The trial of a cut runs like this.
+    What is united and frozen is written down and worked out all at once when classes are asked for: arrays of a few
+    indices each are slow one by one.
     """
 
     def __init__(self) -> None:
         self.parent: IndexArray = np.empty(0, dtype=np.int64)
         self.reason: IndexArray = np.empty(0, dtype=np.int64)  # index into `reasons`, or -1
         self.reasons: list[str] = []
-        self.sealed = False
+        self._numbers: dict[str, int] = {}
         self._count = 0
-        self._frozen_roots: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self._pairs: list[tuple[IndexArray, IndexArray]] = []
+
+    def __len__(self) -> int:
+        return self._count
 
     def fresh(self, n: int, reason: str = "") -> IndexArray:
         """``n`` new atoms; frozen at birth if a reason is given."""
@@ -39,11 +50,42 @@ class Atoms:
             self.reason = np.concatenate([self.reason, np.full(grown - len(self.reason), -1)])
         atoms = np.arange(start, self._count)
         if reason:
-            self.reason[atoms] = self._reason(reason)
+            self.reason[atoms] = self._number(reason)
         return atoms
 
     def find(self, atoms: IndexArray) -> IndexArray:
         """The representative of each atom's class."""
+        self._settle()
+        return self._find(atoms)
+
+    def unite(self, a: IndexArray, b: IndexArray) -> None:
+        """Unite atoms pairwise."""
+        if len(a) != len(b):
+            raise MismatchError(f"{len(a)} indices meet {len(b)}")
+        if a is not b:
+            self._pairs.append((a, b))
+
+    def freeze(self, atoms: IndexArray, reason: str) -> None:
+        """Forbid the removal of these atoms' classes, for the reason given."""
+        fresh = atoms[self.reason[atoms] < 0]
+        if fresh.size:
+            self.reason[fresh] = self._number(reason)
+
+    def frozen(self) -> npt.NDArray[np.bool_]:
+        """For every atom, if it represents its class: whether the class must stay."""
+        held = np.flatnonzero(self.reason >= 0)
+        frozen = np.zeros(len(self.parent), dtype=np.bool_)
+        frozen[self.find(held)] = True
+        return frozen
+
+    def class_reasons(self) -> dict[int, str]:
+        """The first reason given for each frozen class, by representative."""
+        held = np.flatnonzero(self.reason[: self._count] >= 0)
+        first = np.full(self._count, len(self.reasons))
+        np.minimum.at(first, self.find(held), self.reason[held])
+        return {root: self.reasons[first[root]] for root in np.flatnonzero(first < len(self.reasons)).tolist()}
+
+    def _find(self, atoms: IndexArray) -> IndexArray:
         roots = self.parent[atoms]
         while True:
             above = self.parent[roots]
@@ -53,66 +95,72 @@ class Atoms:
         self.parent[atoms] = roots
         return roots
 
-    def unite(self, a: IndexArray, b: IndexArray) -> None:
-        """Unite atoms pairwise."""
+    def _settle(self) -> None:
+        """Work out what has been united."""
+        if not self._pairs:
+            return
+        a, b = (np.concatenate(side) for side in zip(*self._pairs, strict=True))
+        self._pairs = []
         while True:
-            ra, rb = self.find(a), self.find(b)
+            ra, rb = self._find(a), self._find(b)
             apart = ra != rb
             if not apart.any():
                 return
-            low, high = np.minimum(ra, rb)[apart], np.maximum(ra, rb)[apart]
-            if self.sealed and not (self.is_frozen(low) & self.is_frozen(high)).all():
-                raise MismatchError("indices meet that belong to different units")
-            np.minimum.at(self.parent, high, low)
+            a, b, ra, rb = a[apart], b[apart], ra[apart], rb[apart]
+            # Every root that is not the least among its neighbours moves below one: their number halves at least.
+            np.minimum.at(self.parent, np.maximum(ra, rb), np.minimum(ra, rb))
+
+    def _number(self, text: str) -> int:
+        if text not in self._numbers:
+            self._numbers[text] = len(self.reasons)
+            self.reasons.append(text)
+        return self._numbers[text]
+
+
+class SealedAtoms(Atoms):
+    """The classes of a first trace, to check a second one against: nothing new may be united or frozen.
+
+    Uniting two classes of which one may shrink, or freezing one that may, is a mismatch. Atoms born later are
+    constants and count as frozen.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        super().__init__()
+        frozen = atoms.frozen()
+        self.parent, self.reason, self._count = atoms.parent.copy(), atoms.reason.copy(), len(atoms)
+        self._known, self._is_frozen = len(atoms), frozen
+        self._held: list[tuple[IndexArray, str]] = []
 
     def freeze(self, atoms: IndexArray, reason: str) -> None:
-        """Forbid the removal of these atoms' classes, for the reason given."""
-        if self.sealed:
-            if not self.is_frozen(atoms).all():
-                raise MismatchError(f"a unit may not be removed here: {reason}")
-            return
-        fresh = atoms[self.reason[atoms] < 0]
-        if fresh.size:
-            self.reason[fresh] = self._reason(reason)
+        """Note what would have to stay."""
+        self._held.append((atoms, reason))
 
-    def frozen(self) -> npt.NDArray[np.bool_]:
-        """For every atom, if it represents its class: whether the class must stay."""
-        held = np.flatnonzero(self.reason >= 0)
-        frozen = np.zeros(len(self.parent), dtype=np.bool_)
-        frozen[self.find(held)] = True
-        return frozen
+    def check(self) -> None:
+        """Compare all that was noted with what is known.
 
-    def find_known(self, atoms: IndexArray) -> IndexArray:
-        """Representatives of those of these atoms that exist here (and not only in a copy)."""
-        return self.find(atoms[atoms < self._count])
+        Raises:
+            MismatchError: If anything new was united or frozen.
+        """
+        held = np.concatenate([_NONE, *(atoms for atoms, _ in self._held)])
+        if self._loose(self._find(held)).size:
+            for atoms, reason in self._held:
+                loose = self._loose(self._find(atoms))
+                if loose.size:
+                    raise MismatchError(f"a unit may not be removed here: {reason}", loose)
+        self._held = []
+        if self._pairs:
+            ra, rb = (self._find(np.concatenate(side)) for side in zip(*self._pairs, strict=True))
+            apart = ra != rb
+            loose = self._loose(np.concatenate([ra[apart], rb[apart]]))
+            if loose.size:
+                raise MismatchError("indices meet that belong to different units", loose)
+            self._pairs = []
 
-    def sealed_copy(self, *, sealed: bool = True) -> Atoms:
-        """The same classes, to check a second trace against: once sealed, nothing new may be united or frozen."""
-        other = Atoms()
-        other.parent, other.reason, other.reasons = self.parent.copy(), self.reason.copy(), list(self.reasons)
-        other._count = self._count
-        other._frozen_roots = other.frozen()[: self._count]
-        other.sealed = sealed
-        return other
+    def find(self, atoms: IndexArray) -> IndexArray:
+        """The representative of each atom's class, as it was found at first."""
+        return self._find(atoms)
 
-    def is_frozen(self, atoms: IndexArray) -> npt.NDArray[np.bool_]:
-        """Whether each atom's class must stay (once sealed; atoms born later are constants and count as frozen)."""
-        roots = self.find(atoms)
-        known = roots < len(self._frozen_roots)
-        frozen = np.ones(len(roots), dtype=np.bool_)
-        frozen[known] = self._frozen_roots[roots[known]]
-        return frozen
-
-    def class_reasons(self) -> dict[int, str]:
-        """The first reason given for each frozen class, by representative."""
-        everything = np.arange(self._count)
-        held = everything[self.reason[everything] >= 0]
-        first: dict[int, int] = {}
-        for root, reason in zip(self.find(held).tolist(), self.reason[held].tolist(), strict=True):
-            first[root] = min(reason, first.get(root, reason))
-        return {root: self.reasons[reason] for root, reason in first.items()}
-
-    def _reason(self, text: str) -> int:
-        if not self.reasons or self.reasons[-1] != text:
-            self.reasons.append(text)
-        return len(self.reasons) - 1
+    def _loose(self, roots: IndexArray) -> IndexArray:
+        """Those of these representatives whose units may be removed."""
+        known = roots[roots < self._known]
+        return np.unique(known[~self._is_frozen[known]])

@@ -156,18 +156,21 @@ class Structure:
         Args:
             kept: Units to keep per group, ascending, counted in the present widths; groups left out stay whole.
         """
-        lengths = self.cost.shapes
-        gone: dict[tuple[str, int], list[IndexArray]] = {}
+        stays: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
         for name, units in kept.items():
             group = self.group(name)
-            lost = np.setdiff1d(np.arange(group.width), np.fromiter(units, dtype=np.int64))
-            if lost.size:
-                for member in group.members:
-                    gone.setdefault((member.tensor, member.dim), []).append(member.index[lost].ravel())
+            lost = np.ones(group.width, dtype=np.bool_)
+            lost[np.fromiter(units, dtype=np.int64)] = False
+            if not lost.any():
+                continue
+            for member in group.members:
+                axis = member.tensor, member.dim
+                if axis not in stays:
+                    stays[axis] = np.ones(self.cost.shapes[member.tensor][member.dim], dtype=np.bool_)
+                stays[axis][member.index[lost]] = False
         axes: Axes = {}
-        for (tensor, dim), lost_positions in gone.items():
-            everything = np.arange(lengths[tensor][dim])
-            axes.setdefault(tensor, {})[dim] = np.setdiff1d(everything, np.concatenate(lost_positions))
+        for (tensor, dim), mask in stays.items():
+            axes.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return axes
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:

@@ -7,15 +7,15 @@ freezes what flows into it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
-from lightning_prune.structure.tracing import WILD, AxisLabel, IndexArray, Tracer, Value
+from lightning_prune.structure.tracing import WILD, AxisLabel, IndexArray, Tracer, Value, flat_tensors
 
 __all__ = ["RULES", "rule", "unknown"]
 
@@ -34,18 +34,23 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
 def _argument(func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, default: Any = None) -> Any:
     """An operator's argument by its name in the schema, wherever it was passed."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == name:
-            if position < len(args):
-                return args[position]
-            return kwargs.get(name, argument.default_value if argument.has_default_value() else default)
-    return default
+    position, without = _places(func).get(name, (None, None))
+    if position is None:
+        return default
+    if position < len(args):
+        return args[position]
+    return kwargs.get(name, default if without is None else without)
+
+
+@functools.cache
+def _places(func: Any) -> dict[str, tuple[int, Any]]:
+    """Position and default of each of an operator's arguments."""
+    return {
+        argument.name: (position, argument.default_value if argument.has_default_value() else None)
+        for position, argument in enumerate(func._schema.arguments)
+    }
 
 
 def _dims(dims: Any, ndim: int) -> list[int]:
@@ -61,13 +66,13 @@ def _labelled(axes: Sequence[AxisLabel]) -> list[int]:
 
 def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """No rule: nothing that flows in may change its width."""
-    for tensor in _tensors((args, kwargs)):
+    for tensor in flat_tensors(args, kwargs):
         t.freeze(t.value(tensor).axes, f"no rule for the operator {t.where(func)}")
     _rigid(t, out)
 
 
 def _rigid(t: Tracer, out: Any) -> None:
-    for tensor in _tensors(out):
+    for tensor in flat_tensors(out):
         t.label(tensor, (None,) * tensor.dim())
 
 
@@ -141,31 +146,41 @@ def _broadcast(t: Tracer, func: Any, values: Sequence[tuple[torch.Tensor, Value]
 @rule("pointwise", "hardswish", "masked_fill", "mish", "rsub", "log_sigmoid", "hardshrink", "softshrink")
 def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Any elementwise operator, with broadcasting."""
-    inputs = [(x, t.value(x)) for x in _tensors((args, kwargs))]
-    for result in _tensors(out):
+    inputs = [(x, t.value(x)) for x in flat_tensors(args, kwargs)]
+    if len(inputs) == 1 and isinstance(out, torch.Tensor):
+        t.label(out, inputs[0][1].axes, zero=_keeps_zero(func, args) and inputs[0][1].zero)
+        return
+    for result in flat_tensors(out):
         axes = _broadcast(t, func, inputs, result.dim())
         t.label(result, axes, zero=_stays_zero(func, args, inputs, axes))
 
 
 def _stays_zero(func: Any, args: Any, inputs: Sequence[tuple[torch.Tensor, Value]], axes: Sequence[AxisLabel]) -> bool:
     """Whether the slices of removed units are zero after an elementwise operator."""
-    name = str(func._schema.name).removeprefix("aten::").rstrip("_")
-    covers = [
-        v.zero and all(x.dim() >= len(axes) - d and x.shape[d - len(axes)] > 1 for d in _labelled(axes))
-        for x, v in inputs
-    ]
+    name = _twin(func)
+    labelled = [d - len(axes) for d in _labelled(axes)]
+    covers = [v.zero and all(x.dim() >= -d and x.shape[d] > 1 for d in labelled) for x, v in inputs]
     if name == "mul":
         return any(covers)
     if name == "div":
         return bool(covers) and covers[0]
-    plain_numbers = [a for a in args[1:2] if isinstance(a, (int, float)) and a != 0]
-    if name in ("add", "sub") and plain_numbers:
-        return False
-    if name == "hardtanh" and not _argument(func, args, {}, "min_val", -1) <= 0 <= _argument(
-        func, args, {}, "max_val", 1
-    ):
-        return False
-    return name in _ZERO_KEEPING and all(covers)
+    return _keeps_zero(func, args) and all(covers)
+
+
+def _keeps_zero(func: Any, args: Any) -> bool:
+    """Whether an elementwise operator makes zero of zeros."""
+    name = _twin(func)
+    if name in ("add", "sub"):
+        return not any(isinstance(a, (int, float)) and a != 0 for a in args[1:2])
+    if name == "hardtanh":
+        return bool(_argument(func, args, {}, "min_val", -1) <= 0 <= _argument(func, args, {}, "max_val", 1))
+    return name in _ZERO_KEEPING
+
+
+@functools.cache
+def _twin(func: Any) -> str:
+    """Name of an operator, or of the one that does not work in place."""
+    return str(func._schema.name).removeprefix("aten::").rstrip("_")
 
 
 @rule("clone", "detach", "detach_", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "lift")
@@ -317,7 +332,7 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     where = t.where(func)
     t.freeze([q.axes[3], k.axes[3]], f"the scale of {where}")
     t.freeze([q.axes[2], k.axes[2], v.axes[2]], f"the positions of {where}")
-    for tensor in _tensors((args[3:], kwargs)):
+    for tensor in flat_tensors(args[3:], kwargs):
         t.freeze(t.value(tensor).axes, f"the mask of {where}")
     outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
     rows, columns = args[0].shape[2], args[1].shape[2]
@@ -423,7 +438,7 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tensor = _argument(func, args, kwargs, name)
         if isinstance(tensor, torch.Tensor):
             channel = t.meet(channel, t.value(tensor).axes[0], t.where(func))
-    results = _tensors(out)
+    results = flat_tensors(out)
     t.label(results[0], [x.axes[0], channel, *x.axes[2:]], zero=affine or x.zero)
     for extra in results[1:]:
         t.label(extra, [channel] if extra.dim() == 1 and extra.shape[0] == args[0].shape[1] else [None] * extra.dim())
@@ -514,13 +529,13 @@ def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Work on the trailing positions, channel by channel."""
     name = str(func._schema.name)
     rank = next(int(n) for n in "123" if f"{n}d" in name)
-    inputs = [x for x in _tensors(args) if x.dim() == args[0].dim()]
+    inputs = [x for x in flat_tensors(args) if x.dim() == args[0].dim()]
     value = t.value(args[0])
     axes = (
         _broadcast(t, func, [(x, t.value(x)) for x in inputs], args[0].dim()) if len(inputs) > 1 else list(value.axes)
     )
     t.freeze(axes[-rank:], f"the positions of {t.where(func)}")
-    for result in _tensors(out):
+    for result in flat_tensors(out):
         t.label(result, [*axes[: result.dim() - rank], *([None] * rank)], zero=value.zero)
 
 
@@ -584,7 +599,7 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Reduce or normalise over some dimensions; only a sum of zeros is the same without them."""
     name = str(func._schema.name).removeprefix("aten::")
-    if name in ("max", "min") and len(_tensors(args)) == 2:
+    if name in ("max", "min") and len(flat_tensors(args)) == 2:
         pointwise(t, func, args, kwargs, out)
         return
     x = args[0]
@@ -593,7 +608,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     touched = [value.axes[d] for d in dims]
     if not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
-    for result in _tensors(out):
+    for result in flat_tensors(out):
         if result.dim() == x.dim():
             axes = [None if d in dims else axis for d, axis in enumerate(value.axes)]
         else:

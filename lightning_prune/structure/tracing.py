@@ -6,21 +6,21 @@ import copy
 import random
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.structure.atoms import Atoms, MismatchError
+from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError
 from lightning_prune.structure.layers import refresh, tensors
+from lightning_prune.structure.shapes import SHORTCUTS
 
 __all__ = [
     "WILD",
@@ -32,14 +32,16 @@ __all__ = [
     "MacsRecord",
     "Tracer",
     "Value",
+    "flat_tensors",
     "output_tensors",
 ]
 
-IndexArray = npt.NDArray[np.int64]
 #: Atoms along one dimension; None: an axis of fixed size; a string WILD: the same content at every index (expanded).
 AxisLabel = IndexArray | None | str
 WILD = "wild"
 Kind = Literal["meta", "fake", "real"]
+#: Types that hold no tensor and are their own copy.
+_CONSTANT = frozenset((bool, int, float, str, type(None)))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class Call:
     training: bool = False
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """What is known about a tensor.
 
     Attributes:
@@ -95,7 +96,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         meta: Whether the network runs on the meta device.
         script: Operators of a run, with the numbers that enter elementwise ones.
         expected: The script of the first trace, which a trial must follow.
-        trail: What is known about the inputs of the latest operators: where to look when one fails.
+        trail: Arguments of the latest operators: where to look when one fails.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -115,9 +116,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
-        self.trail: deque[list[Value]] = deque(maxlen=8)
+        self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
+        self._latest: list[tuple[torch.Tensor, Value]] = []
         self._by_storage: dict[tuple[Any, ...], Value] = {}
 
     # -- labels ---------------------------------------------------------------------------------------------------
@@ -127,17 +129,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._values.get(id(tensor))
         if known is not None:
             return known[1]
+        self._note_places()
         return self._by_storage.get(_storage_key(tensor)) or Value((None,) * tensor.dim())
 
     def label(self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None) -> None:
         """Write down a tensor's labels."""
-        value = Value(tuple(axes), zero, source, self.constant)
-        self._values[id(tensor)] = (tensor, value)  # the tensor is kept so that its id stays its own
-        self._by_storage[_storage_key(tensor)] = value
+        known = tensor, Value(tuple(axes), zero, source, self.constant)
+        self._values[id(tensor)] = known  # the tensor is kept so that its id stays its own
+        self._latest.append(known)
+
+    def _note_places(self) -> None:
+        """Make what was labelled known by its place in memory too: autograd wraps some results in new objects."""
+        for tensor, value in self._latest:
+            self._by_storage[_storage_key(tensor)] = value
+        self._latest.clear()
 
     def forget(self) -> None:
         """Drop every tensor of a finished run."""
         self._values.clear()
+        self._latest.clear()
         self._by_storage.clear()
         self.script = []
 
@@ -146,6 +156,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(a, str):
             return b
         if isinstance(b, str):
+            return a
+        if a is b:
             return a
         if a is None or b is None:
             self.freeze([a, b], f"meets an axis of fixed size in {where}")
@@ -186,46 +198,49 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        operator = _OPERATORS.get(func)
+        if operator is None:
+            operator = _OPERATORS[func] = _Operator(func)
         if self.meta and "device" in kwargs:  # constants join the network where it runs
             kwargs = {**kwargs, "device": "meta"}
-        values = [self.value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self.constant = all(value.constant for value in values)
-        if values:
-            self.trail.append(values)
-        short = self.meta and _SHORTCUTS.get(_name(func))
-        out = short(*args) if short else func(*args, **kwargs)
-        if func.namespace == "prim":  # asks for a device or a layout
+        self.trail.append((args, kwargs))
+        out = operator.shortcut(*args, **kwargs) if self.meta and operator.shortcut else NotImplemented
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        if operator.asks:
             return out
-        self.seen.update(value.source[0] for value in values if value.source is not None)
+        self._see(args, kwargs)
         rule = self._rule_of.get(func)
         if rule is None:
-            rule = self._rule_of[func] = self._rule(func)
+            rule = self._rule_of[func] = self._rule(operator)
         rule(self, func, args, kwargs, out)
-        self._note_numbers(func, args, kwargs, out)
+        self._note_numbers(operator, args, kwargs, out)
         self._note_memory((args, kwargs), out)
-        if func._schema.name.endswith("_") and isinstance(out, torch.Tensor):
+        if operator.writes and isinstance(out, torch.Tensor):
             self._written(out)
         return out
 
-    def _note_numbers(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _see(self, args: Any, kwargs: Any) -> None:
+        """Note the parameters and buffers that enter an operator, and whether nothing else does."""
+        self.constant = True
+        for tensor in flat_tensors(args, kwargs):
+            known = self._values.get(id(tensor))
+            value = known[1] if known else self.value(tensor)
+            self.constant = self.constant and value.constant
+            if value.source is not None:
+                self.seen.add(value.source[0])
+
+    def _note_numbers(self, operator: _Operator, args: Any, kwargs: Any, out: Any) -> None:
         """Keep the numbers that enter elementwise operators, or compare them with those of the first trace.
 
         A number that a network computes from a width (a scale ``width ** -0.5``) reaches no rule, but is another one in
         the trial, and so are the operators where a branch or loop depends on a width.
         """
-        line: tuple[Any, ...] = (_name(func),)
-        if torch.Tag.pointwise in func.tags:
-            line += tuple(n for n in tree_leaves((args, kwargs)) if isinstance(n, (int, float)))
-        elif line[0] in ("full", "new_full", "full_like", "fill_", "scalar_tensor"):
-            line += (args[-1],)
-        elif line[0] == "lift_fresh" and args[0].numel() == 1 and type(args[0]) is torch.Tensor and not args[0].is_meta:
-            line += (args[0].item(),)  # torch.tensor(number)
-        elif line[0] in ("ones", "new_ones", "arange", "linspace", "eye"):
-            line += tuple(out.shape)  # sizes that follow a width are counted with, sooner or later
+        line = operator.numbers(args, kwargs, out)
         if self.expected is not None:
             at = len(self.script)
             if at >= len(self.expected) or not _same_line(self.expected[at], line):
-                raise MismatchError(f"a number that depends on a width enters {self.where(func)}")
+                raise MismatchError(f"a number that depends on a width enters {self.where(operator.func)}")
         self.script.append(line)
 
     def _note_memory(self, inputs: Any, out: Any) -> None:
@@ -249,53 +264,97 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """After a write in place, no other view of the same memory is known to be zero where units left."""
         if self.value(out).zero or not any(isinstance(axis, np.ndarray) for axis in self.value(out).axes):
             return
+        self._note_places()
         home = _storage_key(out)[0]
         for number, (tensor, value) in self._values.items():
             if value.zero and _storage_key(tensor)[0] == home:
-                self._values[number] = (tensor, replace(value, zero=False))
+                self._values[number] = (tensor, value._replace(zero=False))
         for key, value in self._by_storage.items():
             if value.zero and key[0] == home:
-                self._by_storage[key] = replace(value, zero=False)
+                self._by_storage[key] = value._replace(zero=False)
 
-    def _rule(self, func: Any) -> Callable[..., None]:
+    def _rule(self, operator: _Operator) -> Callable[..., None]:
         """The rule of an operator; of an in-place one that of its twin."""
-        name = _name(func)
-        for candidate in (name, name.removesuffix("_")):
+        for candidate in (operator.name, operator.name.removesuffix("_")):
             if candidate in self.rules:
                 return self.rules[candidate]
-        return self.rules["pointwise"] if torch.Tag.pointwise in func.tags else self.fallback
+        return self.rules["pointwise"] if operator.pointwise else self.fallback
+
+
+class _Operator:
+    """What is the same at every call of an operator.
+
+    Attributes:
+        name: Its name without namespace and overload.
+        shortcut: Makes its result on the meta device, or None.
+        asks: It asks for a device or a layout and makes no tensor.
+        pointwise: It works element by element.
+        writes: It works in place.
+        bare: Its line of the script if no number enters it.
+    """
+
+    __slots__ = ("asks", "bare", "func", "name", "pointwise", "shortcut", "writes")
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.name = str(func._schema.name).removeprefix("aten::")
+        self.shortcut = SHORTCUTS.get(f"{self.name}.{func._overloadname}")
+        self.asks = func.namespace == "prim"
+        self.pointwise = torch.Tag.pointwise in func.tags
+        self.writes = self.name.endswith("_")
+        self.bare = (self.name,)
+
+    def numbers(self, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:
+        """A call's line of the script, which is compared with the trial's."""
+        if self.pointwise:
+            leaves = (*args, *kwargs.values()) if kwargs else args
+            if any(isinstance(leaf, (list, tuple)) for leaf in leaves):
+                leaves = tree_leaves(leaves)
+            return self.bare + tuple(n for n in leaves if isinstance(n, (int, float)))
+        if self.name in _FILLING:
+            return self.bare + tuple(n for n in args[-1:] if isinstance(n, (int, float)))
+        if self.name == "lift_fresh" and args[0].numel() == 1 and type(args[0]) is torch.Tensor and not args[0].is_meta:
+            return (*self.bare, args[0].item())  # torch.tensor(number)
+        if self.name in _SIZED:  # sizes that follow a width are counted with, sooner or later
+            return self.bare + tuple(out.shape)
+        return self.bare
+
+
+_FILLING = frozenset(("full", "new_full", "full_like", "fill_", "scalar_tensor"))
+_SIZED = frozenset(("ones", "new_ones", "arange", "linspace", "eye"))
+_OPERATORS: dict[Any, _Operator] = {}
+
+
+def flat_tensors(*trees: Any) -> list[torch.Tensor]:
+    """Every tensor in an operator's arguments or results."""
+    found: list[torch.Tensor] = []
+    _collect(trees, found)
+    return found
+
+
+def _collect(trees: Iterable[Any], found: list[torch.Tensor]) -> None:
+    for tree in trees:
+        if isinstance(tree, torch.Tensor):
+            found.append(tree)
+        elif type(tree) in _CONSTANT:
+            continue
+        elif isinstance(tree, (list, tuple)):
+            if tree and type(tree[0]) is not int:
+                _collect(tree, found)
+        elif isinstance(tree, dict):
+            _collect(tree.values(), found)
 
 
 def _same_line(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     """Whether the same numbers entered the same operator; NaN is itself."""
-    return len(first) == len(second) and all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
+    return first == second or (
+        len(first) == len(second) and all(a == b or (a != a and b != b) for a, b in zip(first, second, strict=True))
+    )
 
 
 def _name(func: Any) -> str:
-    return str(func._schema.name).removeprefix("aten::")
-
-
-def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shapes of what batch norm gives back; PyTorch's own answer on the meta device takes a millisecond of Python."""
-    channels = x.shape[1] if rest[4] else 0  # statistics of the batch, in training
-    return torch.empty_like(x), x.new_empty(channels), x.new_empty(channels)
-
-
-def _layer_norm(x: torch.Tensor, shape: Sequence[int], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for layer norm."""
-    if tuple(x.shape[x.dim() - len(shape) :]) != tuple(shape):
-        raise ValueError(f"a layer norm of {list(shape)} met an input of {list(x.shape)}")
-    outer = [*x.shape[: x.dim() - len(shape)], *([1] * len(shape))]
-    return torch.empty_like(x), x.new_empty(outer), x.new_empty(outer)
-
-
-#: Operators that the meta device works out slowly.
-_SHORTCUTS: dict[str, Callable[..., Any]] = {
-    "native_batch_norm": _batch_norm,
-    "native_layer_norm": _layer_norm,
-    **dict.fromkeys(("relu", "gelu", "silu", "sigmoid", "tanh", "hardswish"), lambda x, *_: torch.empty_like(x)),
-    **dict.fromkeys(("relu_", "silu_", "hardtanh_", "hardswish_"), lambda x, *_: x),
-}
+    operator = _OPERATORS.get(func)
+    return operator.name if operator else str(func._schema.name).removeprefix("aten::")
 
 
 def _storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -325,8 +384,11 @@ class FakeCopy:
     ) -> None:
         self.kind = kind
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
+        self.stack: list[str] = []
+        self.asked: set[type] | None = None
+        self.watched = False
         self.named: dict[str, torch.Tensor] = {}
-        self.module = copy.deepcopy(model, self._twins(model, memo or {}))
+        self.module = _copied(model, self._twins(model, memo or {}))
         if prepare is not None:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -393,8 +455,14 @@ class FakeCopy:
         with ExitStack() as stack:
             if self.mode is not None:
                 stack.enter_context(self.mode)
-            narrow = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            make = torch.empty if self.kind == "meta" else torch.zeros
+            narrow = make(shape, dtype=like.dtype, device=like.device)
             return nn.Parameter(narrow, like.requires_grad) if isinstance(like, nn.Parameter) else narrow
+
+    @property
+    def mode_matters(self) -> bool:
+        """Whether the latest run could have gone otherwise in the other mode, as far as its structure is concerned."""
+        return self.asked is None or not self.asked <= _ALIKE_IN_BOTH_MODES
 
     def run(self, tracer: Tracer, call: Call, labels: Mapping[str, Sequence[AxisLabel]]) -> Any:
         """Run the copy under the tracer.
@@ -404,8 +472,9 @@ class FakeCopy:
             call: What to run.
             labels: Label of every axis of every parameter and buffer.
         """
-        hooks = self._watch_modules(tracer)
+        self._watch()
         self.module.train(call.training)
+        tracer.stack = self.stack
         tracer.meta = self.kind == "meta"
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
@@ -422,13 +491,11 @@ class FakeCopy:
                 tracer.constant = True
                 for name, tensor in self.named.items():
                     tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
+                self.asked = stack.enter_context(_who_asks_for_the_mode(self.module))
                 stack.enter_context(tracer)
                 return getattr(self.module, call.method)(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
-            tracer.stack.clear()
-            for handle in hooks:
-                handle.remove()
 
     def _inputs(self, tree: Any) -> Any:
         def twin(leaf: Any) -> Any:
@@ -439,22 +506,103 @@ class FakeCopy:
 
         return tree_map(twin, tree)
 
-    def _watch_modules(self, tracer: Tracer) -> list[Any]:
-        handles = []
+    def _watch(self) -> None:
+        """From now on the name of the module that runs lies on top of the stack."""
+        if self.watched:
+            return
+        self.watched = True
         for name, module in self.module.named_modules():
+            vars(module)["forward"] = _named_while_running(module.forward, name, self.stack)
 
-            def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
-                tracer.stack.append(name)
 
-            def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-                if tracer.stack:
-                    tracer.stack.pop()
+#: Layers that work on the same units in train as in eval mode.
+_ALIKE_IN_BOTH_MODES = frozenset(
+    [
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    ]
+)
 
-            handles += [
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave, always_call=True),
-            ]
-        return handles
+
+@contextmanager
+def _who_asks_for_the_mode(root: nn.Module) -> Iterator[set[type] | None]:
+    """Collect the types of the modules whose attribute `training` is read; None if that cannot be seen.
+
+    The attribute is hidden, so that Python asks `nn.Module.__getattr__` for it.
+    """
+    modules = {id(module): module for module in root.modules()}
+    original = nn.Module.__getattr__
+    if not all(_mode_can_be_hidden(module) for module in modules.values()):
+        yield None
+        return
+    modes = {number: vars(module).pop("training") for number, module in modules.items()}
+    asked: set[type] = set()
+
+    def answer(self: nn.Module, name: str) -> Any:
+        if name == "training" and id(self) in modes:
+            asked.add(type(self))
+            return modes[id(self)]
+        return original(self, name)
+
+    nn.Module.__getattr__ = answer  # type: ignore[method-assign]
+    try:
+        yield asked
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        for number, module in modules.items():
+            vars(module).setdefault("training", modes[number])
+
+
+def _mode_can_be_hidden(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        (kind.train, kind.eval, kind.__getattr__) == (nn.Module.train, nn.Module.eval, nn.Module.__getattr__)
+        and kind.__getattribute__ is object.__getattribute__
+        and "training" in vars(module)
+        and not isinstance(module, torch.jit.ScriptModule)
+    )
+
+
+def _named_while_running(forward: Callable[..., Any], name: str, stack: list[str]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        stack.append(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    run.__wrapped__ = forward  # type: ignore[attr-defined]  # its signature is what `inspect` reports
+    return run
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy(model, memo)` makes, without its detours for modules that are plain objects."""
+    twins = []
+    for module in model.modules():
+        kind = type(module)
+        if id(module) not in memo and _is_plain(kind):
+            memo[id(module)] = twin = kind.__new__(kind)
+            twins.append((module, twin))
+    for module, twin in twins:
+        state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+        for value in state.values():
+            if type(value) in (dict, OrderedDict, set, list) and not value:
+                memo.setdefault(id(value), type(value)())
+        copied = {k: v if type(v) in _CONSTANT else _twin_of(v, memo) for k, v in state.items()}
+        twin.__setstate__(copied)  # type: ignore[no-untyped-call]
+    whole: nn.Module = _twin_of(model, memo)
+    return whole
+
+
+def _twin_of(thing: Any, memo: dict[int, Any]) -> Any:
+    return memo[id(thing)] if id(thing) in memo else copy.deepcopy(thing, memo)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a copy of a module of this type is a new object with a copy of its state."""
+    hooks = ("__reduce_ex__", "__reduce__", "__deepcopy__", "__new__")
+    same = all(getattr(kind, hook, None) is getattr(object, hook, None) for hook in hooks)
+    return same and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
