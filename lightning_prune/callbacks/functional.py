@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.subjects import subject_for
-from lightning_prune.planning import Scope, Target, feasible, make_plan, select
+from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.structure import Call, Structure, trace
@@ -31,7 +31,7 @@ def prune(
     pruning_ratio: float | dict[str, float] | None = None,
     budget: float | int | dict[str, float | int] | None = None,
     criterion: Criterion | None = None,
-    scope: Literal["local", "global"] | Scope = "local",
+    scope: ScopeKind | Scope = "local",
     layers: str | list[str] | None = None,
     ignore: str | list[str] | None = None,
     optimizers: Iterable[Optimizer] = (),
@@ -49,7 +49,7 @@ def prune(
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
         criterion: How much each unit matters, by the weights alone; by default `L1`.
-        scope: ``"local"``, ``"global"``, or a `Scope`.
+        scope: ``"local"``, ``"global"``, ``"erk"``, or a `Scope`.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
         optimizers: Optimizers of the network, whose state follows.

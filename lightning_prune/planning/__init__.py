@@ -13,7 +13,7 @@ from lightning_prune.planning.schedules import (
     due,
     reaches,
 )
-from lightning_prune.planning.scope import Scope, select
+from lightning_prune.planning.scope import Scope, ScopeKind, select
 from lightning_prune.planning.target import NoEffectWarning, Original, Target
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RunLength",
     "Schedule",
     "Scope",
+    "ScopeKind",
     "Target",
     "due",
     "feasible",

@@ -89,6 +89,7 @@ def make_plan(
     - Local, a share of units (one for all or one per group): every group has that share of its dense width, rounded to
       the nearest unit (or multiple of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
     - Local, anything else: all groups shrink at the same pace, one unit or block at a time, until the budget holds.
+    - ERK: groups keep shares proportional to their density, at most 1, until the budget holds.
     - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
       until the budget holds.
 
@@ -113,7 +114,7 @@ def make_plan(
         widths = {name: _nearest(original.widths[name] * left[name], width, scope) for name, width in now.items()}
     else:
         fraction = 1 - share * (1 - target.fraction(original, now))
-        keys = _paces(now, original, scope) if scope.kind == "local" else _merits(ranked, scores, scope)
+        keys = _merits(ranked, scores, scope) if scope.kind == "global" else _paces(structure, now, original, scope)
         widths = _descend(structure, keys, scope, target.quantity, fraction * original.size(target.quantity, now))
     kept = {
         name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
@@ -156,10 +157,10 @@ def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, f
     """The share of its units that each group keeps in the end; ``None`` where the groups share one budget."""
     remaining = target.remaining
     if isinstance(remaining, Mapping):
-        if scope.kind == "global":
+        if scope.kind != "local":
             raise ValueError(
-                "expected one `pruning_ratio` or `budget` for the whole network with a global scope, got one per layer "
-                f'({", ".join(remaining)}). Use scope="local", or give a single number.'
+                f"expected one `pruning_ratio` or `budget` for the whole network with a scope of {scope.kind!r}, got "
+                f'one per layer ({", ".join(remaining)}). Use scope="local", or give a single number.'
             )
         return {name: remaining[name] for name in names}
     if target.quantity == "units" and scope.kind == "local" and isinstance(remaining, float):
@@ -200,12 +201,32 @@ def _nearest(wanted: float, width: int, scope: Scope) -> int:
     return min(width, max(rounded, scope.narrowest(width)))
 
 
-def _paces(now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
-    """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds."""
+def _paces(structure: Structure, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
+    """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds.
+
+    Under ``"erk"`` shares are relative to the densities, which are those of the dense network.
+    """
+    density = _densities(structure, now, original) if scope.kind == "erk" else dict.fromkeys(now, 1.0)
     return {
-        name: np.array([-(a + b) / 2 / original.widths[name] for a, b in pairwise(scope.ladder(width))])
+        name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(scope.ladder(width))])
         for name, width in now.items()
     }
+
+
+def _densities(structure: Structure, names: Collection[str], original: Original) -> dict[str, float]:
+    """Erdős–Rényi kernel densities, up to a common factor: sum over product of the sizes of the producing weights."""
+    sizes = {tensor: list(shape) for tensor, shape in structure.cost.shapes.items()}
+    for group in structure.groups:
+        for member in group.members:
+            sizes[member.tensor][member.dim] += (original.widths[group.name] - group.width) * member.index.shape[1]
+    densities = {}
+    for name in names:
+        members = structure.group(name).members
+        weights = dict.fromkeys(m.tensor for m in members if m.role == "out") or dict.fromkeys(
+            m.tensor for m in members
+        )
+        densities[name] = sum(sum(sizes[w]) for w in weights) / sum(math.prod(sizes[w]) for w in weights)
+    return densities
 
 
 def _merits(

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_prune.structure.graph import Group, Structure
 
-__all__ = ["Scope", "pick", "select"]
+__all__ = ["Scope", "ScopeKind", "pick", "select"]
+
+#: How the amount to remove is distributed.
+ScopeKind = Literal["local", "global", "erk"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,10 @@ class Scope:
 
     Attributes:
         kind: ``"local"``: every group loses the same share (uniform). ``"global"``: the lowest scores of all groups go,
-            wherever they are (non-uniform).
+            wherever they are (non-uniform). ``"erk"``: what a group keeps is proportional to
+            (fan in + fan out + kernel sizes) / (their product) of the weights that produce it, so that wide layers lose
+            most (Erdős–Rényi kernel: Evci et al., 2020, there of single weights); `LAMP` under ``"global"`` is another
+            such allocation.
         min_width: Units that every group keeps, at least 1.
         round_to: Widths after a cut are multiples of this (8 or 16 suit tensor cores); a narrower group stays.
         normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
@@ -27,15 +33,16 @@ class Scope:
             ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network).
     """
 
-    kind: Literal["local", "global"] = "local"
+    kind: ScopeKind = "local"
     min_width: int = 1
     round_to: int = 1
     normalize: Literal["mean", "none"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("local", "global"):
+        if self.kind not in get_args(ScopeKind):
             raise ValueError(
-                f'expected a scope of "local" (per layer) or "global" (over all layers), got {self.kind!r}'
+                'expected a scope of "local" (per layer), "global" (over all layers) or "erk" (wide layers lose most), '
+                f"got {self.kind!r}"
             )
         if self.normalize not in ("mean", "none"):
             raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
@@ -44,7 +51,7 @@ class Scope:
                 raise ValueError(f"expected `{name}` of at least 1, got {getattr(self, name)}")
 
     @classmethod
-    def of(cls, scope: Literal["local", "global"] | Scope) -> Scope:
+    def of(cls, scope: ScopeKind | Scope) -> Scope:
         """The scope itself, or the one of this kind with every other setting at its default."""
         return scope if isinstance(scope, Scope) else cls(scope)
 

@@ -18,7 +18,7 @@ widths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 ratios = st.floats(0, 0.99)
 seeds = st.integers(0, 10**6)
 quantities = st.sampled_from(["units", "params", "macs", "memory", "latency"])
-kinds = st.sampled_from(["local", "global"])
+kinds = st.sampled_from(["local", "global", "erk"])
 
 
 def draw_scores(structure, seed, levels=None):
@@ -126,6 +126,31 @@ def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, no
         if len(kept[name]) > min_width:
             kept[name].remove(unit)
     assert {n: tuple(k) for n, k in kept.items() if len(k) < structure.widths[n]} == plan.kept
+
+
+@given(widths_lists, seeds, ratios)
+def test_erk_keeps_what_the_densities_say(mlp, widths, seed, ratio):
+    """Layer l keeps min(1, ε · (in + out) / (in · out)) of its units, with the largest ε that meets the budget."""
+    structure = mlp(widths)
+    sizes = [7, *widths]
+    raw = [(i + o) / (i * o) for i, o in itertools.pairwise(sizes)]
+    target = Target("units", 1 - ratio)
+    if not reachable(structure, target, Scope("erk")):
+        return
+    plan = make_plan(structure, draw_scores(structure, seed), target, 1.0, Scope("erk"), Original.of(structure))
+    found = list((structure.widths | plan.widths).values())
+    limit = math.floor(sum(widths) * (1 - ratio) + 0.5 + 1e-9)
+
+    def kept(epsilon):
+        return [max(1, math.floor(w * min(1.0, epsilon * r) + 0.5)) for w, r in zip(widths, raw, strict=True)]
+
+    low, high = 0.0, 2 / min(raw)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(kept(middle)) <= limit else (low, middle)
+    # Several layers may step down at the same ε; the plan takes of these steps only as many as it needs.
+    assert all(a <= b <= c for a, b, c in zip(kept(low), found, kept(high * (1 + 1e-9)), strict=True))
+    assert sum(found) == limit or sum(kept(high * (1 + 1e-9))) > limit
 
 
 @given(widths_lists, seeds, ratios, ratios, quantities, kinds, st.sampled_from([1, 4]))
@@ -353,7 +378,8 @@ def test_ratios_per_layer_need_a_local_scope(mlp):
     structure = mlp([4, 4])
     target, selected = Target.of(pruning_ratio={"net.0": 0.5}).resolve(structure, ["net.0"])
     assert feasible(structure, target, Scope(), selected) == 1
-    with pytest.raises(ValueError, match=r"with a global scope, got one per layer \(net.0\)"):
+    with pytest.raises(ValueError, match=r"with a scope of 'global', got one per layer \(net.0\)"):
         feasible(structure, target, Scope("global"), selected)
-    with pytest.raises(ValueError, match="with a global scope"):
-        make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope("global"), Original.of(structure))
+    for kind in ("global", "erk"):
+        with pytest.raises(ValueError, match=f"with a scope of '{kind}'"):
+            make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope(kind), Original.of(structure))

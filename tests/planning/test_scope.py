@@ -26,7 +26,7 @@ def test_of():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scope("layer"), """"local" .* or "global" .*, got 'layer'"""),
+        (lambda: Scope("layer"), """"local" .* "global" .* or "erk" .*, got 'layer'"""),
         (lambda: Scope(min_width=0), "`min_width` of at least 1, got 0"),
         (lambda: Scope(round_to=0), "`round_to` of at least 1, got 0"),
         (lambda: Scope(normalize="max"), "got 'max'"),
