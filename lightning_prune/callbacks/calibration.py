@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, final
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
-from lightning_prune.structure import Subject
+from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.structure import Axes, Subject
 from lightning_prune.structure.tracing import FakeCopy
+from lightning_prune.surgery import Repair, repaired
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "Repairs"]
+
+
+@final
+class Repairs(Around):
+    """Repairs of every cut, from training batches.
+
+    Args:
+        repairs: In the order in which they happen.
+    """
+
+    def __init__(self, repairs: tuple[Repair, ...]) -> None:
+        self.repairs = repairs
+
+    @override
+    def begin(self, run: Run) -> None:
+        Calibration(run.trainer, run.module, run.subject)
+
+    @override
+    def contents(self, run: Run, axes: Axes) -> Mapping[str, Tensor]:
+        batches = Calibration(run.trainer, run.module, run.subject)
+        return repaired(batches.copy(), axes, self.repairs, batches.run)
 
 
 class Calibration:

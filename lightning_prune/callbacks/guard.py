@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -11,11 +12,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
+from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report
 from lightning_prune.surgery import History, conform, history_of
 
-__all__ = ["Guard", "Verdict", "go_back", "snapshot"]
+__all__ = ["Guard", "Verdict", "Watch", "go_back", "snapshot"]
 
 #: Of the last cut: it may still recover, has recovered, has not recovered in time, or there is nothing to compare with.
 Verdict = Literal["open", "recovered", "failed", "unknown"]
@@ -84,6 +88,67 @@ class Guard:
 
     def _is_good(self, value: float, before: float, mode: str) -> bool:
         return value >= before - self.tolerance if mode == "max" else value <= before + self.tolerance
+
+
+@final
+class Watch(Around):
+    """A guard over the cuts of one run.
+
+    Args:
+        guard: What it judges by.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
+        self._next: dict[str, Any] | None = None  # the same of a cut that may still fail
+
+    @property
+    @override
+    def waits(self) -> bool:
+        return self._kept is not None
+
+    @override
+    def before(self, run: Run) -> None:
+        missing = self.guard.missing(run.report)
+        if missing is None:
+            self._next = snapshot(run.module, run.trainer.optimizers)
+        else:
+            warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)
+
+    @override
+    def after(self) -> None:
+        self._kept, self._next = self._next, None
+
+    @override
+    def judge(self, run: Run) -> str | None:
+        if self._kept is None:
+            return None
+        verdict = run.trainer.strategy.broadcast(self.guard.judge(run.report, run.trainer.current_epoch))
+        if verdict == "open":
+            return None
+        if verdict == "failed":
+            with unwrapped(run.trainer, run.module):
+                go_back(self._kept, run.module, run.trainer.optimizers)
+        self._kept = None
+        return self.guard.words(run.report) if verdict == "failed" else None
+
+    @override
+    def end(self, run: Run) -> None:
+        if self._kept is not None and self.guard.judge(run.report, run.trainer.current_epoch) != "recovered":
+            warnings.warn(
+                f"the run ended before its last cut had recovered ({self.guard.words(run.report)}): it stays. Train "
+                "longer, or cut earlier.",
+                stacklevel=2,
+            )
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"kept": self._kept}
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._kept = state.get("kept")
 
 
 def snapshot(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Any]:

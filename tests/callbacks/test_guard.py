@@ -85,7 +85,7 @@ def test_a_cut_that_recovers_lets_the_next_one_come(tmp_path: Path) -> None:
     _, callback, watch = fit(tmp_path, module, 8, Guard(epochs=3))
     # Each cut is bad for one epoch and good in the next. Of the two that were due meanwhile the last is made.
     assert watch.widths == [8, 6, 6, 4, 4, 4, 4, 4]
-    assert callback._kept is None
+    assert callback.state_dict()["kept"] is None
     assert callback.report.notes == []
     assert len(callback.report.cuts) == 2
 

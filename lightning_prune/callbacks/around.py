@@ -1,0 +1,71 @@
+"""What goes with every cut: a network saved or kept before it, repaired in it, judged after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_prune.reporting import Report
+from lightning_prune.structure import Axes, Subject
+
+__all__ = ["Around", "Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is to a training run.
+
+    Attributes:
+        trainer: Its trainer.
+        module: What trains.
+        subject: How copies of it are made.
+        report: What was done and measured.
+        folder: Where files go; asks all processes.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    subject: Subject
+    report: Report
+    folder: Callable[[], Path]
+
+
+class Around:
+    """One thing that goes with every cut. The callback says when; every part is nothing where it is not needed."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next cut has to wait."""
+        return False
+
+    def begin(self, run: Run) -> None:
+        """Refuse a run that it does not fit, before the first step."""
+
+    def before(self, run: Run) -> None:
+        """A cut follows."""
+
+    def contents(self, run: Run, axes: Axes) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """What parameters and buffers, by name, hold after the cut that keeps ``axes``, where not what they held."""
+        return {}
+
+    def after(self) -> None:
+        """The cut stands."""
+
+    def judge(self, run: Run) -> str | None:  # noqa: ARG002
+        """An epoch begins: take the last cut back, network and optimizers, and say why."""
+        return None
+
+    def end(self, run: Run) -> None:
+        """The training is over."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, in names that no other one has."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the callback's state in a checkpoint."""

@@ -1,0 +1,278 @@
+"""What all pruning callbacks share: when something is due in a run, what is written down, what a resume needs."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
+from lightning_prune.callbacks.monitors import hold_early_stopping
+from lightning_prune.callbacks.showing import Pace, Showing, log_now
+from lightning_prune.callbacks.surroundings import refuse_surroundings
+from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
+from lightning_prune.reporting import Report, Size, versions
+from lightning_prune.surgery import refuse
+
+__all__ = ["ScheduledPruning", "instance_of"]
+
+# Form of the callback's state in a checkpoint.
+_FORMAT = 1
+
+
+class ScheduledPruning(Callback, ABC):
+    """Prunes at the moments of a schedule, always before a training batch, and keeps a report.
+
+    A subclass says what is found before the first batch (`_prepare`), what a cut is (`_cut`) and how large the network
+    is at the end (`_measure`); it adds to state and settings what it needs itself.
+
+    Args:
+        schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
+        reset_monitors: Let early stopping wait for the last cut; a subclass may do more.
+        dirpath: Folder for the report; by default the logger's folder.
+    """
+
+    def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
+        self.schedule: Schedule = Linear() if schedule is None else schedule
+        instance_of(self, "schedule", self.schedule, Schedule, "Linear()")
+        self.reset_monitors = reset_monitors
+        self.dirpath = dirpath
+        self._is_fit = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """A run of its own begins: nothing is known of the network, nothing was done."""
+        self.report = Report()
+        self._run_id = uuid.uuid4().hex
+        self._done: int | None = None  # index of the last cut that was made, -1 for none; None: the history knows
+        self._unprepare()
+
+    def _unprepare(self) -> None:
+        """What is found anew whenever a fit begins."""
+        self._is_prepared = False
+        self._timeline: tuple[CutPoint, ...] = ()
+        self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
+        self._pace = Pace()
+
+    @property
+    def pending(self) -> bool:
+        """Whether cuts are still to come."""
+        return bool(self._timeline) and self._last_done < self._timeline[-1].index
+
+    @property
+    def _last_done(self) -> int:
+        return -1 if self._done is None else self._done
+
+    # -- what a subclass says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether this fit continues the last one of this callback: same trainer and network, cut by nobody else."""
+
+    @abstractmethod
+    def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Check all that can be checked before any weight has changed; set the timeline and what was done so far."""
+
+    @abstractmethod
+    def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
+        """Do what is due, whole or not at all."""
+
+    @abstractmethod
+    def _measure(self, showing: Showing, module: LightningModule) -> Size:
+        """The network as it is at the end."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What the user chose, for the report."""
+
+    def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before an epoch's first batch and what is due at it."""
+
+    def _waits(self) -> bool:
+        """Whether what is due has to wait."""
+        return False
+
+    def _begin_batch(self, trainer: Trainer, module: LightningModule) -> bool:  # noqa: ARG002
+        """After what was due; whether the batch is slower for what is observed."""
+        return False
+
+    def _end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The training is over, the report not written."""
+
+    def _state(self) -> dict[str, Any]:
+        """What else a checkpoint holds."""
+        return {}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_surroundings(self, ScheduledPruning, trainer, pl_module)
+        keep_history(pl_module)
+        self._is_fit = stage == "fit"
+        if self._is_fit and self._goes_on(trainer, pl_module):
+            self._unprepare()
+        elif self._is_fit:
+            self._forget()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse(trainer.optimizers)
+        self._showing(trainer).claim()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._is_prepared:
+            self._prepare(trainer, pl_module, batch)
+            self._is_prepared = True
+        if batch_idx == 0:
+            self._begin_epoch(trainer, pl_module)
+        waits = self._waits() or not self._timeline
+        point = None if waits else due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
+        if point is not None:
+            self._cut(trainer, pl_module, point)
+        if self.pending and self.reset_monitors and batch_idx == 0:
+            hold_early_stopping(trainer)
+        if point is not None or batch_idx == 0:
+            self._show_size(pl_module)
+        self._pace.start(observed=self._begin_batch(trainer, pl_module))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._pace.stop()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_fit and self.pending and self.reset_monitors:
+            hold_early_stopping(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_fit and not trainer.sanity_checking:
+            self._collect(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_prepared:
+            numbers = self.report.metrics()
+            overhead = self._pace.overhead()
+            if overhead is not None:
+                numbers["pruning/overhead"] = overhead
+            log_now(trainer, numbers)
+        self._collect(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_prepared:
+            return
+        self._collect(trainer)
+        if self.pending:
+            last = self._timeline[-1]
+            warnings.warn(
+                f"the run ended before the last of its cuts ({last.unit} {last.at}): "
+                f"{100 * self.report.ratio:.1f} % of the units are gone.",
+                stacklevel=2,
+            )
+        self._end(trainer, pl_module)
+        showing = self._showing(trainer)
+        self.report.final = self._measure(showing, pl_module)
+        showing.finish()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "run": self._run_id,
+            "done": self._done,
+            **self._state(),
+            "report": self.report.to_plain(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._is_fit:
+            return  # a checkpoint that is only looked at does not change what this run has done
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
+                "It was written by another version of lightning-prune: install that one, or resume without the state."
+            )
+        try:
+            self._run_id = str(state_dict["run"])
+            self._done = None if state_dict["done"] is None else int(state_dict["done"])
+            self._restore(state_dict)
+            self.report = Report.from_plain(state_dict["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the {type(self).__name__} state in the checkpoint is damaged ({type(error).__name__}: {error}). "
+                "Resume from another checkpoint."
+            ) from error
+
+    # -- for subclasses -----------------------------------------------------------------------------------------------
+
+    def _moments(self, trainer: Trainer, fraction: float) -> tuple[CutPoint, ...]:
+        """The cuts of this run, that bring a share of the network to remove."""
+        if is_rehearsal(trainer):
+            return ()
+        timeline = self.schedule.timeline(run_length(trainer), fraction)
+        if timeline and reaches(timeline) < 1:
+            warnings.warn(
+                f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
+                "train longer, start earlier or cut more often to reach it.",
+                stacklevel=2,
+            )
+        return timeline
+
+    def _begin_report(self) -> None:
+        self.report.final = None
+        self.report.versions = versions()
+        cuts = [[point.unit, point.at, point.share] for point in self._timeline]
+        self.report.config = {"run": self._run_id, **self._settings(), "cuts": cuts}
+
+    def _showing(self, trainer: Trainer) -> Showing:
+        return Showing(self.report, trainer, self.dirpath, self._run_id)
+
+    def _show_size(self, module: LightningModule) -> None:
+        """Parameters left, in the progress bar."""
+        size = self.report.size
+        if size is not None:
+            module.log(
+                "params", float(size.params), prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
+            )
+
+    def _collect(self, trainer: Trainer) -> None:
+        """Write down what was measured since the last time; a metric of an earlier validation stays as it is."""
+        metrics = {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name != "params" and not name.startswith("pruning/") and value.numel() == 1
+        }
+        new = {name: value for name, value in metrics.items() if self._measured.get(name) is not value}
+        self._measured = metrics
+        if new:
+            self.report.log(trainer.current_epoch, trainer.global_step, new)
+
+
+def instance_of(callback: Callback, name: str, value: object, kind: type, example: str) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        TypeError: If ``value`` is no ``kind``.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{type(callback).__name__}: expected `{name}` to be an instance of {kind.__name__}, got {value!r}. "
+            f"Import one from lightning_prune, for example `{example}`."
+        )

@@ -1,0 +1,53 @@
+"""What a network cannot be pruned in the company of is refused before anything happens."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch._dynamo import OptimizedModule
+
+from lightning_prune.callbacks.processes import refuse_strategy
+
+__all__ = ["refuse_surroundings"]
+
+
+def refuse_surroundings(callback: Callback, kind: type[Callback], trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a trainer, strategy, callback or module that a cut cannot be made safe in.
+
+    Args:
+        callback: Who prunes.
+        kind: What all pruning callbacks are.
+        trainer: The run.
+        module: What trains.
+
+    Raises:
+        TypeError: For a trainer of another package.
+        ValueError: For everything else.
+    """
+    name = type(callback).__name__
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import "
+            "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
+        )
+    refuse_strategy(name, trainer)
+    others: list[Callback] = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
+    rivals = [other for other in others if isinstance(other, kind)]
+    if rivals:
+        raise ValueError(
+            f"{name}: expected one pruning callback, got {1 + len(rivals)}. Let one callback do all cuts: choose its "
+            "`layers` and `scope`."
+        )
+    for other in others:
+        if {base.__name__ for base in type(other).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ValueError(
+                f"{name}: expected no callback that averages weights, got {type(other).__name__}: its copy of the "
+                "network would stay wide. Remove one of the two; average the narrow network in a run of its own."
+            )
+    parts = list(module.modules())
+    if any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts) or getattr(
+        module, "_compiler_ctx", None
+    ):
+        raise ValueError(
+            f"{name}: expected a module that is not compiled: hooks and shapes change while it trains. Train without "
+            "`torch.compile` and compile the narrow network afterwards."
+        )
