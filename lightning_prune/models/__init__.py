@@ -2,10 +2,20 @@
 
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier
+from lightning_prune.models.four_conv import FourConvClassifier
 from lightning_prune.models.mlp import MLPClassifier
 from lightning_prune.models.mobilenet import MobileNetV2CIFAR
 from lightning_prune.models.resnet import ResNetCIFAR
 from lightning_prune.models.vae import VAE
 from lightning_prune.models.vgg import VGG16CIFAR
 
-__all__ = ["VAE", "VGG16CIFAR", "CNNClassifier", "Classifier", "MLPClassifier", "MobileNetV2CIFAR", "ResNetCIFAR"]
+__all__ = [
+    "VAE",
+    "VGG16CIFAR",
+    "CNNClassifier",
+    "Classifier",
+    "FourConvClassifier",
+    "MLPClassifier",
+    "MobileNetV2CIFAR",
+    "ResNetCIFAR",
+]

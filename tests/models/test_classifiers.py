@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.models import VGG16CIFAR, CNNClassifier, MLPClassifier, MobileNetV2CIFAR, ResNetCIFAR
+from lightning_prune.models import (
+    VGG16CIFAR,
+    CNNClassifier,
+    FourConvClassifier,
+    MLPClassifier,
+    MobileNetV2CIFAR,
+    ResNetCIFAR,
+)
 from lightning_prune.structure import Subject, trace
 from tests.structure.cutting import half, masked, shrunk
 
@@ -35,7 +42,18 @@ def test_cnn_is_the_seeds(batch_norm: bool) -> None:
     assert model(torch.randn(3, 3, 32, 32)).shape == (3, 100)
 
 
-@pytest.mark.parametrize("model", [MLPClassifier(), CNNClassifier(), CNNClassifier((1, 28, 28))], ids=str)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_four_convolutions_are_the_reports(batch_norm: bool) -> None:
+    model = FourConvClassifier(batch_norm=batch_norm)
+    assert weights(model) == [(3, 3, 3, 3)] * 4 + [(15, 192), (10, 15)]
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()) == 4 * batch_norm
+    convolutional = sum(w.numel() for w in model.features.parameters() if w.ndim == 4)
+    assert convolutional / sum(w.numel() for w in model.parameters() if w.ndim > 1) == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "model", [MLPClassifier(), CNNClassifier(), CNNClassifier((1, 28, 28)), FourConvClassifier()], ids=str
+)
 def test_example_runs(model: LightningModule) -> None:
     example = model.example_input_array
     assert isinstance(example, Tensor)
