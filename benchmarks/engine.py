@@ -3,7 +3,8 @@
 ``python -m benchmarks.engine compare`` measures analysis and cut of both, one after the other in one process (needs
 ``pip install torch-pruning==1.6.1``). ``python -m benchmarks.engine survey`` cuts half of every group of every
 torchvision network and of some more, and checks it (needs ``timm`` and ``transformers`` for those families).
-``python -m benchmarks.engine pretrained`` tests pretrained ResNets before and after their dead channels are cut.
+``python -m benchmarks.engine pictures`` draws what is found in two of them. ``python -m benchmarks.engine pretrained``
+tests pretrained ResNets before and after their dead channels are cut.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from benchmarks.common import EVIDENCE, command, machine
 from benchmarks.pretrained import pretrained
 from benchmarks.survey import half, survey, torchvision_model
+from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import cut
 
@@ -78,23 +80,35 @@ def compare(repeats: int) -> tuple[dict[str, Any], str]:
     return {"rows": rows, "threads": torch.get_num_threads()}, "\n".join([text, "", *lines])
 
 
+def pictures() -> None:
+    """What can be pruned in ResNet-50 and DenseNet-121."""
+    for name in ("resnet50", "densenet121"):
+        structure = trace(Subject.of(torchvision_model(name), torch.zeros(2, 3, 224, 224)))
+        Inspection(structure).figure().savefig(EVIDENCE / "engine" / f"{name}.png")
+
+
 def main() -> None:
     """Run, print, and write to ``docs/evidence/engine``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("compare", "pretrained", "survey"))
+    parser.add_argument("what", choices=("compare", "pictures", "pretrained", "survey"))
     parser.add_argument(
         "names", nargs="*", help="networks or families to survey, depths of pretrained ones; default: all"
     )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.what == "pictures":
+        pictures()
+        return
     work = {
         "compare": lambda: compare(options.repeats),
         "pretrained": lambda: pretrained([int(depth) for depth in options.names]),
         "survey": lambda: survey(options.names),
     }
     result, table = work[options.what]()
-    result = {"command": command("benchmarks.engine"), "machine": machine(), **result}
+    # A survey is made in pieces, whose rows are kept together.
+    line = command("benchmarks.engine") if options.what != "survey" else "python -m benchmarks.engine survey"
+    result = {"command": line, "machine": machine(), **result}
     header = f"`{result['command']}` on {result['machine']['processor']}, {result['machine']['cores']} cores."
     folder = EVIDENCE / "engine"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_prune.reporting.couplings import couplings_figure
 from lightning_prune.reporting.grid import Grid, as_rich, as_text, count, share
 from lightning_prune.structure.graph import Structure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
 __all__ = ["Inspection"]
@@ -61,6 +63,13 @@ class Inspection:
     def grids(self) -> tuple[Grid, ...]:
         """The tables: what can be pruned, what cannot and why, remarks."""
         return (self._groups(), *(grid for grid in (self._frozen(), self._notes()) if grid.rows))
+
+    def figure(self) -> Figure:
+        """The picture: a row per layer, a column per group, and what stays with the reason's colour.
+
+        Needs the extra ``plot``. Save it with ``inspection.figure().savefig("widths.png")``.
+        """
+        return couplings_figure(self.structure, self.summary)
 
     def _groups(self) -> Grid:
         widths, cost = self.structure.widths, self.structure.cost
