@@ -132,7 +132,7 @@ def _stays(axes: Axes, structure: Structure, layers: list[str], reasons: _Reason
     for axis in structure.frozen:
         widest[axis.layer] = max(widest.get(axis.layer, (0, "")), (axis.width, reasons[_kind(axis.reason)][0]))
     for layer, (width, colour) in widest.items():
-        square = {"color": colour, "fontsize": size, "va": "center", "clip_on": False}
+        square: dict[str, Any] = {"color": colour, "fontsize": size, "va": "center", "clip_on": False}
         axes.text(end + 0.3, place[layer] + 0.5, f"■ {width}", **square)
 
 
