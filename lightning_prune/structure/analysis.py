@@ -105,6 +105,7 @@ class _Analysis:
         self.tracer = Tracer(self.atoms, RULES, unknown)
         self.traced: list[tuple[Call, Kind, list[tuple[Any, ...]]]] = []
         self.same_in_both_modes: list[Call] = []
+        self.patterns: list[tuple[IndexArray, tuple[tuple[str, int], ...]]] = []
 
     def _copy(self, kind: Kind) -> FakeCopy:
         if kind not in self.copies:
@@ -194,7 +195,7 @@ class _Analysis:
 
     def _groups(self) -> list[Group]:
         """Classes of atoms with the same set of axes, in the order of execution."""
-        patterns = self._patterns()
+        self.patterns = patterns = self._patterns()
         if not patterns:
             return []
         root = np.concatenate([roots for roots, _ in patterns])
@@ -396,13 +397,21 @@ class _Analysis:
         owner = np.full(len(self.atoms), -1)
         for number, group in enumerate(groups):
             owner[self._atoms_of(group)] = number
-        known: dict[int, Axis] = {}
+
+        def length(roots: IndexArray) -> Axis:
+            counts = np.bincount(owner[roots] + 1, minlength=1)
+            repeat = [(groups[i], int(counts[i + 1])) for i in np.flatnonzero(counts[1:]).tolist()]
+            return Axis(int(counts[0]), tuple((group.name, n // group.width) for group, n in repeat))
+
+        known = {
+            id(self.labels[name][dim]): shared
+            for shared, places in ((length(roots), places) for roots, places in self.patterns)
+            for name, dim in places
+        }
 
         def axis(atoms: IndexArray) -> Axis:
             if id(atoms) not in known:
-                counts = np.bincount(owner[self.atoms.find(atoms)] + 1, minlength=1)
-                repeat = [(groups[i], int(counts[i + 1])) for i in np.flatnonzero(counts[1:]).tolist()]
-                known[id(atoms)] = Axis(int(counts[0]), tuple((group.name, n // group.width) for group, n in repeat))
+                known[id(atoms)] = length(self.atoms.find(atoms))
             return known[id(atoms)]
 
         parameters = tuple(

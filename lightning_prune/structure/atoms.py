@@ -37,6 +37,7 @@ class Atoms:
         self._numbers: dict[str, int] = {}
         self._count = 0
         self._pairs: list[tuple[IndexArray, IndexArray]] = []
+        self._runs: dict[int, IndexArray] = {}  # what `fresh` gave out
 
     def __len__(self) -> int:
         return self._count
@@ -49,6 +50,7 @@ class Atoms:
             self.parent = np.concatenate([self.parent, np.arange(len(self.parent), grown)])
             self.reason = np.concatenate([self.reason, np.full(grown - len(self.reason), -1)])
         atoms = np.arange(start, self._count)
+        self._runs[id(atoms)] = atoms
         if reason:
             self.reason[atoms] = self._number(reason)
         return atoms
@@ -99,7 +101,9 @@ class Atoms:
         """Work out what has been united."""
         if not self._pairs:
             return
-        a, b = (np.concatenate(side) for side in zip(*self._pairs, strict=True))
+        # Each pair of arrays once, however often they met.
+        pairs = {(id(a), id(b)): (a, b) for a, b in self._pairs}.values()
+        a, b = (np.concatenate(side) for side in zip(*filter(self._apart, pairs), (_NONE, _NONE), strict=True))
         self._pairs = []
         while True:
             ra, rb = self._find(a), self._find(b)
@@ -109,6 +113,15 @@ class Atoms:
             a, b, ra, rb = a[apart], b[apart], ra[apart], rb[apart]
             # Every root that is not the least among its neighbours moves below one: their number halves at least.
             np.minimum.at(self.parent, np.maximum(ra, rb), np.minimum(ra, rb))
+
+    def _apart(self, pair: tuple[IndexArray, IndexArray]) -> bool:
+        """Put one array of atoms below the other at once if it is a run of atoms that nothing was united with yet."""
+        for above, below in (pair, pair[::-1]):
+            later = id(below) in self._runs and len(below) and above.max() < below[0]
+            if later and np.array_equal(self.parent[below], below):
+                self.parent[below] = above
+                return False
+        return True
 
     def _number(self, text: str) -> int:
         if text not in self._numbers:

@@ -247,9 +247,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Write down the bytes of the tensors that an operator makes; a view of an input is no new one."""
         if not self.counting:
             return
-        given = {_storage_key(leaf)[0] for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and _storage_key(tensor)[0] not in given:
+        given = {_home(tensor) for tensor in flat_tensors(inputs)}
+        for tensor in flat_tensors(out):
+            if _home(tensor) not in given:
                 fixed, labelled = tensor.element_size(), []
                 for axis, length in zip(self.value(tensor).axes, tensor.shape, strict=True):
                     if isinstance(axis, np.ndarray):
@@ -265,9 +265,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.value(out).zero or not any(isinstance(axis, np.ndarray) for axis in self.value(out).axes):
             return
         self._note_places()
-        home = _storage_key(out)[0]
+        home = _home(out)
         for number, (tensor, value) in self._values.items():
-            if value.zero and _storage_key(tensor)[0] == home:
+            if value.zero and _home(tensor) == home:
                 self._values[number] = (tensor, value._replace(zero=False))
         for key, value in self._by_storage.items():
             if value.zero and key[0] == home:
@@ -357,10 +357,15 @@ def _name(func: Any) -> str:
     return operator.name if operator else str(func._schema.name).removeprefix("aten::")
 
 
+def _home(tensor: torch.Tensor) -> int:
+    """The memory that a tensor lies in."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
 def _storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return (_home(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 class FakeCopy:
@@ -491,7 +496,7 @@ class FakeCopy:
                 tracer.constant = True
                 for name, tensor in self.named.items():
                     tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
-                self.asked = stack.enter_context(_who_asks_for_the_mode(self.module))
+                self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
                 stack.enter_context(tracer)
                 return getattr(self.module, call.method)(*args, **kwargs)
         finally:
@@ -525,22 +530,24 @@ _ALIKE_IN_BOTH_MODES = frozenset(
 
 
 @contextmanager
-def _who_asks_for_the_mode(root: nn.Module) -> Iterator[set[type] | None]:
-    """Collect the types of the modules whose attribute `training` is read; None if that cannot be seen.
+def _who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[set[type] | None]:
+    """Collect the types of the modules that read their attribute `training`; None if that cannot be seen.
 
-    The attribute is hidden, so that Python asks `nn.Module.__getattr__` for it.
+    The attribute is hidden, so that Python asks `nn.Module.__getattr__` for it. A module that is asked while another
+    one is `running`, or whose `forward` is not that of its type, counts as of unknown type.
     """
-    modules = {id(module): module for module in root.modules()}
+    modules = {id(module): (module, name) for name, module in root.named_modules()}
     original = nn.Module.__getattr__
-    if not all(_mode_can_be_hidden(module) for module in modules.values()):
+    if not all(map(_hides_nothing, {type(module) for module, _ in modules.values()})):
         yield None
         return
-    modes = {number: vars(module).pop("training") for number, module in modules.items()}
+    modes = {number: vars(module).pop("training") for number, (module, _) in modules.items()}
     asked: set[type] = set()
 
     def answer(self: nn.Module, name: str) -> Any:
         if name == "training" and id(self) in modes:
-            asked.add(type(self))
+            own = getattr(vars(self)["forward"].__wrapped__, "__func__", None) is type(self).forward
+            asked.add(type(self) if own and running and running[-1] == modules[id(self)][1] else object)
             return modes[id(self)]
         return original(self, name)
 
@@ -549,17 +556,16 @@ def _who_asks_for_the_mode(root: nn.Module) -> Iterator[set[type] | None]:
         yield asked
     finally:
         nn.Module.__getattr__ = original  # type: ignore[method-assign]
-        for number, module in modules.items():
+        for number, (module, _) in modules.items():
             vars(module).setdefault("training", modes[number])
 
 
-def _mode_can_be_hidden(module: nn.Module) -> bool:
-    kind = type(module)
+def _hides_nothing(kind: type[nn.Module]) -> bool:
+    """Whether modules of this type keep their mode in the attribute `training` and look attributes up as all do."""
     return (
         (kind.train, kind.eval, kind.__getattr__) == (nn.Module.train, nn.Module.eval, nn.Module.__getattr__)
         and kind.__getattribute__ is object.__getattribute__
-        and "training" in vars(module)
-        and not isinstance(module, torch.jit.ScriptModule)
+        and not issubclass(kind, torch.jit.ScriptModule)
     )
 
 

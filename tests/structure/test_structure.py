@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import types
 import warnings
 from dataclasses import dataclass
 
@@ -322,6 +323,46 @@ def test_only_what_a_call_uses_is_known():
     structure = trace(Subject(model, (Call((x,)),)))
     assert structure.widths == {"body": 5, "stem": 6} or "stem" in structure.widths
     assert "not used" in next(f.reason for f in structure.frozen if f.tensor == "aux.weight")
+
+
+class Moody(nn.Module):
+    """Reads or keeps its mode in one of several ways; the second head runs in train mode only."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.mood = way, False
+        self.first, self.drop, self.head, self.aux = nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.drop(self.first(x).relu())
+        asked = {
+            "attribute": lambda: self.training,
+            "getattr": lambda: getattr(self, "training"),  # noqa: B009  # another way to the same
+            "of a layer": lambda: self.drop.training and type(self.drop) is nn.Dropout,
+            "kept elsewhere": lambda: self.mood,
+        }[self.way]()
+        return self.head(x) + (self.aux(x) if asked else 0)
+
+
+class KeepsItsMood(Moody):
+    def train(self, mode=True):
+        self.mood = mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("way", ["attribute", "getattr", "of a layer", "kept elsewhere"])
+def test_both_modes_are_followed_however_a_network_asks_for_its_mode(way):
+    model = KeepsItsMood(way) if way == "kept elsewhere" else Moody(way)
+    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    assert "aux.weight" in {member.tensor for member in structure.group("first").members}
+
+
+def test_a_layer_with_another_forward_is_followed_in_both_modes():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 2))
+    model[1].extra = nn.Linear(6, 1)
+    model[1].forward = types.MethodType(lambda self, x: x + self.extra(x) if self.training else x, model[1])
+    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    assert "1.extra.weight" in {member.tensor for member in structure.group("0").members}
 
 
 def test_another_method_is_followed_too():

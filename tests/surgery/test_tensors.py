@@ -38,6 +38,16 @@ def test_take_equals_indexing(drawn):
     assert taken.data_ptr() != tensor.data_ptr()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_take_of_a_large_tensor_in_blocks_is_the_same(monkeypatch, transposed):
+    monkeypatch.setattr("lightning_prune.surgery.tensors._BLOCK", 64)  # two rows at once
+    tensor = torch.arange(4096.0).reshape(512, 8) if not transposed else torch.arange(4096.0).reshape(8, 512).T
+    kept = {0: list(range(1, 512, 3)), 1: [0, 2, 3, 7]}
+    taken = take(tensor, kept)
+    assert torch.equal(taken, _reference(tensor, kept))
+    assert taken.is_contiguous() != transposed
+
+
 @given(tensors_and_kept())
 def test_take_keeps_the_memory_order(drawn):
     tensor, kept = drawn
