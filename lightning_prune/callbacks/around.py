@@ -57,8 +57,11 @@ class Around:
         """The cut stands."""
 
     def judge(self, run: Run) -> str | None:  # noqa: ARG002
-        """An epoch begins: take the last cut back, network and optimizers, and say why."""
+        """An epoch begins: why the last cut has to be taken back, if so."""
         return None
+
+    def take_back(self, run: Run) -> None:
+        """Bring network and optimizers back to before the last cut."""
 
     def end(self, run: Run) -> None:
         """The training is over."""

@@ -128,10 +128,16 @@ class Watch(Around):
         if verdict == "open":
             return None
         if verdict == "failed":
-            with unwrapped(run.trainer, run.module):
-                go_back(self._kept, run.module, run.trainer.optimizers)
+            return self.guard.words(run.report)
         self._kept = None
-        return self.guard.words(run.report) if verdict == "failed" else None
+        return None
+
+    @override
+    def take_back(self, run: Run) -> None:
+        assert self._kept is not None
+        with unwrapped(run.trainer, run.module):
+            go_back(self._kept, run.module, run.trainer.optimizers)
+        self._kept = None
 
     @override
     def end(self, run: Run) -> None:

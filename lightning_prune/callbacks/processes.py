@@ -24,6 +24,8 @@ from lightning_prune.structure import LatencyTable
 __all__ = [
     "DisagreementError",
     "agreed",
+    "all_or_none",
+    "from_first",
     "in_exception",
     "measured_on_first",
     "merged",
@@ -31,7 +33,6 @@ __all__ = [
     "refuse_strategy",
     "same_everywhere",
     "several",
-    "together",
     "unwrapped",
 ]
 
@@ -48,10 +49,17 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         trainer: The run.
 
     Raises:
-        ValueError: For anything but one device or DDP with a process started per device.
+        ValueError: For anything but one device or DDP with a process started per device, and for DDP that compresses
+            with a state of its own.
     """
     strategy = trainer.strategy
     if type(strategy) is DDPStrategy and strategy._start_method == "popen":
+        state = strategy._ddp_comm_state
+        if state is not None:
+            raise ValueError(
+                f"{name}: expected a communication hook without a state, got {type(state).__name__}: what it keeps has "
+                "the shapes before a cut. Use a hook such as `fp16_compress_hook`."
+            )
         return
     if isinstance(strategy, SingleDeviceStrategy):
         return
@@ -100,22 +108,42 @@ def measured_on_first(trainer: Trainer, measure: Callable[[], LatencyTable]) -> 
     return LatencyTable.from_plain(trainer.strategy.broadcast(measure().to_plain() if trainer.is_global_zero else {}))
 
 
-def together(error: BaseException | None) -> None:
-    """Go on only if every process does.
+def from_first(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the first process: others may see other data, or round differently."""
+    if not several() or not contents:
+        return contents
+    plain = {name: content.cpu() for name, content in contents.items()}
+    return trainer.strategy.broadcast(plain)
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What is done within the context has to succeed in every process.
+
+    An interrupt of one process (anything but an `Exception`) ends it without asking the others.
 
     Raises:
-        BaseException: ``error``, if this process has failed.
-        DisagreementError: If another one has.
+        DisagreementError: If it has succeeded here, but not in another process.
     """
-    failed = torch.tensor(float(error is not None), device=_device())
-    if several():
-        dist.all_reduce(failed)
-    if error is not None:
-        raise error
-    if failed.item():
+    try:
+        yield
+    except Exception:
+        _failures(1)
+        raise
+    failed = _failures(0)
+    if failed:
         raise DisagreementError(
-            f"{int(failed.item())} of {dist.get_world_size()} processes failed, see their texts. Nothing has changed."
+            f"{failed} of {dist.get_world_size()} processes failed, see their texts. Nothing has changed."
         )
+
+
+def _failures(mine: int) -> int:
+    """In how many processes something has failed."""
+    if not several():
+        return mine
+    failed = torch.tensor(float(mine), device=_device())
+    dist.all_reduce(failed)
+    return int(failed.item())
 
 
 def same_everywhere(module: LightningModule) -> None:
@@ -143,7 +171,8 @@ def same_everywhere(module: LightningModule) -> None:
 def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Within the context no DDP wrapper watches the parameters; afterwards a new one does.
 
-    A live wrapper's reducer holds autograd nodes of the old shapes, and backward would fail in it.
+    A live wrapper's reducer holds autograd nodes of the old shapes, and backward would fail in it. After an error,
+    which ends the run, none is made: it would ask all processes, and some may not come.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
@@ -151,12 +180,10 @@ def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         return
     strategy.model = module
     gc.collect()  # the wrapper is in reference cycles; its hooks go when it goes
-    try:
-        yield
-    finally:
-        strategy.model = strategy._setup_model(module)
-        strategy._register_ddp_hooks()
-        strategy._pl_static_graph_delay_done = False
+    yield
+    strategy.model = strategy._setup_model(module)
+    strategy._register_ddp_hooks()
+    strategy._pl_static_graph_delay_done = False
 
 
 def _device() -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, ClassVar, Literal
 
@@ -13,17 +14,18 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.calibration import Repairs
-from lightning_prune.callbacks.guard import Guard, Watch
+from lightning_prune.callbacks.guard import Guard, Watch, go_back, snapshot
 from lightning_prune.callbacks.ladder import Ladder
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.processes import (
     agreed,
+    all_or_none,
+    from_first,
     measured_on_first,
     merged,
     on_first,
     same_everywhere,
-    together,
     unwrapped,
 )
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
@@ -46,6 +48,7 @@ from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, trace
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
+    Change,
     Keep,
     Repair,
     attach,
@@ -322,15 +325,10 @@ class StructuredPruning(ScheduledPruning):
             return
         for around in self._around:
             around.before(self._run(trainer, module))
-        self._operate(trainer, module, plan, point)
-        for around in self._around:
-            around.after()
+        self._operate(trainer, module, plan, point, began)
         if self.reset_monitors:
             reset_monitors(trainer)
-        seconds = perf_counter() - began
-        epoch, step = trainer.current_epoch, trainer.global_step
-        self.report.cuts.append(Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds))
-        log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": seconds})
+        log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": self.report.cuts[-1].seconds})
 
     def _plan(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> tuple[Plan, dict[str, float]]:
         """What a cut keeps, the same on every process, and its scores in numbers for loggers."""
@@ -348,7 +346,7 @@ class StructuredPruning(ScheduledPruning):
         plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original)
         return agreed(trainer, plan), summary
 
-    def _operate(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint) -> None:
+    def _operate(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint, began: float) -> None:
         """The cut itself: network, optimizers, history, statistics and what this callback knows, together."""
         structure, subject = self._structure, self._subject
         assert structure is not None
@@ -364,27 +362,43 @@ class StructuredPruning(ScheduledPruning):
             with trainer.precision_plugin.forward_context():
                 return module.forward(*call.args, **call.kwargs)
 
-        with unwrapped(trainer, module):
+        change: Change | None = None
+        with self._unless_it_fails():
             try:
-                contents = self._contents(trainer, module, axes)
-                change = cut_and_check(module, axes, trainer.optimizers, (), run)
-            except Exception as error:
-                together(error)
-                raise
-            try:
-                together(None)
+                with unwrapped(trainer, module):
+                    with all_or_none():
+                        contents = self._contents(trainer, module, axes)
+                    contents = from_first(trainer, contents)
+                    with all_or_none():
+                        change = cut_and_check(module, axes, trainer.optimizers, (), run)
+                        install_and_check(change, module, contents, run)
+                    same_everywhere(module)  # a new wrapper would make it so
+                attach(module, history)
+                self._structure, self._observation, self._done = after, observation, point.index
+                epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
+                cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
+                self.report.cuts.append(cut)
+                for around in self._around:
+                    around.after()
             except BaseException:
-                change.undo()
+                if change is not None:
+                    change.undo()
+                attach(module, before)
                 raise
+
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        """What this callback and its report know changes within the context as a whole, or not at all."""
+        mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
+        theirs = [dict(vars(around)) for around in self._around]
         try:
-            install_and_check(change, module, contents, run)
-            attach(module, history)
-            same_everywhere(module)
+            yield
         except BaseException:
-            change.undo()
-            attach(module, before)
+            vars(self).update(mine)
+            self.report.cuts[:], self.report.notes[:] = cuts, notes
+            for around, known in zip(self._around, theirs, strict=True):
+                vars(around).update(known)
             raise
-        self._structure, self._observation, self._done = after, observation, point.index
 
     def _contents(self, trainer: Trainer, module: LightningModule, axes: Axes) -> dict[str, torch.Tensor]:
         contents: dict[str, torch.Tensor] = {}
@@ -397,17 +411,25 @@ class StructuredPruning(ScheduledPruning):
         for around in self._around:
             why = around.judge(self._run(trainer, module))
             if why is not None:
-                self._taken_back(trainer, why)
+                self._take_back(trainer, module, around, why)
 
-    def _taken_back(self, trainer: Trainer, why: str) -> None:
-        """Network and optimizers are as before the last cut: so is what is known of them, and nothing more is cut."""
+    def _take_back(self, trainer: Trainer, module: LightningModule, around: Around, why: str) -> None:
+        """Network and optimizers become as before the last cut, and what is known of them; nothing more is cut."""
         assert self._subject is not None
-        note = f"Cut {self.report.cuts.pop().index + 1} was taken back and no other made: {why}."
-        self.report.notes.append(note)
-        structure = trace(self._subject)
-        self._structure = structure if self._latency is None else with_latency(structure, self._latency)
-        self._observation = Observation()
-        self._done = self._timeline[-1].index if self._timeline else self._done
+        note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
+        now = snapshot(module, trainer.optimizers)
+        with self._unless_it_fails():
+            try:
+                around.take_back(self._run(trainer, module))
+                self.report.cuts.pop()
+                self.report.notes.append(note)
+                structure = trace(self._subject)
+                self._structure = structure if self._latency is None else with_latency(structure, self._latency)
+                self._observation = Observation()
+                self._done = self._timeline[-1].index if self._timeline else self._done
+            except BaseException:
+                go_back(now, module, trainer.optimizers)
+                raise
         if self.reset_monitors:
             reset_monitors(trainer)
         log_now(trainer, self.report.metrics())

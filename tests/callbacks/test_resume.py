@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import L1, L2, Contribution, ContributionPruning, Linear, Random, StructuredPruning
 from lightning_prune.structure import latency
-from lightning_prune.surgery import history_of
-from tests.callbacks.networks import BATCHES, Net, Stream, equal, fit, make, refit, samples, trainer, weights, widths
+from tests.callbacks.contents import content, untimed
+from tests.callbacks.networks import BATCHES, Net, Stream, equal, fit, make, refit, samples, trainer, widths
 
 EPOCHS = 6
 PRUNERS: dict[str, Any] = {
@@ -28,40 +27,6 @@ PRUNERS: dict[str, Any] = {
 }
 # Cuts before the epochs 2 and 4.
 SCHEDULE = Linear(start=2, end=4, cuts=2)
-TIMES = {"seconds", "latency", "run", "overhead", "bytes"}
-
-
-def untimed(value: Any) -> Any:
-    """A report without what differs between two runs of the same thing."""
-    if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if key not in TIMES}
-    return [untimed(item) for item in value] if isinstance(value, list) else value
-
-
-def content(run: Any, model: Any, pruner: StructuredPruning) -> dict[str, Any]:
-    """All that a run ends with."""
-    history = history_of(model)
-    state = copy.deepcopy(pruner.state_dict())
-    report, state["run"] = untimed(state.pop("report")), ""
-    return {
-        "weights": weights(model),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "history": history.to_plain() if history else None,
-        "state": state,
-        "report": report,
-        "timeline": pruner._timeline,
-        **{f"attribute {name}": value for name, value in attributes(pruner).items()},
-    }
-
-
-def attributes(pruner: StructuredPruning) -> dict[str, Any]:
-    """Every attribute that a run changes, in a form to compare."""
-    other = {"log", "log_dict", "_run_id", "_pace", "report", "_subject", "_structure", "_observation", "_measured"}
-    found = {name: value for name, value in vars(pruner).items() if name not in other}
-    found["_measured"] = sorted(name for name in pruner._measured)
-    found["_structure"] = pruner._structure.widths if pruner._structure else None
-    found["_observation"] = pruner._observation.state(), pruner._observation.batches
-    return found
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
