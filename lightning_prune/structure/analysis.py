@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, SealedAtoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
-from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
+from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, flat_tensors, output_tensors
 
@@ -361,7 +361,9 @@ class _Analysis:
         atoms = SealedAtoms(self.atoms)
         tracer = Tracer(atoms, RULES, unknown)
         for call, kind, script in self.traced:
-            copy, tracer.expected = self._copy(kind), script if follow else None
+            copy = self._copy(kind)
+            if follow:
+                tracer.expected = self._masked_script(copy, call, axes) if kind == "real" else script
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
@@ -373,6 +375,13 @@ class _Analysis:
             finally:
                 tracer.forget()
         return None
+
+    def _masked_script(self, copy: FakeCopy, call: Call, axes: Axes) -> list[tuple[Any, ...]]:
+        """What the masked network computes with: where sizes hang on data, a right cut has them in common with it."""
+        tracer = Tracer(SealedAtoms(self.atoms), RULES, unknown)
+        with copy.masked(axes):
+            copy.run(tracer, call, self.labels)
+        return tracer.script
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:
         """Why a trial failed; what it coupled before an operator failed comes first."""

@@ -57,9 +57,9 @@ def _linear(module: Any, _: Shapes) -> None:
 
 
 def _convolution(module: Any, old: Shapes) -> None:
-    shape, before = _weight_shape(module), _old_weight_shape(module, old)
-    groups = module.groups
+    shape, groups = _weight_shape(module), module.groups
     if groups > 1:
+        before = _old_weight_shape(module, old)
         per_group_in, per_group_out = (before[1], before[0] // groups)
         if module.transposed:
             per_group_in, per_group_out = (before[0] // groups, before[1])

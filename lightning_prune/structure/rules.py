@@ -468,7 +468,7 @@ def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axes = list(v.axes)
     axes[dim] = t.meet(axes[dim], g.axes[dim], t.where(func))
     t.label(out[0], axes, zero=v.zero or g.zero, source=v.source)
-    _rigid(t, out[1:])
+    t.label(out[1], [axes[d] if d == dim else None for d in range(len(axes))])
 
 
 @rule("native_group_norm")
@@ -537,6 +537,17 @@ def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.freeze(axes[-rank:], f"the positions of {t.where(func)}")
     for result in flat_tensors(out):
         t.label(result, [*axes[: result.dim() - rank], *([None] * rank)], zero=value.zero)
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def region(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Regions cut out of the positions, channel by channel: (regions, channels, height, width)."""
+    value = t.value(args[0])
+    t.freeze(value.axes[2:], f"the positions of {t.where(func)}")
+    t.freeze(t.value(args[1]).axes, f"the regions of {t.where(func)}")
+    results = flat_tensors(out)
+    t.label(results[0], [None, value.axes[1], None, None], zero=value.zero)
+    _rigid(t, results[1:])
 
 
 @rule("constant_pad_nd")

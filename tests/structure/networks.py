@@ -172,6 +172,67 @@ class SegNet(nn.Module):
         return self.head(F.max_unpool2d(self.up(x), where, 2))
 
 
+class Doubled(nn.Module):
+    """A parametrization that keeps zeros."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized(layer, by):
+    nn.utils.parametrize.register_parametrization(layer, "weight", by)
+    return layer
+
+
+class ASPP(nn.Module):
+    """Branches of several dilations and one of the whole image, resized to what came in, as in DeepLab."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(6, 4, 3, padding=d, dilation=d) for d in (1, 2))
+        self.whole, self.join, self.head = nn.Conv2d(6, 3, 1), nn.Conv2d(11, 5, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        y = F.relu(self.stem(x))
+        whole = F.interpolate(self.whole(F.adaptive_avg_pool2d(y, 1)).relu(), size=y.shape[-2:], mode="bilinear")
+        y = torch.cat([*(F.relu(branch(y)) for branch in self.branches), whole], dim=1)
+        return F.interpolate(self.head(F.relu(self.join(y))), size=x.shape[-2:], mode="bilinear")
+
+
+class FCN(nn.Module):
+    """Scores of two depths, upsampled by transposed convolutions and added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.early, self.late = nn.Conv2d(4, 2, 1), nn.Conv2d(6, 2, 1)
+        self.up, self.out = nn.ConvTranspose2d(2, 2, 2, stride=2), nn.ConvTranspose2d(2, 2, 2, stride=2, bias=False)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        return self.out(self.up(self.late(F.max_pool2d(F.relu(self.second(x)), 2))) + self.early(x))
+
+
+class DeepSegNet(nn.Module):
+    """Encoder and decoder of two levels that hand on where each maximum was."""
+
+    def __init__(self):
+        super().__init__()
+        self.e1, self.n1, self.e2, self.n2 = (
+            *(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)),
+            *(nn.Conv2d(5, 7, 3, padding=1), nn.BatchNorm2d(7)),
+        )
+        self.d2, self.m2 = nn.Conv2d(7, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.d1, self.m1, self.head = nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x, first = F.max_pool2d(F.relu(self.n1(self.e1(x))), 2, return_indices=True)
+        x, second = F.max_pool2d(F.relu(self.n2(self.e2(x))), 2, return_indices=True)
+        x = F.relu(self.m2(self.d2(F.max_unpool2d(x, second, 2))))
+        return self.head(F.relu(self.m1(self.d1(F.max_unpool2d(x, first, 2)))))
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A network, its input, and what must be found.
@@ -420,6 +481,48 @@ case("unused weights", (4,), {"a": 6}, {"idle.weight": "not used by any traced c
 )
 case("u-net", (3, 6, 6), {"down": 4, "bottom": 6, "up": 5, "join": 4})(UNet)
 case("unpooling", (3, 6, 6), {"down": 6})(SegNet)
+case("segnet of two levels", (3, 8, 8), {"e1": 5, "e2": 7, "d1": 6})(DeepSegNet)
+case("atrous pyramid", (3, 8, 8), {"stem": 6, "branches.0": 4, "branches.1": 4, "whole": 3, "join": 5})(ASPP)
+case("fully convolutional", (3, 8, 8), {"first": 4, "second": 6, "late": 2, "up": 2}, {"out.weight": OUT})(FCN)
+case("orthogonal weight", (4,), {"0": 6, "2": 5})(
+    lambda: nn.Sequential(
+        *(parametrizations.orthogonal(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    )
+)
+case("scaled weight", (4,), {"0": 6, "2": 5})(
+    lambda: nn.Sequential(
+        *(parametrized(nn.Linear(4, 6), Doubled()), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    )
+)
+case("weight norm of a convolution", (3, 6, 6), {"0": 6, "2": 4}, masked=False)(
+    lambda: nn.Sequential(
+        *(parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU()),
+        nn.Conv2d(4, 2, 1),
+    )
+)
+case("gates of mobile networks", (3, 6, 6), {"stem": 6, "wide": 8, "squeeze": 3})(
+    lambda: Net(
+        lambda m, x: m.head(
+            (
+                lambda s: (
+                    s
+                    + m.narrow(
+                        (lambda w: w * F.hardsigmoid(m.excite(m.squeeze(w.mean((2, 3), True)).relu())))(
+                            F.hardswish(m.depth(F.hardswish(m.wide(s))))
+                        )
+                    )
+                )
+            )(F.hardswish(m.stem(x)))
+        ),
+        stem=nn.Conv2d(3, 6, 3, padding=1),
+        wide=nn.Conv2d(6, 8, 1),
+        depth=nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        squeeze=nn.Conv2d(8, 3, 1),
+        excite=nn.Conv2d(3, 8, 1),
+        narrow=nn.Conv2d(8, 6, 1),
+        head=nn.Conv2d(6, 2, 1),
+    )
+)
 case("softmax over units", (4,), {"2": 5}, {"0.weight": "softmax"})(
     lambda: nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
 )

@@ -317,6 +317,31 @@ def test_multiplications_of_one_sample(build, example, widths):
         assert structure.cost.macs(now) * 2 == counter.get_total_flops()
 
 
+class Regions(nn.Module):
+    """Regions of one image's map, pooled to one size, as a detector's second stage sees them; none in a first list."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.stem, self.box, self.head = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(20, 6), nn.Linear(6, 2)
+        self.register_buffer("boxes", torch.tensor([[0.0, 0, 0, 4, 4], [0, 1, 1, 5, 3]]))
+        self.pool = pool
+
+    def forward(self, x):
+        none = torch.stack([torch.zeros(0), torch.zeros(0)], dim=1)
+        boxes = torch.cat([self.boxes, torch.cat([none, none, torch.zeros(0, 1)], 1).to(self.boxes)])
+        return self.head(F.relu(self.box(self.pool(F.relu(self.stem(x)), boxes, 2).flatten(1))))
+
+
+@pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
+def test_regions_of_an_image(pool):
+    model = Regions(getattr(pytest.importorskip("torchvision.ops"), pool)).double()
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    assert structure.widths == {"stem": 5, "box": 6}
+    axes = structure.axes(half(structure))
+    torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
+
+
 def test_only_what_a_call_uses_is_known():
     """In eval mode alone the second head of an auxiliary network never runs and its input cannot be followed."""
     model, x = Auxiliary(), torch.ones(2, 4)

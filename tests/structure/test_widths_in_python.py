@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.structure import Subject, trace
+from tests.structure.cutting import masked, shrunk
 
 
 class Between(nn.Module):
@@ -80,3 +81,34 @@ def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) ->
 )
 def test_what_does_not_depend_on_a_width_is_not(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
     assert trace(Subject.of(Between(work), torch.randn(2, 4))).widths == {"first": 8}
+
+
+class Chooser(nn.Module):
+    """Chooses rows by their numbers, as detectors do: sizes that no fake tensor knows."""
+
+    def __init__(self, scale: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(x).relu()
+        out = self.second(h * self.scale(h))
+        return out, torch.arange(int((out[:, 0] > out[:, 1]).sum()))
+
+
+def test_sizes_that_depend_on_data_freeze_nothing() -> None:
+    model, x = Chooser(lambda _: 1.0), torch.randn(40, 4)
+    structure = trace(Subject.of(model, x))
+    assert structure.widths == {"first": 8}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    axes = structure.axes({"first": (1, 2, 6)})
+    for found, expected in zip(shrunk(model, axes)(x), masked(model, axes)(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_width_among_them_does() -> None:
+    structure = trace(Subject.of(Chooser(lambda h: h.shape[1] ** -0.5), torch.randn(40, 4)))
+    assert structure.widths == {}
+    assert "a number that depends on a width" in structure.frozen[0].reason
