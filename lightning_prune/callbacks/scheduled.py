@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
 from lightning_prune.callbacks.monitors import hold_early_stopping
-from lightning_prune.callbacks.showing import Pace, Showing, log_now
+from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
 from lightning_prune.reporting import Report, Size, versions
@@ -133,7 +133,9 @@ class ScheduledPruning(Callback, ABC):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._is_prepared:
+            curves = wandb_run(trainer, self.report.config.get("wandb"))
             self._prepare(trainer, pl_module, batch)
+            self.report.config["wandb"] = curves
             self._is_prepared = True
         if batch_idx == 0:
             self._begin_epoch(trainer, pl_module)

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch import Tensor
 
+from lightning_prune.extras import require
 from lightning_prune.reporting import Report, Size, ladder_figure, latency, report_figure, size_on_disk
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Call
 
-__all__ = ["Pace", "Showing", "log_now", "score_summary"]
+__all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
 
 # Columns of a table that goes to a file or a pipe.
 _FILE_WIDTH = 120
@@ -33,10 +35,48 @@ def log_now(trainer: Trainer, numbers: Mapping[str, float]) -> None:
 
     ``self.log`` would drop what falls between two steps of ``log_every_n_steps``; cuts must not be lost.
     """
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        logger.log_metrics(dict(numbers), step=step)
+        logger.log_metrics(dict(numbers), step=_step(trainer))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+
+
+def log_scores(trainer: Trainer, scores: Mapping[str, Tensor]) -> None:
+    """Send a histogram of every group's scores to W&B and TensorBoard, which can draw it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            Histogram = require("wandb", extra="wandb").Histogram  # noqa: N806
+            drawn = {f"pruning/scores/{name}": Histogram(values.numpy()) for name, values in scores.items()}
+            logger.log_metrics(drawn, step=_step(trainer))
+        elif isinstance(logger, TensorBoardLogger):
+            for name, values in scores.items():
+                logger.experiment.add_histogram(f"pruning/scores/{name}", values, _step(trainer))
+
+
+def wandb_run(trainer: Trainer, before: str | None) -> str | None:
+    """Id of the W&B run that the curves go to.
+
+    W&B begins its run before any callback sees the checkpoint, so that all there is to do about another one is to
+    say so.
+
+    Args:
+        trainer: The run.
+        before: The W&B run of the checkpoint that is resumed, if any.
+
+    Returns:
+        The id; without a W&B logger the one from before, so that a later resume still knows it.
+    """
+    now = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+    if now is not None and before is not None and now != before:
+        rank_zero_info(
+            f"The curves of this checkpoint are in the W&B run '{before}', these go to another, '{now}'. To continue "
+            f"the former, give `WandbLogger(id='{before}')`."
+        )
+    return before if now is None else str(now)
+
+
+def _step(trainer: Trainer) -> int:
+    """Where Lightning's own curves are."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def score_summary(scores: Mapping[str, Tensor], statistic: Statistic | None) -> dict[str, float]:

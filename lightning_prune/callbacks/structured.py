@@ -29,7 +29,7 @@ from lightning_prune.callbacks.processes import (
     unwrapped,
 )
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
-from lightning_prune.callbacks.showing import Showing, log_now, score_summary
+from lightning_prune.callbacks.showing import Showing, log_now, log_scores, score_summary
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
     CutPoint,
@@ -313,7 +313,7 @@ class StructuredPruning(ScheduledPruning):
     @override
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         began = perf_counter()
-        plan, summary = self._plan(trainer, module, point)
+        plan, scores, summary = self._plan(trainer, module, point)
         if plan.is_empty:
             self._done = point.index
             warnings.warn(
@@ -329,9 +329,12 @@ class StructuredPruning(ScheduledPruning):
         if self.reset_monitors:
             reset_monitors(trainer)
         log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": self.report.cuts[-1].seconds})
+        log_scores(trainer, scores)
 
-    def _plan(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> tuple[Plan, dict[str, float]]:
-        """What a cut keeps, the same on every process, and its scores in numbers for loggers."""
+    def _plan(
+        self, trainer: Trainer, module: LightningModule, point: CutPoint
+    ) -> tuple[Plan, dict[str, torch.Tensor], dict[str, float]]:
+        """What a cut keeps, the same on every process, its scores, and these in numbers for loggers."""
         structure, statistic = self._structure, self._observation.statistic
         assert structure is not None
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
@@ -344,7 +347,7 @@ class StructuredPruning(ScheduledPruning):
             scores = score_groups(self.criterion, groups, tensors, statistic)
             summary = score_summary(scores, statistic)
         plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original)
-        return agreed(trainer, plan), summary
+        return agreed(trainer, plan), scores, summary
 
     def _operate(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint, began: float) -> None:
         """The cut itself: network, optimizers, history, statistics and what this callback knows, together."""

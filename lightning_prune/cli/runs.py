@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import count
 from pathlib import Path
 
-__all__ = ["CONFIG", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
+__all__ = ["CONFIG", "WANDB", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
 
 #: The file that makes a folder a run: the whole configuration of its last start.
 CONFIG = "config.yaml"
+#: Holds the id of the run's W&B run, so that a resume continues its curves.
+WANDB = "wandb.id"
 
 
 def new(parent: Path) -> Path:

@@ -75,15 +75,18 @@ class RunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write the same file again
                 logger.log_hyperparams({"config": self.config.as_dict()})
+        curves = _wandb_logger(trainer.loggers)
+        if curves is not None:
+            (folder / runs.WANDB).write_text(str(curves.version), encoding="utf-8")
 
 
 class PruningCLI(LightningCLI):
     """LightningCLI whose runs never meet.
 
-    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it goes on in that run's folder. The
-    other verbs, given such a checkpoint, make a folder inside that run. The root is ``--trainer.default_root_dir``,
-    ``runs`` if left out. Without ``--trainer.logger`` the curves go to ``metrics.csv`` and, where W&B is installed, to
-    an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
+    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it goes on in that run's folder and
+    in its W&B run. The other verbs, given such a checkpoint, make a folder inside that run. The root is
+    ``--trainer.default_root_dir``, ``runs`` if left out. Without ``--trainer.logger`` the curves go to ``metrics.csv``
+    and, where W&B is installed, to an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
     """
 
     @staticmethod
@@ -118,7 +121,10 @@ class PruningCLI(LightningCLI):
             kwargs["default_root_dir"] = str(folder)
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(folder) if folder else False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if folder:
+            _continue_wandb(trainer.loggers, folder)
+        return trainer
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -182,6 +188,18 @@ def _wandb_run() -> Any:
     return wandb.run if wandb else None
 
 
+def _wandb_logger(loggers: Sequence[Logger]) -> WandbLogger | None:
+    return next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
+
+
+def _continue_wandb(loggers: Sequence[Logger], folder: Path) -> None:
+    """Let a run that goes on in its folder go on in its W&B run, unless the user names another."""
+    logger, file = _wandb_logger(loggers), folder / runs.WANDB
+    if logger is not None and logger.version is None and file.is_file():
+        # The run begins when it is first asked for; until then only the logger's own arguments tell its id.
+        logger._id = logger._wandb_init["id"] = file.read_text(encoding="utf-8")
+
+
 @contextmanager
 def _without_advertisements() -> Iterator[None]:
     """Drops Lightning's "Tip: try installing" lines: they concern other products and hide what a run says."""
@@ -206,5 +224,8 @@ def _loggers(folder: Path) -> list[Logger]:
         name = f"{folder.parent.name}/{folder.name}"
         # Quiet: it says where the run is, and leaves the summary to the report.
         settings = {"quiet": True}
-        loggers.append(WandbLogger(name=name, save_dir=folder, project=project, mode=mode, settings=settings))
+        # Absolute: W&B writes from a process of its own, which may have begun in another working folder.
+        loggers.append(
+            WandbLogger(name=name, save_dir=folder.absolute(), project=project, mode=mode, settings=settings)
+        )
     return loggers

@@ -233,9 +233,10 @@ def _cut(
             change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
         if any(alive):
             warnings.warn(
-                "An autograd graph from before the cut is still alive: is a loss or output kept without `.detach()`? "
-                "Running backward through it fails from now on. A wrapper like DistributedDataParallel holds such "
-                "graphs too and no longer sees the gradients: unwrap the network before a cut.",
+                "An autograd graph from before the cut is still alive: is a loss or output kept without `.detach()`, "
+                "or by `wandb.watch` without `log_graph=False`? Running backward through it fails from now on. A "
+                "wrapper like DistributedDataParallel holds such graphs too and no longer sees the gradients: unwrap "
+                "the network before a cut.",
                 stacklevel=3,
             )
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_prune import Contribution, ContributionPruning, Linear, StructuredPruning
+from lightning_prune.callbacks import showing
 from lightning_prune.callbacks.showing import Pace
+from tests import wandb_files
 from tests.callbacks.networks import BATCHES, Curves, fit, make
 
 SCHEDULE = Linear(start=1, end=3, cuts=2)
@@ -99,41 +106,95 @@ def test_a_metric_is_written_down_when_it_was_measured(tmp_path: Path) -> None:
     assert [step for step, _ in pruner.report.values("val_loss")] == [2 * i for i in range(1, 9)]
 
 
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wandb() -> Iterator[Any]:
+    """W&B as it is, offline; a run that a test leaves open ends."""
+    module = pytest.importorskip("wandb")
+    yield module
+    module.finish()
+
+
+class Crash(Callback):
+    """The machine stops in the third epoch, right after a checkpoint."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 10:
+            trainer.save_checkpoint(Path(trainer.default_root_dir, "last.ckpt"))
+            raise InterruptedError
+
+
+def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One W&B run with `watch`, in two parts; what counts is in the files that `wandb sync` sends."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+
+    def part(name: str | None, *callbacks: Callback, ckpt: Path | None = None) -> Any:
+        logger, model = WandbLogger(save_dir=tmp_path, offline=True, id=name), make()
+        logger.watch(model, log="all", log_freq=1, log_graph=False)
+        with contextlib.suppress(InterruptedError):
+            fit(
+                tmp_path, model, contribution(), *callbacks,
+                epochs=5, logger=logger, log_every_n_steps=1, ckpt_path=ckpt,
+            )  # fmt: skip
+        wandb.finish()
+        return logger.version
+
+    name = part(None, Crash())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["ContributionPruning"]
+    assert state["report"]["config"]["wandb"] == name
+    part(name, ckpt=tmp_path / "last.ckpt")
+    first, second = wandb_files.segments(tmp_path)
+    assert wandb_files.run_id(first) == wandb_files.run_id(second) == name
+    before, after = wandb_files.rows(first), wandb_files.rows(second)
+    steps = [row["trainer/global_step"] for row in before + after]
+    assert steps == sorted(steps)
+    # Lightning writes a step down after the hook that crashed here.
+    assert {step for step in steps if step < 20} == set(range(20)) - {9}, "a curve has a hole"
+    assert before[-1]["trainer/global_step"] < 10 <= after[0]["trainer/global_step"]
+    # Every unit is in the histogram of the cut that it came to, every weight in those of `watch`.
+    cuts = [row for row in before + after if "pruning/scores/first.values" in row]
+    assert [row["trainer/global_step"] for row in cuts] == [BATCHES, 3 * BATCHES]
+    assert [sum(row["pruning/scores/first.values"]) for row in cuts] == [12, 9]
+    assert [sum(row["pruning/scores/second.values"]) for row in cuts] == [8, 6]
+    for kind in ("gradients", "parameters"):
+        # The second `watch` of one process has a number in its names.
+        named = re.compile(rf"{kind}/(graph_1)?first\.weight\.values")
+        seen = [sum(value) for row in before + after for name, value in row.items() if named.fullmatch(name)]
+        assert (seen[0], seen[-1], sorted(seen, reverse=True)) == (12 * 6, 6 * 6, seen), kind
+    assert wandb_files.config(second)["pruning"]["final_widths"] == {"first": 6, "second": 4}
+    assert wandb_files.summary(second)["pruning/ratio"] == 0.5
+    for table in ("What was won and lost", "Cuts", "Widths"):
+        file = next(row[f"pruning/{table}.path"] for row in after if f"pruning/{table}.path" in row)
+        assert json.loads((second / "files" / file).read_text())["data"], table
+    (picture,) = next(row["pruning/report.filenames"] for row in after if "pruning/report.filenames" in row)
+    assert (second / "files" / picture).stat().st_size > 10_000
+
+
+def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    said: list[str] = []
+    monkeypatch.setattr(showing, "rank_zero_info", said.append)
 
-    class Run:
-        """In place of W&B's process."""
+    def before(name: str | None, known: str | None) -> str | None:
+        loggers = [CSVLogger(tmp_path), WandbLogger(save_dir=tmp_path, id=name)] if name else [CSVLogger(tmp_path)]
+        return showing.wandb_run(SimpleNamespace(loggers=loggers), known)  # type: ignore[arg-type]
 
-        def __init__(self) -> None:
-            self.config, self.summary, self.logged = _Dict(), _Dict(), []
-            self.name, self.id = "run", "1"
+    assert [before(None, None), before("a", None), before("a", "a"), before(None, "a")] == [None, "a", "a", "a"]
+    assert said == []
+    assert before("b", "a") == "b"
+    assert "WandbLogger(id='a')" in said[0]
 
-        def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            self.logged.append(values)
 
-        def define_metric(self, *args: Any, **kwargs: Any) -> None:
-            pass
+def test_tensorboard_has_the_scores(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    class _Dict(dict):  # type: ignore[type-arg]
-        def update(self, values: Any, allow_val_change: bool = False) -> None:  # type: ignore[override]
-            super().update(values)
-
-    run = Run()
-    logger._experiment = run
-    tables: dict[str, Any] = {}
-    monkeypatch.setattr(logger, "log_table", lambda key, columns, data: tables.update({key: (columns, data)}))
-    images: list[str] = []
-    monkeypatch.setattr(logger, "log_image", lambda key, images: images.append(key))
-    monkeypatch.setattr(type(logger), "experiment", property(lambda self: run))
+    logger = TensorBoardLogger(tmp_path, name="", version="v")
     fit(tmp_path, make(), contribution(), epochs=5, logger=logger, log_every_n_steps=50)
-    assert run.config["pruning"]["final_widths"] == {"first": 6, "second": 4}
-    assert run.config["pruning"]["criterion"].startswith("Contribution(")
-    assert run.summary["pruning/ratio"] == 0.5
-    assert {"pruning/What was won and lost", "pruning/Cuts", "pruning/Widths"} == set(tables)
-    assert any("pruning/seconds" in values for values in run.logged)
-    assert images == []  # no picture was drawn here
+    curves = EventAccumulator(str(tmp_path / "v"), size_guidance={"histograms": 0})
+    curves.Reload()
+    drawn = curves.Histograms("pruning/scores/first")
+    assert [(event.step, event.histogram_value.num) for event in drawn] == [(BATCHES, 12), (3 * BATCHES, 9)]
 
 
 def test_overhead_is_the_share_of_observed_steps(monkeypatch: pytest.MonkeyPatch) -> None:

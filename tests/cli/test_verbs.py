@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_prune.cli import main, verbs
+from tests import wandb_files
 from tests.cli.modules import MODULE
 
 QUICK = ["--data=Digits", "--data.train_limit=40", "--data.batch_size=20", "--trainer.max_epochs=1"]
@@ -145,6 +146,29 @@ def test_wandb_is_offline_and_inside_the_run() -> None:
     import wandb
 
     assert wandb.run is None, "the next command would log into this one's run"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_resumed_run_goes_on_in_its_wandb_run(own: bool) -> None:
+    saving = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    words = ["fit", *MODEL, *QUICK, *QUIET, *saving, "--name=first", "--trainer.log_every_n_steps=1"]
+    run = Path("runs/first/001").absolute()
+    if own:  # a logger that keeps its files elsewhere; its checkpoints would lie there, too
+        words += ["--trainer.logger=WandbLogger", f"--trainer.logger.save_dir={Path('elsewhere').absolute()}"]
+        words += [f"--trainer.callbacks.dirpath={run / 'checkpoints'}"]
+    main(words)
+    main([*words, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    first, second = wandb_files.segments(Path("elsewhere") if own else run)
+    assert wandb_files.run_id(first) == wandb_files.run_id(second) == (run / "wandb.id").read_text()
+    steps = [row["trainer/global_step"] for row in wandb_files.rows(first) + wandb_files.rows(second)]
+    assert steps == sorted(steps)
+    assert steps[0] < 2 < steps[-1]
+    if own:  # else a run repeated by this file would draw into this one's curves
+        assert config(run)["trainer"]["logger"]["init_args"]["id"] is None
+    else:
+        main(words)
+        (other,) = wandb_files.segments(Path("runs/first/002"))
+        assert wandb_files.run_id(other) != wandb_files.run_id(first)
 
 
 @pytest.mark.parametrize(("switch", "mode"), [(None, "offline"), ("online", "online"), ("disabled", "disabled")])
