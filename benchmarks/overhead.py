@@ -1,9 +1,10 @@
 """What pruning costs and saves in training time: ``python -m benchmarks.overhead``.
 
-Four parts: a step with the statistics of contribution pruning against one without, one cut of a ResNet-50, the import,
-and a step after half of the MACs are gone against the dense network and Lightning's own mask callback. All comparisons
-are made in one process, by turns, as ratios within a round; medians over rounds. On a machine that others use,
-``--clock processor --threads 1`` counts the processor time of the one thread instead of the time that passes.
+Five parts: a step with the statistics of contribution pruning against one without, its formulas against the same
+written plainly, one cut of a ResNet-50, the import, and a step after half of the MACs are gone against the dense net
+and Lightning's mask callback. Comparisons are made in one process, by turns, as ratios within a round; medians over
+rounds. On a machine that others use, ``--clock processor --threads 1`` counts the processor time of the one thread
+instead of the time that passes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
@@ -37,7 +39,7 @@ from lightning_prune import L1, Contribution, OneShot, StructuredPruning
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
 from lightning_prune.planning import Original, Scope, Target, make_plan
-from lightning_prune.scoring import score_groups
+from lightning_prune.scoring import contributions_of, score_groups
 from lightning_prune.structure import Structure, Subject, trace
 from lightning_prune.surgery import cut_and_check
 from lightning_prune.surgery.tensors import named
@@ -150,6 +152,78 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     whole = median(times) / median(base)
     named_values = {"median": middle, "q25": low, "q75": high, "of_medians": whole}
     return {name: round(value, 3) for name, value in named_values.items()}
+
+
+# -- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def plain(layer: nn.Module, activation: Tensor) -> Tensor:
+    """Shares as the formula has them, a tensor of passes × outputs × inputs (× positions)."""
+    weight = layer.get_parameter("weight").detach().abs()
+    if isinstance(layer, nn.Conv2d):
+        columns = F.unfold(activation.abs(), layer.kernel_size, padding=layer.padding)  # type: ignore[arg-type]
+        products = columns[:, None] * weight.flatten(1)[None, :, :, None]
+        return products / products.sum(2, keepdim=True)
+    products = activation.abs()[:, None] * weight
+    return products / products.sum(2, keepdim=True)
+
+
+def formulas(layer: nn.Module, shape: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Milliseconds and memory of both terms, absolute shares, by turns; memory beyond what is there before."""
+    x = torch.rand(*shape)
+    output = layer(x)
+    maximum = torch.compile(_largest) if isinstance(layer, nn.Linear) else None
+    ways = {
+        "C_avg, plain": lambda: plain(layer, x).sum((0, 1)),
+        "C_avg, ours": lambda: contributions_of(layer, x, output),
+        "C_max, plain": lambda: plain(layer, x).amax((0, 1)),
+        "C_max, ours": lambda: contributions_of(layer, x, output, average=False, maximum=True),
+    }
+    if maximum is not None:
+        ways["C_max, plain through torch.compile"] = lambda: maximum(layer.get_parameter("weight"), x)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, work in ways.items():
+            began = now()
+            with torch.no_grad():
+                work()
+            times[name].append(now() - began)
+    return {
+        name: {"ms": round(1e3 * median(times[name][1:]), 2), "mib": peak_memory(work)} for name, work in ways.items()
+    }
+
+
+def _largest(weight: Tensor, activation: Tensor) -> Tensor:
+    a, w = activation.abs(), weight.abs()
+    return (a[:, None] * w / (a @ w.T)[..., None]).amax((0, 1))
+
+
+def peak_memory(work: Callable[[], Any]) -> float | None:
+    """MiB that the process grows by at most; None where the system does not tell."""
+    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not forget.is_file():
+        return None
+
+    def resident(which: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(which))
+
+    forget.write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    with torch.no_grad():
+        work()
+    return round((resident("VmHWM") - before) / 1024, 1)
+
+
+def formulas_parts(rounds: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The layers that both ways are timed on."""
+    return {
+        "Linear 512→512, batch 64": lambda: formulas(nn.Linear(512, 512), (64, 512), rounds),
+        "Linear 2048→256, batch 128": lambda: formulas(nn.Linear(2048, 256), (128, 2048), rounds),
+        "Conv 16→32, 3×3 on 16×16, batch 64": lambda: formulas(
+            nn.Conv2d(16, 32, 3, padding=1), (64, 16, 16, 16), rounds
+        ),
+        "Conv 64→64, 3×3 on 16×16, batch 8": lambda: formulas(nn.Conv2d(64, 64, 3, padding=1), (8, 64, 16, 16), rounds),
+    }
 
 
 # -- one cut ----------------------------------------------------------------------------------------------------------
@@ -291,7 +365,8 @@ def statistics_parts(rounds: int, slow_rounds: int) -> dict[str, Callable[[], di
     return {
         "MLP 784-50-30-10, batch 128": lambda: statistics_cost(MLPClassifier(), mlp, 128, absolute, rounds),
         "MLP, batch 128, C_avg and C_max": lambda: statistics_cost(MLPClassifier(), mlp, 128, both, rounds),
-        "MLP, batch 5000 (the paper's)": lambda: statistics_cost(MLPClassifier(), mlp, 5000, absolute, rounds),
+        "MLP, batch 5000 (the paper's)": lambda: statistics_cost(MLPClassifier(), mlp, 5000, absolute, slow_rounds),
+        "MLP, batch 5000, signed ratio": lambda: statistics_cost(MLPClassifier(), mlp, 5000, signed, slow_rounds),
         "seed's CNN, 32×32, batch 128": lambda: statistics_cost(CNNClassifier(), cnn, 128, absolute, rounds),
         "seed's CNN, signed ratio": lambda: statistics_cost(CNNClassifier(), cnn, 128, signed, rounds),
         "VGG16-BN, 32×32, batch 16": lambda: statistics_cost(big(), vgg, 16, absolute, slow_rounds),
@@ -313,6 +388,10 @@ def tables(results: Mapping[str, Any]) -> str:
     lines += [f"| {part} | {seconds:.3f} | {large.get(part, '–')} |" for part, seconds in small.items()]
     lines += ["", "| import | seconds |", "|---|---|"]
     lines += [f"| `{name}` | {seconds:.3f} |" for name, seconds in results.get("import", {}).get("seconds", {}).items()]
+    if "formulas" in results:
+        lines += ["", "| formulas, one layer | time (ms) | memory (MiB) |", "|---|---|---|"]
+    for name, ways in results.get("formulas", {}).items():
+        lines += [f"| {name}: {way} | {r['ms']:.1f} | {r['mib']} |" for way, r in ways.items()]
     if "half" in results:
         lines += [
             "",
@@ -347,9 +426,9 @@ class Results:
 def main() -> None:
     """Measure the parts asked for, keep the others as they were."""
     parser = argparse.ArgumentParser(description=__doc__)
-    known = ("import", "cut", "half", "statistics")
+    known = ("import", "cut", "half", "formulas", "statistics")
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
-    parser.add_argument("--only", default="", help="only statistics whose name contains this")
+    parser.add_argument("--only", default="", help="only statistics and formulas whose name contains this")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--slow-rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -363,7 +442,7 @@ def main() -> None:
     print(command("benchmarks.overhead"), json.dumps(machine()), flush=True)
     for part in given.parts:
         for name, measure in work(part, given.rounds, given.slow_rounds).items():
-            if part != "statistics" or given.only in name:
+            if part not in ("statistics", "formulas") or given.only in name:
                 results.keep(part, name, measure())
     print(tables(results.parts))
 
@@ -379,7 +458,7 @@ def work(part: str, rounds: int, slow_rounds: int) -> dict[str, Callable[[], Any
             "32×32, batch 64": lambda: half_of_the_macs(32, 64, slow_rounds),
             "64×64, batch 32": lambda: half_of_the_macs(64, 32, slow_rounds),
         }
-    return statistics_parts(rounds, slow_rounds)
+    return formulas_parts(rounds) if part == "formulas" else statistics_parts(rounds, slow_rounds)
 
 
 if __name__ == "__main__":

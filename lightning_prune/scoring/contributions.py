@@ -39,10 +39,9 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 
-#: Elements of a block of products in the maximum. On a CPU just below the size from which PyTorch splits operations
-#: over threads: a block fits into the cache, and hundreds of meetings of threads would each wait for busy cores.
-#: Elsewhere a block has to be worth a kernel launch.
-_BLOCK_CPU, _BLOCK_DEVICE = 2**15 - 1, 2**24
+#: Elements of a block of products in the maximum: about the second-level cache on a CPU; elsewhere a block has to be
+#: worth a kernel launch.
+_BLOCK_CPU, _BLOCK_DEVICE = 2**18, 2**24
 
 
 class Contributions(NamedTuple):
@@ -154,17 +153,22 @@ def _maximum(matrices: Iterator[_Matrix], nothing: Tensor, ratio: Ratio) -> Tens
     block = _BLOCK_CPU if nothing.device.type == "cpu" else _BLOCK_DEVICE
     for a, inverse, weight, inputs in matrices:
         outputs = max(min(block // weight.shape[1], weight.shape[0]), 1)
-        rows = max(block // (outputs * weight.shape[1]), 1)
+        rows = max(min(block // (outputs * weight.shape[1]), len(a)), 1)
+        # Made once: memory that is new in every block costs more than the products.
+        space = a.new_empty(rows, outputs, weight.shape[1])
+        largest, least = torch.empty_like(a), torch.empty_like(a)
         for j in range(0, weight.shape[0], outputs):
             weights = weight[j : j + outputs]
-            starts = range(0, inverse.shape[0], rows)
-            products = (inverse[n : n + rows, j : j + outputs, None] * weights for n in starts)
-            if ratio == "absolute":
-                largest = a * torch.cat([product.amax(1) for product in products])
-            else:  # under a negative activation the least product is the largest share
-                ends = [torch.stack([product.amax(1), product.amin(1)]) for product in products]
-                largest = (a * torch.cat(ends, 1)).amax(0)
-            best[inputs] = torch.maximum(best[inputs], largest.amax(0))
+            for n in range(0, len(a), rows):
+                factors = inverse[n : n + rows, j : j + outputs, None]
+                products = torch.mul(factors, weights, out=space[: len(factors), : len(weights)])
+                torch.amax(products, 1, out=largest[n : n + rows])
+                if ratio == "signed":
+                    torch.amin(products, 1, out=least[n : n + rows])
+            found = (a * largest).amax(0)
+            if ratio == "signed":  # under a negative activation the least product is the largest share
+                found = torch.maximum(found, (a * least).amax(0))
+            best[inputs] = torch.maximum(best[inputs], found)
     return best
 
 
