@@ -5,12 +5,14 @@ from lightning_prune.callbacks.contribution import ContributionPruning
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.guard import Guard
 from lightning_prune.callbacks.sensitivity import sensitivity
+from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
 
 __all__ = [
     "ContributionPruning",
     "Guard",
+    "NetworkSlimming",
     "StructuredPruning",
     "inspect",
     "load_from_checkpoint",

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
 from lightning_prune.structure import Axes, Subject
 
@@ -26,6 +27,7 @@ class Run:
         subject: How copies of it are made.
         report: What was done and measured.
         folder: Where files go; asks all processes.
+        timeline: The cuts of the run, those already made included.
     """
 
     trainer: Trainer
@@ -33,6 +35,7 @@ class Run:
     subject: Subject
     report: Report
     folder: Callable[[], Path]
+    timeline: tuple[CutPoint, ...] = ()
 
 
 class Around:
@@ -43,8 +46,16 @@ class Around:
         """Whether the next cut has to wait."""
         return False
 
+    @property
+    def restarts(self) -> bool:
+        """Whether training starts anew from the contents, so that the optimizers' state is cleared."""
+        return False
+
     def begin(self, run: Run) -> None:
         """Refuse a run that it does not fit, before the first step."""
+
+    def epoch(self, run: Run) -> None:
+        """An epoch begins, what is due at it comes later."""
 
     def before(self, run: Run) -> None:
         """A cut follows."""

@@ -11,19 +11,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.structure import Axes, Subject
 from lightning_prune.structure.tracing import FakeCopy
-from lightning_prune.surgery import Repair, repaired
+from lightning_prune.surgery import Repair, Rewind, repaired, take
+from lightning_prune.surgery.tensors import named
 
 __all__ = ["Calibration", "Repairs"]
 
 
 @final
 class Repairs(Around):
-    """Repairs of every cut, from training batches.
+    """Repairs of every cut, from training batches or from weights that were kept.
 
     Args:
         repairs: In the order in which they happen.
@@ -31,15 +33,78 @@ class Repairs(Around):
 
     def __init__(self, repairs: tuple[Repair, ...]) -> None:
         self.repairs = repairs
+        self._epochs = {repair.epoch for repair in repairs if isinstance(repair, Rewind)}
+        self._kept: dict[int, dict[str, Tensor]] = {}  # weights by epoch, as narrow as the network is
+        self._axes: Axes = {}
+
+    @property
+    @override
+    def restarts(self) -> bool:
+        return any(repair.restarts for repair in self.repairs)
 
     @override
     def begin(self, run: Run) -> None:
-        Calibration(run.trainer, run.module, run.subject)
+        self._calibration(run)
+        trainer = run.trainer
+        first = next((point for point in run.timeline if point.unit == "epoch"), None)
+        for epoch in sorted(self._epochs - self._kept.keys()):
+            if first is not None and first.at < epoch:
+                raise ValueError(
+                    f"Rewind: expected `epoch` not after the first cut, which is in epoch {first.at}, got {epoch}. Let "
+                    "the schedule start later, or rewind to an earlier epoch."
+                )
+            if (trainer.current_epoch, trainer.fit_loop.batch_idx) > (epoch, 0):
+                raise ValueError(
+                    f"Rewind: expected the weights of epoch {epoch} in the checkpoint, but they were not kept. Resume "
+                    "from a whole checkpoint of a run with this `Rewind`, or start anew."
+                )
+
+    @override
+    def epoch(self, run: Run) -> None:
+        now = run.trainer.current_epoch
+        if now in self._epochs and now not in self._kept:
+            self._kept[now] = {name: tensor.detach().cpu().clone() for name, tensor in _saved(run.module).items()}
 
     @override
     def contents(self, run: Run, axes: Axes) -> Mapping[str, Tensor]:
-        batches = Calibration(run.trainer, run.module, run.subject)
-        return repaired(batches.copy(), axes, self.repairs, batches.run)
+        batches, self._axes = self._calibration(run), axes
+        return repaired(batches.copy(), axes, [self._ready(repair) for repair in self.repairs], batches.run)
+
+    @override
+    def after(self) -> None:
+        self._kept = {
+            epoch: {name: take(tensor, self._axes.get(name, {})) for name, tensor in kept.items()}
+            for epoch, kept in self._kept.items()
+        }
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"rewind": {epoch: dict(kept) for epoch, kept in self._kept.items()}} if self._epochs else {}
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        saved = {int(epoch): dict(kept) for epoch, kept in (state.get("rewind") or {}).items()}
+        self._kept = {epoch: kept for epoch, kept in saved.items() if epoch in self._epochs}
+
+    def _ready(self, repair: Repair) -> Repair:
+        if not isinstance(repair, Rewind):
+            return repair
+        if repair.epoch not in self._kept:
+            raise ValueError(
+                f"Rewind: expected the weights of epoch {repair.epoch}, which the run has not come to before its first "
+                "cut. Let the schedule start later, or rewind to an earlier epoch."
+            )
+        return repair.to(self._kept[repair.epoch])
+
+    def _calibration(self, run: Run) -> Calibration:
+        is_read = any(repair.batches for repair in self.repairs)
+        return Calibration(run.trainer, run.module, run.subject, is_read=is_read)
+
+
+def _saved(module: LightningModule) -> dict[str, Tensor]:
+    """Parameters and buffers of the network, without those of metrics."""
+    metrics = {id(t) for part in module.modules() if isinstance(part, Metric) for t in part.buffers()}
+    return {name: tensor for name, tensor in named(module).items() if id(tensor) not in metrics}
 
 
 class Calibration:
@@ -53,14 +118,15 @@ class Calibration:
         trainer: The run, whose training data and devices are used.
         module: The module that trains.
         subject: How copies of it are made.
+        is_read: Whether batches are needed at all.
 
     Raises:
-        ValueError: If the training data is not one loader over a data set with a length.
+        ValueError: If the training data is needed and not one loader over a data set with a length.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, subject: Subject) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, subject: Subject, *, is_read: bool = True) -> None:
         self.trainer, self.module, self.subject = trainer, module, subject
-        self.loader = _loader_of(trainer)
+        self.loader = _loader_of(trainer) if is_read else None
 
     def copy(self) -> nn.Module:
         """A copy of the module without the user's hooks, ready to run."""
@@ -76,7 +142,7 @@ class Calibration:
                     getattr(copy, step.method)(batch, *step.args[1:])
 
     def _batches(self, n: int) -> Iterator[Any]:
-        for batch in _like(self.loader, n):
+        for batch in _like(self.loader, n) if self.loader is not None else ():
             batch = self.trainer.precision_plugin.convert_input(batch)
             batch = self.module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -38,15 +38,17 @@ from lightning_prune.planning import (
     Plan,
     Schedule,
     Scope,
+    ScopeKind,
     Target,
     feasible,
     make_plan,
     select,
 )
 from lightning_prune.reporting import Cut, Size
-from lightning_prune.scoring import L1, Criterion, score_groups
+from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
 from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, trace
 from lightning_prune.structure.latency import with_latency
+from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Change,
     Keep,
@@ -54,6 +56,7 @@ from lightning_prune.surgery import (
     attach,
     begun,
     cut_and_check,
+    forget,
     history_of,
     install_and_check,
     latency_table,
@@ -84,14 +87,15 @@ class StructuredPruning(ScheduledPruning):
             a count; a bare number counts parameters.
         criterion: How much each unit matters; by default `L1`.
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
-        scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
+        scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores go, wherever they are),
+            ``"erk"`` (wide layers lose most), or a `Scope` with limits of the widths.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
-        repair: What makes good for a cut at once, from some training batches: `Ridge`, `FoldMean`,
-            `ReestimateBatchNorm`, or several in a list.
+        repair: What the weights are right after a cut. What makes good for it from some training batches: `Ridge`,
+            `FoldMean`, `ReestimateBatchNorm`. Or what starts anew: `Reinitialise`, `Rewind`. Or several in a list.
         guard: Take back a cut that does not recover, see `Guard`.
         ladder: Save the network of each size, right before the next cut and at the end, as
             ``ladder/params=12345.ckpt`` beside the report, with a table and a picture of metric against size.
@@ -113,7 +117,7 @@ class StructuredPruning(ScheduledPruning):
         budget: float | int | dict[str, float | int] | None = None,
         criterion: Criterion | None = None,
         schedule: Schedule | None = None,
-        scope: Literal["local", "global"] | Scope = "local",
+        scope: ScopeKind | Scope = "local",
         layers: str | list[str] | None = None,
         ignore: str | list[str] | None = None,
         reset_monitors: bool = True,
@@ -243,14 +247,11 @@ class StructuredPruning(ScheduledPruning):
         if self.target.quantity == "latency":
             structure = with_latency(structure, self._latency_table(trainer, subject, structure))
         original = original_of(module, structure)
-        selected, _ = select(structure, self.layers, self.ignore)
-        self._resolved, selected = self.target.resolve(structure, selected)
+        self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         statistic = self.criterion.statistic(structure)
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         feasible(structure, self._resolved, self.scope, selected, original)
-        for around in self._around:
-            around.begin(self._run(trainer, module, subject))
         if self._done is None:
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
             made = history.edits if history is not None and trainer.global_step > 0 else ()
@@ -259,9 +260,11 @@ class StructuredPruning(ScheduledPruning):
         if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
             timeline = ()
+        for around in self._around:
+            around.begin(self._run(trainer, module, subject, timeline))
         self._observation = self._observation.of(statistic)
         self._structure, self._subject = structure, subject
-        self._examined = call_on(module, batch, subject) if statistic is not None and statistic.examines else None
+        self._examined = _examined(statistic, module, batch, subject)
         self._original, self._selected, self._timeline = original, selected, timeline
         if self.report.dense is None:
             dense = Size.of(structure, original)
@@ -274,6 +277,10 @@ class StructuredPruning(ScheduledPruning):
             with trainer.precision_plugin.forward_context():
                 self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
         return self._latency
+
+    def _eligible(self, structure: Structure) -> tuple[str, ...]:
+        """Groups that the user and the method let be cut."""
+        return select(structure, self.layers, self.ignore)[0]
 
     def _observable(self, silent: Mapping[str, str], selected: tuple[str, ...]) -> tuple[str, ...]:
         """The selected groups that the criterion can score; an error if the user named one that it cannot."""
@@ -339,7 +346,7 @@ class StructuredPruning(ScheduledPruning):
         assert structure is not None
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
         if statistic is not None and self._examined is not None:
-            statistic.examine(module, self._examined)
+            self._examine(statistic, module, self._examined)
         with merged(statistic):
             if statistic is not None:
                 self._selected = self._observable(statistic.unobservable(module), self._selected)
@@ -348,6 +355,15 @@ class StructuredPruning(ScheduledPruning):
             summary = score_summary(scores, statistic)
         plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original)
         return agreed(trainer, plan), scores, summary
+
+    def _examine(self, statistic: Statistic, module: LightningModule, call: Call) -> None:
+        """Let a statistic run the network, or a copy of it if it is the training step that is run."""
+        subject = self._subject
+        if statistic.examines_loss and subject is not None:
+            copy = FakeCopy(module, subject.memo, subject.prepare, kind="real").module
+            statistic.examine(copy, call)
+        else:
+            statistic.examine(module, call)
 
     def _operate(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint, began: float) -> None:
         """The cut itself: network, optimizers, history, statistics and what this callback knows, together."""
@@ -375,6 +391,8 @@ class StructuredPruning(ScheduledPruning):
                     with all_or_none():
                         change = cut_and_check(module, axes, trainer.optimizers, (), run)
                         install_and_check(change, module, contents, run)
+                        if any(around.restarts for around in self._around):
+                            forget(change, trainer.optimizers)
                     same_everywhere(module)  # a new wrapper would make it so
                 attach(module, history)
                 self._structure, self._observation, self._done = after, observation, point.index
@@ -412,6 +430,7 @@ class StructuredPruning(ScheduledPruning):
     @override
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         for around in self._around:
+            around.epoch(self._run(trainer, module))
             why = around.judge(self._run(trainer, module))
             if why is not None:
                 self._take_back(trainer, module, around, why)
@@ -452,7 +471,20 @@ class StructuredPruning(ScheduledPruning):
         assert self._structure is not None
         return Size.of(self._structure)
 
-    def _run(self, trainer: Trainer, module: LightningModule, subject: Subject | None = None) -> Run:
-        subject = subject or self._subject
+    def _run(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        subject: Subject | None = None,
+        timeline: tuple[CutPoint, ...] | None = None,
+    ) -> Run:
+        subject, timeline = subject or self._subject, self._timeline if timeline is None else timeline
         assert subject is not None
-        return Run(trainer, module, subject, self.report, self._showing(trainer).folder)
+        return Run(trainer, module, subject, self.report, self._showing(trainer).folder, timeline)
+
+
+def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, subject: Subject) -> Call | None:
+    """What a statistic runs, if it runs anything: ``forward`` on the batch, or its training step."""
+    if statistic is None or not statistic.examines:
+        return None
+    return subject.optional[0] if statistic.examines_loss else call_on(module, batch, subject)

@@ -25,8 +25,8 @@ from lightning_prune.surgery.repair import (
     install_and_check,
     repaired,
 )
-from lightning_prune.surgery.restart import Reinitialise
-from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, mask
+from lightning_prune.surgery.restart import Reinitialise, Rewind
+from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, forget, mask
 from lightning_prune.surgery.tensors import take
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "ReestimateBatchNorm",
     "Reinitialise",
     "Repair",
+    "Rewind",
     "Ridge",
     "ScaleL1",
     "attach",
@@ -52,6 +53,7 @@ __all__ = [
     "conform",
     "cut",
     "cut_and_check",
+    "forget",
     "history_of",
     "install",
     "install_and_check",

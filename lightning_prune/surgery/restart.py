@@ -1,7 +1,8 @@
-"""Starting anew after a cut: the narrow network keeps its shape and nothing of what it has learnt."""
+"""Starting anew after a cut: the narrow network keeps its shape, and of what it has learnt nothing or the beginning."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.scoring.passes import own_random_state
+from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import tensors
 from lightning_prune.surgery.repair import Repair, Run
 from lightning_prune.surgery.tensors import canonical
 
-__all__ = ["Reinitialise"]
+__all__ = ["Reinitialise", "Rewind"]
 
 
 @final
@@ -52,6 +54,44 @@ class Reinitialise(Repair):
             )
         after = _own(model)
         return {name: after[name].detach().clone() for name in before if not torch.equal(after[name], before[name])}
+
+
+@final
+@dataclass(frozen=True)
+class Rewind(Repair):
+    """Takes the weights that stay back to what they were after some epochs (Frankle et al., 2020).
+
+    Parameters and buffers go back; ``epoch=0`` is the initialisation (the lottery ticket: Frankle and Carbin, 2019).
+    They are kept in memory and in checkpoints from that epoch on. The optimizer's state is cleared; learning rate and
+    schedulers go on as they are, so choose them for the epochs after the cut.
+
+    Args:
+        epoch: Epochs trained before the weights are kept, at least 0 and not after the first cut.
+    """
+
+    epoch: int = 0
+
+    batches = 0
+    restarts = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epoch, bool) or not isinstance(self.epoch, int) or self.epoch < 0:
+            raise ValueError(f"Rewind: expected `epoch` to be an int of at least 0, got {self.epoch!r}.")
+
+    def to(self, kept: Mapping[str, Tensor]) -> Repair:
+        """The repair, when the weights of that epoch are there, by name and in the shapes before the cut."""
+        return _Rewound(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rewound(Repair):
+    kept: Mapping[str, Tensor]
+
+    batches = 0
+    restarts = True
+
+    def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
+        return dict(self.kept)
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

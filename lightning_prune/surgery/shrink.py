@@ -20,7 +20,7 @@ from lightning_prune.structure.layers import refresh, tensors
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.tensors import canonical, named, take, zero
 
-__all__ = ["Change", "CutError", "check", "cut", "cut_and_check", "mask", "silent", "take"]
+__all__ = ["Change", "CutError", "check", "cut", "cut_and_check", "forget", "mask", "silent", "take"]
 
 
 class CutError(RuntimeError):
@@ -63,7 +63,7 @@ class Change:
         self._back.append(lambda: _assign(tensor, old_data, old_grad))
         return _assign(tensor, data, grad)
 
-    def replace_entries(self, entries: dict[str, Any], new: Mapping[str, Any]) -> None:
+    def replace_entries(self, entries: dict[Any, Any], new: Mapping[Any, Any]) -> None:
         """Give a dictionary other entries; the object stays."""
         old = dict(entries)
 
@@ -122,6 +122,12 @@ def mask(model: nn.Module, axes: Axes) -> Change:
         for piece in _pieces([model], axes):
             change.assign(piece.tensor, _apply(zero, piece, piece.tensor.data), piece.tensor.grad)
     return change
+
+
+def forget(change: Change, optimizers: Iterable[Optimizer]) -> None:
+    """Clear the state of optimizers, as part of a ``change``: they step as if for the first time."""
+    for optimizer in map(unwrap, optimizers):
+        change.replace_entries(optimizer.state, {})
 
 
 def cut_and_check(

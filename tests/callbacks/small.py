@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,3 +71,16 @@ def trainer(folder: Path, epochs: int, *callbacks: Any, **settings: Any) -> Trai
         "num_sanity_val_steps": 0,
     }
     return Trainer(max_epochs=epochs, default_root_dir=folder, callbacks=[*callbacks], **{**quiet, **settings})
+
+
+class Saver(Callback):
+    """Saves a checkpoint at the end of every epoch, as ``ModelCheckpoint`` does, and asks for nothing on resume."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path(trainer.current_epoch))
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"{epoch}.ckpt"

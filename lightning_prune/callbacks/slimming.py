@@ -1,0 +1,169 @@
+"""Network slimming: scales of normalisation are pulled to zero in training, and the smallest are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, final
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_prune.callbacks.guard import Guard
+from lightning_prune.callbacks.scheduled import instance_of
+from lightning_prune.callbacks.structured import StructuredPruning
+from lightning_prune.planning import OneShot, Schedule, Scope, ScopeKind
+from lightning_prune.scoring import BNScale, Criterion
+from lightning_prune.structure import Structure
+from lightning_prune.surgery import Penalty, Repair, ScaleL1
+from lightning_prune.surgery.optimizers import unwrap
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["NetworkSlimming"]
+
+
+@final
+class NetworkSlimming(StructuredPruning):
+    """Pulls units to zero until they are cut: L1 on BatchNorm's scales, then one threshold over all of them.
+
+    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (2017). The penalty's gradient
+    joins that of the loss right before the optimizer steps: once per step however many batches accumulate, on gradients
+    that are averaged over processes already, unscaled under mixed precision, and before they are clipped. It ends with
+    the last cut; what is left trains on without it.
+
+    Other penalties make other methods: `GroupLasso` over everything that is cut with a unit, `GrowingL2` (growing
+    regularisation), `HalfSpace` (half-space projection). Give them a criterion that sees what they pull on: `L2`.
+
+    Args:
+        pruning_ratio: Share of the units to remove, in [0, 1), over all layers together; see `StructuredPruning`.
+        budget: Instead of a ratio, what remains; see `StructuredPruning`.
+        penalty: What pulls; by default `ScaleL1()`, which needs layers with normalisation. Layers that it has no hold
+            on stay as they are.
+        criterion: How much each unit matters; by default `BNScale`.
+        schedule: When cuts happen; by default one, after 60 % of the run.
+        scope: By default one threshold over all layers, on scales as they are.
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+        reset_monitors: See `StructuredPruning`.
+        dirpath: Folder for the report; by default the logger's folder.
+        repair: What the weights are right after a cut, see `StructuredPruning`.
+        guard: Take back a cut that does not recover, see `Guard`.
+        ladder: Save the network of each size.
+
+    Raises:
+        ValueError: Before the first training step if no layer has what the penalty pulls on.
+
+    Example:
+        >>> from lightning_prune import NetworkSlimming
+        >>> callback = NetworkSlimming(pruning_ratio=0.5)
+    """
+
+    default_criterion = BNScale
+
+    def __init__(
+        self,
+        pruning_ratio: float | dict[str, float] | None = None,
+        budget: float | int | dict[str, float | int] | None = None,
+        penalty: Penalty | None = None,
+        criterion: Criterion | None = None,
+        schedule: Schedule | None = None,
+        scope: ScopeKind | Scope | None = None,
+        layers: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        reset_monitors: bool = True,
+        dirpath: str | None = None,
+        repair: Repair | list[Repair] | None = None,
+        guard: Guard | None = None,
+        ladder: bool = False,
+    ) -> None:
+        self.penalty = ScaleL1() if penalty is None else penalty
+        instance_of(self, "penalty", self.penalty, Penalty, "ScaleL1()")
+        self._hooks: list[RemovableHandle] = []
+        super().__init__(
+            pruning_ratio=pruning_ratio,
+            budget=budget,
+            criterion=criterion,
+            schedule=OneShot(0.6) if schedule is None else schedule,
+            scope=Scope("global", normalize="none") if scope is None else scope,
+            layers=layers,
+            ignore=ignore,
+            reset_monitors=reset_monitors,
+            dirpath=dirpath,
+            repair=repair,
+            guard=guard,
+            ladder=ladder,
+        )
+
+    @override
+    def _unprepare(self) -> None:
+        super()._unprepare()
+        self._steps: dict[int, Callable[[], None]] = {}  # what is left to do after a step, by optimizer
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "penalty": repr(self.penalty)}
+
+    @override
+    def _eligible(self, structure: Structure) -> tuple[str, ...]:
+        selected = super()._eligible(structure)
+        lost = {name: why for name in selected if (why := self.penalty.unsuited(structure.group(name)))}
+        if lost and (self.layers is not None or len(lost) == len(selected)):
+            reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
+            raise ValueError(
+                f"{type(self).__name__}: expected layers that {self.penalty!r} can pull on, got {reasons}. Without "
+                "normalisation use `penalty=GroupLasso()` with `criterion=L2()`, or "
+                "`StructuredPruning(criterion=L2())`."
+            )
+        return tuple(name for name in selected if name not in lost)
+
+    # -- pulling ------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._hooks = [unwrap(o).register_step_post_hook(self._after_step) for o in trainer.optimizers]
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.structure is None or not self.pending:
+            return
+        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = {
+            name: p for name, p in named(pl_module).items() if id(p) in mine and p.requires_grad and p.grad is not None
+        }
+        groups = [self.structure.group(name) for name in self._selected]
+        step = trainer.global_step
+        self.penalty.before_step(groups, parameters, step, _scale(trainer, optimizer))
+        before = self.penalty.remember(groups, parameters)
+        if before:
+            self._steps[id(unwrap(optimizer))] = partial(self.penalty.after_step, groups, parameters, step, before)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        correct = self._steps.pop(id(optimizer), None)
+        if correct is not None:
+            correct()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._unhook()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """Factor on the gradients, where the optimizer itself unscales them (fused, under fp16)."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(unwrap(optimizer), "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
