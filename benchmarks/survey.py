@@ -196,6 +196,7 @@ def still_norms(model: nn.Module) -> Iterator[None]:
         x, shape = args[0], [-1]
         if isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("Norm2d"):
             shape = [-1, *[1] * (x.dim() - 2)]
+        shape = list(getattr(module, "wb_shape", shape))  # timm's global response norm
         for name, combine in (("weight", torch.mul), ("bias", torch.add)):
             if getattr(module, name, None) is not None:
                 x = combine(x, getattr(module, name).view(shape))

@@ -128,7 +128,7 @@ class _Analysis:
         for number, call in enumerate(self.subject.calls):
             if self._is_known(call):
                 continue
-            self.tracer.counting = number == 0
+            self.tracer.counting, self.tracer.batch = number == 0, _batch_size(call)
             try:
                 self._run(call)
             except Exception as error:

@@ -225,6 +225,7 @@ def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 )
 def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Zeros or noise, the same at every index; whether the size follows is settled by the trial."""
+    t.repeated(out.shape[:-1])
     t.label(out, (WILD,) * out.dim())
 
 
@@ -245,6 +246,7 @@ def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
 )
 def constant(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A constant: axes of fixed size."""
+    t.repeated(x for tensor in flat_tensors(out) for x in tensor.shape[:-1])
     _rigid(t, out)
 
 
@@ -432,6 +434,8 @@ def embedding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Batch norm: everything of one channel goes with it."""
     x = t.value(args[0])
+    # Statistics over units, where a weight is standardised: a cut leaves others, and scales that are not known.
+    t.freeze([x.axes[0], *x.axes[2:]], f"normalised over in {t.where(func)}")
     channel: AxisLabel = x.axes[1]
     affine = isinstance(args[1], torch.Tensor)
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -476,6 +480,7 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Group norm: every group loses the same positions; a group of one channel goes as a whole."""
     x, weight, bias, groups = args[0], args[1], args[2], int(args[6])
     axes = list(t.value(x).axes)
+    t.freeze(axes[2:], f"normalised over in {t.where(func)}")
     for tensor in (weight, bias):
         if tensor is not None:
             axes[1] = t.meet(axes[1], t.value(tensor).axes[0], t.where(func))
@@ -767,7 +772,9 @@ def _line(grid: IndexArray, axis: int) -> IndexArray:
 def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat along dimensions of length 1: the same content at every index."""
     x, value = args[0], t.value(args[0])
-    t.constant = False  # a parameter is most often repeated for every sample
+    t.repeated(
+        out.shape[d] for d in range(out.dim()) if d < out.dim() - x.dim() or out.shape[d] != x.shape[d - out.dim()]
+    )
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):
@@ -779,7 +786,9 @@ def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat whole axes."""
     x, value = args[0], t.value(args[0])
-    t.constant = False  # as above
+    t.repeated(
+        out.shape[d] for d in range(out.dim()) if d < out.dim() - x.dim() or out.shape[d] != x.shape[d - out.dim()]
+    )
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):

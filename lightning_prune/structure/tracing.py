@@ -112,6 +112,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: list[MacsRecord] = []
         self.written: list[MacsRecord] = []
         self.counting = False
+        self.batch = 1  # samples in the example, as far as its shape tells
         self.samples: int | None = None  # as the first convolution saw them
         self.constant = True  # whether what is being computed does not depend on the network's inputs
         self.meta = False
@@ -179,6 +180,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.roles.setdefault((name, dims[dim]), role)
             self.seen.add(name)
             self.order.setdefault(name, len(self.order))
+
+    def repeated(self, lengths: Iterable[int]) -> None:
+        """Something is made or repeated along axes of these lengths: if one is the batch's, for every sample."""
+        if self.batch in lengths:
+            self.constant = False
 
     def where(self, func: Any) -> str:
         """An operator and its place, for messages."""

@@ -172,6 +172,14 @@ class SegNet(nn.Module):
         return self.head(F.max_unpool2d(self.up(x), where, 2))
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose filters are brought to mean zero and unit variance, as in NFNets."""
+
+    def forward(self, x):
+        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        return self._conv_forward(x, flat.reshape_as(self.weight), self.bias)
+
+
 class Doubled(nn.Module):
     """A parametrization that keeps zeros."""
 
@@ -522,6 +530,9 @@ case("gates of mobile networks", (3, 6, 6), {"stem": 6, "wide": 8, "squeeze": 3}
         narrow=nn.Conv2d(8, 6, 1),
         head=nn.Conv2d(6, 2, 1),
     )
+)
+case("standardised weights", (3, 6, 6), {"1": 5, "2": 4}, {"0.weight": "normalised over"})(
+    lambda: nn.Sequential(nn.Conv2d(3, 6, 3), Standardised(6, 5, 1), nn.Conv2d(5, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
 )
 case("softmax over units", (4,), {"2": 5}, {"0.weight": "softmax"})(
     lambda: nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))

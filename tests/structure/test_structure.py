@@ -285,7 +285,25 @@ class Queries(nn.Module):
         return self.b(self.a(self.query.expand(len(x), -1, -1)).relu()) @ x.unsqueeze(-1)
 
 
+class Positions(nn.Module):
+    """Codes of positions, computed once or from a mask of every sample, as EdgeNeXt and XCiT do."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.a, self.b, self.code, self.each = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1), nn.Conv2d(1, 6, 1), each
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        if self.each:
+            rows = torch.zeros(n, h, w).cumsum(1).unsqueeze(1)
+        else:
+            rows = torch.arange(h).view(1, 1, h, 1).repeat(1, 1, 1, w).float()
+        return self.b((self.a(x) + self.code(rows)).relu())
+
+
 COUNTED = [
+    (lambda: Positions(True), torch.ones(3, 3, 4, 5), {"a": 6}),
+    (lambda: Positions(False), torch.ones(3, 3, 4, 5), {"a": 6}),
     (Coordinates, torch.ones(3, 4), {"a": 6, "up": 8}),
     (Queries, torch.ones(3, 4), {"query": 4, "a": 6}),
     (
@@ -303,13 +321,16 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(
-    ("build", "example", "widths"), COUNTED, ids=["table", "queries", "unbatched image", "vector", "list"]
+    ("build", "example", "widths"),
+    COUNTED,
+    ids=["positions of each", "positions", "table", "queries", "unbatched image", "vector", "list"],
 )
 def test_multiplications_of_one_sample(build, example, widths):
     model = build().eval()
     structure = trace(Subject.of(model, example))
     assert structure.widths == widths
-    one = example if isinstance(example, torch.Tensor) and example.dim() != 2 else example[:1]
+    unbatched = isinstance(example, torch.Tensor) and example.dim() % 2
+    one = example if unbatched else example[:1]
     for kept in ({}, half(structure)):
         with FlopCounterMode(display=False) as counter:
             shrunk(model, structure.axes(kept))(one)
