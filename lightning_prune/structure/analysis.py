@@ -14,7 +14,7 @@ from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, Se
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.tracing import Call, FakeCopy, Kind, Tracer, flat_tensors, output_tensors
+from lightning_prune.structure.tracing import Call, FakeCopy, Kind, SplitKey, Tracer, flat_tensors, output_tensors
 
 __all__ = ["StructureError", "Subject", "trace"]
 
@@ -71,7 +71,7 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
     with torch.inference_mode(False):
-        return _Analysis(subject).structure(trial=trial)
+        return _Analysis(subject).best(trial=trial).structure()
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,29 @@ class _Failure:
     trail: list[IndexArray]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A call as it was traced: on what kind of copy, with which operators and numbers, and which parts of splits."""
+
+    call: Call
+    kind: Kind
+    script: list[tuple[Any, ...]]
+    decisions: list[int]
+
+
 class _Analysis:
     """One network's atoms, from the first run to the structure."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        choices: Mapping[SplitKey, int] | None = None,
+        copies: dict[Kind, FakeCopy] | None = None,
+    ) -> None:
         self.subject = subject
         self.notes: list[str] = []
         self.atoms = Atoms()
-        self.copies: dict[Kind, FakeCopy] = {}
+        self.copies = copies or {}
         try:
             self.first = self._copy(_KINDS[0])
         except Exception as error:
@@ -103,7 +118,9 @@ class _Analysis:
         }
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
-        self.traced: list[tuple[Call, Kind, list[tuple[Any, ...]]]] = []
+        self.tracer.choices = choices or {}
+        self.runs: list[_Run] = []
+        self.groups: list[Group] = []
         self.same_in_both_modes: list[Call] = []
         self.patterns: list[tuple[IndexArray, tuple[tuple[str, int], ...]]] = []
 
@@ -112,15 +129,51 @@ class _Analysis:
             self.copies[kind] = self.subject.copy(kind)
         return self.copies[kind]
 
-    def structure(self, *, trial: bool) -> Structure:
+    def best(self, *, trial: bool) -> _Analysis:
+        """Find the groups; where a split axis froze, let another of its parts keep the units apart if that frees more.
+
+        Returns:
+            This analysis, or a better one of the same network.
+        """
+        self._find(trial=trial)
+        choices: dict[SplitKey, int] = {}
+        for key, (parts, labels) in self.tracer.splits.items():
+            if not self.atoms.frozen()[self.atoms.find(np.concatenate(labels))].any():
+                continue
+            for part in parts[:-1]:
+                other = self._with({**choices, key: part})
+                if other._can_cut(key):
+                    choices[key] = part
+                    break
+        if not choices:
+            return self
+        other = self._with(choices)
+        other._find(trial=trial)
+        return other if other._free() > self._free() else self
+
+    def structure(self) -> Structure:
+        """What was found, as values."""
+        groups = self.groups
+        return Structure(tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes))
+
+    def _find(self, *, trial: bool) -> None:
         """Trace, group, try."""
         self._trace()
         self._freeze_unseen()
-        groups = self._groups()
+        self.groups = self._groups()
         if trial:
-            groups = self._try(groups)
-        cost = self._cost(groups)
-        return Structure(tuple(groups), tuple(self._frozen(groups)), cost, tuple(self.notes))
+            self.groups = self._try(self.groups)
+
+    def _with(self, choices: Mapping[SplitKey, int]) -> _Analysis:
+        """A new analysis of the same network, on the same copies."""
+        return _Analysis(self.subject, choices, self.copies)
+
+    def _can_cut(self, key: SplitKey) -> bool:
+        """Whether, with the choices made, units of this split are left and can be removed."""
+        self._find(trial=False)
+        atoms = self.atoms.find(np.concatenate(self.tracer.splits[key][1]))
+        groups = [group for group in self.groups if np.isin(self._atoms_of(group), atoms).any()]
+        return bool(groups) and self._attempt(groups, follow=all(group.width > 2 for group in groups)) is None
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -173,7 +226,7 @@ class _Analysis:
                     raise
                 continue
             self._freeze_output(self.tracer, call, out)
-            self.traced.append((call, kind, self.tracer.script))
+            self.runs.append(_Run(call, kind, self.tracer.script, self.tracer.decisions))
             if not self._copy(kind).mode_matters:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()
@@ -190,6 +243,11 @@ class _Analysis:
             if name not in self.tracer.seen:
                 for axis in self.labels[name]:
                     self.atoms.freeze(axis, "not used by any traced call")
+
+    def _free(self) -> int:
+        """Indices of all axes that may be removed."""
+        atoms = np.concatenate([atoms for axes in self.labels.values() for atoms in axes])
+        return int((~self.atoms.frozen()[self.atoms.find(atoms)]).sum())
 
     # -- grouping ---------------------------------------------------------------------------------------------------
 
@@ -360,10 +418,10 @@ class _Analysis:
         }
         atoms = SealedAtoms(self.atoms)
         tracer = Tracer(atoms, RULES, unknown)
-        for call, kind, script in self.traced:
-            copy = self._copy(kind)
+        for run in self.runs:
+            call, copy, tracer.decided = run.call, self._copy(run.kind), run.decisions
             if follow:
-                tracer.expected = self._masked_script(copy, call, axes) if kind == "real" else script
+                tracer.expected = self._masked_script(copy, call, axes) if run.kind == "real" else run.script
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)

@@ -755,10 +755,10 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if not varying:
         t.freeze([label], f"the same unit at every index in {t.where(func)}")
         return [None] * len(new)
-    # The innermost varying axis keeps its indices; those it is crossed with share them: every block loses alike.
-    keep = varying[-1]
+    # One axis keeps its indices; those it is crossed with share them: every block loses alike.
+    keep = t.choose(label, new, varying)
     line = _line(grid, keep)
-    if len(varying) > 1:
+    if varying != [keep]:
         spread = np.moveaxis(grid, keep, -1).reshape(-1, new[keep])
         t.atoms.unite(spread[1:].ravel(), np.tile(spread[0], len(spread) - 1))
     return [line if k == keep else None for k in range(len(new))]

@@ -31,6 +31,7 @@ __all__ = [
     "IndexArray",
     "Kind",
     "MacsRecord",
+    "SplitKey",
     "Tracer",
     "Value",
     "flat_tensors",
@@ -41,6 +42,8 @@ __all__ = [
 AxisLabel = IndexArray | None | str
 WILD = "wild"
 Kind = Literal["meta", "fake", "real"]
+#: Length of an axis and of the parts that a view splits it into.
+SplitKey = tuple[int, tuple[int, ...]]
 #: Types that hold no tensor and are their own copy.
 _CONSTANT = frozenset((bool, int, float, str, type(None)))
 
@@ -97,6 +100,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         meta: Whether the network runs on the meta device.
         script: Operators of a run, with the numbers that enter elementwise ones.
         expected: The script of the first trace, which a trial must follow.
+        choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
+        splits: The splits that were met, with the parts that could keep them and the units.
+        decisions: The part chosen at each split of a run.
+        decided: The decisions of the first trace, which a trial must follow.
         trail: Arguments of the latest operators: where to look when one fails.
     """
 
@@ -118,6 +125,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
+        self.choices: Mapping[SplitKey, int] = {}
+        self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
+        self.decisions: list[int] = []
+        self.decided: list[int] | None = None
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
@@ -151,7 +162,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.clear()
         self._latest.clear()
         self._by_storage.clear()
-        self.script = []
+        self.script, self.decisions = [], []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
         """Unite two axes of equal length; the label of what comes out."""
@@ -172,6 +183,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for axis in axes:
             if isinstance(axis, np.ndarray):
                 self.atoms.freeze(axis, reason)
+
+    def choose(self, label: IndexArray, sizes: Sequence[int], parts: list[int]) -> int:
+        """Which part of a split axis keeps its units apart, so that those of the other parts go in step.
+
+        Args:
+            label: Atoms of the axis.
+            sizes: Lengths of the parts.
+            parts: The parts along which the atoms differ; the innermost is chosen if nothing else is known.
+        """
+        if self.decided is None:
+            key = len(label), tuple(sizes)
+            self.splits.setdefault(key, (parts, []))[1].append(label)
+            part = self.choices.get(key, parts[-1])
+        elif len(self.decisions) < len(self.decided):
+            part = self.decided[len(self.decisions)]
+        else:
+            raise MismatchError("an axis is split that was not split before")
+        self.decisions.append(part)
+        return part
 
     def role(self, value: Value, dim: int, role: str) -> None:
         """Note that a parameter's axis produces or consumes."""

@@ -109,6 +109,30 @@ class Attention(nn.Module):
         return self.head(x[:, 0])
 
 
+class Heads(nn.Module):
+    """Attention that counts its heads by what is left: whole heads are units."""
+
+    def __init__(self, fused=False, **layers):
+        super().__init__()
+        self.fused, self.features = fused, 4
+        self.out, self.names = nn.Linear(12, 3), list(layers)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        if self.names == ["qkv"]:
+            q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.features)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (
+                layer(x).unflatten(-1, (-1, self.features)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+            )
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q @ k.transpose(-1, -2) * self.features**-0.5).softmax(-1) @ v
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
 class Functional(nn.Module):
     """Weights that are bare parameters, used by functions."""
 
@@ -434,6 +458,23 @@ case("gate of halves", (4,), {"up": 6})(
         head=nn.Linear(6, 2),
     )
 )
+case("unflattened", (4,), {"0": 6, "3": 5}, {"5.weight": OUT})(
+    lambda: nn.Sequential(
+        *(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (-1, 2, 2)), nn.ConvTranspose2d(6, 5, 2), nn.ReLU()),
+        nn.Conv2d(5, 2, 1),
+    )
+)
+case("unflattened to channels in numbers", (4,), {"3": 5}, {"0.weight": ""})(
+    lambda: nn.Sequential(
+        *(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 5, 2), nn.ReLU()),
+        nn.Conv2d(5, 2, 1),
+    )
+)
+case("attention heads, three layers", (5, 6), {"q": 3})(
+    lambda: Heads(q=nn.Linear(6, 12), k=nn.Linear(6, 12), v=nn.Linear(6, 12))
+)
+case("attention heads, one layer", (5, 6), {"qkv": 3})(lambda: Heads(qkv=nn.Linear(6, 36)))
+case("attention heads, fused", (5, 6), {"qkv": 3})(lambda: Heads(fused=True, qkv=nn.Linear(6, 36)))
 case("glu", (4,), {"0": 6})(lambda: nn.Sequential(nn.Linear(4, 12), nn.GLU(), nn.Linear(6, 2)))
 case("slicing", (4,), {"up": 3, "left": 5}, {"up.weight": "bound"})(
     lambda: Net(

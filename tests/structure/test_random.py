@@ -25,6 +25,15 @@ def _groups(width, wish):
     return [g for g in range(1, width + 1) if width % g == 0][wish % sum(width % g == 0 for g in range(1, width + 1))]
 
 
+class Buffered(nn.Module):
+    """Buffers as wide as what they scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 2, width)[:, None, None])
+        self.register_buffer("shift", torch.linspace(-1, 1, width)[:, None, None], persistent=False)
+
+
 class RandomNet(nn.Module):
     """A network from a list of steps ``(kind, a, b)``, each on the latest value and perhaps an earlier one."""
 
@@ -171,6 +180,37 @@ class RandomNet(nn.Module):
 
     def _pad(self, name, width, earlier, a, b):
         return width + a + b, 0, lambda layer, x, _: F.pad(x, (0, 0, 0, 0, a, b))
+
+    def _kernel(self, name, width, earlier, a, b):
+        """A convolution by a function, its weight a bare parameter."""
+        self._layer(name, nn.ParameterList([torch.randn(2 + a, width, 3, 3) * 0.2, torch.randn(2 + a)]))
+        return 2 + a, 0, lambda layer, x, _: F.conv2d(x, layer[0], layer[1] if b % 2 else None, padding=1)
+
+    def _buffer(self, name, width, earlier, a, b):
+        self._layer(name, Buffered(width))
+        return width, 0, lambda layer, x, _: x * layer.scale + layer.shift
+
+    def _unflatten(self, name, width, earlier, a, b):
+        """A linear layer whose output becomes an image."""
+        self._layer(name, nn.Linear(width, (2 + a) * SIZE * SIZE))
+        return 2 + a, 0, lambda layer, x, _: layer(x.mean((2, 3))).relu().view(len(x), -1, SIZE, SIZE)
+
+    def _attention(self, name, width, earlier, a, b):
+        """Attention over the positions, its heads counted by what is left."""
+        heads, features = 1 + a % 4, 1 + b % 3
+        inner = [nn.Linear(width, heads * features) for _ in range(3)] + [nn.Linear(heads * features, width)]
+        self._layer(name, nn.ModuleList(inner))
+
+        def step(layer, x, _):
+            tokens = x.flatten(2).transpose(1, 2)
+            q, k, v = (part(tokens).unflatten(-1, (-1, features)).transpose(1, 2) for part in layer[:3])
+            if a % 2:
+                mixed = F.scaled_dot_product_attention(q, k, v)
+            else:
+                mixed = (q @ k.transpose(-1, -2) * features**-0.5).softmax(-1) @ v
+            return x + layer[3](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).view(x.shape)
+
+        return width, 0, step
 
     def _mix(self, name, width, earlier, a, b):
         """A mean over the channels: freezes them."""

@@ -86,10 +86,12 @@ class Written(TorchDispatchMode):
         return out
 
 
-# Weights that are computed once for a batch, and operators that are others on a device than without one.
+# Weights that are computed once for a batch, and operators that are others on a device than without one, or copy a
+# batch where of one sample they make a view.
 INEXACT_MEMORY = {
     "weight norm", "spectral norm", "group norm of single channels", "flatten channels last",
-    "bare parameters and attention",
+    "bare parameters and attention", "attention heads, three layers", "attention heads, one layer",
+    "attention heads, fused",
 }  # fmt: skip
 
 
