@@ -768,13 +768,17 @@ def _line(grid: IndexArray, axis: int) -> IndexArray:
     return np.ascontiguousarray(grid[tuple(slice(None) if k == axis else 0 for k in range(grid.ndim))])
 
 
+def _times(x: torch.Tensor, out: torch.Tensor) -> list[int]:
+    """How often each dimension of a repeated tensor holds the original."""
+    before = [1] * (out.dim() - x.dim()) + list(x.shape)
+    return [now // max(old, 1) for now, old in zip(out.shape, before, strict=True)]
+
+
 @rule("expand", "expand_copy", "broadcast_to")
 def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat along dimensions of length 1: the same content at every index."""
     x, value = args[0], t.value(args[0])
-    t.repeated(
-        out.shape[d] for d in range(out.dim()) if d < out.dim() - x.dim() or out.shape[d] != x.shape[d - out.dim()]
-    )
+    t.repeated(_times(x, out))
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):
@@ -786,9 +790,7 @@ def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Repeat whole axes."""
     x, value = args[0], t.value(args[0])
-    t.repeated(
-        out.shape[d] for d in range(out.dim()) if d < out.dim() - x.dim() or out.shape[d] != x.shape[d - out.dim()]
-    )
+    t.repeated(_times(x, out))
     added = out.dim() - x.dim()
     axes: list[AxisLabel] = [WILD] * added
     for d, axis in enumerate(value.axes):

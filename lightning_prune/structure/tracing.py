@@ -211,9 +211,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.seen.add(name)
             self.order.setdefault(name, len(self.order))
 
-    def repeated(self, lengths: Iterable[int]) -> None:
-        """Something is made or repeated along axes of these lengths: if one is the batch's, for every sample."""
-        if self.batch in lengths:
+    def repeated(self, times: Iterable[int]) -> None:
+        """Something is made or repeated so many times along its axes: if as often as there are samples, for each."""
+        if self.batch in times:
             self.constant = False
 
     def where(self, func: Any) -> str:
