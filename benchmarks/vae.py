@@ -38,11 +38,11 @@ Point = dict[str, float]
 CHANNELS, HIDDEN, LATENT = (16, 32), (256, 128), 16
 BETAS = (1.0, 4.0)
 RATIO, RATE, WARM_UP, EVERY = 0.3, 0.1, 3, 2
-EPOCHS, BATCHES, BATCH_SIZE = 14, 75, 128
+EPOCHS, BATCH_SIZE = 14, 64
 DENSE, NARROW = "unpruned", "narrow from scratch"
 PARTS = ("loss", "bce", "kld")
 #: Test images of the curves; the tables have all.
-FEW = 2000
+FEW = 1000
 LOOKS = {**LOOKS, NARROW: ("#009E73", "--")}
 
 
@@ -110,13 +110,13 @@ def network(beta: float, seed: int, *, narrow: bool = False) -> VAE:
     return vae
 
 
-def train(vae: VAE, held: Held, seed: int, callbacks: Sequence[Callback]) -> None:
+def train(vae: VAE, held: Held, batches: int, seed: int, callbacks: Sequence[Callback]) -> None:
     """One run; the same seed gives the same split, order of batches and noise."""
     seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             max_epochs=EPOCHS,
-            limit_train_batches=BATCHES,
+            limit_train_batches=batches,
             limit_val_batches=0,
             accelerator="cpu",
             default_root_dir=folder,
@@ -129,7 +129,7 @@ def train(vae: VAE, held: Held, seed: int, callbacks: Sequence[Callback]) -> Non
         trainer.fit(vae, train_dataloaders=held.train_dataloader())
 
 
-def one_seed(held: Held, beta: float, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def one_seed(held: Held, batches: int, beta: float, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Numbers of all networks, and the reconstructions of some test images."""
     test = held.parts()["test"]
     shown = torch.stack([test.images[test.labels == label][0] for label in range(10)])
@@ -140,7 +140,7 @@ def one_seed(held: Held, beta: float, seed: int) -> tuple[dict[str, Any], dict[s
     def run(label: str, vae: VAE, callbacks: Sequence[Callback] = ()) -> None:
         curve = Curve(test.images[:FEW], shown)
         started = time.perf_counter()
-        train(vae, held, seed, [*callbacks, curve])
+        train(vae, held, batches, seed, [*callbacks, curve])
         seconds = time.perf_counter() - started
         runs[label] = {
             "params": sum(p.numel() for p in vae.parameters()),
@@ -195,7 +195,7 @@ def lost_by_cuts(run: Mapping[str, Any]) -> float:
     return fmean(cut["loss"] - before[cut["epochs"]] for cut in run["cuts"])
 
 
-def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw(results: Sequence[Mapping[str, Any]], batches: int, path: Path) -> None:
     """Loss, BCE and KLD over epochs, a row per β; every cut is a step upwards."""
     figure = require("matplotlib.figure", extra="plot").Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(len(BETAS), len(PARTS))
@@ -209,7 +209,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             if part != "kld":
                 axis.set_ylim(min(end) - 0.05 * spread, min(end) + 1.1 * spread)
             name = part.upper() if part != "loss" else f"loss, β = {beta:g}"
-            axis.set(xlabel="epochs of 75 batches", ylabel=f"test {name} (nats per image)", xlim=(2, None))
+            axis.set(xlabel=f"epochs of {batches} batches", ylabel=f"test {name} (nats per image)", xlim=(2, None))
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize="small")
@@ -244,14 +244,14 @@ def draw_reconstructions(pictures: Mapping[str, Tensor], beta: float, path: Path
     figure.savefig(path, dpi=90)
 
 
-def write(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], folder: Path) -> None:
     """Numbers, tables and figure."""
-    facts = {"command": command("benchmarks.vae"), "machine": machine()}
+    facts = {"command": command("benchmarks.vae"), "settings": settings, "machine": machine()}
     text = json.dumps({**facts, "runs": results}, separators=(",", ":")).replace('{"seed"', '\n{"seed"')
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
     if {r["beta"] for r in results} == set(BETAS):
         fill(folder / "README.md", "\n".join(tables(results)))
-        draw(results, folder / "figure.png")
+        draw(results, settings["batches"], folder / "figure.png")
 
 
 def main() -> None:
@@ -259,25 +259,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of the set, in torchvision's layout")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--batches", type=int, default=75, help="of 64 images, drawn anew in each of 14 epochs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = EVIDENCE / "vae"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else []
+    settings = {"epochs": EPOCHS, "batches": given.batches, "batch_size": BATCH_SIZE}
+    results = stored(folder, settings)
     there = {(r["seed"], r["beta"]) for r in results}
     sets = FashionMNIST(root=given.root, normalize=False).load()
     for seed in range(given.seeds):
         for beta in [beta for beta in BETAS if (seed, beta) not in there]:
-            result, pictures = one_seed(Held(sets, BATCH_SIZE, seed), beta, seed)
+            result, pictures = one_seed(Held(sets, BATCH_SIZE, 1 / 6, seed), given.batches, beta, seed)
             results = sorted([*results, result], key=lambda r: (r["seed"], r["beta"]))
             print(f"seed {seed}, beta {beta:g}: {result['seconds']} s", flush=True)
             if seed == 0:
                 draw_reconstructions(pictures, beta, folder / f"reconstructions-beta-{beta:g}.png")
-            write(results, folder)
+            write(results, settings, folder)
     print(json.dumps(machine()), *tables(results), sep="\n")
+
+
+def stored(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was run before, with the same settings."""
+    file = folder / "results.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(found["runs"]) if found.get("settings") == settings else []
 
 
 if __name__ == "__main__":

@@ -1,8 +1,19 @@
-"""Image sets as LightningDataModules, held in memory as normalised tensors."""
+"""Image sets as LightningDataModules, most of them held in memory as normalised tensors."""
 
+from lightning_prune.data.celeba import CelebA
 from lightning_prune.data.digits import Digits
 from lightning_prune.data.folder import ImageFolder
 from lightning_prune.data.tensors import ImageData, ImageTensors
 from lightning_prune.data.torchvision import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
-__all__ = ["CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageData", "ImageFolder", "ImageTensors"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "MNIST",
+    "CelebA",
+    "Digits",
+    "FashionMNIST",
+    "ImageData",
+    "ImageFolder",
+    "ImageTensors",
+]

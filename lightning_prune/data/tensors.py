@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["Batch", "ImageData", "ImageTensors", "crop_and_mirror"]
+__all__ = ["Batch", "ImageData", "ImageTensors", "ShuffledByEpoch", "crop_and_mirror"]
 
 #: Images ``(batch, channels, height, width)`` and labels ``(batch,)``.
 Batch = tuple[Tensor, Tensor]
@@ -114,7 +114,7 @@ class ImageData(LightningDataModule):
         """Training images, shuffled, and augmented if asked for."""
         train = self._splits["train"]
         batches = _Batches(train, self._augmented if self.augment else None)
-        return self._loader(batches, _ShuffledByEpoch(len(train), self.seed))
+        return self._loader(batches, ShuffledByEpoch(len(train), self.seed))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation images in a fixed order."""
@@ -128,7 +128,7 @@ class ImageData(LightningDataModule):
         """The test images again."""
         return self.test_dataloader()
 
-    def _loader(self, batches: _Batches, sampler: _ShuffledByEpoch | None = None) -> DataLoader[Batch]:
+    def _loader(self, batches: _Batches, sampler: ShuffledByEpoch | None = None) -> DataLoader[Batch]:
         # No worker processes: the work of a batch is one gather, far less than sending it between processes.
         # By keyword, because Lightning makes the loader again with its own arguments.
         return DataLoader(batches, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
@@ -183,13 +183,14 @@ class _Batches(Dataset[Batch]):
         return images, batch.labels
 
 
-class _ShuffledByEpoch(Sampler[int]):
-    """A permutation drawn from seed and epoch; Lightning calls ``set_epoch`` on any sampler that has it."""
+class ShuffledByEpoch(Sampler[int]):
+    """A permutation drawn from seed and epoch, so that a resumed run sees the batches of one that never stopped."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Lightning's word that another epoch begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:

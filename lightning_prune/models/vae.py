@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +36,9 @@ class VAE(LightningModule):
     Two convolution blocks halve the image twice, dense layers lead to the latent Gaussian, and the mirror image of both
     leads back. The loss is :math:`\mathrm{BCE} + \beta\,\mathrm{KLD}`, both summed over pixels or latents and averaged
     over the batch, as in the contribution paper's section 4.2; they are logged apart.
+
+    Whenever it is validated in training, ``reconstructions/params=<size>.png`` beside the logs shows validation images
+    and what became of them: one file for every size that the network had, and all of them in W&B.
 
     Nothing here knows of pruning. The latent width cannot shrink: the sum in the divergence runs over it.
 
@@ -102,9 +106,11 @@ class VAE(LightningModule):
         """The loss of one batch, with a sample of the latents."""
         return self._loss("train", batch)
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # noqa: ARG002
-        """Logs ``val_loss``, ``val_bce`` and ``val_kld``, from the latent means."""
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Logs ``val_loss``, ``val_bce`` and ``val_kld``, from the latent means, and reconstructions in training."""
         self._loss("val", batch)
+        if batch_idx == 0 and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._show(batch[0])
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Logs ``test_loss``, ``test_bce`` and ``test_kld``, from the latent means."""
@@ -118,18 +124,6 @@ class VAE(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all parameters."""
         return torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def on_train_end(self) -> None:
-        """Reconstructions of validation images, as ``reconstructions.png`` beside the logs and in W&B."""
-        loaders, folder = self.trainer.val_dataloaders, self.trainer.log_dir  # the folder is asked of all processes
-        if not loaders or folder is None or not self.trainer.is_global_zero:
-            return
-        images = next(iter(loaders))[0]
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = self.picture(images, Path(folder) / "reconstructions.png")
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("reconstructions", [str(path)])
 
     @torch.no_grad()
     def picture(self, images: Tensor, path: str | Path) -> Path:
@@ -152,6 +146,19 @@ class VAE(LightningModule):
         page = page.expand(*page.shape[:2], 3).clamp(0, 1).cpu()
         Image.imsave(path, page.numpy())
         return Path(path)
+
+    def _show(self, images: Tensor) -> None:
+        """One picture beside the logs for each size that the network has in training, and all of them in W&B."""
+        folder = self.trainer.log_dir  # asked of all processes
+        if folder is None or not self.trainer.is_global_zero:
+            return
+        size = sum(parameter.numel() for parameter in self.parameters())
+        home = Path(folder) / "reconstructions"
+        home.mkdir(parents=True, exist_ok=True)
+        path = self.picture(images, home / f"params={size}.png")
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("reconstructions", [str(path)], caption=[f"{size:,} parameters"])
 
     def _loss(self, stage: Literal["train", "val", "test"], batch: Sequence[Tensor]) -> Tensor:
         images = batch[0]

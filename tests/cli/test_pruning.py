@@ -15,7 +15,7 @@ from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
 from tests.cli.modules import MODULE
-from tests.data.files import write_cifar, write_mnist
+from tests.data.files import write_celeba, write_cifar, write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]
@@ -48,16 +48,20 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
     """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
     write_mnist(in_tmp)
     write_mnist(in_tmp, "FashionMNIST")
-    write_cifar(in_tmp, monkeypatch)
-    main(["fit", f"--config={name}", f"--data.root={in_tmp}", *QUIET])
+    for classes in (10, 100):
+        write_cifar(in_tmp, monkeypatch, classes)
+    write_celeba(in_tmp, monkeypatch)
+    small = ["--model.channels=[8,8]", "--model.hidden=[40,16]", "--data.workers=0"] if "celeba" in name else []
+    main(["fit", f"--config={name}", f"--data.root={in_tmp}", *small, *QUIET])
     if "cnn" in name:
         small = load(CNNClassifier, f"runs/{name}/001")
         assert [small.features[0].out_channels, small.features[4].out_channels] == [16, 32]
         assert [small.classifier[1].out_features, small.classifier[3].out_features] == [151, 76]
     elif "vae" in name:
         small = load(VAE, f"runs/{name}/001")
-        assert [small.encoder[0].out_channels, small.encoder[5].out_features, small.mean.out_features] == [22, 358, 32]
-        assert Path(f"runs/{name}/001/reconstructions.png").is_file()
+        found = [small.encoder[0].out_channels, small.encoder[5].out_features, small.mean.out_features]
+        assert found == ([6, 28, 128] if "celeba" in name else [22, 358, 32])
+        assert len(list(Path(f"runs/{name}/001/reconstructions").iterdir())) == 5, "one picture for each size"
     else:
         small = load(MLPClassifier, f"runs/{name}/001")
         assert [small.layers[1].out_features, small.layers[3].out_features] == [16, 10]

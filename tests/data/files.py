@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 
 def write_mnist(root: Path, name: str = "MNIST", train: int = 30, test: int = 20) -> None:
@@ -50,3 +51,25 @@ def write_cifar(
     meta = dict(dataset.meta)
     written = write(meta["filename"], {meta["key"]: [str(i) for i in range(classes)]})
     monkeypatch.setattr(dataset, "meta", {**meta, "md5": written[1]})
+
+
+def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[int, int, int] = (6, 3, 2)) -> None:
+    """Faces of one colour each, their number, with lists in the form of the original."""
+    import torchvision
+
+    dataset, folder = torchvision.datasets.CelebA, root / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{number + 1:06d}.jpg" for number in range(sum(parts))]
+    for number, name in enumerate(names):
+        Image.new("RGB", (178, 218), (20 * number, 0, 0)).save(folder / "img_align_celeba" / name)
+    numbers = {"attr": 40, "bbox": 4, "landmarks": 10}  # columns of the lists that have a head of two lines
+    part = [number for number, count in enumerate(parts) for _ in range(count)]
+    written = []
+    for id_, _, file in dataset.file_list:
+        columns = next((count for key, count in numbers.items() if file.startswith(f"list_{key}")), 0)
+        lines = [f"{len(names)}", " ".join(f"c{i}" for i in range(columns))] if columns else []
+        lines += [f"{name} {' '.join(['-1'] * columns) or part[n]}" for n, name in enumerate(names)]
+        if file.endswith(".txt"):
+            (folder / file).write_text("\n".join(lines) + "\n")
+            written.append((id_, hashlib.md5((folder / file).read_bytes()).hexdigest(), file))
+    monkeypatch.setattr(dataset, "file_list", written)

@@ -16,10 +16,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder, ImageTensors
+from lightning_prune.data import (
+    CIFAR10,
+    CIFAR100,
+    MNIST,
+    CelebA,
+    Digits,
+    FashionMNIST,
+    ImageData,
+    ImageFolder,
+    ImageTensors,
+)
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.models import MLPClassifier
-from tests.data.files import write_cifar, write_mnist
+from tests.data.files import write_celeba, write_cifar, write_mnist
 
 
 class Numbered(ImageData):
@@ -209,6 +219,37 @@ def test_image_folder(tmp_path: Path) -> None:
     assert seen == 20
     with pytest.raises(FileNotFoundError, match="expected a folder with one sub-folder of images per class"):
         ready(ImageFolder(str(tmp_path / "nowhere")))
+
+
+def test_celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_celeba(tmp_path, monkeypatch)
+    data = CelebA(str(tmp_path), size=16, batch_size=4, workers=0)
+    data.setup("fit")
+
+    def colours(loader: Any) -> list[int]:
+        images = torch.cat([images for images, _ in loader])
+        assert images.shape[1:] == (3, 16, 16)
+        assert images.max() <= 1
+        return (images[:, 0, 8, 8] * 255 / 20).round().int().tolist()
+
+    assert sorted(colours(data.train_dataloader())) == [0, 1, 2, 3, 4, 5]
+    assert colours(data.val_dataloader()) == [6, 7, 8]
+    assert colours(data.test_dataloader()) == [9, 10] == colours(data.predict_dataloader())
+    first, again, later = (data.train_dataloader() for _ in range(3))
+    later.sampler.set_epoch(1)
+    assert colours(first) == colours(again) != colours(later)
+    few = CelebA(str(tmp_path), size=16, train_limit=2, workers=0)
+    few.setup("fit")
+    assert sorted(colours(few.train_dataloader())) == [0, 1]
+
+
+def test_celeba_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"list_attr_celeba.txt.*img_align_celeba.*under .*celeba.*mmlab.*`root`"
+    ):
+        CelebA(str(tmp_path)).setup("fit")
+    with pytest.raises(ValueError, match="CelebA: expected `size` of at least 1, got 0"):
+        CelebA(str(tmp_path), size=0)
 
 
 class Seen(MLPClassifier.__base__):  # type: ignore[name-defined,misc]

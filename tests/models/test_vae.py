@@ -54,8 +54,14 @@ def test_a_fit_prunes_all_but_the_latents(tmp_path: Path) -> None:
     trainer.fit(vae, loader(), loader())
     assert (vae.mean.out_features, vae.log_variance.out_features, vae.decoder[0].in_features) == (3, 3, 3)
     assert (vae.encoder[0].out_channels, vae.encoder[5].out_features, vae.mean.in_features) == (2, 8, 6)
-    image = matplotlib.image.imread(next(tmp_path.rglob("reconstructions.png")))
-    assert image.shape[:2] == (2 * 10, 8 * 10)
+    small = sum(parameter.numel() for parameter in vae.parameters())
+    dense = sum(parameter.numel() for parameter in VAE(**SMALL).parameters())
+    pictures = {path.name: matplotlib.image.imread(path) for path in tmp_path.rglob("reconstructions/*")}
+    assert set(pictures) == {f"params={dense}.png", f"params={small}.png"}
+    before, after = pictures[f"params={dense}.png"], pictures[f"params={small}.png"]
+    assert before.shape[:2] == after.shape[:2] == (2 * 10, 8 * 10)
+    assert (before[:10] == after[:10]).all(), "the images above are the same"
+    assert not (before[10:] == after[10:]).all()
     assert {"val_bce", "val_kld", "val_loss"} <= trainer.callback_metrics.keys()
 
 

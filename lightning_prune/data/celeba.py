@@ -1,0 +1,111 @@
+"""CelebA, read by torchvision: faces that are too many to hold in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, final
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+
+from lightning_prune.data.tensors import ShuffledByEpoch
+from lightning_prune.extras import require
+
+__all__ = ["CelebA"]
+
+# Side of the square that is cut out of the aligned pictures (178×218): the face without its surroundings.
+_FACE = 148
+
+
+@final
+class CelebA(LightningDataModule):
+    """202,599 faces of celebrities with 40 attributes (Liu et al., 2015), in the official three parts.
+
+    The centre of each picture is cut out and resized; pixels are in [0, 1], as an autoencoder's loss expects. The order
+    of an epoch is a function of seed and epoch, so that a resumed run sees the same batches.
+
+    The set is not downloaded: its licence is for research only, and the place that torchvision knows refuses many
+    requests. `FileNotFoundError` tells what to put where.
+
+    Args:
+        root: Folder that holds ``celeba`` in torchvision's layout; by default what the environment variable
+            ``LIGHTNING_PRUNE_DATA`` names, else the working folder.
+        size: Height and width of the images.
+        batch_size: Images in a batch.
+        train_limit: Train on the first so many training images only; ``None`` for all.
+        workers: Processes that read and resize images.
+        seed: Seed of the order.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        size: int = 64,
+        batch_size: int = 128,
+        train_limit: int | None = None,
+        workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("train_limit", train_limit, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"CelebA: expected `{name}` of at least {least}, got {value}.")
+        self.root = Path(root or os.environ.get("LIGHTNING_PRUNE_DATA") or ".")
+        self.size, self.batch_size, self.train_limit = size, batch_size, train_limit
+        self.workers, self.seed = workers, seed
+        self._parts: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Reads the lists of the three parts, whatever the stage; pictures are read when they are needed.
+
+        Raises:
+            FileNotFoundError: If the set is not there, or not whole.
+        """
+        if not self._parts:
+            self._parts = {part: self._open(part) for part in ("train", "valid", "test")}
+            if self.train_limit is not None:
+                train = self._parts["train"]
+                self._parts["train"] = Subset(train, range(min(self.train_limit, len(train))))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training images with their attributes, shuffled."""
+        return self._loader("train", ShuffledByEpoch(len(self._parts["train"]), self.seed))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation images in the order of their numbers."""
+        return self._loader("valid")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test images in the order of their numbers."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test images again."""
+        return self.test_dataloader()
+
+    def _open(self, part: str) -> Any:
+        transforms = require("torchvision.transforms", extra="vision")
+        prepare = transforms.Compose(
+            [transforms.CenterCrop(_FACE), transforms.Resize((self.size, self.size)), transforms.ToTensor()]
+        )
+        dataset = require("torchvision.datasets", extra="vision").CelebA
+        try:
+            return dataset(str(self.root), split=part, transform=prepare)
+        except RuntimeError as error:
+            files = [name for *_, name in dataset.file_list if name.endswith(".txt")]
+            raise FileNotFoundError(
+                f"CelebA: expected {', '.join(files)} and the folder img_align_celeba with the pictures under "
+                f"{self.root / 'celeba'}, found them not or not whole. Get img_align_celeba.zip and the lists from "
+                "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, unpack them there, and name the folder above by "
+                "`root` or the environment variable LIGHTNING_PRUNE_DATA."
+            ) from error
+
+    def _loader(self, part: str, sampler: ShuffledByEpoch | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            self._parts[part],
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
