@@ -17,8 +17,18 @@ from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_pl
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.structure import Call, Structure, trace
+from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
-from lightning_prune.surgery import Keep, attach, begun, cut_and_check, history_of, latency_table, original_of, refuse
+from lightning_prune.surgery import (
+    attach,
+    begun,
+    cut_and_check,
+    edits_of,
+    history_of,
+    latency_table,
+    original_of,
+    refuse,
+)
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["prune"]
@@ -71,16 +81,20 @@ def prune(
     """
     target, scope = Target.of(pruning_ratio, budget), Scope.of(scope)
     criterion = L1() if criterion is None else criterion
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"prune: expected `criterion` to be an instance of Criterion, got {criterion!r}. Give `L1()`.")
     optimizers = tuple(optimizers)
     refuse(optimizers)
     subject = subject_for(model, example)
     structure, call = trace(subject), subject.calls[0]
+    history = history_of(model)
+    if scope.min_width == 0:
+        structure = with_flow(structure, subject, history.vanished if history is not None else ())
     if criterion.statistic(structure) is not None:
         raise ValueError(
             f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training. "
             "Use it with the callback `StructuredPruning`."
         )
-    history = history_of(model)
     if target.quantity == "latency":
         structure = with_latency(structure, latency_table(subject, structure))
     original = original_of(model, structure)
@@ -93,10 +107,12 @@ def prune(
     report = Report(dense=_size(model, call, structure), versions=versions())
     after = structure.take(plan.kept)
     if not plan.is_empty:
-        number = len(history.edits) if history is not None else 0
-        edit = Keep(structure.axes(plan.kept), plan.kept, 0, 0, number)
-        remembered = begun(model, structure).add(edit, model)
-        cut_and_check(model, edit.axes, optimizers, (), lambda: model(*call.args, **call.kwargs))
+        number = len({edit.cut for edit in history.edits}) if history is not None else 0
+        remembered = begun(model, structure)
+        for edit in edits_of(structure, plan.kept, 0, 0, number):
+            remembered = remembered.add(edit, model)
+        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
+        cut_and_check(model, axes, optimizers, (), lambda: model(*call.args, **call.kwargs), drops)
         attach(model, remembered)
         if isinstance(model, LightningModule):
             keep_history(model)

@@ -160,10 +160,15 @@ class Watch(Around):
 def snapshot(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Network, history and optimizers' state, copied to the CPU: plain data, as checkpoints take it."""
     history = history_of(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
         "weights": _copied(dict(module.state_dict())),
         "history": None if history is None else history.to_plain(),
         "optimizers": [_copied(optimizer.state_dict()["state"]) for optimizer in optimizers],
+        "groups": [
+            [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ],
     }
 
 
@@ -177,6 +182,13 @@ def go_back(kept: dict[str, Any], module: LightningModule, optimizers: Sequence[
         parameter.grad = None
     conform(module, kept["weights"], history)
     module.load_state_dict(kept["weights"])
+    parameters = dict(module.named_parameters())
+    for optimizer, groups in zip(optimizers, kept.get("groups", ()), strict=False):
+        # Parameters of layers that were taken out, and are back, are new ones.
+        optimizer.state.clear()
+        for group, names in zip(optimizer.param_groups, groups, strict=True):
+            if None not in names:
+                group["params"] = [parameters[name] for name in names]
     for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
         optimizer.load_state_dict({"state": _copied(state), "param_groups": optimizer.state_dict()["param_groups"]})
 

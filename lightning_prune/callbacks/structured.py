@@ -47,15 +47,16 @@ from lightning_prune.planning import (
 from lightning_prune.reporting import Cut, Size
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
 from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, trace
+from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Change,
-    Keep,
     Repair,
     attach,
     begun,
     cut_and_check,
+    edits_of,
     forget,
     history_of,
     install_and_check,
@@ -134,6 +135,11 @@ class StructuredPruning(ScheduledPruning):
         self.layers = layers
         self.ignore = ignore
         self.repairs = (repair,) if isinstance(repair, Repair) else tuple(repair or ())
+        if self.repairs and self.scope.min_width == 0:
+            raise ValueError(
+                f"{type(self).__name__}: expected no `repair` with `min_width=0`, got {self.repairs}: layers that are "
+                "taken out cannot be repaired yet. Leave one of the two out."
+            )
         self.guard = guard
         self.ladder = ladder
         super().__init__(schedule, reset_monitors, dirpath)
@@ -216,7 +222,7 @@ class StructuredPruning(ScheduledPruning):
     @override
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
         history = history_of(module)
-        cuts = [(edit.cut, edit.step) for edit in history.edits] if history is not None else []
+        cuts = list(dict.fromkeys((edit.cut, edit.step) for edit in history.edits)) if history is not None else []
         mine = [(cut.index, cut.step) for cut in self.report.cuts]
         return trainer.global_step > 0 and self._subject is not None and self._subject.model is module and cuts == mine
 
@@ -240,10 +246,11 @@ class StructuredPruning(ScheduledPruning):
         # `true` precisions have another default type, which tensors made in `forward` take.
         with trainer.precision_plugin.module_init_context():
             subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
-            structure = trace(subject)
+            history, structure = history_of(module), trace(subject)
+            if self.scope.min_width == 0:
+                structure = with_flow(structure, subject, history.vanished if history is not None else ())
         for note in structure.notes:
             warnings.warn(note, stacklevel=2)
-        history = history_of(module)
         if self.target.quantity == "latency":
             structure = with_latency(structure, self._latency_table(trainer, subject, structure))
         original = original_of(module, structure)
@@ -256,7 +263,10 @@ class StructuredPruning(ScheduledPruning):
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
             made = history.edits if history is not None and trainer.global_step > 0 else ()
             self._done = max((edit.cut for edit in made), default=-1)
-        timeline = self._moments(trainer, self._resolved.fraction(original, selected))
+        dense = selected
+        if not isinstance(self._resolved.remaining, Mapping):  # what has vanished was there once
+            dense = (*selected, *(original.widths.keys() - structure.widths.keys()))
+        timeline = self._moments(trainer, self._resolved.fraction(original, dense))
         if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
             timeline = ()
@@ -371,11 +381,14 @@ class StructuredPruning(ScheduledPruning):
         assert structure is not None
         assert subject is not None
         call = subject.calls[0]
-        before, after, axes = history_of(module), structure.take(plan.kept), structure.axes(plan.kept)
+        before, after = history_of(module), structure.take(plan.kept)
+        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         # Contributions count from the last cut.
         observation = Observation(self.criterion.statistic(after))
-        edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, point.index, {"share": point.share})
-        history = begun(module, structure).add(edit, module)
+        when = (trainer.current_epoch, trainer.global_step, point.index)
+        history = begun(module, structure)
+        for edit in edits_of(structure, plan.kept, *when, {"share": point.share}):
+            history = history.add(edit, module)
 
         def run() -> Any:
             with trainer.precision_plugin.forward_context():
@@ -389,13 +402,14 @@ class StructuredPruning(ScheduledPruning):
                         contents = self._contents(trainer, module, axes)
                     contents = from_first(trainer, contents)
                     with all_or_none():
-                        change = cut_and_check(module, axes, trainer.optimizers, (), run)
+                        change = cut_and_check(module, axes, trainer.optimizers, (), run, drops)
                         install_and_check(change, module, contents, run)
                         if any(around.restarts for around in self._around):
                             forget(change, trainer.optimizers)
                     same_everywhere(module)  # a new wrapper would make it so
                 attach(module, history)
                 self._structure, self._observation, self._done = after, observation, point.index
+                self._selected = tuple(name for name in self._selected if name in after.widths)
                 epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
                 cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
                 self.report.cuts.append(cut)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -32,7 +32,7 @@ class Plan:
     """What one cut leaves of the groups that it changes.
 
     Attributes:
-        kept: Units that stay, per group: ascending positions in the width before the cut.
+        kept: Units that stay, per group: ascending positions in the width before the cut; none where it vanishes.
         before: Width before the cut of the same groups.
     """
 
@@ -45,9 +45,7 @@ class Plan:
                 f"expected the same groups in `kept` and `before`, got {[*self.kept]} and {[*self.before]}"
             )
         for name, units in self.kept.items():
-            if not units:
-                raise ValueError(f"expected at least one unit to stay in {name!r}, got none")
-            if any(a >= b for a, b in pairwise(units)) or units[0] < 0 or units[-1] >= self.before[name]:
+            if any(a >= b for a, b in pairwise(units)) or (units and (units[0] < 0 or units[-1] >= self.before[name])):
                 raise ValueError(f"expected ascending units below {self.before[name]} in {name!r}, got {units}")
 
     @property
@@ -92,6 +90,8 @@ def make_plan(
     - ERK: groups keep shares proportional to their density, at most 1, until the budget holds.
     - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
       until the budget holds.
+    - With ``min_width=0`` a group may lose its last unit if the network's outputs then still depend on its inputs;
+      groups that are in the same branch go with it. Where that is not so, one unit (or block) stays.
 
     Args:
         structure: The network as it is now.
@@ -109,13 +109,21 @@ def make_plan(
         raise ValueError(f"expected `share` in [0, 1], got {share}")
     ranked = _ranked(structure, scores)
     now = {name: len(values) for name, values in ranked.items()}
+    vanishing = _Vanishing(structure, now, scope)
     if (shares := _shares(target, scope, now)) is not None:
         left = {name: 1 - share * (1 - remaining) for name, remaining in shares.items()}
-        widths = {name: _nearest(original.widths[name] * left[name], width, scope) for name, width in now.items()}
+        nearest = {
+            name: _nearest(original.widths[name] * left[name], now[name], ladder, scope)
+            for name, ladder in vanishing.ladders.items()
+        }
+        widths = vanishing.settle(nearest)
     else:
-        fraction = 1 - share * (1 - target.fraction(original, now))
-        keys = _merits(ranked, scores, scope) if scope.kind == "global" else _paces(structure, now, original, scope)
-        widths = _descend(structure, keys, scope, target.quantity, fraction * original.size(target.quantity, now))
+        # What has vanished was there once.
+        dense = [*now, *(original.widths.keys() - structure.widths.keys())]
+        fraction = 1 - share * (1 - target.fraction(original, dense))
+        merits = scope.kind == "global"
+        keys = _merits(vanishing, ranked, scores, scope) if merits else _paces(vanishing, now, original, scope)
+        widths = _descend(vanishing, keys, target.quantity, fraction * original.size(target.quantity, dense))
     kept = {
         name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
         for name, order in ranked.items()
@@ -144,13 +152,66 @@ def feasible(
             layer in a global scope.
     """
     original = original or Original.of(structure)
-    per_group = _shares(target, scope, selected) is not None
-    limit = target.fraction(original, selected) * original.size(target.quantity, selected)
-    floor = {name: scope.narrowest(structure.widths[name]) for name in selected}
-    smallest = _size(structure, floor, target.quantity)
-    if not per_group and not _holds(smallest, limit, target.quantity):
+    vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope)
+    smallest = vanishing.size(
+        vanishing.settle({n: ladder[-1] for n, ladder in vanishing.ladders.items()}), target.quantity
+    )
+    if _shares(target, scope, selected) is not None:
+        return smallest
+    dense = [*selected, *(original.widths.keys() - structure.widths.keys())]
+    limit = target.fraction(original, dense) * original.size(target.quantity, dense)
+    if not _holds(smallest, limit, target.quantity):
         raise ValueError(_unreachable(smallest, limit, target.quantity, scope))
     return smallest
+
+
+class _Vanishing:
+    """The widths that groups may have, and what goes along when some of them vanish.
+
+    Args:
+        structure: The network as it is now.
+        now: Present widths of the groups that may be pruned, in the order of execution.
+        scope: Limits of the widths.
+
+    Attributes:
+        ladders: Per group every width it may have, descending.
+    """
+
+    def __init__(self, structure: Structure, now: Mapping[str, int], scope: Scope) -> None:
+        self.structure, self.names, self.scope = structure, frozenset(now), scope
+        may = {name: scope.min_width == 0 and self.closed({name}) is not None for name in now}
+        self.ladders = {name: scope.ladder(width, vanish=may[name]) for name, width in now.items()}
+
+    def closed(self, groups: Collection[str]) -> frozenset[str] | None:
+        """Groups that vanish when ``groups`` do; ``None`` if they cannot, or would take along what is to stay."""
+        flow = self.structure.flow
+        removal = None if flow is None else flow.without(groups)
+        if flow is None or removal is None or isinstance(removal, str):
+            return None
+        gone = removal.groups - flow.removal.groups
+        return gone if gone <= self.names else None
+
+    def settle(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Widths in which nothing vanishes that cannot: groups in order, the later one keeps a unit."""
+        gone: frozenset[str] = frozenset()
+        settled = dict(widths)
+        for name, width in widths.items():
+            if width == 0 and name not in gone:
+                together = self.closed(gone | {name})
+                settled[name] = 0 if together is not None else self.ladders[name][-2]
+                gone = gone if together is None else together
+        return settled | dict.fromkeys(gone, 0)
+
+    def size(self, widths: Mapping[str, int], quantity: Quantity) -> float:
+        """Size of the network if the groups in ``widths`` have these, and all others their present one."""
+        if quantity == "units":
+            return sum(widths.values())
+        gone = [name for name, width in widths.items() if width == 0]
+        cost = self.structure.cost
+        if gone:
+            cost = cost.without(gone, self.structure.drops(dict.fromkeys(gone, ())))
+        size: float = getattr(cost, quantity)(self.structure.widths | dict(widths))
+        return size
 
 
 def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, float] | None:
@@ -195,21 +256,22 @@ def _array(scores: Tensor | FloatArray) -> FloatArray:
     return np.asarray(plain, dtype=np.float64)
 
 
-def _nearest(wanted: float, width: int, scope: Scope) -> int:
+def _nearest(wanted: float, width: int, ladder: Sequence[int], scope: Scope) -> int:
     """The allowed width nearest to ``wanted``, halves up."""
     rounded = math.floor(wanted / scope.round_to + 0.5 + _EPSILON) * scope.round_to
-    return min(width, max(rounded, scope.narrowest(width)))
+    return min(width, max(rounded, ladder[-1]))
 
 
-def _paces(structure: Structure, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
+def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
     """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds.
 
     Under ``"erk"`` shares are relative to the densities, which are those of the dense network.
     """
-    density = _densities(structure, now, original) if scope.kind == "erk" else dict.fromkeys(now, 1.0)
+    erk = scope.kind == "erk"
+    density = _densities(vanishing.structure, now, original) if erk else dict.fromkeys(now, 1.0)
     return {
-        name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(scope.ladder(width))])
-        for name, width in now.items()
+        name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(ladder)])
+        for name, ladder in vanishing.ladders.items()
     }
 
 
@@ -230,7 +292,10 @@ def _densities(structure: Structure, names: Collection[str], original: Original)
 
 
 def _merits(
-    ranked: Mapping[str, IndexArray], scores: Mapping[str, Tensor | FloatArray], scope: Scope
+    vanishing: _Vanishing,
+    ranked: Mapping[str, IndexArray],
+    scores: Mapping[str, Tensor | FloatArray],
+    scope: Scope,
 ) -> dict[str, FloatArray]:
     """What each step down of a group costs: the mean score of the units that go, comparable across groups."""
     merits = {}
@@ -239,7 +304,7 @@ def _merits(
         mean = np.abs(values).mean()
         if scope.normalize == "mean" and mean > 0:
             values = values / mean
-        ladder = np.array(scope.ladder(len(order)))
+        ladder = np.array(vanishing.ladders[name])
         starts, sizes = ladder[0] - ladder[:-1], ladder[:-1] - ladder[1:]
         removable = values[order][: ladder[0] - ladder[-1]]
         means = np.add.reduceat(removable, starts) / sizes if sizes.size else np.empty(0)
@@ -248,40 +313,40 @@ def _merits(
     return merits
 
 
-def _descend(
-    structure: Structure, keys: Mapping[str, FloatArray], scope: Scope, quantity: Quantity, limit: float
-) -> dict[str, int]:
+def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Quantity, limit: float) -> dict[str, int]:
     """Take the steps with the lowest keys first, and no more of them than the limit needs.
 
     All steps stand in one fixed order, so the first position at which the limit holds is found by bisection, one more
     step never goes back on another, and a smaller limit always contains a larger one.
     """
-    names = list(keys)
-    ladders = [scope.ladder(structure.widths[name]) for name in names]
+    names, ladders = list(keys), [vanishing.ladders[name] for name in keys]
     group = np.repeat(np.arange(len(names)), [len(ladder) - 1 for ladder in ladders])
     steps = np.concatenate([-np.diff(ladder) for ladder in ladders])
+    left = np.concatenate([ladder[1:] for ladder in ladders])
     order = np.argsort(np.concatenate([keys[name] for name in names]), kind="stable")
+    gone: list[tuple[int, frozenset[str]]] = [(-1, frozenset())]
+    for position in np.flatnonzero(left[order] == 0).tolist():
+        together = vanishing.closed(gone[-1][1] | {names[group[order[position]]]})
+        if together is None:
+            steps[order[position]] = 0  # others have vanished that would have led around it
+        else:
+            gone.append((position, together))
 
     def widths(count: int) -> dict[str, int]:
         first = order[:count]
         lost = np.bincount(group[first], weights=steps[first], minlength=len(names))
-        return {name: ladder[0] - int(n) for name, ladder, n in zip(names, ladders, lost, strict=True)}
+        vanished = gone[bisect_left(gone, count, key=lambda event: event[0]) - 1][1]
+        found = {name: ladder[0] - int(n) for name, ladder, n in zip(names, ladders, lost, strict=True)}
+        return found | dict.fromkeys(vanished, 0)
 
     def holds(count: int) -> bool:
-        return _holds(_size(structure, widths(count), quantity), limit, quantity)
+        return _holds(vanishing.size(widths(count), quantity), limit, quantity)
 
     count = bisect_left(range(len(order) + 1), True, key=holds)
     if count > len(order):
-        raise ValueError(_unreachable(_size(structure, widths(len(order)), quantity), limit, quantity, scope))
+        smallest = vanishing.size(widths(len(order)), quantity)
+        raise ValueError(_unreachable(smallest, limit, quantity, vanishing.scope))
     return widths(count)
-
-
-def _size(structure: Structure, widths: Mapping[str, int], quantity: Quantity) -> float:
-    """Size of the network in ``quantity`` if the groups in ``widths`` have these, and all others their present one."""
-    if quantity == "units":
-        return sum(widths.values())
-    size: float = getattr(structure.cost, quantity)(structure.widths | dict(widths))
-    return size
 
 
 def _holds(size: float, limit: float, quantity: Quantity) -> bool:

@@ -26,7 +26,8 @@ class Scope:
             (fan in + fan out + kernel sizes) / (their product) of the weights that produce it, so that wide layers lose
             most (Erdős–Rényi kernel: Evci et al., 2020, there of single weights); `LAMP` under ``"global"`` is another
             such allocation.
-        min_width: Units that every group keeps, at least 1.
+        min_width: Units that every group keeps. With 0, groups may lose all of them where another path leads around
+            (the branch of a residual block), and their layers are taken out of the network; elsewhere one unit stays.
         round_to: Widths after a cut are multiples of this (8 or 16 suit tensor cores); a narrower group stays.
         normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
             their absolute values within the group, so that layers whose sums have more terms are not favoured;
@@ -46,23 +47,24 @@ class Scope:
             )
         if self.normalize not in ("mean", "none"):
             raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
-        for name in ("min_width", "round_to"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected `{name}` of at least 1, got {getattr(self, name)}")
+        for name, least in (("min_width", 0), ("round_to", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
 
     @classmethod
     def of(cls, scope: ScopeKind | Scope) -> Scope:
         """The scope itself, or the one of this kind with every other setting at its default."""
         return scope if isinstance(scope, Scope) else cls(scope)
 
-    def narrowest(self, width: int) -> int:
-        """Smallest width that a group of ``width`` units may be cut to."""
-        return min(width, -(-self.min_width // self.round_to) * self.round_to)
+    def narrowest(self, width: int, *, vanish: bool = False) -> int:
+        """Smallest width that a group of ``width`` units may be cut to, if it may ``vanish`` or not."""
+        least = self.min_width if vanish else max(self.min_width, 1)
+        return min(width, -(-least // self.round_to) * self.round_to)
 
-    def ladder(self, width: int) -> list[int]:
+    def ladder(self, width: int, *, vanish: bool = False) -> list[int]:
         """Every width that a group of ``width`` units may have, descending, itself first."""
         below = (width - 1) // self.round_to * self.round_to
-        return [width, *range(below, self.narrowest(width) - 1, -self.round_to)]
+        return [width, *range(below, self.narrowest(width, vanish=vanish) - 1, -self.round_to)]
 
 
 def select(
@@ -122,7 +124,7 @@ def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[s
         _check(argument, pattern, structure, frozen)
     first = {group.name: next((p for p in patterns if _picks(p, group)), None) for group in structure.groups}
     for pattern in patterns:
-        if pattern not in first.values():
+        if pattern not in first.values() and not _was(pattern, structure):
             taken = ", ".join(f"{g.name} ({first[g.name]!r})" for g in structure.groups if _picks(pattern, g))
             raise ValueError(
                 f"{argument}={pattern!r} has no effect: earlier names fit the same layers: {taken}. The first that "
@@ -153,7 +155,7 @@ def _picks(pattern: str, group: Group) -> bool:
 
 def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, str]) -> None:
     """Refuse a name that has no effect, and say which one might have been meant."""
-    if any(_picks(pattern, group) for group in structure.groups):
+    if any(_picks(pattern, group) for group in structure.groups) or _was(pattern, structure):
         return
     names = list(dict.fromkeys(name for group in structure.groups for name in (group.name, *group.producers)))
     if fixed := {layer: reason for layer, reason in frozen.items() if _fits(pattern, layer)}:
@@ -168,6 +170,11 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
     near = get_close_matches(pattern, [*names, *frozen], n=3, cutoff=0.5)
     guess = f" Did you mean {', '.join(near)}?" if near else ""
     raise ValueError(f"{argument}={pattern!r} fits no layer.{guess} {_can(names)}")
+
+
+def _was(pattern: str, structure: Structure) -> bool:
+    """Whether a name fits a group that has vanished: the run that goes on was told the same at its start."""
+    return any(_fits(pattern, name) for name in structure.vanished)
 
 
 def _can(names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,10 @@ class Axis:
     def length(self, widths: Mapping[str, int]) -> int:
         """Number of positions when group ``g`` has ``widths[g]`` units."""
         return self.fixed + sum(k * widths[g] for g, k in self.repeat)
+
+    def without(self, groups: Collection[str]) -> Axis:
+        """The axis when ``groups`` have no units."""
+        return replace(self, repeat=tuple((name, k) for name, k in self.repeat if name not in groups))
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,15 @@ class LatencyTable:
     per_byte: float
     layers: tuple[LayerTimes, ...]
 
+    def value(self, widths: Mapping[str, int], memory: int) -> float:
+        """Milliseconds at these widths and so many bytes of activations."""
+        return self.fixed + self.per_byte * memory + sum(layer.value(widths) for layer in self.layers)
+
+    def without(self, groups: Collection[str]) -> LatencyTable:
+        """The table when ``groups`` have no units: layers without inputs or outputs take no time."""
+        layers = (replace(t, axes=(t.axes[0].without(groups), t.axes[1].without(groups))) for t in self.layers)
+        return replace(self, layers=tuple(t for t in layers if all(axis.fixed or axis.repeat for axis in t.axes)))
+
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and strings only, as checkpoints and other processes take them."""
         return {
@@ -144,7 +157,25 @@ class CostModel:
         table = self.latency_table
         if table is None:
             raise ValueError("the latency of this network was not measured: expected a cost model with a table")
-        return table.fixed + table.per_byte * self.memory(widths) + sum(layer.value(widths) for layer in table.layers)
+        return table.value(widths, self.memory(widths))
+
+    def without(self, groups: Collection[str], layers: Mapping[str, str]) -> CostModel:
+        """The costs when ``groups`` have no units and ``layers`` are taken out (`Removal.modules`)."""
+        if not layers:
+            return self
+        silent = {name for name, kind in layers.items() if kind != "constant"}
+
+        def rest(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+            left = (replace(t, axes=tuple(a.without(groups) for a in t.axes)) for t in terms if t.layer not in silent)
+            return tuple(term for term in left if all(axis.fixed or axis.repeat for axis in term.axes))
+
+        table = self.latency_table and self.latency_table.without(groups)
+        shapes = {
+            name: (*shape[:1], 0) if kind == "constant" and name.endswith(".weight") else shape
+            for name, shape in self.shapes.items()
+            if (kind := layers.get(name.rpartition(".")[0])) in (None, "constant")
+        }
+        return CostModel(rest(self.parameters), rest(self.macs_terms), shapes, rest(self.memory_terms), table)
 
     def take(self, axes: Mapping[str, Mapping[int, npt.NDArray[np.int64]]]) -> CostModel:
         """The same terms for a network whose tensors were cut along ``axes``."""

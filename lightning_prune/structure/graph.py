@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_prune.structure.cost import CostModel
+from lightning_prune.structure.vanishing import Flow, Removal
 
 __all__ = ["Axes", "Frozen", "Group", "Member", "Role", "Structure"]
 
@@ -25,6 +26,16 @@ Role = Literal["out", "in", "along"]
 def _layer(tensor: str) -> str:
     """Module that owns a tensor; of what a parametrization computes a weight from, the module with the weight."""
     return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else tensor.rpartition(".")[0]
+
+
+def _leaves(tensor: str, dim: int, drops: Mapping[str, str]) -> bool:
+    """Whether this axis goes with the layers that are taken out: of a constant one its outputs stay."""
+    kind = drops.get(_layer(tensor))
+    return kind is not None and not (kind == "constant" and dim == 0)
+
+
+def _vanished(kept: Mapping[str, Iterable[int]]) -> list[str]:
+    return [name for name, units in kept.items() if not any(True for _ in units)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +106,10 @@ class Group:
             members.append(replace(member, index=index))
         return Group(self.name, len(rows), tuple(members))
 
+    def leave(self, drops: Mapping[str, str]) -> Group:
+        """The group without its members in layers that are taken out."""
+        return replace(self, members=tuple(m for m in self.members if not _leaves(m.tensor, m.dim, drops)))
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -127,17 +142,24 @@ class Structure:
         frozen: What cannot (output axes and bare parameters; one entry per axis), and why.
         cost: Parameters and MACs as a function of the widths.
         notes: Remarks on how the structure was found (a step that could not be traced, say).
+        flow: What it takes to tell which groups may vanish (`with_flow`); without it, none may.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     cost: CostModel
     notes: tuple[str, ...] = field(default=())
+    flow: Flow | None = None
 
     @property
     def widths(self) -> dict[str, int]:
         """Units per group."""
         return {group.name: group.width for group in self.groups}
+
+    @property
+    def vanished(self) -> frozenset[str]:
+        """Names of the groups that have lost all their units, as far as is known."""
+        return frozenset() if self.flow is None else self.flow.removal.groups
 
     def group(self, name: str) -> Group:
         """The group called ``name``.
@@ -150,12 +172,38 @@ class Structure:
                 return group
         raise KeyError(f"no group is called {name!r}; there are: {', '.join(self.widths) or 'none'}")
 
+    def without(self, groups: Iterable[str]) -> Removal:
+        """What goes when ``groups`` lose all their units, and all that went before.
+
+        Raises:
+            ValueError: If they cannot; the text says why.
+        """
+        names = tuple(groups)
+        if self.flow is None:
+            if names:
+                raise ValueError(f"{', '.join(names)}: expected at least one unit to stay, got none (see `with_flow`)")
+            return Removal()
+        removal = self.flow.without(names)
+        if isinstance(removal, str):
+            raise ValueError(f"{', '.join(names)} cannot lose all units: {removal}. Keep at least one unit.")
+        return removal
+
+    def drops(self, kept: Mapping[str, Iterable[int]]) -> dict[str, str]:
+        """Layers that a cut takes out, and what takes their place (`Removal`)."""
+        before = self.flow.removal.modules if self.flow is not None else {}
+        after = self.without(_vanished(kept)).modules
+        return {name: kind for name, kind in after.items() if name not in before}
+
     def axes(self, kept: Mapping[str, Iterable[int]]) -> Axes:
-        """Kept positions of every axis that a cut touches.
+        """Kept positions of every axis that a cut touches; those of layers that it takes out are left out.
 
         Args:
             kept: Units to keep per group, ascending, counted in the present widths; groups left out stay whole.
+
+        Raises:
+            ValueError: If a group is to lose all its units and cannot.
         """
+        drops = self.drops(kept)
         stays: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
         for name, units in kept.items():
             group = self.group(name)
@@ -170,12 +218,20 @@ class Structure:
                 stays[axis][member.index[lost]] = False
         axes: Axes = {}
         for (tensor, dim), mask in stays.items():
-            axes.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
+            if not _leaves(tensor, dim, drops):
+                axes.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return axes
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:
         """The structure after a cut: narrower groups, renumbered positions, the cost model re-based."""
         units = {name: tuple(rows) for name, rows in kept.items()}
-        axes = self.axes(units)
-        groups = tuple(g.take(units.get(g.name, range(g.width)), axes) for g in self.groups)
-        return replace(self, groups=groups, cost=self.cost.take(axes))
+        axes, drops, removal = self.axes(units), self.drops(units), self.without(_vanished(units))
+        groups = tuple(
+            g.take(units.get(g.name, range(g.width)), axes).leave(drops)
+            for g in self.groups
+            if g.name not in removal.groups
+        )
+        frozen = tuple(f for f in self.frozen if not _leaves(f.tensor, f.dim, drops))
+        cost = self.cost.take(axes).without(removal.groups, drops)
+        flow = self.flow and self.flow.take(removal)
+        return replace(self, groups=groups, frozen=frozen, cost=cost, flow=flow)

@@ -27,7 +27,9 @@ _POINT, _WHOLE = 0.01, 0.2
 
 
 def with_latency(structure: Structure, table: LatencyTable) -> Structure:
-    """The structure with a cost model that knows latencies."""
+    """The structure with a cost model that knows latencies; groups that the network has no more take no time."""
+    names = {name for layer in table.layers for axis in layer.axes for name, _ in axis.repeat}
+    table = table.without(names - structure.widths.keys())
     return replace(structure, cost=replace(structure.cost, latency_table=table))
 
 

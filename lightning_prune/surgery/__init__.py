@@ -1,12 +1,14 @@
 """Removing what a plan removes: from the network, its optimizers and its checkpoints, whole or not at all."""
 
 from lightning_prune.surgery.history import (
+    Drop,
     History,
     HistoryError,
     Keep,
     attach,
     begun,
     conform,
+    edits_of,
     history_of,
     latency_table,
     load_from,
@@ -32,6 +34,7 @@ from lightning_prune.surgery.tensors import take
 __all__ = [
     "Change",
     "CutError",
+    "Drop",
     "FoldMean",
     "GroupLasso",
     "GrowingL2",
@@ -53,6 +56,7 @@ __all__ = [
     "conform",
     "cut",
     "cut_and_check",
+    "edits_of",
     "forget",
     "history_of",
     "install",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, IndexArray, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import tensors
+from lightning_prune.structure.standins import Kind
 from lightning_prune.surgery import plain
+from lightning_prune.surgery.depth import layer, restore, template
 from lightning_prune.surgery.plain import HistoryError
 from lightning_prune.surgery.shrink import Change, cut
 from lightning_prune.surgery.tensors import blank, canonical, named, non_persistent
@@ -27,12 +29,14 @@ __all__ = [
     "KEY",
     "VERSION",
     "Dense",
+    "Drop",
     "History",
     "HistoryError",
     "Keep",
     "attach",
     "begun",
     "conform",
+    "edits_of",
     "history_of",
     "latency_table",
     "load_from",
@@ -76,16 +80,42 @@ class Keep:
 
 
 @dataclass(frozen=True, eq=False)
+class Drop:
+    """Layers that were taken out.
+
+    Attributes:
+        modules: What has taken the place of each layer, by its name (`Removal.modules`).
+        groups: Groups that are gone with them.
+        epoch: The epoch in which it was done.
+        step: Optimizer steps that went before.
+        cut: Its place in the schedule, from 0; a `Keep` of the same cut comes before it.
+    """
+
+    kind: ClassVar[str] = "drop"
+
+    modules: Mapping[str, str]
+    groups: tuple[str, ...]
+    epoch: int
+    step: int
+    cut: int
+
+
+Edit = Keep | Drop
+
+
+@dataclass(frozen=True, eq=False)
 class Dense:
     """What a cut takes from a network and no checkpoint holds: kept with the live network, to widen it again.
 
     Attributes:
         buffers: Buffers that a ``state_dict`` leaves out, whole.
         attributes: The configuration that layers have written down, by name of the module.
+        layers: Layers that were taken out, dense and without content, by name.
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, names: Iterable[str]) -> Dense:
@@ -122,7 +152,7 @@ class History:
     params: int
     macs: int
     widths: Mapping[str, int]
-    edits: tuple[Keep, ...] = ()
+    edits: tuple[Edit, ...] = ()
     dense: Dense = field(default_factory=Dense)
     memory: int | None = None
     latency: LatencyTable | None = None
@@ -135,7 +165,7 @@ class History:
             {}, cost.params(widths), cost.macs(widths), widths, memory=cost.memory(widths), latency=cost.latency_table
         )
 
-    def add(self, edit: Keep, model: nn.Module) -> History:
+    def add(self, edit: Edit, model: nn.Module) -> History:
         """The history with ``edit``, which is about to be done to ``model``.
 
         To be called before the cut, while the model still has what will be lost, and attached after it.
@@ -143,6 +173,8 @@ class History:
         Raises:
             HistoryError: If the edit does not fit the model and this history, or is not made of plain numbers.
         """
+        if isinstance(edit, Drop):
+            return self._add_drop(edit, model)
         present = named(model)
         edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
         for name in edit.axes:
@@ -151,21 +183,59 @@ class History:
         new = [name for name in edit.axes if name not in self.shapes]
         seen = Dense.of(model, new)
         # What is written must be readable: better an error now than a lost checkpoint.
-        units = {**self.widths, **{group: len(kept) for past in self.edits for group, kept in past.kept.items()}}
-        edit = _read_edit(_write_edit(edit, {}), {name: list(present[name].shape) for name in edit.axes}, units)
+        lengths = {name: list(present[name].shape) for name in edit.axes}
+        edit = _read_keep(_write_edit(edit, {}), lengths, self._units())
         return replace(
             self,
             shapes={**self.shapes, **{name: tuple(present[name].shape) for name in new}},
             edits=(*self.edits, edit),
             # The other way round a layer cut before would be remembered as it is now.
-            dense=Dense({**seen.buffers, **self.dense.buffers}, {**seen.attributes, **self.dense.attributes}),
+            dense=replace(
+                self.dense,
+                buffers={**seen.buffers, **self.dense.buffers},
+                attributes={**seen.attributes, **self.dense.attributes},
+            ),
         )
+
+    def _add_drop(self, edit: Drop, model: nn.Module) -> History:
+        edit = _read_drop(_write_edit(edit, {}), self._units())
+        templates = {}
+        for name in edit.modules:
+            found = layer(model, name)
+            if found is None:
+                raise HistoryError(f"Expected the name of a layer of the network, got {name!r}.")
+            dense_shapes = {local: self.shapes.get(f"{name}.{local}") for local in tensors(found)}
+            templates[name] = template(found, dense_shapes, self.dense.attributes.get(name, {}))
+        dense = replace(self.dense, layers={**templates, **self.dense.layers})
+        return replace(self, edits=(*self.edits, edit), dense=dense)
+
+    def _units(self) -> dict[str, int]:
+        """Units per group after the last edit."""
+        units = dict(self.widths)
+        for edit in self.edits:
+            if isinstance(edit, Keep):
+                units.update((group, len(kept)) for group, kept in edit.kept.items())
+            else:
+                units.update(dict.fromkeys(edit.groups, 0))
+        return units
+
+    @property
+    def drops(self) -> dict[str, str]:
+        """Every layer that was taken out, and what is in its place."""
+        return {name: kind for edit in self.edits if isinstance(edit, Drop) for name, kind in edit.modules.items()}
+
+    @property
+    def vanished(self) -> frozenset[str]:
+        """Groups that have lost all their units."""
+        return frozenset(name for edit in self.edits if isinstance(edit, Drop) for name in edit.groups)
 
     @property
     def axes(self) -> Axes:
         """What remains of the dense network: all edits as one."""
         whole: Axes = {}
         for edit in self.edits:
+            if not isinstance(edit, Keep):
+                continue
             for name, axes in edit.axes.items():
                 remaining = whole.setdefault(name, {})
                 for dim, kept in axes.items():
@@ -174,11 +244,19 @@ class History:
 
     @property
     def shapes_now(self) -> dict[str, Shape]:
-        """Shapes after the last edit, of the tensors that were ever cut."""
-        return {
+        """Shapes after the last edit, of the tensors that were ever cut and still exist."""
+        shapes = {
             name: tuple(len(axes.get(dim, range(length))) for dim, length in enumerate(self.shapes[name]))
             for name, axes in self.axes.items()
         }
+        drops = self.drops
+        for name, shape in list(shapes.items()):
+            kind, local = drops.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if kind == "constant" and local == "weight":
+                shapes[name] = (shape[0], 0)
+            elif kind is not None and kind != "constant":
+                del shapes[name]
+        return shapes
 
     def to_plain(self) -> dict[str, Any]:
         """Dictionaries, lists, strings, numbers and int64 tensors: what loads with ``weights_only=True``."""
@@ -214,7 +292,7 @@ class History:
         # Both follow the edits as they are read.
         lengths, units = {name: list(shape) for name, shape in shapes.items()}, dict(widths)
         edits = tuple(_read_edit(edit, lengths, units) for edit in plain.entry(top, "edits", list))
-        untouched = shapes.keys() - {name for edit in edits for name in edit.axes}
+        untouched = shapes.keys() - {name for edit in edits if isinstance(edit, Keep) for name in edit.axes}
         if untouched:
             raise plain.damaged(f"it has a dense shape for {min(untouched)!r}, which no edit cuts")
         params, macs = (plain.entry(original, key, int) for key in ("params", "macs"))
@@ -243,6 +321,23 @@ def begun(model: nn.Module, structure: Structure) -> History:
     return history if history.latency is not None else replace(history, latency=structure.cost.latency_table)
 
 
+def edits_of(
+    structure: Structure,
+    kept: Mapping[str, tuple[int, ...]],
+    epoch: int,
+    step: int,
+    cut: int,
+    info: Mapping[str, float] | None = None,
+) -> tuple[Edit, ...]:
+    """The edits that a cut consists of: what becomes narrower, and what is taken out."""
+    axes, drops = structure.axes(kept), structure.drops(kept)
+    narrow = {name: units for name, units in kept.items() if units}
+    edits: list[Edit] = [Keep(axes, narrow, epoch, step, cut, info or {})] if axes or narrow else []
+    if drops:
+        edits.append(Drop(drops, tuple(name for name, units in kept.items() if not units), epoch, step, cut))
+    return tuple(edits)
+
+
 def latency_table(subject: Subject, structure: Structure) -> LatencyTable:
     """The table that the network was cut by before, or else one that is measured now."""
     history = history_of(subject.model)
@@ -264,14 +359,16 @@ def original_of(model: nn.Module, structure: Structure) -> Original:
     history = history_of(model)
     if history is None:
         return Original.of(structure)
-    if history.widths.keys() != structure.widths.keys():
+    expected = history.widths.keys() - history.vanished
+    if expected != structure.widths.keys():
         raise HistoryError(
-            f"expected the groups the network was pruned with ({', '.join(history.widths)}), found "
+            f"expected the groups the network was pruned with ({', '.join(sorted(expected))}), found "
             f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
         )
     cost = structure.cost
     memory = cost.memory(history.widths) if history.memory is None else history.memory
-    latency = None if cost.latency_table is None else cost.latency(history.widths)
+    table = history.latency or cost.latency_table
+    latency = None if table is None else table.value(history.widths, memory)
     return Original(history.params, history.macs, history.widths, memory, latency)
 
 
@@ -319,7 +416,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
             f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
             "Build the network with the arguments it had when the checkpoint was written."
         )
-    if mine is not None and history is not None and _same_axes(mine.axes, history.axes):
+    if mine is not None and history is not None and _same(mine, history):
         attach(model, replace(history, dense=mine.dense))
         return
     change = Change()
@@ -327,8 +424,9 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
         if mine is not None:
             _widen(change, model, mine)
         if history is not None:
-            history = replace(history, dense=Dense.of(model, history.shapes))
-            cut(model, history.axes)
+            layers = {name: template(found, {}, {}) for name in history.drops if (found := layer(model, name))}
+            history = replace(history, dense=replace(Dense.of(model, history.shapes), layers=layers))
+            cut(model, history.axes, drops=history.drops)
         attach(model, history)
     except BaseException:
         change.undo()
@@ -347,8 +445,10 @@ def replay(model: nn.Module, history: History) -> None:
 
 
 def _widen(change: Change, model: nn.Module, history: History) -> None:
-    present, dense = named(model), history.dense
+    dense = history.dense
     with torch.inference_mode(False), torch.no_grad():
+        restore(change, model, dense.layers)
+        present = named(model)
         for name, shape in history.shapes.items():
             content = blank(present[name], shape)
             if name in dense.buffers:
@@ -359,27 +459,44 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
             change.set_attributes(module, dense.attributes[canonical(prefix)])
 
 
+def _before(model: nn.Module, mine: History | None) -> dict[str, Tensor]:
+    """The tensors by name of the network that ``model`` was: with what was taken out, without what replaces it."""
+    present = named(model)
+    for prefix, bare in mine.dense.layers.items() if mine is not None else ():
+        present = {name: tensor for name, tensor in present.items() if name.rpartition(".")[0] != prefix}
+        present.update((f"{prefix}.{local}", tensor) for local, tensor in tensors(bare).items())
+    return present
+
+
 def _differences(
     model: nn.Module, mine: History | None, history: History | None, state_dict: Mapping[str, Any]
 ) -> Iterator[str]:
     """In words: where a checkpoint does not fit the network that ``model`` was when it was dense."""
-    present = named(model)
+    present = _before(model, mine)
     # By object, as a tied tensor has several names and a history may know only one of them.
     dense = {id(tensor): tuple(tensor.shape) for tensor in present.values() if not is_lazy(tensor)}
     if mine is not None:
         dense.update((id(present[name]), shape) for name, shape in mine.shapes.items())
     expected = dict(dense)
     if history is not None:
+        yield from (f"{name} was taken out, here it is missing" for name in history.drops if layer(model, name) is None)
         for name, shape in history.shapes.items():
             here = dense.get(id(present[name])) if name in present else None
             if here != shape:
                 yield f"{name} was {list(shape)} before it was cut, here it is {list(here) if here else 'missing'}"
-        expected.update((id(present[name]), shape) for name, shape in history.shapes_now.items() if name in present)
+        expected |= _narrow(present, dense, history)
     for full_name, weight in state_dict.items():
         name = canonical(full_name)
         wanted = expected.get(id(present[name])) if name in present else None
         if wanted is not None and isinstance(weight, Tensor) and not is_lazy(weight) and tuple(weight.shape) != wanted:
             yield f"{name} is {list(weight.shape)}, here it should be {list(wanted)}"
+
+
+def _narrow(present: Mapping[str, Tensor], dense: Mapping[int, Shape], history: History) -> dict[int, Shape]:
+    """Shapes after all edits of what they change, by tensor of the dense network."""
+    weights = {f"{name}.weight" for name, kind in history.drops.items() if kind == "constant"} & present.keys()
+    shapes = {id(present[name]): (*dense[id(present[name])][:1], 0) for name in weights}
+    return shapes | {id(present[name]): shape for name, shape in history.shapes_now.items() if name in present}
 
 
 def _table(found: dict[str, Any]) -> LatencyTable:
@@ -389,7 +506,7 @@ def _table(found: dict[str, Any]) -> LatencyTable:
         raise plain.damaged(f"its table of latencies is none ({type(error).__name__}: {error})") from error
 
 
-def _write_edit(edit: Keep, known: dict[bytes, Tensor]) -> dict[str, Any]:
+def _write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
     """One edit as plain data; equal positions share a tensor among all that is ``known``."""
 
     def tensor(positions: IndexArray | tuple[int, ...]) -> Tensor:
@@ -397,13 +514,15 @@ def _write_edit(edit: Keep, known: dict[bytes, Tensor]) -> dict[str, Any]:
         array = np.array(positions, dtype=np.int64)
         return known.setdefault(array.tobytes(), torch.from_numpy(array))
 
+    when = {"epoch": int(edit.epoch), "step": int(edit.step), "cut": int(edit.cut)}
+    if isinstance(edit, Drop):
+        modules = {canonical(name): str(kind) for name, kind in edit.modules.items()}
+        return {"kind": edit.kind, "modules": modules, "groups": [str(group) for group in edit.groups], **when}
     return {
         "kind": edit.kind,
         "axes": {name: {dim: tensor(kept) for dim, kept in axes.items()} for name, axes in edit.axes.items()},
         "kept": {group: tensor(units) for group, units in edit.kept.items()},
-        "epoch": int(edit.epoch),
-        "step": int(edit.step),
-        "cut": int(edit.cut),
+        **when,
         "info": {name: _plain_number(name, value) for name, value in edit.info.items()},
     }
 
@@ -417,6 +536,10 @@ def _plain_number(name: str, value: object) -> int | float:
     raise HistoryError(f"Expected `info[{name!r}]` to be a plain number, got {type(value).__name__}.")
 
 
+def _same(mine: History, history: History) -> bool:
+    return mine.drops == history.drops and _same_axes(mine.axes, history.axes)
+
+
 def _same_axes(first: Axes, second: Axes) -> bool:
     return first.keys() == second.keys() and all(
         first[name].keys() == second[name].keys()
@@ -425,12 +548,31 @@ def _same_axes(first: Axes, second: Axes) -> bool:
     )
 
 
-def _read_edit(found: object, lengths: dict[str, list[int]], units: dict[str, int]) -> Keep:
+def _read_edit(found: object, lengths: dict[str, list[int]], units: dict[str, int]) -> Edit:
     """One edit of a history; ``lengths`` of tensors and ``units`` of groups go from before it to after it."""
     edit: dict[str, Any] = plain.value(found, dict, "an edit")
     kind = plain.entry(edit, "kind", str)
-    if kind != Keep.kind:
-        raise HistoryError(f"The pruning history holds an edit of the unknown kind {kind!r}. {_UPGRADE}")
+    if kind == Keep.kind:
+        return _read_keep(edit, lengths, units)
+    if kind == Drop.kind:
+        return _read_drop(edit, units)
+    raise HistoryError(f"The pruning history holds an edit of the unknown kind {kind!r}. {_UPGRADE}")
+
+
+def _read_drop(edit: dict[str, Any], units: dict[str, int]) -> Drop:
+    modules = dict(plain.items(edit, "modules", str))
+    if unknown := {kind for kind in modules.values() if kind not in get_args(Kind)}:
+        raise HistoryError(f"The pruning history puts an unknown {min(unknown)!r} in place of a layer. {_UPGRADE}")
+    groups = tuple(plain.value(group, str, "a group that is gone") for group in plain.entry(edit, "groups", list))
+    for group in groups:
+        if not units.get(group):
+            raise plain.damaged(f"an edit takes out a group {group!r} that is not there")
+        units[group] = 0
+    epoch, step, index = (plain.entry(edit, key, int) for key in ("epoch", "step", "cut"))
+    return Drop(modules, groups, epoch, step, index)
+
+
+def _read_keep(edit: dict[str, Any], lengths: dict[str, list[int]], units: dict[str, int]) -> Keep:
     axes: Axes = {}
     for name, dims in plain.items(edit, "axes", dict):
         length = lengths.get(name, [])

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import refresh, tensors
+from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.tensors import canonical, named, take, zero
 
@@ -66,14 +67,8 @@ class Change:
     def replace_entries(self, entries: dict[Any, Any], new: Mapping[Any, Any]) -> None:
         """Give a dictionary other entries; the object stays."""
         old = dict(entries)
-
-        def back() -> None:
-            entries.clear()
-            entries.update(old)
-
-        self._back.append(back)
-        entries.clear()
-        entries.update(new)
+        self._back.append(lambda: _refill(entries, old))
+        _refill(entries, new)
 
     def set_attributes(self, module: nn.Module, values: Mapping[str, Any]) -> None:
         """Set plain attributes of ``module``."""
@@ -89,7 +84,13 @@ class Change:
         self._back[-1] = lambda: _restore(attributes, old, changed)
 
 
-def cut(model: nn.Module, axes: Axes, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()) -> Change:
+def cut(
+    model: nn.Module,
+    axes: Axes,
+    optimizers: Iterable[Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+    drops: Mapping[str, str] | None = None,
+) -> Change:
     """Make a network physically narrower, in place, with everything that follows it.
 
     Parameters, their gradients, buffers and the optimizers' state are sliced, and the layers' width attributes set.
@@ -100,6 +101,7 @@ def cut(model: nn.Module, axes: Axes, optimizers: Iterable[Optimizer] = (), copi
         axes: What to keep, by name of parameter or buffer and dimension (``structure.axes(kept)``).
         optimizers: Every optimizer that steps one of its parameters.
         copies: Modules of the same structure (averaged weights) that are cut alike.
+        drops: Layers that are taken out whole, after that, by name (``structure.drops(kept)``).
 
     Returns:
         The handle that undoes it.
@@ -111,7 +113,7 @@ def cut(model: nn.Module, axes: Axes, optimizers: Iterable[Optimizer] = (), copi
     Whatever is raised, by this function or inside it, the network is then as it was.
     """
     change = Change()
-    _cut(change, model, axes, optimizers, copies)
+    _cut(change, model, axes, tuple(optimizers), tuple(copies), drops or {})
     return change
 
 
@@ -136,6 +138,7 @@ def cut_and_check(
     optimizers: Iterable[Optimizer],
     copies: Iterable[nn.Module],
     run: Callable[[], Any],
+    drops: Mapping[str, str] | None = None,
 ) -> Change:
     """:func:`cut`, then :func:`check`; undone whole if anything fails.
 
@@ -145,6 +148,7 @@ def cut_and_check(
         optimizers: Every optimizer that steps one of its parameters.
         copies: Modules of the same structure that are cut alike.
         run: A forward pass of the network on an example, in the mode and precision that training uses.
+        drops: Layers that are taken out whole.
 
     Raises:
         CutError: If the cut or the check fails; the text says why, and the network is as it was.
@@ -152,14 +156,14 @@ def cut_and_check(
     optimizers, copies = tuple(optimizers), tuple(copies)
     change = Change()
     try:
-        _cut(change, model, axes, optimizers, copies)
+        _cut(change, model, axes, optimizers, copies, drops or {})
         if not check(run, model):
             # A network may have infinite values by design, or have diverged before: only what is new speaks
             # against the cut.
             change.undo()
             if check(run, model):
                 raise CutError("the outputs or gradients are no longer finite, before the cut they were")
-            _cut(change, model, axes, optimizers, copies)
+            _cut(change, model, axes, optimizers, copies, drops or {})
     except Exception as error:
         change.undo()
         raise CutError(f"The cut failed and was taken back, nothing has changed: {error}") from error
@@ -212,7 +216,12 @@ class _Piece:
 
 
 def _cut(
-    change: Change, model: nn.Module, axes: Axes, optimizers: Iterable[Optimizer], copies: Iterable[nn.Module]
+    change: Change,
+    model: nn.Module,
+    axes: Axes,
+    optimizers: Iterable[Optimizer],
+    copies: Iterable[nn.Module],
+    drops: Mapping[str, str],
 ) -> None:
     optimizers, modules = [unwrap(optimizer) for optimizer in optimizers], [model, *copies]
     refuse(optimizers)
@@ -237,6 +246,10 @@ def _cut(
             change.replace_entries(entries, new_entries)
         for owner, old_shapes in owners.items():
             change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
+        try:
+            drop(change, modules, drops, optimizers)
+        except ValueError as error:
+            raise CutError(f"Cannot take out a layer: {error}. Nothing has changed.") from error
         if any(alive):
             warnings.warn(
                 "An autograd graph from before the cut is still alive: is a loss or output kept without `.detach()`, "
@@ -328,6 +341,11 @@ def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> bool:
 
 def _shape_in_graph(tensor: Tensor) -> tuple[int, ...]:
     return tuple(get_gradient_edge(tensor).node._input_metadata[0].shape)
+
+
+def _refill(entries: dict[str, Any], new: Mapping[str, Any]) -> None:
+    entries.clear()
+    entries.update(new)
 
 
 def _restore(attributes: dict[str, Any], old: Mapping[str, Any], names: Set[str]) -> None:

@@ -163,3 +163,8 @@ def test_dead_channels_leave_without_a_trace() -> None:
 def test_an_argument_of_a_wrong_type_is_named(argument: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"`{next(iter(argument))}` to be an instance"):
         StructuredPruning(pruning_ratio=0.5, **argument)
+
+
+def test_a_criterion_of_a_wrong_type_is_named_by_the_function_too() -> None:
+    with pytest.raises(TypeError, match="`criterion` to be an instance of Criterion, got <class"):
+        prune(network(), EXAMPLE, pruning_ratio=0.5, criterion=L2)  # type: ignore[arg-type]

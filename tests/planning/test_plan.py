@@ -333,7 +333,6 @@ def test_plan_is_a_printable_storable_value(mlp):
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ((), "at least one unit to stay in 'a'"),
         ((1, 0), "ascending units below 3"),
         ((1, 1), "ascending units"),
         ((0, 3), "ascending units below 3"),

@@ -265,12 +265,12 @@ def test_a_failure_while_loading_changes_nothing(net, stage, fatal, photograph, 
     calls = 0
     original = getattr(history_module, stage)
 
-    def failing(*args):
+    def failing(*args, **options):
         nonlocal calls
         calls += 1
         if calls == 2 or stage != "blank":
             raise fatal("planted")
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(history_module, stage, failing)
     with pytest.raises(fatal, match="planted"):
@@ -364,7 +364,8 @@ class TestPlain:
             (("original", "latency"), {"fixed": 1.0}, "table of latencies is none"),
             (("edits",), {}, "'edits' to be a list"),
             (("edits", 0), "cut", "an edit to be a dict"),
-            (("edits", 0, "kind"), "drop", "unknown kind 'drop'.*upgrade"),
+            (("edits", 0, "kind"), "grow", "unknown kind 'grow'.*upgrade"),
+            (("edits", 0, "kind"), "drop", "it has no 'modules'"),
             (("edits", 0, "axes", "0.bias", 1), torch.arange(2), "cuts dimension 1 of '0.bias', which has 1"),
             (("edits", 0, "axes", "0.bias", "0"), torch.arange(2), "a dimension of '0.bias' to be a int"),
             (("edits", 0, "axes", "0.bias", 0), [0, 1], "to be a Tensor, got list"),

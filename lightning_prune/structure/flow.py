@@ -1,0 +1,202 @@
+"""One more pass over a network that records what flows where, to know which of its groups may vanish."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_prune.structure.analysis import _KINDS, Subject, _Analysis
+from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import tensors
+from lightning_prune.structure.rules import RULES, unknown
+from lightning_prune.structure.standins import CONVOLUTIONS, NORMS
+from lightning_prune.structure.tracing import Call, IndexArray, Tracer, output_tensors
+from lightning_prune.structure.vanishing import Flow, Op, Pass, Piece, Removal
+
+__all__ = ["with_flow"]
+
+#: Operators that look at the shape of what they get, not at its content.
+_BLIND = frozenset(
+    f"{name}{like}" for name in ("zeros", "ones", "empty", "full", "rand", "randn") for like in ("_like",)
+) | frozenset(f"new_{name}" for name in ("zeros", "ones", "empty", "full", "empty_strided"))
+
+Raw = tuple[int, bool, tuple[Any, ...]]
+
+
+class _Recorder(Tracer):  # type: ignore[no-untyped-call]
+    """Follows every index and writes down the operators too."""
+
+    def __init__(self, analysis: _Analysis) -> None:
+        super().__init__(analysis.atoms, RULES, unknown)
+        self.ops: list[tuple[list[Raw], list[Raw], bool]] = []
+
+    def raw(self, tensor: torch.Tensor) -> Raw:
+        """A tensor's memory, whether it has no elements at all, and the labels of its axes."""
+        storage = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+        return storage, tensor.numel() == 0, self.value(tensor).axes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        before = [self.raw(tensor) for tensor in inputs]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != "prim":
+            outputs = [self.raw(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            reads = str(func._schema.name).removeprefix("aten::") not in _BLIND
+            self.ops.append((before, outputs, reads))
+        return out
+
+
+def with_flow(structure: Structure, subject: Subject, gone: Collection[str] = ()) -> Structure:
+    """The structure with what it takes to tell which of its groups may vanish.
+
+    Args:
+        structure: Of the network as it is now.
+        subject: The network and how it is run.
+        gone: Groups that it had before they vanished.
+    """
+    with torch.inference_mode(False):
+        analysis = _Analysis(subject)
+        recorder = _Recorder(analysis)
+        runs = [_run(recorder, analysis, call) for call in subject.calls]
+        for call in subject.optional:
+            with suppress(Exception):  # `trace` has left a note about it
+                runs.append(_run(recorder, analysis, call))
+    cover = _Covers(analysis, structure)
+    passes = tuple(_pass(cover, *run) for run in runs)
+    flow = _flow(cover, passes, analysis, structure, subject.model)
+    return replace(structure, flow=flow.take(Removal(frozenset(gone))))
+
+
+Run = tuple[list[tuple[list[Raw], list[Raw], bool]], set[int], list[Raw], dict[int, tuple[str, ...]], bool]
+
+
+def _run(recorder: _Recorder, analysis: _Analysis, call: Call) -> Run:
+    """Run a call on the cheapest kind of tensors that it runs on."""
+    for kind in _KINDS:
+        copy = analysis._copy(kind)
+        recorder.ops = []
+        try:
+            out = copy.run(recorder, call, analysis.labels)
+        except Exception:
+            recorder.forget()
+            if kind == _KINDS[-1]:
+                raise
+            continue
+        outputs = [recorder.raw(tensor) for tensor in output_tensors(out)]
+        names: dict[int, tuple[str, ...]] = {}
+        for name, tensor in copy.named.items():
+            if isinstance(tensor, nn.Parameter):
+                storage = recorder.raw(tensor)[0]
+                names[storage] = (*names.get(storage, ()), name)
+        known = {recorder.raw(tensor)[0] for tensor in copy.named.values()}
+        made = {raw[0] for _, outs, _ in recorder.ops for raw in outs}
+        # What was there from the start and is no tensor of the network came in.
+        inputs = {raw[0] for ins, _, _ in recorder.ops for raw in ins} - known - made
+        inputs |= _first_seen(recorder.ops) - known
+        ops = recorder.ops
+        recorder.forget()
+        return ops, inputs, outputs, names, call.method == "forward"
+    raise AssertionError
+
+
+def _first_seen(ops: Sequence[tuple[list[Raw], list[Raw], bool]]) -> set[int]:
+    """Memory that is read before anything is written to it: views of an input share its memory."""
+    written: set[int] = set()
+    found: set[int] = set()
+    for inputs, outputs, _ in ops:
+        found |= {raw[0] for raw in inputs} - written
+        written |= {raw[0] for raw in outputs} | {raw[0] for raw in inputs}
+    return found
+
+
+class _Covers:
+    """Which groups an axis is wholly made of."""
+
+    def __init__(self, analysis: _Analysis, structure: Structure) -> None:
+        self.atoms = analysis.atoms
+        self.names = [group.name for group in structure.groups]
+        self.owner = np.full(len(self.atoms.parent), -1)
+        for number, group in enumerate(structure.groups):
+            first = group.members[0]
+            self.owner[self.atoms.find(analysis.labels[first.tensor][first.dim][first.index[:, 0]])] = number
+
+    def of(self, axis: IndexArray) -> frozenset[str] | None:
+        """The groups; ``None`` if something else is among them."""
+        owners = self.owner[self.atoms.find(axis)]
+        return None if (owners < 0).any() else frozenset(self.names[i] for i in np.unique(owners).tolist())
+
+    def piece(self, raw: Raw) -> Piece:
+        """A tensor with its covers; one without elements is empty whatever goes."""
+        storage, empty, axes = raw
+        if empty:
+            return Piece(storage, (frozenset(),))
+        found = [self.of(axis) for axis in axes if isinstance(axis, np.ndarray) and len(axis)]
+        return Piece(storage, tuple(dict.fromkeys(cover for cover in found if cover is not None)))
+
+
+def _pass(
+    cover: _Covers,
+    ops: list[tuple[list[Raw], list[Raw], bool]],
+    inputs: set[int],
+    outputs: list[Raw],
+    names: dict[int, tuple[str, ...]],
+    guarded: bool,
+) -> Pass:
+    kept = tuple(
+        Op(tuple(cover.piece(raw) for raw in ins), tuple(cover.piece(raw) for raw in outs), reads)
+        for ins, outs, reads in ops
+    )
+    return Pass(kept, frozenset(inputs), tuple(cover.piece(raw) for raw in outputs), names, guarded)
+
+
+def _flow(
+    cover: _Covers, passes: tuple[Pass, ...], analysis: _Analysis, structure: Structure, model: nn.Module
+) -> Flow:
+    covers: dict[str, dict[int, frozenset[str]]] = {}
+    for name, axes in analysis.labels.items():
+        for dim, axis in enumerate(axes):
+            groups = cover.of(axis) if len(axis) else None
+            if groups is not None:
+                covers.setdefault(name, {})[dim] = groups
+    parameters = [name for name, tensor in analysis.first.named.items() if isinstance(tensor, nn.Parameter)]
+    owners = {name: name.rpartition(".")[0] for name in parameters}
+    producers = {
+        group.name: tuple(m.tensor for m in group.members if m.role == "out" and m.tensor in owners)
+        for group in structure.groups
+    }
+    return Flow(passes, covers, owners, _kinds(model), producers)
+
+
+def _kinds(model: nn.Module) -> Mapping[str, str]:
+    """Which layers can go, and why others cannot."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        for tensor in tensors(module).values():
+            users.setdefault(id(tensor), set()).add(id(module))
+    shared = {id(m) for m in model.modules() if any(len(users[id(tensor)]) > 1 for tensor in tensors(m).values())}
+    kinds = {}
+    for name, module in model.named_modules():
+        kinds[name] = _kind(module)
+        if len(places[id(module)]) > 1:
+            kinds[name] = "it stands in several places"
+        elif id(module) in shared:
+            kinds[name] = "its weights are tied"
+    return kinds
+
+
+def _kind(module: nn.Module) -> str:
+    if hasattr(module, "parametrizations"):
+        return "its weight is computed"
+    if type(module) is nn.Linear or type(module) in CONVOLUTIONS:
+        return "linear"
+    return "norm" if type(module) in NORMS else f"nothing is known that could stand in for a {type(module).__name__}"
