@@ -246,13 +246,10 @@ class StructuredPruning(ScheduledPruning):
         # `true` precisions have another default type, which tensors made in `forward` take.
         with trainer.precision_plugin.module_init_context():
             subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
-            history, structure = history_of(module), trace(subject)
-            if self.scope.min_width == 0:
-                structure = with_flow(structure, subject, history.vanished if history is not None else ())
+            structure = self._traced(trainer, subject)
         for note in structure.notes:
             warnings.warn(note, stacklevel=2)
-        if self.target.quantity == "latency":
-            structure = with_latency(structure, self._latency_table(trainer, subject, structure))
+        history = history_of(module)
         original = original_of(module, structure)
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         statistic = self.criterion.statistic(structure)
@@ -263,10 +260,7 @@ class StructuredPruning(ScheduledPruning):
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
             made = history.edits if history is not None and trainer.global_step > 0 else ()
             self._done = max((edit.cut for edit in made), default=-1)
-        dense = selected
-        if not isinstance(self._resolved.remaining, Mapping):  # what has vanished was there once
-            dense = (*selected, *(original.widths.keys() - structure.widths.keys()))
-        timeline = self._moments(trainer, self._resolved.fraction(original, dense))
+        timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
             timeline = ()
@@ -280,6 +274,15 @@ class StructuredPruning(ScheduledPruning):
             dense = Size.of(structure, original)
             self.report.dense = dense if history else self._showing(trainer).measure(module, subject.calls[0], dense)
         self._begin_report()
+
+    def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
+        """The structure, with all that planning has to know."""
+        structure, history = trace(subject), history_of(subject.model)
+        if self.scope.min_width == 0:
+            structure = with_flow(structure, subject, history.vanished if history is not None else ())
+        if self.target.quantity == "latency":
+            structure = with_latency(structure, self._latency_table(trainer, subject, structure))
+        return structure
 
     def _latency_table(self, trainer: Trainer, subject: Subject, structure: Structure) -> LatencyTable:
         """What latencies are reckoned by, measured once on the first process: another table would be another plan."""

@@ -118,8 +118,7 @@ def make_plan(
         }
         widths = vanishing.settle(nearest)
     else:
-        # What has vanished was there once.
-        dense = [*now, *(original.widths.keys() - structure.widths.keys())]
+        dense = original.among(now, structure)
         fraction = 1 - share * (1 - target.fraction(original, dense))
         merits = scope.kind == "global"
         keys = _merits(vanishing, ranked, scores, scope) if merits else _paces(vanishing, now, original, scope)
@@ -158,7 +157,7 @@ def feasible(
     )
     if _shares(target, scope, selected) is not None:
         return smallest
-    dense = [*selected, *(original.widths.keys() - structure.widths.keys())]
+    dense = original.among(selected, structure)
     limit = target.fraction(original, dense) * original.size(target.quantity, dense)
     if not _holds(smallest, limit, target.quantity):
         raise ValueError(_unreachable(smallest, limit, target.quantity, scope))

@@ -45,6 +45,10 @@ class Original:
         latency = None if cost.latency_table is None else cost.latency(widths)
         return cls(cost.params(widths), cost.macs(widths), widths, cost.memory(widths), latency)
 
+    def among(self, selected: Collection[str], structure: Structure) -> tuple[str, ...]:
+        """The ``selected`` groups, and those that have vanished: they were there once."""
+        return (*selected, *(self.widths.keys() - structure.widths.keys()))
+
     def size(self, quantity: Quantity, selected: Collection[str]) -> float:
         """The dense size in ``quantity``; units are counted over the ``selected`` groups only.
 
@@ -158,7 +162,7 @@ class Target:
 
         Args:
             original: Size of the dense network.
-            selected: Names of the groups that may be pruned; with shares per layer those that `resolve` gave.
+            selected: Names of the groups that may be pruned, or were (`Original.among`).
 
         Raises:
             ValueError: If a count is larger than the network.
@@ -166,8 +170,8 @@ class Target:
         if isinstance(self.remaining, float):
             return self.remaining
         if isinstance(self.remaining, Mapping):
-            left = sum(self.remaining[name] * original.widths[name] for name in selected)
-            return left / sum(original.widths[name] for name in selected)
+            widths = {name: original.widths[name] for name in selected if name in self.remaining}
+            return sum(self.remaining[name] * width for name, width in widths.items()) / sum(widths.values())
         size = original.size(self.quantity, selected)
         if self.remaining > size:
             whole = "its prunable groups have" if self.quantity == "units" else "it has"
