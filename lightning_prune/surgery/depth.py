@@ -55,7 +55,7 @@ def drop(
                 change.replace_entries(group, {**group, "params": left})
         state = {key: value for key, value in optimizer.state.items() if id(key) in alive}
         if len(state) < len(optimizer.state):
-            change.replace_entries(optimizer.state, state)  # type: ignore[arg-type]  # keyed by parameters
+            change.replace_entries(optimizer.state, state)
 
 
 def template(

@@ -91,7 +91,7 @@ class Written(TorchDispatchMode):
 INEXACT_MEMORY = {
     "weight norm", "spectral norm", "group norm of single channels", "flatten channels last",
     "bare parameters and attention", "attention heads, three layers", "attention heads, one layer",
-    "attention heads, fused",
+    "attention heads, fused", "instance norm",
 }  # fmt: skip
 
 
