@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.surgery.history import load_from, save_into
 
 __all__ = ["keep_history", "load_from_checkpoint"]
@@ -90,4 +91,6 @@ def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     # The user's hook may still build layers that the checkpoint asks for.
     type(module).on_load_checkpoint(module, checkpoint)
-    load_from(checkpoint, module)
+    copies = () if module._trainer is None else averages(module.trainer)
+    for network in (module, *copies):
+        load_from(checkpoint, network)

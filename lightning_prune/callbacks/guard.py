@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report
 from lightning_prune.surgery import History, conform, history_of
@@ -112,7 +113,7 @@ class Watch(Around):
     def before(self, run: Run) -> None:
         missing = self.guard.missing(run.report)
         if missing is None:
-            self._next = snapshot(run.module, run.trainer.optimizers)
+            self._next = snapshot(run.module, run.trainer.optimizers, averages(run.trainer))
         else:
             warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)
 
@@ -136,7 +137,7 @@ class Watch(Around):
     def take_back(self, run: Run) -> None:
         assert self._kept is not None
         with unwrapped(run.trainer, run.module):
-            go_back(self._kept, run.module, run.trainer.optimizers)
+            go_back(self._kept, run.module, run.trainer.optimizers, averages(run.trainer))
         self._kept = None
 
     @override
@@ -157,8 +158,10 @@ class Watch(Around):
         self._kept = state.get("kept")
 
 
-def snapshot(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Network, history and optimizers' state, copied to the CPU: plain data, as checkpoints take it."""
+def snapshot(
+    module: LightningModule, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
+) -> dict[str, Any]:
+    """Network, history, optimizers' state and averaged copies, on the CPU: plain data, as checkpoints take it."""
     history = history_of(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
@@ -169,19 +172,24 @@ def snapshot(module: LightningModule, optimizers: Sequence[Optimizer]) -> dict[s
             [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
             for optimizer in optimizers
         ],
+        "averages": [_copied(dict(copy.state_dict())) for copy in copies],
     }
 
 
-def go_back(kept: dict[str, Any], module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+def go_back(
+    kept: dict[str, Any], module: LightningModule, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
+) -> None:
     """The network and the optimizers' state as they were when ``kept`` was made; gradients are cleared.
 
-    Parameters, optimizers and their groups stay the same objects, and their hyperparameters are not touched.
+    Parameters, optimizers and their groups stay the same objects, and their hyperparameters are not touched. Averaged
+    copies go back too.
     """
     history = None if kept["history"] is None else History.from_plain(kept["history"])
     for parameter in module.parameters():
         parameter.grad = None
-    conform(module, kept["weights"], history)
-    module.load_state_dict(kept["weights"])
+    for network, weights in zip((module, *copies), (kept["weights"], *kept.get("averages", ())), strict=True):
+        conform(network, weights, history)
+        network.load_state_dict(weights)
     parameters = dict(module.named_parameters())
     for optimizer, groups in zip(optimizers, kept.get("groups", ()), strict=False):
         # Parameters of layers that were taken out, and are back, are new ones.

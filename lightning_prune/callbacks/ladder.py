@@ -8,6 +8,7 @@ from typing import final
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.callbacks.averages import as_validated
 from lightning_prune.callbacks.moments import is_rehearsal
 from lightning_prune.reporting import Rung
 
@@ -31,7 +32,8 @@ class Ladder(Around):
         if is_rehearsal(trainer) or size is None:
             return
         file = f"{_FOLDER}/params={size.params}.ckpt"
-        trainer.save_checkpoint(run.folder() / file, weights_only=True)
+        with as_validated(trainer, run.module):
+            trainer.save_checkpoint(run.folder() / file, weights_only=True)
         since = report.cuts[-1].step if report.cuts else -1
         measured = report.between(since, math.inf)
         rung = Rung(

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-__all__ = ["hold_early_stopping", "reset_monitors"]
+__all__ = ["Thresholds", "hold_early_stopping", "reset_monitors"]
 
 
 def reset_monitors(trainer: Trainer) -> None:
@@ -24,10 +24,36 @@ def reset_monitors(trainer: Trainer) -> None:
 
 def hold_early_stopping(trainer: Trainer) -> None:
     """Any next value is an improvement for every ``EarlyStopping``: it does not stop before that."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = _worst(callback.mode)
+    for callback in _early_stopping(trainer):
+        callback.wait_count = 0
+        callback.best_score = _worst(callback.mode)
+
+
+class Thresholds:
+    """Values that are good enough for ``EarlyStopping`` to end a run, taken away until the network is small enough.
+
+    Values that are too bad stay: a run that diverges ends.
+    """
+
+    def __init__(self) -> None:
+        self._withheld: list[tuple[EarlyStopping, float]] = []
+
+    def withhold(self, trainer: Trainer) -> None:
+        """Take them away."""
+        for callback in _early_stopping(trainer):
+            if callback.stopping_threshold is not None:
+                self._withheld.append((callback, callback.stopping_threshold))
+                callback.stopping_threshold = None
+
+    def give_back(self) -> None:
+        """They count again."""
+        while self._withheld:
+            callback, threshold = self._withheld.pop()
+            callback.stopping_threshold = threshold
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
 
 
 def _worst(mode: str) -> torch.Tensor:

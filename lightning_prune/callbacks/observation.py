@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.processes import in_exception, merged
 from lightning_prune.scoring import Statistic
 
@@ -29,7 +30,7 @@ class Observation:
         self.statistic, self.batches = statistic, batches
         self._saved = dict(saved or {})  # waits for a statistic
         self._before: Mapping[str, torch.Tensor] | None = None  # without the batch that is running
-        self._handles: list[Any] = []
+        self._open = ExitStack()  # hooks of that batch
 
     def of(self, statistic: Statistic | None) -> Observation:
         """What was saved, gone on with by a statistic of the network as it is.
@@ -45,13 +46,13 @@ class Observation:
         """Observe the batch that begins."""
         if self.statistic is not None:
             self._before = self._whole()
-            self._handles = self.statistic.attach(module, _loss_scale(trainer))
+            self._open.enter_context(as_written(module))
+            for handle in self.statistic.attach(module, _loss_scale(trainer)):
+                self._open.callback(handle.remove)
 
     def stop(self) -> None:
         """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._open.close()
 
     def end(self) -> None:
         """A batch is through, observed or not."""

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
-from lightning_prune.callbacks.monitors import hold_early_stopping
+from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
@@ -60,6 +61,7 @@ class ScheduledPruning(Callback, ABC):
         self._timeline: tuple[CutPoint, ...] = ()
         self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
         self._pace = Pace()
+        self._thresholds = Thresholds()
 
     @property
     def pending(self) -> bool:
@@ -132,19 +134,12 @@ class ScheduledPruning(Callback, ABC):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._is_prepared:
-            curves = wandb_run(trainer, self.report.config.get("wandb"))
-            self._prepare(trainer, pl_module, batch)
-            self.report.config["wandb"] = curves
-            self._is_prepared = True
-        if batch_idx == 0:
-            self._begin_epoch(trainer, pl_module)
-        waits = self._waits() or not self._timeline
-        point = None if waits else due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
-        if point is not None:
-            self._cut(trainer, pl_module, point)
-        if self.pending and self.reset_monitors and batch_idx == 0:
-            hold_early_stopping(trainer)
+        with as_written(pl_module):
+            point = self._do_what_is_due(trainer, pl_module, batch, batch_idx)
+        if not self.pending:
+            self._thresholds.give_back()
+        elif self.reset_monitors and batch_idx == 0:
+            self._hold(trainer)
         if point is not None or batch_idx == 0:
             self._show_size(pl_module)
         self._pace.start(observed=self._begin_batch(trainer, pl_module))
@@ -158,7 +153,7 @@ class ScheduledPruning(Callback, ABC):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_fit and self.pending and self.reset_monitors:
-            hold_early_stopping(trainer)
+            self._hold(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,6 +186,10 @@ class ScheduledPruning(Callback, ABC):
         showing = self._showing(trainer)
         self.report.final = self._measure(showing, pl_module)
         showing.finish()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._thresholds.give_back()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -236,6 +235,25 @@ class ScheduledPruning(Callback, ABC):
                 stacklevel=2,
             )
         return timeline
+
+    def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> CutPoint | None:
+        if not self._is_prepared:
+            curves = wandb_run(trainer, self.report.config.get("wandb"))
+            self._prepare(trainer, module, batch)
+            self.report.config["wandb"] = curves
+            self._is_prepared = True
+        if batch_idx == 0:
+            self._begin_epoch(trainer, module)
+        waits = self._waits() or not self._timeline
+        point = None if waits else due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
+        if point is not None:
+            self._cut(trainer, module, point)
+        return point
+
+    def _hold(self, trainer: Trainer) -> None:
+        """No early stopping before the last cut."""
+        hold_early_stopping(trainer)
+        self._thresholds.withhold(trainer)
 
     def _begin_report(self) -> None:
         self.report.final = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -13,7 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration import Repairs
+from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.guard import Guard, Watch, go_back, snapshot
 from lightning_prune.callbacks.ladder import Ladder
 from lightning_prune.callbacks.monitors import reset_monitors
@@ -52,6 +55,7 @@ from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Change,
+    History,
     Repair,
     attach,
     begun,
@@ -196,6 +200,7 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._observation.stop()
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -384,14 +389,17 @@ class StructuredPruning(ScheduledPruning):
         assert structure is not None
         assert subject is not None
         call = subject.calls[0]
-        before, after = history_of(module), structure.take(plan.kept)
-        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
+        after, axes, drops = structure.take(plan.kept), structure.axes(plan.kept), structure.drops(plan.kept)
         # Contributions count from the last cut.
         observation = Observation(self.criterion.statistic(after))
         when = (trainer.current_epoch, trainer.global_step, point.index)
-        history = begun(module, structure)
-        for edit in edits_of(structure, plan.kept, *when, {"share": point.share}):
-            history = history.add(edit, module)
+        edits = edits_of(structure, plan.kept, *when, {"share": point.share})
+        copies = averages(trainer)
+        before = {network: history_of(network) for network in (module, *copies)}
+        remembered = {
+            network: reduce(lambda history, edit: history.add(edit, network), edits, begun(network, structure))  # noqa: B023
+            for network in before
+        }
 
         def run() -> Any:
             with trainer.precision_plugin.forward_context():
@@ -405,12 +413,12 @@ class StructuredPruning(ScheduledPruning):
                         contents = self._contents(trainer, module, axes)
                     contents = from_first(trainer, contents)
                     with all_or_none():
-                        change = cut_and_check(module, axes, trainer.optimizers, (), run, drops)
+                        change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
                         install_and_check(change, module, contents, run)
                         if any(around.restarts for around in self._around):
                             forget(change, trainer.optimizers)
                     same_everywhere(module)  # a new wrapper would make it so
-                attach(module, history)
+                _attach(remembered)
                 self._structure, self._observation, self._done = after, observation, point.index
                 self._selected = tuple(name for name in self._selected if name in after.widths)
                 epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
@@ -421,8 +429,9 @@ class StructuredPruning(ScheduledPruning):
             except BaseException:
                 if change is not None:
                     change.undo()
-                attach(module, before)
+                _attach(before)
                 raise
+        forget_code(module)
 
     @contextmanager
     def _unless_it_fails(self) -> Iterator[None]:
@@ -456,7 +465,8 @@ class StructuredPruning(ScheduledPruning):
         """Network and optimizers become as before the last cut, and what is known of them; nothing more is cut."""
         assert self._subject is not None
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
-        now = snapshot(module, trainer.optimizers)
+        copies = averages(trainer)
+        now = snapshot(module, trainer.optimizers, copies)
         with self._unless_it_fails():
             try:
                 around.take_back(self._run(trainer, module))
@@ -467,8 +477,9 @@ class StructuredPruning(ScheduledPruning):
                 self._observation = Observation()
                 self._done = self._timeline[-1].index if self._timeline else self._done
             except BaseException:
-                go_back(now, module, trainer.optimizers)
+                go_back(now, module, trainer.optimizers, copies)
                 raise
+        forget_code(module)
         if self.reset_monitors:
             reset_monitors(trainer)
         log_now(trainer, self.report.metrics())
@@ -482,7 +493,8 @@ class StructuredPruning(ScheduledPruning):
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
-        return showing.measure(module, self._subject.calls[0], self._size())
+        with as_written(module):
+            return showing.measure(module, self._subject.calls[0], self._size())
 
     def _size(self) -> Size:
         assert self._structure is not None
@@ -505,3 +517,8 @@ def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, 
     if statistic is None or not statistic.examines:
         return None
     return subject.optional[0] if statistic.examines_loss else call_on(module, batch, subject)
+
+
+def _attach(histories: Mapping[Any, History | None]) -> None:
+    for network, history in histories.items():
+        attach(network, history)

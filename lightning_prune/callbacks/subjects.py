@@ -156,9 +156,10 @@ def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
 
 
 def _kept_off(module: LightningModule) -> dict[int, Any]:
-    """The trainer is not copied with the module: it holds data, loggers and optimizers."""
-    trainer = getattr(module, "_trainer", None)
-    return {} if trainer is None else {id(trainer): _TrainerStandin(trainer)}
+    """The trainer is not copied with the module, as it holds data, loggers and optimizers; nor is compiled code."""
+    trainer, compiled = getattr(module, "_trainer", None), getattr(module, "_compiler_ctx", None)
+    kept_off: dict[int, Any] = {} if trainer is None else {id(trainer): _TrainerStandin(trainer)}
+    return kept_off if compiled is None else {**kept_off, id(compiled): {}}
 
 
 class _Arguments(tuple[Any, ...]):
@@ -226,6 +227,13 @@ class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
         return
 
 
+def _drop_compiled(copy: nn.Module) -> None:
+    """Methods that Lightning compiled are bound to the original."""
+    if vars(copy).get("_compiler_ctx") is not None:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(copy).pop(name, None)
+
+
 class _Standins:
     """Makes the copy of a LightningModule ready for a training step that leaves no trace.
 
@@ -239,6 +247,7 @@ class _Standins:
         self.trainer = None if trainer is None else _TrainerStandin(trainer)
 
     def __call__(self, copy: nn.Module) -> None:
+        _drop_compiled(copy)
         silent: Any = _Silent()
         several = [silent] * self.optimizers if self.optimizers > 1 else silent
         for parent in list(copy.modules()):

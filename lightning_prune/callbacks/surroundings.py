@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch._dynamo import OptimizedModule
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.callbacks.processes import refuse_strategy
 
@@ -37,17 +37,9 @@ def refuse_surroundings(callback: Callback, kind: type[Callback], trainer: Train
             f"{name}: expected one pruning callback, got {1 + len(rivals)}. Let one callback do all cuts: choose its "
             "`layers` and `scope`."
         )
-    for other in others:
-        if {base.__name__ for base in type(other).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
-            raise ValueError(
-                f"{name}: expected no callback that averages weights, got {type(other).__name__}: its copy of the "
-                "network would stay wide. Remove one of the two; average the narrow network in a run of its own."
-            )
-    parts = list(module.modules())
-    if any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts) or getattr(
-        module, "_compiler_ctx", None
-    ):
+    inside = [path for path, part in module.named_modules() if isinstance(part, AveragedModel)]
+    if inside:
         raise ValueError(
-            f"{name}: expected a module that is not compiled: hooks and shapes change while it trains. Train without "
-            "`torch.compile` and compile the narrow network afterwards."
+            f"{name}: expected no averaged copy inside the module, got `{inside[0]}`: it would stay wide. Average with "
+            "the callback `EMAWeightAveraging` of Lightning instead, whose copy is cut too."
         )

@@ -44,7 +44,18 @@ def content(run: Any, model: Any, pruner: StructuredPruning) -> dict[str, Any]:
 
 def attributes(pruner: StructuredPruning) -> dict[str, Any]:
     """Every attribute that a run changes, in a form to compare."""
-    other = {"log", "log_dict", "_run_id", "_pace", "report", "_subject", "_structure", "_observation", "_measured"}
+    other = {
+        "log",
+        "log_dict",
+        "_run_id",
+        "_pace",
+        "_thresholds",
+        "report",
+        "_subject",
+        "_structure",
+        "_observation",
+        "_measured",
+    }
     found = {name: value for name, value in vars(pruner).items() if name not in other}
     found["_measured"] = sorted(name for name in pruner._measured)
     found["_structure"] = pruner._structure.widths if pruner._structure else None

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,18 +95,6 @@ class Flat(Net):
         return torch.optim.LBFGS(self.parameters())
 
 
-class Compiled(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.second = torch.compile(self.second, backend="eager")
-
-
-class CompiledInPlace(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.second.compile(backend="eager")
-
-
 class Diverged(Net):
     """Activations are NaN in every pass from the start of training."""
 
@@ -137,8 +124,6 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "never fires": (Net, lambda: structured(schedule=OneShot(at=50)), "never fires"),
     "ambiguous unit": (Net, lambda: structured(schedule=Linear(start=5, end=9)), "unit"),
     "optimizer": (Flat, structured, "LBFGS"),
-    "compiled layer": (Compiled, structured, "not compiled"),
-    "compiled layer in place": (CompiledInPlace, structured, "not compiled"),
 }
 
 
@@ -154,12 +139,6 @@ def test_refused_before_any_weight_changes(case: str, tmp_path: Path) -> None:
     assert equal(weights(model), before)
     assert run.global_step == 0
     assert hooks(model) == 0
-
-
-def test_a_compiled_network(tmp_path: Path) -> None:
-    run = trainer(tmp_path, structured())
-    with pytest.raises(ValueError, match="not compiled"):
-        refit(run, torch.compile(make(), backend="eager"))  # type: ignore[arg-type]
 
 
 def test_nan_activations(tmp_path: Path) -> None:
@@ -213,9 +192,6 @@ def test_surroundings(tmp_path: Path) -> None:
     run = trainer(tmp_path, structured(), ContributionPruning(0.5))
     with pytest.raises(ValueError, match="one pruning callback, got 2"):
         refit(run, model)
-    run = trainer(tmp_path, structured(), StochasticWeightAveraging(0.1))
-    with pytest.raises(ValueError, match="averages weights, got StochasticWeightAveraging"):
-        refit(run, model)
 
     class Foreign:
         __module__ = "pytorch_lightning.trainer.trainer"
@@ -234,15 +210,6 @@ def _with_strategy(tmp_path: Path) -> Trainer:
     run = trainer(tmp_path)
     run._accelerator_connector.strategy = FSDPStrategy()
     return run
-
-
-def test_a_weight_averaging_callback_of_newer_lightning(tmp_path: Path) -> None:
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-    if not hasattr(callbacks, "EMAWeightAveraging"):
-        pytest.skip("this Lightning has none")
-    run = trainer(tmp_path, structured(), callbacks.EMAWeightAveraging())
-    with pytest.raises(ValueError, match="averages weights, got EMAWeightAveraging"):
-        refit(run, make())
 
 
 def test_a_statistic_of_another_criterion(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""``torch.compile``: hooks that fire, and code that fits the shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule
+from torch._dynamo import OptimizedModule
+
+__all__ = ["as_written", "forget_code", "is_compiled"]
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether the module or a part of it runs through ``torch.compile``."""
+    return bool(getattr(module, "_compiler_ctx", None)) or any(
+        isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
+    )
+
+
+@contextmanager
+def as_written(module: LightningModule) -> Iterator[None]:
+    """Within the context the Python code runs: compiled code does not know of hooks that came later."""
+    if not is_compiled(module):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def forget_code(module: LightningModule) -> None:
+    """What was compiled for other shapes counts towards the limit at which all runs as written, for good."""
+    if is_compiled(module):
+        torch.compiler.reset()

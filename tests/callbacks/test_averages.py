@@ -1,0 +1,131 @@
+"""Averaged copies of Lightning's callbacks follow every cut, also back, and into checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.nn import functional as F
+
+from lightning_prune import L1, Guard, Linear, StructuredPruning, load_from_checkpoint
+from lightning_prune.callbacks.averages import averages
+from lightning_prune.planning import Explicit
+from lightning_prune.surgery import history_of, take
+from lightning_prune.surgery.tensors import named
+from tests.callbacks.networks import Net, equal, fit, make, samples, trainer, weights, widths
+
+pytestmark = pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+AVERAGING: dict[str, Any] = {
+    "ema": lambda: EMAWeightAveraging(decay=0.8),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=2, annealing_epochs=2),
+}
+
+
+def pruning(**options: Any) -> StructuredPruning:
+    return StructuredPruning(0.5, criterion=L1(), schedule=Linear(start=2, end=4, cuts=2), **options)
+
+
+class Around(Callback):
+    """Averaged weights right before and right after each batch's cut: one instance before the pruning, one after."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(weights(averages(trainer)[0]))
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_the_average_is_sliced(kind: str, tmp_path: Path) -> None:
+    model, before, after = make(), Around(), Around()
+    run = fit(tmp_path, model, AVERAGING[kind](), before, pruning(), after)
+    history = history_of(model)
+    assert history is not None
+    assert widths(model) == (6, 4)
+    for edit in history.edits:
+        for name, content in before.seen[edit.step].items():
+            assert torch.equal(after.seen[edit.step][name], take(content, edit.axes.get(name, {}))), name
+    (copy,) = averages(run)
+    assert widths(copy) == (6, 4)
+    live = {name: value for name, value in weights(model).items() if "running" not in name and "batches" not in name}
+    assert all(torch.equal(named(copy)[name], value) for name, value in live.items())  # taken over at the end
+    assert not equal(before.seen[8], before.seen[9])
+
+
+@pytest.mark.parametrize("first", ["pruning", "averaging"])
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_resuming_equals_never_having_stopped(kind: str, first: str, tmp_path: Path) -> None:
+    def once(folder: str, *more: Callback, **options: Any) -> dict[str, Any]:
+        model, both = make(norm=kind != "swa"), [pruning(), AVERAGING[kind]()]
+        both = both if first == "pruning" else both[::-1]
+        run = fit(tmp_path / folder, model, *both, *more, **options)
+        return {"live": weights(model), "average": weights(averages(run)[0]), "end": run.callback_metrics["val_loss"]}
+
+    saver = ModelCheckpoint(tmp_path / "every", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    ends = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    expected = once("whole", saver, ends)
+    # From many steps Lightning's SWA, once begun, does not go on as if never stopped, without a cut neither.
+    files = [f"every/step={step}" for step in ((3, 14) if kind == "swa" else (3, 8, 9, 14, 18))]
+    for file in (*files, "ends/epoch=1", "ends/epoch=3"):
+        assert equal(once("resumed", ckpt_path=tmp_path / f"{file}.ckpt"), expected), file
+
+
+def test_validation_and_checkpoints_are_of_the_average(tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    class Look(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            copy = averages(trainer)[0].eval()
+            x, y = samples(2).tensors
+            losses.append(F.cross_entropy(copy(x), y).item())
+            copy.train()
+
+    saver = ModelCheckpoint(tmp_path / "epochs", filename="{epoch}", save_top_k=-1)
+    pruner = pruning(ladder=True, dirpath=str(tmp_path / "report"))
+    fit(tmp_path, make(), pruner, AVERAGING["ema"](), Look(), saver)
+    found = [row.metrics["val_loss"] for row in pruner.report.history if "val_loss" in row.metrics]
+    assert found == pytest.approx(losses, rel=1e-5)
+    for epoch, width in ((1, 12), (2, 9), (5, 6)):
+        narrow = load_from_checkpoint(Net, tmp_path / "epochs" / f"epoch={epoch}.ckpt")
+        assert narrow.first.out_features == width
+        x, y = samples(2).tensors
+        assert F.cross_entropy(narrow.eval()(x), y).item() == pytest.approx(losses[epoch], rel=1e-5)
+    for rung in pruner.report.rungs:
+        narrow = load_from_checkpoint(Net, tmp_path / "report" / rung.file)
+        assert F.cross_entropy(narrow.eval()(x), y).item() == pytest.approx(rung.metric, rel=1e-5)
+
+
+def test_the_best_of_an_averaged_run_is_tested(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    model = make()
+    run = fit(tmp_path, model, pruning(), AVERAGING["ema"](), best)
+    (result,) = run.test(model, torch.utils.data.DataLoader(samples(2), batch_size=32), "best", weights_only=True)
+    assert result["val_loss"] < 2
+    assert widths(model) == (6, 4)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_a_cut_that_is_taken_back_takes_the_average_back(kind: str, tmp_path: Path) -> None:
+    class Bad(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_acc", 0.9 if self.first.out_features == 12 else 0.1)
+
+    model, before, after = make(Bad), Around(), Around()
+    guarded = StructuredPruning(0.5, schedule=Explicit(((2, 1.0),)), guard=Guard(epochs=1))
+    with pytest.warns(UserWarning, match="was taken back"):
+        fit(tmp_path, model, AVERAGING[kind](), before, guarded, after)
+    assert after.seen[8]["first.weight"].shape == (6, 6)
+    assert equal(after.seen[12], before.seen[8])
+    assert not equal(after.seen[13], before.seen[8]) or kind == "swa"
+
+
+def test_a_copy_inside_the_module_is_refused(tmp_path: Path) -> None:
+    model = make()
+    model.average = torch.optim.swa_utils.AveragedModel(model.second)
+    with pytest.raises(ValueError, match="no averaged copy inside the module, got `average`"):
+        pruning().setup(trainer(tmp_path), model, "fit")
