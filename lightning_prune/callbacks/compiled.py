@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ def as_written(module: LightningModule) -> Iterator[None]:
 
 
 def forget_code(module: LightningModule) -> None:
-    """What was compiled for other shapes counts towards the limit at which all runs as written, for good."""
+    """Before shapes change: compiled code may hold a graph of the last step, and counts for a limit."""
     if is_compiled(module):
         torch.compiler.reset()
+        gc.collect()  # frames that a compiled step was captured from are in reference cycles

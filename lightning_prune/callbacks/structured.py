@@ -397,7 +397,7 @@ class StructuredPruning(ScheduledPruning):
         copies = averages(trainer)
         before = {network: history_of(network) for network in (module, *copies)}
         remembered = {
-            network: reduce(lambda history, edit: history.add(edit, network), edits, begun(network, structure))  # noqa: B023
+            network: reduce(lambda history, edit: history.add(edit, network), edits, begun(network, structure))
             for network in before
         }
 
@@ -405,6 +405,7 @@ class StructuredPruning(ScheduledPruning):
             with trainer.precision_plugin.forward_context():
                 return module.forward(*call.args, **call.kwargs)
 
+        forget_code(module)
         change: Change | None = None
         with self._unless_it_fails():
             try:
@@ -431,7 +432,6 @@ class StructuredPruning(ScheduledPruning):
                     change.undo()
                 _attach(before)
                 raise
-        forget_code(module)
 
     @contextmanager
     def _unless_it_fails(self) -> Iterator[None]:
@@ -467,6 +467,7 @@ class StructuredPruning(ScheduledPruning):
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
         copies = averages(trainer)
         now = snapshot(module, trainer.optimizers, copies)
+        forget_code(module)
         with self._unless_it_fails():
             try:
                 around.take_back(self._run(trainer, module))
@@ -479,7 +480,6 @@ class StructuredPruning(ScheduledPruning):
             except BaseException:
                 go_back(now, module, trainer.optimizers, copies)
                 raise
-        forget_code(module)
         if self.reset_monitors:
             reset_monitors(trainer)
         log_now(trainer, self.report.metrics())
