@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test lint docs compat clean
+.PHONY: demo test lint docs notebook compat clean
 
 # One thread: a network this small loses time to more, and its latencies become noise.
 demo: $(VENV)/.demo  ## train and prune on the digits
@@ -20,6 +20,9 @@ lint: $(VENV)/.dev  ## style and types
 
 docs: $(VENV)/.docs  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
+notebook: $(VENV)/.docs  ## runs docs/notebook.ipynb again
+	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebook.py
 
 # Old packages warn of newer ones; that is not ours to mend, so warnings are no errors here.
 compat: .venv-oldest/.oldest  ## the tests on the oldest supported versions
@@ -37,7 +40,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[docs]'
+	$(PIP) -e '.[docs,digits,plot]'
 	touch $@
 
 $(BIN)/python:

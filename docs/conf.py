@@ -6,10 +6,11 @@ project = "lightning-prune"
 author = "The lightning-prune authors"
 version = release = lightning_prune.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "evidence/*/[a-z]*.md"]  # tables that the README.md beside them describes
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # `make notebook` runs it
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

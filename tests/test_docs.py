@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,19 @@ def test_blocks_run(page: Path, in_tmp: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_notebook_runs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, without a kernel; what it shows was kept by `make notebook`, and names no folder of that machine."""
+    pytest.importorskip("IPython")
+    page = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(in_tmp))
+    names: dict[str, object] = {"__name__": "notebook"}
+    cells = [cell for cell in page["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        exec(compile("".join(cell["source"]), "notebook.ipynb", "exec", dont_inherit=True), names)
+    assert (in_tmp / "report" / "report.json").is_file()
+    shown = [json.dumps(cell["outputs"]) for cell in cells]
+    assert sum("text/html" in output for output in shown) >= 2
+    assert "image/png" in shown[-1]
+    assert not any(word in output for output in shown for word in ("/home", "/tmp", "/root", "Traceback"))
