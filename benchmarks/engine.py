@@ -4,7 +4,9 @@
 ``pip install torch-pruning==1.6.1``). ``python -m benchmarks.engine survey`` cuts half of every group of every
 torchvision network and of some more, and checks it (needs ``timm`` and ``transformers`` for those families).
 ``python -m benchmarks.engine pictures`` draws what is found in two of them. ``python -m benchmarks.engine pretrained``
-tests pretrained ResNets before and after their dead channels are cut.
+tests pretrained ResNets before and after their dead channels are cut. ``python -m benchmarks.engine random`` cuts
+networks that are drawn, and ``python -m benchmarks.engine wrong`` those on which indices are easily mistaken, beside
+Torch-Pruning (both from the root of the repository: the networks are those of the tests).
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import EVIDENCE, command, machine
+from benchmarks.drawn import draw_networks
 from benchmarks.pretrained import pretrained
 from benchmarks.survey import half, survey, torchvision_model
+from benchmarks.wrong import wrong
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import cut
@@ -90,11 +94,14 @@ def pictures() -> None:
 def main() -> None:
     """Run, print, and write to ``docs/evidence/engine``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("compare", "pictures", "pretrained", "survey"))
+    parser.add_argument("what", choices=("compare", "pictures", "pretrained", "random", "survey", "wrong"))
     parser.add_argument(
         "names", nargs="*", help="networks or families to survey, depths of pretrained ones; default: all"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--count", type=int, default=10_000, help="random networks to draw")
+    parser.add_argument("--first", type=int, default=0, help="their first seed")
+    parser.add_argument("--minutes", type=float, default=60.0, help="when to stop drawing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.what == "pictures":
@@ -103,11 +110,14 @@ def main() -> None:
     work = {
         "compare": lambda: compare(options.repeats),
         "pretrained": lambda: pretrained([int(depth) for depth in options.names]),
+        "random": lambda: draw_networks(options.count, options.first, options.minutes),
         "survey": lambda: survey(options.names),
+        "wrong": wrong,
     }
     result, table = work[options.what]()
     # A survey is made in pieces, whose rows are kept together.
-    line = command("benchmarks.engine") if options.what != "survey" else "python -m benchmarks.engine survey"
+    pieces = options.what in ("random", "survey")
+    line = f"python -m benchmarks.engine {options.what}" if pieces else command("benchmarks.engine")
     result = {"command": line, "machine": machine(), **result}
     header = f"`{result['command']}` on {result['machine']['processor']}, {result['machine']['cores']} cores."
     folder = EVIDENCE / "engine"

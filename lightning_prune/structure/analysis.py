@@ -14,7 +14,16 @@ from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, Se
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.tracing import Call, FakeCopy, Kind, SplitKey, Tracer, flat_tensors, output_tensors
+from lightning_prune.structure.tracing import (
+    Call,
+    Decision,
+    FakeCopy,
+    Kind,
+    SplitKey,
+    Tracer,
+    flat_tensors,
+    output_tensors,
+)
 
 __all__ = ["StructureError", "Subject", "trace"]
 
@@ -89,7 +98,7 @@ class _Run:
     call: Call
     kind: Kind
     script: list[tuple[Any, ...]]
-    decisions: list[int]
+    decisions: list[Decision]
 
 
 class _Analysis:

@@ -752,11 +752,11 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if len(new) == 1:
         return [grid]
     varying = [k for k, n in enumerate(new) if n > 1 and not (grid == grid.take([0], axis=k)).all()]
-    if not varying:
+    keep = t.choose(label, new, varying)
+    if keep is None:
         t.freeze([label], f"the same unit at every index in {t.where(func)}")
         return [None] * len(new)
     # One axis keeps its indices; those it is crossed with share them: every block loses alike.
-    keep = t.choose(label, new, varying)
     line = _line(grid, keep)
     if varying != [keep]:
         spread = np.moveaxis(grid, keep, -1).reshape(-1, new[keep])

@@ -27,6 +27,7 @@ __all__ = [
     "WILD",
     "AxisLabel",
     "Call",
+    "Decision",
     "FakeCopy",
     "IndexArray",
     "Kind",
@@ -44,6 +45,8 @@ WILD = "wild"
 Kind = Literal["meta", "fake", "real"]
 #: Length of an axis and of the parts that a view splits it into.
 SplitKey = tuple[int, tuple[int, ...]]
+#: The part of a split that keeps the units apart, if any does, and the lengths of the others.
+Decision = tuple[int | None, tuple[int, ...]]
 #: Types that hold no tensor and are their own copy.
 _CONSTANT = frozenset((bool, int, float, str, type(None)))
 
@@ -102,7 +105,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         expected: The script of the first trace, which a trial must follow.
         choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
         splits: The splits that were met, with the parts that could keep them and the units.
-        decisions: The part chosen at each split of a run.
+        decisions: The part chosen at each split of a run, and the lengths of the others.
         decided: The decisions of the first trace, which a trial must follow.
         trail: Arguments of the latest operators: where to look when one fails.
     """
@@ -127,8 +130,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.expected: list[tuple[Any, ...]] | None = None
         self.choices: Mapping[SplitKey, int] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
-        self.decisions: list[int] = []
-        self.decided: list[int] | None = None
+        self.decisions: list[Decision] = []
+        self.decided: list[Decision] | None = None
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
@@ -184,23 +187,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(axis, np.ndarray):
                 self.atoms.freeze(axis, reason)
 
-    def choose(self, label: IndexArray, sizes: Sequence[int], parts: list[int]) -> int:
+    def choose(self, label: IndexArray, sizes: Sequence[int], parts: list[int]) -> int | None:
         """Which part of a split axis keeps its units apart, so that those of the other parts go in step.
 
         Args:
             label: Atoms of the axis.
             sizes: Lengths of the parts.
             parts: The parts along which the atoms differ; the innermost is chosen if nothing else is known.
+
+        Returns:
+            A part, or None if the atoms differ along none.
         """
+        part: int | None
         if self.decided is None:
             key = len(label), tuple(sizes)
-            self.splits.setdefault(key, (parts, []))[1].append(label)
-            part = self.choices.get(key, parts[-1])
+            if parts:
+                self.splits.setdefault(key, (parts, []))[1].append(label)
+            part = self.choices.get(key, parts[-1]) if parts else None
         elif len(self.decisions) < len(self.decided):
-            part = self.decided[len(self.decisions)]
+            part = self.decided[len(self.decisions)][0]
         else:
             raise MismatchError("an axis is split that was not split before")
-        self.decisions.append(part)
+        others = tuple(n for k, n in enumerate(sizes) if k != part)
+        if self.decided is not None and others != self.decided[len(self.decisions)][1]:
+            raise MismatchError("the parts of a split do not follow its units")
+        self.decisions.append((part, others))
         return part
 
     def role(self, value: Value, dim: int, role: str) -> None:
