@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import reduce
 from time import perf_counter
 from typing import Any, ClassVar
@@ -407,45 +406,46 @@ class StructuredPruning(ScheduledPruning):
 
         forget_code(module)
         change: Change | None = None
-        with self._unless_it_fails():
-            try:
-                with unwrapped(trainer, module):
-                    with all_or_none():
-                        contents = self._contents(trainer, module, axes)
-                    contents = from_first(trainer, contents)
-                    with all_or_none():
-                        change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
-                        install_and_check(change, module, contents, run)
-                        if any(around.restarts for around in self._around):
-                            forget(change, trainer.optimizers)
-                    same_everywhere(module)  # a new wrapper would make it so
-                _attach(remembered)
-                self._structure, self._observation, self._done = after, observation, point.index
-                self._selected = tuple(name for name in self._selected if name in after.widths)
-                epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
-                cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
-                self.report.cuts.append(cut)
-                for around in self._around:
-                    around.after()
-            except BaseException:
-                if change is not None:
-                    change.undo()
-                _attach(before)
-                raise
+        back = self._way_back()
+        try:
+            with unwrapped(trainer, module):
+                with all_or_none():
+                    contents = self._contents(trainer, module, axes)
+                contents = from_first(trainer, contents)
+                with all_or_none():
+                    change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
+                    install_and_check(change, module, contents, run)
+                    if any(around.restarts for around in self._around):
+                        forget(change, trainer.optimizers)
+                same_everywhere(module)  # a new wrapper would make it so
+            _attach(remembered)
+            self._structure, self._observation, self._done = after, observation, point.index
+            self._selected = tuple(name for name in self._selected if name in after.widths)
+            epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
+            cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
+            self.report.cuts.append(cut)
+            for around in self._around:
+                around.after()
+        except BaseException:
+            if change is not None:
+                change.undo()
+            _attach(before)
+            back()
+            raise
 
-    @contextmanager
-    def _unless_it_fails(self) -> Iterator[None]:
-        """What this callback and its report know changes within the context as a whole, or not at all."""
+    def _way_back(self) -> Callable[[], None]:
+        """What brings this callback and its report back to what they know now."""
         mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
         theirs = [dict(vars(around)) for around in self._around]
-        try:
-            yield
-        except BaseException:
+
+        # Not a context manager: an interrupt as it is left would end it as if its block had failed.
+        def back() -> None:
             vars(self).update(mine)
             self.report.cuts[:], self.report.notes[:] = cuts, notes
             for around, known in zip(self._around, theirs, strict=True):
                 vars(around).update(known)
-            raise
+
+        return back
 
     def _contents(self, trainer: Trainer, module: LightningModule, axes: Axes) -> dict[str, torch.Tensor]:
         contents: dict[str, torch.Tensor] = {}
@@ -466,20 +466,20 @@ class StructuredPruning(ScheduledPruning):
         assert self._subject is not None
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
         copies = averages(trainer)
-        now = snapshot(module, trainer.optimizers, copies)
+        now, back = snapshot(module, trainer.optimizers, copies), self._way_back()
         forget_code(module)
-        with self._unless_it_fails():
-            try:
-                around.take_back(self._run(trainer, module))
-                self.report.cuts.pop()
-                self.report.notes.append(note)
-                structure = trace(self._subject)
-                self._structure = structure if self._latency is None else with_latency(structure, self._latency)
-                self._observation = Observation()
-                self._done = self._timeline[-1].index if self._timeline else self._done
-            except BaseException:
-                go_back(now, module, trainer.optimizers, copies)
-                raise
+        try:
+            around.take_back(self._run(trainer, module))
+            self.report.cuts.pop()
+            self.report.notes.append(note)
+            structure = trace(self._subject)
+            self._structure = structure if self._latency is None else with_latency(structure, self._latency)
+            self._observation = Observation()
+            self._done = self._timeline[-1].index if self._timeline else self._done
+        except BaseException:
+            go_back(now, module, trainer.optimizers, copies)
+            back()
+            raise
         if self.reset_monitors:
             reset_monitors(trainer)
         log_now(trainer, self.report.metrics())

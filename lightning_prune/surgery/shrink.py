@@ -164,13 +164,13 @@ def cut_and_check(
             if check(run, model):
                 raise CutError("the outputs or gradients are no longer finite, before the cut they were")
             _cut(change, model, axes, optimizers, copies, drops or {})
+        return change
     except Exception as error:
         change.undo()
         raise CutError(f"The cut failed and was taken back, nothing has changed: {error}") from error
     except BaseException:
         change.undo()
         raise
-    return change
 
 
 def check(run: Callable[[], Any], model: nn.Module) -> bool:
