@@ -4,6 +4,8 @@ from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.guard import Guard
+from lightning_prune.callbacks.hybrid import HybridPruning
+from lightning_prune.callbacks.magnitude import MagnitudePruning
 from lightning_prune.callbacks.sensitivity import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
@@ -12,6 +14,8 @@ from lightning_prune.callbacks.subjects import inspect
 __all__ = [
     "ContributionPruning",
     "Guard",
+    "HybridPruning",
+    "MagnitudePruning",
     "NetworkSlimming",
     "StructuredPruning",
     "inspect",

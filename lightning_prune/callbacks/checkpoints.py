@@ -1,4 +1,4 @@
-"""The history of a network in every checkpoint, and the narrow network out of any of them."""
+"""The history of a network, and its masks, in every checkpoint, and the narrow network out of any of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.surgery.history import load_from, save_into
+from lightning_prune.surgery import load_from, load_masks_from, save_into, save_masks_into
 
 __all__ = ["keep_history", "load_from_checkpoint"]
 
@@ -22,7 +22,7 @@ _loading = RLock()
 
 
 def keep_history(module: LightningModule) -> None:
-    """From now on the module's checkpoints carry its history, and loading one makes it as narrow or wide as needed.
+    """From now on the module's checkpoints carry its history and masks; loading one gives it the widths it needs.
 
     The module's own hooks are wrapped, not a callback's: they also run for ``save_weights_only`` and after the fit, and
     before the shapes are compared. Twice is once.
@@ -68,6 +68,7 @@ def load_from_checkpoint(
         own = before or super(model_class, self).on_load_checkpoint.__func__
         own(self, checkpoint)
         load_from(checkpoint, self)
+        load_masks_from(checkpoint, self)
 
     # Lightning builds the instance, calls this hook on it and then loads the weights: there is no other way in between,
     # and a subclass of our own would not be the class that the checkpoint of a LightningCLI asks for.
@@ -86,6 +87,7 @@ def load_from_checkpoint(
 def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     type(module).on_save_checkpoint(module, checkpoint)
     save_into(checkpoint, module)
+    save_masks_into(checkpoint, module)
 
 
 def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -94,3 +96,4 @@ def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     copies = () if module._trainer is None else averages(module.trainer)
     for network in (module, *copies):
         load_from(checkpoint, network)
+        load_masks_from(checkpoint, network)

@@ -179,7 +179,7 @@ class ScheduledPruning(Callback, ABC):
             last = self._timeline[-1]
             warnings.warn(
                 f"the run ended before the last of its cuts ({last.unit} {last.at}): "
-                f"{100 * self.report.ratio:.1f} % of the units are gone.",
+                f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone.",
                 stacklevel=2,
             )
         self._end(trainer, pl_module)

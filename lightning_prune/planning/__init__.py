@@ -1,5 +1,15 @@
 """How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
 
+from lightning_prune.planning.granularity import (
+    NM,
+    Element,
+    Granularity,
+    Kernel,
+    Pool,
+    Unit,
+    Weight,
+    choose_masks,
+)
 from lightning_prune.planning.plan import Plan, feasible, make_plan
 from lightning_prune.planning.schedules import (
     Cubic,
@@ -17,20 +27,28 @@ from lightning_prune.planning.scope import Scope, ScopeKind, select
 from lightning_prune.planning.target import NoEffectWarning, Original, Target
 
 __all__ = [
+    "NM",
     "Cubic",
     "CutPoint",
+    "Element",
     "Explicit",
     "Geometric",
+    "Granularity",
+    "Kernel",
     "Linear",
     "NoEffectWarning",
     "OneShot",
     "Original",
     "Plan",
+    "Pool",
     "RunLength",
     "Schedule",
     "Scope",
     "ScopeKind",
     "Target",
+    "Unit",
+    "Weight",
+    "choose_masks",
     "due",
     "feasible",
     "make_plan",

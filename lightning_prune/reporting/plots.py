@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_prune.extras import require
-from lightning_prune.reporting.grid import count, number, plural
+from lightning_prune.reporting.grid import count, number, plural, share
 from lightning_prune.reporting.report import Report, family
 
 if TYPE_CHECKING:
@@ -145,16 +145,18 @@ def _width_panel(axes: Axes, report: Report) -> None:
     axes.bar(x, [now[name] for name in dense], 0.8, color=_BLUE, label="pruned")
     slots, few = max(len(dense), _FEWEST_SLOTS), len(dense) <= 16
     middle = (len(dense) - 1) / 2
-    axes.set(ylabel="units", xlim=(middle - slots / 2 - 0.2, middle + slots / 2 + 0.2))
+    axes.set(ylabel=report.what, xlim=(middle - slots / 2 - 0.2, middle + slots / 2 + 0.2))
     axes.set_ylim(0, 1.1 * max(dense.values()))
     if few:
         for i, (name, old) in enumerate(dense.items()):
             text = f"{old} → {now[name]}" if now[name] != old else f"{old}"
+            if report.what == "weights":
+                text = f"{share(old - now[name], old)} zero"
             axes.annotate(text, (i, old), xytext=(0, 3), textcoords="offset points", ha="center", fontsize="small")
     if len(dense) <= _MOST_NAMES:
         turned = slots * max(map(len, dense)) > _LINE
         axes.set_xticks(x, list(dense), rotation=90 if turned else 0, fontsize=9 if few else 7)
-        axes.set_xlabel("group of layers")
+        axes.set_xlabel("group of layers" if report.what == "units" else "layer")
     else:
         axes.set_xlabel("group of layers, in the order of execution")
     _legend(axes)

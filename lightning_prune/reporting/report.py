@@ -151,6 +151,7 @@ class Report:
             those of the validation before those of the training.
         rungs: Networks that were saved at each size, if that was asked for.
         notes: What else happened, in sentences.
+        what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
     """
 
     dense: Size | None = None
@@ -163,6 +164,7 @@ class Report:
     metric: str | None = None
     rungs: list[Rung] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    what: Literal["units", "weights"] = "units"
 
     # collecting
 
@@ -200,7 +202,7 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Share of the units that is removed, in [0, 1)."""
+        """Share of the units (with masks: of the weights) that is removed, in [0, 1)."""
         dense = sum(self.dense.widths.values()) if self.dense else 0
         return 1 - sum(self.widths.values()) / dense if dense else 0.0
 
@@ -249,7 +251,12 @@ class Report:
         if size is None:
             return {}
         numbers = {"pruning/params": float(size.params), "pruning/macs": float(size.macs), "pruning/ratio": self.ratio}
-        numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+        if self.what == "weights" and self.dense is not None:
+            numbers["pruning/sparsity"] = self.ratio
+            now = self.widths
+            numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
+        else:
+            numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
         if size.memory is not None:
             numbers["pruning/memory"] = float(size.memory)
         if size.reckoned is not None:
@@ -350,20 +357,21 @@ class Report:
                 (f"{self.main_metric}, before the first cut and at the end", number(before), number(last), MISSING)
             )
             rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
-        units = f"{100 * self.ratio:.1f} % of the units are gone, in {plural(len(self.cuts), 'cut')}. 1 MAC = 2 FLOPs."
-        units = " ".join([units, *self.notes])
+        gone = f"{100 * self.ratio:.1f} % of the {self.what} are gone, in {plural(len(self.cuts), 'cut')}."
+        units = " ".join([gone, "1 MAC = 2 FLOPs.", *self.notes])
         return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=units)
 
     def _cuts(self) -> Grid:
         metric = self.main_metric
-        columns: tuple[str, ...] = ("cut", "after epoch", "step", "units", "parameters", "MACs", "seconds")
+        columns: tuple[str, ...] = ("cut", "after epoch", "step", self.what, "parameters", "MACs", "seconds")
         rows = []
         for cut in self.cuts:
             units = f"{sum(cut.before.values()):,} → {sum(cut.after.values()):,}"
             cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", units, count(cut.params), count(cut.macs))
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
-        note = "Units are those of the groups that a cut changes."
+        where = "groups" if self.what == "units" else "layers"
+        note = f"{self.what.capitalize()} are those of the {where} that a cut changes."
         if metric:
             columns = (*columns, "before", "after", "recovered")
             note += f" {metric}: last before the cut, first measured after it, last before the next cut or the end."
@@ -382,6 +390,8 @@ class Report:
     def _widths(self) -> Grid:
         dense, now = self.dense.widths if self.dense else {}, self.widths
         rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
+        if self.what == "weights":
+            return Grid("Weights that are not masked", ("layer", "dense", "pruned", "left"), rows)
         return Grid("Widths", ("group", "dense", "pruned", "left"), rows)
 
 

@@ -1,5 +1,6 @@
 """Removing what a plan removes: from the network, its optimizers and its checkpoints, whole or not at all."""
 
+from lightning_prune.surgery.dead import dead_units, without_dead
 from lightning_prune.surgery.history import (
     Drop,
     History,
@@ -15,6 +16,19 @@ from lightning_prune.surgery.history import (
     original_of,
     replay,
     save_into,
+)
+from lightning_prune.surgery.masks import (
+    Masks,
+    apply_masks,
+    attach_masks,
+    load_masks_from,
+    maskable,
+    masks_of,
+    restart_optimizer,
+    revived,
+    save_masks_into,
+    zero_gradients,
+    zero_moments,
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
@@ -42,6 +56,7 @@ __all__ = [
     "History",
     "HistoryError",
     "Keep",
+    "Masks",
     "OptimizerRefusedError",
     "Penalty",
     "ReestimateBatchNorm",
@@ -50,12 +65,15 @@ __all__ = [
     "Rewind",
     "Ridge",
     "ScaleL1",
+    "apply_masks",
     "attach",
+    "attach_masks",
     "begun",
     "check",
     "conform",
     "cut",
     "cut_and_check",
+    "dead_units",
     "edits_of",
     "forget",
     "history_of",
@@ -63,11 +81,20 @@ __all__ = [
     "install_and_check",
     "latency_table",
     "load_from",
+    "load_masks_from",
     "mask",
+    "maskable",
+    "masks_of",
     "original_of",
     "refuse",
     "repaired",
     "replay",
+    "restart_optimizer",
+    "revived",
     "save_into",
+    "save_masks_into",
     "take",
+    "without_dead",
+    "zero_gradients",
+    "zero_moments",
 ]

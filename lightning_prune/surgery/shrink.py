@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import refresh, tensors
 from lightning_prune.surgery.depth import drop
+from lightning_prune.surgery.masks import narrowed
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.tensors import canonical, named, take, zero
 
@@ -250,6 +251,8 @@ def _cut(
             drop(change, modules, drops, optimizers)
         except ValueError as error:
             raise CutError(f"Cannot take out a layer: {error}. Nothing has changed.") from error
+        for module in modules:
+            change.set_attributes(module, narrowed(module, axes))
         if any(alive):
             warnings.warn(
                 "An autograd graph from before the cut is still alive: is a loss or output kept without `.detach()`, "

@@ -1,0 +1,417 @@
+"""Masks while Lightning trains: weights become zero and stay zero; decides *when*, the rooms below know how."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.compiled import is_compiled
+from lightning_prune.callbacks.moments import run_length
+from lightning_prune.callbacks.monitors import reset_monitors
+from lightning_prune.callbacks.processes import agreed, same_everywhere, unwrapped
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
+from lightning_prune.callbacks.showing import Showing, log_now
+from lightning_prune.callbacks.subjects import call_on, subject_of
+from lightning_prune.planning import (
+    Cubic,
+    CutPoint,
+    Element,
+    Granularity,
+    NoEffectWarning,
+    Plan,
+    Pool,
+    Schedule,
+    Weight,
+    choose_masks,
+    select,
+)
+from lightning_prune.reporting import Cut, Report, Size
+from lightning_prune.structure import Call, Structure, Subject, trace
+from lightning_prune.structure.graph import Group, Member
+from lightning_prune.structure.tracing import FakeCopy
+from lightning_prune.surgery import (
+    Keep,
+    Masks,
+    apply_masks,
+    attach,
+    attach_masks,
+    begun,
+    cut_and_check,
+    install_and_check,
+    maskable,
+    masks_of,
+    original_of,
+    restart_optimizer,
+    revived,
+    without_dead,
+    zero_gradients,
+    zero_moments,
+)
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["MaskPruning"]
+
+# What a mask takes where nothing is said.
+_SPARSITY = 0.5
+
+
+class MaskPruning(ScheduledPruning):
+    """What all mask callbacks share; use `MagnitudePruning` or `HybridPruning`.
+
+    A masked weight is a zero in an ordinary parameter: there is no parametrization, and a ``state_dict`` is that of the
+    plain network. After every step of an optimizer it is zero again, with all that the optimizer remembers of it.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None,
+        granularity: Granularity | None,
+        pool: Pool,
+        schedule: Schedule | None,
+        layers: str | list[str] | None,
+        ignore: str | list[str] | None,
+        rewind: int | None,
+        dirpath: str | None,
+    ) -> None:
+        # None rather than a default instance: on the command line its settings would leak into another class's.
+        self.granularity: Granularity = Element() if granularity is None else granularity
+        instance_of(self, "granularity", self.granularity, Granularity, "Element()")
+        self.sparsity = self._checked(sparsity)
+        self.pool: Pool = self.granularity.pool or pool
+        self.layers = layers
+        self.ignore = ignore
+        self.rewind = rewind
+        if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int) or rewind < 0):
+            raise ValueError(
+                f"{type(self).__name__}: expected `rewind` to be the number of epochs after which weights are "
+                f"kept (0 = the initialisation), got {rewind!r}."
+            )
+        super().__init__(Cubic() if schedule is None else schedule, reset_monitors=True, dirpath=dirpath)
+
+    def _checked(self, sparsity: float | None) -> float:
+        implied = self.granularity.sparsity
+        if sparsity is None:
+            return _SPARSITY if implied is None else implied
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected `sparsity` in [0, 1), the share of the weights that become zero, got "
+                f"{sparsity!r}."
+            )
+        if implied is not None and not math.isclose(sparsity, implied):
+            raise ValueError(
+                f"{type(self).__name__}: {self.granularity!r} has a sparsity of {implied:g}, got sparsity={sparsity:g}."
+                " Leave `sparsity` out, or choose another granularity."
+            )
+        return float(sparsity)
+
+    @override
+    def _forget(self) -> None:
+        super()._forget()
+        self.report = Report(what="weights")
+        self._kept: dict[str, Tensor] | None = None  # the weights to go back to
+
+    @override
+    def _unprepare(self) -> None:
+        super()._unprepare()
+        self._structure: Structure | None = None
+        self._subject: Subject | None = None
+        self._batch: Call | None = None  # real data, to see whether what is removed had an effect
+        self._weights: tuple[Weight, ...] = ()
+        self._groups: tuple[Group, ...] = ()
+        self._masks: dict[Tensor, Tensor] = {}  # by parameter, on its device
+        self._enforcing: list[Any] = []
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._stop_enforcing()
+        for optimizer in trainer.optimizers:
+            # Not Lightning's hook after the batch: with accumulation, manual optimization or a step that a gradient
+            # scaler skips, only the optimizer itself knows when weights have changed.
+            self._enforcing.append(optimizer.register_step_post_hook(self._enforce))
+
+    def _enforce(self, optimizer: Optimizer, *_: Any) -> None:
+        zero_moments(optimizer, self._masks)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        zero_gradients((p for group in optimizer.param_groups for p in group["params"]), self._masks)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer, pl_module, f"at the end of epoch {trainer.current_epoch}")
+        super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_enforcing()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_enforcing()
+
+    @override
+    def _state(self) -> dict[str, Any]:
+        return {"kept": self._kept}
+
+    @override
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._kept = state["kept"] if self.rewind is not None else None
+
+    @override
+    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+        return trainer.global_step > 0 and self._subject is not None and self._subject.model is module
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity,
+            "granularity": repr(self.granularity),
+            "scope": self.pool,
+            "schedule": repr(self.schedule),
+            "rewind": self.rewind,
+            "layers": self.layers,
+            "ignore": self.ignore,
+        }
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    @override
+    def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        with trainer.precision_plugin.module_init_context():
+            subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
+            structure = trace(subject)
+        if self.granularity.of_units:
+            names, _ = select(structure, self.layers, self.ignore)
+            self._groups = tuple(structure.group(name) for name in names)
+        else:
+            self._weights = maskable(module, self.granularity, self.layers, self.ignore)
+        if self._done is None or not masks_of(module):
+            self._done = -1  # a new run, or another network was loaded: it catches up with the next cut
+        self._timeline = self._moments(trainer, 1 - self.sparsity)
+        self._structure, self._subject, self._batch = structure, subject, call_on(module, batch, subject)
+        self._require_kept(trainer)
+        self._watch(module)
+        self._check(trainer, module, "when the training began")
+        if self.report.dense is None:
+            present = named(module)
+            widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
+            dense = replace(Size.of(structure, original_of(module, structure)), widths=widths)
+            self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
+        self._begin_report()
+
+    def _require_kept(self, trainer: Trainer) -> None:
+        """Refuse a rewind to weights that nobody kept, or that are to be kept after the first cut."""
+        if self.rewind is None or not self.pending or self._kept is not None:
+            return
+        name, first = type(self).__name__, self._timeline[0]
+        per_epoch = run_length(trainer).steps_per_epoch
+        epoch = first.at if first.unit == "epoch" else first.at // per_epoch if per_epoch else None
+        if epoch is not None and self.rewind > epoch:
+            raise ValueError(
+                f"{name}: expected `rewind` not after the first cut, which comes after {epoch} epoch(s), got "
+                f"rewind={self.rewind}. Let the schedule start later, or rewind to an earlier epoch."
+            )
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) > (self.rewind, 0):
+            raise ValueError(
+                f"{name}: expected the weights of epoch {self.rewind} in the checkpoint, to which `rewind` goes back, "
+                "but they were not kept. Resume from a whole checkpoint of a run with this `rewind`, or start anew."
+            )
+
+    @override
+    def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.rewind == trainer.current_epoch and self._kept is None and self.pending:
+            self._kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named(module).items()}
+
+    # -- a cut --------------------------------------------------------------------------------------------------------
+
+    @override
+    def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
+        """Choose what is masked from now on, and mask it: in the network, its optimizers and its averaged copies."""
+        began = perf_counter()
+        before, present = masks_of(module), named(module)
+        parts = self.granularity.parts(self._weights, self._groups, present)
+        known = {name: mask.to(present[name].device) for name, mask in before.items()}
+        chosen = choose_masks(parts, known, point.share * self.sparsity, self.pool)
+        packed = {name: mask.cpu() for name, mask in chosen.items()}
+        masks = {name: m.to(present[name].device) for name, m in trainer.strategy.broadcast(packed).items()}
+        self._done = point.index
+        if _count(masks) == _count(before):
+            warnings.warn(
+                f"cut {point.index} ({point.unit} {point.at}) masks nothing: as much is masked already, or its share "
+                "of the sparsity is less than one weight",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+            return
+        old = self._left(module)
+        attach_masks(module, masks)
+        if self.rewind is not None:
+            self._go_back(trainer, module)
+        for network in (module, *averages(trainer)):
+            apply_masks(network, masks)
+        self._watch(module)
+        for optimizer in trainer.optimizers:
+            zero_moments(optimizer, self._masks)
+        same_everywhere(module)
+        reset_monitors(trainer)
+        self._warn_of_empty(module)
+        size, new = self._size(module), self._left(module)
+        seconds = perf_counter() - began
+        changed = {name: left for name, left in new.items() if left != old[name]}
+        epoch, step = trainer.current_epoch, trainer.global_step
+        left = {name: old[name] for name in changed}
+        self.report.cuts.append(Cut.of(size, point.index, epoch, step, left, changed, seconds))
+        log_now(trainer, {**self.report.metrics(), "pruning/seconds": seconds})
+
+    def _go_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
+        if self._kept is None:
+            raise ValueError(
+                f"{type(self).__name__}: the first cut is due before epoch {self.rewind}, the weights of which "
+                "`rewind` goes back to. Let the schedule start later."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in named(module).items():
+                tensor.copy_(self._kept[name])
+            for copy in averages(trainer):
+                fresh = named(module)
+                for name, tensor in named(copy).items():
+                    tensor.copy_(fresh[name])
+        for optimizer in trainer.optimizers:
+            restart_optimizer(optimizer)
+        if not self.pending:
+            self._kept = None
+
+    def _watch(self, module: LightningModule) -> None:
+        """Let the optimizers' hooks know the masks."""
+        present = named(module)
+        self._masks = {present[name]: mask.to(present[name].device) for name, mask in masks_of(module).items()}
+
+    def _check(self, trainer: Trainer, module: LightningModule, when: str) -> None:
+        """Set to zero, with a warning, what somebody else than an optimizer has changed."""
+        counts = revived(module)
+        if counts:
+            who = ", ".join(f"{count} in {name}" for name, count in counts.items())
+            warnings.warn(
+                f"{type(self).__name__}: expected masked weights to be zero {when}, got others: {who}. Did a callback "
+                "or a hook write weights? They are zero again.",
+                stacklevel=2,
+            )
+            for network in (module, *averages(trainer)):
+                apply_masks(network, masks_of(module))
+
+    def _warn_of_empty(self, module: LightningModule) -> None:
+        empty = [name for name, left in self._left(module).items() if left == 0]
+        if empty:
+            warnings.warn(
+                f"nothing is left of {', '.join(empty)}: no signal passes. Lower the sparsity, or compare within "
+                'layers with scope="local".',
+                stacklevel=2,
+            )
+
+    # -- at the end ---------------------------------------------------------------------------------------------------
+
+    @override
+    def _end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._check(trainer, module, "at the end of the training")
+        if self._masks and not self.pending:
+            self._remove_dead(trainer, module)
+
+    def _remove_dead(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make the network narrower by the units that have no effect any more."""
+        structure, subject = self._structure, self._subject
+        assert structure is not None
+        assert subject is not None
+        if averages(trainer) or is_compiled(module):
+            reason = "averaged weights have other constants" if averages(trainer) else "the network is compiled"
+            self.report.notes.append(f"Dead units stay: {reason}.")
+            return
+        call = subject.calls[0]
+        copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
+        assert self._batch is not None
+        args, kwargs = tree_map(_double, (self._batch.args, dict(self._batch.kwargs)))
+        kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
+        widths = structure.widths
+        plan = agreed(trainer, Plan(kept, {name: widths[name] for name in kept}))
+        if plan.is_empty:
+            return
+        axes = structure.axes(plan.kept)
+        edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, self._last_done)
+        history = begun(module, structure).add(edit, module)
+
+        def run() -> Any:
+            with trainer.precision_plugin.forward_context():
+                return module.forward(*call.args, **call.kwargs)
+
+        with unwrapped(trainer, module):
+            change = cut_and_check(module, axes, trainer.optimizers, (), run)
+            install_and_check(change, module, contents, run)
+        attach(module, history)
+        self._structure = structure.take(plan.kept)
+        self._watch(module)
+        units = sum(plan.before.values()) - sum(plan.widths.values())
+        self.report.notes.append(f"{units} unit(s) without effect were removed: {plan}.")
+
+    @override
+    def _measure(self, showing: Showing, module: LightningModule) -> Size:
+        assert self._subject is not None
+        return showing.measure(module, self._subject.calls[0], self._size(module))
+
+    # -- showing ------------------------------------------------------------------------------------------------------
+
+    def _size(self, module: LightningModule) -> Size:
+        """Parameters that are not masked; MACs as they are, because a zero is multiplied like any other number."""
+        assert self._structure is not None
+        size = Size.of(self._structure)
+        return replace(size, params=size.params - _count(masks_of(module)), widths=self._left(module))
+
+    def _maskable(self, module: LightningModule) -> list[str]:
+        """Names of the parameters that have or may get a mask."""
+        present = named(module)
+        own = [weight.name for weight in self._weights]
+        own += [m.tensor for group in self._groups for m in group.members if _is_masked(m, present)]
+        return list(dict.fromkeys([*own, *masks_of(module)]))
+
+    def _left(self, module: LightningModule) -> dict[str, int]:
+        """Weights that are not masked, by layer."""
+        present, masks = named(module), masks_of(module)
+        return {
+            _layer(name): present[name].numel() - (int(masks[name].sum()) if name in masks else 0)
+            for name in self._maskable(module)
+        }
+
+    def _stop_enforcing(self) -> None:
+        for handle in self._enforcing:
+            handle.remove()
+        self._enforcing = []
+
+
+def _is_masked(member: Member, tensors: Mapping[str, Tensor]) -> bool:
+    return member.role != "in" and isinstance(tensors[member.tensor], nn.Parameter)
+
+
+def _layer(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _count(masks: Masks) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,306 @@
+"""What a mask takes together: single weights, n of m, kernels or whole units; and which of them a mask takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.scoring import unit_weights
+from lightning_prune.structure.graph import Group
+
+__all__ = [
+    "NM",
+    "Element",
+    "Granularity",
+    "Kernel",
+    "Part",
+    "Pool",
+    "Unit",
+    "Weight",
+    "WeightGranularity",
+    "choose_masks",
+]
+
+#: What is compared with what: all layers together, each layer by itself, each filter by itself.
+Pool = Literal["global", "local", "filter"]
+
+# 0.7 * 50 weights must count as 35: shares are floats.
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The weight of a linear or convolutional layer, seen as filters × inputs × kernel.
+
+    Attributes:
+        name: Its qualified name.
+        tensor: The weight itself.
+        transposed: For a transposed convolution, whose weight is (inputs, filters of a group, ...), its groups; else 0.
+    """
+
+    name: str
+    tensor: Tensor
+    transposed: int = 0
+
+    def filters(self, values: Tensor) -> Tensor:
+        """Values on the weight as (filters, inputs of a filter, *kernel)."""
+        if not self.transposed:
+            return values
+        return values.reshape(self.transposed, -1, *values.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one layer, or one group of coupled layers, offers to a mask: cells that go or stay whole.
+
+    Attributes:
+        scores: Shape (rows, cells), at least 0, low = goes first; a row is a filter, or a block of n of m.
+        places: By name of the tensor, positions of each cell's weights in the flat tensor: (rows, cells, n).
+        shapes: Shapes of these tensors.
+        never_empty: Whether the best cell stays, whatever the amount.
+    """
+
+    scores: Tensor
+    places: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    never_empty: bool = False
+
+    @property
+    def size(self) -> int:
+        """Weights of one cell."""
+        return sum(place.shape[2] for place in self.places.values())
+
+    def masked(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Which cells are masked whole already, shape (rows, cells)."""
+        found = torch.ones_like(self.scores, dtype=torch.bool)
+        for name, place in self.places.items():
+            found &= masks[name].flatten()[place].all(2) if name in masks else torch.zeros_like(found)
+        return found
+
+    def spread(self, gone: Tensor) -> dict[str, Tensor]:
+        """Masks by tensor, true where a weight goes, from what goes of the cells (rows, cells)."""
+        masks = {}
+        for name, place in self.places.items():
+            mask = torch.zeros(self.shapes[name].numel(), dtype=torch.bool, device=place.device)
+            mask[place[gone].flatten()] = True
+            masks[name] = mask.view(self.shapes[name])
+        return masks
+
+
+class Granularity(ABC):
+    """What a mask takes together. Concrete ones are final frozen dataclasses of settings.
+
+    Attributes:
+        of_units: Whether it takes units of the network's structure rather than parts of single weights.
+        pool: The comparison it implies, if it leaves no choice.
+    """
+
+    of_units: ClassVar[bool] = False
+    pool: ClassVar[Pool | None] = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity it implies, if it leaves no choice."""
+        return None
+
+    def objection(self, shape: Sequence[int]) -> str | None:  # noqa: ARG002
+        """Why a weight of this shape (filters, inputs, *kernel) cannot be masked so, in words; None if it can."""
+        return None
+
+    def is_for(self, shape: Sequence[int]) -> bool:  # noqa: ARG002
+        """Whether a weight of this shape is masked where no layers are named."""
+        return True
+
+    @abstractmethod
+    def parts(self, weights: Sequence[Weight], groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> list[Part]:
+        """What can be masked, with scores.
+
+        Args:
+            weights: The selected weights.
+            groups: The selected groups of units, for granularities of units.
+            tensors: Parameters and buffers of the network by name.
+        """
+
+
+class WeightGranularity(Granularity):
+    """Cells are pieces of single weights, scored by their L2 norm: a subclass says how a weight falls into them."""
+
+    @abstractmethod
+    def cells(self, filters: Tensor) -> Tensor:
+        """Values on a weight, (filters, inputs, *kernel), as (rows, cells, weights of a cell)."""
+
+    @override
+    def parts(self, weights: Sequence[Weight], groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> list[Part]:
+        found = []
+        for weight in weights:
+            values = self.cells(weight.filters(weight.tensor.detach()))
+            scores = values.abs()[..., 0] if values.shape[2] == 1 else values.norm(dim=2)
+            place = self.cells(weight.filters(_positions(weight.tensor)))
+            found.append(Part(scores, {weight.name: place}, {weight.name: weight.tensor.shape}))
+        return found
+
+
+@final
+@dataclass(frozen=True)
+class Element(WeightGranularity):
+    """Single weights, by their absolute value."""
+
+    @override
+    def cells(self, filters: Tensor) -> Tensor:
+        return filters.flatten(1).unsqueeze(2)
+
+
+@final
+@dataclass(frozen=True)
+class NM(WeightGranularity):
+    """Of each m weights that follow each other along the inputs, n stay: 2:4 is what sparse tensor cores run.
+
+    The comparison is within each block, so there is no scope, and the sparsity is 1 - n/m. On the way there (with a
+    schedule of several steps) blocks keep more.
+
+    Args:
+        n: Weights of a block that stay.
+        m: Weights of a block.
+
+    Raises:
+        ValueError: Unless 0 < n < m.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    pool: ClassVar[Pool | None] = "filter"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"NM: expected 0 < n < m, got n={self.n}, m={self.m}. NM(2, 4) keeps two of each four.")
+
+    @property
+    @override
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    @override
+    def objection(self, shape: Sequence[int]) -> str | None:
+        return f"{shape[1]} inputs are not a multiple of {self.m}" if shape[1] % self.m else None
+
+    @override
+    def cells(self, filters: Tensor) -> Tensor:
+        return filters.reshape(len(filters), -1, self.m, *filters.shape[2:]).movedim(2, -1).flatten(0, -2).unsqueeze(2)
+
+
+@final
+@dataclass(frozen=True)
+class Kernel(WeightGranularity):
+    """Kernels of convolutions, one for each filter and input channel, by their L2 norm."""
+
+    @override
+    def objection(self, shape: Sequence[int]) -> str | None:
+        return None if self.is_for(shape) else "a linear layer has no kernels"
+
+    @override
+    def is_for(self, shape: Sequence[int]) -> bool:
+        return len(shape) > 2
+
+    @override
+    def cells(self, filters: Tensor) -> Tensor:
+        return filters.flatten(2)
+
+
+@final
+@dataclass(frozen=True)
+class Unit(Granularity):
+    """Whole units (neurons, channels) by the L2 norm of the weights that produce them, coupled layers together.
+
+    All that produces a unit or follows it (bias, normalisation) is masked; the weights that take it as input stay. Each
+    group keeps its best unit.
+    """
+
+    of_units: ClassVar[bool] = True
+
+    @override
+    def parts(self, weights: Sequence[Weight], groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> list[Part]:
+        found = []
+        for group in groups:
+            places: dict[str, Tensor] = {}
+            for member in group.members:
+                tensor = tensors[member.tensor]
+                if member.role == "in" or not isinstance(tensor, torch.nn.Parameter):
+                    continue
+                index = torch.as_tensor(member.index, device=tensor.device)
+                place = _positions(tensor).movedim(member.dim, 0)[index].flatten(1)
+                known = places.get(member.tensor)
+                places[member.tensor] = place if known is None else torch.cat([known, place], 1)
+            scores = unit_weights(group, tensors).norm(dim=1)
+            shapes = {name: tensors[name].shape for name in places}
+            found.append(Part(scores[None], {name: p[None] for name, p in places.items()}, shapes, never_empty=True))
+        return found
+
+
+def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], amount: float, pool: Pool) -> dict[str, Tensor]:
+    """Masks by tensor, true where a weight is zero for good.
+
+    In each pool the cells with the lowest scores go, equal ones by their position, until ``amount`` of the pool's
+    weights are gone, to the nearest cell, halves up. What is masked stays masked and counts first.
+
+    Args:
+        parts: What can be masked.
+        masks: What is masked already.
+        amount: Share of the weights to be masked, in [0, 1].
+        pool: What is compared with what.
+
+    Raises:
+        FloatingPointError: If a weight is NaN or infinite.
+    """
+    scores = []
+    for part in parts:
+        if not part.scores.isfinite().all():
+            raise FloatingPointError(
+                f"expected finite weights, got NaN or infinity in {', '.join(part.places)}. Has the training diverged? "
+                "A lower learning rate or gradient clipping may help."
+            )
+        values = part.scores.masked_fill(part.masked(masks), -1)
+        if part.never_empty:
+            values.view(-1)[values.argmax()] = torch.inf
+        scores.append(values)
+    if pool == "global":
+        row = torch.cat([values.flatten() for values in scores])
+        sizes = torch.cat(
+            [torch.full_like(v.flatten(), p.size, dtype=torch.float64) for v, p in zip(scores, parts, strict=True)]
+        )
+        ends = [values.numel() for values in scores]
+        gone = [
+            g.view_as(v) for g, v in zip(torch.split(_lowest(row[None], sizes, amount)[0], ends), scores, strict=True)
+        ]
+    elif pool == "local":
+        gone = [_lowest(values.view(1, -1), _ones(values.view(-1)), amount).view_as(values) for values in scores]
+    else:
+        gone = [_lowest(values, _ones(values[0]), amount) for values in scores]
+    chosen = dict(masks)
+    for part, cells in zip(parts, gone, strict=True):
+        for name, mask in part.spread(cells).items():
+            chosen[name] = mask | chosen[name] if name in chosen else mask
+    return chosen
+
+
+def _lowest(scores: Tensor, sizes: Tensor, amount: float) -> Tensor:
+    """The lowest of each row, up to a share ``amount`` of its size, true; shapes (rows, cells), (cells,)."""
+    order = scores.argsort(dim=1, stable=True)
+    sorted_sizes = sizes.expand_as(scores).gather(1, order)
+    middles = sorted_sizes.cumsum(1) - sorted_sizes / 2
+    goes = middles <= amount * sizes.sum() + _EPSILON
+    return torch.zeros_like(goes).scatter(1, order, goes) & (scores < torch.inf)
+
+
+def _ones(row: Tensor) -> Tensor:
+    return torch.ones_like(row, dtype=torch.float64)
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    return torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)

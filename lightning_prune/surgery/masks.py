@@ -1,0 +1,271 @@
+"""Masks: weights that are zero for good, kept with a network and in its checkpoints.
+
+A mask is true where a weight is masked. The network stays plain: a masked weight is a zero in an ordinary parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_prune.planning import Granularity, Weight
+from lightning_prune.structure.graph import Axes
+from lightning_prune.surgery import plain
+from lightning_prune.surgery.optimizers import unwrap
+from lightning_prune.surgery.plain import HistoryError
+from lightning_prune.surgery.tensors import canonical, named, take
+
+__all__ = [
+    "MASKS_KEY",
+    "Masks",
+    "apply_masks",
+    "attach_masks",
+    "load_masks_from",
+    "maskable",
+    "masks_of",
+    "narrowed",
+    "restart_optimizer",
+    "revived",
+    "save_masks_into",
+    "zero_gradients",
+    "zero_moments",
+]
+
+#: Masks by qualified name of the parameter, true where a weight is zero for good.
+Masks = Mapping[str, Tensor]
+
+#: Where a checkpoint keeps the masks.
+MASKS_KEY = "lightning_prune_masks"
+
+_ATTRIBUTE = "_lightning_prune_masks"
+_VERSION = 1
+
+
+# -- with the network --------------------------------------------------------------------------------------------------
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """The masks of a network; empty if it has none."""
+    masks: Masks = getattr(model, _ATTRIBUTE, {})
+    return masks
+
+
+def attach_masks(model: nn.Module, masks: Masks) -> None:
+    """Keep ``masks`` with ``model``; empty for a network that has none any more."""
+    if masks:
+        setattr(model, _ATTRIBUTE, dict(masks))
+    elif masks_of(model):
+        delattr(model, _ATTRIBUTE)
+
+
+def narrowed(model: nn.Module, axes: Axes) -> dict[str, Any]:
+    """Attributes of a network that is cut along ``axes``: its masks, cut alike."""
+    masks, kept, present = masks_of(model), {canonical(name): rows for name, rows in axes.items()}, named(model)
+    narrow = {name: take(mask, kept.get(name, {})) for name, mask in masks.items() if name in present}
+    return {_ATTRIBUTE: narrow} if masks else {}
+
+
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set what is masked to zero, in place."""
+    present = named(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, mask in masks.items():
+            present[name].masked_fill_(mask.to(present[name].device), 0)
+
+
+def revived(model: nn.Module) -> dict[str, int]:
+    """How many masked weights are not zero, by name of the parameter; only those with any."""
+    present = named(model)
+    counts = {n: int((present[n].detach()[m.to(present[n].device)] != 0).sum()) for n, m in masks_of(model).items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+# -- with the optimizers -----------------------------------------------------------------------------------------------
+
+
+def zero_gradients(parameters: Iterable[Tensor], masks: Mapping[Tensor, Tensor]) -> None:
+    """Set the gradients of masked weights to zero, so that clipping and factored moments do not count them."""
+    for parameter in parameters:
+        if parameter in masks and parameter.grad is not None:
+            parameter.grad.masked_fill_(masks[parameter], 0)
+
+
+def zero_moments(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
+    """Set masked weights of an optimizer's parameters to zero, and all that it remembers of them."""
+    optimizer = unwrap(optimizer)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in masks:
+                    continue
+                mask = masks[parameter]
+                parameter.masked_fill_(mask, 0)
+                for value in optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == mask.shape:
+                        value.masked_fill_(mask, 0)
+
+
+def restart_optimizer(optimizer: Optimizer) -> None:
+    """Let an optimizer forget all it remembers; its settings and schedulers stay."""
+    unwrap(optimizer).state.clear()
+
+
+# -- in checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_masks_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
+    """Write the masks of ``model``, if it has any, into a checkpoint that is being saved: a bit per weight."""
+    masks = masks_of(model)
+    if masks:
+        packed = {
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(mask.cpu().numpy()))}
+            for name, mask in masks.items()
+        }
+        checkpoint[MASKS_KEY] = {"version": _VERSION, "masks": packed}
+
+
+def load_masks_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Give ``model``, which has the widths of ``checkpoint`` already, its masks; none if the checkpoint has none.
+
+    Raises:
+        HistoryError: If the masks are damaged, of a newer version or of another architecture; nothing has changed.
+    """
+    if MASKS_KEY not in checkpoint:
+        attach_masks(model, {})
+        return
+    top = plain.value(checkpoint[MASKS_KEY], dict, "the masks")
+    version = plain.entry(top, "version", int)
+    if version > _VERSION:
+        raise HistoryError(
+            f"The masks have version {version}, {_VERSION} is the last known. They were written by a newer "
+            "lightning_prune: `pip install --upgrade lightning-prune`."
+        )
+    present, masks = named(model), {}
+    for name, packed in plain.items(top, "masks", dict):
+        shape = plain.shape(plain.entry(packed, "shape", list), name)
+        bits = plain.entry(packed, "bits", Tensor)
+        here = tuple(present[name].shape) if name in present else None
+        if here != shape:
+            raise HistoryError(
+                f"The checkpoint has a mask of shape {list(shape)} for {name!r}, which is "
+                f"{list(here) if here else 'missing'} here. Build the network with the arguments it had when the "
+                "checkpoint was written."
+            )
+        count = int(np.prod(shape))
+        if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+            raise plain.damaged(f"expected {-(-count // 8)} bytes of mask for {name!r}")
+        flat = np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)
+        masks[name] = torch.from_numpy(flat).view(shape).to(present[name].device)
+    attach_masks(model, masks)
+
+
+# -- which weights -----------------------------------------------------------------------------------------------------
+
+
+def maskable(
+    model: nn.Module,
+    granularity: Granularity,
+    layers: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+) -> tuple[Weight, ...]:
+    """The weights that a mask is laid over: by default those of all linear and convolutional layers.
+
+    A name is a layer's, a glob, or the name of a module, which means everything inside. Any other layer with a weight
+    of two dimensions or more (an embedding) takes part if its own name is among ``layers``.
+
+    Raises:
+        ValueError: If a name fits nothing, nothing is left, or a weight is tied, frozen, computed from others or of a
+            shape that the granularity cannot mask.
+    """
+    wanted, unwanted = _patterns(layers), _patterns(ignore)
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    candidates = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, _ConvNd)) or (name in wanted and name)
+    }
+    for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
+        for pattern in patterns:
+            if not any(_fits(pattern, name) for name in candidates) and not (
+                argument == "ignore" and pattern in modules
+            ):
+                near = get_close_matches(pattern, [*modules], n=3, cutoff=0.5)
+                guess = f" Did you mean {', '.join(near)}?" if near else ""
+                raise ValueError(
+                    f"{argument}={pattern!r} fits no linear or convolutional layer.{guess} There are: "
+                    f"{', '.join(candidates) or 'none'}"
+                )
+    selected = {
+        name: module
+        for name, module in candidates.items()
+        if (layers is None or any(_fits(pattern, name) for pattern in wanted))
+        and not any(_fits(pattern, name) for pattern in unwanted)
+    }
+    owners = _owners(model)
+    weights = [_weight(name, module, owners, granularity) for name, module in selected.items()]
+    if layers is None:
+        weights = [weight for weight in weights if granularity.is_for(weight.filters(weight.tensor).shape)]
+    if not weights:
+        raise ValueError(
+            f"layers={layers!r} and ignore={ignore!r} leave no weight for {granularity!r}. Linear and convolutional "
+            f"layers: {', '.join(candidates) or 'none'}"
+        )
+    for weight in weights:
+        objection = granularity.objection(weight.filters(weight.tensor).shape)
+        if objection is not None:
+            layer = weight.name.rpartition(".")[0]
+            raise ValueError(f"{granularity!r} cannot mask {weight.name}: {objection}. {_leave_out(layer)}")
+    return tuple(weights)
+
+
+def _weight(name: str, module: nn.Module, owners: Mapping[int, set[str]], granularity: Granularity) -> Weight:
+    """The weight of a layer, if a mask can be laid over it."""
+    tensor = module._parameters.get("weight")
+    problem = ""
+    if tensor is None:
+        problem = "it has no weight of its own, or one that is computed from others (a parametrization)"
+    elif is_lazy(tensor):
+        problem = "its shape is not known yet: run one forward pass before the training"
+    elif tensor.ndim < 2:
+        problem = "its weight has no filters and inputs"
+    elif len(owners[id(tensor)]) > 1:
+        problem = f"its weight is tied: it belongs to {', '.join(sorted(owners[id(tensor)]))}"
+    elif getattr(module, "sparse", False):
+        problem = "its gradients are sparse: build it with `sparse=False`"
+    elif not tensor.requires_grad:
+        problem = "its weight is frozen (`requires_grad` is False)"
+    if problem:
+        raise ValueError(f"{granularity!r} cannot mask the layer {name!r}: {problem}. {_leave_out(name)}")
+    assert tensor is not None
+    transposed = module.groups if isinstance(module, _ConvTransposeNd) else 0
+    return Weight(f"{name}.weight" if name else "weight", tensor, transposed)
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """Names of the modules that own each parameter, by its identity; a module counts once, whatever its names."""
+    owners: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(canonical(prefix) or type(model).__name__)
+    return owners
+
+
+def _leave_out(layer: str) -> str:
+    return f'Leave it out: ignore=["{layer}"], or name the `layers` to mask.'
+
+
+def _patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
