@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import EVIDENCE
+from benchmarks.common import EVIDENCE, fill
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Axes, Call, Frozen, Structure, Subject, trace
 from lightning_prune.surgery import cut, mask
 
 PAGE = EVIDENCE / "engine" / "survey.json"
+
+#: Below this a difference in float64 is one of rounding.
+_EXACT = 1e-10
 
 #: timm's networks, many kinds and small ones; timm is no dependency of the package (``pip install timm``).
 TIMM = (
@@ -293,6 +297,7 @@ def survey(names: Sequence[str]) -> tuple[dict[str, Any], str]:
             print(name, json.dumps(rows[name]), flush=True)
     order = [name for members in families.values() for name in members if name in rows]
     rows = {name: rows[name] for name in order}
+    fill(EVIDENCE.parent / "architectures.md", summary(rows))
     return {"rows": rows}, survey_table(rows)
 
 
@@ -325,6 +330,25 @@ def survey_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         reasons = Counter(reason for row in members.values() for reason in row.get("frozen", ()))
         lines += ["", "Why axes are frozen, and in how many of these networks:", ""]
         lines += [f"- {reason}: {n}" for reason, n in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line per family: how many work, how exactly, and how much of them can shrink."""
+    lines = [
+        "| family | networks | exact | largest error | parameters and MACs as predicted | reached, median | least |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows.values()):
+        members = {name: row for name, row in rows.items() if row["family"] == family}
+        done = {name: row for name, row in members.items() if "failure" not in row and row["error"] < _EXACT}
+        agree = sum(row["params_agree"] and row["macs_counted"] == row["macs_predicted"] for row in done.values())
+        least = min(done, key=lambda name: done[name]["reached"])
+        lines.append(
+            f"| {family} | {len(members)} | {len(done)} | {max(row['error'] for row in done.values()):.0e} | {agree} "
+            f"| {100 * median(row['reached'] for row in done.values()):.1f} % "
+            f"| {100 * done[least]['reached']:.0f} % ({least}) |"
+        )
     return "\n".join(lines)
 
 

@@ -391,9 +391,10 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
     by_group = rows.reshape(groups, -1)
     given_by_group = given.reshape(groups, -1)
     per_row_group, per_inner = by_group.shape[1], len(inner)
+    # Groups that a trial cut made as thin as one channel; `inner` was frozen where whole groups go.
     roots = t.atoms.find(by_group)
-    already_alike = (roots == roots[0]).all()  # groups that a trial cut made as thin as one channel
-    if (per_row_group == 1 or per_inner == 1) and not already_alike:  # whole groups
+    thin = (roots == roots[0]).all() and (t.atoms.reason[inner] < 0).all()
+    if (per_row_group == 1 or per_inner == 1) and not thin:  # whole groups
         t.freeze([inner], f"the channels inside a group of {where}")
         t.atoms.unite(by_group[:, 1:].ravel(), np.repeat(by_group[:, 0], per_row_group - 1))
         t.atoms.unite(given_by_group.ravel(), np.repeat(by_group[:, 0], given_by_group.shape[1]))

@@ -450,6 +450,20 @@ case("shared module", (4,), {"first": 6})(
 case("tied weights", (4,), {"first": 8})(Tied)
 case("functional", (4,), {"weight": 7, "kernel": 5})(Functional)
 case("bare parameters and attention", (5, 6), {"up": 12}, {"embed.weight": ""})(Attention)
+case("shuffles that tie all channels", (3, 4, 4), {"stem": 1, "inner": 5})(
+    lambda: Net(
+        lambda m, x: m.head(
+            (lambda y: y + m.outer(m.inner(m.depth(y)).relu()))(
+                (lambda y: y + y.view(len(y), 2, 3, 4, 4).transpose(1, 2).reshape(y.shape) + y.roll(1, 0))(m.stem(x))
+            )
+        ),
+        stem=nn.Conv2d(3, 6, 1),
+        depth=nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        inner=nn.Conv2d(6, 5, 1),
+        outer=nn.Conv2d(5, 6, 1),
+        head=nn.Conv2d(6, 2, 1),
+    )
+)
 case("channel shuffle", (3, 4, 4), {"mix": 6, "stem": 4})(Shuffle)
 case("gate of halves", (4,), {"up": 6})(
     lambda: Net(
