@@ -181,7 +181,7 @@ class _Analysis:
         """Whether, with the choices made, units of this split are left and can be removed."""
         self._find(trial=False)
         atoms = self.atoms.find(np.concatenate(self.tracer.splits[key][1]))
-        groups = [group for group in self.groups if np.isin(self._atoms_of(group), atoms).any()]
+        groups = [g for g in self.groups if g.width > 1 and np.isin(self._atoms_of(g), atoms).any()]
         return bool(groups) and self._attempt(groups, follow=all(group.width > 2 for group in groups)) is None
 
     # -- running ----------------------------------------------------------------------------------------------------

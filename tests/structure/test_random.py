@@ -254,6 +254,11 @@ def test_random_networks(drawn):
     check(drawn)
 
 
+def test_a_split_of_a_single_unit_is_left_alone():
+    model = RandomNet([("shuffle", 6, 6), ("shuffle", 2, 4), ("shuffle", 1, 3)], "pool").eval()
+    assert trace(Subject.of(model, torch.randn(2, 3, SIZE, SIZE))).widths == {}
+
+
 def test_every_kind_of_step_leaves_something_to_cut():
     """The property would be empty if everything froze."""
     for kind in KINDS:
