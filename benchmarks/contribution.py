@@ -29,7 +29,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -319,44 +319,59 @@ def area(results: Sequence[Mapping[str, Any]], label: str) -> list[float]:
     return areas
 
 
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its interval, which one seed has not: 0."""
+    return interval(values) if len(values) > 1 else (values[0], 0.0)
+
+
+def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Mean and interval as text; of one seed, the number."""
+    mean, half = summary(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
 def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def tables(results: Sequence[Mapping[str, Any]], control: str) -> Iterator[str]:
-    """Markdown tables of the comparison."""
-
-    def of(values: Sequence[float]) -> str:
-        mean, half = interval(values)
-        return f"{mean:.2f} ± {half:.2f}"
-
-    others = (control, DENSE, "random")
+    """Markdown tables of the comparison; the runs of all seeds are alike."""
+    runs = results[0]["runs"]
+    others = [other for other in (control, DENSE, "random") if other in runs]
     against = [f"test − {other.removesuffix(' from scratch')}" for other in others]
     yield f"| network | training | validation | test, last epoch | best test epoch | {' | '.join(against)} |"
     yield f"|{'---|' * (5 + len(others))}"
-    for label in results[0]["runs"]:
+    for label in runs:
         test = final(results, label, "test")
-        against = ["" if label == other else signed(minus(test, final(results, other, "test"))) for other in others]
-        columns = [of(final(results, label, "train")), of(final(results, label, "val")), of(test)]
-        yield f"| {label} | {' | '.join(columns)} | {of(best(results, label))} | {' | '.join(against)} |"
+        against = [
+            "" if label == other else shown(minus(test, final(results, other, "test")), sign="+") for other in others
+        ]
+        columns = [shown(final(results, label, "train")), shown(final(results, label, "val")), shown(test)]
+        yield f"| {label} | {' | '.join(columns)} | {shown(best(results, label))} | {' | '.join(against)} |"
+    if results[0]["one_shot"]:
+        yield ""
+        yield from table_of_cuts(results)
     yield ""
+    yield "| during training | test lost by a cut, mean of all | lost by the worst cut | left after recovery, mean |"
+    yield "|---|---|---|---|"
+    for label in [label for label, run in runs.items() if "cuts" in run]:
+        lost = [losses(r["runs"][label]) for r in results]
+        drops = [[drop for drop, _ in cuts] for cuts in lost]
+        left = [fmean(left for _, left in cuts) for cuts in lost]
+        yield f"| {label} | {shown([*map(fmean, drops)])} | {shown([*map(max, drops)])} | {shown(left)} |"
+
+
+def table_of_cuts(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Test accuracy of the unpruned network after one cut."""
     yield "| one cut, nothing trained after it | 10 % | 30 % | 50 % | 70 % | 90 % | area | area − random | area − L1 |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for label in results[0]["one_shot"]:
         at = [fmean(r["one_shot"][label][SHARES.index(share)] for r in results) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
         mine = area(results, label)
-        against = ["" if label == other else signed(minus(mine, area(results, other)), 1) for other in ("random", "L1")]
-        mean, half = interval(mine)
-        yield f"| {label} | {' | '.join(f'{a:.1f}' for a in at)} | {mean:.1f} ± {half:.1f} | {' | '.join(against)} |"
-    yield ""
-    yield "| during training | test lost by a cut, mean of all | lost by the worst cut | left after recovery, mean |"
-    yield "|---|---|---|---|"
-    for label in [label for label, run in results[0]["runs"].items() if "cuts" in run]:
-        lost = [losses(r["runs"][label]) for r in results]
-        yield (
-            f"| {label} | {of([fmean(drop for drop, _ in s) for s in lost])} | "
-            f"{of([max(drop for drop, _ in s) for s in lost])} | {of([fmean(left for _, left in s) for s in lost])} |"
-        )
+        against = [
+            "" if label == other else shown(minus(mine, area(results, other)), 1, "+") for other in ("random", "L1")
+        ]
+        yield f"| {label} | {' | '.join(f'{a:.1f}' for a in at)} | {shown(mine, 1)} | {' | '.join(against)} |"
 
 
 def losses(run: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -382,7 +397,7 @@ def draw(results: Sequence[Mapping[str, Any]], task: Task, title: str, path: Pat
             curves = [with_troughs(r["runs"][label], part) for r in results]
             band(axis, [x for x, _ in curves[0]], [[y for _, y in curve] for curve in curves], label)
         name = {"train": "training"}.get(part, part)
-        floor = min(fmean(p[part] for p in points) for points in _after_cuts(results))
+        floor = min((fmean(p[part] for p in points) for points in _after_cuts(results)), default=4)
         axis.set(xlabel="epochs trained", ylabel=f"{name} accuracy (%)", xlim=(1, None), ylim=(max(floor - 4, 0), 100))
     axes[0, 0].legend(fontsize="small", loc="lower right")
     axes[0, 0].set_title("every cut is a trough: points right after it, before the next step", fontsize="small")
@@ -432,29 +447,25 @@ def band(
 ) -> None:
     """The mean over seeds and its 95 % interval."""
     colour, usual = LOOKS.get(label, NARROW_LOOK if label.endswith("from scratch") else OTHER_LOOK)
-    summary = [interval(values) for values in zip(*curves, strict=True)]
-    axis.plot(x, [mean for mean, _ in summary], style or usual, color=colour, label=label, lw=1.5)
-    axis.fill_between(x, [m - h for m, h in summary], [m + h for m, h in summary], color=colour, alpha=0.18, lw=0)
+    middles = [summary(values) for values in zip(*curves, strict=True)]
+    axis.plot(x, [mean for mean, _ in middles], style or usual, color=colour, label=label, lw=1.5)
+    axis.fill_between(x, [m - h for m, h in middles], [m + h for m, h in middles], color=colour, alpha=0.18, lw=0)
 
 
 def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], folder: Path) -> None:
-    """Numbers of all seeds; tables and figure of those that are complete."""
+    """Numbers of all seeds; tables and figure of those that have every run."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"command": command("benchmarks.contribution"), "settings": settings, "machine": machine()}
     text = json.dumps({**facts, "seeds": results}, separators=(",", ":")).replace('{"seed"', '\n{"seed"')
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
     task = TASKS[settings["data"]]
-    complete = [result for result in results if result["runs"].keys() == set(labels(task))]
-    if len(complete) > 1:  # one seed has no interval
-        fill(folder / "README.md", "\n".join(tables(complete, task.control)))
-        what = "hidden neurons" if task.layers is None else "dense hidden neurons"
-        share = f"{100 * task.ratio:.0f} % of {what} removed"
-        draw(
-            complete,
-            task,
-            f"{settings['data']}, {task.name}, {share} ({len(complete)} seeds, bands: 95 %)",
-            folder / "figure.png",
-        )
+    # A seed that is not through yet waits; the first shows what there is.
+    like_first = [result for result in results if result["runs"].keys() >= results[0]["runs"].keys()]
+    fill(folder / "README.md", "\n".join(tables(like_first, task.control)))
+    what = "hidden neurons" if task.layers is None else "dense hidden neurons"
+    share = f"{100 * task.ratio:.0f} % of {what} removed"
+    of = f"{len(like_first)} seeds, bands: 95 %" if len(like_first) > 1 else "one seed"
+    draw(like_first, task, f"{settings['data']}, {task.name}, {share} ({of})", folder / "figure.png")
 
 
 def labels(task: Task) -> list[str]:
