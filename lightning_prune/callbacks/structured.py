@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import reduce
 from time import perf_counter
 from typing import Any, ClassVar
@@ -167,6 +168,7 @@ class StructuredPruning(ScheduledPruning):
         self._original = Original(0, 0, {})
         self._resolved = self.target
         self._selected: tuple[str, ...] = ()
+        self._observed: tuple[str, ...] = ()  # the same before it showed which of them cannot be scored
 
     @property
     def structure(self) -> Structure | None:
@@ -256,7 +258,8 @@ class StructuredPruning(ScheduledPruning):
         history = history_of(module)
         original = original_of(module, structure)
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
-        statistic = self.criterion.statistic(structure)
+        self._observed = selected
+        statistic = self.criterion.statistic(_only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         feasible(structure, self._resolved, self.scope, selected, original)
@@ -390,7 +393,7 @@ class StructuredPruning(ScheduledPruning):
         call = subject.calls[0]
         after, axes, drops = structure.take(plan.kept), structure.axes(plan.kept), structure.drops(plan.kept)
         # Contributions count from the last cut.
-        observation = Observation(self.criterion.statistic(after))
+        observation = Observation(self.criterion.statistic(_only(after, self._observed)))
         when = (trainer.current_epoch, trainer.global_step, point.index)
         edits = edits_of(structure, plan.kept, *when, {"share": point.share})
         copies = averages(trainer)
@@ -510,6 +513,11 @@ class StructuredPruning(ScheduledPruning):
         subject, timeline = subject or self._subject, self._timeline if timeline is None else timeline
         assert subject is not None
         return Run(trainer, module, subject, self.report, self._showing(trainer).folder, timeline)
+
+
+def _only(structure: Structure, names: tuple[str, ...]) -> Structure:
+    """The structure with these groups alone: to observe what is not pruned would only cost time."""
+    return replace(structure, groups=tuple(group for group in structure.groups if group.name in names))
 
 
 def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, subject: Subject) -> Call | None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, StructuredPruning
 from lightning_prune.callbacks.showing import Showing
-from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, criteria
+from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, Statistic, criteria
 from lightning_prune.scoring.criteria.kl import MaskedDivergence
 from tests.scoring.references import shares
 
@@ -64,6 +64,21 @@ def test_cuts_a_network_in_training(kind, tmp_path):
     assert callback.structure.widths == {"net.0": 3, "net.3": 2, "net.6": 4}
     assert not any(parameter._backward_hooks for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["Contribution", "Taylor", "APoZ", "KL"])
+def test_observes_only_what_may_be_pruned(kind, tmp_path, monkeypatch):
+    recorded, record = set(), Statistic.record
+
+    def recording(self, name, *rest, **quantities):
+        recorded.add(name)
+        record(self, name, *rest, **quantities)
+
+    monkeypatch.setattr(Statistic, "record", recording)
+    model, callback = Net(), StructuredPruning(0.5, criterion=getattr(criteria, kind)(), layers=["net.0", "net.6"])
+    fit(callback, tmp_path, model)
+    assert recorded == {"net.0", "net.6"}
+    assert callback.structure.widths == {"net.0": 3, "net.3": 4, "net.6": 4}
 
 
 def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch):
