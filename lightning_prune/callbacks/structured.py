@@ -424,6 +424,7 @@ class StructuredPruning(ScheduledPruning):
             _attach(remembered)
             self._structure, self._observation, self._done = after, observation, point.index
             self._selected = tuple(name for name in self._selected if name in after.widths)
+            self._observed = tuple(name for name in self._observed if name in after.widths)
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
             self.report.cuts.append(cut)
