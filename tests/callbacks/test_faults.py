@@ -259,7 +259,8 @@ def test_a_torn_checkpoint_is_refused_before_any_weight_changes(keep: float, tmp
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
 def test_killed_runs_end_as_an_undisturbed_one(number: int, tmp_path: Path) -> None:
     found = faults.campaign(tmp_path, processes=number, kills=3, seed=1)
     assert len(found["kills"]) == 3
