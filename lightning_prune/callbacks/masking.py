@@ -341,10 +341,10 @@ class MaskPruning(ScheduledPruning):
             reason = "averaged weights have other constants" if averages(trainer) else "the network is compiled"
             self.report.notes.append(f"Dead units stay: {reason}.")
             return
-        call = subject.calls[0]
+        call = self._batch
+        assert call is not None
         copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
-        assert self._batch is not None
-        args, kwargs = tree_map(_double, (self._batch.args, dict(self._batch.kwargs)))
+        args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
         kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
         widths = structure.widths
         plan = agreed(trainer, Plan(kept, {name: widths[name] for name in kept}))

@@ -217,6 +217,8 @@ class _MetricStandin(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):
+                raise
             return self.forward if name in ("update", "compute") else _Silent()
 
 

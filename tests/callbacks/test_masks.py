@@ -34,6 +34,7 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks.masking import MaskPruning
+from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks.networks import BATCHES, Loader, Net, equal, fit, loader, make, refit, trainer, weights
@@ -513,3 +514,12 @@ def test_a_constant_under_zero_padding_stays(tmp_path: Path) -> None:
     fit(tmp_path, model, MagnitudePruning(0.3, schedule=OneShot(at=0)), epochs=1, data=data(), validate=False)
     assert model.net[0].out_channels == 4
     assert model.net[2].out_channels == 3
+
+
+def test_dead_units_of_a_network_with_metrics(tmp_path: Path) -> None:
+    """Their stand-ins in the copies that are compared can be copied too."""
+    model = MLPClassifier((6, 8, 8, 3))
+    with torch.no_grad():
+        model.layers[1].weight[:3] *= 1e-6
+    fit(tmp_path, model, MagnitudePruning(0.4, schedule=OneShot(at=0)), epochs=1)
+    assert model.layers[1].out_features == 5
