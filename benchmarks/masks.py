@@ -92,7 +92,8 @@ def figure(zeros: dict[str, dict[str, list[float]]], accuracies: dict[str, list[
     left.axvline(stop, color="#999999", ls="--", lw=1)
     left.annotate("resumed", (stop, 58), xytext=(4, 0), textcoords="offset points", fontsize="small", color="#666666")
     left.set(xlabel="epochs trained", ylabel="zeros among the weights (%)", ylim=(-3, 63))
-    left.legend(frameon=False, loc="center left")
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, fontsize="small")
+    left.set_xticks(range(1, len(shares) + 1))
     for x, (_, values) in enumerate(accuracies.items()):
         right.plot([x] * len(values), values, "o", color="#0072B2", ms=5, alpha=0.7)
         right.plot([x - 0.25, x + 0.25], [sum(values) / len(values)] * 2, color="#000000", lw=1.5)
