@@ -22,7 +22,7 @@ from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
 from lightning_prune.reporting import Report, Size, versions
 from lightning_prune.surgery import refuse
 
-__all__ = ["ScheduledPruning", "instance_of"]
+__all__ = ["ScheduledPruning", "instance_of", "names_or_none"]
 
 # Form of the callback's state in a checkpoint.
 _FORMAT = 1
@@ -295,4 +295,18 @@ def instance_of(callback: Callback, name: str, value: object, kind: type, exampl
         raise TypeError(
             f"{type(callback).__name__}: expected `{name}` to be an instance of {kind.__name__}, got {value!r}. "
             f"Import one from lightning_prune, for example `{example}`."
+        )
+
+
+def names_or_none(callback: Callback, name: str, value: object) -> None:
+    """Refuse what is neither a name of layers, nor several, nor nothing.
+
+    Raises:
+        TypeError: If ``value`` is something else.
+    """
+    several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    if not all(isinstance(one, str) for one in several):
+        raise TypeError(
+            f"{type(callback).__name__}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
+            "`inspect(model)` shows the names."
         )

@@ -31,7 +31,7 @@ from lightning_prune.callbacks.processes import (
     same_everywhere,
     unwrapped,
 )
-from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores, score_summary
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
@@ -136,14 +136,21 @@ class StructuredPruning(ScheduledPruning):
         self.criterion = self.default_criterion() if criterion is None else criterion
         instance_of(self, "criterion", self.criterion, Criterion, "L1()")
         self.scope = Scope.of(scope)
+        for name, names in (("layers", layers), ("ignore", ignore)):
+            names_or_none(self, name, names)
         self.layers = layers
         self.ignore = ignore
-        self.repairs = (repair,) if isinstance(repair, Repair) else tuple(repair or ())
+        several = repair if isinstance(repair, (list, tuple)) else [] if repair is None else [repair]
+        for one in several:
+            instance_of(self, "repair", one, Repair, "Ridge()")
+        self.repairs = tuple(several)
         if self.repairs and self.scope.min_width == 0:
             raise ValueError(
                 f"{type(self).__name__}: expected no `repair` with `min_width=0`, got {self.repairs}: layers that are "
                 "taken out cannot be repaired yet. Leave one of the two out."
             )
+        if guard is not None:
+            instance_of(self, "guard", guard, Guard, "Guard()")
         self.guard = guard
         self.ladder = ladder
         super().__init__(schedule, reset_monitors, dirpath)

@@ -47,6 +47,14 @@ def test_amounts_are_refused_at_once(arguments: dict[str, Any], text: str) -> No
         StructuredPruning(**arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"layers": 3}, {"ignore": ["first", 4]}, {"guard": True}, {"repair": "ridge"}, {"repair": [1]}]
+)
+def test_an_argument_of_another_type_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"StructuredPruning: expected `{next(iter(arguments))}` to be"):
+        StructuredPruning(0.5, **arguments)
+
+
 def test_nothing_to_do_is_said() -> None:
     with pytest.warns(NoEffectWarning, match="pruning_ratio=0"):
         StructuredPruning(0.0)
