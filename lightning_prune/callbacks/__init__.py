@@ -6,7 +6,7 @@ from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.guard import Guard
 from lightning_prune.callbacks.hybrid import HybridPruning
 from lightning_prune.callbacks.magnitude import MagnitudePruning
-from lightning_prune.callbacks.sensitivity import sensitivity
+from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect

@@ -94,8 +94,8 @@ def test_parameters_that_are_frozen_add_nothing():
     torch.testing.assert_close(statistic.value("0"), expected)
     model.requires_grad_(False)
     assert statistic.unhookable(model) == {
-        "0": "none of 0.weight, 2.weight, 0.bias is trained",
-        "2": "none of 2.weight, 4.weight, 2.bias is trained",
+        "0": "none of 0.weight, 0.bias, 2.weight is trained",
+        "2": "none of 2.weight, 2.bias, 4.weight is trained",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from rich.progress import track
 from torch import nn
 
@@ -34,7 +35,7 @@ def sensitivity(
     Args:
         model: A LightningModule or any module. It is the same afterwards, whatever happens.
         evaluate: Gives the metric of a network, an accuracy on some validation batches say. It is called once for the
-            dense network and once per layer and share, with the model itself, cut. It must not train.
+            dense network and once per layer and share, with the model itself, cut, without gradients.
         example: What ``forward`` takes; by default a LightningModule's ``example_input_array``.
         criterion: Which units go first, by the weights alone; by default `L1`.
         shares: Shares of a layer's units to remove, ascending, in (0, 1).
@@ -66,7 +67,12 @@ def sensitivity(
         )
     selected, _ = select(structure, layers, ignore)
     scores = score_groups(criterion, [structure.group(name) for name in selected], named(model), None)
-    original, dense = Original.of(structure), float(evaluate(model))
+
+    @torch.no_grad()
+    def measured() -> float:
+        return float(evaluate(model))
+
+    original, dense = Original.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
     for name in track(selected, "Sensitivity", transient=True):
         values: list[float] = []
@@ -77,6 +83,6 @@ def sensitivity(
                 values.append(values[-1] if values else dense)
                 continue
             with cut(model, structure.axes(plan.kept)):
-                values.append(float(evaluate(model)))
+                values.append(measured())
         metrics[name] = tuple(values)
     return Sensitivity(dense, shares, metrics, type(criterion).__name__)
