@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
@@ -74,7 +75,7 @@ def sensitivity(
 
     original, dense = Original.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
-    for name in track(selected, "Sensitivity", transient=True):
+    for name in track(selected, "Sensitivity", transient=True, disable=not Console().is_terminal):
         values: list[float] = []
         for share in shares:
             target = Target("units", {name: 1 - share})
