@@ -42,6 +42,11 @@ class Observation:
             statistic.load_state_dict(self._saved)
         return Observation(statistic, batches=self.batches)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether batches have to be observed, and none was."""
+        return self.statistic is not None and not self.statistic.examines and not self.statistic.update_called
+
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Observe the batch that begins."""
         if self.statistic is not None:

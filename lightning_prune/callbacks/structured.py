@@ -334,7 +334,8 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def _waits(self) -> bool:
-        return any(around.waits for around in self._around)
+        # A cut at the very beginning, or one that a longer run than before adds, has nothing to go by yet.
+        return any(around.waits for around in self._around) or self._observation.is_empty
 
     @override
     def _begin_batch(self, trainer: Trainer, module: LightningModule) -> bool:
