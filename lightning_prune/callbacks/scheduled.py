@@ -126,6 +126,7 @@ class ScheduledPruning(Callback, ABC):
             self._unprepare()
         elif self._is_fit:
             self._forget()
+            self._run_id = trainer.strategy.broadcast(self._run_id)  # one run, one name
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -140,6 +140,15 @@ def compressed(folder: Path) -> tuple[int, float]:
     )
 
 
+def second_fit(folder: Path) -> int:
+    """How many cuts one callback with a ``dirpath`` made in two fits of one trainer."""
+    _, done, model = train(folder, pruning={"dirpath": str(folder / "report"), "schedule": Linear(1, 5, cuts=2)})
+    done.fit_loop.max_epochs = EPOCHS + 2
+    done.fit(model, share())
+    callback = next(found for found in done.callbacks if isinstance(found, lightning_prune.StructuredPruning))
+    return len(callback.report.cuts)
+
+
 class Fault(Callback):
     """Makes one process fail in a cut, or change a weight of its own."""
 

@@ -144,6 +144,10 @@ def test_a_communication_hook_is_there_after_a_cut(tmp_path: Path) -> None:
     assert 0 < distance < 0.01
 
 
+def test_a_second_fit_goes_on_in_its_folder(tmp_path: Path) -> None:
+    assert ranks.run(ranked.second_fit, tmp_path, processes=2) == 2
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_all_fail_if_one_does(failing: int, tmp_path: Path) -> None:
     """At once, without waiting for a collective's time limit, and with the network as it was."""
