@@ -1,8 +1,9 @@
 """Pruning runs that are killed at random moments and resumed: ``python -m benchmarks.faults``.
 
-A run saves a checkpoint every second step and gets SIGKILL after a random time, again and again, until it is through;
-every start is the same call, ``fit(ckpt_path="last")``. In two processes both are killed, or one of them, and the other
-has to end by itself. What the run ends with is compared bit by bit with a run that nobody disturbed.
+A run saves a checkpoint every second step, but for an epoch's last (see `Checkpoints`), and gets SIGKILL after a random
+time, again and again, until it is through; every start is the same call, ``fit(ckpt_path="last")``. In two processes
+both are killed, or one of them, and the other has to end by itself. What the run ends with is compared bit by bit with
+a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ class Loader(DataLoader[Any]):
         self.first = state["position"] % len(self)
 
 
+class Checkpoints(ModelCheckpoint):
+    """None in an epoch's last batch: Lightning 2.6 resumes from it, but not from the checkpoints of the next epoch.
+
+    Those do not know in which epoch they were written: who resumes from one repeats steps, with or without pruning.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
+
 def train(folder: Path) -> None:
     """One start of the run in ``folder``, in each of its processes; `result.pt` is there when it is through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -95,7 +107,7 @@ def train(folder: Path) -> None:
         strategy="ddp" if processes > 1 else "auto",
         use_distributed_sampler=False,
         default_root_dir=folder,
-        callbacks=[pruning, ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)],
+        callbacks=[pruning, Checkpoints(folder, every_n_train_steps=2, save_last=True)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -237,21 +249,23 @@ def tables(campaigns: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Fifty kills, half of them of two processes."""
+    """Fifty kills of one process, ten of two."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=25, help="for each number of processes")
+    parser.add_argument("--kills", type=int, nargs="+", default=[50, 10], help="for each number of processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     campaigns: dict[str, Any] = {}
     folder = EVIDENCE / "faults"
     folder.mkdir(parents=True, exist_ok=True)
-    for processes in given.processes:
+    for processes, kills in zip(given.processes, given.kills, strict=True):
         with tempfile.TemporaryDirectory() as home:
-            campaigns[str(processes)] = campaign(Path(home), processes, given.kills, given.seed)
-        results = {"command": command("benchmarks.faults"), "machine": machine(), "campaigns": campaigns}
+            campaigns[str(processes)] = campaign(Path(home), processes, kills, given.seed)
+        here = machine()
+        results = {"command": command("benchmarks.faults"), "machine": here, "campaigns": campaigns}
         (folder / "kills.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        fill(folder / "README.md", tables(campaigns))
+        on = f"{here['processor']}; {here['versions']}"
+        fill(folder / "README.md", f"{tables(campaigns)}\n\nSeed {given.seed}. `{results['command']}` on {on}")
         print(tables(campaigns), flush=True)
 
 
