@@ -15,6 +15,7 @@ from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.tracing import (
+    Blocks,
     Call,
     Decision,
     FakeCopy,
@@ -99,6 +100,7 @@ class _Run:
     kind: Kind
     script: list[tuple[Any, ...]]
     decisions: list[Decision]
+    views: list[Blocks | None]
 
 
 class _Analysis:
@@ -235,7 +237,7 @@ class _Analysis:
                     raise
                 continue
             self._freeze_output(self.tracer, call, out)
-            self.runs.append(_Run(call, kind, self.tracer.script, self.tracer.decisions))
+            self.runs.append(_Run(call, kind, self.tracer.script, self.tracer.decisions, self.tracer.views))
             if not self._copy(kind).mode_matters:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()
@@ -428,7 +430,8 @@ class _Analysis:
         atoms = SealedAtoms(self.atoms)
         tracer = Tracer(atoms, RULES, unknown)
         for run in self.runs:
-            call, copy, tracer.decided = run.call, self._copy(run.kind), run.decisions
+            call, copy = run.call, self._copy(run.kind)
+            tracer.decided, tracer.decided_views = run.decisions, run.views
             if follow:
                 tracer.expected = self._masked_script(copy, call, axes) if run.kind == "real" else run.script
             try:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_prune.structure.tracing import WILD, AxisLabel, IndexArray, Tracer, Value, flat_tensors
+from lightning_prune.structure.atoms import MismatchError
+from lightning_prune.structure.tracing import WILD, AxisLabel, Blocks, IndexArray, Tracer, Value, flat_tensors
 
 __all__ = ["RULES", "rule", "unknown"]
 
@@ -683,14 +684,15 @@ def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Merge and split dimensions (an added or dropped dimension of length 1 is a case of it)."""
     x = args[0]
     value = t.value(x)
-    if tuple(x.shape) == tuple(out.shape):
-        t.label(out, value.axes, zero=value.zero, source=value.source)
-        return
     if x.dtype != out.dtype or x.numel() != out.numel():
         unknown(t, func, args, kwargs, out)
         return
+    blocks = _blocks_of_view(t, tuple(x.shape), tuple(out.shape), _labelled(value.axes))
+    if blocks is None:
+        t.label(out, value.axes, zero=value.zero, source=value.source)
+        return
     axes: list[AxisLabel] = []
-    for old, new in _blocks(tuple(x.shape), tuple(out.shape), _labelled(value.axes)):
+    for old, new in blocks:
         axes += _regroup(t, func, [(x.shape[d], value.axes[d]) for d in old], [out.shape[d] for d in new])
     t.label(out, axes, zero=value.zero)
 
@@ -704,12 +706,36 @@ def squeeze(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     _moved(t, out, value, [d for d in range(args[0].dim()) if d not in dropped])
 
 
-def _blocks(old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> list[tuple[list[int], list[int]]]:
+def _blocks_of_view(t: Tracer, old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> Blocks | None:
+    """Which old dimensions become which new ones; None if they stay.
+
+    A trial follows the first trace: where a cut leaves a single unit, its lengths alone would tell another story.
+    """
+    if t.decided is None:
+        blocks = None if old == new else _blocks(old, new, labelled)
+    elif len(t.views) < len(t.decided_views):
+        blocks = t.decided_views[len(t.views)]
+        if not (_fits(blocks, old, new) if blocks is not None else old == new):
+            raise MismatchError("a view regroups other axes than before")
+    else:
+        raise MismatchError("an axis is viewed that was not viewed before")
+    t.views.append(blocks)
+    return blocks
+
+
+def _fits(blocks: Blocks, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether dimensions of these lengths can be grouped so."""
+    counts = sum(len(a) for a, _ in blocks), sum(len(b) for _, b in blocks)
+    alike = (math.prod(old[d] for d in a) == math.prod(new[d] for d in b) for a, b in blocks)
+    return counts == (len(old), len(new)) and all(alike)
+
+
+def _blocks(old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> Blocks:
     """Smallest runs of old and new dimensions with the same number of elements, in order.
 
     A labelled dimension of length 1 that has no counterpart was merged into what follows it.
     """
-    blocks: list[tuple[list[int], list[int]]] = []
+    blocks: Blocks = []
     i = j = 0
     while i < len(old) or j < len(new):
         left, right = [], []

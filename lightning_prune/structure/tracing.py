@@ -26,6 +26,7 @@ from lightning_prune.structure.shapes import SHORTCUTS
 __all__ = [
     "WILD",
     "AxisLabel",
+    "Blocks",
     "Call",
     "Decision",
     "FakeCopy",
@@ -43,6 +44,8 @@ __all__ = [
 AxisLabel = IndexArray | None | str
 WILD = "wild"
 Kind = Literal["meta", "fake", "real"]
+#: Runs of old and new dimensions with the same number of elements, in order.
+Blocks = list[tuple[list[int], list[int]]]
 #: Length of an axis and of the parts that a view splits it into.
 SplitKey = tuple[int, tuple[int, ...]]
 #: The part of a split that keeps the units apart, if any does, and the lengths of the others.
@@ -106,7 +109,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
         splits: The splits that were met, with the parts that could keep them and the units.
         decisions: The part chosen at each split of a run, and the lengths of the others.
+        views: The old and new dimensions that belong together in each view of a run, None where they stay.
         decided: The decisions of the first trace, which a trial must follow.
+        decided_views: And its views.
         trail: Arguments of the latest operators: where to look when one fails.
     """
 
@@ -131,7 +136,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.choices: Mapping[SplitKey, int] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
         self.decisions: list[Decision] = []
+        self.views: list[Blocks | None] = []
         self.decided: list[Decision] | None = None
+        self.decided_views: list[Blocks | None] = []
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
@@ -165,7 +172,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.clear()
         self._latest.clear()
         self._by_storage.clear()
-        self.script, self.decisions = [], []
+        self.script, self.decisions, self.views = [], [], []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
         """Unite two axes of equal length; the label of what comes out."""
