@@ -168,14 +168,6 @@ def test_nan_weights(tmp_path: Path) -> None:
     assert widths(model) == (12, 8)
 
 
-def test_a_first_cut_before_anything_was_observed(tmp_path: Path) -> None:
-    model = make()
-    before = weights(model)
-    with pytest.raises(RuntimeError, match="cut later"):
-        fit(tmp_path, model, ContributionPruning(0.5, schedule=OneShot(at=0)))
-    assert equal(weights(model), before)
-
-
 def test_a_folder_with_another_runs_report(tmp_path: Path) -> None:
     fit(tmp_path, make(), structured(dirpath=str(tmp_path / "mine")), epochs=2)
     mine = json.loads((tmp_path / "mine" / "report.json").read_text())

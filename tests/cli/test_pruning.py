@@ -62,6 +62,10 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
         found = [small.encoder[0].out_channels, small.encoder[5].out_features, small.mean.out_features]
         assert found == ([6, 28, 128] if "celeba" in name else [22, 358, 32])
         assert len(list(Path(f"runs/{name}/001/reconstructions").iterdir())) == 5, "one picture for each size"
+    elif "magnitude" in name:
+        sparse = load(MLPClassifier, f"runs/{name}/001")
+        weights = torch.cat([weight.flatten() for weight in sparse.parameters() if weight.ndim > 1])
+        assert float((weights == 0).float().mean()) == pytest.approx(0.8, abs=0.01)
     else:
         small = load(MLPClassifier, f"runs/{name}/001")
         assert [small.layers[1].out_features, small.layers[3].out_features] == [16, 10]
