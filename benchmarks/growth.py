@@ -103,7 +103,7 @@ def draw(rows: Sequence[Row]) -> Any:
     for axes, (name, (label, unit)) in zip(panels, quantities.items(), strict=True):
         points = [(row["cut"], row[name] / unit) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), "." if name == "seconds" else "o-", ms=3, color="#0072B2")
-        axes.set(xlabel="cuts", title=label, ylim=(0, 1.15 * max(max(value for _, value in points), 1e-9)))
+        axes.set(xlabel="cuts", title=label, ylim=(0, 1.15 * (max(value for _, value in points) or 1)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
