@@ -42,6 +42,7 @@ from lightning_prune.structure import Call, Structure, Subject, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
+    Change,
     Keep,
     Masks,
     apply_masks,
@@ -49,11 +50,11 @@ from lightning_prune.surgery import (
     attach_masks,
     begun,
     cut_and_check,
+    forget,
     install_and_check,
     maskable,
     masks_of,
     original_of,
-    restart_optimizer,
     revived,
     without_dead,
     zero_gradients,
@@ -292,8 +293,7 @@ class MaskPruning(ScheduledPruning):
                 fresh = named(module)
                 for name, tensor in named(copy).items():
                     tensor.copy_(fresh[name])
-        for optimizer in trainer.optimizers:
-            restart_optimizer(optimizer)
+        forget(Change(), trainer.optimizers)
         if not self.pending:
             self._kept = None
 

@@ -33,7 +33,6 @@ __all__ = [
     "maskable",
     "masks_of",
     "narrowed",
-    "restart_optimizer",
     "revived",
     "save_masks_into",
     "zero_gradients",
@@ -112,11 +111,6 @@ def zero_moments(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
                 for value in optimizer.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == mask.shape:
                         value.masked_fill_(mask, 0)
-
-
-def restart_optimizer(optimizer: Optimizer) -> None:
-    """Let an optimizer forget all it remembers; its settings and schedulers stay."""
-    unwrap(optimizer).state.clear()
 
 
 # -- in checkpoints ----------------------------------------------------------------------------------------------------
