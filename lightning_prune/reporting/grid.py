@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Group as RichGroup
     from rich.table import Table
 
-__all__ = ["Grid", "as_rich", "as_text", "count", "kib", "number", "plural", "share"]
+__all__ = ["Grid", "Shown", "as_rich", "as_text", "count", "kib", "number", "plural", "share"]
 
 #: What stands where a figure was not measured.
 MISSING = "–"
@@ -73,6 +74,23 @@ class Grid:
 
     def _lines(self, rule: tuple[str, ...]) -> list[tuple[str, ...]]:
         return [self.columns, rule, *self.rows]
+
+
+class Shown(ABC):
+    """What is shown by its tables: printed, in a terminal or in a notebook."""
+
+    @abstractmethod
+    def grids(self) -> tuple[Grid, ...]:
+        """The tables."""
+
+    def __str__(self) -> str:
+        return as_text(self.grids())
+
+    def __rich__(self) -> RichGroup:
+        return as_rich(self.grids())
+
+    def _repr_html_(self) -> str:
+        return "".join(grid.html() for grid in self.grids())
 
 
 def as_rich(grids: Sequence[Grid]) -> RichGroup:

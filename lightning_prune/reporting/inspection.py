@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_prune.reporting.couplings import couplings_figure
-from lightning_prune.reporting.grid import Grid, as_rich, as_text, count, share
+from lightning_prune.reporting.grid import Grid, Shown, count, share
 from lightning_prune.structure.graph import Structure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Group as RichGroup
 
 __all__ = ["Inspection"]
 
@@ -21,7 +20,7 @@ _NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """A structure that can be looked at: printed, in a terminal or in a notebook.
 
     Attributes:
@@ -100,15 +99,6 @@ class Inspection:
 
     def _notes(self) -> Grid:
         return Grid("Remarks", ("",), tuple((note,) for note in self.structure.notes))
-
-    def __str__(self) -> str:
-        return as_text(self.grids())
-
-    def __rich__(self) -> RichGroup:
-        return as_rich(self.grids())
-
-    def _repr_html_(self) -> str:
-        return "".join(grid.html() for grid in self.grids())
 
 
 def _names(names: Sequence[str]) -> str:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_prune.extras import require
-from lightning_prune.reporting.grid import Grid, as_rich, as_text, number
+from lightning_prune.reporting.grid import Grid, Shown, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Group as RichGroup
 
 __all__ = ["Sensitivity"]
 
@@ -20,7 +19,7 @@ _MOST_CURVES = 10
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """The metric of a network in which one layer has lost a share of its units, for every layer and share.
 
     Attributes:
@@ -100,12 +99,3 @@ class Sensitivity:
         axes.set_xticks(range(len(self.shares)), [f"{100 * share:.0f}" for share in self.shares])
         axes.set_xlabel("units of the layer removed (%)")
         figure.colorbar(image, label=f"metric (dense {number(self.dense)})")
-
-    def __str__(self) -> str:
-        return as_text(self.grids())
-
-    def __rich__(self) -> RichGroup:
-        return as_rich(self.grids())
-
-    def _repr_html_(self) -> str:
-        return "".join(grid.html() for grid in self.grids())
