@@ -72,7 +72,8 @@ def test_cuts_inside_an_epoch_lie_inside_it(make_report):
 
 
 def test_two_hundred_cuts(make_report):
-    draw(make_report(layers=3, epochs=202, cut_epochs=range(1, 201)))
+    metric, size, _ = draw(make_report(layers=3, epochs=202, cut_epochs=range(1, 201)))
+    assert cut_lines(metric) == cut_lines(size) == list(range(1, 201))
 
 
 def test_missing_things_leave_a_note(make_report):

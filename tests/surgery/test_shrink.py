@@ -252,6 +252,10 @@ def test_fake_networks_can_be_cut(net):
         model = net.build()
         cut(model, net.axes(model))
         model(torch.randn(2, *net.shape)).sum().backward()
+    real = net.model()
+    cut(real, net.axes(real))
+    assert [p.shape for p in model.parameters()] == [p.shape for p in real.parameters()]
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 class TestOldGraphs:
@@ -293,6 +297,7 @@ class TestOldGraphs:
         cut(model, zoo["mlp"].axes(model))
         model.requires_grad_(True)
         model(zoo["mlp"].example()).sum().backward()
+        assert all(p.grad.shape == p.shape for p in model.parameters())
         del kept
 
 
