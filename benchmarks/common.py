@@ -1,19 +1,24 @@
-"""What every benchmark says about itself: where and with what it ran, and how sure a mean is."""
+"""What benchmarks share: a quiet fit, where and with what it ran, and how sure a mean is."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+
 from lightning_prune.reporting import versions
 
-__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "signed"]
+__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "quiet_fit", "signed"]
 
 #: Where every benchmark leaves its output.
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -38,6 +43,23 @@ def command(module: str) -> str:
         at = arguments.index("--root")
         del arguments[at : at + 2]
     return shlex.join(["python", "-m", module, *arguments])
+
+
+def quiet_fit(module: LightningModule, loader: Any, callbacks: Sequence[Callback] = (), **settings: Any) -> None:
+    """Train on one processor and leave nothing behind: no files, no output, no validation."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=list(callbacks),
+            **settings,
+        )
+        trainer.fit(module, train_dataloaders=loader)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

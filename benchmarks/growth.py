@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, command, fill, machine
+from benchmarks.common import EVIDENCE, command, fill, machine, quiet_fit
 from lightning_prune import Contribution, ContributionPruning, Linear
 from lightning_prune.extras import require
 from lightning_prune.models import MLPClassifier
@@ -75,16 +75,8 @@ def run(cuts: int, every: int) -> list[Row]:
         warnings.simplefilter("ignore")
         pruning = ContributionPruning(0.9, criterion=Contribution(every_n_batches=1), schedule=schedule, dirpath=folder)
         watch = Watch(pruning, every)
-        Trainer(
-            max_epochs=cuts + 1,
-            accelerator="cpu",
-            callbacks=[pruning, watch],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        ).fit(MLPClassifier([20, UNITS, UNITS, 2], optimizer="adamw", lr=0.001), loader)
+        module = MLPClassifier([20, UNITS, UNITS, 2], optimizer="adamw", lr=0.001)
+        quiet_fit(module, loader, [pruning, watch], max_epochs=cuts + 1)
     return watch.rows
 
 

@@ -10,15 +10,12 @@ instead of the time that passes.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import os
 import random
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, command, fill, machine
+from benchmarks.common import EVIDENCE, command, fill, machine, quiet_fit
 from lightning_prune import L1, Contribution, OneShot, StructuredPruning
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
@@ -130,19 +127,7 @@ def fit(
     """A run without anything that would disturb the clock; random images, because values do not change the time."""
     images = TensorDataset(torch.randn(40 * batch_size, *shape), torch.randint(10, (40 * batch_size,)))
     loader = DataLoader(images, batch_size, drop_last=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=list(callbacks),
-            **settings,
-        )
-        trainer.fit(module, loader)
+    quiet_fit(module, loader, callbacks, **settings)
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:

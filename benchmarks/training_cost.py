@@ -9,11 +9,8 @@ start. What counts is what each has spent when its validation accuracy first rea
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -25,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit
 from benchmarks.contribution import Held, accuracy, loaded
 from lightning_prune import Linear, StructuredPruning
 from lightning_prune.data import ImageTensors
@@ -100,19 +97,7 @@ def run(way: str, held: Held, epochs: int, seed: int) -> list[Point]:
     sizes, callbacks = ways()[way]
     seed_everything(seed, verbose=False)
     module, meter = MLPClassifier(sizes), Meter(held.parts())
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[meter, *callbacks(module)],
-        )
-        trainer.fit(module, train_dataloaders=held.train_dataloader())
+    quiet_fit(module, held.train_dataloader(), [meter, *callbacks(module)], max_epochs=epochs)
     return meter.points
 
 

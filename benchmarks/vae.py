@@ -8,11 +8,8 @@ the final widths from scratch, all trained equally long from the same seed. Need
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit, signed
 from benchmarks.contribution import LOOKS, Held
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, prune
 from lightning_prune.data import FashionMNIST
@@ -113,20 +110,7 @@ def network(beta: float, seed: int, *, narrow: bool = False) -> VAE:
 def train(vae: VAE, held: Held, batches: int, seed: int, callbacks: Sequence[Callback]) -> None:
     """One run; the same seed gives the same split, order of batches and noise."""
     seed_everything(seed, verbose=False)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            max_epochs=EPOCHS,
-            limit_train_batches=batches,
-            limit_val_batches=0,
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
-        trainer.fit(vae, train_dataloaders=held.train_dataloader())
+    quiet_fit(vae, held.train_dataloader(), callbacks, max_epochs=EPOCHS, limit_train_batches=batches)
 
 
 def one_seed(held: Held, batches: int, beta: float, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
