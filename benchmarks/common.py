@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_prune.reporting import versions
 
-__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "quiet_fit", "signed"]
+__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "quiet_fit", "shown", "signed", "summary"]
 
 #: Where every benchmark leaves its output.
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -67,10 +67,20 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / len(values) ** 0.5
 
 
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its interval, which one seed has not: 0."""
+    return interval(values) if len(values) > 1 else (values[0], 0.0)
+
+
+def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Mean and interval as text; of one seed, the number."""
+    mean, half = summary(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
 def signed(values: Sequence[float], digits: int = 2) -> str:
     """A mean difference with its 95 % interval, as text."""
-    mean, half = interval(values)
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return shown(values, digits, "+")
 
 
 def fill(page: Path, tables: str) -> None:

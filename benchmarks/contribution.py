@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit
+from benchmarks.common import EVIDENCE, command, fill, machine, quiet_fit, shown, summary
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -302,17 +302,6 @@ def area(results: Sequence[Mapping[str, Any]], label: str) -> list[float]:
         heights = [r["runs"][DENSE]["epochs"][-1]["test"], *r["one_shot"][label]]
         areas.append((sum(heights) - (heights[0] + heights[-1]) / 2) / (len(heights) - 1))
     return areas
-
-
-def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its interval, which one seed has not: 0."""
-    return interval(values) if len(values) > 1 else (values[0], 0.0)
-
-
-def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Mean and interval as text; of one seed, the number."""
-    mean, half = summary(values)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:

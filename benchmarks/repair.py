@@ -2,7 +2,8 @@
 
 The contribution paper's CNN, trained here for some epochs, or with ``--weights`` a pretrained ResNet-20 loses 10, 30
 and 50 % of its units at once (the ResNet those of the inner width of every block). Needs CIFAR-10 under ``--root`` or
-``LIGHTNING_PRUNE_DATA``. Repairs see training images only.
+``LIGHTNING_PRUNE_DATA``. Repairs see training images only. A seed draws their batches, and trains the CNN; what was
+measured before with the same settings is not measured again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, machine
+from benchmarks.common import EVIDENCE, command, machine, shown, summary
 from lightning_prune import L1, Contribution
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
@@ -83,9 +85,11 @@ def train(module: CNNClassifier, images: ImageTensors, epochs: int, seed: int) -
         print(f"epoch {epoch + 1} of {epochs}", flush=True)
 
 
-def calibration(images: ImageTensors, batches: int) -> tuple[list[Tensor], Callable[[torch.nn.Module, int], None]]:
+def calibration(
+    images: ImageTensors, batches: int, seed: int
+) -> tuple[list[Tensor], Callable[[torch.nn.Module, int], None]]:
     """Batches drawn once from the training images, and how a repair runs them."""
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: batches * BATCH]
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: batches * BATCH]
     drawn = list(images.images[rows].split(BATCH))
 
     def run(model: torch.nn.Module, n: int) -> None:
@@ -112,13 +116,19 @@ def scores_of(
 
 
 def measure(
-    name: str, module: LightningModule, train: ImageTensors, test: ImageTensors, ignore: str | None, batches: int
+    name: str,
+    module: LightningModule,
+    train: ImageTensors,
+    test: ImageTensors,
+    ignore: str | None,
+    batches: int,
+    seed: int,
 ) -> Iterator[Row]:
     """One row per criterion, share and repair; every cut is undone."""
     module.eval()
     structure = trace(Subject.of(module, module.example_input_array))
     names, _ = select(structure, ignore=ignore)
-    drawn, run = calibration(train, batches)
+    drawn, run = calibration(train, batches, seed)
     dense = accuracy(module, test)
     print(f"{name}: {dense} % dense", flush=True)
     for criterion, share in product((L1(), Contribution()), SHARES):
@@ -132,24 +142,40 @@ def measure(
             with cut(module, axes) as change:
                 install(change, module, contents)
                 after_cut = accuracy(module, test)
-            row = {"network": name, "criterion": type(criterion).__name__, "removed": share, "repair": label}
+            row = {
+                "network": name,
+                "seed": seed,
+                "criterion": type(criterion).__name__,
+                "removed": share,
+                "repair": label,
+            }
             row |= {"params": after.cost.params(after.widths), "macs": after.cost.macs(after.widths)}
             yield {**row, "dense": dense, "accuracy": after_cut, "seconds": round(seconds, 2)}
 
 
+def by_seed(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[float]]:
+    """Accuracies of all seeds for each combination of what the keys name."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row["accuracy"])
+    return found
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per network, criterion and share, a column per repair."""
+    """Markdown: a line per criterion and share, a column per repair."""
     labels = list(dict.fromkeys(row["repair"] for row in rows))
     lines = [f"| network | criterion | removed | parameters | dense | {' | '.join(labels)} |"]
     lines.append("|---|---|---:|---:|---:|" + "---:|" * len(labels))
-    cells: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        key = (row["network"], row["criterion"], f"{100 * row['removed']:.0f} %", f"{row['params']:,}", row["dense"])
-        cells.setdefault(key, []).append(row["accuracy"])
-    for key, values in cells.items():
-        best = max(values)
-        shown = [f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in values]
-        lines.append("| " + " | ".join([*map(str, key), *shown]) + " |")
+    dense = shown(list({row["seed"]: row["dense"] for row in rows}.values()))
+    cells: dict[tuple[Any, ...], list[list[float]]] = {}
+    for (*key, _), values in by_seed(rows, "network", "criterion", "removed", "params", "repair").items():
+        cells.setdefault(tuple(key), []).append(values)
+    for (network, criterion, removed, params), columns in cells.items():
+        best = max(map(fmean, columns))
+        texts = [f"**{shown(values)}**" if fmean(values) == best else shown(values) for values in columns]
+        lines.append(
+            f"| {network} | {criterion} | {100 * removed:.0f} % | {params:,} | {dense} | {' | '.join(texts)} |"
+        )
     return "\n".join(lines)
 
 
@@ -161,69 +187,78 @@ def draw(rows: Sequence[Row]) -> Any:
     looks = [("#999999", "o-"), ("#56B4E9", "s--"), ("#CC79A7", "^:"), ("#E69F00", "D--"), ("#D55E00", "D-")]
     for axes, criterion in zip(panels, criteria, strict=True):
         mine = [row for row in rows if row["criterion"] == criterion]
-        axes.axhline(mine[0]["dense"], color="black", lw=0.8, ls=(0, (4, 3)), label="dense")
+        axes.axhline(fmean(row["dense"] for row in mine), color="black", lw=0.8, ls=(0, (4, 3)), label="dense")
         for label, (colour, style) in zip(repairs(1), looks, strict=True):
-            points = [(100 * row["removed"], row["accuracy"]) for row in mine if row["repair"] == label]
-            axes.plot(*zip(*points, strict=True), style, color=colour, ms=5, label=label)
+            points = by_seed([row for row in mine if row["repair"] == label], "removed")
+            middles = [summary(values) for values in points.values()]
+            shares, (heights, halves) = [100 * share for (share,) in points], zip(*middles, strict=True)
+            axes.errorbar(shares, heights, halves, fmt=style, color=colour, ms=5, capsize=3, label=label)
         axes.set(title=criterion, ylim=(0, 100), xticks=[100 * share for share in SHARES])
         axes.set_xlabel("units removed at once (%)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy, no training (%)")
     panels[0].legend(fontsize="small", ncols=2, loc="lower left")
-    figure.suptitle(rows[0]["network"])
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(f"{rows[0]['network']} ({f'{seeds} seeds, bars: 95 %' if seeds > 1 else 'one seed'})")
     return figure
 
 
-def write(rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
-    """Everything under docs/evidence/repair, named after the network."""
-    folder, name = EVIDENCE / "repair", rows[0]["network"].lower()
+def write(rows: Sequence[Row], settings: Mapping[str, Any], line: str, folder: Path, name: str) -> None:
+    """Rows, table and picture, named after the network."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {**settings, "machine": machine()}
+    facts = {"settings": settings, "command": line, "machine": machine()}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     (folder / f"{name}.json").write_text(f'{json.dumps(facts)[:-1]},\n "rows": [\n  {lines}\n ]}}\n')
     (folder / f"{name}.md").write_text(f"{table(rows)}\n", encoding="utf-8")
     draw(rows).savefig(folder / f"{name}.png")
 
 
+def stored(folder: Path, name: str, settings: Mapping[str, Any]) -> list[Row]:
+    """The rows of an earlier run with these settings."""
+    file = folder / f"{name}.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return list(found["rows"]) if found.get("settings") == settings else []
+
+
 def main() -> None:
-    """One network, writing after each cut."""
+    """One network, writing after each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of CIFAR-10, in torchvision's layout")
     parser.add_argument("--weights", type=Path, help="weights of a ResNet-20 trained on CIFAR-10; else the CNN")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs that the CNN is trained for")
-    parser.add_argument("--train-limit", type=int, default=50000, help="training images")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs that the CNN is trained for")
     parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
-    parser.add_argument("--batches", type=int, default=32, help=f"batches of {BATCH} that repairs see")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH} that repairs see")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     given = parser.parse_args()
-    seed_everything(given.seed, verbose=False)
     source = CIFAR10(root=given.root)
     images, test = (normalised(part, source) for part in source.load())
-    images = images.take(torch.arange(min(given.train_limit, len(images))))
     test = test.take(torch.arange(min(given.test_limit, len(test))))
-    settings = {name: value for name, value in vars(given).items() if name not in ("root", "weights")}
-    line = command("benchmarks.repair")
-    settings["command"] = line.replace(str(given.weights), given.weights.name) if given.weights else line
-    rows: list[Row] = []
-    for row in network(given, images, test):
-        rows.append(row)
-        print(row, flush=True)
-        if row["repair"] == [*repairs(1)][-1]:
-            write(rows, settings)
+    settings = {"test_limit": given.test_limit, "batches": given.batches}
+    folder, name = EVIDENCE / "repair", "resnet-20"
+    if given.weights is None:
+        settings, name = settings | {"epochs": given.epochs}, "cnn"
+    line = command("benchmarks.repair").replace(str(given.weights), getattr(given.weights, "name", ""))
+    rows = stored(folder, name, settings)
+    for seed in sorted({*range(given.seeds)} - {row["seed"] for row in rows}):
+        for row in network(given, images, test, seed):
+            rows.append(row)
+            print(row, flush=True)
+        write(rows, settings, line, folder, name)
     print(table(rows))
 
 
-def network(given: argparse.Namespace, images: ImageTensors, test: ImageTensors) -> Iterator[Row]:
+def network(given: argparse.Namespace, images: ImageTensors, test: ImageTensors, seed: int) -> Iterator[Row]:
     """The rows of the network that was asked for."""
+    seed_everything(seed, verbose=False)
     if given.weights is None:
-        cnn = CNNClassifier()
-        train(cnn, images, given.epochs, given.seed)
-        return measure("CNN", cnn, images, test, None, given.batches)
-    resnet = ResNetCIFAR(20)
+        cnn = CNNClassifier().to(memory_format=torch.channels_last)
+        train(cnn, images, given.epochs, seed)
+        return measure("CNN", cnn, images, test, None, given.batches, seed)
+    resnet = ResNetCIFAR(20).to(memory_format=torch.channels_last)
     resnet.load_pretrained(torch.load(given.weights, map_location="cpu", weights_only=True)["state_dict"])
     # The residual stream stays: two of its stages are padded.
-    return measure("ResNet-20", resnet, images, test, "conv1", given.batches)
+    return measure("ResNet-20", resnet, images, test, "conv1", given.batches, seed)
 
 
 if __name__ == "__main__":
