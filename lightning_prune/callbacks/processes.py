@@ -49,11 +49,10 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         trainer: The run.
 
     Raises:
-        ValueError: For anything but one device or DDP with a process started per device, and for DDP that compresses
-            with a state of its own.
+        ValueError: For anything but one device or DDP, and for DDP that compresses with a state of its own.
     """
     strategy = trainer.strategy
-    if type(strategy) is DDPStrategy and strategy._start_method == "popen":
+    if type(strategy) is DDPStrategy:
         state = strategy._ddp_comm_state
         if state is not None:
             raise ValueError(
@@ -63,11 +62,9 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         return
     if isinstance(strategy, SingleDeviceStrategy):
         return
-    started = f" with start_method={strategy._start_method!r}" if isinstance(strategy, DDPStrategy) else ""
     raise ValueError(
-        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}{started}. Use "
-        '`Trainer(devices=1)` or `Trainer(strategy="ddp")`: layers of sharded networks cannot be cut yet, and '
-        "processes that are spawned or forked hand a narrower network back to one that is still wide."
+        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}. Use "
+        '`Trainer(devices=1)` or `Trainer(strategy="ddp")`: layers of sharded networks cannot be cut yet.'
     )
 
 

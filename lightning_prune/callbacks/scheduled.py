@@ -17,6 +17,7 @@ from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
 from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
+from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
 from lightning_prune.reporting import Report, Size, versions
@@ -46,6 +47,7 @@ class ScheduledPruning(Callback, ABC):
         self.reset_monitors = reset_monitors
         self.dirpath = dirpath
         self._is_fit = True
+        bring_home()
         self._forget()
 
     def _forget(self) -> None:
@@ -121,6 +123,7 @@ class ScheduledPruning(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_surroundings(self, ScheduledPruning, trainer, pl_module)
         keep_history(pl_module)
+        bring_home()  # a spawned process has not built this callback
         self._is_fit = stage == "fit"
         if self._is_fit and self._goes_on(trainer, pl_module):
             self._unprepare()

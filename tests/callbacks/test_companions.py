@@ -26,8 +26,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -35,6 +37,7 @@ from torch.utils.data import DataLoader
 from lightning_prune import L1, ContributionPruning, Linear, OneShot, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
 from tests.callbacks.networks import Net, Stream, fit, make, samples, widths
+from tests.callbacks.test_ddp import SETTINGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "companions.md"
 LINES = {
@@ -366,20 +369,46 @@ def foreign(folder: Path) -> None:
 # -- strategies --------------------------------------------------------------------------------------------------------
 
 
-def started_by(strategy: Any) -> Callable[[Path], None]:
-    def case(folder: Path) -> None:
-        run = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-        if strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
-            run = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
-        else:  # without a GPU Lightning refuses these itself
-            from lightning.pytorch.strategies import FSDPStrategy
+def accepted(proof: str | None = None, **options: Any) -> Callable[[Path], None]:
+    """Not refused; the runs are those of `test_ddp` (``proof`` is one of its settings) and `test_spawned`."""
 
-            run._accelerator_connector.strategy = FSDPStrategy() if strategy == "fsdp" else ModelParallelStrategy()
+    def case(folder: Path) -> None:
+        assert proof is None or proof in SETTINGS
+        run = Trainer(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False, **options)
         pruning().setup(run, make(), "fit")
 
     return case
 
 
-for name in ("ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp"):
-    companion(f'`strategy="{name}"`')(started_by(name))
-companion("`ModelParallelStrategy`")(started_by(None))
+companion('`strategy="ddp"`')(accepted("plain", strategy="ddp"))
+companion('`strategy="ddp_find_unused_parameters_true"`')(
+    accepted("unused parameters", strategy="ddp_find_unused_parameters_true")
+)
+companion("`DDPStrategy(static_graph=True)`")(accepted("static graph", strategy=DDPStrategy(static_graph=True)))
+companion("`DDPStrategy(gradient_as_bucket_view=True)`")(
+    accepted("bucket views", strategy=DDPStrategy(gradient_as_bucket_view=True))
+)
+companion("`DDPStrategy(ddp_comm_hook=...)`")(
+    accepted(strategy=DDPStrategy(ddp_comm_hook=default_hooks.fp16_compress_hook))
+)
+companion("`DDPStrategy(ddp_comm_state=...)`")(
+    accepted(strategy=DDPStrategy(ddp_comm_hook=powerSGD_hook, ddp_comm_state=PowerSGDState(None)))
+)
+for name in ("ddp_spawn", "ddp_fork", "ddp_notebook"):
+    companion(f'`strategy="{name}"`')(accepted(strategy=name))
+
+
+def sharded(strategy: type) -> Callable[[Path], None]:
+    """Without a GPU, or the package, Lightning refuses these itself."""
+
+    def case(folder: Path) -> None:
+        run = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+        run._accelerator_connector.strategy = strategy.__new__(strategy)
+        pruning().setup(run, make(), "fit")
+
+    return case
+
+
+companion('`strategy="fsdp"`')(sharded(FSDPStrategy))
+companion("`ModelParallelStrategy`")(sharded(ModelParallelStrategy))
+companion("`DeepSpeedStrategy`")(sharded(DeepSpeedStrategy))

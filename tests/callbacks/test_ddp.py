@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
@@ -169,23 +170,20 @@ def refusal(strategy: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_other_ways_to_start_processes_are_refused(strategy: str) -> None:
-    assert 'strategy="ddp"' in refusal(strategy)
-
-
 def test_compression_with_a_state_is_refused() -> None:
     assert "fp16_compress_hook" in refusal(DDPStrategy(ddp_comm_state=PowerSGDState(None)))
 
 
 def test_the_private_parts_of_lightning_that_we_use() -> None:
     """Lightning 2.6 has them; a minor without one of them needs another way to take the wrapper off and on again."""
-    assert L.__version__.startswith("2.6."), "look at `processes.unwrapped` before this test is widened"
+    assert L.__version__.startswith("2.6."), "look at `processes.unwrapped` and `spawned` before this test is widened"
     strategy = DDPStrategy()
     assert strategy._start_method == "popen"
     assert strategy._ddp_comm_state is None
     assert strategy._pl_static_graph_delay_done is False
     assert callable(strategy._register_ddp_hooks)
+    assert {"get_extra_results", "_recover_results_in_main_process"} <= vars(_MultiProcessingLauncher).keys()
+    assert {"weights_path", "extra"} <= set(_WorkerOutput._fields)
     assert strategy._setup_model.__annotations__["return"] in (DistributedDataParallel, "DistributedDataParallel")
 
 
