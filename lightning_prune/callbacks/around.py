@@ -60,8 +60,14 @@ class Around:
     def before(self, run: Run) -> None:
         """A cut follows."""
 
-    def contents(self, run: Run, axes: Axes) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """What parameters and buffers, by name, hold after the cut that keeps ``axes``, where not what they held."""
+    def contents(self, run: Run, axes: Axes, drops: Mapping[str, str]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """What parameters and buffers, by name, hold after a cut, where not what they held.
+
+        Args:
+            run: What is trained.
+            axes: What the cut keeps.
+            drops: Layers that it takes out, and what takes their place.
+        """
         return {}
 
     def after(self) -> None:

@@ -18,6 +18,7 @@ from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.structure import Axes, Subject
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import Repair, Rewind, repaired, take
+from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["Calibration", "Repairs"]
@@ -36,6 +37,7 @@ class Repairs(Around):
         self._epochs = {repair.epoch for repair in repairs if isinstance(repair, Rewind)}
         self._kept: dict[int, dict[str, Tensor]] = {}  # weights by epoch, as narrow as the network is
         self._axes: Axes = {}
+        self._drops: Mapping[str, str] = {}
 
     @property
     @override
@@ -66,14 +68,18 @@ class Repairs(Around):
             self._kept[now] = {name: tensor.detach().cpu().clone() for name, tensor in _saved(run.module).items()}
 
     @override
-    def contents(self, run: Run, axes: Axes) -> Mapping[str, Tensor]:
-        batches, self._axes = self._calibration(run), axes
-        return repaired(batches.copy(), axes, [self._ready(repair) for repair in self.repairs], batches.run)
+    def contents(self, run: Run, axes: Axes, drops: Mapping[str, str]) -> Mapping[str, Tensor]:
+        batches, self._axes, self._drops = self._calibration(run), axes, drops
+        return repaired(batches.copy(), axes, [self._ready(repair) for repair in self.repairs], batches.run, drops)
 
     @override
     def after(self) -> None:
         self._kept = {
-            epoch: {name: take(tensor, self._axes.get(name, {})) for name, tensor in kept.items()}
+            epoch: {
+                name: take(tensor, self._axes.get(name, {}))
+                for name, tensor in kept.items()
+                if stays(name, self._drops)
+            }
             for epoch, kept in self._kept.items()
         }
 

@@ -144,11 +144,6 @@ class StructuredPruning(ScheduledPruning):
         for one in several:
             instance_of(self, "repair", one, Repair, "Ridge()")
         self.repairs = tuple(several)
-        if self.repairs and self.scope.min_width == 0:
-            raise ValueError(
-                f"{type(self).__name__}: expected no `repair` with `min_width=0`, got {self.repairs}: layers that are "
-                "taken out cannot be repaired yet. Leave one of the two out."
-            )
         if guard is not None:
             instance_of(self, "guard", guard, Guard, "Guard()")
         self.guard = guard
@@ -421,7 +416,7 @@ class StructuredPruning(ScheduledPruning):
         try:
             with unwrapped(trainer, module):
                 with all_or_none():
-                    contents = self._contents(trainer, module, axes)
+                    contents = self._contents(trainer, module, axes, drops)
                 contents = from_first(trainer, contents)
                 with all_or_none():
                     change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
@@ -459,10 +454,12 @@ class StructuredPruning(ScheduledPruning):
 
         return back
 
-    def _contents(self, trainer: Trainer, module: LightningModule, axes: Axes) -> dict[str, torch.Tensor]:
+    def _contents(
+        self, trainer: Trainer, module: LightningModule, axes: Axes, drops: Mapping[str, str]
+    ) -> dict[str, torch.Tensor]:
         contents: dict[str, torch.Tensor] = {}
         for around in self._around:
-            contents |= around.contents(self._run(trainer, module), axes)
+            contents |= around.contents(self._run(trainer, module), axes, drops)
         return contents
 
     @override

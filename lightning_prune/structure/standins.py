@@ -77,6 +77,11 @@ class Constant(nn.Module):
         # A tensor of its own, as others may add to it in place.
         return outputs.view(-1, *[1] * dims).expand(shape).clone(memory_format=torch.contiguous_format)
 
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def extra_repr(self) -> str:
         """Number of outputs."""
         return f"{len(self.weight)}, bias={self.bias is not None}"

@@ -18,7 +18,7 @@ from lightning_prune.surgery.tensors import canonical
 if TYPE_CHECKING:
     from lightning_prune.surgery.shrink import Change
 
-__all__ = ["drop", "layer", "restore", "template"]
+__all__ = ["drop", "layer", "restore", "stays", "template"]
 
 
 def layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -56,6 +56,12 @@ def drop(
         state = {key: value for key, value in optimizer.state.items() if id(key) in alive}
         if len(state) < len(optimizer.state):
             change.replace_entries(optimizer.state, state)
+
+
+def stays(tensor: str, drops: Mapping[str, str]) -> bool:
+    """Whether a parameter or buffer is still there, with its meaning, without these layers: of a constant its bias."""
+    owner, _, own = tensor.rpartition(".")
+    return owner not in drops or (drops[owner] == "constant" and own == "bias")
 
 
 def template(

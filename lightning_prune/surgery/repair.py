@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.structure.graph import Axes, IndexArray
+from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import Change, CutError, check, cut
 from lightning_prune.surgery.tensors import canonical, named, take
 
@@ -56,7 +57,7 @@ class Repair(ABC):
 
         Args:
             model: A copy of the network in eval mode.
-            axes: What the cut keeps.
+            axes: What the cut keeps; of the inputs of a layer that becomes a constant, none.
             run: Runs batches through the network.
         """
         return {}
@@ -66,7 +67,9 @@ class Repair(ABC):
         return {}
 
 
-def repaired(model: nn.Module, axes: Axes, repairs: Sequence[Repair], run: Run) -> dict[str, Tensor]:
+def repaired(
+    model: nn.Module, axes: Axes, repairs: Sequence[Repair], run: Run, drops: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """What parameters and buffers hold after a cut and its repairs, by name, where the repairs change them.
 
     Args:
@@ -74,20 +77,24 @@ def repaired(model: nn.Module, axes: Axes, repairs: Sequence[Repair], run: Run) 
         axes: What is kept.
         repairs: In the order in which they happen; where two write the same tensor, the later one counts.
         run: Runs batches through the network.
+        drops: Layers that the cut takes out whole (``structure.drops(kept)``).
 
     Raises:
         CutError: If a content is not finite.
     """
+    drops = drops or {}
+    inputs = {f"{name}.weight": {1: np.empty(0, np.int64)} for name, kind in drops.items() if kind == "constant"}
+    emptied = {**axes, **{name: {**axes.get(name, {}), **none} for name, none in inputs.items()}}
     modes = [(module, module.training) for module in model.modules()]
     contents: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         model.eval()
         for repair in repairs:
-            contents |= repair.before(model, axes, run)
+            contents |= repair.before(model, emptied, run)
         for module, training in modes:
             module.training = training
-        cut(model, axes)
-        contents = {name: take(content, axes.get(name, {})) for name, content in contents.items()}
+        cut(model, axes, drops=drops)
+        contents = {name: take(new, axes.get(name, {})) for name, new in contents.items() if stays(name, drops)}
         _copy_into(model, contents)
         for repair in repairs:
             later = repair.after(model, run)
@@ -135,7 +142,8 @@ def install_and_check(change: Change, model: nn.Module, contents: Mapping[str, T
 class FoldMean(Repair):
     r"""Adds to the next layer's bias what the removed units :math:`R` gave on average, :math:`W_R \mu_R`.
 
-    Exact for units that are constant. What counts is what enters the next layer, after activation and normalisation.
+    Exact for units that are constant. A layer that loses all its inputs becomes the mean of what it gave. What counts
+    is what enters the next layer, after activation and normalisation.
     Under zero padding the mean is taken over all positions, those at the border included, so that even a constant
     channel leaves an error there. A layer without a bias that is followed directly by a batch norm has its mean moved
     there; without either nothing is done, with a warning.
@@ -169,8 +177,8 @@ class Ridge(Repair):
     inputs that stay. The statistics of all layers are those of the network before the cut.
 
     A convolution is a linear layer on its patches, of channels times kernel elements. Grouped and transposed
-    convolutions and layers with more than ``max_inputs`` inputs get `FoldMean` instead. A layer without a bias that no
-    batch norm follows is fitted without one, on second moments in place of covariances.
+    convolutions, layers with more than ``max_inputs`` inputs and those that lose all of them get `FoldMean` instead. A
+    layer without a bias that no batch norm follows is fitted without one, on second moments in place of covariances.
 
     Args:
         batches: Batches of training data that covariances are taken over; more than inputs divided by ``rows`` at
@@ -195,7 +203,7 @@ class Ridge(Repair):
 
     def _observation(self, consumer: _Consumer) -> _Mean | _Covariance:
         layer: Any = consumer.layer
-        small = consumer.weight[0].numel() <= self.max_inputs
+        small = consumer.weight[0].numel() <= self.max_inputs and len(consumer.kept) > 0
         plain = isinstance(layer, nn.Linear) or (layer.groups == 1 and not layer.transposed)
         return _Covariance(consumer, self.strength, self.rows) if small and plain else _Mean(consumer)
 

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_prune import FoldMean, Scope, StructuredPruning, load_from_checkpoint, prune
+from lightning_prune import (
+    FoldMean,
+    ReestimateBatchNorm,
+    Reinitialise,
+    Rewind,
+    Ridge,
+    Scope,
+    StructuredPruning,
+    load_from_checkpoint,
+    prune,
+)
 from lightning_prune.callbacks.guard import Guard
 from lightning_prune.planning import Explicit
 from lightning_prune.surgery import history_of
@@ -142,6 +152,41 @@ def test_with_one_unit_at_least_nothing_vanishes() -> None:
     assert report.widths == {"first": 1, "blocks.0.0": 0, "blocks.1.0": 0}
 
 
-def test_repairs_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected no `repair` with `min_width=0`"):
-        pruner(repair=FoldMean())
+REPAIRS = [[FoldMean(batches=2), ReestimateBatchNorm(batches=2)], Ridge(batches=2), Reinitialise(), Rewind()]
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_a_repaired_run_resumes_as_if_it_had_never_stopped(repair: Any, tmp_path: Path) -> None:
+    ends = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    model, callback = make(Blocks), pruner(repair=repair)
+    whole = fit(tmp_path / "whole", model, callback, ends, epochs=4)
+    expected = content(whole, model, callback)
+    assert callback.report.widths["blocks.0.0"] == 0
+    for epoch in (0, 1, 2):
+        again, resumed = make(Blocks), pruner(repair=repair)
+        run = fit(tmp_path / "resumed", again, resumed, epochs=4, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        found = content(run, again, resumed)
+        for part in expected.keys() - {"attribute _resolved"}:
+            assert equal(found[part], expected[part]), (epoch, part)
+
+
+def test_what_is_rewound_to_is_as_narrow_as_the_network(tmp_path: Path) -> None:
+    ratios, schedule = {"blocks.0.0": 0.97, "first": 0.7}, Explicit(((1, 0.5), (2, 0.94), (3, 1.0)))
+    callback = StructuredPruning(ratios, schedule=schedule, scope=Scope(min_width=0), repair=Rewind())
+    model = make(Blocks)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                seen[trainer.current_epoch] = {n: t.clone() for n, t in pl_module.state_dict().items()}
+
+    fit(tmp_path, model, callback, Seen(), epochs=4)
+    assert [len(seen[epoch]["first.weight"]) for epoch in (1, 2, 3)] == [5, 3, 2]
+    assert [f"blocks.0.0.{own}" in seen[epoch] for epoch in (1, 2) for own in ("weight", "bias")] == [True] * 2 + [
+        False
+    ] * 2
+    # A row of the first weight that stays is one of those at the start, whole.
+    for row in seen[3]["first.weight"]:
+        assert (start["first.weight"] == row).all(1).any()

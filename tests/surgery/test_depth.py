@@ -17,14 +17,20 @@ from lightning_prune.structure import Structure, Subject, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.surgery import (
     CutError,
+    FoldMean,
     History,
     HistoryError,
+    Reinitialise,
+    Repair,
+    Ridge,
     attach,
     cut,
     cut_and_check,
     edits_of,
     history_of,
+    install,
     load_from,
+    repaired,
     replay,
     save_into,
 )
@@ -250,6 +256,74 @@ def test_narrow_and_gone_together_and_narrower_later(name: str) -> None:
     operate(model, after, later, 1)
     if name != "mlp":
         torch.testing.assert_close(model.eval()(x), reference(x), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def means_of(model: nn.Module, layers: list[str], batches: list[Tensor]) -> dict[str, Tensor]:
+    """What each unit of these layers gives on average over samples and positions."""
+    outputs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    handles = [
+        model.get_submodule(layer).register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out.clone()))
+        for layer, seen in outputs.items()
+    ]
+    for batch in batches:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return {layer: torch.cat(seen).transpose(0, 1).flatten(1).mean(1) for layer, seen in outputs.items()}
+
+
+@cases
+@pytest.mark.parametrize("repair", [FoldMean(), Ridge()])
+@pytest.mark.filterwarnings("ignore:.* leaves some layers as they are")
+def test_a_constant_is_what_the_layer_gave_on_average(name: str, repair: Repair) -> None:
+    model, x = build(name)
+    structure = structure_of(model.eval(), x)
+    batches = [torch.randn_like(x), x[:1]]
+    kept = gone(structure, CASES[name][2])
+    axes, drops = structure.axes(kept), structure.drops(kept)
+    means = means_of(model, [layer for layer, kind in drops.items() if kind == "constant"], batches)
+    old = {n: t.clone() for n, t in model.state_dict().items()}
+    contents = repaired(copy.deepcopy(model), axes, [repair], lambda copied, _: [*map(copied, batches)], drops)
+    install(cut(model, axes, drops=drops), model, contents)
+    expected = {}
+    for layer, mean in means.items():
+        norm = layer.replace("conv2", "bn2") if name == "resnet" else "1.branch.6"
+        if f"{layer}.bias" in old:
+            expected[f"{layer}.bias"] = mean
+        else:  # what no longer comes is no longer subtracted
+            expected[f"{norm}.running_mean"] = old[f"{norm}.running_mean"] - mean
+    assert contents.keys() >= expected.keys()
+    for tensor, value in expected.items():
+        torch.testing.assert_close(model.state_dict()[tensor], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_constant_branch_goes_without_a_trace() -> None:
+    model, x = build("bottleneck")
+    for block in (model[1], model[2]):
+        nn.init.zeros_(block.bn2.weight)
+        nn.init.uniform_(block.bn2.bias)
+    expected = model.eval()(x).detach()
+    structure = structure_of(model, x)
+    kept = gone(structure, CASES["bottleneck"][2])
+    axes, drops = structure.axes(kept), structure.drops(kept)
+    contents = repaired(copy.deepcopy(model), axes, [FoldMean()], lambda copied, _: copied(x), drops)
+    change = cut(model, axes, drops=drops)
+    assert (model(x) - expected).abs().max() > 1e-3
+    install(change, model, contents)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+
+
+def test_constants_start_anew_at_zero() -> None:
+    model, x = build("bottleneck")
+    structure = structure_of(model, x)
+    kept = gone(structure, CASES["bottleneck"][2])
+    axes, drops = structure.axes(kept), structure.drops(kept)
+    contents = repaired(copy.deepcopy(model), axes, [Reinitialise()], lambda *_: None, drops)
+    assert model[1].conv3.bias.any()
+    install(cut(model, axes, drops=drops), model, contents)
+    assert not model[1].conv3.bias.any()
+    assert not model[2].conv3.bias.any()
 
 
 @cases
