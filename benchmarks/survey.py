@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import re
+import resource
+import subprocess
+import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,8 +45,14 @@ TIMM = (
     *("pvt_v2_b0", "xcit_nano_12_p16_224", "tiny_vit_5m_224", "focalnet_tiny_srf", "davit_tiny"),
 )
 
+#: What a network may take: seconds, and bytes of memory.
+_SECONDS, _MEMORY = 600, 16 * 2**30
+
 #: What torchvision's detectors choose their boxes from.
 _HEADS = ("head", "rpn.head", *(f"roi_heads.{part}_predictor" for part in ("box", "mask", "keypoint")))
+
+#: Side of the images that detectors get, and that those that resize them make of them.
+_DETECTION = 128
 
 #: The folder of torchvision that a network's builder lies in, and its family here.
 _FOLDERS = {"segmentation": "segmentation", "detection": "detection", "video": "video", "optical_flow": "optical flow"}
@@ -130,14 +139,15 @@ def build(name: str, family: str) -> Network:
         return _encoder(name)
     model = torchvision_model(name).double()
     if family == "detection":
-        images = [*_image(2, 224)]
-        target = {"boxes": torch.tensor([[20.0, 30.0, 120.0, 150.0]]).double(), "labels": torch.tensor([1])}
-        target["masks"] = torch.ones(1, 224, 224, dtype=torch.uint8)
+        images = [*_image(2, _DETECTION)]
+        target = {"boxes": torch.tensor([[20.0, 30.0, 100.0, 110.0]]).double(), "labels": torch.tensor([1])}
+        target["masks"] = torch.ones(1, _DETECTION, _DETECTION, dtype=torch.uint8)
         target["keypoints"] = torch.tensor([[[50.0, 60.0, 1.0]] * 17]).double()
         return Network(model, (images,), (images, [target, target]), heads=_HEADS)
     if family == "video":
-        side = 112 if "resnet" in torchvision.models.get_model_builder(name).__module__ else 224
-        return Network(model, (torch.randn(1, 3, 16, side, side, dtype=torch.float64),))
+        # S3D and MViT have the lengths of their pooling windows and positions built in.
+        frames, side = (16, 224) if name.startswith(("s3d", "mvit")) else (8, 64)
+        return Network(model, (torch.randn(1, 3, frames, side, side, dtype=torch.float64),))
     if family == "optical flow":
         return Network(model, tuple(_image(1, 128) for _ in range(2)))
     return Network(model, (_image(2, 299 if name == "inception_v3" else 128 if family == "segmentation" else 224),))
@@ -150,6 +160,8 @@ def torchvision_model(name: str) -> nn.Module:
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
+    if any(part in name for part in ("rcnn", "retinanet", "fcos")):  # the others have their size built in
+        options |= {"min_size": _DETECTION, "max_size": _DETECTION}
     return torchvision.models.get_model(name, **options)
 
 
@@ -292,13 +304,25 @@ def survey(names: Sequence[str]) -> tuple[dict[str, Any], str]:
         for name in members:
             if names and name not in names and family not in names:
                 continue
-            rows[name] = _attempt(name, family)
-            gc.collect()
+            rows[name] = _apart(name, family)
             print(name, json.dumps(rows[name]), flush=True)
     order = [name for members in families.values() for name in members if name in rows]
     rows = {name: rows[name] for name in order}
     fill(EVIDENCE.parent / "architectures.md", summary(rows))
     return {"rows": rows}, survey_table(rows)
+
+
+def _apart(name: str, family: str) -> dict[str, Any]:
+    """One network in a process of its own, which may be killed for time or memory without harm to the others."""
+    command = [sys.executable, "-m", "benchmarks.survey", name, family]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"family": family, "failure": f"not done after {_SECONDS} s"}
+    if done.returncode:
+        return {"family": family, "failure": f"its process ended with code {done.returncode}"}
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
 
 
 def _attempt(name: str, family: str) -> dict[str, Any]:
@@ -362,3 +386,9 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
         f"| {name} | {row['groups']} | {row['seconds']:.2f} | {row['error']:.1e}{star} | {row['effect']:.1e} "
         f"| {'equal' if row['params_agree'] else '**differ**'} | {macs} | {row['left']:.2f} | {row['reached']:.2f} |"
     )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+    print(json.dumps(_attempt(*sys.argv[1:])))
