@@ -72,6 +72,7 @@ class Task:
         val_share: Share of the training images that validates.
         sample: Training and validation accuracy are of so many images only, until all are taken after the last epoch.
         precision: Lightning's; accuracies are always measured in float32.
+        trained: Criteria that networks are trained with; one cut of the dense network is made by all of them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Task:
     val_share: float
     sample: int
     precision: str = "32-true"
+    trained: tuple[str, ...] = ("contribution", "contribution, C_max", "contribution, signed", "L1", "random")
 
     @property
     def control(self) -> str:
@@ -104,7 +106,11 @@ def cnn(hidden: tuple[int, int]) -> LightningModule:
 
 
 PAPER_MLP = Task("MLP 784-50-30-10", mlp, (50, 30), (16, 10), None, 0.68, 4, 2, 32, 500, 1 / 6, 60000)
-PAPER_CNN = Task("CNN", cnn, (256, 128), (151, 76), "classifier.*", 0.409, 3, 1, 20, 128, 0.1, 2500, "bf16-mixed")
+PAPER_CNN = Task(
+    *("CNN", cnn, (256, 128), (151, 76), "classifier.*", 0.409, 3, 1, 20, 128, 0.1, 2500),
+    precision="bf16-mixed",
+    trained=("contribution", "L1", "random"),
+)
 TASKS = {"MNIST": PAPER_MLP, "FashionMNIST": PAPER_MLP, "CIFAR10": PAPER_CNN}
 
 
@@ -444,7 +450,7 @@ def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], fol
 
 def labels(task: Task) -> list[str]:
     """The runs of a seed."""
-    return [*criteria(0), task.control, DENSE]
+    return [*task.trained, task.control, DENSE]
 
 
 def added(results: Sequence[dict[str, Any]], run: Mapping[str, Any], task: Task) -> list[dict[str, Any]]:
