@@ -20,7 +20,7 @@ from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.compiled import is_compiled
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.callbacks.monitors import reset_monitors
-from lightning_prune.callbacks.processes import agreed, same_everywhere, unwrapped
+from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
 from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.subjects import call_on, subject_of
@@ -329,27 +329,35 @@ class MaskPruning(ScheduledPruning):
     @override
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         self._check(trainer, module, "at the end of the training")
-        if self._masks and not self.pending:
-            self._remove_dead(trainer, module)
+        if not self._masks or self.pending:
+            return
+        try:
+            self.report.notes.extend(self._remove_dead(trainer, module))
+        except Exception as error:
+            # The network is trained and as sparse as it was to be: hours of work are not lost for what is only tidier.
+            note = (
+                f"Dead units stay, as zeros: removing them failed and was taken back ({type(error).__name__}: {error})."
+            )
+            self.report.notes.append(note)
+            warnings.warn(note, stacklevel=2)
 
-    def _remove_dead(self, trainer: Trainer, module: LightningModule) -> None:
-        """Make the network narrower by the units that have no effect any more."""
-        structure, subject = self._structure, self._subject
+    def _remove_dead(self, trainer: Trainer, module: LightningModule) -> list[str]:
+        """Make the network narrower by the units that have no effect any more, whole or not at all; what to note."""
+        structure, subject, call = self._structure, self._subject, self._batch
         assert structure is not None
         assert subject is not None
+        assert call is not None
         if averages(trainer) or is_compiled(module):
             reason = "averaged weights have other constants" if averages(trainer) else "the network is compiled"
-            self.report.notes.append(f"Dead units stay: {reason}.")
-            return
-        call = self._batch
-        assert call is not None
-        copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
-        args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
-        kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
+            return [f"Dead units stay: {reason}."]
+        with all_or_none():
+            copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
+            args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
+            kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
         widths = structure.widths
         plan = agreed(trainer, Plan(kept, {name: widths[name] for name in kept}))
         if plan.is_empty:
-            return
+            return []
         axes = structure.axes(plan.kept)
         edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, self._last_done)
         history = begun(module, structure).add(edit, module)
@@ -358,14 +366,20 @@ class MaskPruning(ScheduledPruning):
             with trainer.precision_plugin.forward_context():
                 return module.forward(*call.args, **call.kwargs)
 
-        with unwrapped(trainer, module):
-            change = cut_and_check(module, axes, trainer.optimizers, (), run)
-            install_and_check(change, module, contents, run)
+        change: Change | None = None
+        try:
+            with unwrapped(trainer, module), all_or_none():
+                change = cut_and_check(module, axes, trainer.optimizers, (), run)
+                install_and_check(change, module, contents, run)
+        except BaseException:
+            if change is not None:
+                change.undo()
+            raise
         attach(module, history)
         self._structure = structure.take(plan.kept)
         self._watch(module)
         units = sum(plan.before.values()) - sum(plan.widths.values())
-        self.report.notes.append(f"{units} unit(s) without effect were removed: {plan}.")
+        return [f"{units} unit(s) without effect were removed: {plan}."]
 
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:

@@ -21,8 +21,8 @@ _BLOCK = 1 << 18
 
 
 def canonical(name: str) -> str:
-    """A qualified name as it reads without ``torch.compile``."""
-    return name.replace(_COMPILED, "")
+    """A qualified name, of a tensor or a module, as it reads without ``torch.compile``."""
+    return f"{name}.".replace(_COMPILED, "").removesuffix(".")
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:

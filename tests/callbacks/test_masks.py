@@ -33,11 +33,13 @@ from lightning_prune import (
     callbacks,
     load_from_checkpoint,
 )
+from lightning_prune.callbacks import masking
 from lightning_prune.callbacks.masking import MaskPruning
 from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity
-from lightning_prune.surgery import masks_of, revived
+from lightning_prune.surgery import CutError, history_of, masks_of, revived
 from tests.callbacks.networks import BATCHES, Loader, Net, equal, fit, loader, make, refit, trainer, weights
+from tests.callbacks.test_compiled import Compiler, a_layer, in_place, the_module
 from tests.callbacks.test_resume import StopAt, StopError, alike, untimed
 
 EPOCHS = 6
@@ -463,7 +465,103 @@ def test_two_fits_with_one_instance(tmp_path: Path) -> None:
         assert not revived(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler asks every input for its gradient
+@pytest.mark.parametrize("how", [in_place, a_layer, the_module])
+def test_a_compiled_network_has_the_masks_of_one_that_is_not(how: Any, tmp_path: Path) -> None:
+    """Masks are zeros in the parameters, which compiled code reads anew in every step: no graph is made for a cut."""
+    torch.compiler.reset()
+    plain, model, compiler = make(Net, "adamw"), make(Net, "adamw"), Compiler()
+    fit(tmp_path / "plain", plain, MagnitudePruning(0.3, schedule=SCHEDULE))
+    mine = MagnitudePruning(0.3, schedule=SCHEDULE)
+    wrapped = how(compiler)(model)
+    fit(tmp_path / "compiled", model if wrapped is None else wrapped, mine)
+    torch.compiler.reset()
+    assert compiler.calls >= (EPOCHS - 1) * BATCHES
+    assert not revived(model)
+    assert equal(dict(masks_of(model)), dict(masks_of(plain)))
+    assert sum(int(mask.sum()) for mask in masks_of(model).values()) == 58
+    assert "Dead units stay: the network is compiled." in mine.report.notes
+
+
 # -- at the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["with its dead units", "without its dead units"])
+def test_what_is_exported_is_plain_and_has_the_zeros(whole: bool, tmp_path: Path) -> None:
+    """`torch.export`, from which ONNX is made as well: a parameter is a parameter, and nothing is left of the masks."""
+    model = make(Net, "adamw")
+    if not whole:
+        with torch.no_grad():
+            model.first.weight[[1, 5]] *= 1e-6
+    fit(tmp_path, model, MagnitudePruning(0.4, schedule=OneShot(at=0)))
+    masks, x = masks_of(model), torch.randn(5, 6)
+    assert (model.first.out_features == 12) is whole
+    program = torch.export.export(model.eval(), (x,))
+    assert program.state_dict.keys() == make().state_dict().keys()
+    assert program.graph_signature.parameters == tuple(name for name, _ in make().named_parameters())
+    assert program.graph_signature.buffers == tuple(name for name, _ in make().named_buffers())
+    assert not program.constants
+    assert sum(int(mask.sum()) for mask in masks.values()) > 50
+    for name, mask in masks.items():
+        assert equal(program.state_dict[name] == 0, mask)
+    torch.testing.assert_close(program.module()(x), model(x))
+    # The file of weights is that of a plain network of these widths.
+    bare = make(width=model.first.out_features)
+    bare.second = nn.Linear(bare.first.out_features, model.second.out_features)
+    bare.head = nn.Linear(bare.second.out_features, 3)
+    bare.load_state_dict(model.state_dict())
+    torch.testing.assert_close(bare.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("step", ["without_dead", "cut_and_check", "install_and_check"])
+def test_a_removal_that_fails_costs_nothing_but_itself(
+    step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The fit ends, the network is as it was trained, and what went wrong is told and in the report."""
+    kept: dict[str, Any] = {}
+
+    class Before(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            kept.update(weights=weights(module), masks=dict(masks_of(module)))
+
+    def failing(*_: Any) -> None:
+        raise CutError("twelve are wanted")
+
+    monkeypatch.setattr(masking, step, failing)
+    model = make(Net, "adamw")
+    with torch.no_grad():
+        model.first.weight[[1, 5]] *= 1e-6
+    mine = MagnitudePruning(0.4, schedule=OneShot(at=0), dirpath=str(tmp_path))
+    with pytest.warns(
+        UserWarning, match=r"Dead units stay, as zeros: removing them failed.*CutError: twelve are wanted"
+    ):
+        run = fit(tmp_path, model, Before(), mine)
+    assert run.state.finished
+    assert kept["masks"]["first.weight"][[1, 5]].all()
+    assert equal(weights(model), kept["weights"])
+    assert equal(dict(masks_of(model)), kept["masks"])
+    assert model.first.out_features == 12
+    assert history_of(model) is None
+    assert mine.report.final is not None
+    assert "twelve are wanted" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    run.test(model, loader(3), verbose=False)
+
+
+def test_an_interrupt_in_a_removal_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the half of the removal that was done is taken back."""
+    model = make(Net, "adamw")
+    with torch.no_grad():
+        model.first.weight[[1, 5]] *= 1e-6
+
+    def interrupted(*_: Any) -> None:
+        assert model.first.out_features == 10
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(masking, "install_and_check", interrupted)
+    with pytest.raises(SystemExit):  # Lightning's way to end after Ctrl+C
+        fit(tmp_path, model, MagnitudePruning(0.4, schedule=OneShot(at=0)))
+    assert model.first.out_features == 12
+    assert history_of(model) is None
 
 
 @pytest.mark.parametrize("norm", [False, True])
