@@ -162,6 +162,9 @@ def torchvision_model(name: str) -> nn.Module:
         options["init_weights"] = False
     if any(part in name for part in ("rcnn", "retinanet", "fcos")):  # the others have their size built in
         options |= {"min_size": _DETECTION, "max_size": _DETECTION}
+    if "rcnn" in name:  # few regions: their heads are most of the work
+        options |= {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
+        options |= {"rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 32}
     return torchvision.models.get_model(name, **options)
 
 

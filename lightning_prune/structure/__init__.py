@@ -3,7 +3,7 @@
 from lightning_prune.structure.analysis import StructureError, Subject, trace
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
-from lightning_prune.structure.layers import refresh
+from lightning_prune.structure.layers import loosen, refresh
 from lightning_prune.structure.tracing import Call
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "StructureError",
     "Subject",
     "Term",
+    "loosen",
     "refresh",
     "trace",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["refresh", "tensors"]
+__all__ = ["loosen", "refresh", "tensors"]
 
 Shape = Sequence[int]
 Shapes = Mapping[str, Shape]
@@ -34,6 +34,14 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
         if isinstance(module, types):
             update(module, old_shapes)
             return
+
+
+def loosen(module: nn.Module) -> None:
+    """Let an ``nn.Unflatten`` of plain numbers work out the first of them: the same now, and right after a cut too."""
+    if type(module) is nn.Unflatten:
+        sizes: Sequence[Any] = module.unflattened_size
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            module.unflattened_size = (-1, *sizes[1:])
 
 
 def _weight_shape(module: nn.Module) -> Shape:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError
-from lightning_prune.structure.layers import refresh, tensors
+from lightning_prune.structure.layers import loosen, refresh, tensors
 from lightning_prune.structure.shapes import SHORTCUTS
 
 __all__ = [
@@ -458,6 +458,7 @@ class FakeCopy:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self.module.modules():
+            loosen(module)
             for name, tensor in tensors(module).items():
                 self._slots.setdefault(id(tensor), []).append((module, name))
 

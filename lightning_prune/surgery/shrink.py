@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Axes, IndexArray
-from lightning_prune.structure.layers import refresh, tensors
+from lightning_prune.structure.layers import loosen, refresh, tensors
 from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
@@ -247,6 +247,7 @@ def _cut(
             change.replace_entries(entries, new_entries)
         for owner, old_shapes in owners.items():
             change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
+        _loosen(change, modules)
         try:
             drop(change, modules, drops, optimizers)
         except ValueError as error:
@@ -261,6 +262,11 @@ def _cut(
                 "the network before a cut.",
                 stacklevel=3,
             )
+
+
+def _loosen(change: Change, modules: Iterable[nn.Module]) -> None:
+    for part in (part for module in modules for part in module.modules() if isinstance(part, nn.Unflatten)):
+        change.edit_attributes(part, lambda part=part: loosen(part))  # type: ignore[misc]
 
 
 def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:

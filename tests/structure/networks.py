@@ -478,10 +478,23 @@ case("unflattened", (4,), {"0": 6, "3": 5}, {"5.weight": OUT})(
         nn.Conv2d(5, 2, 1),
     )
 )
-case("unflattened to channels in numbers", (4,), {"3": 5}, {"0.weight": ""})(
+case("unflattened to channels in numbers", (4,), {"0": 6, "3": 5}, {"5.weight": OUT})(
     lambda: nn.Sequential(
         *(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 5, 2), nn.ReLU()),
         nn.Conv2d(5, 2, 1),
+    )
+)
+case("unflattened to positions and channels in numbers", (4,), {"3": 5}, {"0.weight": ""})(
+    lambda: nn.Sequential(
+        *(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (4, 6)), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),
+    )
+)
+case("viewed as channels in numbers", (4,), {"up": 5}, {"first.weight": ""})(
+    lambda: Net(
+        lambda m, x: m.last(m.up(m.first(x).view(-1, 6, 2, 2)).relu()),
+        first=nn.Linear(4, 24),
+        up=nn.ConvTranspose2d(6, 5, 2),
+        last=nn.Conv2d(5, 2, 1),
     )
 )
 case("attention heads, three layers", (5, 6), {"q": 3})(

@@ -431,6 +431,19 @@ def test_a_failure_takes_everything_back(name: str) -> None:
     assert all(torch.equal(after["state"][k]["exp_avg"], state["state"][k]["exp_avg"]) for k in state["state"])
 
 
+def test_members_of_a_sequential_keep_their_places_and_names() -> None:
+    model, x = build("sequential")
+    before = {name: model.get_submodule(name) for name, _ in model.named_modules()}
+    structure = structure_of(model, x)
+    kept = gone(structure, CASES["sequential"][2])
+    operate(model, structure, kept)
+    assert [name for name, _ in model.named_modules()] == list(before)
+    same = {name for name, module in model.named_modules() if module is before[name]}
+    assert before.keys() - same == CASES["sequential"][3].keys()
+    names = [name for name in model.state_dict() if "branch" in name]
+    assert names == ["1.branch.3.bias", "1.branch.3.weight"]  # the one for its number of outputs alone
+
+
 def test_what_would_cut_the_network_in_two_stays() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     structure = structure_of(plain, torch.randn(1, 3, 8, 8))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import history as history_module
 from lightning_prune.surgery.history import (
     KEY,
@@ -16,6 +17,7 @@ from lightning_prune.surgery.history import (
     Keep,
     attach,
     conform,
+    edits_of,
     history_of,
     load_from,
     replay,
@@ -414,3 +416,27 @@ def test_checkpoints_of_every_version_load_for_ever(zoo, file):
 def test_every_version_has_a_fixture():
     written = {torch.load(file, weights_only=True)[KEY]["version"] for file in FIXTURES.glob("history_*.pt")}
     assert written == set(range(1, history_module.VERSION + 1))
+
+
+def test_numbers_of_an_unflatten_follow_there_and_back() -> None:
+    def decoder() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 2, 2))
+
+    model, x = decoder(), torch.randn(2, 4)
+    structure = trace(Subject.of(model, x))
+    kept = {"0": (0, 2, 5)}
+    edits = edits_of(structure, kept, 0, 0, 0)
+    dense = model(x).detach()
+    change = cut(model, structure.axes(kept))
+    assert model[2].unflattened_size == (-1, 2, 2)
+    narrow = model(x).detach()
+    change.undo()
+    assert model[2].unflattened_size == (6, 2, 2)
+    assert torch.equal(model(x), dense)
+    history = History.begin(structure)
+    for edit in edits:
+        history = history.add(edit, model)
+    twin = decoder()
+    replay(twin, history)
+    assert torch.equal(twin(x), narrow)
