@@ -97,7 +97,7 @@ class PruningCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run's folder (default: the configuration's)."
+            "--name", type=str | None, default=None, help="Name of the run's folder (default: the configurations')."
         )
 
     @override
@@ -110,7 +110,7 @@ class PruningCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.name is None:
             files = [Path(str(file)).stem for file in config.config or []]
-            config.name = files[0] if files else config.model.class_path.rpartition(".")[2]
+            config.name = "_".join(files) or config.model.class_path.rpartition(".")[2]
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -159,6 +159,8 @@ def run(words: Sequence[str]) -> None:
     with warnings.catch_warnings(), _without_advertisements(), _own_wandb_run():
         # What it warns of, `before_fit` has prevented.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        # Who names an optimizer asks for that.
+        warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by `PruningCLI")
         # Lightning 2.6's own use of PyTorch.
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
         PruningCLI(

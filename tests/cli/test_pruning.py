@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tests.data.files import write_celeba, write_cifar, write_mnist
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]
 SHORT = ["--trainer.max_epochs=5", "--trainer.callbacks.schedule=OneShot"]
+# `<dataset>_<model>_<method>` is a whole experiment; `<dataset>_<model>` and `<method>` make one together.
+WHOLE, NETWORKS, METHODS = ({name for name in recipes.recipes() if name.count("_") == n} for n in (2, 1, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,7 @@ def test_the_digits_recipe_halves_the_network() -> None:
     assert "pruning/params" in header
 
 
-@pytest.mark.parametrize("name", sorted(set(recipes.recipes()) - {"digits_mlp_contribution"}))
+@pytest.mark.parametrize("name", sorted(WHOLE - {"digits_mlp_contribution"}))
 def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
     write_mnist(in_tmp)
@@ -69,6 +73,62 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
     else:
         small = load(MLPClassifier, f"runs/{name}/001")
         assert [small.layers[1].out_features, small.layers[3].out_features] == [16, 10]
+
+
+@pytest.mark.parametrize(
+    ("network", "method"),
+    [("cifar10_fourconv", method) for method in sorted(METHODS)]
+    + [(network, "filters") for network in sorted(NETWORKS - {"cifar10_fourconv"})]
+    + [("cifar10_vgg16", "slimming")],
+)
+def test_a_network_and_a_method(network: str, method: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few epochs on a tiny file; the schedules are shares of the run."""
+    write_cifar(in_tmp, monkeypatch)
+    words = [f"--config={network}", f"--config={method}", f"--data.root={in_tmp}", *QUIET]
+    words += ["--trainer.max_epochs=5" if network == "cifar10_fourconv" else "--trainer.max_epochs=3"]
+    words += ["--model.batch_norm=true"] if (network, method) == ("cifar10_fourconv", "slimming") else []
+    main(["fit", *words])
+    run = f"runs/{network}_{method}/001"
+    kind = yaml.safe_load(Path(run, "config.yaml").read_text())["model"]["class_path"].rpartition(".")[2]
+    pruned, dense = load(getattr(lightning_prune.models, kind), run), getattr(lightning_prune.models, kind)()
+    if method in ("magnitude", "hybrid"):
+        left, whole = (sum(int(w.count_nonzero()) for w in m.parameters() if w.ndim > 1) for m in (pruned, dense))
+        assert left / whole == pytest.approx({"magnitude": 0.2, "hybrid": 0.5}[method], abs=0.02)
+    else:
+        widths = [
+            [layer.out_channels for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+            for model in (pruned, dense)
+        ]
+        if method == "filters":
+            assert widths[0][0] == round(0.66 * widths[1][0])
+        else:
+            assert sum(widths[0]) / sum(widths[1]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_learning_rate_goes_on_over_a_cut_and_a_resume(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's cosine, of six epochs with a cut after three; stopped after five."""
+    write_cifar(in_tmp, monkeypatch)
+    words = ["--config=cifar10_resnet", "--config=filters", f"--data.root={in_tmp}", "--model.depth=8", *QUIET]
+    words += ["--lr_scheduler.T_max=6", "--trainer.callbacks.schedule.at=3", "--trainer.log_every_n_steps=1"]
+    words += ["--trainer.callbacks+=LearningRateMonitor"]
+    main(["fit", *words, "--name=whole", "--trainer.max_epochs=6"])
+    main(["fit", *words, "--name=stopped", "--trainer.max_epochs=5"])
+    main(["fit", *words, "--name=stopped", "--trainer.max_epochs=6", "--ckpt_path=last"])
+    whole, stopped = curves("runs/whole/001"), curves("runs/stopped/001")
+    assert [rate for rate, _ in whole.values()] == pytest.approx(
+        [(1 + math.cos(math.pi * n / 6)) / 20 for n in range(6)]
+    )
+    assert (min(stopped) > 3, max(stopped)) == (True, 5), "resumed after the cut"
+    assert stopped == {epoch: whole[epoch] for epoch in stopped}
+
+
+def curves(run: str) -> dict[int, tuple[float, float]]:
+    """Learning rate and loss of every epoch that the last start logged."""
+    with Path(run, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-SGD"]) for row in rows if row["lr-SGD"]]
+    losses = {int(row["epoch"]): float(row["train_loss"]) for row in rows if row["train_loss"]}
+    return {epoch: (rate, losses[epoch]) for rate, epoch in zip(rates, losses, strict=True)}
 
 
 def test_a_recipe_with_ones_own_module() -> None:
