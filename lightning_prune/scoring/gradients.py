@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import final
 
@@ -16,7 +16,7 @@ from lightning_prune.scoring.contributions import per_pass
 from lightning_prune.scoring.statistics import ActivationStatistic, Half, Statistic, Target
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["GradientStatistic", "MaskGradientStatistic", "MemberStatistic"]
+__all__ = ["EndOfBatch", "GradientStatistic", "MaskGradientStatistic", "MemberStatistic"]
 
 
 class MemberStatistic(Statistic):
@@ -29,12 +29,18 @@ class MemberStatistic(Statistic):
     @final
     def record_weights(self, found: Mapping[str, Tensor]) -> None:
         """Add numbers by the name of the parameter they belong to, in its shape, from one pass."""
+        for name, source, sums in self.unit_sums(found):
+            self.record(name, source, 1, score=sums)
+
+    @final
+    def unit_sums(self, found: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
+        """Sums over what each unit has of every parameter: group, source and numbers of shape ``(width,)``."""
         for group in self.structure.groups:
             for source, member in enumerate(group.members):
                 if member.tensor in found:
                     along = found[member.tensor].movedim(member.dim, 0)
                     index = torch.as_tensor(member.index, device=along.device)
-                    self.record(group.name, source, 1, score=along[index].flatten(1).sum(1))
+                    yield group.name, source, along[index].flatten(1).sum(1)
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
         """The mean over passes, summed over members: shape ``(width,)``."""
@@ -58,6 +64,10 @@ class GradientStatistic(MemberStatistic):
     def increment(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """The number of every single weight in one backward pass; same shape as both arguments."""
 
+    def gather(self, found: Mapping[str, Tensor]) -> None:
+        """Take the numbers of one parameter, whose gradient has just been found."""
+        self.record_weights(found)
+
     def observe(self, model: nn.Module) -> list[RemovableHandle]:
         """A hook on every parameter that is trained."""
         wanted = {member.tensor for group in self.structure.groups for member in group.members}
@@ -66,7 +76,7 @@ class GradientStatistic(MemberStatistic):
             with torch.no_grad():
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 weight, gradient = parameter.detach().to(dtype), gradient.to(dtype) / self.loss_scale
-                self.record_weights({name: self.increment(weight, gradient)})
+                self.gather({name: self.increment(weight, gradient)})
 
         return [
             parameter.register_hook(partial(hook, name, parameter))  # type: ignore[no-untyped-call]
@@ -103,7 +113,7 @@ class MaskGradientStatistic(ActivationStatistic):
     def observe(self, model: nn.Module) -> list[RemovableHandle]:
         """As for all activations; when the hooks go, the batch is over and its squares are taken."""
         self._batch = {}
-        return [*super().observe(model), _EndOfBatch(self._settle)]
+        return [*super().observe(model), EndOfBatch(self._settle)]
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
         """Wait for the gradient of what came out."""
@@ -131,12 +141,13 @@ class MaskGradientStatistic(ActivationStatistic):
         self._batch = {}
 
 
-class _EndOfBatch(RemovableHandle):
-    """Removed with a batch's hooks: the batch is over."""
+class EndOfBatch(RemovableHandle):
+    """Removed with a batch's hooks: the batch is over, and ``settle`` is called."""
 
     def __init__(self, settle: Callable[[], None]) -> None:
         super().__init__(OrderedDict())
         self.settle = settle
 
     def remove(self) -> None:
+        """The end."""
         self.settle()

@@ -189,7 +189,10 @@ def fpgm(criterion, evidence):
 
 @reference(Taylor())
 def taylor(criterion, evidence):
-    return evidence.saliency(lambda w, g: (w * g) ** 2)
+    products = [
+        {name: evidence.tensors[name] * g for name, g in gradients.items()} for _, gradients in evidence.batches
+    ]
+    return [np.mean([evidence.everything(unit, batch).sum() ** 2 for batch in products]) for unit in evidence.units]
 
 
 @reference(SNIP())

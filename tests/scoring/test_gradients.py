@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.scoring import Fisher, Taylor
+from lightning_prune.scoring import SNIP, Fisher, Taylor
 from lightning_prune.structure import Subject, trace
 from tests.scoring.networks import batches, network, structure_of, train
 
-both = pytest.mark.parametrize("criterion", [Taylor(), Fisher()], ids=repr)
+every = pytest.mark.parametrize("criterion", [Taylor(), SNIP(), Fisher()], ids=repr)
 
 
 def observed(criterion, name="mlp", model=None, sizes=(3, 2)):
@@ -26,14 +26,14 @@ def assert_same_values(one, two):
         torch.testing.assert_close(one.value(group), two.value(group), rtol=1e-9, atol=0)
 
 
-@both
+@every
 def test_accumulated_gradients_count_once(criterion):
     model = network("cnn")
     train(model, batches("cnn", (4,)))  # leaves its gradients behind
     assert_same_values(observed(criterion, "cnn", model), observed(criterion, "cnn"))
 
 
-@both
+@every
 def test_a_scale_on_the_loss_does_not_matter(criterion):
     plain, scaled, model = observed(criterion, sizes=(3, 2)), criterion.statistic(structure_of("mlp")), network("mlp")
     for x, scale in zip(batches("mlp", (3, 2)), (1024.0, 32.0), strict=True):
@@ -44,7 +44,7 @@ def test_a_scale_on_the_loss_does_not_matter(criterion):
     assert_same_values(scaled, plain)
 
 
-@both
+@every
 def test_an_optimizer_step_within_the_batch_changes_nothing(criterion):
     """Callbacks remove the hooks only after the step."""
     model, statistic = network("mlp"), criterion.statistic(structure_of("mlp"))
@@ -57,7 +57,7 @@ def test_an_optimizer_step_within_the_batch_changes_nothing(criterion):
     assert_same_values(statistic, observed(criterion, sizes=(3,)))
 
 
-@both
+@every
 def test_gradient_checkpointing_counts_once(criterion):
     class Checkpointed(nn.Sequential):
         def forward(self, x):
@@ -67,7 +67,7 @@ def test_gradient_checkpointing_counts_once(criterion):
     assert_same_values(observed(criterion, "cnn", model), observed(criterion, "cnn"))
 
 
-@both
+@every
 def test_bad_gradients_are_left_out(criterion):
     model, statistic = network("mlp"), criterion.statistic(structure_of("mlp"))
     good, bad = batches("mlp", (3, 3))
@@ -86,7 +86,7 @@ def test_bad_gradients_are_left_out(criterion):
 def test_parameters_that_are_frozen_add_nothing():
     model = network("mlp")
     model[0].requires_grad_(False)
-    statistic, everything = observed(Taylor(), model=model), observed(Taylor())
+    statistic, everything = observed(SNIP(), model=model), observed(SNIP())
     alone = everything.structure.group("0").members.index(
         next(m for m in everything.structure.group("0").members if m.role == "in")
     )
@@ -116,9 +116,20 @@ def test_says_which_groups_had_no_gradient():
     assert silent["aside"].endswith("had a gradient in none of the 1 observed batches")
 
 
-def test_an_exception_in_a_batch_leaves_no_half_of_it():
+def test_the_first_order_change_is_that_of_a_factor_on_the_unit():
+    """Where the unit goes through nothing but a ReLU, each layer's sum is the gradient of the factor."""
+    model, statistic = network("mlp"), Taylor().statistic(structure_of("mlp"))
+    x = batches("mlp", (5,))[0]
+    train(model, [x], statistic)
+    factor = torch.ones(model[0].out_features, dtype=x.dtype, requires_grad=True)
+    model[2:](model[1](model[0](x)) * factor).square().sum().backward()
+    torch.testing.assert_close(statistic.value("0"), (2 * factor.grad).square())  # of what gives it and what takes it
+
+
+@every
+def test_an_exception_in_a_batch_leaves_no_half_of_it(criterion):
     """A batch whose hooks go before its backward pass has shown nothing."""
-    model, statistic = network("mlp"), Fisher().statistic(structure_of("mlp"))
+    model, statistic = network("mlp"), criterion.statistic(structure_of("mlp"))
     handles = statistic.attach(model)
     model(batches("mlp")[0])
     for handle in handles:

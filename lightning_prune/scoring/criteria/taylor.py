@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.gradients import GradientStatistic
+from lightning_prune.scoring.gradients import EndOfBatch, GradientStatistic
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["Taylor", "TaylorStatistic"]
@@ -16,21 +18,42 @@ __all__ = ["Taylor", "TaylorStatistic"]
 
 @final
 class TaylorStatistic(GradientStatistic):
-    """Squared products of weights and gradients."""
+    """Squares of the sums of weight times gradient over all that a unit is made of, batch by batch."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__(structure)
+        self._batch: dict[str, Tensor] = {}  # by group
+
+    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+        """As for all gradients; when the hooks go, the batch is over and its squares are taken."""
+        self._batch = {}
+        return [*super().observe(model), EndOfBatch(self._settle)]
 
     def increment(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """``(g · w)²``."""
-        return (gradient * weight).square()
+        """``g · w``."""
+        return gradient * weight
+
+    def gather(self, found: Mapping[str, Tensor]) -> None:
+        """Add to what the batch has shown so far."""
+        for name, _, sums in self.unit_sums(found):
+            self._batch[name] = self._batch[name] + sums if name in self._batch else sums
+
+    def _settle(self) -> None:
+        for name, change in self._batch.items():
+            self.record(name, 0, 1, score=change.square())
+        self._batch = {}
 
 
 @final
 @dataclass(frozen=True)
 class Taylor(ObservingCriterion):
-    r"""Squared first-order change of the loss, :math:`\overline{\sum_i (g_i w_i)^2}` (Molchanov et al., 2019).
+    r"""Squared first-order change of the loss, :math:`\overline{(\sum_i g_i w_i)^2}` (Molchanov et al., 2019).
 
     Everything that goes with the unit counts: weights that produce it and that take it, biases, norms, in all coupled
-    layers. The bar is the mean over observed batches, squared each by itself. The paper's sum over a unit's weights can
-    be squared before or after; this is after.
+    layers. The bar is the mean over observed batches, squared each by itself. The paper squares the sum over a unit's
+    weights, or sums their squares; this is the former, by which what one weight adds to the loss and another takes from
+    it cancels. (Weights before a batch norm then count nothing: their scale has no effect.) ``Fisher`` squares sample
+    by sample.
 
     Args:
         every_n_batches: Observe every n-th training batch.
@@ -39,5 +62,5 @@ class Taylor(ObservingCriterion):
     every_n_batches: int = 10
 
     def statistic(self, structure: Structure) -> TaylorStatistic:
-        """Squared products of weights and gradients."""
+        """Squared sums of weights times gradients."""
         return TaylorStatistic(structure)
