@@ -189,6 +189,13 @@ def finetune(model: ResNetCIFAR, images: ImageTensors, epochs: int, show: Callab
     return shown
 
 
+def line() -> str:
+    """The command that was run, without the place of the weights."""
+    return " ".join(
+        Path(word).name if word.endswith(".th") else word for word in command("benchmarks.criteria").split()
+    )
+
+
 class Pages:
     """Rows on disk, and what is drawn of them."""
 
@@ -207,7 +214,7 @@ class Pages:
         """Keep rows and draw anew."""
         self.rows += rows
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
-        facts = json.dumps({"settings": self.settings, "command": command("benchmarks.criteria"), "machine": machine()})
+        facts = json.dumps({"settings": self.settings, "command": line(), "machine": machine()})
         self.file.write_text(f'{facts[:-1]},\n "rows": [\n  {lines}\n ]}}\n', encoding="utf-8")
         self.show(self)
 
@@ -268,9 +275,8 @@ def show_cuts(title: str, dense: float) -> Callable[[Pages], None]:
         facts = f"Dense: {dense:.2f} %. Cut: {first['params']:,} parameters, {first['macs'] / 1e6:.1f} M MACs."
         draws = len({row["draw"] for row in pages.rows})
         facts += f" Means over {draws} draws of the training batches; ± is the 95 % interval of the mean over draws."
-        line = f"`{command('benchmarks.criteria')}`"
         draw(pages.rows, title, dense).savefig(pages.file.with_suffix(".png"))
-        body = f"{line}\n\n![{name}]({name}.png)\n\n{facts}\n\n{table(pages.rows)}"
+        body = f"`{line()}`\n\n![{name}]({name}.png)\n\n{facts}\n\n{table(pages.rows)}"
         fill(pages.file.with_suffix(".md"), body)
 
     return show
@@ -287,7 +293,7 @@ def show_training(title: str, dense: float) -> Callable[[Pages], None]:
         for row in sorted(pages.rows, key=lambda row: -row["by_epoch"][-1]):
             cells = " | ".join(f"{value:.2f}" for value in row["by_epoch"])
             lines.append(f"| {row['criterion']} | {cells} | {row['seconds'] / 60:.1f} |")
-        fill(pages.file.with_suffix(".md"), f"`{command('benchmarks.criteria')}`\n\n" + "\n".join(lines))
+        fill(pages.file.with_suffix(".md"), f"`{line()}`\n\n" + "\n".join(lines))
 
     return show
 
@@ -304,6 +310,7 @@ def run(given: argparse.Namespace, weights: Path, train: ImageTensors, test: Ima
     settings = {name: getattr(given, name) for name in ("divide", "observe", "batches")}
     pages = Pages(f"resnet{depth}", {**settings, "test": len(test)}, show_cuts(title, bench.dense))
     names = [*sorted(criteria.__all__), *(PREFIX + name for name in THEIRS)]
+    names.sort(key=lambda name: name.removeprefix(PREFIX) not in THEIRS)  # a run that is stopped has what is compared
     done = {(row["criterion"], row["draw"]) for row in pages.rows}
     for seed in range(given.draws):
         for name in names:

@@ -1,8 +1,9 @@
 """Masks beside Lightning's ``ModelPruning``: ``python -m benchmarks.masks``.
 
 The MLP 784-128-64-10 on Fashion-MNIST. First, zeros at the end of every epoch of a run that is stopped and resumed
-from its checkpoint; then test accuracy at several sparsities, beside the dense network trained as long, over seeds.
-Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+from its checkpoint, in what ``torch.export`` makes of it, and in an average of the weights; then test accuracy at
+several sparsities, beside the dense network trained as long, over seeds. Stopped and started again, it goes on after
+the last whole seed. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
-from torch import nn
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
+from torch import Tensor, nn
 
 from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
 from lightning_prune import NM, HybridPruning, MagnitudePruning, OneShot
@@ -37,6 +38,13 @@ VARIANTS: dict[str, Callable[[], Callback]] = {
     "magnitude 80 %": lambda: MagnitudePruning(0.8),
     "magnitude 95 %": lambda: MagnitudePruning(0.95),
 }
+# At once after the first epoch.
+RIVALS: dict[str, Callable[[], Callback]] = {
+    "MagnitudePruning": lambda: MagnitudePruning(0.508, schedule=OneShot(at=1)),
+    "Lightning's ModelPruning": lambda: ModelPruning(
+        "l1_unstructured", amount=0.508, apply_pruning=lambda epoch: epoch == 0
+    ),
+}
 
 
 class Zeros(Callback):
@@ -46,14 +54,18 @@ class Zeros(Callback):
         self.shares: list[float] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        weights = [layer.weight.detach() for layer in pl_module.modules() if isinstance(layer, nn.Linear)]
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
-        self.shares.append(100 * zeros / sum(weight.numel() for weight in weights))
+        self.shares.append(share(layer.weight for layer in pl_module.modules() if isinstance(layer, nn.Linear)))
+
+
+def share(weights: Iterable[Tensor]) -> float:
+    """Zeros in %."""
+    flat = torch.cat([weight.detach().flatten() for weight in weights])
+    return 100 * float((flat == 0).double().mean())
 
 
 def train(
     data: ImageData, seed: int, epochs: int, folder: Path, *callbacks: Callback, resume: Path | None = None
-) -> Any:
+) -> tuple[Any, float]:
     """Train with AdamW and weight decay; the model and its test accuracy in %."""
     seed_everything(seed, verbose=False)
     model = MLPClassifier(SIZES, "adamw", lr=1e-3, weight_decay=0.01)
@@ -69,19 +81,26 @@ def train(
         **settings,
     )
     trainer.fit(model, datamodule=data, ckpt_path=resume)
-    return 100 * trainer.test(model, datamodule=data, verbose=False)[0]["test_acc"]
+    return model, 100 * trainer.test(model, datamodule=data, verbose=False)[0]["test_acc"]
 
 
-def resumed(data: ImageData, make: Callable[[], Callback], epochs: int, folder: Path) -> dict[str, list[float]]:
-    """Zeros by epoch, before and after the stop in the middle."""
+def resumed(data: ImageData, make: Callable[[], Callback], epochs: int, folder: Path) -> dict[str, Any]:
+    """Zeros by epoch, before and after the stop in the middle, in the exported program, and in an average's weights."""
     first, second = Zeros(), Zeros()
     saver = ModelCheckpoint(folder, filename="stop", save_top_k=1)
     train(data, 0, epochs, folder, make(), first, saver)
-    train(data, 0, 2 * epochs, folder, make(), second, resume=folder / "stop.ckpt")
-    return {"before": first.shares, "after": second.shares}
+    model, _ = train(data, 0, 2 * epochs, folder, make(), second, resume=folder / "stop.ckpt")
+    program = torch.export.export(model.eval(), (torch.zeros(2, *data.train_dataloader().dataset[0][0].shape),))
+    exported = share(tensor for name, tensor in program.state_dict.items() if name.endswith("weight"))
+    try:
+        average, _ = train(data, 0, epochs, folder, make(), EMAWeightAveraging(decay=0.99))
+        averaged: Any = share(layer.weight for layer in average.modules() if isinstance(layer, nn.Linear))
+    except Exception as error:
+        averaged = type(error).__name__
+    return {"before": first.shares, "after": second.shares, "exported": exported, "average": averaged}
 
 
-def figure(zeros: dict[str, dict[str, list[float]]], accuracies: dict[str, list[float]], path: Path) -> None:
+def figure(zeros: dict[str, dict[str, Any]], accuracies: dict[str, list[float]], path: Path) -> None:
     """Left: zeros over a run that is resumed. Right: accuracy by method."""
     drawn = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), dpi=150, layout="constrained")
     left, right = drawn.subplots(1, 2)
@@ -107,10 +126,14 @@ def figure(zeros: dict[str, dict[str, list[float]]], accuracies: dict[str, list[
 
 def tables(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["| zeros in % | before the stop | first epoch after the resume | at the end |", "|---|---:|---:|---:|"]
+    lines = [
+        "| zeros in % | before the stop | first epoch after the resume | at the end | exported | average of weights |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, parts in result["zeros"].items():
-        before, after = parts["before"], parts["after"]
-        lines.append(f"| {name} | {before[-1]:.1f} | {after[0]:.1f} | {after[-1]:.1f} |")
+        found = [parts["before"][-1], parts["after"][0], parts["after"][-1], parts["exported"], parts["average"]]
+        cells = [value if isinstance(value, str) else f"{value:.1f}" for value in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     dense = result["accuracies"]["dense"]
     lines += ["", "| | test accuracy, % | minus dense, paired |", "|---|---:|---:|"]
     for name, values in result["accuracies"].items():
@@ -134,37 +157,26 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     data = FashionMNIST(root=given.root, batch_size=512)
-    accuracies: dict[str, list[float]] = {"dense": [], **{name: [] for name in VARIANTS}}
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
-        folder = Path(name)
-        zeros = {
-            "MagnitudePruning": resumed(
-                data, lambda: MagnitudePruning(0.508, schedule=OneShot(at=1)), given.epochs // 2, folder / "ours"
-            ),
-            "Lightning's ModelPruning": resumed(
-                data,
-                # Once, after the first epoch, as ours.
-                lambda: ModelPruning("l1_unstructured", amount=0.508, apply_pruning=lambda epoch: epoch == 0),
-                given.epochs // 2,
-                folder / "lightning",
-            ),
-        }
-        for seed in range(given.seeds):
-            accuracies["dense"].append(train(data, seed, given.epochs, folder))
-            for variant, make in VARIANTS.items():
-                accuracies[variant].append(train(data, seed, given.epochs, folder, make()))
-    result = {
-        "zeros": zeros,
-        "accuracies": accuracies,
-        "seeds": given.seeds,
-        "epochs": given.epochs,
-        "command": command("benchmarks.masks"),
-        "machine": machine(),
-    }
     home = EVIDENCE / "masks"
     home.mkdir(parents=True, exist_ok=True)
-    (home / "masks.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    figure(zeros, accuracies, home / "masks.png")
+    file = home / "masks.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    result = found if found.get("epochs") == given.epochs else {"epochs": given.epochs}
+    accuracies = result.setdefault("accuracies", {"dense": [], **{name: [] for name in VARIANTS}})
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        folder, epochs = Path(name), given.epochs
+        if "zeros" not in result:
+            result["zeros"] = {
+                label: resumed(data, make, epochs // 2, folder / label) for label, make in RIVALS.items()
+            }
+        for seed in range(len(accuracies["dense"]), given.seeds):
+            row = {"dense": train(data, seed, epochs, folder)[1]}
+            row |= {variant: train(data, seed, epochs, folder, make())[1] for variant, make in VARIANTS.items()}
+            for variant, value in row.items():
+                accuracies[variant].append(value)
+            result |= {"seeds": seed + 1, "command": command("benchmarks.masks"), "machine": machine()}
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    figure(result["zeros"], accuracies, home / "masks.png")
     fill(home / "README.md", tables(result))
 
 
