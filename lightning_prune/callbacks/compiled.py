@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch import LightningModule
+from torch import nn
 from torch._dynamo import OptimizedModule
 
 __all__ = ["as_written", "forget_code", "is_compiled"]
 
 
-def is_compiled(module: LightningModule) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Whether the module or a part of it runs through ``torch.compile``."""
     return bool(getattr(module, "_compiler_ctx", None)) or any(
         isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
@@ -21,7 +21,7 @@ def is_compiled(module: LightningModule) -> bool:
 
 
 @contextmanager
-def as_written(module: LightningModule) -> Iterator[None]:
+def as_written(module: nn.Module) -> Iterator[None]:
     """Within the context the Python code runs: compiled code does not know of hooks that came later."""
     if not is_compiled(module):
         yield
@@ -30,7 +30,7 @@ def as_written(module: LightningModule) -> Iterator[None]:
         yield
 
 
-def forget_code(module: LightningModule) -> None:
+def forget_code(module: nn.Module) -> None:
     """Before shapes change: compiled code may hold a graph of the last step, and counts for a limit."""
     if is_compiled(module):
         torch.compiler.reset()

@@ -9,14 +9,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.subjects import subject_for
+from lightning_prune.callbacks.compiled import as_written, forget_code
+from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, score_groups
-from lightning_prune.structure import Call, Structure, trace
+from lightning_prune.structure import Call, Structure, StructureError, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -44,7 +46,7 @@ def prune(
     scope: ScopeKind | Scope = "local",
     layers: str | list[str] | None = None,
     ignore: str | list[str] | None = None,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> Report:
     """Remove units from a network at once, in place, and tell what that won.
 
@@ -62,13 +64,14 @@ def prune(
         scope: ``"local"``, ``"global"``, ``"erk"``, or a `Scope`.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
-        optimizers: Optimizers of the network, whose state follows.
+        optimizers: One or several optimizers of the network, whose state follows.
 
     Returns:
         The report: sizes before and after, widths, seconds.
 
     Raises:
-        ValueError: If an amount, a layer or the criterion does not fit; nothing has changed then.
+        ValueError: If an amount, a layer, the criterion, the example or an optimizer does not fit; nothing has changed
+            then.
         CutError: If the narrower network fails; it is taken back whole.
 
     Example:
@@ -83,8 +86,29 @@ def prune(
     criterion = L1() if criterion is None else criterion
     if not isinstance(criterion, Criterion):
         raise TypeError(f"prune: expected `criterion` to be an instance of Criterion, got {criterion!r}. Give `L1()`.")
-    optimizers = tuple(optimizers)
-    refuse(optimizers)
+    require_network(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"prune: expected a {type(model).__name__} with weights, got one on the meta device. Load it first."
+        )
+    steppers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    refuse(steppers)
+    _require_own(model, steppers)
+    forget_code(model)
+    with as_written(model):
+        written = model._orig_mod if isinstance(model, OptimizedModule) else model
+        return _prune(written, example, target, criterion, scope, (layers, ignore), steppers)
+
+
+def _prune(
+    model: nn.Module,
+    example: Any,
+    target: Target,
+    criterion: Criterion,
+    scope: Scope,
+    names: tuple[str | list[str] | None, str | list[str] | None],
+    optimizers: tuple[Optimizer, ...],
+) -> Report:
     subject = subject_for(model, example)
     structure, call = trace(subject), subject.calls[0]
     history = history_of(model)
@@ -98,13 +122,19 @@ def prune(
     if target.quantity == "latency":
         structure = with_latency(structure, latency_table(subject, structure))
     original = original_of(model, structure)
-    target, selected = target.resolve(structure, select(structure, layers, ignore)[0])
+    target, selected = target.resolve(structure, select(structure, *names)[0])
     feasible(structure, target, scope, selected, original)
     began = perf_counter()
     groups = [structure.group(name) for name in selected]
     scores = score_groups(criterion, groups, named(model), None)
     plan = make_plan(structure, scores, target, 1.0, scope, original)
-    report = Report(dense=_size(model, call, structure), versions=versions())
+    try:
+        report = Report(dense=_size(model, call, structure), versions=versions())
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise StructureError(
+            f"{type(model).__name__} fails on the example ({type(error).__name__}: {error}). Nothing has changed. Give "
+            "an example of the shape, type and device that `forward` takes."
+        ) from error
     after = structure.take(plan.kept)
     if not plan.is_empty:
         number = len({edit.cut for edit in history.edits}) if history is not None else 0
@@ -124,3 +154,13 @@ def prune(
 def _size(model: nn.Module, call: Call, structure: Structure) -> Size:
     size = Size.of(structure)
     return replace(size, bytes=size_on_disk(model), latency=latency(model, call, batch_sizes=(1,)))
+
+
+def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if own.isdisjoint(id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"prune: expected optimizers of {type(model).__name__}, got a {type(optimizer).__name__} that steps "
+                "none of its parameters. Make it from this network's `parameters()`."
+            )

@@ -16,13 +16,14 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, Subject, trace
 
-__all__ = ["call_on", "inspect", "subject_for", "subject_of"]
+__all__ = ["call_on", "inspect", "require_network", "subject_for", "subject_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -52,11 +53,29 @@ def subject_for(model: nn.Module, example: Any = None) -> Subject:
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
     """
+    require_network(model)
     if isinstance(example, (tuple, list)):
         example = _Arguments(example)  # meant as arguments; a training batch is a later guess
     if isinstance(model, LightningModule):
         return subject_of(model, example, step=False)
     return Subject(model, _forward_calls(model, example, None))
+
+
+def require_network(model: object) -> None:
+    """Refuse what is no network, or has no shapes yet.
+
+    Raises:
+        TypeError: If it is no module.
+        StructureError: If layers are lazy.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {model!r}")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise StructureError(
+            f"{type(model).__name__}: {', '.join(lazy)} have no shape yet. Run one forward pass first, so that lazy "
+            "layers learn their widths."
+        )
 
 
 def subject_of(
@@ -110,7 +129,7 @@ def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: An
         )
     failures = []
     for args, kwargs in candidates:
-        args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        args, kwargs = tree_map(lambda leaf: _moved(leaf, device), (args, kwargs))
         calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
         if len(candidates) == 1:
             return calls
@@ -124,6 +143,12 @@ def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: An
         f"{type(model).__name__}: `forward` accepts no part of the training batch. Set `example_input_array` in the "
         f"module. The last attempt: {failures[-1]}"
     )
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_meta and device.type != "meta":
+        raise StructureError("expected an example with content, got a tensor on the meta device. Give real numbers.")
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def _candidates(batch: Any, own_example: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

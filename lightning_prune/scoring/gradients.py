@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.scoring.contributions import per_pass
 from lightning_prune.scoring.statistics import ActivationStatistic, Half, Statistic, Target
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import named
 
 __all__ = ["EndOfBatch", "GradientStatistic", "MaskGradientStatistic", "MemberStatistic"]
 
@@ -80,13 +81,13 @@ class GradientStatistic(MemberStatistic):
 
         return [
             parameter.register_hook(partial(hook, name, parameter))  # type: ignore[no-untyped-call]
-            for name, parameter in model.named_parameters()
-            if name in wanted and parameter.requires_grad
+            for name, parameter in named(model).items()
+            if name in wanted and isinstance(parameter, nn.Parameter) and parameter.requires_grad
         ]
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:
         """Groups without a parameter that is trained."""
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name for name, tensor in named(model).items() if tensor.requires_grad}
         return {
             name: f"none of {', '.join(places)} is trained"
             for name, places in self.sources.items()

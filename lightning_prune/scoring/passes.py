@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.scoring.statistics import Target
+from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["entering", "outputs_of", "own_random_state", "positive_response", "undisturbed"]
@@ -107,4 +108,4 @@ def positive_response(model: nn.Module, call: Call) -> tuple[Tensor, Mapping[str
     with undisturbed(model):
         args, kwargs = tree_map(ones, (call.args, dict(call.kwargs)))
         outputs = outputs_of(functional_call(model, {**weights, **buffers}, args, kwargs))
-    return torch.stack([output.sum() for output in outputs]).sum(), weights
+    return torch.stack([output.sum() for output in outputs]).sum(), {canonical(n): w for n, w in weights.items()}

@@ -17,6 +17,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
 from lightning_prune.structure.graph import Group, Member, Structure
+from lightning_prune.structure.layers import named
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["ActivationStatistic", "ConsumerStatistic", "ContributionStatistic", "Statistic", "Target", "per_unit"]
@@ -335,12 +336,12 @@ class ConsumerStatistic(Statistic):
             weight = module._parameters.get("weight")  # none where a parametrization computes it
             if weight is not None:
                 layers.setdefault(weight, []).append(module)
-        tensors = dict(model.named_parameters())
+        tensors = named(model)
         targets: dict[nn.Module, list[Target]] = {}
         for group in self.structure.groups:
             for source, member in enumerate(_consuming(group)):
-                weight = tensors.get(member.tensor)
-                for module in layers.get(weight, ()) if weight is not None else ():
+                taken = tensors.get(member.tensor)
+                for module in layers.get(taken, ()) if taken is not None else ():
                     inputs = _inputs(module, member)
                     if inputs is not None:
                         targets.setdefault(module, []).append(Target(group.name, source, inputs.to(self.device)))

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["loosen", "refresh", "tensors"]
+__all__ = ["canonical", "loosen", "named", "refresh", "tensors"]
+
+#: What ``torch.compile`` puts into the names of everything inside a compiled module.
+_COMPILED = "_orig_mod."
 
 Shape = Sequence[int]
 Shapes = Mapping[str, Shape]
@@ -18,6 +21,20 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's own parameters and buffers (persistent or not) by local name."""
     own = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def canonical(name: str) -> str:
+    """A qualified name as it reads without ``torch.compile``."""
+    return name.replace(_COMPILED, "")
+
+
+def named(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by canonical name; a tied one appears under each of its names."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in tensors(module).items():
+            found[canonical(f"{prefix}.{name}" if prefix else name)] = tensor
+    return found
 
 
 def refresh(module: nn.Module, old_shapes: Shapes) -> None:

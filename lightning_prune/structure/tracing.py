@@ -7,20 +7,22 @@ import math
 import random
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError
-from lightning_prune.structure.layers import loosen, refresh, tensors
+from lightning_prune.structure.layers import canonical, loosen, refresh, tensors
 from lightning_prune.structure.shapes import SHORTCUTS
 
 __all__ = [
@@ -52,6 +54,9 @@ SplitKey = tuple[int, tuple[int, ...]]
 Decision = tuple[int | None, tuple[int, ...]]
 #: Types that hold no tensor and are their own copy.
 _CONSTANT = frozenset((bool, int, float, str, type(None)))
+
+# What may stand in an output, and holds tensors that are none of it.
+_HOLDS_NO_OUTPUT = (int, float, str, type(None), bytes, type, nn.Module, ModuleType, FunctionType, MethodType)
 
 
 @dataclass(frozen=True)
@@ -472,7 +477,7 @@ class FakeCopy:
                 if id(tensor) not in twins:
                     twin = self._twin(tensor)
                     twins[id(tensor)] = twin
-                    self.named[f"{prefix}.{name}" if prefix else name] = twin
+                    self.named[canonical(f"{prefix}.{name}" if prefix else name)] = twin
             for plain in vars(module).values():
                 if isinstance(plain, torch.Tensor):
                     twins.setdefault(id(plain), self._own(plain))
@@ -661,13 +666,19 @@ def _named_while_running(forward: Callable[..., Any], name: str, stack: list[str
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy(model, memo)` makes, without its detours for modules that are plain objects."""
+    """What `copy.deepcopy(model, memo)` makes, without its detours for modules that are plain objects.
+
+    What `torch.compile` put around a module is left out: the copy runs as written.
+    """
     twins = []
     for module in model.modules():
         kind = type(module)
         if id(module) not in memo and _is_plain(kind):
             memo[id(module)] = twin = kind.__new__(kind)
             twins.append((module, twin))
+    for module in model.modules():
+        if isinstance(module, OptimizedModule):
+            memo[id(module)] = _twin_of(module._orig_mod, memo)
     for module, twin in twins:
         state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
         for value in state.values():
@@ -715,11 +726,29 @@ def _forked_rng() -> Iterator[None]:
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
-    """Every tensor in a nested output, dataclasses and objects with a ``__dict__`` of tensors included."""
-    found = []
-    for leaf in tree_leaves(out):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__"):
-            found += [t for t in tree_leaves(vars(leaf)) if isinstance(t, torch.Tensor)]
+    """Every tensor in a nested output: in containers of any kind, and in what objects hold as attributes."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+
+    def walk(thing: Any) -> None:
+        if isinstance(thing, torch.Tensor):
+            found.append(thing)
+            return
+        if id(thing) in seen or isinstance(thing, _HOLDS_NO_OUTPUT):
+            return
+        seen.add(id(thing))
+        leaves = tree_leaves(thing)  # of whatever has been registered with PyTorch
+        if not (len(leaves) == 1 and leaves[0] is thing):
+            parts = leaves
+        elif isinstance(thing, Mapping):
+            parts = [*thing.keys(), *thing.values()]
+        elif isinstance(thing, (Sequence, Set)):
+            parts = list(thing)
+        else:
+            slots = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
+            parts = [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
+        for part in parts:
+            walk(part)
+
+    walk(out)
     return found

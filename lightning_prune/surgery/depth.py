@@ -41,19 +41,21 @@ def drop(
         ValueError: If there is no such layer, or nothing can take its place.
     """
     models = tuple(models)
+    before = {id(parameter) for model in models for parameter in model.parameters()}
     for model in models:
         for name, kind in drops.items():
             found = layer(model, name)
             if found is None or not name:
                 raise ValueError(f"the network (or one of its copies) has no layer {name!r} to take out")
             _put(change, model, name, stand_in(kind, found))
-    alive = {id(parameter) for model in models for parameter in model.parameters()}
+    # What an optimizer steps beside these networks is none of our business.
+    gone = before - {id(parameter) for model in models for parameter in model.parameters()}
     for optimizer in map(unwrap, optimizers):
         for group in optimizer.param_groups:
-            left = [parameter for parameter in group["params"] if id(parameter) in alive]
+            left = [parameter for parameter in group["params"] if id(parameter) not in gone]
             if len(left) < len(group["params"]):
                 change.replace_entries(group, {**group, "params": left})
-        state = {key: value for key, value in optimizer.state.items() if id(key) in alive}
+        state = {key: value for key, value in optimizer.state.items() if id(key) not in gone}
         if len(state) < len(optimizer.state):
             change.replace_entries(optimizer.state, state)
 

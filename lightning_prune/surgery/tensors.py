@@ -10,28 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_prune.structure.graph import IndexArray
-from lightning_prune.structure.layers import tensors
+from lightning_prune.structure.layers import canonical, named
 
 __all__ = ["blank", "canonical", "named", "non_persistent", "take", "zero"]
 
-#: What ``torch.compile`` puts into the names of everything inside a compiled module.
-_COMPILED = "_orig_mod."
 #: Bytes of a block; only tensors of many blocks are worth it.
 _BLOCK = 1 << 18
-
-
-def canonical(name: str) -> str:
-    """A qualified name, of a tensor or a module, as it reads without ``torch.compile``."""
-    return f"{name}.".replace(_COMPILED, "").removesuffix(".")
-
-
-def named(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by canonical name; a tied one appears under each of its names."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in tensors(module).items():
-            found[canonical(f"{prefix}.{name}" if prefix else name)] = tensor
-    return found
 
 
 def non_persistent(model: nn.Module) -> set[str]:

@@ -10,7 +10,19 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_prune import Contribution, ContributionPruning, Linear
+from lightning_prune import (
+    L1,
+    Contribution,
+    ContributionPruning,
+    GraSP,
+    Linear,
+    OneShot,
+    StructuredPruning,
+    SynFlow,
+    Taylor,
+    inspect,
+    prune,
+)
 from lightning_prune.surgery import history_of
 from lightning_prune.surgery.tensors import named
 from tests.callbacks.networks import Net, fit, make, widths
@@ -96,3 +108,36 @@ def test_a_compiled_network_ends_as_one_that_is_not(how: Any, tmp_path: Path) ->
         torch.testing.assert_close(weight, named(plain)[name], rtol=1e-5, atol=1e-6)
     assert compiler.graphs >= 3  # dense, after the first cut, after the second
     assert compiler.calls >= 5 * 2  # batches that are not observed
+
+
+@pytest.mark.parametrize("criterion", [L1(), Taylor(), SynFlow(), GraSP()])
+def test_criteria_know_the_layers_of_a_compiled_part_by_their_own_names(criterion: Any, tmp_path: Path) -> None:
+    kept = []
+    for folder, change in (("plain", lambda _: None), ("compiled", a_layer(Compiler()))):
+        model = make(norm=False)
+        change(model)
+        pruner = StructuredPruning(0.5, criterion=criterion, schedule=OneShot(at=1))
+        fit(tmp_path / folder, model, pruner, epochs=2)
+        assert pruner.structure is not None
+        history = history_of(model)
+        assert history is not None
+        kept.append([edit.kept for edit in history.edits])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("how", ["whole", "part", "in place"])
+def test_a_compiled_network_is_cut_without_a_trainer(how: str) -> None:
+    torch.manual_seed(0)
+    part = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+    compiled = torch.compile(part, backend=Compiler()) if how == "part" else part
+    net: Any = torch.nn.Sequential(compiled, torch.nn.Linear(8, 2))
+    if how == "in place":
+        part.compile(backend=Compiler())
+    whole: Any = torch.compile(net, backend=Compiler()) if how == "whole" else net
+    x = torch.randn(3, 4)
+    whole(x)
+    assert inspect(whole, x).structure.widths == {"0.0": 8}
+    report = prune(whole, x, pruning_ratio=0.5)
+    assert report.widths == {"0.0": 4}
+    assert part[0].out_features == net[1].in_features == 4
+    torch.testing.assert_close(whole(x), net[1](torch.relu(part[0](x))))

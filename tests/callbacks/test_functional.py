@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune import L2, Contribution, StructuredPruning, prune
 from lightning_prune.models import MLPClassifier
-from lightning_prune.structure import Subject, latency, trace
+from lightning_prune.structure import StructureError, Subject, latency, trace
 from lightning_prune.surgery import history_of, mask, replay
 
 
@@ -115,6 +115,54 @@ def test_the_optimizer_follows() -> None:
     net(torch.randn_like(EXAMPLE)).sum().backward()
     optimizer.step()
     assert not torch.equal(net[0].weight, before)
+
+
+def test_an_optimizer_keeps_what_is_not_of_the_network() -> None:
+    backbone, head = network(), nn.Linear(4, 2).double()
+    optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()])
+    head(backbone(torch.randn_like(EXAMPLE))).sum().backward()
+    optimizer.step()
+    before = head.weight.detach().clone()
+    prune(backbone, EXAMPLE, pruning_ratio=0.5, optimizers=optimizer)
+    assert head.weight in optimizer.state
+    optimizer.zero_grad()
+    head(backbone(torch.randn_like(EXAMPLE))).sum().backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_an_optimizer_of_another_network_is_refused() -> None:
+    net, optimizer = network(), torch.optim.Adam(network().parameters())
+    with pytest.raises(ValueError, match="steps none of its parameters"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, optimizers=[optimizer])
+    assert net[0].out_channels == 8
+    assert len(optimizer.param_groups[0]["params"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (EXAMPLE.float(), "fails on the example"),
+        (EXAMPLE[:0], "empty batch"),
+        (EXAMPLE[:, :2], "forward"),
+        (EXAMPLE.to("meta"), "meta device"),
+        (None, "example"),
+    ],
+)
+def test_an_example_that_does_not_fit_changes_nothing(example: Any, words: str) -> None:
+    net = network()
+    with pytest.raises(StructureError, match=words):
+        prune(net, example, pruning_ratio=0.5)
+    assert (net[0].out_channels, net[4].out_features) == (8, 12)
+
+
+def test_what_is_no_network_with_weights_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        prune(torch.relu, EXAMPLE, pruning_ratio=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="meta device"):
+        prune(network().to("meta"), EXAMPLE, pruning_ratio=0.5)
+    with pytest.raises(StructureError, match="Run one forward pass first"):
+        prune(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), torch.zeros(1, 4), pruning_ratio=0.5)
 
 
 def test_a_lightning_module_brings_its_example() -> None:

@@ -222,6 +222,41 @@ def nested_output():
     )
 
 
+@dataclass
+class Wrapped:
+    inner: object
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Logits(dict):
+    pass
+
+
+OUTPUTS = {
+    "a distribution": lambda y: torch.distributions.Independent(torch.distributions.Normal(y, 1.0), 1),
+    "a transformed one": lambda y: torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(y, 1.0), [torch.distributions.transforms.ExpTransform()]
+    ),
+    "nested": lambda y: Wrapped(Wrapped({"logits": [y]})),
+    "slots": Slots,
+    "a dict of a kind of its own": lambda y: Logits(logits=y),
+    "a set": lambda y: {y},
+}
+
+
+@pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_are_found_in_whatever_holds_them(wrap):
+    model = Net(lambda m, x: wrap(m.head(m.a(x).relu())), a=nn.Linear(4, 6), head=nn.Linear(6, 3))
+    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    assert structure.widths == {"a": 6}
+
+
 CALLS = [
     ("several inputs", two_inputs, (torch.ones(2, 4), torch.ones(2, 3)), {}, {"a": 6}),
     ("dictionary and keyword", by_dictionary, ({"x": torch.ones(2, 4)},), {"scale": torch.ones(())}, {"a": 6}),

@@ -13,6 +13,7 @@ from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.gradients import MemberStatistic
 from lightning_prune.scoring.passes import own_random_state
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["GraSP", "GradientFlow"]
@@ -29,7 +30,7 @@ class GradientFlow(MemberStatistic):
     def examine(self, model: nn.Module, call: Call) -> None:
         """One training step, its gradient, and the gradient of that gradient's square."""
         self.follow(model)
-        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        weights = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
         with own_random_state(model):
             loss = _loss_of(getattr(model, call.method)(*call.args, **call.kwargs))
         values = tuple(weights.values())
