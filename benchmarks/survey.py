@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import resource
 import subprocess
@@ -53,6 +54,9 @@ _HEADS = ("head", "rpn.head", *(f"roi_heads.{part}_predictor" for part in ("box"
 
 #: Side of the images that detectors get, and that those that resize them make of them.
 _DETECTION = 128
+
+#: Smallest share of a network's parameters that the table of reasons counts.
+_SHOWN = 0.005
 
 #: The folder of torchvision that a network's builder lies in, and its family here.
 _FOLDERS = {"segmentation": "segmentation", "detection": "detection", "video": "video", "optical_flow": "optical flow"}
@@ -142,7 +146,7 @@ def build(name: str, family: str) -> Network:
         images = [*_image(2, _DETECTION)]
         target = {"boxes": torch.tensor([[20.0, 30.0, 100.0, 110.0]]).double(), "labels": torch.tensor([1])}
         target["masks"] = torch.ones(1, _DETECTION, _DETECTION, dtype=torch.uint8)
-        target["keypoints"] = torch.tensor([[[50.0, 60.0, 1.0]] * 17]).double()
+        target["keypoints"] = torch.tensor([[[50.0, 60.0, 1.0]] * 17])  # it wants them in float32
         return Network(model, (images,), (images, [target, target]), heads=_HEADS)
     if family == "video":
         # S3D and MViT have the lengths of their pooling windows and positions built in.
@@ -293,7 +297,23 @@ def examine(network: Network) -> dict[str, Any]:
     row["trained"] = sum(p.grad is not None for p in model.parameters()) / sum(1 for _ in model.parameters())
     row |= {"params": before, "left": after / before, "reached": Inspection(structure).reachable}
     row["frozen"] = dict(Counter(reason(f) for f in structure.frozen).most_common())
+    row["out_of_reach"] = out_of_reach(structure, [name for name, _ in model.named_parameters()])
     return row
+
+
+def out_of_reach(structure: Structure, parameters: Sequence[str]) -> dict[str, float]:
+    """Share of the parameters that lie on no axis that can shrink, by the reason of the axis that produces them."""
+    free = Counter[tuple[str, int]]()
+    for member in (member for group in structure.groups for member in group.members):
+        free[member.tensor, member.dim] += member.index.size
+    reasons = {frozen.tensor: reason(frozen) for frozen in reversed(structure.frozen)}
+    lost = Counter[str]()
+    for name in parameters:
+        shape = structure.cost.shapes[name]
+        why = reasons.get(name, "lies along another frozen axis")
+        lost[why] += math.prod(n - free[name, dim] for dim, n in enumerate(shape))
+    total = sum(math.prod(structure.cost.shapes[name]) for name in parameters)
+    return {why: n / total for why, n in lost.most_common() if n}
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -311,7 +331,7 @@ def survey(names: Sequence[str]) -> tuple[dict[str, Any], str]:
             print(name, json.dumps(rows[name]), flush=True)
     order = [name for members in families.values() for name in members if name in rows]
     rows = {name: rows[name] for name in order}
-    fill(EVIDENCE.parent / "architectures.md", summary(rows))
+    fill(EVIDENCE.parent / "architectures.md", f"{summary(rows)}\n\n{by_reason(rows)}")
     return {"rows": rows}, survey_table(rows)
 
 
@@ -376,6 +396,18 @@ def summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {100 * median(row['reached'] for row in done.values()):.1f} % "
             f"| {100 * done[least]['reached']:.0f} % ({least}) |"
         )
+    return "\n".join(lines)
+
+
+def by_reason(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line per reason why parameters lie on no axis that can shrink, and the share of them in the networks."""
+    lost = {name: {w: n for w, n in row.get("out_of_reach", {}).items() if n >= _SHOWN} for name, row in rows.items()}
+    reasons = Counter(why for shares in lost.values() for why in shares)
+    lines = ["| reason | networks | share of their parameters, median | most |", "|---|---:|---:|---|"]
+    for why, n in reasons.most_common():
+        shares = {name: 100 * shares[why] for name, shares in lost.items() if why in shares}
+        most = max(shares, key=lambda name: shares[name])
+        lines.append(f"| {why} | {n} | {median(shares.values()):.1f} % | {shares[most]:.0f} % ({most}) |")
     return "\n".join(lines)
 
 

@@ -68,9 +68,12 @@ def attach_masks(model: nn.Module, masks: Masks) -> None:
 
 def narrowed(model: nn.Module, axes: Axes) -> dict[str, Any]:
     """Attributes of a network that is cut along ``axes``: its masks, cut alike."""
-    masks, kept, present = masks_of(model), {canonical(name): rows for name, rows in axes.items()}, named(model)
+    masks = masks_of(model)
+    if not masks:
+        return {}
+    kept, present = {canonical(name): rows for name, rows in axes.items()}, named(model)
     narrow = {name: take(mask, kept.get(name, {})) for name, mask in masks.items() if name in present}
-    return {_ATTRIBUTE: narrow} if masks else {}
+    return {_ATTRIBUTE: narrow}
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:

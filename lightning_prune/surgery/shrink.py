@@ -280,7 +280,7 @@ def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
             _require_cuttable(name, tensor, shapes.get(canonical(name)), kept)
             assert tensor is not None
             first = pieces.setdefault(id(tensor), _Piece(name, tensor, kept))
-            if not _same(first.kept, kept):
+            if first.kept is not kept and not _same(first.kept, kept):
                 raise CutError(
                     f"{first.name} and {name} are one tensor (tied), but are to be cut differently: {first.kept} and "
                     f"{kept}. Nothing has changed. Give both the same axes, or leave one out."
