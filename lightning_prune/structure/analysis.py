@@ -80,8 +80,6 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
-    if _batch_size(subject.calls[0]) == 0:
-        raise StructureError("expected an example of at least one sample, got an empty batch")
     with torch.inference_mode(False):
         return _Analysis(subject).best(trial=trial).structure()
 
@@ -433,9 +431,11 @@ class _Analysis:
         tracer = Tracer(atoms, RULES, unknown)
         for run in self.runs:
             call, copy = run.call, self._copy(run.kind)
+            if run.kind == "real":
+                run = self._masked(run, copy, axes)
             tracer.decided, tracer.decided_views = run.decisions, run.views
             if follow:
-                tracer.expected = self._masked_script(copy, call, axes) if run.kind == "real" else run.script
+                tracer.expected = run.script
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
@@ -448,12 +448,13 @@ class _Analysis:
                 tracer.forget()
         return None
 
-    def _masked_script(self, copy: FakeCopy, call: Call, axes: Axes) -> list[tuple[Any, ...]]:
-        """What the masked network computes with: where sizes hang on data, a right cut has them in common with it."""
+    def _masked(self, run: _Run, copy: FakeCopy, axes: Axes) -> _Run:
+        """The same run of the masked network: where sizes hang on data, a right cut has them in common with it."""
         tracer = Tracer(SealedAtoms(self.atoms), RULES, unknown)
+        tracer.choices = self.tracer.choices
         with copy.masked(axes):
-            copy.run(tracer, call, self.labels)
-        return tracer.script
+            copy.run(tracer, run.call, self.labels)
+        return _Run(run.call, run.kind, tracer.script, tracer.decisions, tracer.views)
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:
         """Why a trial failed; what it coupled before an operator failed comes first."""
@@ -521,7 +522,7 @@ def _batch_size(call: Call) -> int:
     tensors = output_tensors((call.args, dict(call.kwargs)))
     if not tensors or tensors[0].dim() == 0 or (tensors[0].dim() == 1 and tensors[0].is_floating_point()):
         return 1
-    return int(tensors[0].shape[0])
+    return max(int(tensors[0].shape[0]), 1)
 
 
 def _describe(call: Call) -> str:

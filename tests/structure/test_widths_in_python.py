@@ -112,3 +112,20 @@ def test_a_width_among_them_does() -> None:
     structure = trace(Subject.of(Chooser(lambda h: h.shape[1] ** -0.5), torch.randn(40, 4)))
     assert structure.widths == {}
     assert "a number that depends on a width" in structure.frozen[0].reason
+
+
+def test_loops_over_as_many_boxes_as_the_data_give() -> None:
+    def halved(_: nn.Module, h: Tensor) -> Tensor:
+        for _ in range(int((h.sum(1) > 0).sum())):
+            h = h.view(len(h), 1, -1).mul(0.5).view(len(h), -1)
+        return h
+
+    torch.manual_seed(0)
+    model, x = Between(halved).double(), torch.randn(8, 4, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    assert structure.widths == {"first": 8}
+    axes = structure.axes({"first": (1, 4, 6)})
+    reference = masked(model, axes)
+    times = [int((net.first(x).sum(1) > 0).sum()) for net in (model, reference)]
+    assert times[0] != times[1]
+    torch.testing.assert_close(shrunk(model, axes)(x), reference(x), rtol=1e-12, atol=1e-12)
