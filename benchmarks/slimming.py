@@ -144,12 +144,10 @@ def figure(rows: Sequence[Row]) -> Any:
         whole = fmean(row["accuracy"] for row in of(rows, strength, 0.0))
         right.axhline(whole, color=colour, ls="--", lw=1)
     left.axvline(1, color="#666666", ls="--", lw=1)
-    left.annotate("all before training", (1, 1), (-4, -4), ("data", "axes fraction"), "offset points",
-                  rotation=90, ha="right", va="top", fontsize="small", color="#666666")  # fmt: skip
-    left.set(xlabel="|γ| right before the cut; dotted: the median", ylabel="filters, all seeds")
+    left.set(xlabel="|γ| right before the cut; dotted: the median; dashed: all at first", ylabel="filters, all seeds")
     right.set(xlabel="filters removed (%)", ylabel="test accuracy (%)")
     right.set_title("solid: trained on; dotted: right after the cut; dashed: unpruned", fontsize="small")
-    left.legend(frameon=False, loc="upper right")
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, fontsize="small")
     right.legend(frameon=False, loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.25, lw=0.6)
