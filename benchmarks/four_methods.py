@@ -214,7 +214,6 @@ def run(job: Row, state: Mapping[str, torch.Tensor], data: CIFAR10, test: ImageT
         **job,
         "sparsity": 100 * (1 - left(model) / total),
         "params": sum(parameter.numel() for parameter in model.parameters()),
-        "dense accuracy": accuracy(dense, test),
         "right after": right.accuracy,
         "accuracy": accuracy(model, test),
         "latency": {str(batch): in_turn(dense, model, batch) for batch in BATCHES},
@@ -342,7 +341,7 @@ def tables(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Test accuracy in %, last epoch; mean over {facts['seeds']} seeds ± half its 95 % interval. The dense "
-        f"networks have {with_interval([row['dense accuracy'] for row in unpruned])} after {facts['dense epochs']} "
+        f"networks have {with_interval([row['right after'] for row in unpruned])} after {facts['dense epochs']} "
         f"epochs, before {facts['epochs']} epochs of fine-tuning. Milliseconds of the dense network: "
         f"{dense[1]:.3f} for one image, {dense[128]:.1f} for 128.",
     ]
