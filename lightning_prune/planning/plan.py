@@ -113,7 +113,7 @@ def make_plan(
     if (shares := _shares(target, scope, now)) is not None:
         left = {name: 1 - share * (1 - remaining) for name, remaining in shares.items()}
         nearest = {
-            name: _nearest(original.widths[name] * left[name], now[name], ladder, scope)
+            name: _nearest(original.widths[name] * left[name], ladder, vanishing.steps[name])
             for name, ladder in vanishing.ladders.items()
         }
         widths = vanishing.settle(nearest)
@@ -173,13 +173,15 @@ class _Vanishing:
         scope: Limits of the widths.
 
     Attributes:
+        steps: Units from one width to the next, per group.
         ladders: Per group every width it may have, descending.
     """
 
     def __init__(self, structure: Structure, now: Mapping[str, int], scope: Scope) -> None:
         self.structure, self.names, self.scope = structure, frozenset(now), scope
         may = {name: scope.min_width == 0 and self.closed({name}) is not None for name in now}
-        self.ladders = {name: scope.ladder(width, vanish=may[name]) for name, width in now.items()}
+        self.steps = {name: scope.step(structure.group(name)) for name in now}
+        self.ladders = {name: scope.ladder(now[name], self.steps[name], vanish=may[name]) for name in now}
 
     def closed(self, groups: Collection[str]) -> frozenset[str] | None:
         """Groups that vanish when ``groups`` do; ``None`` if they cannot, or would take along what is to stay."""
@@ -255,10 +257,10 @@ def _array(scores: Tensor | FloatArray) -> FloatArray:
     return np.asarray(plain, dtype=np.float64)
 
 
-def _nearest(wanted: float, width: int, ladder: Sequence[int], scope: Scope) -> int:
+def _nearest(wanted: float, ladder: Sequence[int], step: int) -> int:
     """The allowed width nearest to ``wanted``, halves up."""
-    rounded = math.floor(wanted / scope.round_to + 0.5 + _EPSILON) * scope.round_to
-    return min(width, max(rounded, ladder[-1]))
+    rounded = math.floor(wanted / step + 0.5 + _EPSILON) * step
+    return min(ladder[0], max(rounded, ladder[-1]))
 
 
 def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:

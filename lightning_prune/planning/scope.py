@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,7 +29,9 @@ class Scope:
             such allocation.
         min_width: Units that every group keeps. With 0, groups may lose all of them where another path leads around
             (the branch of a residual block), and their layers are taken out of the network; elsewhere one unit stays.
-        round_to: Widths after a cut are multiples of this (8 or 16 suit tensor cores); a narrower group stays.
+        round_to: Channels and features after a cut are multiples of this (8 or 16 suit tensor cores), to the nearest
+            where a ratio asks for a width in between; a narrower group stays. Where a unit is several channels (those
+            of a group norm), so many fewer units make a step.
         normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
             their absolute values within the group, so that layers whose sums have more terms are not favoured;
             ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network).
@@ -56,15 +59,20 @@ class Scope:
         """The scope itself, or the one of this kind with every other setting at its default."""
         return scope if isinstance(scope, Scope) else cls(scope)
 
-    def narrowest(self, width: int, *, vanish: bool = False) -> int:
+    def step(self, group: Group) -> int:
+        """Units from one allowed width to the next: the channels of every layer that makes or takes them are even."""
+        sizes = {member.index.shape[1] for member in group.members if member.role != "along"} or {1}
+        return math.lcm(*(self.round_to // math.gcd(self.round_to, size) for size in sizes))
+
+    def narrowest(self, width: int, step: int, *, vanish: bool = False) -> int:
         """Smallest width that a group of ``width`` units may be cut to, if it may ``vanish`` or not."""
         least = self.min_width if vanish else max(self.min_width, 1)
-        return min(width, -(-least // self.round_to) * self.round_to)
+        return min(width, -(-least // step) * step)
 
-    def ladder(self, width: int, *, vanish: bool = False) -> list[int]:
+    def ladder(self, width: int, step: int, *, vanish: bool = False) -> list[int]:
         """Every width that a group of ``width`` units may have, descending, itself first."""
-        below = (width - 1) // self.round_to * self.round_to
-        return [width, *range(below, self.narrowest(width, vanish=vanish) - 1, -self.round_to)]
+        below = (width - 1) // step * step
+        return [width, *range(below, self.narrowest(width, step, vanish=vanish) - 1, -step)]
 
 
 def select(

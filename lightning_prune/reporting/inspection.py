@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_prune.reporting.couplings import couplings_figure
 from lightning_prune.reporting.grid import Grid, Shown, count, share
-from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.graph import Group, Structure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,13 +81,15 @@ class Inspection(Shown):
                     group.name,
                     _names(producers),
                     _names(group.consumers),
-                    count(group.width),
+                    count(group.width) + (f" × {_channels(group)}" if _channels(group) > 1 else ""),
                     count(held),
                     share(held, self.params),
                 )
             )
         columns = ("group", "coupled with", "goes into", "units", "parameters", "of all")
         note = f"{self.summary} A weight between two groups is counted for both." if rows else self.summary
+        if any(_channels(group) > 1 for group in self.structure.groups):
+            note += " 8 × 4 are 8 units of 4 channels each, which can only go together."
         return Grid("What can be pruned", columns, tuple(rows), words=3, note=note)
 
     def _frozen(self) -> Grid:
@@ -99,6 +101,11 @@ class Inspection(Shown):
 
     def _notes(self) -> Grid:
         return Grid("Remarks", ("",), tuple((note,) for note in self.structure.notes))
+
+
+def _channels(group: Group) -> int:
+    """Channels or features that each unit is in the layer that gives the group its name."""
+    return int(group.members[0].index.shape[1])
 
 
 def _names(names: Sequence[str]) -> str:

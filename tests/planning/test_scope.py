@@ -1,20 +1,42 @@
 """Which layers may be pruned, by name, glob and prefix, and how narrow they may become."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from lightning_prune import prune
 from lightning_prune.planning.scope import Scope, select
-from lightning_prune.structure.graph import Frozen, Structure
+from lightning_prune.structure.graph import Frozen, Group, Member, Structure
 
 
 @given(width=st.integers(1, 200), min_width=st.integers(1, 50), round_to=st.integers(1, 20))
 def test_ladder(width, min_width, round_to):
     scope = Scope(min_width=min_width, round_to=round_to)
-    ladder = scope.ladder(width)
+    ladder = scope.ladder(width, round_to)
     reference = [width] + [w for w in range(width - 1, 0, -1) if w % round_to == 0 and w >= min_width]
     assert ladder == reference
-    assert scope.narrowest(width) == ladder[-1] or ladder == [width]
+    assert scope.narrowest(width, round_to) == ladder[-1] or ladder == [width]
+
+
+@pytest.mark.parametrize(
+    ("makes", "takes", "step"), [(1, 1, 8), (4, 4, 2), (8, 8, 1), (1, 16, 8), (16, 1, 8), (6, 4, 4)]
+)
+def test_widths_are_rounded_in_channels(makes, takes, step):
+    members = (
+        Member("a.weight", 0, "out", np.arange(5 * makes).reshape(5, makes)),
+        Member("b.weight", 1, "in", np.arange(5 * takes).reshape(5, takes)),
+    )
+    assert Scope(round_to=8).step(Group("a", 5, members)) == step
+    assert all(step * size % 8 == 0 for size in (makes, takes))
+
+
+def test_groups_of_a_group_norm_are_cut_to_multiples_of_channels():
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 2, 1))
+    prune(net, torch.zeros(1, 3, 4, 4), pruning_ratio=0.5, scope=Scope(round_to=8))
+    assert net[0].out_channels == 16
 
 
 def test_of():
