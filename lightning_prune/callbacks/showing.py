@@ -127,6 +127,17 @@ class Pace:
         return extra / (usual * (len(observed) + len(plain)))
 
 
+def _home(trainer: Trainer) -> Path:
+    """The folder of this run, as ``ModelCheckpoint`` finds it: not every logger has one of its own. All processes ask."""
+    home, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.logger
+    if logger is None or getattr(logger, "log_dir", None) is not None:
+        return home
+    name, version = trainer.strategy.broadcast((logger.name, logger.version))
+    if name is None or version is None:
+        return home
+    return home / str(name) / (version if isinstance(version, str) else f"version_{version}")
+
+
 class Showing:
     """The report of one run and where it goes.
 
@@ -158,7 +169,7 @@ class Showing:
         """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report."""
         if self.dirpath is not None:
             return Path(self.dirpath)
-        home = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a broadcast
+        home = _home(self.trainer)
         folder, number = home, 1
         while not self._is_ours(folder):
             number += 1

@@ -143,6 +143,8 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["ContributionPruning"]
     assert state["report"]["config"]["wandb"] == name
     part(name, ckpt=tmp_path / "last.ckpt")
+    beside_the_checkpoints = tmp_path / "lightning_logs" / str(name)
+    assert {"report.json", "report.png"} <= {file.name for file in beside_the_checkpoints.iterdir()}
     first, second = wandb_files.segments(tmp_path)
     assert wandb_files.run_id(first) == wandb_files.run_id(second) == name
     before, after = wandb_files.rows(first), wandb_files.rows(second)
