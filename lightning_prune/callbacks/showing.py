@@ -128,7 +128,7 @@ class Pace:
 
 
 def _home(trainer: Trainer) -> Path:
-    """The folder of this run, as ``ModelCheckpoint`` finds it: not every logger has one of its own. All processes ask."""
+    """The folder of this run, as ``ModelCheckpoint`` finds it where a logger has none of its own; all processes ask."""
     home, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.logger
     if logger is None or getattr(logger, "log_dir", None) is not None:
         return home

@@ -85,7 +85,7 @@ class StructuredPruning(ScheduledPruning):
     Args:
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
             share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that fits counts, and what
-            none fits stays.
+            none fits stays; here 1 takes a branch out of the network, with ``Scope(min_width=0)``.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` (bytes of one sample's activations) or ``{"latency": 0.6}`` (milliseconds of one sample,
             by a table that is measured when the run begins). A float is a share of the dense network in (0, 1], an int

@@ -147,15 +147,18 @@ def feasible(
         The smallest reachable size in the target's quantity.
 
     Raises:
-        ValueError: If the target is larger than the network or smaller than what can be reached, or has shares per
-            layer in a global scope.
+        ValueError: If the target is larger than the network or smaller than what can be reached, has shares per layer
+            in a global scope, or wants all of a group that cannot vanish.
     """
     original = original or Original.of(structure)
     vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope)
     smallest = vanishing.size(
         vanishing.settle({n: ladder[-1] for n, ladder in vanishing.ladders.items()}), target.quantity
     )
-    if _shares(target, scope, selected) is not None:
+    if (shares := _shares(target, scope, selected)) is not None:
+        for name in (name for name, remaining in shares.items() if remaining == 0):
+            if vanishing.ladders[name][-1] > 0:
+                raise ValueError(_cannot_vanish(structure, name, scope))
         return smallest
     dense = original.among(selected, structure)
     limit = target.fraction(original, dense) * original.size(target.quantity, dense)
@@ -362,6 +365,16 @@ def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope
         f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest:.6g} {what} are left. Give a larger "
         f"budget, a smaller `min_width` or `round_to`, or free more layers; an int is a count, a float a share."
     )
+
+
+def _cannot_vanish(structure: Structure, name: str, scope: Scope) -> str:
+    if scope.min_width > 0:
+        why = f"`min_width` is {scope.min_width}. Give scope=Scope(min_width=0) to take its layers out"
+    else:
+        removal = None if structure.flow is None else structure.flow.without({name})
+        what = removal if isinstance(removal, str) else "others that are not selected would have to go with it"
+        why = f"{what}. Leave some of its units, a share below 1"
+    return f"a `pruning_ratio` of 1 for {name!r} cannot be met: {why}."
 
 
 def _of(quantity: Quantity) -> str:

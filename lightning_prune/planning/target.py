@@ -110,6 +110,7 @@ class Target:
             pruning_ratio: Share of the units that is *removed*, in [0, 1): of every group (local scope), or of all
                 prunable units (global scope). ``{"layers.1": 0.5, "encoder.*": 0.2}`` gives the share per layer, by
                 name, glob or name of a module that contains it, the first that fits; all others stay as they are.
+                Here 1 takes a branch out of the network, with ``Scope(min_width=0)``.
             budget: What *remains*: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``, ``{"memory": 0.5}``,
                 ``{"latency": 0.6}``; a float is a share of the dense network in (0, 1], an int a count (of bytes and
                 milliseconds too). A bare number counts parameters.
@@ -187,14 +188,16 @@ def _remaining(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
         return 1 - _ratio(ratio, "`pruning_ratio`")
     if not ratio:
         raise ValueError('expected `pruning_ratio` to name layers, got {}. Give {"layers.1": 0.5} or a number.')
-    return {name: 1 - _ratio(share, f"`pruning_ratio` of {name!r}") for name, share in ratio.items()}
+    # Of one layer all may go, where there is a way around it: `feasible` knows.
+    return {name: 1 - _ratio(share, f"`pruning_ratio` of {name!r}", whole=True) for name, share in ratio.items()}
 
 
-def _ratio(ratio: float, what: str) -> float:
+def _ratio(ratio: float, what: str, *, whole: bool = False) -> float:
+    allowed = "[0, 1]" if whole else "[0, 1)"
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise TypeError(f"expected a number in [0, 1) for {what}, got {ratio!r}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"expected {what} (the share of units to remove) in [0, 1), got {ratio}{_hint(ratio)}")
+        raise TypeError(f"expected a number in {allowed} for {what}, got {ratio!r}")
+    if not (0 <= ratio < 1 or (whole and ratio == 1)):
+        raise ValueError(f"expected {what} (the share of units to remove) in {allowed}, got {ratio}{_hint(ratio)}")
     return float(ratio)
 
 

@@ -141,3 +141,22 @@ def test_in_two_cuts_as_in_one() -> None:
         left = {n: scores[n][list(first.kept.get(n, range(len(scores[n]))))] for n in between.widths}
         second = make_plan(between, left, target, 1.0, scope, original)
         assert between.take(second.kept).widths == STRUCTURE.take(once.kept).widths
+
+
+def test_all_of_a_branch_may_be_asked_for() -> None:
+    target = Target.of({"a": 1.0, "b": 0.5})
+    feasible(STRUCTURE, target, Scope(min_width=0), ("a", "b"))
+    made = make_plan(
+        STRUCTURE, {name: torch.arange(float(STRUCTURE.widths[name])) for name in "ab"}, target, 1.0,
+        Scope(min_width=0), Original.of(STRUCTURE),
+    )  # fmt: skip
+    assert made.widths == {"a": 0, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "min_width", "words"),
+    [("a", 1, "Scope.min_width=0."), ("stem", 0, "no other path"), ("b", 0, "others that are not selected")],
+)
+def test_all_of_what_cannot_vanish_is_refused(name: str, min_width: int, words: str) -> None:
+    with pytest.raises(ValueError, match=f"of 1 for '{name}' cannot be met: .*{words}"):
+        feasible(STRUCTURE, Target.of({name: 1.0}), Scope(min_width=min_width), (name,))

@@ -101,7 +101,7 @@ def test_a_ratio_per_layer_finds_a_group_by_any_layer_that_produces_it(resnet_li
     ("ratios", "message"),
     [
         ({}, "expected `pruning_ratio` to name layers, got {}"),
-        ({"net.0": 1.0}, r"`pruning_ratio` of 'net.0' .* in \[0, 1\), got 1.0"),
+        ({"net.0": 1.5}, r"`pruning_ratio` of 'net.0' .* in \[0, 1\], got 1.5"),
         ({"net.0": 30}, r"got 30 \(did you mean 0.3\?\)"),
         ({"net.1": 0.5}, "pruning_ratio='net.1' fits no layer. Did you mean net"),
         ({"net.4": 0.5}, "expected layers that can be pruned. What .*: net.4 because it is an output"),
