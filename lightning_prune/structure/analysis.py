@@ -370,7 +370,7 @@ class _Analysis:
     def _try(self, groups: list[Group]) -> list[Group]:
         """Cut the copy, run it again, and freeze the groups that make it fail."""
         groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
-        # An axis of length 1 broadcasts and shows no pattern: groups of two units are only seen to run with one.
+        # An axis of length 1 broadcasts and shows no pattern: of groups of two units only the numbers are compared.
         return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
@@ -416,29 +416,32 @@ class _Analysis:
         return self.atoms.find(self.labels[first.tensor][first.dim][first.index[:, 0]])
 
     def _attempt(self, groups: list[Group], follow: bool) -> _Failure | None:
-        """Cut half of the units of these groups and run; None if nothing is coupled that was not before."""
+        """Cut half of the units of these groups and run; None if it computes and couples as before."""
         draw = np.random.default_rng(0)
         kept = {}
         for group in groups:
             lost = draw.permutation(group.width)[: max((group.width - 1) // 2, 1)]
             kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
-        axes = Structure(tuple(groups), (), CostModel((), (), self.shapes)).axes(kept)
+        return self._compare(Structure(tuple(groups), (), CostModel((), (), self.shapes)).axes(kept), follow)
+
+    def _compare(self, axes: Axes, follow: bool) -> _Failure | None:
+        """Run a cut copy and compare what it computes with; with `follow`, what it couples too."""
         labels = {
             name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
             for name, dims in self.labels.items()
         }
         atoms = SealedAtoms(self.atoms)
-        tracer = Tracer(atoms, RULES, unknown)
+        tracer = self._second_tracer(atoms)
         for run in self.runs:
             call, copy = run.call, self._copy(run.kind)
             if run.kind == "real":
                 run = self._masked(run, copy, axes)
             tracer.decided, tracer.decided_views = run.decisions, run.views
-            if follow:
-                tracer.expected = run.script
+            tracer.expected = run.script
             try:
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
+                tracer.finish()
                 self._freeze_output(tracer, call, out)
                 if follow:
                     atoms.check()
@@ -450,11 +453,16 @@ class _Analysis:
 
     def _masked(self, run: _Run, copy: FakeCopy, axes: Axes) -> _Run:
         """The same run of the masked network: where sizes hang on data, a right cut has them in common with it."""
-        tracer = Tracer(SealedAtoms(self.atoms), RULES, unknown)
+        tracer = self._second_tracer(SealedAtoms(self.atoms))
         tracer.choices = self.tracer.choices
         with copy.masked(axes):
             copy.run(tracer, run.call, self.labels)
         return _Run(run.call, run.kind, tracer.script, tracer.decisions, tracer.views)
+
+    def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
+        tracer = Tracer(atoms, RULES, unknown)
+        tracer.units = self.tracer.units
+        return tracer
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:
         """Why a trial failed; what it coupled before an operator failed comes first."""

@@ -156,11 +156,16 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.label(result, axes, zero=_stays_zero(func, args, inputs, axes))
 
 
+def _zero_along(x: torch.Tensor, value: Value, axes: Sequence[AxisLabel]) -> bool:
+    """Whether a tensor is zero where units left any of the ``axes``, to which its own are aligned from the last on."""
+    along = (d - len(axes) for d in _labelled(axes))
+    return value.zero and all(x.dim() >= -d and x.shape[d] > 1 and isinstance(value.axes[d], np.ndarray) for d in along)
+
+
 def _stays_zero(func: Any, args: Any, inputs: Sequence[tuple[torch.Tensor, Value]], axes: Sequence[AxisLabel]) -> bool:
     """Whether the slices of removed units are zero after an elementwise operator."""
     name = _twin(func)
-    labelled = [d - len(axes) for d in _labelled(axes)]
-    covers = [v.zero and all(x.dim() >= -d and x.shape[d] > 1 for d in labelled) for x, v in inputs]
+    covers = [_zero_along(x, v, axes) for x, v in inputs]
     if name == "mul":
         return any(covers)
     if name == "div":
@@ -277,11 +282,17 @@ def prelu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 # -- contractions -----------------------------------------------------------------------------------------------------
 
 
-def _contract(t: Tracer, func: Any, a: Value, dim_a: int, b: Value, dim_b: int) -> None:
+def _is_zero(value: Value, dim: int) -> bool:
+    """Whether a tensor is zero where units left one of its axes."""
+    return value.zero and isinstance(value.axes[dim], np.ndarray)
+
+
+def _contract(t: Tracer, func: Any, a: Value, dim_a: int, b: Value, dim_b: int, length: int) -> None:
     """Sum over a common axis: exact if one side is zero where units are removed."""
     label = t.meet(a.axes[dim_a], b.axes[dim_b], t.where(func))
-    if isinstance(label, np.ndarray) and not (a.zero or b.zero):
+    if isinstance(label, np.ndarray) and not (_is_zero(a, dim_a) or _is_zero(b, dim_b)):
         t.freeze([label], f"summed over in {t.where(func)} where removed units would not be zero")
+    t.note_lengths([length], [label])
     for value, dim in ((a, dim_a), (b, dim_b)):
         t.role(value, dim, "in")
 
@@ -297,10 +308,12 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
         return
     a, b = t.value(x), t.value(y)
     in_a, in_b = x.dim() - 1, max(y.dim() - 2, 0)
-    _contract(t, func, a, in_a, b, in_b)
+    _contract(t, func, a, in_a, b, in_b, x.shape[-1])
     axes: list[AxisLabel] = []
+    zero = True
     if x.dim() == 3:  # batch
         axes.append(t.meet(a.axes[0], b.axes[0], t.where(func)))
+        zero = not isinstance(axes[0], np.ndarray) or _is_zero(a, 0) or _is_zero(b, 0)
     if x.dim() >= 2:
         axes.append(a.axes[-2])
         t.role(a, x.dim() - 2, "out")
@@ -309,11 +322,11 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
         t.role(b, y.dim() - 1, "out")
     rows_zero = x.dim() < 2 or not isinstance(a.axes[-2], np.ndarray) or a.zero
     columns_zero = y.dim() < 2 or not isinstance(b.axes[-1], np.ndarray) or b.zero
-    zero = rows_zero and columns_zero
+    zero = zero and rows_zero and columns_zero
     if bias is not None:
         v = t.value(bias)
         axes = _broadcast(t, func, [(bias, v), (out, Value(tuple(axes)))], out.dim())
-        zero = zero and v.zero
+        zero = zero and _zero_along(bias, v, axes)
     contracted = a.axes[in_a] if isinstance(a.axes[in_a], np.ndarray) else b.axes[in_b]
     t.count(1.0, [*axes, contracted], [*out.shape, x.shape[-1]])
     t.label(out, axes, zero=zero)
@@ -337,13 +350,17 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.freeze([q.axes[2], k.axes[2], v.axes[2]], f"the positions of {where}")
     for tensor in flat_tensors(args[3:], kwargs):
         t.freeze(t.value(tensor).axes, f"the mask of {where}")
+    for tensor, value in zip(args[:2], (q, k), strict=True):
+        t.note_lengths(tensor.shape[2:], value.axes[2:])
     outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
     rows, columns = args[0].shape[2], args[1].shape[2]
     heads = math.prod(args[0].shape[:2]) * rows * columns
     t.count(heads * args[0].shape[3], (), ())
     t.count(heads, [v.axes[3]], [args[2].shape[3]])
-    _rigid(t, out[1:])
-    t.label(out[0], [*outer, None, v.axes[3]], zero=v.zero)
+    for extra in flat_tensors(out[1:]):
+        t.label(extra, [*outer, *([None] * (extra.dim() - 2))] if extra.dim() > 2 else [None] * extra.dim())
+    axes = [*outer, None, v.axes[3]]
+    t.label(out[0], axes, zero=_zero_along(args[2], v, axes))
 
 
 @rule("convolution", "cudnn_convolution", "mkldnn_convolution", "_convolution")
@@ -361,7 +378,10 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.role(w, dim_in, "in")
     t.role(w, dim_out, "out")
     if groups == 1:
-        t.meet(v.axes[channel], w.axes[dim_in], where)
+        label = t.meet(v.axes[channel], w.axes[dim_in], where)
+        if isinstance(label, np.ndarray) and not (_is_zero(v, channel) or _is_zero(w, dim_in)):
+            t.freeze([label], f"summed over in {where} where removed units would not be zero")
+        t.note_lengths([x.shape[channel]], [label])
         produced = w.axes[dim_out]
     else:
         produced = _grouped(t, v.axes[channel], w, groups, transposed, where)
@@ -373,7 +393,9 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if t.samples is None and not t.constant:
         t.samples = batch
     t.count(math.prod(positions) * math.prod(weight.shape[2:]) * batch, w.axes[:2], weight.shape[:2])
-    t.label(out, axes, zero=w.zero and (bias is None or t.value(bias).zero))
+    # A bias is there for every sample.
+    samples_zero = not _labelled(axes[:channel]) or (v.zero and bias is None)
+    t.label(out, axes, zero=w.zero and samples_zero and (bias is None or t.value(bias).zero))
 
 
 def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: bool, where: str) -> AxisLabel:
@@ -383,7 +405,7 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
     same positions, so that all stay equally wide.
     """
     rows, inner = w.axes[0], w.axes[1]
-    if not isinstance(rows, np.ndarray) or not isinstance(inner, np.ndarray):
+    if not w.zero or not isinstance(rows, np.ndarray) or not isinstance(inner, np.ndarray):
         t.freeze([given, rows, inner], f"a grouped convolution with a computed weight in {where}")
         return None
     if given is None or isinstance(given, str):
@@ -439,13 +461,16 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     # Statistics over units, where a weight is standardised: a cut leaves others, and scales that are not known.
     t.freeze([x.axes[0], *x.axes[2:]], f"normalised over in {t.where(func)}")
     channel: AxisLabel = x.axes[1]
-    affine = isinstance(args[1], torch.Tensor)
+    zeros = {}
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = _argument(func, args, kwargs, name)
         if isinstance(tensor, torch.Tensor):
             channel = t.meet(channel, t.value(tensor).axes[0], t.where(func))
+            zeros[name] = t.value(tensor).zero
+    centred = x.zero and zeros.get("running_mean", True)
     results = flat_tensors(out)
-    t.label(results[0], [x.axes[0], channel, *x.axes[2:]], zero=affine or x.zero)
+    zero = zeros.get("bias", True) and (zeros.get("weight", False) or centred)
+    t.label(results[0], [x.axes[0], channel, *x.axes[2:]], zero=zero)
     for extra in results[1:]:
         t.label(extra, [channel] if extra.dim() == 1 and extra.shape[0] == args[0].shape[1] else [None] * extra.dim())
 
@@ -462,8 +487,15 @@ def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if tensor is not None:
             for d, axis in enumerate(t.value(tensor).axes):
                 axes[first + d] = t.meet(axes[first + d], axis, t.where(func))
-    t.label(out[0], axes, zero=weight is not None)
-    _rigid(t, out[1:])
+    t.label(out[0], axes, zero=_scaled_to_zero(t, weight, bias, axes[:first]))
+    for extra in out[1:]:
+        t.label(extra, [*axes[:first], *([None] * (extra.dim() - first))])
+
+
+def _scaled_to_zero(t: Tracer, weight: torch.Tensor | None, bias: torch.Tensor | None, outer: list[AxisLabel]) -> bool:
+    """Whether weight and bias of a norm make zero of removed units; those of ``outer`` axes do not have their own."""
+    zeros = [tensor is None or t.value(tensor).zero for tensor in (weight, bias)]
+    return weight is not None and all(zeros) and not _labelled(outer)
 
 
 @rule("_weight_norm_interface")
@@ -473,7 +505,8 @@ def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dim = _argument(func, args, kwargs, "dim", 0)
     axes = list(v.axes)
     axes[dim] = t.meet(axes[dim], g.axes[dim], t.where(func))
-    t.label(out[0], axes, zero=v.zero or g.zero, source=v.source)
+    zero = v.zero or (g.zero and _labelled(axes) == [dim])
+    t.label(out[0], axes, zero=zero, source=v.source)
     t.label(out[1], [axes[d] if d == dim else None for d in range(len(axes))])
 
 
@@ -493,8 +526,9 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             t.atoms.unite(by_group[1:].ravel(), np.tile(by_group[0], groups - 1))
         elif weight is None:
             t.freeze([channel], f"a group norm without weights in {t.where(func)}: its size is written as a number")
-    t.label(out[0], axes, zero=weight is not None)
-    _rigid(t, out[1:])
+    t.label(out[0], axes, zero=_scaled_to_zero(t, weight, bias, axes[:1]))
+    for extra in out[1:]:
+        t.label(extra, [axes[0], channel if groups == x.shape[1] else None])
 
 
 # -- pooling and resampling -------------------------------------------------------------------------------------------
@@ -566,7 +600,10 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for i in range(len(amounts) // 2):
         dim = out.dim() - 1 - i
         axis, before, after = axes[dim], amounts[2 * i], amounts[2 * i + 1]
-        if not isinstance(axis, np.ndarray) or (before == 0 and after == 0):
+        if axis is None or (before == 0 and after == 0):
+            continue
+        if isinstance(axis, str):  # no longer the same at every index
+            axes[dim] = None
             continue
         if before < 0 or after < 0:
             t.freeze([axis], f"cropped in {t.where(func)}")
@@ -624,6 +661,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     value = t.value(x)
     dims = _dims(_argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
+    t.note_lengths([x.shape[d] for d in dims], touched)
     if not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in flat_tensors(out):
@@ -775,6 +813,7 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     shape[d] = sizes[d]
     label = old[d][1]
     assert isinstance(label, np.ndarray)
+    t.note_lengths(sizes, [axis for _, axis in old])  # how often each unit is repeated
     grid = np.broadcast_to(label.reshape(shape), sizes).reshape(new)
     if len(new) == 1:
         return [grid]
@@ -824,8 +863,11 @@ def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         times = out.shape[added + d] // max(x.shape[d], 1)
         if x.shape[d] == 1 and times > 1:
             axes.append(WILD)
+        elif isinstance(axis, np.ndarray):
+            t.note(times)
+            axes.append(np.tile(axis, times))
         else:
-            axes.append(np.tile(axis, times) if isinstance(axis, np.ndarray) else axis)
+            axes.append(axis)
     t.label(out, axes, zero=value.zero)
 
 
@@ -837,9 +879,9 @@ def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dim = _argument(func, args, kwargs, "dim", 0) % out.dim()
     values = [t.value(p) for p in parts]
     where = t.where(func)
-    zero = all(v.zero for v in values)
     if stacked:
         rest = _broadcast(t, func, list(zip(parts, values, strict=True)), parts[0].dim())
+        zero = all(_zero_along(x, v, rest) for x, v in zip(parts, values, strict=True))
         t.label(out, [*rest[:dim], None, *rest[dim:]], zero=zero)
         return
     axes: list[AxisLabel] = []
@@ -862,7 +904,9 @@ def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                 ]
             )
         )
-    t.label(out, axes, zero=zero)
+    others = [axis for d, axis in enumerate(axes) if d != dim]
+    alike = all(_labelled(others) == _labelled([a for d, a in enumerate(v.axes) if d != dim]) for v in values)
+    t.label(out, axes, zero=alike and all(v.zero for v in values))
 
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
@@ -888,22 +932,29 @@ def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("slice", "slice_copy", "narrow")
 def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A slice. Its bounds are numbers: what lies before them must stay for them to point at the same place."""
+    """A slice. Its bounds are numbers: they point at the same place if what lies before them stays.
+
+    A bound that is counted from the end moves with what lies behind it; whether one was computed from a width shows in
+    the trial, by what the slice holds.
+    """
     x, value = args[0], t.value(args[0])
     dim = _argument(func, args, kwargs, "dim", 0) % x.dim()
     start = _argument(func, args, kwargs, "start") or 0
     end = _argument(func, args, kwargs, "end")
     step = _argument(func, args, kwargs, "step") or 1
     n, axis = x.shape[dim], value.axes[dim]
-    start = min(max(start + n if start < 0 else start, 0), n)
-    open_end = end is None or end >= n
-    end = n if open_end else max(end + n if end < 0 else end, start)
     if isinstance(axis, np.ndarray):
-        whole = start == 0 and open_end and step == 1
-        if not whole:
-            bound = n if step != 1 else (start if open_end else end)
-            t.freeze([axis[:bound]], f"lies before a bound of {t.where(func)}")
-        axis = axis[start:end:step]
+        for bound in (start, end):
+            if bound is not None and -n < bound < n and bound:
+                held = slice(bound) if bound > 0 else slice(bound, None)
+                t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
+        part = axis[start:end:step]
+        if step != 1:
+            t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
+        t.picked(axis, part)
+        axis = part
+    elif axis is None:
+        t.note(start)
     t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "IndexArray",
     "Kind",
     "MacsRecord",
+    "Picked",
     "SplitKey",
     "Tracer",
     "Value",
@@ -99,6 +100,18 @@ class MacsRecord:
     once: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Indices of an axis that an operator took by their positions."""
+
+    axis: IndexArray
+    part: IndexArray
+
+    def leaves(self, other: Picked) -> bool:
+        """Whether the other pick, from what is left of the axis, is what is left of this one."""
+        return np.array_equal(self.part[np.isin(self.part, other.axis)], other.part)
+
+
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that labels every tensor's axes with atoms by the rule of each operator.
 
@@ -109,8 +122,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         meta: Whether the network runs on the meta device.
-        script: Operators of a run, with the numbers that enter elementwise ones.
+        script: Operators of a run, with the numbers that enter them and the lengths of the axes of fixed size.
         expected: The script of the first trace, which a trial must follow.
+        units: Number of the atoms of parameters and buffers; those born later are constants.
         choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
         splits: The splits that were met, with the parts that could keep them and the units.
         decisions: The part chosen at each split of a run, and the lengths of the others.
@@ -138,6 +152,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
+        self.units = len(atoms)
         self.choices: Mapping[SplitKey, int] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
         self.decisions: list[Decision] = []
@@ -149,6 +164,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
         self._latest: list[tuple[torch.Tensor, Value]] = []
         self._by_storage: dict[tuple[Any, ...], Value] = {}
+        self._noted: list[Any] = []
+        self._wild: set[int] = set()
 
     # -- labels ---------------------------------------------------------------------------------------------------
 
@@ -163,6 +180,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def label(self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None) -> None:
         """Write down a tensor's labels."""
         known = tensor, Value(tuple(axes), zero, source, self.constant)
+        if str in map(type, axes):
+            self._wild.add(_home(tensor))
         self._values[id(tensor)] = known  # the tensor is kept so that its id stays its own
         self._latest.append(known)
 
@@ -177,6 +196,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.clear()
         self._latest.clear()
         self._by_storage.clear()
+        self._wild.clear()
+        self._noted = []
         self.script, self.decisions, self.views = [], [], []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
@@ -244,6 +265,28 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         place = f" in `{self.stack[-1]}`" if self.stack and self.stack[-1] else ""
         return f"`{_name(func)}`{place}"
 
+    def note(self, *numbers: float | Picked) -> None:
+        """Put what else an operator's result depends on into its line of the script."""
+        self._noted += numbers
+
+    def note_lengths(self, lengths: Sequence[int], axes: Sequence[AxisLabel]) -> None:
+        """Note the lengths of axes with the same content at every index, where they are counted."""
+        self._noted += [n for n, axis in zip(lengths, axes, strict=True) if isinstance(axis, str)]
+
+    def picked(self, axis: IndexArray, part: IndexArray) -> None:
+        """Note which indices of an axis are taken by their positions."""
+        constant = self.units  # atoms born later have other numbers in every run
+        self._noted.append(Picked(np.minimum(axis, constant), np.minimum(part, constant)))
+
+    def finish(self) -> None:
+        """At the end of a trial: has all been run that was expected?
+
+        Raises:
+            MismatchError: If not.
+        """
+        if self.expected is not None and len(self.script) < len(self.expected):
+            raise MismatchError("fewer operators run than before: a loop or a branch depends on a width")
+
     def count(self, factor: float, axes: Sequence[AxisLabel], lengths: Sequence[int]) -> None:
         """Record the MACs of a contraction; axes without label enter the factor."""
         if not self.counting:
@@ -274,7 +317,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule is None:
             rule = self._rule_of[func] = self._rule(operator)
         rule(self, func, args, kwargs, out)
-        self._note_numbers(operator, args, kwargs, out)
+        self._compare(operator, args, kwargs, out)
         self._note_memory((args, kwargs), out)
         if operator.writes and isinstance(out, torch.Tensor):
             self._written(out)
@@ -286,22 +329,45 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in flat_tensors(args, kwargs):
             known = self._values.get(id(tensor))
             value = known[1] if known else self.value(tensor)
+            if known is None and self._is_constant(tensor):  # made in Python, from a width perhaps
+                self._noted += tensor.flatten().tolist()
             self.constant = self.constant and value.constant
             if value.source is not None:
                 self.seen.add(value.source[0])
 
-    def _note_numbers(self, operator: _Operator, args: Any, kwargs: Any, out: Any) -> None:
-        """Keep the numbers that enter elementwise operators, or compare them with those of the first trace.
+    def _is_constant(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor came from nowhere, with a content that is not too long to compare."""
+        real = type(tensor) is torch.Tensor and not tensor.is_meta and tensor.layout is torch.strided
+        return real and tensor.numel() <= _SMALL and _storage_key(tensor) not in self._by_storage
+
+    def _compare(self, operator: _Operator, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep what a run computes with, or compare it with the first trace.
 
         A number that a network computes from a width (a scale ``width ** -0.5``) reaches no rule, but is another one in
-        the trial, and so are the operators where a branch or loop depends on a width.
+        the trial; so are the operators where a branch or loop depends on a width, and the length of an axis that is
+        taken to be of fixed size.
         """
-        line = operator.numbers(args, kwargs, out)
+        if operator.name in _LAYOUT:
+            return
+        line = (*operator.numbers(args, kwargs), *self._noted, *self._fixed_lengths(out))
+        self._noted = []
         if self.expected is not None:
             at = len(self.script)
-            if at >= len(self.expected) or not _same_line(self.expected[at], line):
+            if at >= len(self.expected) or self.expected[at][0] != line[0]:
+                raise MismatchError(f"other operators run, {self.where(operator.func)} for one: a width decides it")
+            if not _same_line(self.expected[at], line):
                 raise MismatchError(f"a number that depends on a width enters {self.where(operator.func)}")
         self.script.append(line)
+
+    def _fixed_lengths(self, out: Any) -> list[int | None]:
+        """Lengths of a result's axes, None where they may follow a width; of several results, those of equal parts."""
+        results = out if type(out) is list else [out[0] if type(out) is tuple and out else out]
+        lengths: list[int | None] = []
+        for result in results:
+            known = self._values.get(id(result))
+            if known is not None:
+                lengths += [n if a is None else None for n, a in zip(result.shape, known[1].axes, strict=True)]
+        return lengths
 
     def _note_memory(self, inputs: Any, out: Any) -> None:
         """Write down the bytes of the tensors that an operator makes; a view of an input is no new one."""
@@ -321,17 +387,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
 
     def _written(self, out: torch.Tensor) -> None:
-        """After a write in place, no other view of the same memory is known to be zero where units left."""
-        if self.value(out).zero or not any(isinstance(axis, np.ndarray) for axis in self.value(out).axes):
+        """After a write in place, correct what is known about other views of the same memory.
+
+        They are no longer known to be zero where units left, and where they had the same content at every index they
+        have that of the written view along the axes that both have in common.
+        """
+        own, home = self.value(out), _home(out)
+        unclear = not own.zero and any(isinstance(axis, np.ndarray) for axis in own.axes)
+        if not unclear and home not in self._wild:
             return
         self._note_places()
-        home = _home(out)
+        common = dict(zip(zip(out.stride(), out.shape, strict=True), own.axes, strict=True))
+
+        def after(value: Value, shape: Sequence[int], stride: Sequence[int]) -> Value:
+            axes = tuple(
+                common.get((step, n)) if isinstance(axis, str) and step and n > 1 else axis
+                for axis, n, step in zip(value.axes, shape, stride, strict=True)
+            )
+            return value._replace(axes=axes, zero=value.zero and not unclear)
+
         for number, (tensor, value) in self._values.items():
-            if value.zero and _home(tensor) == home:
-                self._values[number] = (tensor, value._replace(zero=False))
+            if tensor is not out and _home(tensor) == home:
+                self._values[number] = (tensor, after(value, tensor.shape, tensor.stride()))
         for key, value in self._by_storage.items():
-            if value.zero and key[0] == home:
-                self._by_storage[key] = value._replace(zero=False)
+            if key[0] == home and len(key) > 1:
+                self._by_storage[key] = after(value, key[2], key[3])
+        self._by_storage[_storage_key(out)] = own
 
     def _rule(self, operator: _Operator) -> Callable[..., None]:
         """The rule of an operator; of an in-place one that of its twin."""
@@ -351,9 +432,11 @@ class _Operator:
         pointwise: It works element by element.
         writes: It works in place.
         bare: Its line of the script if no number enters it.
+        sizes: Arguments whose numbers may follow a width.
+        places: Positions of the other arguments.
     """
 
-    __slots__ = ("asks", "bare", "func", "name", "pointwise", "shortcut", "writes")
+    __slots__ = ("asks", "bare", "func", "name", "places", "pointwise", "shortcut", "sizes", "writes")
 
     def __init__(self, func: Any) -> None:
         self.func = func
@@ -361,27 +444,45 @@ class _Operator:
         self.shortcut = SHORTCUTS.get(f"{self.name}.{func._overloadname}")
         self.asks = func.namespace == "prim"
         self.pointwise = torch.Tag.pointwise in func.tags
-        self.writes = self.name.endswith("_")
+        self.writes = bool(func._schema.is_mutable)
         self.bare = (self.name,)
+        self.sizes = _SIZES | _SIZES_OF.get(self.name, frozenset())
+        arguments = enumerate(func._schema.arguments)
+        self.places = tuple(place for place, argument in arguments if argument.name not in self.sizes)
 
-    def numbers(self, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:
+    def numbers(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """A call's line of the script, which is compared with the trial's."""
-        if self.pointwise:
-            leaves = (*args, *kwargs.values()) if kwargs else args
-            if any(isinstance(leaf, (list, tuple)) for leaf in leaves):
-                leaves = tree_leaves(leaves)
-            return self.bare + tuple(n for n in leaves if isinstance(n, (int, float)))
-        if self.name in _FILLING:
-            return self.bare + tuple(n for n in args[-1:] if isinstance(n, (int, float)))
-        if self.name == "lift_fresh" and args[0].numel() == 1 and type(args[0]) is torch.Tensor and not args[0].is_meta:
-            return (*self.bare, args[0].item())  # torch.tensor(number)
-        if self.name in _SIZED:  # sizes that follow a width are counted with, sooner or later
-            return self.bare + tuple(out.shape)
-        return self.bare
+        numbers: list[Any] = []
+        for place in self.places:
+            if place < len(args):
+                _collect_numbers(args[place], numbers)
+        for name, value in kwargs.items():
+            if name not in self.sizes:
+                _collect_numbers(value, numbers)
+        return (*self.bare, *numbers)
 
 
-_FILLING = frozenset(("full", "new_full", "full_like", "fill_", "scalar_tensor"))
-_SIZED = frozenset(("ones", "new_ones", "arange", "linspace", "eye"))
+def _collect_numbers(value: Any, found: list[Any]) -> None:
+    if isinstance(value, (int, float)):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        found += [n for n in value if isinstance(n, (int, float))]
+
+
+#: Arguments of operators that are the sizes of what goes in or comes out, and may follow a width: those of all, and
+#: those of some. How far a size may follow is compared by the lengths of the result's axes.
+_SIZES = frozenset(("size", "split_size", "split_sizes", "normalized_shape", "repeats"))
+_SIZES_OF = {
+    **dict.fromkeys(("slice", "slice_copy"), frozenset(("start", "end"))),
+    **dict.fromkeys(("convolution", "cudnn_convolution", "mkldnn_convolution", "_convolution"), frozenset(("groups",))),
+    **dict.fromkeys(("empty_strided", "new_empty_strided", "_reshape_alias"), frozenset(("stride",))),
+    **dict.fromkeys(("as_strided", "as_strided_"), frozenset(("stride", "storage_offset"))),
+    "native_group_norm": frozenset(("N", "C", "HxW", "group")),
+}
+#: Operators that depend on how a tensor lies in memory; what they do to lengths shows in what follows.
+_LAYOUT = frozenset(("view", "_unsafe_view", "_reshape_alias", "clone", "alias", "detach", "contiguous"))
+#: The longest constant whose content is compared.
+_SMALL = 10_000
 _OPERATORS: dict[Any, _Operator] = {}
 
 
@@ -411,9 +512,13 @@ def _same_line(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
 
 
 def _same_number(a: Any, b: Any) -> bool:
+    if a is None or b is None:  # a length that may follow a width
+        return True
     if isinstance(a, float) and isinstance(b, float):
         # Numbers computed from data are rounded; those computed from a width differ by far more in a trial.
         return math.isclose(a, b, rel_tol=1e-5) or (a != a and b != b)
+    if isinstance(a, Picked) and isinstance(b, Picked):
+        return a.leaves(b)
     return bool(a == b)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import mul
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.structure import Subject, trace
-from tests.structure.cutting import masked, shrunk
+from tests.structure.cutting import draw, masked, settle, shrunk
 
 
 class Between(nn.Module):
@@ -27,6 +30,18 @@ class Between(nn.Module):
 
 def branch(_: nn.Module, h: Tensor) -> Tensor:
     return h.relu() if h.shape[1] > 6 else h
+
+
+def channel_mask(zeros: Tensor) -> Tensor:
+    zeros[:4] = 1
+    return zeros
+
+
+def rows(h: Tensor) -> Tensor:
+    buffer = h.new_zeros(h.shape)
+    for number, row in enumerate(h):
+        buffer[number] = row
+    return buffer
 
 
 def through_alias(_: nn.Module, h: Tensor) -> Tensor:
@@ -48,6 +63,25 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
         through_alias,
         lambda _, h: h * F.hardtanh(h, 0.5, 2.0).sum(1, keepdim=True),
         lambda _, h: h * torch.linalg.vector_norm(h, ord=-1, dim=1, keepdim=True),
+        lambda _, h: h * torch.tensor([h.shape[1], 2.0])[:1],
+        lambda _, h: h * torch.from_numpy(np.array([h.shape[1], 2.0], dtype=np.float32)).prod(),
+        lambda _, h: torch.baddbmm(h[None], h[None], torch.eye(8)[None], beta=h.shape[1] ** -0.5)[0],
+        lambda _, h: h * F.layer_norm(torch.arange(3.0), (3,), eps=1 / h.shape[1])[0],
+        lambda _, h: h * torch.arange(9.0).topk(h.shape[1] // 2)[0].sum(),
+        lambda _, h: h * F.adaptive_max_pool2d(torch.arange(81.0).view(1, 9, 9), h.shape[1] // 2).mean(),
+        lambda _, h: h * sum(h.detach()[0].exp() for _ in range(h.shape[1])),
+        lambda _, h: h * torch.arange(20.0)[h.shape[1] :][:1],
+        lambda _, h: h * (h.new_zeros(h.shape) + 1).sum(1, keepdim=True),
+        lambda _, h: h * (~torch.zeros(h.shape, dtype=torch.bool)).sum(1, keepdim=True),
+        lambda _, h: h * torch.ones(2, 1).expand_as(h).sum(1, keepdim=True),
+        lambda _, h: h * (torch.ones(2, 1).expand_as(h) @ torch.ones(1, 1).expand(h.shape[1], 1)),
+        lambda _, h: h * torch.ones(1).repeat(h.shape[1]).sum(),
+        lambda _, h: h * h[:, :, None].expand(-1, -1, h.shape[1]).flatten(1).sum(1, keepdim=True),
+        lambda _, h: h * h.repeat(1, h.shape[1]).sum(1, keepdim=True),
+        lambda _, h: h + h[:, h.shape[1] // 2 :].sum(1, keepdim=True),
+        lambda _, h: h * channel_mask(h.new_zeros(h.shape[1])),
+        lambda _, h: h * F.pad(h.new_zeros(4) + 1, (0, h.shape[1] - 4)),
+        lambda _, h: h * rows(h.sigmoid()).mean(1, keepdim=True),
     ],
     ids=[
         "scale",
@@ -61,6 +95,25 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
         "alias",
         "hardtanh",
         "negative order",
+        "two numbers",
+        "numbers from numpy",
+        "scale of a product",
+        "epsilon",
+        "largest few",
+        "size of a pooling",
+        "loop",
+        "bound on a constant",
+        "zeros and one, counted",
+        "true bits, counted",
+        "expanded, counted",
+        "expanded, multiplied out",
+        "repeated, counted",
+        "merged, counted",
+        "tiled, counted",
+        "bound in the middle",
+        "mask in part",
+        "mask padded",
+        "rows written one by one",
     ],
 )
 def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
@@ -129,3 +182,89 @@ def test_loops_over_as_many_boxes_as_the_data_give() -> None:
     times = [int((net.first(x).sum(1) > 0).sum()) for net in (model, reference)]
     assert times[0] != times[1]
     torch.testing.assert_close(shrunk(model, axes)(x), reference(x), rtol=1e-12, atol=1e-12)
+
+
+class Picture(nn.Module):
+    """A convolution, and what is made of it beside a head."""
+
+    def __init__(self, work: Callable[[nn.Module, Tensor], Tensor], width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Linear(width, 3)
+        self.tokens = nn.Linear(36, 5)
+        self.norm = nn.LayerNorm(36)
+        self.kernel = nn.Parameter(torch.randn(width, width, 1, 1))
+        self.work = work
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        return self.second(y.mean((2, 3))), self.work(self, y)
+
+
+def doubled(part: Tensor, whole: Tensor) -> Tensor:
+    part.mul_(2)
+    return whole.sum(1)
+
+
+def overwritten(y: Tensor) -> Tensor:
+    torch.exp(y.detach(), out=y.detach())
+    return y.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("work", "free"),
+    [
+        (lambda _, y: torch.cat([y[:, :-3].relu(), y[:, -3:]], 1).sum((2, 3)) @ _.second.weight.T, 5),
+        (lambda _, y: doubled(y[:, -3:], y), 5),
+        (lambda _, y: y[:, :-3].sum(1), 5),
+        (lambda _, y: y[:, 2:-3].sum(1), 3),
+        (lambda _, y: y[:, -4:].square().sum(1), 4),
+        (lambda _, y: y[:, : y.shape[1] - 3].sum(1), 0),
+        (lambda _, y: torch.einsum("nchw,nchw->nc", y.sigmoid(), y.sigmoid()).sum(1), 0),
+        (lambda _, y: torch.einsum("nchw,nchw->nc", y, y.sigmoid()).sum(1), 8),
+        (lambda _, y: F.conv2d(y.sigmoid(), _.kernel.exp()).mean(1), 0),
+        (lambda _, y: F.conv2d(y.sigmoid(), _.kernel.exp()[:, :1], groups=len(_.kernel)).mean(1), 0),
+        (lambda _, y: _.tokens(y.flatten(2)).sum(1), 0),
+        (lambda _, y: _.norm(y.flatten(2)).sum(1), 0),
+        (lambda _, y: (y[:, :, None] * y[:, None].sigmoid()).sum(2).mean((2, 3)) @ _.second.weight.T, 0),
+        (lambda _, y: F.pad(y.sigmoid(), (1, 1, 1, 1), mode="circular").mean(1), 0),
+        (lambda _, y: F.conv2d(F.pad(y.sigmoid(), (1, 1, 1, 1), mode="circular"), _.kernel[:2]), 8),
+        (lambda _, y: overwritten(y), 0),
+    ],
+    ids=[
+        "halves from the end",
+        "doubled from the end",
+        "all but the last",
+        "between two bounds",
+        "the last squared",
+        "bound by the width",
+        "channel by channel",
+        "channel by channel, one side zero",
+        "computed kernel",
+        "computed depthwise kernel",
+        "bias for every channel",
+        "norm for every channel",
+        "outer product",
+        "circular, averaged",
+        "circular, convolved",
+        "out",
+    ],
+)
+def test_is_cut_exactly_or_not_at_all(work: Callable[[nn.Module, Tensor], Tensor], free: int) -> None:
+    torch.manual_seed(0)
+    model, x = settle(Picture(work)), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    assert structure.widths.get("first", 0) == free
+    for seed in range(4):
+        axes = structure.axes(draw(structure, seed))
+        for found, expected in zip(shrunk(model, axes)(x), masked(model, axes)(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda _, y: y * y.shape[1] ** -0.5, lambda _, y: reduce(mul, y.split(2, 1)).sum(1)],
+    ids=["scale", "parts"],
+)
+def test_widths_of_two_units_are_compared_too(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    width = 2 if work.__code__.co_names[0] == "shape" else 8
+    assert "first" not in trace(Subject.of(Picture(work, width), torch.randn(2, 3, 6, 6))).widths
