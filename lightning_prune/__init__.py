@@ -20,7 +20,18 @@ if TYPE_CHECKING:
         prune,
         sensitivity,
     )
-    from lightning_prune.planning import NM, Cubic, Element, Geometric, Kernel, Linear, OneShot, Scope, Unit
+    from lightning_prune.planning import (
+        NM,
+        Cubic,
+        Element,
+        Explicit,
+        Geometric,
+        Kernel,
+        Linear,
+        OneShot,
+        Scope,
+        Unit,
+    )
     from lightning_prune.scoring import (
         FPGM,
         KL,
@@ -68,6 +79,7 @@ __all__ = [
     "ContributionPruning",
     "Cubic",
     "Element",
+    "Explicit",
     "Fisher",
     "FoldMean",
     "Geometric",
@@ -110,6 +122,7 @@ _ROOM_OF = {
     "ContributionPruning": "callbacks",
     "Cubic": "planning",
     "Element": "planning",
+    "Explicit": "planning",
     "FPGM": "scoring",
     "Fisher": "scoring",
     "FoldMean": "surgery",

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
-from lightning_prune.scoring import L1, Criterion, score_groups
+from lightning_prune.scoring import L1, Criterion, criteria, score_groups
 from lightning_prune.structure import Call, Structure, StructureError, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
@@ -116,8 +116,8 @@ def _prune(
         structure = with_flow(structure, subject, history.vanished if history is not None else ())
     if criterion.statistic(structure) is not None:
         raise ValueError(
-            f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training. "
-            "Use it with the callback `StructuredPruning`."
+            f"expected a criterion of weights ({', '.join(_of_weights())}), got {criterion!r}, which has to observe "
+            "training. Use it with the callback `StructuredPruning`."
         )
     if target.quantity == "latency":
         structure = with_latency(structure, latency_table(subject, structure))
@@ -128,16 +128,13 @@ def _prune(
     groups = [structure.group(name) for name in selected]
     scores = score_groups(criterion, groups, named(model), None)
     plan = make_plan(structure, scores, target, 1.0, scope, original)
-    try:
-        report = Report(dense=_size(model, call, structure), versions=versions())
-    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise StructureError(
-            f"{type(model).__name__} fails on the example ({type(error).__name__}: {error}). Nothing has changed. Give "
-            "an example of the shape, type and device that `forward` takes."
-        ) from error
+    present = _first_size(model, call, structure)
+    report, number = Report(dense=present, versions=versions()), 0
+    if history is not None:
+        number = len({edit.cut for edit in history.edits})
+        report.pruned_before(Size.of(structure, original), present, number)
     after = structure.take(plan.kept)
     if not plan.is_empty:
-        number = len({edit.cut for edit in history.edits}) if history is not None else 0
         remembered = begun(model, structure)
         for edit in edits_of(structure, plan.kept, 0, 0, number):
             remembered = remembered.add(edit, model)
@@ -149,6 +146,23 @@ def _prune(
         report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
     report.final = _size(model, call, after)
     return report
+
+
+def _of_weights() -> list[str]:
+    """Names of the criteria that need nothing but the weights."""
+    kinds = {name: getattr(criteria, name) for name in criteria.__all__}
+    return [name for name, kind in kinds.items() if kind.statistic is Criterion.statistic]
+
+
+def _first_size(model: nn.Module, call: Call, structure: Structure) -> Size:
+    """The size, by the first run on the example for real."""
+    try:
+        return _size(model, call, structure)
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise StructureError(
+            f"{type(model).__name__} fails on the example ({type(error).__name__}: {error}). Nothing has changed. Give "
+            "an example of the shape, type and device that `forward` takes."
+        ) from error
 
 
 def _size(model: nn.Module, call: Call, structure: Structure) -> Size:

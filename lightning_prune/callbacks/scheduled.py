@@ -43,7 +43,7 @@ class ScheduledPruning(Callback, ABC):
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = Linear() if schedule is None else schedule
-        instance_of(self, "schedule", self.schedule, Schedule, "Linear()")
+        instance_of(self, "schedule", self.schedule, Schedule, "Linear()` or `Explicit(((3, 0.5), (5, 1.0)))")
         self.reset_monitors = reset_monitors
         self.dirpath = dirpath
         self._is_fit = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -220,7 +220,7 @@ class Showing:
         console.print(f"Report: {folder}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _to_wandb(logger, self.report, picture)
+                _to_wandb(logger, self.report, [path for path in (picture, ladder) if path])
 
     def _log(self) -> None:
         log_now(self.trainer, self.report.metrics())
@@ -235,8 +235,8 @@ class Showing:
         return path
 
 
-def _to_wandb(logger: WandbLogger, report: Report, picture: Path | None) -> None:
-    """The recipe and final widths in the run's config, the results in its summary, the picture and the tables."""
+def _to_wandb(logger: WandbLogger, report: Report, pictures: Sequence[Path]) -> None:
+    """The recipe and final widths in the run's config, the results in its summary, the pictures and the tables."""
     run: Any = logger.experiment
     run.config.update(
         {"pruning": {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True
@@ -245,5 +245,5 @@ def _to_wandb(logger: WandbLogger, report: Report, picture: Path | None) -> None
     for grid in report.grids():
         if grid.title:
             logger.log_table(f"pruning/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])
-    if picture is not None:
-        logger.log_image("pruning/report", [str(picture)])
+    for path in pictures:
+        logger.log_image(f"pruning/{path.stem}", [str(path)])

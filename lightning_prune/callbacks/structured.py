@@ -281,7 +281,10 @@ class StructuredPruning(ScheduledPruning):
         self._original, self._selected, self._timeline = original, selected, timeline
         if self.report.dense is None:
             dense = Size.of(structure, original)
-            self.report.dense = dense if history else self._showing(trainer).measure(module, subject.calls[0], dense)
+            if history is None:
+                self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
+            else:
+                self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
         self._begin_report()
 
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:

@@ -175,7 +175,7 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
             f"{argument}={pattern!r}: expected a layer that produces units; this one follows {', '.join(heads)}, "
             f"so name that instead."
         )
-    near = get_close_matches(pattern, [*names, *frozen], n=3, cutoff=0.5)
+    near = get_close_matches(pattern, names, n=3, cutoff=0.5)
     guess = f" Did you mean {', '.join(near)}?" if near else ""
     raise ValueError(f"{argument}={pattern!r} fits no layer.{guess} {_can(names)}")
 

@@ -129,9 +129,12 @@ def kib(size: int | None) -> str:
     return MISSING if size is None else f"{size / 1024:,.1f}"
 
 
-def number(value: float | None) -> str:
-    """A measured figure, four digits."""
-    return MISSING if value is None or math.isnan(value) else f"{value:.4g}"
+def number(value: float | None, digits: int = 4) -> str:
+    """A measured figure with so many significant digits."""
+    if value is None or math.isnan(value):
+        return MISSING
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{rounded:.{digits}g}"
 
 
 def share(part: float | None, whole: float | None) -> str:

@@ -127,9 +127,9 @@ def _size_panel(axes: Axes, report: Report, clock: _Clock) -> None:
     x = np.append(np.insert(clock.at([cut.step for cut in report.cuts]), 0, 0), clock.end)
     lines = (("params", "parameters", _BLUE, "-", 2.4), ("macs", "MACs", _ORANGE, "--", 1.8))
     for quantity, word, colour, line, width in lines:
-        sizes = [getattr(size, quantity) for size in (report.dense, *report.cuts)]
-        left = [100 * size / (sizes[0] or 1) for size in (*sizes, sizes[-1])]
-        label = f"{word}: {count(sizes[0])} → {count(sizes[-1])}"
+        sizes = [getattr(size, quantity) for size in (report.start or report.dense, *report.cuts)]
+        left = [100 * size / (getattr(report.dense, quantity) or 1) for size in (*sizes, sizes[-1])]
+        label = f"{word}: {count(getattr(report.dense, quantity))} → {count(sizes[-1])}"
         axes.step(x, left, line, where="post", color=colour, lw=width, label=label)
     _legend(axes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, coun
 from lightning_prune.structure import Structure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
 __all__ = ["Cut", "Measurement", "Report", "Rung", "Size", "family", "plain"]
@@ -26,6 +27,9 @@ _FORMAT = 1
 
 # Words in a metric's name that say on which data it was measured, or how it was averaged, but not what it is.
 _DATA_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "epoch"})
+
+# Two medians of a latency that differ by less, as a share of the larger, are not told apart.
+_NOISE = 0.1
 
 # A metric with one of these words is better when it is lower.
 _LOWER_IS_BETTER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "nll", "bce", "kld")
@@ -151,6 +155,8 @@ class Report:
             those of the validation before those of the training.
         rungs: Networks that were saved at each size, if that was asked for.
         notes: What else happened, in sentences.
+        start: The network when this report began, if it had been pruned before; ``dense`` is the one before that.
+        earlier: Cuts that had been made by then.
         what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
     """
 
@@ -164,6 +170,8 @@ class Report:
     metric: str | None = None
     rungs: list[Rung] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    start: Size | None = None
+    earlier: int = 0
     what: Literal["units", "weights"] = "units"
 
     # collecting
@@ -182,12 +190,24 @@ class Report:
             epoch, values = last.epoch, {**last.metrics, **values}  # at the very end Lightning counts one epoch more
         self.history.append(Measurement(epoch, step, values))
 
+    def pruned_before(self, dense: Size, present: Size, cuts: int) -> None:
+        """Note that the network had been pruned when this report began.
+
+        Args:
+            dense: The network before its first cut; what is not known of it any more stays unknown.
+            present: The network as it is now.
+            cuts: Cuts that led from the one to the other.
+        """
+        self.dense, self.earlier = dense, cuts
+        self.start = replace(present, widths={name: present.widths.get(name, 0) for name in dense.widths})
+
     # reading
 
     @property
     def widths(self) -> dict[str, int]:
         """Units per group as they are after the last cut."""
         widths = dict(self.dense.widths) if self.dense else {}
+        widths |= self.start.widths if self.start else {}
         for cut in self.cuts:
             widths.update(cut.after)
         return widths
@@ -196,7 +216,7 @@ class Report:
     def size(self) -> Size | None:
         """The network as it is now: at the end, after the last cut, or dense."""
         if self.final or not self.cuts:
-            return self.final or self.dense
+            return self.final or self.start or self.dense
         last = self.cuts[-1]
         return Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
 
@@ -287,6 +307,7 @@ class Report:
             )
         values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values["dense"], values["final"] = (_size(stored[name]) for name in ("dense", "final"))
+        values["start"] = _size(stored.get("start"))
         values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
         values["rungs"] = [Rung(**rung) for rung in stored.get("rungs", [])]
@@ -298,6 +319,15 @@ class Report:
         Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     # showing
+
+    def figure(self) -> Figure:
+        """The picture: metric and size over the run with the cuts marked, and the widths.
+
+        Needs the extra ``plot``. Save it with ``report.figure().savefig("report.png")``.
+        """
+        from lightning_prune.reporting.plots import report_figure  # which draws reports, and so imports this
+
+        return report_figure(self)
 
     def grids(self) -> tuple[Grid, ...]:
         """The tables: what was won and lost, the cuts, the networks saved on the way, the widths."""
@@ -347,7 +377,8 @@ class Report:
         ]
         for batch in dense.latency:
             old, new = dense.latency[batch], now.latency.get(batch)
-            rows.append((f"latency at batch {batch}, ms", number(old), number(new), share(new, old)))
+            left = "±" if _is_noise(old, new) else share(new, old)
+            rows.append((f"latency at batch {batch}, ms", number(old, 2), number(new, 2), left))
         if dense.reckoned is not None:
             old, new = dense.reckoned, now.reckoned
             rows.append(("latency by the table, ms", number(old), number(new), share(new, old)))
@@ -357,24 +388,32 @@ class Report:
                 (f"{self.main_metric}, before the first cut and at the end", number(before), number(last), MISSING)
             )
             rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
-        gone = f"{100 * self.ratio:.1f} % of the {self.what} are gone, in {plural(len(self.cuts), 'cut')}."
-        units = " ".join([gone, "1 MAC = 2 FLOPs.", *self.notes])
-        return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=units)
+        before_this = f", {self.earlier} of them earlier" if self.earlier else ""
+        cuts = plural(self.earlier + len(self.cuts), "cut")
+        legend = [f"{100 * self.ratio:.1f} % of the {self.what} are gone, in {cuts}{before_this}.", "1 MAC = 2 FLOPs."]
+        if any(row[-1] == "±" for row in rows):
+            legend.append(f"± = less than {100 * _NOISE:.0f} % apart, which timing does not tell from noise.")
+        note = " ".join([*legend, *self.notes])
+        return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=note)
 
     def _cuts(self) -> Grid:
         metric = self.main_metric
+        widths = Report(self.dense, start=self.start).widths
         columns: tuple[str, ...] = ("cut", "after epoch", "step", self.what, "parameters", "MACs", "seconds")
         rows = []
         for cut in self.cuts:
-            units = f"{sum(cut.before.values()):,} → {sum(cut.after.values()):,}"
+            units = f"{sum(widths.values()):,} → {sum((widths | cut.after).values()):,}"
+            widths |= cut.after
             cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", units, count(cut.params), count(cut.macs))
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
-        where = "groups" if self.what == "units" else "layers"
-        note = f"{self.what.capitalize()} are those of the {where} that a cut changes."
+        note = f"{self.what.capitalize()} are those of the whole network."
         if metric:
-            columns = (*columns, "before", "after", "recovered")
-            note += f" {metric}: last before the cut, first measured after it, last before the next cut or the end."
+            columns = (*columns, "last before", "first after", "at the end")
+            note += (
+                f" {metric}: as last measured before the cut; as first measured after it, when the network had trained "
+                "on (right after a cut nothing is measured); as last measured before the next cut or the end."
+            )
         return Grid("Cuts", columns, tuple(rows), words=0, note=note)
 
     def _ladder(self) -> Grid:
@@ -431,6 +470,10 @@ def _size(stored: Mapping[str, Any] | None) -> Size | None:
     if stored is None:
         return None
     return Size(**{**stored, "latency": {int(batch): ms for batch, ms in stored["latency"].items()}})
+
+
+def _is_noise(old: float, new: float | None) -> bool:
+    return new is not None and abs(old - new) < _NOISE * max(old, new)
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_prune import L2, Contribution, StructuredPruning, prune
+import lightning_prune
+from lightning_prune import L2, Contribution, Explicit, OneShot, StructuredPruning, prune
 from lightning_prune.models import MLPClassifier
 from lightning_prune.structure import StructureError, Subject, latency, trace
 from lightning_prune.surgery import history_of, mask, replay
+from tests.callbacks.small import Small, loaders, trainer
 
 
 def network() -> nn.Sequential:
@@ -57,6 +60,35 @@ def test_a_budget_counts_from_the_dense_network() -> None:
     again = network()
     replay(again, history)
     assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]
+
+
+def test_a_second_call_compares_with_the_dense_network() -> None:
+    net = network()
+    whole = sum(p.numel() for p in net.parameters())
+    prune(net, EXAMPLE, pruning_ratio={"4": 0.5})
+    between = sum(p.numel() for p in net.parameters())
+    report = prune(net, EXAMPLE, pruning_ratio={"0": 0.25})
+    left = sum(p.numel() for p in net.parameters())
+    assert report.dense is not None
+    assert (report.dense.params, report.dense.widths) == (whole, {"0": 8, "4": 12})
+    assert (report.dense.bytes, report.dense.latency) == (None, {}), "of a network that is no more"
+    assert report.start is not None
+    assert (report.start.params, report.widths, report.ratio) == (between, {"0": 6, "4": 6}, 0.4)
+    rows = {row[0]: row[1:] for row in report.grids()[0].rows}
+    assert rows["parameters"] == (f"{whole:,}", f"{left:,}", f"{100 * left / whole:.1f} %")
+    assert "40.0 % of the units are gone, in 2 cuts, 1 of them earlier." in str(report)
+    assert [row[:4] for row in report.grids()[1].rows] == [("2", "0", "0", "14 → 12")]
+    assert type(report).from_plain(report.to_plain()) == report
+
+
+def test_a_run_that_begins_with_a_pruned_network_says_so(tmp_path: Path) -> None:
+    module, example = Small(), torch.zeros(1, 6, dtype=torch.float64)
+    prune(module, example, pruning_ratio={"net.0": 0.5})
+    callback = StructuredPruning(pruning_ratio={"net.2": 0.25}, schedule=OneShot(1))
+    trainer(tmp_path, 2, callback).fit(module, *loaders())
+    assert callback.report.widths == {"net.0": 4, "net.2": 6}
+    assert "37.5 % of the units are gone, in 2 cuts, 1 of them earlier." in str(callback.report)
+    assert [row[3] for row in callback.report.grids()[1].rows] == ["12 → 10"]
 
 
 def activations(net: nn.Module) -> int:
@@ -188,7 +220,8 @@ def test_a_tuple_is_the_arguments() -> None:
 
 def test_a_criterion_that_observes_is_refused() -> None:
     net = network()
-    with pytest.raises(ValueError, match="StructuredPruning"):
+    fitting = r"\(FPGM, L1, L2, LAMP, BNScale, Random\), got Contribution.*StructuredPruning"
+    with pytest.raises(ValueError, match=fitting):
         prune(net, EXAMPLE, pruning_ratio=0.5, criterion=Contribution())
     assert net[0].out_channels == 8
 
@@ -211,6 +244,12 @@ def test_dead_channels_leave_without_a_trace() -> None:
 def test_an_argument_of_a_wrong_type_is_named(argument: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"`{next(iter(argument))}` to be an instance"):
         StructuredPruning(pruning_ratio=0.5, **argument)
+
+
+def test_moments_alone_are_no_schedule() -> None:
+    with pytest.raises(TypeError, match=r"got \[3, 5\].* `Explicit\(\(\(3, 0.5\), \(5, 1.0\)\)\)`"):
+        StructuredPruning(pruning_ratio=0.5, schedule=[3, 5])  # type: ignore[arg-type]
+    assert lightning_prune.Explicit is Explicit
 
 
 def test_a_criterion_of_a_wrong_type_is_named_by_the_function_too() -> None:

@@ -39,7 +39,7 @@ def test_curves_reach_every_logger(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in cuts] == [BATCHES, 3 * BATCHES]
     assert [float(row["pruning/width/first"]) for row in cuts] == [9, 6]
     assert [float(row["pruning/width/second"]) for row in cuts] == [6, 4]
-    for name in ("params", "macs", "ratio", "score/first/median", "score/second/max", "split_half/first"):
+    for name in ("params", "macs", "memory", "ratio", "score/first/median", "score/second/max", "split_half/first"):
         assert all(row[f"pruning/{name}"] for row in cuts), name
     assert float(cuts[-1]["pruning/ratio"]) == 0.5
     assert float(cuts[0]["pruning/score/first/min"]) < float(cuts[0]["pruning/score/first/max"])
@@ -133,7 +133,7 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
         logger.watch(model, log="all", log_freq=1, log_graph=False)
         with contextlib.suppress(InterruptedError):
             fit(
-                tmp_path, model, contribution(), *callbacks,
+                tmp_path, model, contribution(ladder=True), *callbacks,
                 epochs=5, logger=logger, log_every_n_steps=1, ckpt_path=ckpt,
             )  # fmt: skip
         wandb.finish()
@@ -168,8 +168,10 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
     for table in ("What was won and lost", "Cuts", "Widths"):
         file = next(row[f"pruning/{table}.path"] for row in after if f"pruning/{table}.path" in row)
         assert json.loads((second / "files" / file).read_text())["data"], table
-    (picture,) = next(row["pruning/report.filenames"] for row in after if "pruning/report.filenames" in row)
-    assert (second / "files" / picture).stat().st_size > 10_000
+    for name in ("report", "ladder"):
+        key = f"pruning/{name}.filenames"
+        (picture,) = next(row[key] for row in after if key in row)
+        assert (second / "files" / picture).stat().st_size > 10_000
 
 
 def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

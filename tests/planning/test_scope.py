@@ -98,6 +98,7 @@ def test_the_rest_is_refused_with_reasons(mlp):
     ("layers", "ignore", "message"),
     [
         ("net.O", None, r"layers='net.O' fits no layer. Did you mean .*net.0.*\? What can be pruned: net.0, net.2"),
+        ("nett.*", None, r"layers='nett.*' fits no layer. Did you mean net.[02], net.[02]\? What"),
         (None, "decoder.*", "ignore='decoder.*' fits no layer. What can be pruned: net.0, net.2"),
         (["net.0", "net.4"], None, "layers='net.4'.* net.4 because it is an output of the model"),
         (None, "net", "ignore='net' leave nothing to prune. What can be pruned: net.0, net.2"),

@@ -52,6 +52,19 @@ def test_metrics_and_sizes_over_epochs_with_the_cuts(make_report):
     assert metric.get_xlabel() == "epochs trained, cuts dashed"
 
 
+def test_a_report_draws_itself(make_report):
+    report = make_report()
+    assert [axes.get_ylabel() for axes in report.figure().axes] == [a.get_ylabel() for a in report_figure(report).axes]
+
+
+def test_a_network_that_was_pruned_before_begins_below_the_dense_one(make_report):
+    report = make_report(cut_epochs=(2,))
+    report.pruned_before(report.dense, Size(900, 4000, {"net.0": 18}), 1)
+    _, size, _ = draw(report)
+    params = next(line for line in size.lines if line.get_label().startswith("parameters: 1,000 → 800"))
+    np.testing.assert_allclose(params.get_ydata(), [90, 80, 80])
+
+
 def test_no_cuts(make_report):
     metric, size, _ = draw(make_report(cut_epochs=()))
     assert cut_lines(metric) == []

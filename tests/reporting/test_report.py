@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -153,6 +153,7 @@ def test_markdown_says_what_was_won_and_lost(make_report):
         "| latency at batch 1, ms | 0.5 | 0.25 | 50.0 % |",
         "| latency at batch 64, ms | 4 | – | – |",
         "| val_acc, before the first cut and at the end | 0.7 | 0.5 | – |",
+        "| cut | after epoch | step | units | parameters | MACs | seconds | last before | first after | at the end |",
         "| 1 | 2 | 20 | 50 → 45 | 800 | 4,000 | 0.01 | 0.7 | 0.5 | 0.6 |",
         "| net.1 | 30 | 24 | 80.0 % |",
         "Seed 7. torch 2.15",
@@ -162,13 +163,28 @@ def test_markdown_says_what_was_won_and_lost(make_report):
     assert "20.0 % of the units are gone, in 2 cuts. 1 MAC = 2 FLOPs." in page
 
 
+def test_units_are_those_of_the_whole_network(make_report):
+    report = make_report(cut_epochs=(2, 4))
+    report.cuts = [replace(report.cuts[0], after={"net.0": 18}), replace(report.cuts[1], after={"net.1": 24})]
+    assert [row[3] for row in report.grids()[1].rows] == ["50 → 48", "48 → 42"]
+
+
+def test_a_latency_is_no_more_precise_than_its_timing():
+    report = Report(Size(100, 1000, {"a": 10}, latency={1: 0.12345, 64: 134.0}))
+    report.final = Size(100, 1000, {"a": 10}, latency={1: 0.1151, 64: 99.96})
+    rows = {row[0]: row[1:] for row in report.grids()[0].rows}
+    assert rows["latency at batch 1, ms"] == ("0.12", "0.12", "±")
+    assert rows["latency at batch 64, ms"] == ("130", "100", "74.6 %")
+    assert "± = less than 10 % apart" in str(report)
+
+
 def test_same_figures_in_terminal_and_notebook(make_report):
     report = make_report()
     console = Console(width=120, color_system=None)
     with console.capture() as capture:
         console.print(report)
     for text in (capture.get(), str(report), report._repr_html_()):
-        assert all(word in text for word in ("64.0 %", "50 → 45", "net.1", "recovered", "1 MAC = 2 FLOPs"))
+        assert all(word in text for word in ("64.0 %", "50 → 45", "net.1", "first after", "1 MAC = 2 FLOPs"))
 
 
 def test_an_empty_report_can_be_shown():
