@@ -402,8 +402,8 @@ class Report:
         columns: tuple[str, ...] = ("cut", "after epoch", "step", self.what, "parameters", "MACs", "seconds")
         rows = []
         for cut in self.cuts:
-            units = f"{sum(widths.values()):,} → {sum((widths | cut.after).values()):,}"
-            widths |= cut.after
+            units = f"{sum(widths.values()):,} → {sum({**widths, **cut.after}.values()):,}"
+            widths.update(cut.after)
             cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", units, count(cut.params), count(cut.macs))
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
