@@ -172,6 +172,7 @@ def main() -> None:
                 accuracies[variant].append(value)
             result |= {"seeds": seed + 1, "command": command("benchmarks.masks"), "machine": machine()}
             file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     figure(result["zeros"], accuracies, home / "masks.png")
     fill(home / "README.md", tables(result))
 
