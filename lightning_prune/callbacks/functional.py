@@ -18,7 +18,7 @@ from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, criteria, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, trace
+from lightning_prune.structure import Call, Structure, StructureError, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -72,6 +72,7 @@ def prune(
     Raises:
         ValueError: If an amount, a layer, the criterion, the example or an optimizer does not fit; nothing has changed
             then.
+        StructureError: If the network computes otherwise at the new widths; nothing has changed then.
         CutError: If the narrower network fails; it is taken back whole.
 
     Example:
@@ -139,6 +140,7 @@ def _prune(
         for edit in edits_of(structure, plan.kept, 0, 0, number):
             remembered = remembered.add(edit, model)
         axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
+        rehearse(subject, structure, plan.kept)
         cut_and_check(model, axes, optimizers, (), lambda: model(*call.args, **call.kwargs), drops)
         attach(model, remembered)
         if isinstance(model, LightningModule):

@@ -49,7 +49,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import Cut, Size
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
-from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, trace
+from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
@@ -422,6 +422,7 @@ class StructuredPruning(ScheduledPruning):
                     contents = self._contents(trainer, module, axes, drops)
                 contents = from_first(trainer, contents)
                 with all_or_none():
+                    rehearse(subject, structure, plan.kept)
                     change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
                     install_and_check(change, module, contents, run)
                     if any(around.restarts for around in self._around):

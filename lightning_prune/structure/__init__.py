@@ -1,6 +1,6 @@
 """What can be removed together, what must stay and why, and what it all costs."""
 
-from lightning_prune.structure.analysis import StructureError, Subject, trace
+from lightning_prune.structure.analysis import StructureError, Subject, rehearse, trace
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.layers import loosen, refresh
@@ -22,5 +22,6 @@ __all__ = [
     "Term",
     "loosen",
     "refresh",
+    "rehearse",
     "trace",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, SealedAtoms
+from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
@@ -26,7 +27,7 @@ from lightning_prune.structure.tracing import (
     output_tensors,
 )
 
-__all__ = ["StructureError", "Subject", "trace"]
+__all__ = ["StructureError", "Subject", "rehearse", "trace"]
 
 #: Kinds of copies, the cheapest first.
 _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
@@ -84,12 +85,56 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
         return _Analysis(subject).best(trial=trial).structure()
 
 
+def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
+    """Run a copy of the network at the widths that a cut leaves, and compare what it computes with.
+
+    The trial of `trace` halves every width. What a network makes of a width only below that (``if width < 12``,
+    ``min(8, width)``) shows here, before anything is cut.
+
+    Args:
+        subject: The network as it is, and how it is run.
+        structure: Its structure.
+        kept: Units to keep per group. Groups that lose all are left whole: their layers go. Those that keep one unit
+            are tried with two: an axis of length 1 lies otherwise in memory, and other operators run for the same.
+
+    Raises:
+        StructureError: If a narrower network is not the masked one; the text names the groups to leave out.
+    """
+    units = {name: tuple(rows) for name, rows in kept.items()}
+    narrower = {
+        name: rows if len(rows) > 1 else tuple(sorted((*rows, int(rows[0] == 0))))
+        for name, rows in units.items()
+        if rows and structure.widths[name] > 2
+    }
+    groups = [g for g in (structure.group(name) for name in narrower) if len(narrower[g.name]) < g.width]
+    if not groups:
+        return
+    with torch.inference_mode(False):
+        try:
+            analysis = _Analysis(subject)
+            analysis.follow(structure)
+        except StructureError as error:  # training may leave in a module what cannot be copied
+            warnings.warn(f"A cut was not rehearsed: {error}", stacklevel=2)
+            return
+        # What is coupled was settled by the trial, and what cannot run at all shows in the cut itself.
+        failure = analysis._compare(structure.axes(narrower), follow=False)
+        if failure is None or not failure.numbers:
+            return
+        suspects = [group.name for group in analysis._suspects(groups, failure) or groups]
+    raise StructureError(
+        f"{type(subject.model).__name__} works otherwise at the widths of this cut "
+        f"({', '.join(f'{name}: {len(units[name])}' for name in suspects)}): {failure.reason}. Nothing has changed. "
+        "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
+    )
+
+
 @dataclass(frozen=True)
 class _Failure:
     """Why a trial cut failed, and representatives of the atoms at the latest operators, the last one first."""
 
     reason: str
     trail: list[IndexArray]
+    numbers: bool = False  # whether it computed with others
 
 
 @dataclass(frozen=True)
@@ -166,6 +211,16 @@ class _Analysis:
         """What was found, as values."""
         groups = self.groups
         return Structure(tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes))
+
+    def follow(self, structure: Structure) -> None:
+        """Trace with the units of a known structure, so that every split keeps apart what it keeps apart."""
+        self.labels = {name: tuple(axis.copy() for axis in axes) for name, axes in self.labels.items()}
+        for group in structure.groups:
+            first = group.members[0]
+            units = self.labels[first.tensor][first.dim][first.index[:, :1]]
+            for member in group.members:
+                self.labels[member.tensor][member.dim][member.index] = units
+        self._trace()
 
     def _find(self, *, trial: bool) -> None:
         """Trace, group, try."""
@@ -474,7 +529,7 @@ class _Analysis:
         trail = [self._roots(flat_tensors(*arguments), tracer) for arguments in reversed(tracer.trail)]
         if isinstance(error, MismatchError) and error.atoms.size:
             trail = [error.atoms]
-        return _Failure(f"{type(error).__name__}: {_first_line(error)}", trail)
+        return _Failure(f"{type(error).__name__}: {_first_line(error)}", trail, isinstance(error, NumberError))
 
     def _roots(self, inputs: Sequence[torch.Tensor], tracer: Tracer) -> IndexArray:
         axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]

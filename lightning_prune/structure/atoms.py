@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Atoms", "IndexArray", "MismatchError", "SealedAtoms"]
+__all__ = ["Atoms", "IndexArray", "MismatchError", "NumberError", "SealedAtoms"]
 
 IndexArray = npt.NDArray[np.int64]
 _NONE: IndexArray = np.empty(0, dtype=np.int64)
@@ -21,6 +21,10 @@ class MismatchError(Exception):
     def __init__(self, message: str, atoms: IndexArray = _NONE) -> None:
         super().__init__(message)
         self.atoms = atoms
+
+
+class NumberError(MismatchError):
+    """A cut network computes with other numbers or operators than the original."""
 
 
 class Atoms:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError
+from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError
 from lightning_prune.structure.layers import canonical, loosen, refresh, tensors
 from lightning_prune.structure.shapes import SHORTCUTS
 
@@ -282,10 +282,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """At the end of a trial: has all been run that was expected?
 
         Raises:
-            MismatchError: If not.
+            NumberError: If not.
         """
         if self.expected is not None and len(self.script) < len(self.expected):
-            raise MismatchError("fewer operators run than before: a loop or a branch depends on a width")
+            raise NumberError("fewer operators run than before: a loop or a branch depends on a width")
 
     def count(self, factor: float, axes: Sequence[AxisLabel], lengths: Sequence[int]) -> None:
         """Record the MACs of a contraction; axes without label enter the factor."""
@@ -354,9 +354,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.expected is not None:
             at = len(self.script)
             if at >= len(self.expected) or self.expected[at][0] != line[0]:
-                raise MismatchError(f"other operators run, {self.where(operator.func)} for one: a width decides it")
+                raise NumberError(f"other operators run, {self.where(operator.func)} for one: a width decides it")
             if not _same_line(self.expected[at], line):
-                raise MismatchError(f"a number that depends on a width enters {self.where(operator.func)}")
+                raise NumberError(f"a number that depends on a width enters {self.where(operator.func)}")
         self.script.append(line)
 
     def _fixed_lengths(self, out: Any) -> list[int | None]:

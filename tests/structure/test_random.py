@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import Subject, rehearse, trace
 from tests.structure.cutting import draw, masked, settle, shrunk
 
 EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "150"))
@@ -212,6 +212,77 @@ class RandomNet(nn.Module):
 
         return width, 0, step
 
+    def _from_end(self, name, width, earlier, a, b):
+        """A bound counted from the end."""
+        if width < 3:
+            return None
+        at = 1 + a % (width - 2)
+        if b % 3 == 0:
+            return at, 0, lambda layer, x, _: x[:, -at:]
+        if b % 3 == 1:
+            return width - at, 0, lambda layer, x, _: x[:, :-at]
+        return width, 0, lambda layer, x, _: torch.cat([x[:, :-at].tanh(), x[:, -at:]], 1)
+
+    def _in_place(self, name, width, earlier, a, b):
+        """A write through a view."""
+        if width < 3:
+            return None
+        at = 1 + a % (width - 2)
+
+        def step(layer, x, _):
+            x = x.clone()
+            (x[:, :at] if b % 2 else x[:, -at:]).sub_(1.0 if b % 3 else 0.0)
+            return x + x.sum(1, keepdim=True) * (0.1 if b > 3 else 0.0)
+
+        return width, 0, step
+
+    def _filled(self, name, width, earlier, a, b):
+        """A mask or a copy written into zeros."""
+        at = 1 + a % width
+
+        def step(layer, x, _):
+            zeros = x.new_zeros(x.shape)
+            if b % 2:
+                zeros[:, :at] = 1
+                return x * zeros
+            for number, sample in enumerate(x):
+                zeros[number] = sample
+            return zeros + zeros.sum(1, keepdim=True) * (0.1 if b > 3 else 0.0)
+
+        return width, 0, step
+
+    def _circular(self, name, width, earlier, a, b):
+        return width, 0, lambda layer, x, _: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, stride=1)
+
+    def _channelwise(self, name, width, earlier, a, b):
+        """A product of each channel with itself, summed over the channels."""
+
+        def step(layer, x, _):
+            y = torch.sigmoid(x) if b % 2 else x
+            return x + torch.einsum("nchw,nchw->nc", y, x if a % 2 else y).sum(1)[:, None, None, None] * 0.01
+
+        return width, 0, step
+
+    def _generated(self, name, width, earlier, a, b):
+        """A kernel that is computed, and nowhere zero."""
+        self._layer(name, nn.ParameterList([torch.randn(2 + a, width, 1, 1) * 0.2]))
+        return 2 + a, 0, lambda layer, x, _: F.conv2d(torch.sigmoid(x) if b % 2 else x, torch.exp(layer[0]) - 0.5)
+
+    def _positions(self, name, width, earlier, a, b):
+        """A layer or a norm over the positions, its bias there for every channel."""
+        size = SIZE * SIZE
+        self._layer(name, nn.Linear(size, size) if b % 2 else nn.LayerNorm(size))
+
+        def step(layer, x, _):
+            y = layer(x.flatten(2)).view(x.shape)
+            return y + y.sum(1, keepdim=True) * (0.1 if a % 2 else 0.0)
+
+        return width, 0, step
+
+    def _counted(self, name, width, earlier, a, b):
+        """A mean whose divisor is counted."""
+        return width, 0, lambda layer, x, _: x / (x[:, :1] * 0 + 1).expand_as(x).sum(1, keepdim=True)
+
     def _mix(self, name, width, earlier, a, b):
         """A mean over the channels: freezes them."""
         return width, 0, lambda layer, x, _: x + x.mean(1, keepdim=True)
@@ -235,6 +306,7 @@ def check(drawn):
     event(f"groups: {min(len(structure.groups), 5)}")
     for _ in range(2):  # a second cut with what `take` says after the first
         kept = draw(structure, seed)
+        rehearse(Subject.of(model, x), structure, kept)
         axes = structure.axes(kept)
         small = shrunk(model, axes)
         torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)

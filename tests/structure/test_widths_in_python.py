@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune import prune
+from lightning_prune.structure import StructureError, Subject, trace
 from tests.structure.cutting import draw, masked, settle, shrunk
 
 
@@ -268,3 +269,18 @@ def test_is_cut_exactly_or_not_at_all(work: Callable[[nn.Module, Tensor], Tensor
 def test_widths_of_two_units_are_compared_too(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
     width = 2 if work.__code__.co_names[0] == "shape" else 8
     assert "first" not in trace(Subject.of(Picture(work, width), torch.randn(2, 3, 6, 6))).widths
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda _, y: y.tanh() if y.shape[1] >= 12 else y, lambda _, y: y / min(8, y.shape[1])],
+    ids=["branch", "bounded"],
+)
+def test_what_shows_only_at_smaller_widths_stops_the_cut(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model, x = Picture(lambda net, y: net.second(work(net, y).mean((2, 3))), 32), torch.randn(2, 3, 6, 6)
+    prune(model, x, pruning_ratio=0.25, layers="first")
+    assert model.first.out_channels == 24
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(StructureError, match=r"widths of this cut \(first: [67]\).*`ignore`"):
+        prune(model, x, pruning_ratio=0.8, layers="first")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
