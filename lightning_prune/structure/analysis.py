@@ -81,6 +81,8 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
+    if _batch_size(subject.calls[0]) == 0:
+        raise StructureError("expected an example of at least one sample, got an empty batch")
     with torch.inference_mode(False):
         return _Analysis(subject).best(trial=trial).structure()
 
@@ -585,7 +587,7 @@ def _batch_size(call: Call) -> int:
     tensors = output_tensors((call.args, dict(call.kwargs)))
     if not tensors or tensors[0].dim() == 0 or (tensors[0].dim() == 1 and tensors[0].is_floating_point()):
         return 1
-    return max(int(tensors[0].shape[0]), 1)
+    return int(tensors[0].shape[0])
 
 
 def _describe(call: Call) -> str:
