@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
+from lightning_prune.callbacks.scheduled import note_what_stays
 from lightning_prune.callbacks.subjects import require_network, subject_for
-from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select
+from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, criteria, score_groups
 from lightning_prune.structure import Call, Structure, StructureError, rehearse, trace
@@ -134,6 +135,7 @@ def _prune(
     if history is not None:
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(Size.of(structure, original), present, number)
+    note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure.take(plan.kept)
     if not plan.is_empty:
         remembered = begun(model, structure)

@@ -38,8 +38,9 @@ class Guard:
     Args:
         epochs: Epochs that a cut is given, at least 1.
         tolerance: How much worse than before the cut is good enough, in units of the metric, at least 0.
-        monitor: Name of a logged metric; by default the first accuracy that was logged, else the first loss, those of
-            the validation before those of the training. Its name tells whether less is better (a loss, an error).
+        monitor: Name of a metric, which must have been logged before the first cut; by default the first accuracy that
+            was logged, else the first loss, those of the validation before those of the training. Its name tells
+            whether less is better (a loss, an error).
     """
 
     epochs: int = 3
@@ -114,6 +115,11 @@ class Watch(Around):
         missing = self.guard.missing(run.report)
         if missing is None:
             self._next = snapshot(run.module, run.trainer.optimizers, averages(run.trainer))
+        elif self.guard.monitor is not None:
+            raise ValueError(
+                f"Guard: expected `monitor` to name a metric that was logged before the first cut, but {missing}. Name "
+                "one of these, or let the schedule start after it was logged."
+            )
         else:
             warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)
 

@@ -19,11 +19,14 @@ from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
-from lightning_prune.planning import CutPoint, Linear, Schedule, due, reaches
+from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, Size, versions
 from lightning_prune.surgery import refuse
 
-__all__ = ["ScheduledPruning", "instance_of", "names_or_none"]
+__all__ = ["ScheduledPruning", "instance_of", "names_or_none", "note_what_stays"]
+
+# How a note begins that is true of a fit, but perhaps not of a longer one that resumes it.
+_MISSED = "The target was not reached: "
 
 # Form of the callback's state in a checkpoint.
 _FORMAT = 1
@@ -181,10 +184,9 @@ class ScheduledPruning(Callback, ABC):
         self._collect(trainer)
         if self.pending:
             last = self._timeline[-1]
-            warnings.warn(
+            self._miss(
                 f"the run ended before the last of its cuts ({last.unit} {last.at}): "
-                f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone.",
-                stacklevel=2,
+                f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone."
             )
         self._end(trainer, pl_module)
         showing = self._showing(trainer)
@@ -232,13 +234,18 @@ class ScheduledPruning(Callback, ABC):
         if is_rehearsal(trainer):
             return ()
         timeline = self.schedule.timeline(run_length(trainer), fraction)
+        self.report.notes[:] = [note for note in self.report.notes if not note.startswith(_MISSED)]
         if timeline and reaches(timeline) < 1:
-            warnings.warn(
+            self._miss(
                 f"{self.schedule!r} goes {100 * reaches(timeline):.0f} % of the way to the target in this run: "
-                "train longer, start earlier or cut more often to reach it.",
-                stacklevel=2,
+                "train longer, start earlier or cut more often to reach it."
             )
         return timeline
+
+    def _miss(self, why: str) -> None:
+        """Say now, and in the report, why this run does not get to its target."""
+        self.report.notes.append(f"{_MISSED}{why}")
+        warnings.warn(why, stacklevel=2)
 
     def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> CutPoint | None:
         if not self._is_prepared:
@@ -300,6 +307,15 @@ def instance_of(callback: Callback, name: str, value: object, kind: type, exampl
             f"{type(callback).__name__}: expected `{name}` to be an instance of {kind.__name__}, got {value!r}. "
             f"Import one from lightning_prune, for example `{example}`."
         )
+
+
+def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
+    """Say, in the report too, which groups were to vanish and cannot, and why."""
+    for group, why in stays.items():
+        note = f"One unit of {group} stays: {why}."
+        if note not in report.notes:
+            report.notes.append(note)
+        warnings.warn(note, NoEffectWarning, stacklevel=3)
 
 
 def names_or_none(callback: Callback, name: str, value: object) -> None:

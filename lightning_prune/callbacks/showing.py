@@ -218,6 +218,8 @@ class Showing:
             console = Console(width=_FILE_WIDTH)
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
+        if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+            console.print(f"Best checkpoint: {best}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, self.report, [path for path in (picture, ladder) if path])

@@ -31,7 +31,7 @@ from lightning_prune.callbacks.processes import (
     same_everywhere,
     unwrapped,
 )
-from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none, note_what_stays
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores, score_summary
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
@@ -46,6 +46,7 @@ from lightning_prune.planning import (
     feasible,
     make_plan,
     select,
+    staying,
 )
 from lightning_prune.reporting import Cut, Size
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
@@ -285,6 +286,7 @@ class StructuredPruning(ScheduledPruning):
                 self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
             else:
                 self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
+        note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
         self._begin_report()
 
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import linecache
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from traceback import walk_tb
 
 from lightning_prune.cli import recipes
 
 __all__ = ["main"]
+
+# Environment variable that asks for tracebacks.
+_TRACEBACK = "LIGHTNING_PRUNE_TRACEBACK"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -17,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Words after ``lightning-prune``; the process's own if left out.
 
     Raises:
-        SystemExit: On ``--help`` and on wrong usage, as every command line does.
+        SystemExit: On ``--help``, and with 2 on wrong usage and on errors that this package raises, after their text.
     """
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["recipes"]:
@@ -26,4 +33,22 @@ def main(args: Sequence[str] | None = None) -> None:
     # Here and not above: Lightning takes seconds to import, and `recipes` answers without it.
     from lightning_prune.cli.verbs import run
 
-    run(recipes.resolve(words))
+    try:
+        run(recipes.resolve(words))
+    except Exception as error:
+        own = _own(error)
+        if own is None or os.environ.get(_TRACEBACK):
+            raise
+        sys.stderr.write(f"lightning-prune: {own}\n({_TRACEBACK}=1 shows where it comes from.)\n")
+        raise SystemExit(2) from None
+
+
+def _own(error: BaseException | None) -> BaseException | None:
+    """The error, or what caused it, that this package raised itself: its text says all, a traceback would hide it."""
+    if error is None:
+        return None
+    *_, (frame, line) = walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename)
+    ours = Path(recipes.__file__).parents[1] in file.parents
+    raised = linecache.getline(str(file), line).lstrip().startswith("raise ")
+    return error if ours and raised else _own(error.__cause__)

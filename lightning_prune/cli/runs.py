@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-__all__ = ["CONFIG", "WANDB", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
+__all__ = ["CONFIG", "WANDB", "discard_empty", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
 
 #: The file that makes a folder a run: the whole configuration of its last start.
 CONFIG = "config.yaml"
 #: Holds the id of the run's W&B run, so that a resume continues its curves.
 WANDB = "wandb.id"
+
+# What is in a run's folder before anything was trained.
+_BEGUN = {CONFIG, WANDB, "wandb", "hparams.yaml"}
 
 
 def new(parent: Path) -> Path:
@@ -54,6 +59,14 @@ def set_aside(file: Path) -> None:
     if file.exists():
         names = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
         file.rename(next(name for name in names if not name.exists()))
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove the folder of a run that has left nothing but its configuration."""
+    if {file.name for file in folder.iterdir()} <= _BEGUN:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # other runs are there
+            folder.parent.rmdir()
 
 
 def _numbers(parent: Path) -> list[int]:

@@ -89,6 +89,17 @@ class PruningCLI(LightningCLI):
     and, where W&B is installed, to an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
     """
 
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._made: Path | None = None
+        try:
+            with _own_wandb_run():
+                super().__init__(*args, **kwargs)
+        except BaseException:
+            if self._made is not None:
+                rank_zero_only(runs.discard_empty)(self._made)
+            raise
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -151,12 +162,13 @@ class PruningCLI(LightningCLI):
             return earlier
         parent = earlier / str(self.subcommand) if earlier else parent
         # Other ranks follow rank zero, which was there first if it started them.
-        return rank_zero_only(runs.new)(parent) or runs.latest(parent) or parent
+        self._made = rank_zero_only(runs.new)(parent)
+        return self._made or runs.latest(parent) or parent
 
 
 def run(words: Sequence[str]) -> None:
     """Parse a command line and do what it says."""
-    with warnings.catch_warnings(), _without_advertisements(), _own_wandb_run():
+    with warnings.catch_warnings(), _without_advertisements():
         # What it warns of, `before_fit` has prevented.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         # Who names an optimizer asks for that.

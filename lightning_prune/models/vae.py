@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, final
@@ -20,6 +21,9 @@ __all__ = ["VAE", "Encoding"]
 
 # Images in a picture of reconstructions, and the pixels between them.
 _SHOWN, _GAP = 8, 2
+
+# Pixels that such a picture is wide at least.
+_PICTURE = 800
 
 
 class Encoding(NamedTuple):
@@ -144,7 +148,8 @@ class VAE(LightningModule):
         framed = F.pad(rows, (0, _GAP, 0, _GAP), value=1.0)
         page = framed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2·height, n·width, channels)
         page = page.expand(*page.shape[:2], 3).clamp(0, 1).cpu()
-        Image.imsave(path, page.numpy())
+        times = math.ceil(_PICTURE / page.shape[1])  # whole pixels, so that none is blurred
+        Image.imsave(path, page.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy())
         return Path(path)
 
     def _show(self, images: Tensor) -> None:

@@ -10,7 +10,7 @@ from lightning_prune.planning.granularity import (
     Weight,
     choose_masks,
 )
-from lightning_prune.planning.plan import Plan, feasible, make_plan
+from lightning_prune.planning.plan import Plan, feasible, make_plan, staying
 from lightning_prune.planning.schedules import (
     Cubic,
     CutPoint,
@@ -54,4 +54,5 @@ __all__ = [
     "make_plan",
     "reaches",
     "select",
+    "staying",
 ]

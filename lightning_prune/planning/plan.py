@@ -18,7 +18,7 @@ from lightning_prune.planning.scope import Scope
 from lightning_prune.planning.target import Original, Quantity, Target
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["Plan", "feasible", "make_plan"]
+__all__ = ["Plan", "feasible", "make_plan", "staying"]
 
 FloatArray = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.int64]
@@ -167,6 +167,24 @@ def feasible(
     return smallest
 
 
+def staying(
+    structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original
+) -> dict[str, str]:
+    """Groups of which the target leaves less than half a unit, but that keep one, and why.
+
+    Takes what `feasible` takes, where a budget that cannot be met is an error: only shares of units can ask for this.
+    """
+    shares = _shares(target, scope, selected)
+    if scope.min_width > 0 or shares is None:
+        return {}
+    vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope)
+    left = {name: original.widths[name] * share for name, share in shares.items()}
+    nearest = {name: _nearest(left[name], ladder, vanishing.steps[name]) for name, ladder in vanishing.ladders.items()}
+    settled = vanishing.settle(nearest)
+    none_left = [name for name, step in vanishing.steps.items() if _rounded(left[name], step) == 0]
+    return {name: vanishing.why(name) for name in none_left if settled[name] > 0}
+
+
 class _Vanishing:
     """The widths that groups may have, and what goes along when some of them vanish.
 
@@ -194,6 +212,18 @@ class _Vanishing:
             return None
         gone = removal.groups - flow.removal.groups
         return gone if gone <= self.names else None
+
+    def why(self, group: str) -> str:
+        """Why a group that is to vanish keeps a unit."""
+        flow = self.structure.flow
+        assert flow is not None  # there is one wherever a group may vanish
+        removal = flow.without({group})
+        if isinstance(removal, str):
+            return removal
+        along = sorted(removal.groups - flow.removal.groups - self.names)
+        if along:
+            return f"{', '.join(along)} would go along, which is not to be pruned"
+        return "others vanish, and with it nothing of the input would reach the output"
 
     def settle(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Widths in which nothing vanishes that cannot: groups in order, the later one keeps a unit."""
@@ -262,8 +292,11 @@ def _array(scores: Tensor | FloatArray) -> FloatArray:
 
 def _nearest(wanted: float, ladder: Sequence[int], step: int) -> int:
     """The allowed width nearest to ``wanted``, halves up."""
-    rounded = math.floor(wanted / step + 0.5 + _EPSILON) * step
-    return min(ladder[0], max(rounded, ladder[-1]))
+    return min(ladder[0], max(_rounded(wanted, step), ladder[-1]))
+
+
+def _rounded(wanted: float, step: int) -> int:
+    return math.floor(wanted / step + 0.5 + _EPSILON) * step
 
 
 def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:

@@ -28,6 +28,9 @@ _OTHER = "#999999"
 # Inches of a cell, and of the matrix that cells get smaller for.
 _CELL, _SMALLEST, _ROOM = 0.17, 0.07, 14.0
 
+# Inches of the whole picture at least, and of a column at most.
+_LEAST, _WIDEST = 7.5, 0.5
+
 # Characters of a reason in one line.
 _LINE = 110
 
@@ -75,9 +78,11 @@ def couplings_figure(structure: Structure, headline: str) -> Figure:
     letters = max([len(layer) for layer in layers] or [0])
     size = min(7.5, 48 * cell)
     left, right, top = 0.0085 * size * letters + 0.35, 0.9, 1.7
-    width, height = max(left + columns * cell + right, 7.5), top + rows * cell + below
+    # A few columns get as much room as the headline needs anyway.
+    across = max(cell, min(_WIDEST, (_LEAST - left - right) / columns))
+    width, height = max(left + columns * across + right, _LEAST), top + rows * cell + below
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
-    box = (left / width, below / height, columns * cell / width, rows * cell / height)
+    box = (left / width, below / height, columns * across / width, rows * cell / height)
     axes = figure.add_axes(box)
     _matrix(axes, layers, cells, size)
     _stays(axes, structure, layers, reasons, size)
@@ -144,7 +149,9 @@ def _legend(figure: Figure, reasons: _Reasons, height: float, *, both: bool) -> 
     handles = [patch(color=colour, label=label) for label, colour in kinds.items()]
     figure.legend(handles=handles, bbox_to_anchor=(0, (_depth(reasons) - 0.3) / height), ncols=3, **place)
     if stays:
-        figure.legend(handles=stays, bbox_to_anchor=(0, 0), **place)
+        figure.legend(
+            handles=stays, bbox_to_anchor=(0, (_depth(reasons) - 0.25) / height), **place | {"loc": "upper left"}
+        )
 
 
 def _depth(reasons: _Reasons) -> float:

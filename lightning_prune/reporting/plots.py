@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_prune.extras import require
 from lightning_prune.reporting.grid import count, number, plural, share
-from lightning_prune.reporting.report import Report, family
+from lightning_prune.reporting.report import Report, Rung, family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +75,20 @@ def ladder_figure(report: Report) -> Figure:
         axes.set_xlim(0, 104)
         for i in {0, len(rungs) - 1}:
             text = f"{count(getattr(rungs[i], quantity))}: {number(rungs[i].metric)}"
-            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right" if left[i] > 50 else "left"}
-            axes.annotate(text, (left[i], rungs[i].metric), fontsize="small", **above)
+            beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if left[i] > 50 else "left"}
+            # On the side of the point that the line does not come from.
+            beside |= {"xytext": (0, -8), "va": "top"} if _rises(rungs, i) else {"xytext": (0, 8), "va": "bottom"}
+            axes.annotate(text, (left[i], rungs[i].metric), fontsize="small", **beside)
     panels[0].set_ylabel(report.main_metric or "metric")
     panels[0].margins(y=0.2)
     figure.suptitle("Networks saved on the way: the dense one at the right", fontsize="large")
     return figure
+
+
+def _rises(rungs: Sequence[Rung], end: int) -> bool:
+    """Whether the line goes up from its first or last point."""
+    own, other = rungs[end].metric, rungs[min(1, len(rungs) - 1) if end == 0 else end - 1].metric
+    return own is not None and other is not None and other > own
 
 
 class _Clock:

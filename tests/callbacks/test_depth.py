@@ -22,7 +22,7 @@ from lightning_prune import (
     prune,
 )
 from lightning_prune.callbacks.guard import Guard
-from lightning_prune.planning import Explicit
+from lightning_prune.planning import Explicit, NoEffectWarning, OneShot
 from lightning_prune.surgery import history_of
 from tests.callbacks.networks import BATCHES, Net, equal, fit, make
 from tests.callbacks.test_resume import content
@@ -148,8 +148,21 @@ def test_with_one_unit_at_least_nothing_vanishes() -> None:
     model = make(Blocks)
     report = prune(model, pruning_ratio=0.95)
     assert set(report.widths.values()) == {1}
-    report = prune(make(Blocks), pruning_ratio=0.95, scope=Scope(min_width=0))
+    why = "One unit of first stays: without it nothing of the input would reach the output: no other path leads around"
+    with pytest.warns(NoEffectWarning, match=why):
+        report = prune(make(Blocks), pruning_ratio=0.95, scope=Scope(min_width=0))
     assert report.widths == {"first": 1, "blocks.0.0": 0, "blocks.1.0": 0}
+    assert report.notes == [f"{why} it."]
+    report = prune(make(Blocks), pruning_ratio={"blocks.0.0": 0.95}, scope=Scope(min_width=0))
+    assert report.notes == []
+
+
+def test_a_run_says_why_a_layer_keeps_a_unit(tmp_path: Path) -> None:
+    callback = StructuredPruning({"first": 0.999}, schedule=OneShot(1), scope=Scope(min_width=0))
+    with pytest.warns(NoEffectWarning, match="One unit of first stays: without it"):
+        fit(tmp_path, make(Blocks), callback, epochs=2)
+    assert callback.report.widths["first"] == 1
+    assert len(callback.report.notes) == 1
 
 
 REPAIRS = [[FoldMean(batches=2), ReestimateBatchNorm(batches=2)], Ridge(batches=2), Reinitialise(), Rewind()]

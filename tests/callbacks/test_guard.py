@@ -131,9 +131,12 @@ def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_nobody_logs(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"no value of val_f1 was logged before it \(logged: .*val_acc"):
-        _, _, watch = fit(tmp_path, Small(), 4, Guard(monitor="val_f1"))
-    assert watch.widths == [8, 6, 5, 4]
+    module = Small()
+    with pytest.raises(
+        ValueError, match=r"`monitor` to name .* no value of val_f1 .* \(logged: .*val_acc.*Name one of"
+    ):
+        fit(tmp_path, module, 4, Guard(monitor="val_f1"))
+    assert module.net[0].out_features == 8, "a cut without the guard that was asked for"
 
 
 def test_snapshot_and_back(tmp_path: Path) -> None:

@@ -256,11 +256,16 @@ def test_the_same_network_goes_on(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of the way to the target|before the last of its cuts"):
         run = fit(tmp_path, model, pruner, epochs=3)
     middle, rows = widths(model), len(pruner.report.history)
+    (note,) = pruner.report.notes
+    assert note.startswith("The target was not reached: Linear(")
+    assert "goes 33 % of the way" in note
+    assert note in str(pruner.report).replace("\n", " ")
     run.fit_loop.max_epochs = 8
     refit(run, model)
     assert middle == (10, 7)
     assert widths(model) == (6, 4)
     assert [cut.index for cut in pruner.report.cuts] == [0, 1, 2]
+    assert pruner.report.notes == [], "the longer run has reached it"
     assert len(pruner.report.history) > rows
     assert pruner.report.final is not None
     assert pruner.report.final.widths == {"first": 6, "second": 4}

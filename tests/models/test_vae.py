@@ -59,9 +59,10 @@ def test_a_fit_prunes_all_but_the_latents(tmp_path: Path) -> None:
     pictures = {path.name: matplotlib.image.imread(path) for path in tmp_path.rglob("reconstructions/*")}
     assert set(pictures) == {f"params={dense}.png", f"params={small}.png"}
     before, after = pictures[f"params={dense}.png"], pictures[f"params={small}.png"]
-    assert before.shape[:2] == after.shape[:2] == (2 * 10, 8 * 10)
-    assert (before[:10] == after[:10]).all(), "the images above are the same"
-    assert not (before[10:] == after[10:]).all()
+    assert before.shape[:2] == after.shape[:2] == (10 * 2 * 10, 10 * 8 * 10), "a pixel is 10 × 10 to see it"
+    assert (before[:100] == after[:100]).all(), "the images above are the same"
+    assert not (before[100:] == after[100:]).all()
+    assert (before[::10, ::10].repeat(10, 0).repeat(10, 1) == before).all()
     assert {"val_bce", "val_kld", "val_loss"} <= trainer.callback_metrics.keys()
 
 
