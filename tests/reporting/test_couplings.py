@@ -1,6 +1,7 @@
 """The picture of what can be pruned: every coupling and every reason is on it."""
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
@@ -83,3 +84,12 @@ def test_the_rarest_reasons_share_a_colour():
 
     shown = words(inspection(Many()).figure())
     assert sum(text.startswith("stays: for another reason") for text in shown) == 1
+
+
+def test_a_few_groups_get_room_and_the_legends_lie_together():
+    figure = inspection(Residual()).figure()
+    assert figure.axes[0].get_position().width * figure.get_figwidth() == pytest.approx(3 * 0.5)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    above, below = (legend.get_window_extent(renderer) for legend in figure.legends)
+    assert abs(above.y0 - below.y1) < 0.15 * figure.dpi
+    assert below.y0 > figure.bbox.y0

@@ -118,4 +118,6 @@ def test_the_ladder_is_drawn_from_what_was_measured():
         ([100, 10], [0.9, 0.8]),
     ]
     assert left.get_ylabel() == "val_acc"
+    # Off the line, which goes down from the dense network and up to it.
+    assert [(text.get_text(), text.get_va()) for text in left.texts] == [("200: 0.9", "bottom"), ("50: 0.8", "top")]
     assert "nothing was measured" in ladder_figure(Report()).axes[0].texts[0].get_text()
