@@ -37,11 +37,12 @@ def machine() -> dict[str, Any]:
 
 
 def command(module: str) -> str:
-    """The command that was run, without the place of the data."""
+    """The command that was run, without the places of the data and of what is done so far."""
     arguments = list(sys.argv[1:])
-    while "--root" in arguments:
-        at = arguments.index("--root")
-        del arguments[at : at + 2]
+    for place in ("--root", "--work"):
+        while place in arguments:
+            at = arguments.index(place)
+            del arguments[at : at + 2]
     return shlex.join(["python", "-m", module, *arguments])
 
 
