@@ -25,6 +25,7 @@ from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
 from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
+    NM,
     Cubic,
     CutPoint,
     Element,
@@ -38,7 +39,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.reporting import Cut, Report, Size
-from lightning_prune.structure import Call, Structure, Subject, trace
+from lightning_prune.structure import Axes, Call, Structure, Subject, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
@@ -60,7 +61,7 @@ from lightning_prune.surgery import (
     zero_gradients,
     zero_moments,
 )
-from lightning_prune.surgery.tensors import named
+from lightning_prune.surgery.tensors import named, take
 
 __all__ = ["MaskPruning"]
 
@@ -189,6 +190,42 @@ class MaskPruning(ScheduledPruning):
             "ignore": self.ignore,
         }
 
+    @override
+    def _objection(self, other: ScheduledPruning) -> str | None:
+        if isinstance(other, MaskPruning):
+            return "expected one callback that lays all masks: choose its `layers` and `scope`"
+        if isinstance(self.granularity, NM):
+            return (
+                f"expected no {self.granularity!r}, whose blocks of inputs break when some of them leave. Cut the "
+                "network first and mask it in a run of its own"
+            )
+        return None
+
+    @override
+    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
+        assert self._structure is not None
+        before, self._structure = self.report.widths, self._structure.take(plan.kept)
+        self._groups = tuple(self._structure.group(group.name) for group in self._groups)
+        if self._kept is not None:
+            present = named(module)
+            cuts = {id(present[name]): rows for name, rows in axes.items()}  # a tied tensor has several names
+            self._kept = {name: take(tensor, cuts.get(id(present[name]), {})) for name, tensor in self._kept.items()}
+        for network in (module, *averages(trainer)):
+            apply_masks(network, masks_of(module))  # a repair writes whole weights
+        self._watch(module)
+        left = self._left(module)
+        changed = {name: count for name, count in left.items() if count != before[name]}
+        size, when = self._size(module), (cut.index, cut.epoch, cut.step)
+        self.report.cuts.append(Cut.of(size, *when, {name: before[name] for name in changed}, changed, cut.seconds))
+
+    @override
+    def _numbers(self, trainer: Trainer) -> dict[str, float]:
+        numbers = super()._numbers(trainer)
+        if len(self._company(trainer)) == 1:
+            return numbers
+        # The sizes are told by who cuts.
+        return {name: value for name, value in numbers.items() if name.startswith("pruning/sparsity")}
+
     # -- before the first step ----------------------------------------------------------------------------------------
 
     @override
@@ -277,7 +314,7 @@ class MaskPruning(ScheduledPruning):
         epoch, step = trainer.current_epoch, trainer.global_step
         left = {name: old[name] for name in changed}
         self.report.cuts.append(Cut.of(size, point.index, epoch, step, left, changed, seconds))
-        log_now(trainer, {**self.report.metrics(), "pruning/seconds": seconds})
+        log_now(trainer, {**self._numbers(trainer), "pruning/seconds": seconds})
 
     def _go_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
@@ -347,9 +384,13 @@ class MaskPruning(ScheduledPruning):
         assert structure is not None
         assert subject is not None
         assert call is not None
-        if averages(trainer) or is_compiled(module):
-            reason = "averaged weights have other constants" if averages(trainer) else "the network is compiled"
-            return [f"Dead units stay: {reason}."]
+        reasons = {
+            "averaged weights have other constants": bool(averages(trainer)),
+            "the network is compiled": is_compiled(module),
+            "another callback decides what is cut": len(self._company(trainer)) > 1,
+        }
+        if any(reasons.values()):
+            return [f"Dead units stay: {' and '.join(why for why, holds in reasons.items() if holds)}."]
         with all_or_none():
             copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
             args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))

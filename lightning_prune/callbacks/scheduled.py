@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
-from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Schedule, due, reaches
-from lightning_prune.reporting import Report, Size, versions
+from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Plan, Schedule, due, reaches
+from lightning_prune.reporting import Cut, Report, Size, versions
+from lightning_prune.structure import Axes
 from lightning_prune.surgery import refuse
 
 __all__ = ["ScheduledPruning", "instance_of", "names_or_none", "note_what_stays"]
@@ -36,13 +37,16 @@ class ScheduledPruning(Callback, ABC):
     """Prunes at the moments of a schedule, always before a training batch, and keeps a report.
 
     A subclass says what is found before the first batch (`_prepare`), what a cut is (`_cut`) and how large the network
-    is at the end (`_measure`); it adds to state and settings what it needs itself.
+    is at the end (`_measure`); it adds to state and settings what it needs itself. Several in one run know of each
+    other: all are prepared, and do what is due, before any of them observes a batch.
 
     Args:
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
         reset_monitors: Let early stopping wait for the last cut; a subclass may do more.
         dirpath: Folder for the report; by default the logger's folder.
     """
+
+    layers: str | list[str] | None
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = Linear() if schedule is None else schedule
@@ -74,6 +78,11 @@ class ScheduledPruning(Callback, ABC):
         return bool(self._timeline) and self._last_done < self._timeline[-1].index
 
     @property
+    @override
+    def state_key(self) -> str:
+        return super().state_key if self.layers is None else self._generate_state_key(layers=self.layers)
+
+    @property
     def _last_done(self) -> int:
         return -1 if self._done is None else self._done
 
@@ -99,6 +108,13 @@ class ScheduledPruning(Callback, ABC):
     def _settings(self) -> dict[str, Any]:
         """What the user chose, for the report."""
 
+    def _objection(self, other: ScheduledPruning) -> str | None:  # noqa: ARG002
+        """Why it cannot be in one run with another one, and what to do."""
+        return None
+
+    def _settle(self) -> None:
+        """The last batch is over, however it has ended."""
+
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Before an epoch's first batch and what is due at it."""
 
@@ -109,6 +125,9 @@ class ScheduledPruning(Callback, ABC):
     def _begin_batch(self, trainer: Trainer, module: LightningModule) -> bool:  # noqa: ARG002
         """After what was due; whether the batch is slower for what is observed."""
         return False
+
+    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
+        """Another callback has cut the network: know it as it is now."""
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         """The training is over, the report not written."""
@@ -124,7 +143,8 @@ class ScheduledPruning(Callback, ABC):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_surroundings(self, ScheduledPruning, trainer, pl_module)
+        refuse_surroundings(self, trainer, pl_module)
+        self._refuse_company(trainer)
         keep_history(pl_module)
         bring_home()  # a spawned process has not built this callback
         self._is_fit = stage == "fit"
@@ -141,14 +161,19 @@ class ScheduledPruning(Callback, ABC):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        with as_written(pl_module):
-            point = self._do_what_is_due(trainer, pl_module, batch, batch_idx)
-        if not self.pending:
+        everyone = self._company(trainer)
+        if self is everyone[0]:
+            with as_written(pl_module):
+                for one in everyone:
+                    one._settle()
+                    one._be_prepared(trainer, pl_module, batch)
+                for one in everyone:
+                    one._do_what_is_due(trainer, pl_module, batch_idx)
+        if not any(one.pending for one in everyone):
             self._thresholds.give_back()
-        elif self.reset_monitors and batch_idx == 0:
+        elif self.pending and self.reset_monitors and batch_idx == 0:
             self._hold(trainer)
-        if point is not None or batch_idx == 0:
-            self._show_size(pl_module)
+        self._show_size(trainer, pl_module, batch_idx)
         self._pace.start(observed=self._begin_batch(trainer, pl_module))
 
     @override
@@ -170,7 +195,7 @@ class ScheduledPruning(Callback, ABC):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_prepared:
-            numbers = self.report.metrics()
+            numbers = self._numbers(trainer)
             overhead = self._pace.overhead()
             if overhead is not None:
                 numbers["pruning/overhead"] = overhead
@@ -191,7 +216,7 @@ class ScheduledPruning(Callback, ABC):
         self._end(trainer, pl_module)
         showing = self._showing(trainer)
         self.report.final = self._measure(showing, pl_module)
-        showing.finish()
+        showing.finish(self._numbers(trainer))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,19 +272,46 @@ class ScheduledPruning(Callback, ABC):
         self.report.notes.append(f"{_MISSED}{why}")
         warnings.warn(why, stacklevel=2)
 
-    def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> CutPoint | None:
+    @staticmethod
+    def _company(trainer: Trainer) -> list[ScheduledPruning]:
+        """All pruning callbacks of a run, in order."""
+        return [one for one in trainer.callbacks if isinstance(one, ScheduledPruning)]  # type: ignore[attr-defined]
+
+    def _refuse_company(self, trainer: Trainer) -> None:
+        for other in self._company(trainer):
+            if other is self:
+                continue
+            why = self._objection(other)
+            if why is None and self.dirpath is not None and self.dirpath == other.dirpath:
+                why = "expected a `dirpath` of its own, or none"
+            if why is not None:
+                raise ValueError(f"{type(self).__name__} beside {type(other).__name__}: {why}.")
+
+    def _be_prepared(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         if not self._is_prepared:
             curves = wandb_run(trainer, self.report.config.get("wandb"))
             self._prepare(trainer, module, batch)
             self.report.config["wandb"] = curves
             self._is_prepared = True
+
+    def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         if batch_idx == 0:
             self._begin_epoch(trainer, module)
         waits = self._waits() or not self._timeline
         point = None if waits else due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
         if point is not None:
             self._cut(trainer, module, point)
-        return point
+
+    def _way_back(self) -> Callable[[], None]:
+        """What brings this callback and its report back to what they know now."""
+        mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
+
+        # Not a context manager: an interrupt as it is left would end it as if its block had failed.
+        def back() -> None:
+            vars(self).update(mine)
+            self.report.cuts[:], self.report.notes[:] = cuts, notes
+
+        return back
 
     def _hold(self, trainer: Trainer) -> None:
         """No early stopping before the last cut."""
@@ -275,13 +327,17 @@ class ScheduledPruning(Callback, ABC):
     def _showing(self, trainer: Trainer) -> Showing:
         return Showing(self.report, trainer, self.dirpath, self._run_id)
 
-    def _show_size(self, module: LightningModule) -> None:
-        """Parameters left, in the progress bar."""
-        size = self.report.size
-        if size is not None:
-            module.log(
-                "params", float(size.params), prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
-            )
+    def _numbers(self, trainer: Trainer) -> dict[str, float]:  # noqa: ARG002
+        """What loggers and the progress bar are told of the network as it is."""
+        return self.report.metrics()
+
+    def _show_size(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+        """Parameters left, in the progress bar, at the start of an epoch and after a cut."""
+        cuts = self.report.cuts
+        is_cut = bool(cuts) and cuts[-1].step == trainer.global_step
+        params = self._numbers(trainer).get("pruning/params") if is_cut or batch_idx == 0 else None
+        if params is not None:
+            module.log("params", params, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def _collect(self, trainer: Trainer) -> None:
         """Write down what was measured since the last time; a metric of an earlier validation stays as it is."""

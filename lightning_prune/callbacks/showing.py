@@ -201,9 +201,13 @@ class Showing:
             milliseconds = {}
         return replace(size, bytes=size_on_disk(module), latency=milliseconds)
 
-    def finish(self) -> None:
-        """Print the table, write the files, hand the results to the loggers."""
-        self._log()
+    def finish(self, numbers: Mapping[str, float]) -> None:
+        """Print the table, write the files, hand the results to the loggers.
+
+        Args:
+            numbers: What the loggers are told.
+        """
+        log_now(self.trainer, numbers)
         folder = self.folder()  # asks all processes
         if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
@@ -222,10 +226,7 @@ class Showing:
             console.print(f"Best checkpoint: {best}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _to_wandb(logger, self.report, [path for path in (picture, ladder) if path])
-
-    def _log(self) -> None:
-        log_now(self.trainer, self.report.metrics())
+                _to_wandb(logger, self.report, numbers, [path for path in (picture, ladder) if path])
 
     def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:
         try:
@@ -237,13 +238,13 @@ class Showing:
         return path
 
 
-def _to_wandb(logger: WandbLogger, report: Report, pictures: Sequence[Path]) -> None:
+def _to_wandb(logger: WandbLogger, report: Report, numbers: Mapping[str, float], pictures: Sequence[Path]) -> None:
     """The recipe and final widths in the run's config, the results in its summary, the pictures and the tables."""
     run: Any = logger.experiment
     run.config.update(
         {"pruning": {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True
     )
-    run.summary.update(report.metrics())
+    run.summary.update(numbers)
     for grid in report.grids():
         if grid.title:
             logger.log_table(f"pruning/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])

@@ -56,7 +56,9 @@ from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Change,
+    Drop,
     History,
+    Keep,
     Repair,
     attach,
     begun,
@@ -187,9 +189,8 @@ class StructuredPruning(ScheduledPruning):
             self._observation = self._observation.paused()
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _settle(self) -> None:
         self._observation.stop()  # a callback may have ended the last batch before its time
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(
@@ -232,7 +233,7 @@ class StructuredPruning(ScheduledPruning):
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
         history = history_of(module)
         cuts = list(dict.fromkeys((edit.cut, edit.step) for edit in history.edits)) if history is not None else []
-        mine = [(cut.index, cut.step) for cut in self.report.cuts]
+        mine = list(dict.fromkeys((cut.index, cut.step) for cut in self.report.cuts))
         return trainer.global_step > 0 and self._subject is not None and self._subject.model is module and cuts == mine
 
     @override
@@ -262,6 +263,7 @@ class StructuredPruning(ScheduledPruning):
         original = original_of(module, structure)
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         self._observed = selected
+        self._refuse_overlap(trainer)
         statistic = self.criterion.statistic(_only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
@@ -269,7 +271,8 @@ class StructuredPruning(ScheduledPruning):
         if self._done is None:
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
             made = history.edits if history is not None and trainer.global_step > 0 else ()
-            self._done = max((edit.cut for edit in made), default=-1)
+            alone = len(self._company(trainer)) == 1
+            self._done = max((edit.cut for edit in made if alone or _cuts_one_of(edit, selected)), default=-1)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
@@ -304,6 +307,35 @@ class StructuredPruning(ScheduledPruning):
             with trainer.precision_plugin.forward_context():
                 self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
         return self._latency
+
+    @override
+    def _objection(self, other: ScheduledPruning) -> str | None:
+        if self.guard is not None:
+            return "expected no `guard`, which would take back what the other has done since. Leave one of the two out"
+        if self.scope.min_width == 0:
+            return (
+                "expected no `min_width=0`: the other may work on a layer that is taken out. Leave one of the two out"
+            )
+        if not isinstance(other, StructuredPruning):
+            return None
+        if self.layers is None:
+            return "expected `layers` in both, each with its own, or one callback that does all cuts"
+        if self._around:
+            return "expected no `repair` and no `ladder`, which know of the cuts of one callback only. Leave them out"
+        return None
+
+    def _refuse_overlap(self, trainer: Trainer) -> None:
+        """Refuse groups that a callback which is prepared already cuts, too."""
+        for other in self._company(trainer):
+            if other is self or not isinstance(other, StructuredPruning) or not other._is_prepared:
+                continue
+            both = [name for name in self._observed if name in other._observed]
+            if both:
+                raise ValueError(
+                    f"{type(self).__name__}(layers={self.layers!r}): expected layers that no other callback cuts, got "
+                    f"{', '.join(both)}, which {type(other).__name__}(layers={other.layers!r}) cuts. Layers that are "
+                    "coupled are one: `inspect(model)` shows them. Give each callback its own `layers`."
+                )
 
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
         """Groups that the user and the method let be cut."""
@@ -417,7 +449,8 @@ class StructuredPruning(ScheduledPruning):
 
         forget_code(module)
         change: Change | None = None
-        back = self._way_back()
+        others = [one for one in self._company(trainer) if one is not self]
+        ways_back = [one._way_back() for one in (self, *others)]
         try:
             with unwrapped(trainer, module):
                 with all_or_none():
@@ -439,22 +472,33 @@ class StructuredPruning(ScheduledPruning):
             self.report.cuts.append(cut)
             for around in self._around:
                 around.after()
+            for other in others:
+                other._follow(trainer, module, plan, axes, cut)
         except BaseException:
             if change is not None:
                 change.undo()
             _attach(before)
-            back()
+            for back in ways_back:
+                back()
             raise
 
+    @override
+    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
+        assert self._structure is not None
+        self._structure = self._structure.take(plan.kept)
+        # What was observed is of units that are all there: the other one cuts other groups.
+        statistic = self.criterion.statistic(_only(self._structure, self._observed))
+        self._observation = self._observation.paused().of(statistic)
+        size, when = self._size(), (cut.index, cut.epoch, cut.step)
+        self.report.cuts.append(Cut.of(size, *when, cut.before, cut.after, cut.seconds))
+
+    @override
     def _way_back(self) -> Callable[[], None]:
-        """What brings this callback and its report back to what they know now."""
-        mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
+        mine = super()._way_back()
         theirs = [dict(vars(around)) for around in self._around]
 
-        # Not a context manager: an interrupt as it is left would end it as if its block had failed.
         def back() -> None:
-            vars(self).update(mine)
-            self.report.cuts[:], self.report.notes[:] = cuts, notes
+            mine()
             for around, known in zip(self._around, theirs, strict=True):
                 vars(around).update(known)
 
@@ -530,6 +574,11 @@ class StructuredPruning(ScheduledPruning):
 def _only(structure: Structure, names: tuple[str, ...]) -> Structure:
     """The structure with these groups alone: to observe what is not pruned would only cost time."""
     return replace(structure, groups=tuple(group for group in structure.groups if group.name in names))
+
+
+def _cuts_one_of(edit: Keep | Drop, groups: tuple[str, ...]) -> bool:
+    """Whether an edit cuts one of these groups."""
+    return not {*(edit.kept if isinstance(edit, Keep) else edit.groups)}.isdisjoint(groups)
 
 
 def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, subject: Subject) -> Call | None:

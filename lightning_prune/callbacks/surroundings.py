@@ -10,12 +10,11 @@ from lightning_prune.callbacks.processes import refuse_strategy
 __all__ = ["refuse_surroundings"]
 
 
-def refuse_surroundings(callback: Callback, kind: type[Callback], trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a trainer, strategy, callback or module that a cut cannot be made safe in.
+def refuse_surroundings(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a trainer, strategy or module that a cut cannot be made safe in.
 
     Args:
         callback: Who prunes.
-        kind: What all pruning callbacks are.
         trainer: The run.
         module: What trains.
 
@@ -30,13 +29,6 @@ def refuse_surroundings(callback: Callback, kind: type[Callback], trainer: Train
             "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
         )
     refuse_strategy(name, trainer)
-    others: list[Callback] = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
-    rivals = [other for other in others if isinstance(other, kind)]
-    if rivals:
-        raise ValueError(
-            f"{name}: expected one pruning callback, got {1 + len(rivals)}. Let one callback do all cuts: choose its "
-            "`layers` and `scope`."
-        )
     inside = [path for path, part in module.named_modules() if isinstance(part, AveragedModel)]
     if inside:
         raise ValueError(

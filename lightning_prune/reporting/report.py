@@ -251,7 +251,7 @@ class Report:
 
     def around(self, cut: Cut) -> tuple[float | None, float | None, float | None]:
         """The main metric: last before a cut, first measured after it, last before the next cut (or the end)."""
-        following = [other.step for other in self.cuts if other.index > cut.index]
+        following = [other.step for other in self.cuts[self.cuts.index(cut) + 1 :]]
         before = self.between(-1, cut.step)
         after = self.between(cut.step, following[0] if following else math.inf)
         return before[-1] if before else None, after[0] if after else None, after[-1] if after else None

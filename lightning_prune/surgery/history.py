@@ -21,6 +21,7 @@ from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.standins import Kind
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.depth import layer, restore, template
+from lightning_prune.surgery.masks import attach_masks
 from lightning_prune.surgery.plain import HistoryError
 from lightning_prune.surgery.shrink import Change, cut
 from lightning_prune.surgery.tensors import blank, canonical, named, non_persistent
@@ -394,7 +395,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
 
     Only tensors that the checkpoint's or the network's own history names change their shape. If the network was cut
     in another way before, they are zero afterwards, without a gradient: loading is to follow. Optimizers keep their
-    parameters, but their state has to be loaded too.
+    parameters, but their state has to be loaded too, and so have masks.
 
     Args:
         model: A dense network, or a pruned one with its history attached. It gets the checkpoint's history.
@@ -446,6 +447,7 @@ def replay(model: nn.Module, history: History) -> None:
 
 def _widen(change: Change, model: nn.Module, history: History) -> None:
     dense = history.dense
+    change.edit_attributes(model, lambda: attach_masks(model, {}))
     with torch.inference_mode(False), torch.no_grad():
         restore(change, model, dense.layers)
         present = named(model)

@@ -34,7 +34,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_prune import L1, ContributionPruning, Linear, OneShot, StructuredPruning, load_from_checkpoint
+from lightning_prune import (
+    L1,
+    NM,
+    ContributionPruning,
+    Guard,
+    HybridPruning,
+    Linear,
+    MagnitudePruning,
+    OneShot,
+    Scope,
+    StructuredPruning,
+    load_from_checkpoint,
+)
 from lightning_prune.callbacks.averages import averages
 from tests.callbacks.networks import Net, Stream, fit, make, samples, widths
 from tests.callbacks.test_ddp import SETTINGS
@@ -265,9 +277,34 @@ def rich_bar(folder: Path) -> None:
     runs(folder, RichProgressBar(), enable_progress_bar=True)
 
 
-@companion("a second pruning callback")
-def second(folder: Path) -> None:
-    runs(folder, ContributionPruning(0.5))
+def together(*callbacks: Callback) -> Callable[[Path], None]:
+    """What works is tested thoroughly in `test_company`."""
+
+    def case(folder: Path) -> None:
+        model = make()
+        fit(folder, model, *callbacks, epochs=3)
+        assert widths(model) == (6, 4)
+
+    return case
+
+
+companion("`MagnitudePruning` or `HybridPruning` beside a callback that cuts")(
+    together(pruning(), MagnitudePruning(schedule=OneShot(at=1)))
+)
+companion("two callbacks that cut, each with its own `layers`")(
+    together(pruning(layers="first"), pruning(layers="second"))
+)
+companion("two callbacks that cut, one without `layers`")(together(pruning(layers="first"), ContributionPruning(0.5)))
+companion("two callbacks that cut the same layer")(together(pruning(layers="first"), pruning(layers=["first"])))
+companion("two callbacks with masks")(together(MagnitudePruning(), HybridPruning()))
+companion("`NM` beside a callback that cuts")(together(pruning(), MagnitudePruning(granularity=NM(2, 4))))
+companion("`guard` beside a second pruning callback")(together(pruning(guard=Guard()), MagnitudePruning()))
+companion("`min_width=0` beside a second pruning callback")(
+    together(pruning(scope=Scope(min_width=0)), MagnitudePruning())
+)
+companion("`repair` or `ladder` in one of two callbacks that cut")(
+    together(pruning(layers="first", ladder=True), pruning(layers="second"))
+)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from lightning_prune import (
     Linear,
     MagnitudePruning,
     OneShot,
-    StructuredPruning,
     Unit,
     callbacks,
     load_from_checkpoint,
@@ -439,8 +438,8 @@ def test_a_tied_or_frozen_layer_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_other_company_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one pruning callback"):
-        fit(tmp_path, make(), MagnitudePruning(), StructuredPruning(0.5))
+    with pytest.raises(ValueError, match="expected one callback that lays all masks"):
+        fit(tmp_path, make(), MagnitudePruning(), HybridPruning())
 
 
 def test_nothing_left_of_a_layer_is_said(tmp_path: Path) -> None:
