@@ -241,6 +241,7 @@ class MaskPruning(ScheduledPruning):
         if self._done is None or not masks_of(module):
             self._done = -1  # a new run, or another network was loaded: it catches up with the next cut
         self._timeline = self._moments(trainer, 1 - self.sparsity)
+        self._carry_over()
         self._structure, self._subject, self._batch = structure, subject, call_on(module, batch, subject)
         self._require_kept(trainer)
         self._watch(module)

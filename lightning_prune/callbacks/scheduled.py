@@ -294,6 +294,22 @@ class ScheduledPruning(Callback, ABC):
             self.report.config["wandb"] = curves
             self._is_prepared = True
 
+    def _carry_over(self) -> None:
+        """Go on from a run with another schedule: what it has reached counts, not how many cuts it took."""
+        before = self.report.config.get("cuts") or []
+        now = [[point.unit, point.at, point.share] for point in self._timeline]
+        made = before[: self._last_done + 1]
+        if not now or made == now[: len(made)]:
+            return
+        reached = max(share for _, _, share in made)
+        self._done = max((point.index for point in self._timeline if point.share <= reached + 1e-9), default=-1)
+        then, here = (", ".join(f"{unit} {at} ({share:.0%})" for unit, at, share in cuts) for cuts in (before, now))
+        warnings.warn(
+            f"{type(self).__name__}: the run so far had cuts (share of the target) at {then}; this one has {here}. "
+            f"{reached:.0%} of the target is reached: the cuts that go further are made, the others count as done.",
+            stacklevel=2,
+        )
+
     def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         if batch_idx == 0:
             self._begin_epoch(trainer, module)

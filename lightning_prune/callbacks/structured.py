@@ -283,6 +283,7 @@ class StructuredPruning(ScheduledPruning):
         self._structure, self._subject = structure, subject
         self._examined = _examined(statistic, module, batch, subject)
         self._original, self._selected, self._timeline = original, selected, timeline
+        self._carry_over()
         if self.report.dense is None:
             dense = Size.of(structure, original)
             if history is None:

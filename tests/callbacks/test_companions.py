@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -26,6 +27,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -36,6 +38,7 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import (
     L1,
+    L2,
     NM,
     ContributionPruning,
     Guard,
@@ -48,8 +51,9 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks.averages import averages
-from tests.callbacks.networks import Net, Stream, fit, make, samples, widths
+from tests.callbacks.networks import Curves, Net, Stream, equal, fit, make, samples, weights, widths
 from tests.callbacks.test_ddp import SETTINGS
+from tests.callbacks.test_runs import Gan
 
 PAGE = Path(__file__).parents[2] / "docs" / "companions.md"
 LINES = {
@@ -307,6 +311,14 @@ companion("`repair` or `ladder` in one of two callbacks that cut")(
 )
 
 
+@companion("`DeviceStatsMonitor`")
+def device(folder: Path) -> None:
+    pytest.importorskip("psutil")
+    curves = Curves()
+    runs(folder, DeviceStatsMonitor(), logger=curves, log_every_n_steps=1)
+    assert any("cpu_percent" in name for _, row in curves.rows for name in row)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +345,26 @@ def manual(folder: Path) -> None:
     model, run = runs(folder, model=make(Adversaries))
     assert run.optimizers[0].state[model.second.weight]["exp_avg"].shape == (4, 6)
     assert run.optimizers[1].state[model.head.weight]["momentum_buffer"].shape == (3, 4)
+
+
+@companion("a GAN of which only the generator is pruned")
+def generator(folder: Path) -> None:
+    def train(**options: Any) -> tuple[Any, Trainer]:
+        model = make(Gan)
+        pruner = pruning(criterion=L2(), layers="generator", schedule=Linear(start=1, end=2, cuts=2))
+        saver = ModelCheckpoint(folder / "ends", filename="{epoch}", save_top_k=-1)
+        return model, fit(folder, model, pruner, saver, epochs=4, validate=False, **options)
+
+    model, run = train()
+    assert (model.generator[0].out_features, model.critic[0].out_features) == (5, 8)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for optimizer in run.optimizers:
+        assert all(state["exp_avg"].shape == parameter.shape for parameter, state in optimizer.state.items())
+        assert len(optimizer.state) == 4
+    again, _ = train(ckpt_path=folder / "ends" / "epoch=1.ckpt")
+    assert equal(weights(again), weights(model))
+    dense = fit(folder / "dense", make(Gan), epochs=4, validate=False).lightning_module
+    assert not equal(weights(model.critic), weights(dense.critic))  # type: ignore[arg-type]
 
 
 @companion("`gradient_clip_val`")
@@ -366,6 +398,12 @@ def set_to(**options: Any) -> Callable[[Path], None]:
         runs(folder, **options)
 
     return case
+
+
+@companion('`precision="16-mixed"`')
+def half(folder: Path) -> None:
+    """Further in `test_scaler`; on CPUs Lightning itself takes bf16 in its place."""
+    runs(folder, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
 
 
 for precision in ("bf16-mixed", "bf16-true", "64-true"):

@@ -1,6 +1,7 @@
 """Checkpoints of every format that was ever written load for ever, with ``weights_only=True``.
 
 `fixtures/checkpoint_1.pt` is of a run of `test_formats.pruner`, saved after epoch 1: the first of two cuts was made.
+`fixtures/masks_1.pt` is the same of a run of `test_formats.company`, which keeps weights to go back to.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prune import Contribution, ContributionPruning, Linear, load_from_checkpoint
-from lightning_prune.surgery import history_of
+from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, load_from_checkpoint
+from lightning_prune.surgery import history_of, masks, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, widths
 
-CHECKPOINTS = sorted(Path(__file__).with_name("fixtures").glob("checkpoint_*.pt"))
+FIXTURES = Path(__file__).with_name("fixtures")
+CHECKPOINTS = sorted(FIXTURES.glob("checkpoint_*.pt"))
+MASKS = sorted(FIXTURES.glob("masks_*.pt"))
 
 
 def pruner() -> ContributionPruning:
     return ContributionPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=Linear(start=1, end=2, cuts=2))
+
+
+def company() -> tuple[ContributionPruning, MagnitudePruning]:
+    return pruner(), MagnitudePruning(0.5, schedule=Linear(start=1, end=2, cuts=2), rewind=0)
 
 
 def test_the_present_format_has_a_fixture() -> None:
@@ -43,3 +50,27 @@ def test_it_loads_and_goes_on(file: Path, tmp_path: Path) -> None:
     fit(tmp_path, model, callback, epochs=4, ckpt_path=file)
     assert widths(model) == (6, 4)
     assert [(cut.index, cut.epoch) for cut in callback.report.cuts] == [(0, 1), (1, 2)]
+
+
+def test_every_version_of_the_masks_has_a_fixture() -> None:
+    stored = [torch.load(file, weights_only=True) for file in MASKS]
+    assert {checkpoint[masks.MASKS_KEY]["version"] for checkpoint in stored} == set(range(1, masks._VERSION + 1))
+    _, masking = company()
+    newest = stored[-1]["callbacks"]["MagnitudePruning"]
+    assert masking.state_dict()["format"] == newest["format"]
+    assert masking.state_dict().keys() == newest.keys()
+
+
+@pytest.mark.parametrize("file", MASKS, ids=lambda file: file.stem)
+def test_masks_load_and_go_on(file: Path, tmp_path: Path) -> None:
+    loaded = load_from_checkpoint(Net, file, weights_only=True)
+    assert widths(loaded) == (9, 6)
+    laid = {name: int(mask.sum()) for name, mask in masks_of(loaded).items()}
+    assert laid == {"first.weight": 11, "second.weight": 18, "head.weight": 3}
+    assert not revived(loaded)
+    model, callbacks = make(Net, "adamw"), company()
+    fit(tmp_path, model, *callbacks, epochs=4, ckpt_path=file)
+    assert widths(model) == (6, 4)
+    assert sum(int(mask.sum()) for mask in masks_of(model).values()) == (36 + 24 + 12) // 2
+    assert not revived(model)
+    assert [(cut.index, cut.epoch) for cut in callbacks[0].report.cuts] == [(0, 1), (1, 2)]

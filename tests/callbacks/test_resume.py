@@ -12,7 +12,17 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import L1, L2, Contribution, ContributionPruning, Linear, Random, StructuredPruning
+from lightning_prune import (
+    L1,
+    L2,
+    Contribution,
+    ContributionPruning,
+    Linear,
+    MagnitudePruning,
+    OneShot,
+    Random,
+    StructuredPruning,
+)
 from lightning_prune.structure import latency
 from tests.callbacks.contents import content, untimed
 from tests.callbacks.networks import BATCHES, Net, Stream, equal, fit, make, refit, samples, trainer, widths
@@ -210,3 +220,36 @@ def test_the_report_of_a_resumed_run_is_the_whole_runs(tmp_path: Path) -> None:
         report["summary"] = {key: value for key, value in report["summary"].items() if "latency" not in key}
     assert whole == resumed
     assert len(whole["cuts"]) == 2
+
+
+@pytest.mark.parametrize("kind", [StructuredPruning, MagnitudePruning])
+@pytest.mark.parametrize(
+    ("schedule", "made"),
+    [
+        # Half of the target is reached when epoch 3 begins: what goes further is made.
+        (Linear(start=1, end=5, cuts=4), [0, 2, 3]),
+        (OneShot(at=5), [0, 0]),
+        (OneShot(at=1), [0, 0]),  # long due
+    ],
+)
+def test_another_schedule_goes_on_from_there(kind: Any, schedule: Any, made: list[int], tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path / "whole", make(), kind(0.5, schedule=SCHEDULE), saver, epochs=EPOCHS)
+    model, pruner = make(), kind(0.5, schedule=schedule)
+    with pytest.warns(UserWarning, match=r"had cuts .* at epoch 2 \(50%\), epoch 4 \(100%\); this one has .* 50% of"):
+        fit(tmp_path / "other", model, pruner, epochs=EPOCHS, ckpt_path=tmp_path / "ends" / "epoch=2.ckpt")
+    assert [cut.index for cut in pruner.report.cuts] == made
+    if kind is StructuredPruning:
+        assert widths(model) == (6, 4)
+    else:
+        assert pruner.report.ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_longer_run_stays_at_what_is_reached(tmp_path: Path) -> None:
+    """With moments that are shares of the run, more epochs are another schedule."""
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path / "whole", make(), StructuredPruning(0.5, schedule=Linear(0.2, 0.5, cuts=2)), saver, epochs=EPOCHS)
+    model, pruner = make(), StructuredPruning(0.5, schedule=Linear(0.2, 0.5, cuts=2))
+    with pytest.warns(UserWarning, match="100% of the target is reached"):
+        fit(tmp_path / "more", model, pruner, epochs=12, ckpt_path=tmp_path / "ends" / "epoch=5.ckpt")
+    assert [cut.epoch for cut in pruner.report.cuts] == [1, 3]
