@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -56,6 +58,7 @@ def load_from_checkpoint(
     Raises:
         HistoryError: If the checkpoint is of another architecture or its history is damaged.
         TypeError: If ``model_class`` is no LightningModule class.
+        ValueError: If the file was torn.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
         raise TypeError(
@@ -77,6 +80,14 @@ def load_from_checkpoint(
         model_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
         try:
             return model_class.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            file = Path(checkpoint_path)
+            if not file.is_file() or zipfile.is_zipfile(file):
+                raise
+            raise ValueError(
+                f"expected a whole checkpoint, got '{file}', the end of which is missing after "
+                f"{file.stat().st_size:,} bytes. It was torn while it was written or copied: take another one."
+            ) from error
         finally:
             if before is None:
                 del model_class.on_load_checkpoint

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.processes import in_exception, merged
@@ -52,8 +53,15 @@ class Observation:
         if self.statistic is not None:
             self._before = self._whole()
             self._open.enter_context(as_written(module))
-            for handle in self.statistic.attach(module, _loss_scale(trainer)):
-                self._open.callback(handle.remove)
+            handles: list[RemovableHandle] = []
+            try:
+                handles = self.statistic.attach(module, _loss_scale(trainer))
+                for handle in handles:
+                    self._open.callback(handle.remove)
+            except BaseException:  # an interrupt may come before they are all remembered
+                for handle in handles:
+                    handle.remove()
+                raise
 
     def stop(self) -> None:
         """Leave no hook behind."""

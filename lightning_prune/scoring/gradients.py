@@ -69,7 +69,7 @@ class GradientStatistic(MemberStatistic):
         """Take the numbers of one parameter, whose gradient has just been found."""
         self.record_weights(found)
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+    def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """A hook on every parameter that is trained."""
         wanted = {member.tensor for group in self.structure.groups for member in group.members}
 
@@ -79,11 +79,9 @@ class GradientStatistic(MemberStatistic):
                 weight, gradient = parameter.detach().to(dtype), gradient.to(dtype) / self.loss_scale
                 self.gather({name: self.increment(weight, gradient)})
 
-        return [
-            parameter.register_hook(partial(hook, name, parameter))  # type: ignore[no-untyped-call]
-            for name, parameter in named(model).items()
-            if name in wanted and isinstance(parameter, nn.Parameter) and parameter.requires_grad
-        ]
+        for name, parameter in named(model).items():
+            if name in wanted and isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+                yield parameter.register_hook(partial(hook, name, parameter))  # type: ignore[no-untyped-call]
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:
         """Groups without a parameter that is trained."""
@@ -111,10 +109,11 @@ class MaskGradientStatistic(ActivationStatistic):
         self.declare("score", "sum")
         self._batch: dict[tuple[str, int], Tensor] = {}  # by group and number of passes: (passes, width)
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+    def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """As for all activations; when the hooks go, the batch is over and its squares are taken."""
         self._batch = {}
-        return [*super().observe(model), EndOfBatch(self._settle)]
+        yield from super().observe(model)
+        yield EndOfBatch(self._settle)
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
         """Wait for the gradient of what came out."""

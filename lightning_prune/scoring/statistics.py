@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, final
 
 import torch
@@ -71,8 +71,8 @@ class Statistic(Metric):
 
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:  # noqa: ARG002
-        """Register the hooks that ``record`` what happens, and return their handles; none if ``examine`` does all."""
+    def observe(self, model: nn.Module) -> Iterable[RemovableHandle]:  # noqa: ARG002
+        """Register the hooks that ``record`` what happens, and hand out their handles; none if ``examine`` does all."""
         return []
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
@@ -161,7 +161,14 @@ class Statistic(Metric):
         self._half = int(self.batches) % 2
         self.batches += 1
         self.loss_scale = loss_scale
-        return self.observe(model)
+        handles: list[RemovableHandle] = []
+        try:
+            handles.extend(self.observe(model))
+            return handles
+        except BaseException:  # also an interrupt: no hook stays
+            for handle in handles:
+                handle.remove()
+            raise
 
     @final
     def unobservable(self, model: nn.Module) -> dict[str, str]:
@@ -366,7 +373,7 @@ class ActivationStatistic(ConsumerStatistic):
             targets: Which of its inputs belong to which units.
         """
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+    def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Forward hooks on every Linear, Conv and ConvTranspose that takes units as input."""
         targets = self.targets(model)
 
@@ -377,7 +384,8 @@ class ActivationStatistic(ConsumerStatistic):
                 self.see(module, activation, output, targets[module])
 
         # First of all hooks: later ones may replace or overwrite the output.
-        return [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module in targets]
+        for module in targets:
+            yield module.register_forward_hook(hook, prepend=True, with_kwargs=True)
 
 
 @final

@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import faults
-from lightning_prune import Contribution, ContributionPruning, FoldMean, Guard, Linear, StructuredPruning
+from lightning_prune import (
+    Contribution,
+    ContributionPruning,
+    Fisher,
+    FoldMean,
+    Guard,
+    Linear,
+    StructuredPruning,
+    Taylor,
+    load_from_checkpoint,
+)
 from lightning_prune.callbacks import structured
 from lightning_prune.surgery import history_of, repair, shrink
 from tests.callbacks.contents import attributes, content, differences, untimed
@@ -256,6 +267,34 @@ def test_a_torn_checkpoint_is_refused_before_any_weight_changes(keep: float, tmp
     with pytest.raises((RuntimeError, EOFError, OSError)):
         fit(tmp_path / "again", model, pruner(), data=alike(), ckpt_path=tmp_path / "torn.ckpt")
     assert equal(weights(model), before)
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*torn.ckpt'.* bytes"):
+        load_from_checkpoint(Net, tmp_path / "torn.ckpt")
+
+
+@pytest.mark.parametrize(
+    "criterion", [Contribution(every_n_batches=1), Taylor(every_n_batches=1), Fisher(every_n_batches=1)]
+)
+def test_an_interrupt_at_any_line_of_the_start_leaves_no_hook(criterion: Any, tmp_path: Path) -> None:
+    """Of a batch that is to be observed."""
+
+    class Tries(Callback):
+        tried = 0
+
+        def on_train_batch_end(self, run: Any, module: Any, *_: Any) -> None:
+            if run.global_step != 2:
+                return
+            observation = callback._observation
+            while Interrupter(self.tried + 1).run(lambda: observation.start(run, module)):
+                observation.stop()
+                assert hooks(module) == 0, self.tried
+                self.tried += 1
+            assert hooks(module) > 0
+            observation.stop()
+
+    callback = StructuredPruning(0.5, criterion=criterion, schedule=SCHEDULE)
+    tries = Tries()
+    fit(tmp_path, make(Net, norm=False), callback, tries, validate=False, epochs=EPOCHS)
+    assert tries.tried > 100
 
 
 @pytest.mark.ddp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -24,10 +24,11 @@ class TaylorStatistic(GradientStatistic):
         super().__init__(structure)
         self._batch: dict[str, Tensor] = {}  # by group
 
-    def observe(self, model: nn.Module) -> list[RemovableHandle]:
+    def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """As for all gradients; when the hooks go, the batch is over and its squares are taken."""
         self._batch = {}
-        return [*super().observe(model), EndOfBatch(self._settle)]
+        yield from super().observe(model)
+        yield EndOfBatch(self._settle)
 
     def increment(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """``g · w``."""
