@@ -25,7 +25,7 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def canonical(name: str) -> str:
     """A qualified name as it reads without ``torch.compile``."""
-    return name.replace(_COMPILED, "")
+    return f"{name}.".replace(_COMPILED, "").removesuffix(".")  # also of the compiled module itself
 
 
 def named(model: nn.Module) -> dict[str, torch.Tensor]:
