@@ -8,7 +8,6 @@ from typing import Any, final
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.structure import Axes, Subject
-from lightning_prune.structure.tracing import FakeCopy
+from lightning_prune.structure.tracing import FakeCopy, forked_rng
 from lightning_prune.surgery import Repair, Rewind, repaired, take
 from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.tensors import named
@@ -141,7 +140,7 @@ class Calibration:
     def run(self, copy: nn.Module, n: int) -> None:
         """Run the first ``n`` batches through a copy."""
         (step,) = self.subject.optional
-        with isolate_rng(), torch.no_grad():
+        with forked_rng(), torch.no_grad():  # Lightning's own does not give back after an error
             torch.manual_seed(0)
             for batch in self._batches(n):
                 with self.trainer.precision_plugin.forward_context():

@@ -54,7 +54,9 @@ class GradientStatistic(MemberStatistic):
     A subclass writes ``increment``. All parameters of a group count, biases and norms too; a parameter that is frozen
     or gets no gradient adds nothing. Gradients are those of one backward pass, before they are added to what
     accumulated, clipped or averaged over ranks, with weights as they were in it, and without the factor that mixed
-    precision puts on the loss. ``passes`` are backward passes; each weighs the same.
+    precision puts on the loss. Several processes observe a batch each, as one process would smaller batches: what is
+    not linear in the gradient then differs from one process on all of it; `Fisher`, which squares sample by sample,
+    does not. ``passes`` are backward passes; each weighs the same.
     """
 
     evidence = "gradients"

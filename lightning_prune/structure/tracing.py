@@ -40,6 +40,7 @@ __all__ = [
     "Tracer",
     "Value",
     "flat_tensors",
+    "forked_rng",
     "output_tensors",
 ]
 
@@ -678,7 +679,7 @@ class FakeCopy:
                 warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
-                stack.enter_context(_forked_rng())
+                stack.enter_context(forked_rng())
                 args, kwargs = self._inputs((call.args, dict(call.kwargs)))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
@@ -818,7 +819,7 @@ def _structural(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
 
 
 @contextmanager
-def _forked_rng() -> Iterator[None]:
+def forked_rng() -> Iterator[None]:
     """Leave every random generator as it was found."""
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from benchmarks import ranks
 from lightning_prune import (
     L2,
     Contribution,
+    Fisher,
     FoldMean,
     GroupLasso,
     Guard,
@@ -27,7 +28,6 @@ from lightning_prune import (
     ReestimateBatchNorm,
     Ridge,
     StructuredPruning,
-    Taylor,
     inspect,
 )
 from lightning_prune.models import MLPClassifier
@@ -80,7 +80,7 @@ def test_resuming_with_every_criterion(processes: int, tmp_path: Path) -> None:
 
 OBSERVING: dict[str, Any] = {
     "contribution": {"callback": "ContributionPruning", "pruning": {"criterion": Contribution(every_n_batches=1)}},
-    "gradients": {"optimizer": "adamw", "pruning": {"criterion": Taylor(every_n_batches=1), "scope": "global"}},
+    "gradients": {"optimizer": "adamw", "pruning": {"criterion": Fisher(every_n_batches=1), "scope": "global"}},
 }
 
 

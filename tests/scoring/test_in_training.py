@@ -41,7 +41,7 @@ class Net(LightningModule):
 def _no_report(monkeypatch):
     """Latencies and pictures take longer than the training."""
     monkeypatch.setattr(Showing, "measure", lambda self, module, call, size: size)
-    monkeypatch.setattr(Showing, "finish", lambda self: None)
+    monkeypatch.setattr(Showing, "finish", lambda *_: None)
 
 
 def fit(callback, tmp_path, model, val=False, **settings):

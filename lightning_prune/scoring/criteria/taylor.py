@@ -54,7 +54,7 @@ class Taylor(ObservingCriterion):
     layers. The bar is the mean over observed batches, squared each by itself. The paper squares the sum over a unit's
     weights, or sums their squares; this is the former, by which what one weight adds to the loss and another takes from
     it cancels. (Weights before a batch norm then count nothing: their scale has no effect.) ``Fisher`` squares sample
-    by sample.
+    by sample, and so says the same in any number of processes; here each process has batches of its own.
 
     Args:
         every_n_batches: Observe every n-th training batch.
