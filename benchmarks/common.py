@@ -46,8 +46,14 @@ def command(module: str) -> str:
     return shlex.join(["python", "-m", module, *arguments])
 
 
-def quiet_fit(module: LightningModule, loader: Any, callbacks: Sequence[Callback] = (), **settings: Any) -> None:
-    """Train on one processor and leave nothing behind: no files, no output, no validation."""
+def quiet_fit(
+    module: LightningModule,
+    data: Any,
+    callbacks: Sequence[Callback] = (),
+    resume: Path | None = None,
+    **settings: Any,
+) -> None:
+    """Train on one processor, from a loader or data module, and leave nothing: no files, no output, no validation."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             accelerator="cpu",
@@ -60,7 +66,7 @@ def quiet_fit(module: LightningModule, loader: Any, callbacks: Sequence[Callback
             callbacks=list(callbacks),
             **settings,
         )
-        trainer.fit(module, train_dataloaders=loader)
+        trainer.fit(module, data, ckpt_path=resume)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

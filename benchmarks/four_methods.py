@@ -10,12 +10,10 @@ report's own rate as well. A stopped run goes on where it was: what is done lies
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import io
 import json
 import logging
-import tempfile
 import time
 import warnings
 import zlib
@@ -29,7 +27,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit, signed
 from lightning_prune import L2, HybridPruning, Kernel, MagnitudePruning, OneShot, Scope, StructuredPruning
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.extras import require
@@ -133,19 +131,7 @@ def fit(
     resume: Path | None = None,
 ) -> LightningModule:
     """Train on one thread, nothing printed, nothing kept."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        Trainer(
-            max_epochs=epochs,
-            callbacks=list(callbacks),
-            accelerator="cpu",
-            precision=precision,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        ).fit(model, datamodule=data, ckpt_path=resume)
+    quiet_fit(model, data, callbacks, resume, max_epochs=epochs, precision=precision)
     return model.eval()
 
 
