@@ -296,7 +296,7 @@ def figure(rows: Sequence[Row]) -> Any:
     asked.set(xlabel="share asked for, of what the method looks at (%)", title="the same by the share asked for")
     speed.set(xlabel="parameters gone (%)", ylabel="times as fast, batch 128", title="speed-up")
     size.set(xlabel="parameters gone (%)", ylabel="KiB", ylim=(0, None), title="size on disk; dotted: compressed")
-    asked.legend(frameon=False, fontsize="small", loc="lower left")
+    speed.legend(*asked.get_legend_handles_labels(), frameon=False, fontsize="small", loc="upper left")
     for axes in panels.flat:
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
