@@ -223,7 +223,11 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._observation = Observation(saved=on_first(dict(state["statistic"])), batches=int(state["batches"]))
+        saved, before = on_first(dict(state["statistic"])), state["report"]["config"].get("criterion")
+        if saved and before not in (None, repr(self.criterion)):
+            warnings.warn(f"{self.criterion!r} observes anew: the checkpoint's numbers are of {before}", stacklevel=2)
+            saved = {}
+        self._observation = Observation(saved=saved, batches=int(state["batches"]))
         table = state.get("latency")
         self._latency = None if table is None else LatencyTable.from_plain(table)
         for around in self._around:

@@ -114,6 +114,8 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
     with torch.inference_mode(False):
         try:
             analysis = _Analysis(subject)
+            # Of a network that was cut before, axes of length 1 have lost what couples them; the structure knows it.
+            analysis.tracer.compares_lengths = False
             analysis.follow(structure)
         except StructureError as error:  # training may leave in a module what cannot be copied
             warnings.warn(f"A cut was not rehearsed: {error}", stacklevel=2)
@@ -518,7 +520,7 @@ class _Analysis:
 
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)
-        tracer.units = self.tracer.units
+        tracer.units, tracer.compares_lengths = self.tracer.units, self.tracer.compares_lengths
         return tracer
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:

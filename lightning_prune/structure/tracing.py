@@ -153,6 +153,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
+        self.compares_lengths = True
         self.units = len(atoms)
         self.choices: Mapping[SplitKey, int] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
@@ -350,7 +351,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if operator.name in _LAYOUT:
             return
-        line = (*operator.numbers(args, kwargs), *self._noted, *self._fixed_lengths(out))
+        lengths = self._fixed_lengths(out) if self.compares_lengths else ()
+        line = (*operator.numbers(args, kwargs), *self._noted, *lengths)
         self._noted = []
         if self.expected is not None:
             at = len(self.script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import random
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import faults
@@ -66,6 +68,7 @@ def state(run: Any, module: Any, callback: StructuredPruning) -> dict[str, Any]:
         "history": history.to_plain() if history else None,
         "report": untimed(callback.report.to_plain()),
         "random numbers": torch.get_rng_state(),
+        "modes": len(_get_current_dispatch_mode_stack()),
         **{name: value for name, value in attributes(callback).items() if name not in ("_cut", "_take_back")},
     }
 
@@ -79,7 +82,9 @@ class Interrupter:
     def trace(self, frame: Any, event: str, _: Any) -> Any:
         if "lightning_prune" not in frame.f_code.co_filename:
             return None
-        if event == "line":
+        # Python reports a `with` once more as it is left, before `__exit__` is called: no signal can come there.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not line.lstrip().startswith("with "):
             self.places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
             if len(self.places) == self.line:
                 raise KeyboardInterrupt

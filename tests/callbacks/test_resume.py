@@ -22,6 +22,7 @@ from lightning_prune import (
     OneShot,
     Random,
     StructuredPruning,
+    Taylor,
 )
 from lightning_prune.structure import latency
 from tests.callbacks.contents import content, untimed
@@ -243,6 +244,16 @@ def test_another_schedule_goes_on_from_there(kind: Any, schedule: Any, made: lis
         assert widths(model) == (6, 4)
     else:
         assert pruner.report.ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_another_criterion_observes_anew(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    before = StructuredPruning(0.5, criterion=Taylor(every_n_batches=1), schedule=SCHEDULE)
+    fit(tmp_path / "whole", make(), before, saver, epochs=EPOCHS)
+    model, pruner = make(), StructuredPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=SCHEDULE)
+    with pytest.warns(UserWarning, match=r"Contribution\(.* observes anew: the checkpoint's numbers are of Taylor\("):
+        fit(tmp_path / "other", model, pruner, epochs=EPOCHS, ckpt_path=tmp_path / "ends" / "epoch=2.ckpt")
+    assert widths(model) == (6, 4)
 
 
 def test_a_longer_run_stays_at_what_is_reached(tmp_path: Path) -> None:

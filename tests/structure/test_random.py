@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -320,6 +320,8 @@ def check(drawn):
         assert parameter.grad is None or parameter.grad.shape == parameter.shape, name
 
 
+# Cut to one unit of each, the second convolution's input has lost what couples it: the rehearsal called that a number.
+@example(([("grouped", 1, 1), ("shuffle", 0, 0), ("grouped", 1, 2)], "pool", 0))
 @settings(max_examples=EXAMPLES)
 @given(networks)
 def test_random_networks(drawn):
