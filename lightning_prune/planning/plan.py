@@ -158,7 +158,7 @@ def feasible(
     if (shares := _shares(target, scope, selected)) is not None:
         for name in (name for name, remaining in shares.items() if remaining == 0):
             if vanishing.ladders[name][-1] > 0:
-                raise ValueError(_cannot_vanish(structure, name, scope))
+                raise ValueError(f"a `pruning_ratio` of 1 for {name!r} cannot be met: {vanishing.refusal(name)}.")
         return smallest
     dense = original.among(selected, structure)
     limit = target.fraction(original, dense) * original.size(target.quantity, dense)
@@ -222,8 +222,14 @@ class _Vanishing:
             return removal
         along = sorted(removal.groups - flow.removal.groups - self.names)
         if along:
-            return f"{', '.join(along)} would go along, which is not to be pruned"
+            return f"others that are not selected would have to go with it: {', '.join(along)}"
         return "others vanish, and with it nothing of the input would reach the output"
+
+    def refusal(self, group: str) -> str:
+        """Why all of a group cannot go, and what to do."""
+        if self.scope.min_width > 0:
+            return f"`min_width` is {self.scope.min_width}. Give scope=Scope(min_width=0) to take its layers out"
+        return f"{self.why(group)}. Leave some of its units, a share below 1"
 
     def settle(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Widths in which nothing vanishes that cannot: groups in order, the later one keeps a unit."""
@@ -398,16 +404,6 @@ def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope
         f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest:.6g} {what} are left. Give a larger "
         f"budget, a smaller `min_width` or `round_to`, or free more layers; an int is a count, a float a share."
     )
-
-
-def _cannot_vanish(structure: Structure, name: str, scope: Scope) -> str:
-    if scope.min_width > 0:
-        why = f"`min_width` is {scope.min_width}. Give scope=Scope(min_width=0) to take its layers out"
-    else:
-        removal = None if structure.flow is None else structure.flow.without({name})
-        what = removal if isinstance(removal, str) else "others that are not selected would have to go with it"
-        why = f"{what}. Leave some of its units, a share below 1"
-    return f"a `pruning_ratio` of 1 for {name!r} cannot be met: {why}."
 
 
 def _of(quantity: Quantity) -> str:
