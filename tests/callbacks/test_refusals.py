@@ -210,30 +210,3 @@ def _with_strategy(tmp_path: Path) -> Trainer:
     run = trainer(tmp_path)
     run._accelerator_connector.strategy = FSDPStrategy()
     return run
-
-
-def test_a_statistic_of_another_criterion(tmp_path: Path) -> None:
-    pruner = ContributionPruning(0.5, schedule=OneShot(at=2))
-    with pytest.warns(UserWarning, match="of the way|before the last"):
-        run = _half(tmp_path, pruner)
-    run.save_checkpoint(tmp_path / "half.ckpt")
-    other = ContributionPruning(0.5, criterion=Contribution(lambda_avg=0, lambda_max=1), schedule=OneShot(at=2))
-    model = make()
-    with pytest.raises(ValueError, match="expected states of the present network"):
-        fit(tmp_path / "again", model, other, epochs=4, ckpt_path=tmp_path / "half.ckpt")
-    assert widths(model) == (12, 8)
-
-
-def _half(tmp_path: Path, pruner: StructuredPruning) -> Trainer:
-    run = trainer(tmp_path, pruner, epochs=4)
-    run.fit_loop.min_epochs = 0
-
-    from lightning.pytorch import Callback
-
-    class Stop(Callback):
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            trainer.should_stop = True
-
-    run.callbacks.append(Stop())
-    refit(run, make())
-    return run
