@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import os
 import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_prune.reporting import versions
 
-__all__ = ["EVIDENCE", "command", "fill", "interval", "machine", "quiet_fit", "shown", "signed", "summary"]
+__all__ = [
+    *("EVIDENCE", "command", "fill", "interval", "machine", "publish", "quiet", "quiet_fit", "resumed", "shown"),
+    *("signed", "summary"),
+]
 
 #: Where every benchmark leaves its output.
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -44,6 +51,13 @@ def command(module: str) -> str:
             at = arguments.index(place)
             del arguments[at : at + 2]
     return shlex.join(["python", "-m", module, *arguments])
+
+
+def quiet(threads: int = 1) -> None:
+    """Neither warnings nor Lightning's log, on so many threads."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def quiet_fit(
@@ -88,6 +102,35 @@ def shown(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
 def signed(values: Sequence[float], digits: int = 2) -> str:
     """A mean difference with its 95 % interval, as text."""
     return shown(values, digits, "+")
+
+
+def resumed(
+    jobs: Iterable[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]], file: Path
+) -> Iterator[dict[str, Any]]:
+    """The row of every job: from the lines of a file, or run and added to them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    for job in jobs:
+        row = next((row for row in done if job.items() <= row.items()), None)
+        if row is None:
+            row = {**job, **run(job)}
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            print(*job.values(), f"{row['accuracy']:.2f}", flush=True)
+        yield row
+
+
+def publish(name: str, facts: Mapping[str, Any], tables: str, figure: Any = None) -> None:
+    """Numbers, tables and picture of a benchmark, with the command and the machine, into its folder of evidence."""
+    home = EVIDENCE / name
+    home.mkdir(parents=True, exist_ok=True)
+    facts = {"command": command(f"benchmarks.{name}"), "machine": machine(), **facts}
+    (home / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    ran = f"`{facts['command']}` on {facts['machine']['processor']}; {facts['machine']['versions']}"
+    fill(home / "README.md", f"{tables}\n\n{ran}")
+    if figure is not None:
+        figure.savefig(home / "figure.png")
+    print(tables)
 
 
 def fill(page: Path, tables: str) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common import EVIDENCE, command, fill, machine, quiet_fit, shown, summary
+from benchmarks.common import EVIDENCE, command, fill, machine, quiet, quiet_fit, shown, summary
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -220,9 +218,7 @@ def loaded(name: str, root: str | None) -> tuple[ImageTensors, ImageTensors]:
 
 def one_run(name: str, root: str | None, epochs: int, batch_size: int, seed: int, label: str) -> dict[str, Any]:
     """One run of one seed; the unpruned network's has the cuts without training."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     task = TASKS[name]
     held = Held(loaded(name, root), batch_size, task.val_share, seed)
     began = time.perf_counter()

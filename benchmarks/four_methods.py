@@ -10,15 +10,12 @@ report's own rate as well. A stopped run goes on where it was: what is done lies
 from __future__ import annotations
 
 import argparse
-import gc
 import io
-import json
-import logging
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -27,7 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit, signed
+from benchmarks.common import interval, publish, quiet, quiet_fit, resumed, shown, signed
 from lightning_prune import L2, HybridPruning, Kernel, MagnitudePruning, OneShot, Scope, StructuredPruning
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.extras import require
@@ -122,19 +119,6 @@ def accuracy(model: nn.Module, images: ImageTensors) -> float:
     return 100 * right / len(images)
 
 
-def fit(
-    model: LightningModule,
-    data: CIFAR10,
-    epochs: int,
-    *callbacks: Callback,
-    precision: Any = "32-true",
-    resume: Path | None = None,
-) -> LightningModule:
-    """Train on one thread, nothing printed, nothing kept."""
-    quiet_fit(model, data, callbacks, resume, max_epochs=epochs, precision=precision)
-    return model.eval()
-
-
 def network(state: Mapping[str, torch.Tensor], rate: tuple[float, float]) -> FourConvClassifier:
     model = FourConvClassifier(optimizer="adam", lr=rate[0], weight_decay=rate[1])
     model.load_state_dict(state)
@@ -188,53 +172,43 @@ def jobs(given: argparse.Namespace) -> Iterator[Row]:
             yield {**point, "rate": "report", "epochs": given.report_epochs}
 
 
-def run(job: Row, state: Mapping[str, torch.Tensor], data: CIFAR10, test: ImageTensors) -> Row:
+@cache
+def loaded(root: str | None, seed: int) -> CIFAR10:
+    data = CIFAR10(root=root, batch_size=128, seed=seed)
+    data.setup("fit")
+    return data
+
+
+def dense_state(given: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
+    """The dense network of a seed, trained once."""
+    file = Path(given.work / f"dense-{seed}-{given.dense_epochs}.pt")
+    if not file.is_file():
+        seed_everything(seed, verbose=False)
+        model = FourConvClassifier(optimizer="adam", lr=DENSE[0], weight_decay=DENSE[1])
+        quiet_fit(model, loaded(given.root, seed), max_epochs=given.dense_epochs)
+        torch.save(model.state_dict(), file)
+    return dict(torch.load(file))
+
+
+def run(given: argparse.Namespace, job: Row) -> Row:
     """Prune, fine-tune and measure once."""
-    rate = WORKS if job["rate"] == "works" else REPORT
+    seed, rate = job["seed"], WORKS if job["rate"] == "works" else REPORT
+    state, data = dense_state(given, seed), loaded(given.root, seed)
     dense, model = network(state, rate).eval(), network(state, rate)
+    test = data._splits["test"]
     right = Right(test)
-    seed_everything(job["seed"], verbose=False)
-    fit(model, data, job["epochs"], METHODS[job["method"]].make(model, job["amount"]), right)
+    seed_everything(seed, verbose=False)
+    method = METHODS[job["method"]].make(model, job["amount"])
+    quiet_fit(model, data, [method, right], max_epochs=job["epochs"])
     total = sum(parameter.numel() for parameter in dense.parameters())
     return {
-        **job,
         "sparsity": 100 * (1 - left(model) / total),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "right after": right.accuracy,
         "accuracy": accuracy(model, test),
-        "latency": {str(batch): in_turn(dense, model, batch) for batch in BATCHES},
+        "latency": {str(batch): in_turn(dense, model.eval(), batch) for batch in BATCHES},
         "size": sizes(model),
     }
-
-
-def trained(seed: int, epochs: int, data: CIFAR10, work: Path) -> dict[str, torch.Tensor]:
-    """The dense network of a seed, trained once."""
-    file = work / f"dense-{seed}-{epochs}.pt"
-    if not file.is_file():
-        seed_everything(seed, verbose=False)
-        model = FourConvClassifier(optimizer="adam", lr=DENSE[0], weight_decay=DENSE[1])
-        torch.save(fit(model, data, epochs).state_dict(), file)
-    return dict(torch.load(file))
-
-
-def remaining(given: argparse.Namespace, rows: Path) -> Iterator[Row]:
-    """Run what is not among the rows yet, and write each down."""
-    done = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.is_file() else []
-    data: CIFAR10 | None = None
-    for job in jobs(given):
-        before = next((row for row in done if job.items() <= row.items()), None)
-        if before is not None:
-            yield before
-            continue
-        if data is None or data.seed != job["seed"]:
-            data = CIFAR10(root=given.root, batch_size=128, seed=job["seed"])
-            data.setup("fit")
-        row = run(job, trained(job["seed"], given.dense_epochs, data, given.work), data, data._splits["test"])
-        with rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row["seed"], row["method"], row["amount"], row["rate"], f"{row['accuracy']:.2f}", flush=True)
-        yield row
-        gc.collect()
 
 
 def mean(rows: Iterable[Row], what: Callable[[Row], float]) -> float:
@@ -252,13 +226,6 @@ def control(rows: Sequence[Row], row: Row) -> float:
     same = ("seed", "rate", "epochs")
     fits = (r for r in rows if r["method"] == "unpruned" and all(r[key] == row[key] for key in same))
     return float(next(fits)["accuracy"])
-
-
-def with_interval(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    centre, half = interval(values)
-    return f"{centre:.1f} ± {half:.1f}"
 
 
 def figure(rows: Sequence[Row]) -> Any:
@@ -314,12 +281,12 @@ def tables(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         for point in points(rows, name):
             right, after = ([row[key] for row in point] for key in ("right after", "accuracy"))
             less = [row["accuracy"] - control(rows, row) for row in point]
-            paired = "–" if name == "unpruned" else signed(less, 1) if len(less) > 1 else f"{less[0]:+.1f}"
+            paired = "–" if name == "unpruned" else signed(less, 1)
             times = [mean(point, lambda row, b=b: row["latency"][str(b)]["speedup"]) for b in BATCHES]
             disk = [mean(point, lambda row, k=k: row["size"][k]) / 1024 for k in ("bytes", "compressed")]
             lines.append(
                 f"| {name} | {100 * point[0]['amount']:.0f} | {mean(point, lambda row: row['sparsity']):.1f} "
-                f"| {fmean(right):.1f} | {with_interval(after)} | {paired} "
+                f"| {fmean(right):.1f} | {shown(after, 1)} | {paired} "
                 f"| {times[0]:.2f} | {times[1]:.2f} | {disk[0]:.1f} | {disk[1]:.1f} |"
             )
     (unpruned,) = points(rows, "unpruned")
@@ -327,7 +294,7 @@ def tables(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Test accuracy in %, last epoch; mean over {facts['seeds']} seeds ± half its 95 % interval. The dense "
-        f"networks have {with_interval([row['right after'] for row in unpruned])} after {facts['dense epochs']} "
+        f"networks have {shown([row['right after'] for row in unpruned], 1)} after {facts['dense epochs']} "
         f"epochs, before {facts['epochs']} epochs of fine-tuning. Milliseconds of the dense network: "
         f"{dense[1]:.3f} for one image, {dense[128]:.1f} for 128.",
     ]
@@ -347,9 +314,7 @@ def tables(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             f"| {row['method']} | {100 * row['amount']:.0f} | {row['right after']:.1f} | {row['accuracy']:.1f} "
             f"| {works['accuracy']:.1f} |"
         )
-    return "\n".join(
-        [*lines, "", f"`{facts['command']}` on {facts['machine']['processor']}; {facts['machine']['versions']}"]
-    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -362,24 +327,10 @@ def main() -> None:
     parser.add_argument("--report-epochs", type=int, default=20, help="of fine-tuning at the report's rate; 0: none")
     parser.add_argument("--work", type=Path, default=Path("runs/four_methods"), help="what is done so far")
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
-    rows = list(remaining(given, given.work / "rows.jsonl"))
-    facts = {
-        "command": command("benchmarks.four_methods"),
-        "machine": machine(),
-        "seeds": given.seeds,
-        "dense epochs": given.dense_epochs,
-        "epochs": given.epochs,
-        "rows": rows,
-    }
-    home = EVIDENCE / "four_methods"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    figure(rows).savefig(home / "figure.png")
-    fill(home / "README.md", tables(rows, facts))
+    quiet()
+    rows = list(resumed(jobs(given), partial(run, given), given.work / "rows.jsonl"))
+    facts = {"seeds": given.seeds, "dense epochs": given.dense_epochs, "epochs": given.epochs, "rows": rows}
+    publish("four_methods", facts, tables(rows, facts), figure(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, command, fill, machine, quiet_fit
+from benchmarks.common import publish, quiet_fit
 from lightning_prune import Contribution, ContributionPruning, Linear
 from lightning_prune.extras import require
 from lightning_prune.models import MLPClassifier
@@ -108,11 +107,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="cuts between two looks at memory and objects")
     given = parser.parse_args()
     rows = run(given.cuts, given.every)
-    folder = EVIDENCE / "growth"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command("benchmarks.growth"), "machine": machine(), "rows": rows}
-    (folder / "results.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    draw(rows).savefig(folder / "figure.png")
     looks = [row for row in rows if "rss" in row]
     lines = [
         "| cuts | seconds of a cut | memory (MiB) | live tensors | objects | hooks | checkpoint (KiB) | parameters |",
@@ -122,8 +116,7 @@ def main() -> None:
     line = f"| {' | '.join(words)} | {{checkpoint:.0f}} | {{params:,.0f}} |"
     shown = looks[:: max(len(looks) // 8, 1)]
     lines += [line.format(**{**row, "checkpoint": row["checkpoint"] / 1024}) for row in shown]
-    fill(folder / "README.md", "\n".join(lines))
-    print("\n".join(lines))
+    publish("growth", {"rows": rows}, "\n".join(lines), draw(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -19,7 +18,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
+from benchmarks.common import interval, publish, quiet, signed
 from benchmarks.contribution import PAPER_MLP, SHARES, Held, accuracy, loaded, minus
 from lightning_prune import L1, Contribution, Random
 from lightning_prune.data import ImageTensors
@@ -140,7 +139,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def draw(results: Sequence[Mapping[str, Any]], title: str) -> Any:
     """Both measures against the weight of C_max, a line per ratio."""
-    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), layout="constrained")
+    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), layout="constrained", dpi=110)
     panels = figure.subplots(1, 2)
     measures = {"area right after one cut": area, "68 % gone, then trained": recovered}
     for axes, (what, measure) in zip(panels, measures.items(), strict=True):
@@ -168,20 +167,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16, help="before the cut")
     parser.add_argument("--after", type=int, default=4, help="epochs after the cut at 68 %%")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    quiet()
     results: list[dict[str, Any]] = []
     for seed in range(given.seeds):
         results.append(one_seed(loaded(given.data, given.root), given.epochs, given.after, seed))
         print(f"seed {seed}: {results[-1]['seconds']} s", flush=True)
-    folder = EVIDENCE / "lambdas"
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(given).items() if key != "root"}
-    facts = {"command": command("benchmarks.lambdas"), "settings": settings, "machine": machine(), "seeds": results}
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    lines = "\n".join(table(results))
-    fill(folder / "README.md", lines)
-    draw(results, f"{given.data}, MLP 784-50-30-10").savefig(folder / "figure.png", dpi=110)
-    print(lines)
+    figure = draw(results, f"{given.data}, MLP 784-50-30-10")
+    publish("lambdas", {"settings": settings, "seeds": results}, "\n".join(table(results)), figure)
 
 
 if __name__ == "__main__":

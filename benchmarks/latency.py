@@ -15,13 +15,12 @@ from time import process_time
 import torch
 from torchvision.models import resnet18
 
-from benchmarks.common import EVIDENCE, command, fill, machine
+from benchmarks.common import publish, quiet
 from lightning_prune import Random, Scope, prune
 from lightning_prune.structure import Subject, trace
 from lightning_prune.structure import latency as latency_module
 from lightning_prune.structure.latency import measure_latency, with_latency
 
-HERE = EVIDENCE / "latency"
 CUTS = (
     {"pruning_ratio": 0.25},
     {"pruning_ratio": 0.5},
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--seconds", type=float, default=1.0, help="processor time to spend on each measured latency")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    quiet()
     latency_module.median_seconds = processor_seconds
     x = torch.randn(1, 3, given.size, given.size)
     torch.manual_seed(0)
@@ -63,15 +62,11 @@ def main() -> None:
         abs(row["reckoned"] / rows[0]["reckoned"] - row["measured"] / rows[0]["measured"]) for row in rows[1:]
     )
     results = {
-        "command": command("benchmarks.latency"),
-        "machine": machine(),
         "rows": rows,
         "mean relative error": error,
         "mean error of the share that remains": shares,
     }
-    HERE.mkdir(parents=True, exist_ok=True)
-    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    fill(HERE / "README.md", _table(results))
+    publish("latency", results, _table(results))
 
 
 def processor_seconds(run: Callable[[], object], seconds: float) -> float:

@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet, signed
 from lightning_prune import NM, HybridPruning, MagnitudePruning, OneShot
 from lightning_prune.data import FashionMNIST, ImageData
 from lightning_prune.extras import require
@@ -149,9 +147,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     data = FashionMNIST(root=given.root, batch_size=512)
     home = EVIDENCE / "masks"
     home.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,18 @@
 """Network slimming with and without its penalty: ``python -m benchmarks.slimming``.
 
 The network of four convolutions, wider and with batch normalisation, is trained on CIFAR-10 with the L1 subgradient on
-the scales and without; then one threshold over all scales cuts it, and training goes on. Drawn are the scales right
-before the cut, and accuracy against the share of filters removed, beside the unpruned network that goes on as long. All
-shares of a seed are cut from one checkpoint. A stopped run goes on where it was: what is done lies in ``--work``. Needs
-the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+the scales and without; then one threshold over all scales cuts it, and training goes on. The learning rate falls along
+a cosine over the whole run. Drawn are the scales right before the cut, and accuracy against the share of filters
+removed, beside the unpruned network that goes on as long. All shares of a seed are cut from one checkpoint. A stopped
+run goes on where it was: what is done lies in ``--work``. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from math import cos, pi
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,8 +21,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from benchmarks.common import EVIDENCE, command, fill, machine, signed
-from benchmarks.four_methods import Right, accuracy, fit, with_interval
+from benchmarks.common import publish, quiet, quiet_fit, resumed, shown, signed
+from benchmarks.four_methods import Right, accuracy
 from lightning_prune import NetworkSlimming, OneShot, ScaleL1
 from lightning_prune.data import CIFAR10
 from lightning_prune.extras import require
@@ -32,11 +31,20 @@ from lightning_prune.models import FourConvClassifier
 Row = dict[str, Any]
 
 SHARES = (0.0, 0.3, 0.5, 0.7)  # 0: unpruned
-FILTERS, LR, MOMENTUM, DECAY = 16, 0.05, 0.9, 1e-4
-# In s steps a scale is pulled by s · lr / (1 − momentum) · strength: 3 in six epochs here, where scales begin at 1. The
-# paper's 1e-4 pulls as far in its 160 epochs.
-STRENGTH = 3e-3
+FILTERS, LR, MOMENTUM, DECAY = 32, 0.1, 0.9, 1e-4
+# In s steps a scale, 1 at first, is pulled by s · mean lr / (1 − momentum) · strength: about 3 before the cut.
+# The paper's 1e-4 pulls as far in its 160 epochs.
+STRENGTH = 1e-3
 NAMES = {0.0: ("without the penalty", "#0072B2", "o"), STRENGTH: ("with the penalty", "#D55E00", "s")}
+
+
+class Cosine(Callback):
+    """The learning rate of every epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.max_epochs
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = LR * (1 + cos(pi * trainer.current_epoch / trainer.max_epochs)) / 2
 
 
 class Keep(Callback):
@@ -58,6 +66,13 @@ def network() -> FourConvClassifier:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+@cache
+def loaded(root: str | None, seed: int) -> CIFAR10:
+    data = CIFAR10(root=root, batch_size=128, augment=True, seed=seed)
+    data.setup("fit")
+    return data
+
+
 def scales(model: nn.Module) -> list[float]:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     return [float(scale) for layer in layers for scale in layer.weight.detach().abs()]
@@ -67,31 +82,39 @@ def slimming(share: float, strength: float, epochs: int) -> NetworkSlimming:
     return NetworkSlimming(share, penalty=ScaleL1(strength), schedule=OneShot(at=epochs))
 
 
+def train(given: argparse.Namespace, model: nn.Module, data: CIFAR10, *callbacks: Callback, **settings: Any) -> None:
+    epochs = given.epochs + given.after
+    quiet_fit(model, data, [Cosine(), *callbacks], max_epochs=epochs, precision="bf16-mixed", **settings)
+
+
 def sparse(given: argparse.Namespace, data: CIFAR10, seed: int, strength: float) -> Path:
     """A checkpoint of the run right before the cut, made once."""
-    file = Path(given.work / f"sparse-{seed}-{strength}-{given.epochs}.ckpt")
+    file = Path(given.work / f"sparse-{seed}-{strength}-{given.epochs}-{given.after}.ckpt")
     if not file.is_file():
         seed_everything(seed, verbose=False)
-        callbacks = slimming(0.5, strength, given.epochs), Keep(given.epochs, file)
-        fit(network(), data, given.epochs + given.after, *callbacks, precision="bf16-mixed")
+        train(given, network(), data, slimming(0.5, strength, given.epochs), Keep(given.epochs, file))
     return file
 
 
-def run(given: argparse.Namespace, data: CIFAR10, seed: int, strength: float, share: float) -> Row:
+def jobs(given: argparse.Namespace) -> Iterator[Row]:
+    for seed in range(given.seeds):
+        for strength in NAMES:
+            for share in SHARES:
+                run = {"epochs": given.epochs, "after": given.after}
+                yield {"seed": seed, "strength": strength, "share": share, **run}
+
+
+def run(given: argparse.Namespace, job: Row) -> Row:
     """Cut once and go on."""
-    file, model = sparse(given, data, seed, strength), network()
+    share, strength, data = job["share"], job["strength"], loaded(given.root, job["seed"])
+    file, model = sparse(given, data, job["seed"], strength), network()
     model.load_state_dict(torch.load(file)["state_dict"])
-    data.setup("fit")
     test = data._splits["test"]
     before, values = accuracy(model, test), scales(model)
     right, whole = Right(test), sum(p.numel() for p in model.parameters())
     callbacks = [slimming(share, strength, given.epochs)] if share else []
-    epochs = given.epochs + given.after
-    fit(model, data, epochs, *callbacks, right, precision="bf16-mixed", resume=file)
+    train(given, model, data, *callbacks, right, resume=file)
     return {
-        "seed": seed,
-        "strength": strength,
-        "share": share,
         "before": before,
         "right after": right.accuracy,
         "accuracy": accuracy(model, test),
@@ -99,23 +122,6 @@ def run(given: argparse.Namespace, data: CIFAR10, seed: int, strength: float, sh
         "scales after": scales(model),
         "params left": sum(p.numel() for p in model.parameters()) / whole,
     }
-
-
-def remaining(given: argparse.Namespace, rows: Path) -> Iterator[Row]:
-    """Run what is not among the rows yet, and write each down."""
-    done = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.is_file() else []
-    for seed in range(given.seeds):
-        data = CIFAR10(root=given.root, batch_size=128, augment=True, seed=seed)
-        for strength in NAMES:
-            for share in SHARES:
-                job = {"seed": seed, "strength": strength, "share": share}
-                row = next((row for row in done if job.items() <= row.items()), None)
-                if row is None:
-                    row = run(given, data, seed, strength, share)
-                    with rows.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(job, f"{row['right after']:.2f} {row['accuracy']:.2f}", flush=True)
-                yield row
 
 
 def of(rows: Sequence[Row], strength: float, share: float) -> list[Row]:
@@ -172,26 +178,19 @@ def tables(rows: Sequence[Row], facts: dict[str, Any]) -> str:
             mine = of(rows, strength, share)
             less = [row["accuracy"] - whole for row, whole in zip(mine, unpruned, strict=True)]
             is_unpruned = not (strength or share)
-            paired = "–" if is_unpruned else signed(less, 1) if len(less) > 1 else f"{less[0]:+.1f}"
+            paired = "–" if is_unpruned else signed(less, 1)
             lines.append(
                 f"| {name} | {100 * share:.0f} | {100 * mean(mine, lambda row: row['params left']):.1f} "
                 f"| {mean(mine, lambda row: row['before']):.1f} | {mean(mine, lambda row: row['right after']):.1f} "
-                f"| {with_interval([row['accuracy'] for row in mine])} | {paired} |"
+                f"| {shown([row['accuracy'] for row in mine], 1)} | {paired} |"
             )
     shares = []
     for strength, (name, _, _) in NAMES.items():
         values = [scale for row in of(rows, strength, 0.0) for scale in row["scales"]]
         small = 100 * fmean(scale < 0.05 for scale in values)
         shares.append(f"{name} {small:.0f} % of the scales are below 0.05 and their mean is {fmean(values):.2f}")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Test accuracy in %, last epoch, {facts['seeds']} seeds. Right before the cut, {'; '.join(shares)}.",
-            "",
-            f"`{facts['command']}` on {facts['machine']['processor']}; {facts['machine']['versions']}",
-        ]
-    )
+    text = f"Test accuracy in %, last epoch, {facts['seeds']} seeds. Right before the cut, {'; '.join(shares)}."
+    return "\n".join([*lines, "", text])
 
 
 def main() -> None:
@@ -199,29 +198,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6, help="before the cut")
-    parser.add_argument("--after", type=int, default=2, help="epochs after the cut")
+    parser.add_argument("--epochs", type=int, default=10, help="before the cut")
+    parser.add_argument("--after", type=int, default=3, help="epochs after the cut")
     parser.add_argument("--work", type=Path, default=Path("runs/slimming"), help="what is done so far")
     given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
-    rows = list(remaining(given, given.work / "rows.jsonl"))
-    facts = {
-        "command": command("benchmarks.slimming"),
-        "machine": machine(),
-        "seeds": given.seeds,
-        "epochs": given.epochs,
-        "after": given.after,
-        "strength": STRENGTH,
-        "rows": rows,
-    }
-    home = EVIDENCE / "slimming"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    figure(rows).savefig(home / "figure.png")
-    fill(home / "README.md", tables(rows, facts))
+    quiet()
+    rows = list(resumed(jobs(given), partial(run, given), given.work / "rows.jsonl"))
+    settings = {"epochs": given.epochs, "after": given.after, "strength": STRENGTH}
+    facts = {"seeds": given.seeds, **settings, "rows": rows}
+    publish("slimming", facts, tables(rows, facts), figure(rows))
 
 
 if __name__ == "__main__":

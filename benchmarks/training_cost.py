@@ -9,9 +9,6 @@ start. What counts is what each has spent when its validation accuracy first rea
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from time import process_time
@@ -22,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit
+from benchmarks.common import interval, publish, quiet, quiet_fit
 from benchmarks.contribution import Held, accuracy, loaded
 from lightning_prune import Linear, StructuredPruning
 from lightning_prune.data import ImageTensors
@@ -145,7 +142,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def draw(results: Sequence[Mapping[str, Any]]) -> Any:
     """Validation accuracy against what was spent: MACs on the left, seconds on the right; a thin line per seed."""
-    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), layout="constrained")
+    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4), layout="constrained", dpi=110)
     panels = figure.subplots(1, 2, sharey=True)
     colours = dict(zip(ways(), ("#000000", "#0072B2", "#D55E00", "#009E73"), strict=True))
     for axes, (key, unit, label) in zip(
@@ -177,9 +174,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=30000, help="a third of them validates")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     train, test = loaded("MNIST", given.root)
     sets = (train.take(torch.arange(given.images)), test)
     results: list[dict[str, Any]] = []
@@ -187,20 +182,8 @@ def main() -> None:
         held = Held(sets, BATCH, VAL_SHARE, seed)
         results.append({"seed": seed, "runs": {way: run(way, held, given.epochs, seed) for way in ways()}})
         print(f"seed {seed} done", flush=True)
-    folder = EVIDENCE / "training_cost"
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(given).items() if key != "root"}
-    facts = {
-        "command": command("benchmarks.training_cost"),
-        "settings": settings,
-        "machine": machine(),
-        "seeds": results,
-    }
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    lines = "\n".join(table(results))
-    fill(folder / "README.md", lines)
-    draw(results).savefig(folder / "figure.png", dpi=110)
-    print(lines)
+    publish("training_cost", {"settings": settings, "seeds": results}, "\n".join(table(results)), draw(results))
 
 
 if __name__ == "__main__":

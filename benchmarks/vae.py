@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet_fit, signed
+from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet, quiet_fit, signed
 from benchmarks.contribution import LOOKS, Held
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, prune
 from lightning_prune.data import FashionMNIST
@@ -245,9 +243,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--batches", type=int, default=75, help="of 64 images, drawn anew in each of 14 epochs")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     folder = EVIDENCE / "vae"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": EPOCHS, "batches": given.batches, "batch_size": BATCH_SIZE}
