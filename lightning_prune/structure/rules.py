@@ -1045,7 +1045,6 @@ def rearranged(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "is_same_size",
     "_assert_async",
     "_assert_tensor_metadata",
-    "set_",
     "_is_all_true",
 )
 def nothing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -249,6 +249,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.decisions.append((part, others))
         return part
 
+    def assigned(self, tensor: torch.Tensor, given: torch.Tensor) -> None:
+        """Follow ``tensor.data = given``: what a parameter or buffer holds from now on lies on its own units."""
+        own, value = self.value(tensor), self.value(given)
+        axes = value.axes
+        if own.source is not None and tensor.shape == given.shape:
+            axes = tuple(self.meet(*pair, "an assignment to `data`") for pair in zip(own.axes, axes, strict=True))
+        elif own.source is not None:
+            self.freeze([*own.axes, *axes], "an assignment to `data` changes its shape")
+        self.label(tensor, axes, zero=value.zero, source=own.source or value.source)
+
     def role(self, value: Value, dim: int, role: str) -> None:
         """Note that a parameter's axis produces or consumes."""
         if value.source is not None:
@@ -689,6 +699,7 @@ class FakeCopy:
                 for name, tensor in self.named.items():
                     tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
                 self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
+                stack.enter_context(_assignments_followed(tracer))
                 stack.enter_context(tracer)
                 return getattr(self.module, call.method)(*args, **kwargs)
         finally:
@@ -750,6 +761,26 @@ def _who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[
         nn.Module.__getattr__ = original  # type: ignore[method-assign]
         for number, (module, _) in modules.items():
             vars(module).setdefault("training", modes[number])
+
+
+@contextmanager
+def _assignments_followed(tracer: Tracer) -> Iterator[None]:
+    """Tell the tracer of assignments to `data`, which reach no operator; at the end they are taken back."""
+    data: Any = torch._C.TensorBase.data
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def assign(tensor: torch.Tensor, given: torch.Tensor) -> None:
+        before.append((tensor, data.__get__(tensor)))
+        tracer.assigned(tensor, given)
+        data.__set__(tensor, given)
+
+    torch.Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
+        for tensor, old in reversed(before):
+            data.__set__(tensor, old)
 
 
 def _hides_nothing(kind: type[nn.Module]) -> bool:

@@ -35,6 +35,11 @@ class BufferScaled(nn.Module):
         return self.head(self.first(x) * self.scale + self.shift)
 
 
+def clamped(weight):
+    weight.data = weight.data.clamp(-0.1, 0.1)
+    return weight
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -615,4 +620,10 @@ case("units that are not zero", (3, 4), {}, {"a.weight": "removed units would no
 )
 case("embedding", (4,), {"0": 6, "1": 5}, integers=9)(
     lambda: nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+)
+case("weights clamped by data", (3, 5, 5), {"a": 8, "b": 5})(
+    lambda: Net(
+        lambda m, x: m.c(F.conv2d(m.a(x).relu(), clamped(m.b.weight), m.b.bias)),
+        **{"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 5, 1), "c": nn.Conv2d(5, 2, 1)},
+    )
 )

@@ -206,6 +206,11 @@ def doubled(part: Tensor, whole: Tensor) -> Tensor:
     return whole.sum(1)
 
 
+def assigned(tensor: Tensor, given: Tensor) -> Tensor:
+    tensor.data = given.data
+    return tensor
+
+
 def overwritten(y: Tensor) -> Tensor:
     torch.exp(y.detach(), out=y.detach())
     return y.sum(1)
@@ -230,6 +235,10 @@ def overwritten(y: Tensor) -> Tensor:
         (lambda _, y: F.pad(y.sigmoid(), (1, 1, 1, 1), mode="circular").mean(1), 0),
         (lambda _, y: F.conv2d(F.pad(y.sigmoid(), (1, 1, 1, 1), mode="circular"), _.kernel[:2]), 8),
         (lambda _, y: overwritten(y), 0),
+        (lambda _, y: _.second(assigned(y.tanh(), F.conv2d(y, _.kernel).flip(1)).mean((2, 3))), 8),
+        (lambda _, y: F.conv2d(y, assigned(_.kernel, _.kernel.flip(1))).sum(1), 4),
+        (lambda _, y: F.conv2d(y, assigned(_.kernel, _.kernel[:4])).sum(1), 0),
+        (lambda _, y: _.second(y.tanh().detach().set_(F.conv2d(y, _.kernel).detach()).mean((2, 3))), 0),
     ],
     ids=[
         "halves from the end",
@@ -248,6 +257,10 @@ def overwritten(y: Tensor) -> Tensor:
         "circular, averaged",
         "circular, convolved",
         "out",
+        "activations assigned by data",
+        "weights assigned by data",
+        "weights of another shape assigned by data",
+        "set",
     ],
 )
 def test_is_cut_exactly_or_not_at_all(work: Callable[[nn.Module, Tensor], Tensor], free: int) -> None:
