@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.scoring.statistics import Target
@@ -83,13 +85,39 @@ def outputs_of(result: Any) -> list[Tensor]:
     return found
 
 
+class _ScaleAndShift(TorchFunctionMode):
+    """Within the context norms that take mean and variance from their input only scale and shift.
+
+    Of what enters such a norm the double gives the same: no weight before it would matter.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = {
+            F.layer_norm: True,
+            F.rms_norm: True,
+            F.group_norm: True,
+            F.instance_norm: kwargs.get("use_input_stats", True),
+            F.batch_norm: kwargs.get("training", False),
+        }
+        if not own.get(function, False):
+            return function(*args, **kwargs)
+        x, scale, shift = args[0], kwargs.get("weight"), kwargs.get("bias")
+        if function not in (F.layer_norm, F.rms_norm):  # channels are not last
+            scale, shift = (v if v is None else v.view(-1, *[1] * (x.dim() - 2)) for v in (scale, shift))
+        x = x if scale is None else x * scale
+        return x if shift is None else x + shift
+
+
 @torch.enable_grad()
 def positive_response(model: nn.Module, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
     """What all outputs add up to in a network of absolute weights that is shown nothing but ones; and these weights.
 
     In double precision, since the response grows exponentially with depth. Norms keep their variance, and their mean is
-    taken as 0, so that nothing is negative. Both results are fit for ``torch.autograd.grad``; the network itself has no
-    part in it.
+    taken as 0, so that nothing is negative; those that have no variance of their own (layer and group norms) scale and
+    shift only. Both results are fit for ``torch.autograd.grad``; the network itself has no part in it.
     """
     dtype = torch.float32 if any(p.device.type == "mps" for p in model.parameters()) else torch.float64
     weights = {name: p.detach().abs().to(dtype).requires_grad_() for name, p in model.named_parameters()}
@@ -105,7 +133,7 @@ def positive_response(model: nn.Module, call: Call) -> tuple[Tensor, Mapping[str
         floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
         return torch.ones_like(leaf, dtype=dtype) if floating else leaf
 
-    with undisturbed(model):
+    with undisturbed(model), _ScaleAndShift():
         args, kwargs = tree_map(ones, (call.args, dict(call.kwargs)))
         outputs = outputs_of(functional_call(model, {**weights, **buffers}, args, kwargs))
     return torch.stack([output.sum() for output in outputs]).sum(), {canonical(n): w for n, w in weights.items()}

@@ -99,6 +99,14 @@ NETWORKS = {
         ),
         (6,),
     ),
+    "other norms": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 2), nn.InstanceNorm2d(4, affine=True)),
+            *(nn.ReLU(), nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(16, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 3)),
+        ),
+        (3, 6, 6),
+    ),
     "residual": (Residual, (6,)),
     "block": (Block, (3, 6, 6)),
     "shared": (Shared, (6,)),

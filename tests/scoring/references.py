@@ -37,6 +37,7 @@ from lightning_prune.scoring import (
 from lightning_prune.structure import Group
 
 REFERENCES = {}
+NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def reference(*criteria: Criterion):
@@ -124,9 +125,15 @@ class Evidence:
             for tensor in model.parameters():
                 tensor.data.abs_()
             for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, NORMS) and getattr(module, "running_mean", None) is not None:
                     module.running_mean.zero_()
+                elif isinstance(module, NORMS):  # doubled inputs would give the same: it only scales and shifts
+                    module.forward = functools.partial(_scaled, module)
         return model
+
+
+def _scaled(norm, x):
+    return (x.transpose(1, -1) * norm.weight + norm.bias).transpose(1, -1)
 
 
 def _change(change, units, module, args, kwargs):
@@ -170,8 +177,8 @@ def l2(criterion, evidence):
 
 @reference(BNScale())
 def bn_scale(criterion, evidence):
-    norms = [m.tensor for m in evidence.group.members if isinstance(evidence.modules[m.layer], nn.BatchNorm2d)]
-    scales = [abs(evidence.tensors[name]) for name in norms if name.endswith("weight")]
+    norms = [m for m in evidence.group.members if isinstance(evidence.modules[m.layer], NORMS)]
+    scales = [abs(evidence.tensors[m.tensor][m.index]).sum(1) for m in norms if m.tensor.endswith("weight")]
     return sum(scales) if scales else l2(criterion, evidence)
 
 
@@ -224,7 +231,7 @@ def hrank(criterion, evidence):
     few.batches = [({n: [x[: criterion.samples] for x in c] for n, c in calls.items()}, g) for calls, g in few.batches]
     return few.over_consumers(
         lambda a: np.linalg.matrix_rank(
-            a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2 if len(a) == 6 else len(a), -1)
+            a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2 if len(a) in (4, 6) else len(a), -1)
         )
     )
 
@@ -285,7 +292,7 @@ def lrp(criterion, evidence):
     for module in model.modules():
         if isinstance(module, (nn.Tanh, nn.SiLU)):
             module.register_forward_hook(lambda _, args, out: args[0] * (out / args[0]).detach())
-        elif hasattr(module, "weight"):
+        elif hasattr(module, "weight") and not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.register_forward_hook(stabilised)
     for x in evidence.inputs:
         factor = torch.ones(len(x), evidence.group.width, dtype=x.dtype, requires_grad=True)

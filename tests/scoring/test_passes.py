@@ -76,6 +76,15 @@ def test_the_response_of_a_chain_is_the_product_of_its_absolute_weights():
     assert set(weights) == {"0.weight", "2.weight"}
 
 
+@pytest.mark.parametrize("norm", [nn.RMSNorm(4), nn.LayerNorm(4, bias=False), nn.GroupNorm(2, 4)], ids=repr)
+def test_a_norm_over_its_own_input_only_scales(norm):
+    """Divided by its own size, the response would be the same whatever the weights before it are."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), norm, nn.Linear(4, 2, bias=False))
+    response, _ = positive_response(model, Call((torch.randn(1, 3),)))
+    expected = (model[2].weight.double().abs() @ model[0].weight.double().abs()).sum()
+    torch.testing.assert_close(response, expected)
+
+
 def test_synaptic_flow_is_conserved():
     """Without biases as much flows into a hidden unit as out of it (Tanaka et al., 2020, theorem 2)."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))

@@ -53,8 +53,9 @@ class NISP(ObservingCriterion):
     r"""Importance propagated from the outputs, :math:`s_k = \sum_j |w_{jk}| s_j` (NISP: Yu et al., 2018).
 
     Layer by layer from the outputs back, through whatever lies between: the gradient of all outputs with respect to the
-    unit in a network of absolute weights on inputs of 1. Positions, repeats and several consumers add up. Other than in
-    the paper, where features of the last hidden layer are ranked by data, all outputs are equally important.
+    unit in a network of absolute weights on inputs of 1 (0 before an activation that saturates, ``Tanh`` say).
+    Positions, repeats and several consumers add up. Other than in the paper, where features of the last hidden layer
+    are ranked by data, all outputs are equally important.
     """
 
     def statistic(self, structure: Structure) -> PropagatedImportance:

@@ -38,8 +38,9 @@ class SynFlow(ObservingCriterion):
     r"""Synaptic flow through the unit, :math:`\sum_i |w_i| \, \partial R / \partial |w_i|` (Tanaka et al., 2020).
 
     :math:`R` is what the outputs add up to when all weights are absolute and all inputs 1; no data is needed.
-    Everything that goes with the unit counts, in all coupled layers. The paper prunes in a hundred small steps before
-    training: each cut of the schedule is one such step here.
+    Everything that goes with the unit counts, in all coupled layers. Nothing flows through an activation that saturates
+    (``Tanh``, ``Sigmoid``): choose another criterion for layers before one. The paper prunes in a hundred small steps
+    before training: each cut of the schedule is one such step here.
     """
 
     def statistic(self, structure: Structure) -> SynapticFlow:
