@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -75,6 +76,8 @@ class MaskPruning(ScheduledPruning):
     A masked weight is a zero in an ordinary parameter: there is no parametrization, and a ``state_dict`` is that of the
     plain network. After every step of an optimizer it is zero again, with all that the optimizer remembers of it.
     """
+
+    _aim = "sparsity"
 
     def __init__(
         self,
@@ -241,7 +244,7 @@ class MaskPruning(ScheduledPruning):
         if self._done is None or not masks_of(module):
             self._done = -1  # a new run, or another network was loaded: it catches up with the next cut
         self._timeline = self._moments(trainer, 1 - self.sparsity)
-        self._carry_over()
+        self._carry_over(partial(self._reached, module))
         self._structure, self._subject, self._batch = structure, subject, call_on(module, batch, subject)
         self._require_kept(trainer)
         self._watch(module)
@@ -283,9 +286,7 @@ class MaskPruning(ScheduledPruning):
         """Choose what is masked from now on, and mask it: in the network, its optimizers and its averaged copies."""
         began = perf_counter()
         before, present = masks_of(module), named(module)
-        parts = self.granularity.parts(self._weights, self._groups, present)
-        known = {name: mask.to(present[name].device) for name, mask in before.items()}
-        chosen = choose_masks(parts, known, point.share * self.sparsity, self.pool)
+        chosen = self._chosen(module, point)
         packed = {name: mask.cpu() for name, mask in chosen.items()}
         masks = {name: m.to(present[name].device) for name, m in trainer.strategy.broadcast(packed).items()}
         self._done = point.index
@@ -316,6 +317,18 @@ class MaskPruning(ScheduledPruning):
         left = {name: old[name] for name in changed}
         self.report.cuts.append(Cut.of(size, point.index, epoch, step, left, changed, seconds))
         log_now(trainer, {**self._numbers(trainer), "pruning/seconds": seconds})
+
+    def _chosen(self, module: LightningModule, point: CutPoint) -> dict[str, Tensor]:
+        """The masks after a cut, by tensor, on its device."""
+        present = named(module)
+        parts = self.granularity.parts(self._weights, self._groups, present)
+        known = {name: mask.to(present[name].device) for name, mask in masks_of(module).items()}
+        return choose_masks(parts, known, point.share * self.sparsity, self.pool)
+
+    def _reached(self, module: LightningModule) -> int:
+        """Index of the last cut that masks nothing more, -1 for none."""
+        masked = _count(masks_of(module))
+        return next((p.index for p in self._timeline[::-1] if _count(self._chosen(module, p)) == masked), -1)
 
     def _go_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""

@@ -6,7 +6,7 @@ import uuid
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +20,7 @@ from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Plan, Schedule, due, reaches
-from lightning_prune.reporting import Cut, Report, Size, versions
+from lightning_prune.reporting import Cut, Report, Size, plain, versions
 from lightning_prune.structure import Axes
 from lightning_prune.surgery import refuse
 
@@ -47,6 +47,8 @@ class ScheduledPruning(Callback, ABC):
     """
 
     layers: str | list[str] | None
+    #: Which of the settings is the target.
+    _aim: ClassVar[str]
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = Linear() if schedule is None else schedule
@@ -294,21 +296,43 @@ class ScheduledPruning(Callback, ABC):
             self.report.config["wandb"] = curves
             self._is_prepared = True
 
-    def _carry_over(self) -> None:
-        """Go on from a run with another schedule: what it has reached counts, not how many cuts it took."""
+    def _carry_over(self, reached: Callable[[], int]) -> None:
+        """Go on from a run with another schedule or target: what it has reached counts, not how many cuts it took.
+
+        Args:
+            reached: Index of the last cut of this run that the network is as small as already, -1 for none.
+        """
         before = self.report.config.get("cuts") or []
         now = [[point.unit, point.at, point.share] for point in self._timeline]
         made = before[: self._last_done + 1]
-        if not now or made == now[: len(made)]:
+        if not now or not made:
             return
-        reached = max(share for _, _, share in made)
-        self._done = max((point.index for point in self._timeline if point.share <= reached + 1e-9), default=-1)
+        if plain(self.report.config.get(self._aim)) != plain(self._settings()[self._aim]):
+            self._done = reached()
+            warnings.warn(self._said_of_another_target(), stacklevel=2)
+            return
+        if made == now[: len(made)]:
+            return
+        share_reached = max(share for _, _, share in made)
+        self._done = max((point.index for point in self._timeline if point.share <= share_reached + 1e-9), default=-1)
         then, here = (", ".join(f"{unit} {at} ({share:.0%})" for unit, at, share in cuts) for cuts in (before, now))
         warnings.warn(
             f"{type(self).__name__}: the run so far had cuts (share of the target) at {then}; this one has {here}. "
-            f"{reached:.0%} of the target is reached: the cuts that go further are made, the others count as done.",
+            f"{share_reached:.0%} of the target is reached: the cuts that go further are made, the others count as "
+            "done.",
             stacklevel=2,
         )
+
+    def _said_of_another_target(self) -> str:
+        so_far = f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone"
+        goes_on = (
+            "The cuts that go further are made, what is overdue at once: give a schedule with later moments to "
+            "spread it."
+            if self.pending
+            else "The network is as small already, and what was cut does not come back: nothing more is cut. For a "
+            "larger network resume from an earlier checkpoint."
+        )
+        return f"{type(self).__name__}: the run so far had another target, and {so_far}. {goes_on}"
 
     def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         if batch_idx == 0:

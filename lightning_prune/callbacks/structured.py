@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -56,9 +56,7 @@ from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Change,
-    Drop,
     History,
-    Keep,
     Repair,
     attach,
     begun,
@@ -118,6 +116,7 @@ class StructuredPruning(ScheduledPruning):
     """
 
     default_criterion: ClassVar[type[Criterion]] = L1
+    _aim = "target"
 
     def __init__(
         self,
@@ -272,13 +271,12 @@ class StructuredPruning(ScheduledPruning):
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         feasible(structure, self._resolved, self.scope, selected, original)
+        timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
+        reached = partial(self._reached, timeline, structure, selected, original)
         if self._done is None:
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
-            made = history.edits if history is not None and trainer.global_step > 0 else ()
-            alone = len(self._company(trainer)) == 1
-            self._done = max((edit.cut for edit in made if alone or _cuts_one_of(edit, selected)), default=-1)
-        timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
-        if timeline and self._done < 0 and history is not None and self._is_reached(structure, selected, original):
+            self._done = reached() if history is not None and trainer.global_step > 0 else -1
+        if timeline and self._done < 0 and history is not None and reached() == timeline[-1].index:
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
             timeline = ()
         for around in self._around:
@@ -287,7 +285,7 @@ class StructuredPruning(ScheduledPruning):
         self._structure, self._subject = structure, subject
         self._examined = _examined(statistic, module, batch, subject)
         self._original, self._selected, self._timeline = original, selected, timeline
-        self._carry_over()
+        self._carry_over(reached)
         if self.report.dense is None:
             dense = Size.of(structure, original)
             if history is None:
@@ -362,10 +360,13 @@ class StructuredPruning(ScheduledPruning):
             )
         return kept
 
-    def _is_reached(self, structure: Structure, selected: tuple[str, ...], original: Original) -> bool:
-        widths = structure.widths
-        scores = {name: torch.zeros(widths[name]) for name in selected}
-        return make_plan(structure, scores, self._resolved, 1.0, self.scope, original).is_empty
+    def _reached(
+        self, timeline: tuple[CutPoint, ...], structure: Structure, selected: tuple[str, ...], original: Original
+    ) -> int:
+        """Index of the last cut that the network is as small as already, -1 for none."""
+        scores = {name: torch.zeros(structure.group(name).width) for name in selected}
+        plans = (make_plan(structure, scores, self._resolved, p.share, self.scope, original) for p in timeline[::-1])
+        return next((point.index for point, plan in zip(timeline[::-1], plans, strict=True) if plan.is_empty), -1)
 
     # -- a cut --------------------------------------------------------------------------------------------------------
 
@@ -579,11 +580,6 @@ class StructuredPruning(ScheduledPruning):
 def _only(structure: Structure, names: tuple[str, ...]) -> Structure:
     """The structure with these groups alone: to observe what is not pruned would only cost time."""
     return replace(structure, groups=tuple(group for group in structure.groups if group.name in names))
-
-
-def _cuts_one_of(edit: Keep | Drop, groups: tuple[str, ...]) -> bool:
-    """Whether an edit cuts one of these groups."""
-    return not {*(edit.kept if isinstance(edit, Keep) else edit.groups)}.isdisjoint(groups)
 
 
 def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, subject: Subject) -> Call | None:

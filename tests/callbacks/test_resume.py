@@ -246,6 +246,42 @@ def test_another_schedule_goes_on_from_there(kind: Any, schedule: Any, made: lis
         assert pruner.report.ratio == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("kind", [StructuredPruning, MagnitudePruning])
+@pytest.mark.parametrize(
+    ("ended", "target", "schedule", "epochs", "left", "text"),
+    [
+        (5, 0.75, SCHEDULE, [2, 4, 6], 0.25, "50.0 % .* are gone. The cuts that go further are made"),  # long due
+        (5, 0.75, OneShot(at=7), [2, 4, 7], 0.25, "50.0 % .* are gone. The cuts that go further are made"),
+        (2, 0.75, SCHEDULE, [2, 3, 4], 0.25, "25.0 % .* are gone. The cuts that go further are made"),
+        (2, 0.375, SCHEDULE, [2, 4], 0.625, "25.0 % .* are gone. The cuts that go further are made"),
+        (2, 0.25, SCHEDULE, [2], 0.75, "25.0 % .* are gone. The network is as small already"),
+        (5, 0.25, OneShot(at=7), [2, 4], 0.5, "50.0 % .* are gone. The network is as small already"),
+    ],
+)
+def test_another_target_goes_on_from_there(
+    kind: Any, ended: int, target: float, schedule: Any, epochs: list[int], left: float, text: str, tmp_path: Path
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path / "whole", make(width=8), kind(0.5, schedule=SCHEDULE), saver, epochs=EPOCHS)
+    model, pruner = make(width=8), kind(target, schedule=schedule)
+    with pytest.warns(UserWarning, match=f"had another target, and {text}"):
+        fit(tmp_path / "other", model, pruner, epochs=8, ckpt_path=tmp_path / "ends" / f"epoch={ended}.ckpt")
+    assert [cut.epoch for cut in pruner.report.cuts] == epochs
+    assert pruner.report.ratio == pytest.approx(1 - left, abs=0.01)
+    if kind is StructuredPruning:
+        assert widths(model) == (8 * left, 8 * left)
+
+
+def test_other_layers_go_on_from_there(tmp_path: Path) -> None:
+    """What was cut of others is not what they are to lose."""
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    first = StructuredPruning(0.5, layers="first", schedule=SCHEDULE)
+    fit(tmp_path / "whole", make(), first, saver, epochs=EPOCHS)
+    model, pruner = make(), StructuredPruning(0.5, layers="second", schedule=SCHEDULE)
+    fit(tmp_path / "other", model, pruner, epochs=8, ckpt_path=tmp_path / "ends" / "epoch=5.ckpt")
+    assert widths(model) == (6, 4)
+
+
 def test_another_criterion_observes_anew(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
     before = StructuredPruning(0.5, criterion=Taylor(every_n_batches=1), schedule=SCHEDULE)
