@@ -22,7 +22,7 @@ from lightning_prune.callbacks.compiled import is_compiled
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
-from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
 from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
@@ -95,6 +95,8 @@ class MaskPruning(ScheduledPruning):
         instance_of(self, "granularity", self.granularity, Granularity, "Element()")
         self.sparsity = self._checked(sparsity)
         self.pool: Pool = self.granularity.pool or pool
+        for name, names in (("layers", layers), ("ignore", ignore)):
+            names_or_none(self, name, names)
         self.layers = layers
         self.ignore = ignore
         self.rewind = rewind
@@ -402,6 +404,7 @@ class MaskPruning(ScheduledPruning):
             "averaged weights have other constants": bool(averages(trainer)),
             "the network is compiled": is_compiled(module),
             "another callback decides what is cut": len(self._company(trainer)) > 1,
+            f"the blocks of {self.granularity!r} stay whole": isinstance(self.granularity, NM),
         }
         if any(reasons.values()):
             return [f"Dead units stay: {' and '.join(why for why, holds in reasons.items() if holds)}."]

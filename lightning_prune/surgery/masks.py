@@ -208,7 +208,8 @@ def maskable(
         and not any(_fits(pattern, name) for pattern in unwanted)
     }
     owners = _owners(model)
-    weights = [_weight(name, module, owners, granularity) for name, module in selected.items()]
+    _refuse(granularity, {name: _problem(module, owners) for name, module in selected.items()})
+    weights = [_weight(name, module) for name, module in selected.items()]
     if layers is None:
         weights = [weight for weight in weights if granularity.is_for(weight.filters(weight.tensor).shape)]
     if not weights:
@@ -216,35 +217,46 @@ def maskable(
             f"layers={layers!r} and ignore={ignore!r} leave no weight for {granularity!r}. Linear and convolutional "
             f"layers: {', '.join(candidates) or 'none'}"
         )
-    for weight in weights:
-        objection = granularity.objection(weight.filters(weight.tensor).shape)
-        if objection is not None:
-            layer = weight.name.rpartition(".")[0]
-            raise ValueError(f"{granularity!r} cannot mask {weight.name}: {objection}. {_leave_out(layer)}")
+    _refuse(
+        granularity,
+        {w.name.rpartition(".")[0]: granularity.objection(w.filters(w.tensor).shape) for w in weights},
+    )
     return tuple(weights)
 
 
-def _weight(name: str, module: nn.Module, owners: Mapping[int, set[str]], granularity: Granularity) -> Weight:
-    """The weight of a layer, if a mask can be laid over it."""
+def _refuse(granularity: Granularity, problems: Mapping[str, str | None]) -> None:
+    """Name every layer that has a problem, so that leaving them out takes one attempt."""
+    found = {name: why for name, why in problems.items() if why}
+    if found:
+        reasons = "; ".join(f"{name}: {why}" for name, why in found.items())
+        ignored = ", ".join(f'"{name}"' for name in found)
+        raise ValueError(
+            f"{granularity!r} cannot mask {reasons}. Leave out what cannot be masked, ignore=[{ignored}], or name the "
+            "`layers` to mask."
+        )
+
+
+def _problem(module: nn.Module, owners: Mapping[int, set[str]]) -> str | None:
+    """Why no mask can be laid over the weight of a layer."""
     tensor = module._parameters.get("weight")
-    problem = ""
     if tensor is None:
-        problem = "it has no weight of its own, or one that is computed from others (a parametrization)"
-    elif is_lazy(tensor):
-        problem = "its shape is not known yet: run one forward pass before the training"
-    elif tensor.ndim < 2:
-        problem = "its weight has no filters and inputs"
-    elif len(owners[id(tensor)]) > 1:
-        problem = f"its weight is tied: it belongs to {', '.join(sorted(owners[id(tensor)]))}"
-    elif getattr(module, "sparse", False):
-        problem = "its gradients are sparse: build it with `sparse=False`"
-    elif not tensor.requires_grad:
-        problem = "its weight is frozen (`requires_grad` is False)"
-    if problem:
-        raise ValueError(f"{granularity!r} cannot mask the layer {name!r}: {problem}. {_leave_out(name)}")
-    assert tensor is not None
+        return "it has no weight of its own, or one that is computed from others (a parametrization)"
+    if is_lazy(tensor):
+        return "its shape is not known yet: run one forward pass before the training"
+    if tensor.ndim < 2:
+        return "its weight has no filters and inputs"
+    if len(owners[id(tensor)]) > 1:
+        return f"its weight is tied: it belongs to {', '.join(sorted(owners[id(tensor)]))}"
+    if getattr(module, "sparse", False):
+        return "its gradients are sparse: build it with `sparse=False`"
+    if not tensor.requires_grad:
+        return "its weight is frozen (`requires_grad` is False)"
+    return None
+
+
+def _weight(name: str, module: nn.Module) -> Weight:
     transposed = module.groups if isinstance(module, _ConvTransposeNd) else 0
-    return Weight(f"{name}.weight" if name else "weight", tensor, transposed)
+    return Weight(f"{name}.weight" if name else "weight", module.get_parameter("weight"), transposed)
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:
@@ -254,10 +266,6 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(canonical(prefix) or type(model).__name__)
     return owners
-
-
-def _leave_out(layer: str) -> str:
-    return f'Leave it out: ignore=["{layer}"], or name the `layers` to mask.'
 
 
 def _patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -386,6 +386,13 @@ def test_arguments_that_contradict() -> None:
             MagnitudePruning(rewind=rewind)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_names_that_are_none(kind: Any) -> None:
+    for wrong in ({"layers": 5}, {"ignore": [5]}):
+        with pytest.raises(TypeError, match="to be a layer's name or glob or a list"):
+            kind(**wrong)
+
+
 class Tied(Net):
     def __init__(self) -> None:
         super().__init__(width=8)
@@ -412,9 +419,9 @@ def normed() -> Any:
     ("model", "options", "text"),
     [
         (lambda: make(Tied), {}, "weight is tied: it belongs to extra, second"),
-        (frozen, {}, "layer 'second': its weight is frozen"),
+        (frozen, {}, "second: its weight is frozen"),
         (normed, {}, "computed from others"),
-        (make, {"granularity": NM(2, 4)}, "first.weight: 6 inputs are not a multiple of 4"),
+        (make, {"granularity": NM(2, 4)}, "first: 6 inputs are not a multiple of 4"),
         (make, {"granularity": Kernel()}, "leave no weight for Kernel"),
         (make, {"granularity": Kernel(), "layers": ["first"]}, "has no kernels"),
         (make, {"layers": ["frist"]}, "Did you mean first"),
@@ -429,6 +436,13 @@ def test_networks_that_cannot_be_masked_so(model: Any, options: Any, text: str, 
     with pytest.raises(ValueError, match=text):
         fit(tmp_path, net, MagnitudePruning(schedule=SCHEDULE, **options))
     assert equal(weights(net), before)
+
+
+def test_all_that_cannot_be_masked_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'second: .*; extra: .* ignore=\["second", "extra"\]'):
+        fit(tmp_path, make(Tied), MagnitudePruning())
+    with pytest.raises(ValueError, match=r"net\.0: 2 inputs are not a multiple of 3; net\.2: 4 inputs are not"):
+        fit(tmp_path, make(Conv), MagnitudePruning(granularity=NM(1, 3)), data=data(), validate=False)
 
 
 def test_a_tied_or_frozen_layer_can_be_left_out(tmp_path: Path) -> None:
@@ -592,6 +606,19 @@ def test_dead_units_leave_and_the_network_stays_the_same(norm: bool, tmp_path: P
     assert "without effect were removed" in str(mine.report)
     x = torch.randn(50, 6, dtype=torch.float64)
     torch.testing.assert_close(model.eval()(x), kept["model"].eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_of_n_of_m_stay_whole(tmp_path: Path) -> None:
+    """Without the dead unit the blocks behind it would begin elsewhere."""
+    model = make()
+    with torch.no_grad():
+        model.second.weight[:, 1] *= 1e-9
+    mine = MagnitudePruning(granularity=NM(2, 4), schedule=OneShot(at=0), ignore=["first"])
+    fit(tmp_path, model, mine, epochs=1)
+    assert not model.second.weight[:, 1].any()
+    blocks = model.second.weight.unflatten(1, (-1, 4))
+    assert ((blocks != 0).sum(2) == 2).all()
+    assert "Dead units stay: the blocks of NM(n=2, m=4) stay whole" in str(mine.report.notes)
 
 
 def test_a_constant_under_zero_padding_stays(tmp_path: Path) -> None:
