@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report
 from lightning_prune.surgery import History, conform, history_of
@@ -114,7 +113,7 @@ class Watch(Around):
     def before(self, run: Run) -> None:
         missing = self.guard.missing(run.report)
         if missing is None:
-            self._next = snapshot(run.module, run.trainer.optimizers, averages(run.trainer))
+            self._next = snapshot(run.trainer, run.module)
         elif self.guard.monitor is not None:
             raise ValueError(
                 f"Guard: expected `monitor` to name a metric that was logged before the first cut, but {missing}. Name "
@@ -143,7 +142,7 @@ class Watch(Around):
     def take_back(self, run: Run) -> None:
         assert self._kept is not None
         with unwrapped(run.trainer, run.module):
-            go_back(self._kept, run.module, run.trainer.optimizers, averages(run.trainer))
+            go_back(self._kept, run.trainer, run.module)
         self._kept = None
 
     @override
@@ -164,11 +163,9 @@ class Watch(Around):
         self._kept = state.get("kept")
 
 
-def snapshot(
-    module: LightningModule, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
-) -> dict[str, Any]:
+def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Network, history, optimizers' state and averaged copies, on the CPU: plain data, as checkpoints take it."""
-    history = history_of(module)
+    history, optimizers = history_of(module), trainer.optimizers
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
         "weights": _copied(dict(module.state_dict())),
@@ -178,24 +175,25 @@ def snapshot(
             [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
             for optimizer in optimizers
         ],
-        "averages": [_copied(dict(copy.state_dict())) for copy in copies],
+        "averages": [_copied(dict(copy.state_dict())) for copy in averages(trainer)],
+        "counts": counts(trainer),
     }
 
 
-def go_back(
-    kept: dict[str, Any], module: LightningModule, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
-) -> None:
+def go_back(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
     """The network and the optimizers' state as they were when ``kept`` was made; gradients are cleared.
 
     Parameters, optimizers and their groups stay the same objects, and their hyperparameters are not touched. Averaged
     copies go back too.
     """
+    copies, optimizers = averages(trainer), trainer.optimizers
     history = None if kept["history"] is None else History.from_plain(kept["history"])
     for parameter in module.parameters():
         parameter.grad = None
     for network, weights in zip((module, *copies), (kept["weights"], *kept.get("averages", ())), strict=True):
         conform(network, weights, history)
         network.load_state_dict(weights)
+    count_from(trainer, kept.get("counts", counts(trainer)))  # not in checkpoints of earlier versions
     parameters = dict(module.named_parameters())
     for optimizer, groups in zip(optimizers, kept.get("groups", ()), strict=False):
         # Parameters of layers that were taken out, and are back, are new ones.

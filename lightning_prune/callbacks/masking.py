@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.averages import averages, count_from
 from lightning_prune.callbacks.compiled import is_compiled
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.callbacks.monitors import reset_monitors
@@ -346,6 +346,7 @@ class MaskPruning(ScheduledPruning):
                 fresh = named(module)
                 for name, tensor in named(copy).items():
                     tensor.copy_(fresh[name])
+        count_from(trainer, [0] * len(averages(trainer)))
         forget(Change(), trainer.optimizers)
         if not self.pending:
             self._kept = None

@@ -530,8 +530,7 @@ class StructuredPruning(ScheduledPruning):
         """Network and optimizers become as before the last cut, and what is known of them; nothing more is cut."""
         assert self._subject is not None
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
-        copies = averages(trainer)
-        now, back = snapshot(module, trainer.optimizers, copies), self._way_back()
+        now, back = snapshot(trainer, module), self._way_back()
         forget_code(module)
         try:
             around.take_back(self._run(trainer, module))
@@ -542,7 +541,7 @@ class StructuredPruning(ScheduledPruning):
             self._observation = Observation()
             self._done = self._timeline[-1].index if self._timeline else self._done
         except BaseException:
-            go_back(now, module, trainer.optimizers, copies)
+            go_back(now, trainer, module)
             back()
             raise
         if self.reset_monitors:

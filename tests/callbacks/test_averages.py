@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch.nn import functional as F
 
-from lightning_prune import L1, Guard, Linear, StructuredPruning, load_from_checkpoint
-from lightning_prune.callbacks.averages import averages
+from lightning_prune import L1, Guard, Linear, MagnitudePruning, OneShot, StructuredPruning, load_from_checkpoint
+from lightning_prune.callbacks.averages import averages, counts
 from lightning_prune.planning import Explicit
 from lightning_prune.surgery import history_of, take
 from lightning_prune.surgery.tensors import named
@@ -35,9 +35,11 @@ class Around(Callback):
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.counts: list[list[int]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append(weights(averages(trainer)[0]))
+        self.counts.append(counts(trainer))
 
 
 @pytest.mark.parametrize("kind", AVERAGING)
@@ -122,6 +124,19 @@ def test_a_cut_that_is_taken_back_takes_the_average_back(kind: str, tmp_path: Pa
     assert after.seen[8]["first.weight"].shape == (6, 6)
     assert equal(after.seen[12], before.seen[8])
     assert not equal(after.seen[13], before.seen[8]) or kind == "swa"
+    # What follows weighs as if the cut had not been.
+    assert after.counts[12] == before.counts[8] == [{"ema": 8, "swa": 2}[kind]]
+    assert before.counts[12] == [{"ema": 12, "swa": 3}[kind]]
+
+
+@pytest.mark.parametrize("kind", ["mean", "swa"])
+def test_the_average_of_a_lottery_ticket_begins_anew(kind: str, tmp_path: Path) -> None:
+    before, after = Around(), Around()
+    masking = MagnitudePruning(0.5, schedule=OneShot(at=3), rewind=1)
+    fit(tmp_path, make(), AVERAGING[kind](), before, masking, after)
+    assert before.counts[12] != after.counts[12] == [0]
+    assert after.counts[13] == [{"mean": 1, "swa": 0}[kind]]
+    assert after.counts[16] == [{"mean": 4, "swa": 1}[kind]]
 
 
 def test_a_copy_inside_the_module_is_refused(tmp_path: Path) -> None:

@@ -148,13 +148,13 @@ def test_snapshot_and_back(tmp_path: Path) -> None:
     class Keep(Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
-                kept.append(snapshot(pl_module, trainer.optimizers))
+                kept.append(snapshot(trainer, pl_module))
 
     run = trainer(tmp_path, 3, callback, Keep())
     run.fit(module, *loaders())
     assert module.net[0].out_features == 4
     torch.save(kept[0], tmp_path / "kept.pt")
-    go_back(torch.load(tmp_path / "kept.pt", weights_only=True), module, run.optimizers)
+    go_back(torch.load(tmp_path / "kept.pt", weights_only=True), run, module)
     assert module.net[0].out_features == 8
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, kept[0]["weights"][name])
