@@ -318,7 +318,7 @@ class MaskPruning(ScheduledPruning):
         epoch, step = trainer.current_epoch, trainer.global_step
         left = {name: old[name] for name in changed}
         self.report.cuts.append(Cut.of(size, point.index, epoch, step, left, changed, seconds))
-        log_now(trainer, {**self._numbers(trainer), "pruning/seconds": seconds})
+        log_now(trainer, {**self._numbers(trainer), f"{self._showing(trainer).name}/seconds": seconds})
 
     def _chosen(self, module: LightningModule, point: CutPoint) -> dict[str, Tensor]:
         """The masks after a cut, by tensor, on its device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 from abc import ABC, abstractmethod
@@ -28,6 +29,9 @@ __all__ = ["ScheduledPruning", "instance_of", "names_or_none", "note_what_stays"
 
 # How a note begins that is true of a fit, but perhaps not of a longer one that resumes it.
 _MISSED = "The target was not reached: "
+
+# What pruning callbacks log.
+_OURS = re.compile(r"pruning(-\d+)?/")
 
 # Form of the callback's state in a checkpoint.
 _FORMAT = 1
@@ -200,7 +204,7 @@ class ScheduledPruning(Callback, ABC):
             numbers = self._numbers(trainer)
             overhead = self._pace.overhead()
             if overhead is not None:
-                numbers["pruning/overhead"] = overhead
+                numbers[f"{self._showing(trainer).name}/overhead"] = overhead
             log_now(trainer, numbers)
         self._collect(trainer)
 
@@ -365,7 +369,8 @@ class ScheduledPruning(Callback, ABC):
         self.report.config = {"run": self._run_id, **self._settings(), "cuts": cuts}
 
     def _showing(self, trainer: Trainer) -> Showing:
-        return Showing(self.report, trainer, self.dirpath, self._run_id)
+        company = self._company(trainer)
+        return Showing(self.report, trainer, self.dirpath, [one._run_id for one in company], company.index(self))
 
     def _numbers(self, trainer: Trainer) -> dict[str, float]:  # noqa: ARG002
         """What loggers and the progress bar are told of the network as it is."""
@@ -384,7 +389,7 @@ class ScheduledPruning(Callback, ABC):
         metrics = {
             name: value
             for name, value in trainer.callback_metrics.items()
-            if name != "params" and not name.startswith("pruning/") and value.numel() == 1
+            if name != "params" and not _OURS.match(name) and value.numel() == 1
         }
         new = {name: value for name, value in metrics.items() if self._measured.get(name) is not value}
         self._measured = metrics

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -145,11 +146,13 @@ class Showing:
         report: What was collected.
         trainer: The run.
         dirpath: The user's folder, if any.
-        run_id: Tells this run's files from another's.
+        runs: Tell this run's files from another's: an id of each pruning callback in it.
+        place: Which of these it is whose report this is; the later ones have a number in their name.
     """
 
-    def __init__(self, report: Report, trainer: Trainer, dirpath: str | None, run_id: str) -> None:
-        self.report, self.trainer, self.dirpath, self.run_id = report, trainer, dirpath, run_id
+    def __init__(self, report: Report, trainer: Trainer, dirpath: str | None, runs: Sequence[str], place: int) -> None:
+        self.report, self.trainer, self.dirpath, self.runs, self.place = report, trainer, dirpath, runs, place
+        self.name = _numbered(place + 1)
 
     def claim(self) -> None:
         """Refuse a folder with another run's report.
@@ -157,7 +160,7 @@ class Showing:
         Raises:
             FileExistsError: If the user's ``dirpath`` holds one.
         """
-        if self.dirpath is not None and not self._is_ours(Path(self.dirpath)):
+        if self.dirpath is not None and not _is_of(self.runs[self.place : self.place + 1], Path(self.dirpath)):
             raise FileExistsError(
                 f"`dirpath`: expected a folder without a report or the folder of the run that is resumed, got "
                 f"'{self.dirpath}', which holds another run's report. Give another folder or remove it."
@@ -166,24 +169,15 @@ class Showing:
             Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # better now than when the results are there
 
     def folder(self) -> Path:
-        """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report."""
+        """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report.
+
+        The same from the first to the last of the run, whichever report is written before.
+        """
         if self.dirpath is not None:
             return Path(self.dirpath)
         home = _home(self.trainer)
-        folder, number = home, 1
-        while not self._is_ours(folder):
-            number += 1
-            folder = home / f"pruning-{number}"
-        return folder
-
-    def _is_ours(self, folder: Path) -> bool:
-        file = folder / "report.json"
-        if not file.is_file():
-            return True
-        try:
-            return bool(json.loads(file.read_text(encoding="utf-8"))["config"]["run"] == self.run_id)
-        except (ValueError, KeyError, TypeError):
-            return False  # somebody else's file of that name
+        folders = chain([home], (home / _numbered(number) for number in count(2)))
+        return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
     def measure(self, module: LightningModule, call: Call, size: Size) -> Size:
         """The size with bytes on disk and latency, of the first process."""
@@ -226,7 +220,8 @@ class Showing:
             console.print(f"Best checkpoint: {best}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _to_wandb(logger, self.report, numbers, [path for path in (picture, ladder) if path])
+                pictures = [path for path in (picture, ladder) if path]
+                _to_wandb(logger, self.name, self.report, numbers, pictures)
 
     def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:
         try:
@@ -238,15 +233,30 @@ class Showing:
         return path
 
 
-def _to_wandb(logger: WandbLogger, report: Report, numbers: Mapping[str, float], pictures: Sequence[Path]) -> None:
+def _numbered(number: int) -> str:
+    return "pruning" if number == 1 else f"pruning-{number}"
+
+
+def _is_of(runs: Sequence[str], folder: Path) -> bool:
+    """Whether no other run's report is in a folder."""
+    file = folder / "report.json"
+    if not file.is_file():
+        return True
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["config"]["run"] in runs
+    except (ValueError, KeyError, TypeError):
+        return False  # somebody else's file of that name
+
+
+def _to_wandb(
+    logger: WandbLogger, name: str, report: Report, numbers: Mapping[str, float], pictures: Sequence[Path]
+) -> None:
     """The recipe and final widths in the run's config, the results in its summary, the pictures and the tables."""
     run: Any = logger.experiment
-    run.config.update(
-        {"pruning": {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True
-    )
+    run.config.update({name: {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True)
     run.summary.update(numbers)
     for grid in report.grids():
         if grid.title:
-            logger.log_table(f"pruning/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])
+            logger.log_table(f"{name}/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])
     for path in pictures:
-        logger.log_image(f"pruning/{path.stem}", [str(path)])
+        logger.log_image(f"{name}/{path.stem}", [str(path)])

@@ -401,7 +401,8 @@ class StructuredPruning(ScheduledPruning):
         self._operate(trainer, module, plan, point, began)
         if self.reset_monitors:
             reset_monitors(trainer)
-        log_now(trainer, {**self.report.metrics(), **summary, "pruning/seconds": self.report.cuts[-1].seconds})
+        seconds = {f"{self._showing(trainer).name}/seconds": self.report.cuts[-1].seconds}
+        log_now(trainer, {**self.report.metrics(), **summary, **seconds})
         log_scores(trainer, scores)
 
     def _plan(

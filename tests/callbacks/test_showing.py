@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_prune import Contribution, ContributionPruning, Linear, StructuredPruning
+from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, OneShot, StructuredPruning
 from lightning_prune.callbacks import showing
 from lightning_prune.callbacks.showing import Pace
 from tests import wandb_files
@@ -172,6 +172,29 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
         key = f"pruning/{name}.filenames"
         (picture,) = next(row[key] for row in after if key in row)
         assert (second / "files" / picture).stat().st_size > 10_000
+
+
+def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
+    logger, curves = WandbLogger(save_dir=tmp_path, offline=True), Curves()
+    masks, cuts = MagnitudePruning(0.5, schedule=OneShot(at=1)), contribution(ladder=True)
+    fit(tmp_path, make(), masks, cuts, epochs=5, logger=[logger, curves], validate=False)
+    wandb.finish()
+    (segment,) = wandb_files.segments(tmp_path)
+    config, rows = wandb_files.config(segment), wandb_files.rows(segment)
+    assert config["pruning"]["sparsity"] == 0.5
+    assert config["pruning-2"]["final_widths"] == {"first": 6, "second": 4}
+    for name in ("pruning/Weights that are not masked", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Ladder"):
+        assert any(f"{name}.path" in row for row in rows), name
+    assert len(curves.of("pruning/overhead")) == len(curves.of("pruning-2/overhead")) == 5
+    assert (len(curves.of("pruning/seconds")), len(curves.of("pruning-2/seconds"))) == (1, 2)
+    for pruner in (masks, cuts):
+        assert {name for row in pruner.report.history for name in row.metrics} == {"train_loss"}
+    # The rungs were saved beside a report that is written after another one.
+    home = tmp_path / "lightning_logs" / str(logger.version)
+    assert (home / "report.json").is_file()
+    assert len(cuts.report.rungs) == 3
+    for rung in cuts.report.rungs:
+        assert (home / "pruning-2" / rung.file).is_file()
 
 
 def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
