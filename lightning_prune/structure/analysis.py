@@ -429,7 +429,8 @@ class _Analysis:
     def _try(self, groups: list[Group]) -> list[Group]:
         """Cut the copy, run it again, and freeze the groups that make it fail."""
         groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
-        # An axis of length 1 broadcasts and shows no pattern: of groups of two units only the numbers are compared.
+        # Of two units a cut leaves one: an axis of length 1 broadcasts and shows no pattern. Only numbers are compared,
+        # which tell enough: positions, parts of splits and views, and counts of groups are among them.
         return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:

@@ -522,6 +522,7 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = axes[1]
     if isinstance(channel, np.ndarray):
         by_group = channel.reshape(groups, -1)
+        t.note(groups if by_group.shape[1] > 1 else None)  # groups of one channel go with it, of others none goes
         if by_group.shape[1] > 1:
             t.atoms.unite(by_group[1:].ravel(), np.tile(by_group[0], groups - 1))
         elif weight is None:

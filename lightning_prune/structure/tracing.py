@@ -277,7 +277,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         place = f" in `{self.stack[-1]}`" if self.stack and self.stack[-1] else ""
         return f"`{_name(func)}`{place}"
 
-    def note(self, *numbers: float | Picked) -> None:
+    def note(self, *numbers: float | Picked | None) -> None:
         """Put what else an operator's result depends on into its line of the script."""
         self._noted += numbers
 

@@ -274,13 +274,31 @@ def test_is_cut_exactly_or_not_at_all(work: Callable[[nn.Module, Tensor], Tensor
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def twice(y: Tensor) -> Tensor:
+    return torch.cat([y, y.tanh()], 1)
+
+
+def normed(net: nn.Module, y: Tensor, groups: int) -> Tensor:
+    return F.group_norm(twice(y), groups, twice(net.second.weight[:1])[0], twice(net.second.weight[1:2])[0]).sum(1)
+
+
 @pytest.mark.parametrize(
-    "work",
-    [lambda _, y: y * y.shape[1] ** -0.5, lambda _, y: reduce(mul, y.split(2, 1)).sum(1)],
-    ids=["scale", "parts"],
+    ("work", "width"),
+    [
+        (lambda _, y: y * y.shape[1] ** -0.5, 2),
+        (lambda _, y: reduce(mul, y.split(2, 1)).sum(1), 8),
+        (lambda net, y: normed(net, y, y.shape[1]), 2),
+        (lambda net, y: normed(net, y, y.shape[1]), 8),
+        (lambda _, y: twice(y).unflatten(1, (y.shape[1], -1)).prod(2).sum(1), 2),
+        (lambda _, y: twice(y).unflatten(1, (-1, y.shape[1])).prod(1).sum(1), 2),
+        (lambda _, y: reduce(mul, twice(y).chunk(y.shape[1], 1)).sum(1), 2),
+        (lambda _, y: twice(y)[:, y.shape[1] // 2 : -1].sum(1), 2),
+        (lambda _, y: y.repeat(1, y.shape[1], 1, 1).prod(1), 2),
+        (lambda _, y: (y.flatten(2) @ y.flatten(2).transpose(1, 2)).tril().sum(1), 2),
+    ],
+    ids=["scale", "parts", "groups", "groups of eight", "rows", "columns", "chunks", "slice", "repeated", "triangle"],
 )
-def test_widths_of_two_units_are_compared_too(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    width = 2 if work.__code__.co_names[0] == "shape" else 8
+def test_units_in_pairs_are_compared_too(work: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:
     assert "first" not in trace(Subject.of(Picture(work, width), torch.randn(2, 3, 6, 6))).widths
 
 
