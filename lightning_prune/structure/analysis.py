@@ -239,8 +239,15 @@ class _Analysis:
         return _Analysis(self.subject, choices, self.copies)
 
     def _can_cut(self, key: SplitKey) -> bool:
-        """Whether, with the choices made, units of this split are left and can be removed."""
-        self._find(trial=False)
+        """Whether, with the choices made, units of this split are left and can be removed, as the first call shows."""
+        for call in (*self.subject.calls, *self.subject.optional):
+            self._run_if_possible(call)
+            if key in self.tracer.splits:
+                break
+        else:
+            return False
+        self._freeze_unseen()
+        self.groups = self._groups()
         atoms = self.atoms.find(np.concatenate(self.tracer.splits[key][1]))
         groups = [g for g in self.groups if g.width > 1 and np.isin(self._atoms_of(g), atoms).any()]
         return bool(groups) and self._attempt(groups, follow=all(group.width > 2 for group in groups)) is None

@@ -166,6 +166,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
         self._latest: list[tuple[torch.Tensor, Value]] = []
         self._by_storage: dict[tuple[Any, ...], Value] = {}
+        self._by_home: dict[int, set[tuple[int, tuple[Any, ...]]]] = {}
         self._noted: list[Any] = []
         self._wild: set[int] = set()
 
@@ -190,7 +191,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_places(self) -> None:
         """Make what was labelled known by its place in memory too: autograd wraps some results in new objects."""
         for tensor, value in self._latest:
-            self._by_storage[_storage_key(tensor)] = value
+            key = _storage_key(tensor)
+            self._by_storage[key] = value
+            self._by_home.setdefault(key[0], set()).add((id(tensor), key))
         self._latest.clear()
 
     def forget(self) -> None:
@@ -198,6 +201,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.clear()
         self._latest.clear()
         self._by_storage.clear()
+        self._by_home.clear()
         self._wild.clear()
         self._noted = []
         self.script, self.decisions, self.views = [], [], []
@@ -419,12 +423,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return value._replace(axes=axes, zero=value.zero and not unclear)
 
-        for number, (tensor, value) in self._values.items():
+        for number, key in self._by_home.get(home, ()):
+            tensor, value = self._values[number]
             if tensor is not out and _home(tensor) == home:
                 self._values[number] = (tensor, after(value, tensor.shape, tensor.stride()))
-        for key, value in self._by_storage.items():
-            if key[0] == home and len(key) > 1:
-                self._by_storage[key] = after(value, key[2], key[3])
+            if len(key) > 1:
+                self._by_storage[key] = after(self._by_storage[key], key[2], key[3])
         self._by_storage[_storage_key(out)] = own
 
     def _rule(self, operator: _Operator) -> Callable[..., None]:
