@@ -295,10 +295,23 @@ class ScheduledPruning(Callback, ABC):
 
     def _be_prepared(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         if not self._is_prepared:
-            curves = wandb_run(trainer, self.report.config.get("wandb"))
+            before = self.report.config
+            curves, order = wandb_run(trainer, before.get("wandb")), self._order(trainer, before.get("order"))
             self._prepare(trainer, module, batch)
-            self.report.config["wandb"] = curves
+            self.report.config |= {"wandb": curves, **({"order": order} if len(order) > 1 else {})}
             self._is_prepared = True
+
+    def _order(self, trainer: Trainer, before: Any) -> list[str]:
+        """All pruning callbacks by their names in checkpoints; a warning if it was another order before."""
+        order = [one.state_key for one in self._company(trainer)]
+        if self.state_key == order[0] and before is not None and before != order and sorted(before) == sorted(order):
+            warnings.warn(
+                f"expected the pruning callbacks in the order of the run so far, {', '.join(before)}, got "
+                f"{', '.join(order)}: of two that are due at once, the other one now begins, and the run ends with "
+                "another network than it would have.",
+                stacklevel=2,
+            )
+        return order
 
     def _carry_over(self, reached: Callable[[], int]) -> None:
         """Go on from a run with another schedule or target: what it has reached counts, not how many cuts it took.

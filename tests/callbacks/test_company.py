@@ -224,6 +224,14 @@ def test_one_joins_a_run_that_another_began(tmp_path: Path) -> None:
     assert widths(model) == (6, 4)
 
 
+def test_another_order_is_said(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, make(), *COMPANIES["structure, masks"](), saver, epochs=EPOCHS)
+    turned = COMPANIES["structure, masks"]()[::-1]
+    with pytest.warns(UserWarning, match="order of the run so far, ContributionPruning, HybridPruning, got HybridPrun"):
+        fit(tmp_path, make(), *turned, epochs=EPOCHS, ckpt_path=tmp_path / "ends" / "epoch=2.ckpt")
+
+
 class FailError(Exception):
     pass
 
