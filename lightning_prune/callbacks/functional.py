@@ -84,10 +84,11 @@ def prune(
         >>> net[0], report.widths
         (Linear(in_features=4, out_features=4, bias=True), {'0': 4})
     """
-    target, scope = Target.of(pruning_ratio, budget), Scope.of(scope)
+    target = Target.of(pruning_ratio, budget)
     criterion = L1() if criterion is None else criterion
     if not isinstance(criterion, Criterion):
         raise TypeError(f"prune: expected `criterion` to be an instance of Criterion, got {criterion!r}. Give `L1()`.")
+    scope = Scope.of(scope, comparable=criterion.comparable)
     require_network(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(

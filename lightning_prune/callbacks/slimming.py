@@ -86,7 +86,7 @@ class NetworkSlimming(StructuredPruning):
             budget=budget,
             criterion=criterion,
             schedule=OneShot(0.6) if schedule is None else schedule,
-            scope=Scope("global", normalize="none") if scope is None else scope,
+            scope=Scope.of("global" if scope is None else scope, comparable=True),
             layers=layers,
             ignore=ignore,
             reset_monitors=reset_monitors,

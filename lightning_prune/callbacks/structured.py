@@ -137,7 +137,7 @@ class StructuredPruning(ScheduledPruning):
         # None rather than a default instance: on the command line its settings would leak into another class's.
         self.criterion = self.default_criterion() if criterion is None else criterion
         instance_of(self, "criterion", self.criterion, Criterion, "L1()")
-        self.scope = Scope.of(scope)
+        self.scope = Scope.of(scope, comparable=self.criterion.comparable)
         for name, names in (("layers", layers), ("ignore", ignore)):
             names_or_none(self, name, names)
         self.layers = layers

@@ -345,7 +345,7 @@ def _merits(
     for name, order in ranked.items():
         values = _array(scores[name])
         mean = np.abs(values).mean()
-        if scope.normalize == "mean" and mean > 0:
+        if scope.normalize != "none" and mean > 0:
             values = values / mean
         ladder = np.array(vanishing.ladders[name])
         starts, sizes = ladder[0] - ladder[:-1], ladder[:-1] - ladder[1:]

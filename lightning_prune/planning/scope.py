@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -34,13 +34,14 @@ class Scope:
             of a group norm), so many fewer units make a step.
         normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
             their absolute values within the group, so that layers whose sums have more terms are not favoured;
-            ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network).
+            ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network). By
+            default ``"none"`` for `LAMP` and `NetworkSlimming`, whose scores are made for that, else ``"mean"``.
     """
 
     kind: ScopeKind = "local"
     min_width: int = 1
     round_to: int = 1
-    normalize: Literal["mean", "none"] = "mean"
+    normalize: Literal["mean", "none"] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScopeKind):
@@ -48,16 +49,22 @@ class Scope:
                 'expected a scope of "local" (per layer), "global" (over all layers) or "erk" (wide layers lose most), '
                 f"got {self.kind!r}"
             )
-        if self.normalize not in ("mean", "none"):
+        if self.normalize not in ("mean", "none", None):
             raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
         for name, least in (("min_width", 0), ("round_to", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
 
     @classmethod
-    def of(cls, scope: ScopeKind | Scope) -> Scope:
-        """The scope itself, or the one of this kind with every other setting at its default."""
-        return scope if isinstance(scope, Scope) else cls(scope)
+    def of(cls, scope: ScopeKind | Scope, *, comparable: bool = False) -> Scope:
+        """The scope itself, or the one of this kind with every other setting at its default.
+
+        Args:
+            scope: What the user gave.
+            comparable: Whether scores of different groups compare as they are.
+        """
+        given = scope if isinstance(scope, Scope) else cls(scope)
+        return replace(given, normalize="none") if comparable and given.normalize is None else given
 
     def step(self, group: Group) -> int:
         """Units from one allowed width to the next: the channels of every layer that makes or takes them are even."""

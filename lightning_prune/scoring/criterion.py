@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ class Criterion(ABC):
 
     Attributes:
         every_n_batches: How often training batches are observed: every ``n``-th. Without a statistic it has no use.
+        comparable: Whether scores of different groups compare as they are, under a global scope.
     """
 
     every_n_batches: int = 1
+    comparable: ClassVar[bool] = False
 
     @property
     def waived(self) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import prune
+from lightning_prune import LAMP, NetworkSlimming, prune
 from lightning_prune.planning.scope import Scope, select
 from lightning_prune.structure.graph import Frozen, Group, Member, Structure
 
@@ -43,6 +43,23 @@ def test_of():
     assert Scope.of("global") == Scope("global")
     assert Scope.of(Scope(min_width=4)) == Scope(min_width=4)
     assert eval(repr(Scope("global", 2, 8))) == Scope("global", 2, 8)
+
+
+def test_lamp_is_compared_as_it_is():
+    """The allocation of the paper: of all scores together the lowest go, divided by nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3), nn.ReLU(), nn.Linear(3, 12)), nn.Linear(12, 2))
+    scores = []
+    for layer in (0, 2, 4):
+        size = net[layer].weight.square().sum(1).tolist()
+        scores += [(mine / sum(other for other in size if other >= mine), layer) for mine in size]
+    gone = [layer for _, layer in sorted(scores)[:20]]
+    widths = {layer: net[layer].out_features - gone.count(layer) for layer in (0, 2, 4)}
+    prune(net, torch.zeros(1, 6), budget={"units": 19}, criterion=LAMP(), scope="global")
+    assert {layer: net[layer].out_features for layer in widths} == widths
+    assert Scope.of("global", comparable=True) == Scope("global", normalize="none")
+    assert Scope.of(Scope(normalize="mean"), comparable=True) == Scope(normalize="mean")
+    assert NetworkSlimming(0.5, scope="global").scope == NetworkSlimming(0.5).scope == Scope("global", normalize="none")
 
 
 @pytest.mark.parametrize(

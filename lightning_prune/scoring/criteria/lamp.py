@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ class LAMP(Criterion):
 
     .. math:: s_k = \frac{m_k}{\sum_{j: m_j \ge m_k} m_j}, \qquad m_k = \sum_i w_{ki}^2
 
-    The largest unit of every group scores 1, so that scores compare across layers and no layer is emptied under a
-    global scope. The paper scores single weights; here units take their place, with the weights that produce them.
+    The largest unit of every group scores 1, so that scores compare across layers as they are and no layer is emptied
+    under a global scope. The paper scores single weights; here units take their place, with the weights that produce
+    them.
     """
+
+    comparable: ClassVar[bool] = True
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Shares in (0, 1], 0 for dead units; shape ``(width,)``."""
