@@ -704,10 +704,34 @@ class FakeCopy:
                     tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
                 self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
                 stack.enter_context(_assignments_followed(tracer))
+                left = stack.enter_context(self._state_restored())
                 stack.enter_context(tracer)
-                return getattr(self.module, call.method)(*args, **kwargs)
+                out = getattr(self.module, call.method)(*args, **kwargs)
+                if call.method == "forward" and left():  # a second call may go on from there
+                    counting, tracer.counting = tracer.counting, False
+                    stack.callback(setattr, tracer, "counting", counting)
+                    out = out, self.module(*args, **kwargs)
+                return out
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+    @contextmanager
+    def _state_restored(self) -> Iterator[Callable[[], bool]]:
+        """Put back what a run assigns to the modules; tells whether it has left tensors there."""
+        homes = [d for m in self.module.modules() for d in (vars(m), m._parameters, m._buffers)]
+        before = [dict(home) for home in homes]
+
+        def left() -> bool:
+            pairs = zip(homes, before, strict=True)
+            new = (value for home, old in pairs for name, value in home.items() if value is not old.get(name))
+            return any(map(output_tensors, new))
+
+        try:
+            yield left
+        finally:
+            for home, old in zip(homes, before, strict=True):
+                home.clear()
+                home.update(old)
 
     def _inputs(self, tree: Any) -> Any:
         def twin(leaf: Any) -> Any:

@@ -448,6 +448,33 @@ def test_a_layer_with_another_forward_is_followed_in_both_modes():
     assert "1.extra.weight" in {member.tensor for member in structure.group("0").members}
 
 
+class Remembers(nn.Module):
+    """Adds what it computed at its last call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.last = None
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        if self.last is not None:
+            h = h + self.last.flip(1)
+        self.last = self.second(h).detach()
+        return self.head(h)
+
+
+def test_what_a_call_leaves_for_the_next_one_is_followed():
+    model, x = Remembers().double(), torch.randn(3, 4, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    assert structure.widths == {"first": 6}
+    assert structure.cost.macs(structure.widths) == 4 * 6 + 6 * 6 + 6 * 2
+    axes = structure.axes(draw(structure, 0))
+    small, large = shrunk(model, axes), masked(model, axes)
+    for _ in range(3):
+        torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
+
+
 def test_another_method_is_followed_too():
     model = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2), extra=nn.Linear(6, 3))
     model.training_step = lambda x: model.extra(model.a(x)).sum()
