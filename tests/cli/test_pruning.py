@@ -181,6 +181,16 @@ def test_a_pruned_run_resumes_and_is_tested(capsys: pytest.CaptureFixture[str]) 
     assert "40 units in 2 groups" in capsys.readouterr().out
 
 
+def test_the_last_checkpoint_is_the_newest() -> None:
+    """Also where nothing has become better since the cut: `save_last` of the best one would write none."""
+    main(["fit", *DIGITS, *SHORT, "--model.lr=0", "--trainer.max_epochs=6"])
+    found = {file.name: torch.load(file, weights_only=True)["epoch"] for file in Path().rglob("*.ckpt")}
+    assert found.pop("last.ckpt") == 5
+    assert max(found.values()) < 5
+    main(["fit", *DIGITS, *SHORT, "--model.lr=0", "--trainer.max_epochs=8", "--ckpt_path=last"])
+    assert [torch.load(file, weights_only=True)["epoch"] for file in Path().rglob("last*.ckpt")] == [7]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
