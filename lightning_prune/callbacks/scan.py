@@ -14,7 +14,8 @@ from lightning_prune.callbacks.subjects import subject_for
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
-from lightning_prune.structure import trace
+from lightning_prune.scoring.passes import undisturbed
+from lightning_prune.structure import Structure, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named
 
@@ -36,7 +37,7 @@ def sensitivity(
     Args:
         model: A LightningModule or any module. It is the same afterwards, whatever happens.
         evaluate: Gives the metric of a network, an accuracy on some validation batches say. It is called once for the
-            dense network and once per layer and share, with the model itself, cut, without gradients.
+            dense network and once per layer and share, with the model itself, cut, in eval mode and without gradients.
         example: What ``forward`` takes; by default a LightningModule's ``example_input_array``.
         criterion: Which units go first, by the weights alone; by default `L1`.
         shares: Shares of a layer's units to remove, ascending, in (0, 1).
@@ -48,6 +49,7 @@ def sensitivity(
 
     Raises:
         ValueError: If shares, layers or the criterion do not fit.
+        TypeError: If the criterion is none, or ``evaluate`` gives no number.
 
     Example:
         >>> import torch
@@ -57,21 +59,20 @@ def sensitivity(
         >>> list(scan.metrics), net[0].out_features
         (['0'], 8)
     """
-    criterion = L1() if criterion is None else criterion
-    shares = tuple(shares)
-    if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
-        raise ValueError(f"expected ascending `shares` in (0, 1), got {shares}. Give (0.1, 0.3, 0.5).")
+    criterion, shares = L1() if criterion is None else criterion, tuple(shares)
     structure = trace(subject_for(model, example))
-    if criterion.statistic(structure) is not None:
-        raise ValueError(
-            f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training."
-        )
+    _check(criterion, shares, structure)
     selected, _ = select(structure, layers, ignore)
     scores = score_groups(criterion, [structure.group(name) for name in selected], named(model), None)
 
     @torch.no_grad()
     def measured() -> float:
-        return float(evaluate(model))
+        with undisturbed(model):  # in training mode norms would learn from what is only measured
+            metric = evaluate(model)
+        try:
+            return float(metric)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"expected `evaluate` to return a number, got {metric!r}") from error
 
     original, dense = Original.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
@@ -87,3 +88,14 @@ def sensitivity(
                 values.append(measured())
         metrics[name] = tuple(values)
     return Sensitivity(dense, shares, metrics, type(criterion).__name__)
+
+
+def _check(criterion: Criterion, shares: tuple[float, ...], structure: Structure) -> None:
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"expected `criterion` to be an instance of Criterion, got {criterion!r}. Give `L1()`.")
+    if criterion.statistic(structure) is not None:
+        raise ValueError(
+            f"expected a criterion of weights (L1, L2, Random), got {criterion!r}, which has to observe training."
+        )
+    if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
+        raise ValueError(f"expected ascending `shares` in (0, 1), got {shares}. Give (0.1, 0.3, 0.5).")

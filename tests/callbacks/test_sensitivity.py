@@ -45,6 +45,27 @@ def test_the_network_is_as_before():
     assert model[0].out_features == 8
 
 
+def test_it_is_measured_in_eval_mode_and_goes_on_as_it_was():
+    """An evaluation that thinks of no mode, and one that sets it, and one that draws: nothing of it stays."""
+    model = network().train()
+    model[1].eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    plain = sensitivity(model, lambda net: float(net(X + torch.rand_like(X)).square().mean()), X, shares=(0.5,))
+    again = sensitivity(model, lambda net: float(net.eval()(X + torch.rand_like(X)).square().mean()), X, shares=(0.5,))
+    assert plain == again
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_no_metric_or_criterion_is_named():
+    with pytest.raises(TypeError, match="expected `evaluate` to return a number, got None"):
+        sensitivity(network(), lambda _: None, X)
+    with pytest.raises(TypeError, match="expected `criterion` to be an instance of Criterion, got 'L1'"):
+        sensitivity(network(), evaluate, X, criterion="L1")
+
+
 def test_the_network_is_as_before_if_the_evaluation_fails():
     model, calls = network(), []
 
