@@ -10,6 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import is_not
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -584,7 +585,9 @@ class FakeCopy:
         if prepare is not None:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._homes: list[dict[str, Any]] = []
         for module in self.module.modules():
+            self._homes += vars(module), module._buffers
             loosen(module)
             for name, tensor in tensors(module).items():
                 self._slots.setdefault(id(tensor), []).append((module, name))
@@ -718,18 +721,21 @@ class FakeCopy:
     @contextmanager
     def _state_restored(self) -> Iterator[Callable[[], bool]]:
         """Put back what a run assigns to the modules; tells whether it has left tensors there."""
-        homes = [d for m in self.module.modules() for d in (vars(m), m._parameters, m._buffers)]
-        before = [dict(home) for home in homes]
+        before = [(home, home.copy()) for home in self._homes]
+
+        def changed() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+            return (
+                pair for pair in before if len(pair[0]) != len(pair[1]) or any(map(is_not, *map(dict.values, pair)))
+            )
 
         def left() -> bool:
-            pairs = zip(homes, before, strict=True)
-            new = (value for home, old in pairs for name, value in home.items() if value is not old.get(name))
+            new = (value for home, old in changed() for name, value in home.items() if value is not old.get(name))
             return any(map(output_tensors, new))
 
         try:
             yield left
         finally:
-            for home, old in zip(homes, before, strict=True):
+            for home, old in changed():
                 home.clear()
                 home.update(old)
 
