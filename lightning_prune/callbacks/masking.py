@@ -181,7 +181,7 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
-        return trainer.global_step > 0 and self._subject is not None and self._subject.model is module
+        return trainer.global_step > 0 and self._trained is module
 
     @override
     def _settings(self) -> dict[str, Any]:

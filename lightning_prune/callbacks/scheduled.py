@@ -68,6 +68,7 @@ class ScheduledPruning(Callback, ABC):
         self.report = Report()
         self._run_id = uuid.uuid4().hex
         self._done: int | None = None  # index of the last cut that was made, -1 for none; None: the history knows
+        self._trained: LightningModule | None = None  # by the last fit that came to a batch
         self._unprepare()
 
     def _unprepare(self) -> None:
@@ -299,7 +300,7 @@ class ScheduledPruning(Callback, ABC):
             curves, order = wandb_run(trainer, before.get("wandb")), self._order(trainer, before.get("order"))
             self._prepare(trainer, module, batch)
             self.report.config |= {"wandb": curves, **({"order": order} if len(order) > 1 else {})}
-            self._is_prepared = True
+            self._trained, self._is_prepared = module, True
 
     def _order(self, trainer: Trainer, before: Any) -> list[str]:
         """All pruning callbacks by their names in checkpoints; a warning if it was another order before."""

@@ -237,7 +237,7 @@ class StructuredPruning(ScheduledPruning):
         history = history_of(module)
         cuts = list(dict.fromkeys((edit.cut, edit.step) for edit in history.edits)) if history is not None else []
         mine = list(dict.fromkeys((cut.index, cut.step) for cut in self.report.cuts))
-        return trainer.global_step > 0 and self._subject is not None and self._subject.model is module and cuts == mine
+        return trainer.global_step > 0 and self._trained is module and cuts == mine
 
     @override
     def _settings(self) -> dict[str, Any]:

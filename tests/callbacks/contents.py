@@ -52,6 +52,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "_thresholds",
         "report",
         "_subject",
+        "_trained",
         "_structure",
         "_observation",
         "_measured",

@@ -469,6 +469,19 @@ def test_fast_dev_run_masks_nothing(tmp_path: Path) -> None:
     assert not masks_of(model)
 
 
+def test_a_fit_with_nothing_to_do_forgets_nothing(tmp_path: Path) -> None:
+    model, mine = make(), MagnitudePruning(0.6, schedule=SCHEDULE)
+    with pytest.warns(UserWarning, match="50 % of the way"):
+        run = fit(tmp_path, model, mine, epochs=3)
+    for epochs in (3, EPOCHS):
+        run.fit_loop.max_epochs = epochs
+        refit(run, model)
+    whole, undisturbed = make(), MagnitudePruning(0.6, schedule=SCHEDULE)
+    fit(tmp_path / "whole", whole, undisturbed)
+    assert equal(weights(model), weights(whole))
+    assert [cut.step for cut in mine.report.cuts] == [cut.step for cut in undisturbed.report.cuts]
+
+
 def test_two_fits_with_one_instance(tmp_path: Path) -> None:
     mine = HybridPruning(0.5, schedule=SCHEDULE)
     for _ in range(2):
