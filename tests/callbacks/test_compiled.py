@@ -70,6 +70,8 @@ def run(folder: Path, compile_: Any) -> tuple[Any, ContributionPruning, list[Any
 
 
 def in_place(compiler: Any) -> Any:
+    if torch.__version__ < (2, 15):
+        pytest.skip("older compilers pass over PyTorch's own layers")
     return lambda model: model.second.compile(backend=compiler)
 
 

@@ -11,9 +11,9 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.structure import Subject, rehearse, trace
+from tests.structure.counting import counting
 from tests.structure.cutting import draw, masked, settle, shrunk
 
 EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "150"))
@@ -312,7 +312,7 @@ def check(drawn):
         torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)
         structure, model = structure.take(kept), small
         assert structure.cost.params(structure.widths) == sum(p.numel() for p in model.parameters())
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             model(x)
         assert structure.cost.macs(structure.widths) * 2 * len(x) == counter.get_total_flops()
     model.train()(x).sum().backward()

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.structure import Call, StructureError, Subject, refresh, trace
+from tests.structure.counting import counting
 from tests.structure.cutting import cut, draw, half, masked, named, shrunk
 from tests.structure.networks import CASES, Auxiliary, Net
 
@@ -66,7 +66,7 @@ def test_costs_are_those_of_the_cut_network(case, seed):
     for kept in ({}, draw(structure, seed)):
         small = shrunk(model, structure.axes(kept))
         widths = structure.widths | {name: len(units) for name, units in kept.items()}
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             small(x)
         assert structure.cost.params(widths) == sum(p.numel() for p in small.parameters())
         if case.name != "spectral norm":  # its products of matrix and vector are left out by PyTorch's counter
@@ -369,7 +369,7 @@ def test_multiplications_of_one_sample(build, example, widths):
     unbatched = isinstance(example, torch.Tensor) and example.dim() % 2
     one = example if unbatched else example[:1]
     for kept in ({}, half(structure)):
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             shrunk(model, structure.axes(kept))(one)
         now = structure.widths | {name: len(units) for name, units in kept.items()}
         assert structure.cost.macs(now) * 2 == counter.get_total_flops()

@@ -312,6 +312,7 @@ def test_state_that_cannot_be_sliced_is_rebuilt_with_a_warning(zoo, photograph, 
     assert same(dict(weight), before["optimizer 0"][1][id(model[0].weight)])
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_warning_that_is_an_error_changes_nothing(zoo, photograph, same):
     net = zoo["mlp"]
     model = net.model()
