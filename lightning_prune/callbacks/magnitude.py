@@ -15,7 +15,8 @@ class MagnitudePruning(MaskPruning):
     """Sets the smallest weights to zero and keeps them zero (Han et al., 2015).
 
     The method of "Learning both Weights and Connections for Efficient Neural Networks". Masked are the weights of
-    linear and convolutional layers; biases, normalisations and embeddings stay. After every step of an optimizer masked
+    linear and convolutional layers; biases, normalisations, embeddings and what recurrent layers and
+    ``nn.MultiheadAttention`` pack into one parameter stay. After every step of an optimizer masked
     weights are zero again, with all that the optimizer remembers of them; at the end of every epoch this is checked.
     Checkpoints hold the masks, so that every ``ckpt_path`` keeps them. At the end units that have no effect any more
     are removed physically. The best so far of ``ModelCheckpoint`` and ``EarlyStopping`` starts anew with each cut.

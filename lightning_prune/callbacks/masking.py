@@ -119,7 +119,7 @@ class MaskPruning(ScheduledPruning):
         if implied is not None and not math.isclose(sparsity, implied):
             raise ValueError(
                 f"{type(self).__name__}: {self.granularity!r} has a sparsity of {implied:g}, got sparsity={sparsity:g}."
-                " Leave `sparsity` out, or choose another granularity."
+                " Leave `sparsity` out (null in YAML), or choose another granularity."
             )
         return float(sparsity)
 

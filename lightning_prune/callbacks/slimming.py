@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, final
@@ -14,7 +15,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.guard import Guard
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.structured import StructuredPruning
-from lightning_prune.planning import OneShot, Schedule, Scope, ScopeKind
+from lightning_prune.planning import NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
 from lightning_prune.scoring import BNScale, Criterion
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import Penalty, Repair, ScaleL1
@@ -117,6 +118,21 @@ class NetworkSlimming(StructuredPruning):
                 "`StructuredPruning(criterion=L2())`."
             )
         return tuple(name for name in selected if name not in lost)
+
+    @override
+    def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        super()._prepare(trainer, module, batch)
+        assert self.structure is not None
+        trained = {name for name, tensor in named(module).items() if tensor.requires_grad}
+        pulled = {n: {m.tensor for m in self.penalty.members(self.structure.group(n))} for n in self._selected}
+        fixed = [name for name, tensors in pulled.items() if trained.isdisjoint(tensors)]
+        if fixed and self.pending:
+            warnings.warn(
+                f"{type(self).__name__}: {self.penalty!r} does not pull on {', '.join(fixed)} as long as what it pulls "
+                "on there is frozen (`requires_grad` is False). Unfreeze it, or leave these layers out by `ignore`.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     # -- pulling ------------------------------------------------------------------------------------------------------
 

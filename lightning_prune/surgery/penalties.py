@@ -53,6 +53,10 @@ class Penalty(ABC):
             before: What ``remember`` returned.
         """
 
+    def members(self, group: Group) -> Sequence[Member]:
+        """What is pulled of a group."""
+        return group.members
+
     def unsuited(self, group: Group) -> str | None:  # noqa: ARG002
         """Why a group has nothing to pull, or None."""
         return None
@@ -78,14 +82,18 @@ class ScaleL1(Penalty):
     def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
         """Add the subgradient of every scale."""
         for group in groups:
-            for member in norm_scales(group):
+            for member in self.members(group):
                 for weight, gradient in _trained(member, parameters):
                     index = _index(member, weight).flatten()
                     gradient.index_add_(0, index, weight[index].sign().to(gradient.dtype), alpha=self.strength * scale)
 
+    def members(self, group: Group) -> list[Member]:
+        """Scales of norms."""
+        return norm_scales(group)
+
     def unsuited(self, group: Group) -> str | None:
         """A group without normalisation."""
-        return None if norm_scales(group) else "it has no normalisation with a scale"
+        return None if norm_scales(group) else "it has no normalisation with scale and shift"
 
 
 @final
@@ -141,12 +149,16 @@ class GrowingL2(Penalty):
             raise ValueError(f"GrowingL2: expected `every` to be 1 step or more, got {self.every}.")
         _at_least_zero(self, delta=self.delta, ceiling=self.ceiling)
 
+    def members(self, group: Group) -> list[Member]:
+        """Weights that produce the units."""
+        return _producers(group)
+
     @torch.no_grad()
     def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:
         r"""Add :math:`\lambda(t) w` to the lowest units."""
         strength = min(self.delta * (step // self.every), self.ceiling)
         for group in groups:
-            producers = _producers(group)
+            producers = self.members(group)
             sizes = torch.zeros(group.width, dtype=torch.float64)
             for member in producers:
                 for weight in _present(member, parameters):
@@ -183,17 +195,21 @@ class HalfSpace(Penalty):
             raise ValueError(f"HalfSpace: expected `epsilon` in [0, 1), got {self.epsilon}.")
         _at_least_zero(self, strength=self.strength, start=self.start)
 
+    def members(self, group: Group) -> list[Member]:
+        """What produces the units and follows them."""
+        return _producers(group, along=True)
+
     @torch.no_grad()
     def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
         """As `GroupLasso`, over what produces a unit and follows it."""
         for group in groups:
-            members = _producers(group, along=True)
+            members = self.members(group)
             norms = _sums(members, group.width, parameters).sqrt()
             _pull(members, parameters, torch.where(norms > 0, self.strength * scale / norms, 0.0))
 
     def remember(self, groups: Iterable[Group], parameters: Parameters) -> dict[str, Tensor]:
         """The weights before the step."""
-        names = {member.tensor for group in groups for member in _producers(group, along=True)}
+        names = {member.tensor for group in groups for member in self.members(group)}
         return {name: parameters[name].detach().clone() for name in names if name in parameters}
 
     @torch.no_grad()
@@ -204,7 +220,7 @@ class HalfSpace(Penalty):
         if step < self.start:
             return
         for group in groups:
-            members = [member for member in _producers(group, along=True) if member.tensor in before]
+            members = [member for member in self.members(group) if member.tensor in before]
             if not members:
                 continue
             old = torch.cat([_rows(member, before[member.tensor]) for member in members], 1)

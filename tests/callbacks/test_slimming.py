@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_prune import L2, GroupLasso, GrowingL2, HalfSpace, NetworkSlimming, OneShot, ScaleL1
+from lightning_prune.planning import NoEffectWarning
 from tests.callbacks.small import Saver, Small, loaders, trainer
 
 PENALTIES = {
@@ -161,6 +162,16 @@ def test_a_named_layer_without_normalisation_is_refused(tmp_path):
     callback = NetworkSlimming(0.5, layers=["net.0", "net.3"], dirpath=str(tmp_path / "report"))
     with pytest.raises(ValueError, match=r"can pull on, got net\.3: it has no normalisation"):
         fit(tmp_path, [callback])
+
+
+def test_frozen_scales_are_told(tmp_path):
+    """They would be cut by what they happened to be."""
+    model = Small(norm=True)
+    scales = [layer for layer in model.net if isinstance(layer, nn.BatchNorm1d)]
+    assert len(scales) == 1
+    scales[0].weight.requires_grad_(False)
+    with pytest.warns(NoEffectWarning, match=r"ScaleL1.* does not pull on net\.0 as long as"):
+        fit(tmp_path, [slimming("scales", tmp_path)], model=model)
 
 
 def test_a_penalty_of_another_type_is_refused():
