@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
@@ -97,7 +98,8 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
         subject: The network as it is, and how it is run.
         structure: Its structure.
         kept: Units to keep per group. Groups that lose all are left whole: their layers go. Those that keep one unit
-            are tried with two: an axis of length 1 lies otherwise in memory, and other operators run for the same.
+            are tried with two: an axis of length 1 lies otherwise in memory, and other operators run for the same. Then
+            the functions that its code calls are compared.
 
     Raises:
         StructureError: If a narrower network is not the masked one; the text names the groups to leave out.
@@ -109,7 +111,8 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
         if rows and structure.widths[name] > 2
     }
     groups = [g for g in (structure.group(name) for name in narrower) if len(narrower[g.name]) < g.width]
-    if not groups:
+    single = [structure.group(name) for name, rows in units.items() if len(rows) == 1 < structure.widths[name]]
+    if not groups and not single:
         return
     with torch.inference_mode(False):
         try:
@@ -122,12 +125,18 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
             return
         # What is coupled was settled by the trial, and what cannot run at all shows in the cut itself.
         failure = analysis._compare(structure.axes(narrower), follow=False)
-        if failure is None or not failure.numbers:
+        suspects = groups if failure is None else analysis._suspects(groups, failure) or groups
+        reason = failure.reason if failure is not None and failure.numbers else None
+        if reason is None and single:
+            exactly = {name: rows for name, rows in units.items() if rows}
+            at_two, at_one = (analysis._called(structure.axes(kept)) for kept in (narrower, exactly))
+            if at_one is not None and at_one != at_two:
+                suspects, reason = single, "its code calls other functions where one unit is left"
+        if reason is None:
             return
-        suspects = [group.name for group in analysis._suspects(groups, failure) or groups]
     raise StructureError(
         f"{type(subject.model).__name__} works otherwise at the widths of this cut "
-        f"({', '.join(f'{name}: {len(units[name])}' for name in suspects)}): {failure.reason}. Nothing has changed. "
+        f"({', '.join(f'{g.name}: {len(units[g.name])}' for g in suspects)}): {reason}. Nothing has changed. "
         "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
     )
 
@@ -150,6 +159,21 @@ class _Run:
     script: list[tuple[Any, ...]]
     decisions: list[Decision]
     views: list[Blocks | None]
+
+
+class _Called(TorchFunctionMode):
+    """Writes down what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[tuple[str, tuple[float, ...]]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        fractions = tuple(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, float))
+        self.functions.append((getattr(func, "__qualname__", repr(func)), fractions))
+        return func(*args, **(kwargs or {}))
 
 
 class _Analysis:
@@ -493,11 +517,7 @@ class _Analysis:
 
     def _compare(self, axes: Axes, follow: bool) -> _Failure | None:
         """Run a cut copy and compare what it computes with; with `follow`, what it couples too."""
-        labels = {
-            name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
-            for name, dims in self.labels.items()
-        }
-        atoms = SealedAtoms(self.atoms)
+        labels, atoms = self._labels_at(axes), SealedAtoms(self.atoms)
         tracer = self._second_tracer(atoms)
         for run in self.runs:
             call, copy = run.call, self._copy(run.kind)
@@ -517,6 +537,27 @@ class _Analysis:
             finally:
                 tracer.forget()
         return None
+
+    def _labels_at(self, axes: Axes) -> dict[str, tuple[IndexArray, ...]]:
+        """Labels of what is kept."""
+        return {
+            name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
+            for name, dims in self.labels.items()
+        }
+
+    def _called(self, axes: Axes) -> list[tuple[str, tuple[float, ...]]] | None:
+        """Functions that a cut copy's code calls, with fractions among their arguments; None if it does not run."""
+        labels, called = self._labels_at(axes), _Called()
+        for run in self.runs:
+            tracer = self._second_tracer(SealedAtoms(self.atoms))
+            tracer.choices = self.tracer.choices
+            copy = self._copy(run.kind)
+            try:
+                with copy.cut(axes), called:
+                    copy.run(tracer, run.call, labels)
+            except Exception:  # which shows in the cut itself
+                return None
+        return called.functions
 
     def _masked(self, run: _Run, copy: FakeCopy, axes: Axes) -> _Run:
         """The same run of the masked network: where sizes hang on data, a right cut has them in common with it."""

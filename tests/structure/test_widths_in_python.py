@@ -315,3 +315,18 @@ def test_what_shows_only_at_smaller_widths_stops_the_cut(work: Callable[[nn.Modu
     with pytest.raises(StructureError, match=r"widths of this cut \(first: [67]\).*`ignore`"):
         prune(model, x, pruning_ratio=0.8, layers="first")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda _, y: y.tanh() if y.shape[1] > 1 else y, lambda _, y: y * (1.0 if y.shape[1] > 1 else 0.5)],
+    ids=["branch", "scale"],
+)
+def test_what_shows_only_at_one_unit_stops_the_cut(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model, x = Picture(lambda net, y: net.second(work(net, y).mean((2, 3))), 8), torch.randn(2, 3, 6, 6)
+    prune(model, x, pruning_ratio=0.75, layers="first")
+    assert model.first.out_channels == 2
+    model = Picture(lambda net, y: net.second(work(net, y).mean((2, 3))), 8)
+    with pytest.raises(StructureError, match=r"widths of this cut \(first: 1\): its code calls other functions"):
+        prune(model, x, pruning_ratio=0.875, layers="first")
+    assert model.first.out_channels == 8
