@@ -24,6 +24,7 @@ from lightning_prune.scoring.criteria.bn_scale import norm_scales
 from lightning_prune.scoring.criterion import (
     Criterion,
     ObservingCriterion,
+    crossings,
     score_groups,
     unit_rows,
     unit_weights,
@@ -70,6 +71,7 @@ __all__ = [
     "Taylor",
     "contributions_of",
     "criteria_table",
+    "crossings",
     "norm_scales",
     "per_unit",
     "score_groups",

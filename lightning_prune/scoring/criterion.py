@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group, Member, Structure
 
-__all__ = ["Criterion", "ObservingCriterion", "score_groups", "unit_rows", "unit_weights"]
+__all__ = ["Criterion", "ObservingCriterion", "crossings", "score_groups", "unit_rows", "unit_weights"]
 
 
 class Criterion(ABC):
@@ -119,6 +119,26 @@ def unit_rows(tensor: Tensor, member: Member) -> Tensor:
     index = torch.as_tensor(member.index, device=tensor.device)
     rows = tensor.detach().movedim(member.dim, 0)[index].flatten(1)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def crossings(earlier: Iterable[Member], member: Member, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Where a unit has numbers of a tensor twice.
+
+    A layer that takes and makes the same units (in a residual sum) has weights from each of them to itself.
+
+    Args:
+        earlier: Other members of the same group.
+        member: One of them.
+        tensor: Numbers in the shape of the member's tensor.
+
+    Yields:
+        Rows and columns of the units' weights to themselves, shapes ``(width, k, 1)`` and ``(width, 1, l)``, and a view
+        of the tensor that they index.
+    """
+    for other in earlier:
+        if other.tensor == member.tensor and other.dim != member.dim:
+            rows, columns = (torch.as_tensor(m.index, device=tensor.device) for m in (other, member))
+            yield rows[:, :, None], columns[:, None, :], tensor.movedim((other.dim, member.dim), (0, 1))
 
 
 def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.scoring.contributions import per_pass
+from lightning_prune.scoring.criterion import crossings, unit_rows
 from lightning_prune.scoring.statistics import ActivationStatistic, Half, Statistic, Target
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import named
@@ -39,9 +40,11 @@ class MemberStatistic(Statistic):
         for group in self.structure.groups:
             for source, member in enumerate(group.members):
                 if member.tensor in found:
-                    along = found[member.tensor].movedim(member.dim, 0)
-                    index = torch.as_tensor(member.index, device=along.device)
-                    yield group.name, source, along[index].flatten(1).sum(1)
+                    values = found[member.tensor]
+                    sums = unit_rows(values, member).sum(1)
+                    for rows, columns, crossed in crossings(group.members[:source], member, values):
+                        sums = sums - crossed[rows, columns].flatten(1).sum(1)
+                    yield group.name, source, sums
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
         """The mean over passes, summed over members: shape ``(width,)``."""

@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_prune.scoring import norm_scales
+from lightning_prune.scoring import crossings, norm_scales
 from lightning_prune.structure import Group, Member
 
 __all__ = ["GroupLasso", "GrowingL2", "HalfSpace", "Penalty", "ScaleL1"]
@@ -267,21 +267,28 @@ def _rows(member: Member, tensor: Tensor) -> Tensor:
 def _sums(members: Sequence[Member], width: int, parameters: Parameters) -> Tensor:
     """Squares of everything that goes with a unit, shape ``(width,)``."""
     total = torch.zeros(width)
-    for member in members:
+    for place, member in enumerate(members):
         for weight in _present(member, parameters):
             others = [dim for dim in range(weight.dim()) if dim != member.dim]
             squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
             along = squares.sum(others) if others else squares
             total = total.to(along) + along[_index(member, weight)].sum(1)
+            for rows, columns, twice in crossings(members[:place], member, squares):
+                total -= twice[rows, columns].flatten(1).sum(1)
     return total
 
 
 def _pull(members: Sequence[Member], parameters: Parameters, pull: Tensor) -> None:
     """Add ``pull[k] · w`` to the gradient of every weight of unit k."""
-    for member in members:
+    for place, member in enumerate(members):
         for weight, gradient in _trained(member, parameters):
             factor = torch.zeros(weight.shape[member.dim], device=weight.device, dtype=pull.dtype)
             index = _index(member, weight)
             factor[index] = pull.to(weight.device)[:, None].expand(index.shape)
             shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
             gradient.add_((weight * factor.view(shape)).to(gradient.dtype))
+            once = zip(*(crossings(members[:place], member, t) for t in (weight, gradient)), strict=True)
+            for (rows, columns, twice), (_, _, pulled) in once:
+                found = twice[rows, columns]
+                less = found * pull.to(weight.device).view(-1, *[1] * (found.dim() - 1))
+                pulled[rows, columns] -= less.to(gradient.dtype)

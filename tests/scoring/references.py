@@ -80,9 +80,12 @@ class Evidence:
         return [np.take(self.tensors[m.tensor], p, axis=m.dim) for m in members for p in m.index[unit]]
 
     def everything(self, unit, values):
-        """What a unit holds of arrays by name, in whatever role, as one long array."""
+        """What a unit holds of arrays by name, in whatever role, each number once, as one long array."""
         members = [m for m in self.group.members if m.tensor in values]
-        return np.concatenate([np.take(values[m.tensor], p, m.dim).ravel() for m in members for p in m.index[unit]])
+        owned = {m.tensor: np.zeros(values[m.tensor].shape, dtype=bool) for m in members}
+        for m in members:
+            np.moveaxis(owned[m.tensor], m.dim, 0)[m.index[unit]] = True
+        return np.concatenate([values[name][where] for name, where in owned.items()])
 
     def saliency(self, function):
         """Mean over batches of a function of weights and gradients, summed over everything a unit holds."""

@@ -118,6 +118,32 @@ def test_group_lasso_is_the_gradient_of_the_sum_of_norms(setting):
         np.testing.assert_allclose(found[name], 0 if value is None else value.numpy(), atol=1e-12, err_msg=name)
 
 
+def test_group_lasso_counts_the_weight_of_a_unit_to_itself_once():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.loop, self.head = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head((x + self.loop(x)).mean(2))
+
+    model, x = Loop().double(), torch.randn(3, 2, 5, dtype=torch.float64)
+    model(x).sum().backward()
+    (group,) = trace(Subject.of(model, x)).groups
+    stem, loop, head = model.stem, model.loop, model.head
+    total = 0
+    for k in range(4):
+        others = torch.arange(4) != k
+        owned = [stem.weight[k], stem.bias[k], loop.weight[k], loop.bias[k], loop.weight[others, k], head.weight[:, k]]
+        total = total + torch.cat([piece.flatten() for piece in owned]).norm()
+    parameters = dict(model.named_parameters())
+    expected = torch.autograd.grad(0.2 * total, list(parameters.values()), allow_unused=True)
+    found = added(model, GroupLasso(0.2), [group])
+    for name, value in zip(parameters, expected, strict=True):
+        np.testing.assert_allclose(found[name], 0 if value is None else value.numpy(), atol=1e-12, err_msg=name)
+
+
 def test_group_lasso_leaves_a_dead_unit_alone(setting):
     model, groups = setting
     parameters = dict(model.named_parameters())
