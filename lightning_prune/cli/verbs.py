@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -114,7 +116,11 @@ class PruningCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Without Lightning's warning that `args` hides the process's own words: ours are these words, names resolved.
-        self.config = parser.parse_args(cast("list[str]", args))
+        try:
+            self.config = parser.parse_args(cast("list[str]", args))
+        except SystemExit as error:
+            _name_the_known(error)
+            raise
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -243,3 +249,13 @@ def _loggers(folder: Path) -> list[Logger]:
             WandbLogger(name=name, save_dir=folder.absolute(), project=project, mode=mode, settings=settings)
         )
     return loggers
+
+
+def _name_the_known(error: BaseException) -> None:
+    """Where the parser knows no class of a name, say which ones are much like it; it says types and paths only."""
+    wrong = re.findall(r"Expected a dot import path string: (\w+)$", str(error.__context__), re.MULTILINE)
+    known = {name.lower(): name for name in lightning_prune.__all__ if name[0].isupper()}
+    for name in dict.fromkeys(wrong):
+        near = [known[match] for match in get_close_matches(name.lower(), known)]
+        if near:
+            sys.stderr.write(f"lightning-prune: there is no {name!r}. Did you mean {', '.join(near)}?\n")

@@ -220,6 +220,7 @@ def test_inspect_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--trainer.callbacks.pruning_ratio=1.5"], "pruning_ratio"),
         (["--trainer.callbacks.budget=0.5"], "pruning_ratio"),
+        (["--trainer.callbacks=StructuredPruning", "--trainer.callbacks.criterion=taylr"], "Did you mean Taylor?"),
         (["--trainer.callbacks.layers=nonsense"], "lightning-prune: layers='nonsense' fits no layer"),
     ],
 )

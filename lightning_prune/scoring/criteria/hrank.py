@@ -58,8 +58,8 @@ class HRank(ObservingCriterion):
     r"""Average rank of the unit's feature maps, :math:`\overline{\operatorname{rank}(a_k)}` (HRank: Lin et al., 2020).
 
     Maps are taken where they enter the next layer. Pixels flattened for a Linear are folded back into the squarest
-    matrix, which is the map itself where maps are square; a single number has rank 1 unless it is 0, and so has a map of
-    one dimension (sequences, signals): there, ranks hardly tell units apart.
+    matrix, which is the map itself where maps are square; a single number has rank 1 unless it is 0, and so has a map
+    of one dimension (sequences, signals): there, ranks hardly tell units apart.
 
     Args:
         every_n_batches: Observe every n-th training batch.
