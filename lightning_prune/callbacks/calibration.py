@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.reporting import require
 from lightning_prune.structure import Axes, Subject
 from lightning_prune.structure.tracing import FakeCopy, forked_rng
 from lightning_prune.surgery import Repair, Rewind, repaired, take
@@ -88,7 +89,8 @@ class Repairs(Around):
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        saved = {int(epoch): dict(kept) for epoch, kept in (state.get("rewind") or {}).items()}
+        saved = state.get("rewind") or {}
+        require(saved, dict[int, dict[str, Tensor]], "rewind")
         self._kept = {epoch: kept for epoch, kept in saved.items() if epoch in self._epochs}
 
     def _ready(self, repair: Repair) -> Repair:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.processes import unwrapped
-from lightning_prune.reporting import Report
+from lightning_prune.reporting import Report, require
 from lightning_prune.surgery import History, conform, history_of
 
 __all__ = ["Guard", "Verdict", "Watch", "go_back", "snapshot"]
@@ -161,6 +161,11 @@ class Watch(Around):
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
         self._kept = state.get("kept")
+        if self._kept is not None:  # better now than when a cut has to be taken back
+            require(self._kept["weights"], dict[str, Tensor], "weights before the cut")
+            require(self._kept["optimizers"], list[dict[Any, Any]], "optimizers before the cut")
+            if self._kept["history"] is not None:
+                History.from_plain(self._kept["history"])
 
 
 def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

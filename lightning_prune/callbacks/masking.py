@@ -39,7 +39,7 @@ from lightning_prune.planning import (
     choose_masks,
     select,
 )
-from lightning_prune.reporting import Cut, Report, Size
+from lightning_prune.reporting import Cut, Report, Size, require
 from lightning_prune.structure import Axes, Call, Structure, Subject, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
@@ -177,6 +177,7 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
+        require(state["kept"], dict[str, Tensor] | None, "kept")
         self._kept = state["kept"] if self.rewind is not None else None
 
     @override
@@ -260,7 +261,10 @@ class MaskPruning(ScheduledPruning):
 
     def _require_kept(self, trainer: Trainer) -> None:
         """Refuse a rewind to weights that nobody kept, or that are to be kept after the first cut."""
-        if self.rewind is None or not self.pending or self._kept is not None:
+        if self.rewind is None or not self.pending:
+            return
+        if self._kept is not None:
+            self._check_kept(trainer.lightning_module)
             return
         name, first = type(self).__name__, self._timeline[0]
         per_epoch = run_length(trainer).steps_per_epoch
@@ -274,6 +278,17 @@ class MaskPruning(ScheduledPruning):
             raise ValueError(
                 f"{name}: expected the weights of epoch {self.rewind} in the checkpoint, to which `rewind` goes back, "
                 "but they were not kept. Resume from a whole checkpoint of a run with this `rewind`, or start anew."
+            )
+
+    def _check_kept(self, module: LightningModule) -> None:
+        assert self._kept is not None
+        expected = {name: tensor.shape for name, tensor in named(module).items()}
+        found = {name: tensor.shape for name, tensor in self._kept.items()}
+        if found != expected:
+            wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise ValueError(
+                f"{type(self).__name__}: expected the weights that `rewind` goes back to in the shapes of the network, "
+                f"got others for {wrong}. The checkpoint is damaged: resume from another one."
             )
 
     @override

@@ -21,7 +21,7 @@ from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Plan, Schedule, due, reaches
-from lightning_prune.reporting import Cut, Report, Size, plain, versions
+from lightning_prune.reporting import Cut, Report, Size, plain, require, versions
 from lightning_prune.structure import Axes
 from lightning_prune.surgery import refuse
 
@@ -243,17 +243,21 @@ class ScheduledPruning(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._is_fit:
             return  # a checkpoint that is only looked at does not change what this run has done
-        if state_dict.get("format") != _FORMAT:
+        if isinstance(state_dict, dict) and state_dict.get("format") != _FORMAT:
             raise ValueError(
                 f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
                 "It was written by another version of lightning-prune: install that one, or resume without the state."
             )
         try:
-            self._run_id = str(state_dict["run"])
-            self._done = None if state_dict["done"] is None else int(state_dict["done"])
-            self._restore(state_dict)
+            require(state_dict["run"], str, "run")
+            require(state_dict["done"], int | None, "done")
             self.report = Report.from_plain(state_dict["report"])
-        except (KeyError, TypeError, ValueError) as error:
+            require(self.report.config.get("order"), list[str] | None, "order")
+            for unit, at, share in self.report.config.get("cuts") or ():
+                require([at, share], list[float], f"the cuts by {unit}s")
+            self._restore(state_dict)
+            self._run_id, self._done = state_dict["run"], state_dict["done"]
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the {type(self).__name__} state in the checkpoint is damaged ({type(error).__name__}: {error}). "
                 "Resume from another checkpoint."

@@ -48,7 +48,7 @@ from lightning_prune.planning import (
     select,
     staying,
 )
-from lightning_prune.reporting import Cut, Size
+from lightning_prune.reporting import Cut, Size, require
 from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
 from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
@@ -226,7 +226,8 @@ class StructuredPruning(ScheduledPruning):
         if saved and before not in (None, repr(self.criterion)):
             warnings.warn(f"{self.criterion!r} observes anew: the checkpoint's numbers are of {before}", stacklevel=2)
             saved = {}
-        self._observation = Observation(saved=saved, batches=int(state["batches"]))
+        require(state["batches"], int, "batches")
+        self._observation = Observation(saved=saved, batches=state["batches"])
         table = state.get("latency")
         self._latency = None if table is None else LatencyTable.from_plain(table)
         for around in self._around:

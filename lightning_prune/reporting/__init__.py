@@ -5,6 +5,7 @@ from lightning_prune.reporting.measure import latency, size_on_disk, versions
 from lightning_prune.reporting.plots import ladder_figure, report_figure
 from lightning_prune.reporting.report import Cut, Measurement, Report, Rung, Size, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
+from lightning_prune.reporting.typed import require
 
 __all__ = [
     "Cut",
@@ -18,6 +19,7 @@ __all__ = [
     "latency",
     "plain",
     "report_figure",
+    "require",
     "size_on_disk",
     "versions",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.reporting.typed import require
 from lightning_prune.structure import Structure
 
 if TYPE_CHECKING:
@@ -299,6 +300,7 @@ class Report:
 
         Raises:
             ValueError: If a newer version of this package wrote it.
+            TypeError: If a value is of another type.
         """
         if stored["format"] > _FORMAT:
             raise ValueError(
@@ -311,7 +313,9 @@ class Report:
         values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
         values["rungs"] = [Rung(**rung) for rung in stored.get("rungs", [])]
-        return cls(**values)
+        report = cls(**values)
+        require(report, cls, "report")
+        return report
 
     def to_json(self, path: str | Path) -> None:
         """Write everything, and `metrics` as ``summary``; what is not a number becomes null."""

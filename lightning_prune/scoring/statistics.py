@@ -246,7 +246,7 @@ class Statistic(Metric):
             ValueError: If the states are not those of this structure.
         """
         expected = {key: tuple(getattr(self, key).shape) for key in self._states}
-        found = {key: tuple(value.shape) for key, value in state_dict.items()}
+        found = {k: tuple(value.shape) if isinstance(value, Tensor) else None for k, value in state_dict.items()}
         if expected != found:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise ValueError(

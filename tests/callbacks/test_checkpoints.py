@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import Linear, StructuredPruning, load_from_checkpoint
+from lightning_prune import Linear, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.surgery import HistoryError, history_of
-from tests.callbacks.networks import Net, equal, fit, loader, make, refit, trainer, weights, widths
+from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
 
 SCHEDULE = Linear(start=1, end=2, cuts=2)
 
@@ -231,6 +232,12 @@ def test_another_architecture_is_refused_whole(tmp_path: Path) -> None:
         (lambda c: c["callbacks"]["StructuredPruning"].update(report={"format": 99}), ValueError),
         (lambda c: c["callbacks"]["StructuredPruning"].update(batches="many"), ValueError),
         (lambda c: c["callbacks"]["StructuredPruning"].update(done="many"), ValueError),
+        (lambda c: c["callbacks"]["StructuredPruning"].update(done=math.inf), ValueError),
+        (lambda c: c["callbacks"]["StructuredPruning"]["report"].update(notes=None), ValueError),
+        (lambda c: c["callbacks"]["StructuredPruning"]["report"]["cuts"][0].update(seconds="long"), ValueError),
+        (lambda c: c["callbacks"]["StructuredPruning"]["report"]["cuts"][0]["after"].update(first="x"), ValueError),
+        (lambda c: c["callbacks"]["StructuredPruning"]["report"]["config"].update(cuts=[[1, 2]]), ValueError),
+        (lambda c: c["callbacks"].update(StructuredPruning=[1]), ValueError),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(tamper: Any, error: type[Exception], tmp_path: Path) -> None:
@@ -238,8 +245,37 @@ def test_a_damaged_checkpoint_is_refused(tamper: Any, error: type[Exception], tm
     checkpoint = torch.load(files["last"], weights_only=True)
     tamper(checkpoint)
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    model = make()
     with pytest.raises(error):
-        fit(tmp_path / "other", make(), pruner(), ckpt_path=tmp_path / "damaged.ckpt", epochs=6)
+        fit(tmp_path / "other", model, pruner(), ckpt_path=tmp_path / "damaged.ckpt", epochs=6)
+    assert model.trainer.global_step in (0, checkpoint["global_step"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: [],
+        lambda kept: {**kept, "first.bias": 1.0},
+        lambda kept: {name: tensor for name, tensor in kept.items() if name != "first.bias"},
+        lambda kept: {**kept, "first.bias": kept["first.bias"][:-1]},
+    ],
+)
+def test_damaged_weights_to_go_back_to_are_refused(damage: Any, tmp_path: Path) -> None:
+    """When the run begins, not when they are asked for."""
+
+    def masking() -> MagnitudePruning:
+        return MagnitudePruning(0.5, schedule=Linear(start=2, end=4, cuts=2), rewind=1)
+
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, make(), masking(), saver)
+    checkpoint = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["MagnitudePruning"]
+    state["kept"] = damage(state["kept"])
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    model = make()
+    with pytest.raises(ValueError, match="damaged"):
+        fit(tmp_path / "other", model, masking(), ckpt_path=tmp_path / "damaged.ckpt")
+    assert model.trainer.global_step in (0, 3 * BATCHES)
 
 
 def test_the_network_is_plain(tmp_path: Path) -> None:
