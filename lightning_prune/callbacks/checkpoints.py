@@ -85,8 +85,8 @@ def load_from_checkpoint(
             if not file.is_file() or zipfile.is_zipfile(file):
                 raise
             raise ValueError(
-                f"expected a whole checkpoint, got '{file}', the end of which is missing after "
-                f"{file.stat().st_size:,} bytes. It was torn while it was written or copied: take another one."
+                f"expected a whole checkpoint, got '{file}' of {file.stat().st_size:,} bytes, which is another kind of "
+                "file, or was torn while it was written or copied. Take another one."
             ) from error
         finally:
             if before is None:

@@ -216,8 +216,10 @@ class Showing:
             console = Console(width=_FILE_WIDTH)
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
-        if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
-            console.print(f"Best checkpoint: {best}", soft_wrap=True)
+        kept = [one for one in self.trainer.checkpoint_callbacks if getattr(one, "best_model_path", "")]
+        for one in sorted(kept, key=lambda one: getattr(one, "monitor", None) is None)[:1]:
+            which = "Last" if getattr(one, "monitor", None) is None else "Best"
+            console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 pictures = [path for path in (picture, ladder) if path]

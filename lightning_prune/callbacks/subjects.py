@@ -69,7 +69,8 @@ def require_network(model: object) -> None:
         StructureError: If layers are lazy.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {model!r}")
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"expected a torch.nn.Module, got {got}")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise StructureError(
@@ -140,8 +141,8 @@ def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: An
         else:
             return calls
     raise StructureError(
-        f"{type(model).__name__}: `forward` accepts no part of the training batch. Set `example_input_array` in the "
-        f"module. The last attempt: {failures[-1]}"
+        f"{type(model).__name__}: `forward` accepts no part of the example or training batch, as it is or taken apart. "
+        f"Set `example_input_array` in the module, or pass an `example`. The first attempt: {failures[0]}"
     )
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
@@ -255,6 +256,8 @@ class Spread(Schedule):
         _check_interval(self.every)
         if self.cuts is not None and self.every is not None:
             raise ValueError(f"expected `cuts` or `every`, got both: cuts={self.cuts}, every={self.every}")
+        if self.cuts is not None and not isinstance(self.cuts, Integral):
+            raise TypeError(f"expected `cuts` to be a whole number, got {self.cuts!r}")
         if self.cuts is not None and self.cuts < 1:
             raise ValueError(f"expected `cuts` of at least 1, got {self.cuts}")
         if type(self.start) is type(self.end) and self.end < self.start:

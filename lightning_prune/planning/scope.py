@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Literal, get_args
 
 from lightning_prune.structure.graph import Group, Structure
@@ -52,8 +53,11 @@ class Scope:
         if self.normalize not in ("mean", "none", None):
             raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
         for name, least in (("min_width", 0), ("round_to", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise TypeError(f"expected `{name}` to be a whole number, got {value!r}")
+            if value < least:
+                raise ValueError(f"expected `{name}` of at least {least}, got {value}")
 
     @classmethod
     def of(cls, scope: ScopeKind | Scope, *, comparable: bool = False) -> Scope:

@@ -29,10 +29,10 @@ _OTHER = "#999999"
 _CELL, _SMALLEST, _ROOM = 0.17, 0.07, 14.0
 
 # Inches of the whole picture at least, and of a column at most.
-_LEAST, _WIDEST = 7.5, 0.5
+_LEAST, _WIDEST = 5.0, 0.8
 
-# Characters of a reason in one line.
-_LINE = 110
+# Characters in an inch of the headline, and of a legend.
+_LETTERS, _SMALL_LETTERS = 13, 14
 
 #: Colour and text of each reason.
 _Reasons = dict[str, tuple[str, str]]
@@ -73,14 +73,17 @@ def couplings_figure(structure: Structure, headline: str) -> Figure:
     layers, cells = couplings(structure)
     rows, columns = max(len(layers), 1), max(cells.shape[1], 1)
     cell = min(_CELL, max(_SMALLEST, _ROOM / max(rows, columns)))
-    reasons = _reasons(structure)
-    below = _depth(reasons)
     letters = max([len(layer) for layer in layers] or [0])
     size = min(7.5, 48 * cell)
-    left, right, top = 0.0085 * size * letters + 0.35, 0.9, 1.7
+    left, right = 0.0085 * size * letters + 0.35, 0.9
     # A few columns get as much room as the headline needs anyway.
     across = max(cell, min(_WIDEST, (_LEAST - left - right) / columns))
-    width, height = max(left + columns * across + right, _LEAST), top + rows * cell + below
+    width = max(left + columns * across + right, _LEAST)
+    left += (width - left - columns * across - right) / 2
+    text = textwrap.fill(headline, int(width * _LETTERS))
+    reasons = _reasons(structure, int(width * _SMALL_LETTERS))
+    below = _depth(reasons)
+    height = 1.35 + 0.16 * text.count("\n") + rows * cell + below
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
     box = (left / width, below / height, columns * across / width, rows * cell / height)
     axes = figure.add_axes(box)
@@ -88,7 +91,7 @@ def couplings_figure(structure: Structure, headline: str) -> Figure:
     _stays(axes, structure, layers, reasons, size)
     _widths(figure.add_axes((box[0], box[1] + box[3] + 0.08 / height, box[2], 0.8 / height)), structure, size)
     _legend(figure, reasons, height, both=bool((cells == 3).any()))
-    figure.text(0.15 / width, 1 - 0.15 / height, textwrap.fill(headline, int(width * 13)), va="top", fontsize=9)
+    figure.text(0.15 / width, 1 - 0.15 / height, text, va="top", fontsize=9)
     return figure
 
 
@@ -114,11 +117,11 @@ def _widths(axes: Axes, structure: Structure, size: float) -> None:
     axes.set_ylabel("units", fontsize=8)
 
 
-def _reasons(structure: Structure) -> _Reasons:
+def _reasons(structure: Structure, line: int) -> _Reasons:
     """Colour and wrapped text of every reason, the most frequent first; the last one may stand for several."""
     ranked = Counter(kind for kind, _ in {(_kind(axis.reason), axis.layer) for axis in structure.frozen}).most_common()
     named = {
-        kind: (colour, textwrap.fill(f"stays: {kind} ({plural(n, 'layer')})", _LINE))
+        kind: (colour, textwrap.fill(f"stays: {kind} ({plural(n, 'layer')})", line))
         for (kind, n), colour in zip(ranked, _REASONS, strict=False)
     }
     rest = plural(sum(n for _, n in ranked[len(_REASONS) :]), "layer")

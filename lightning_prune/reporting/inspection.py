@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_prune.reporting.couplings import couplings_figure
-from lightning_prune.reporting.grid import Grid, Shown, count, share
+from lightning_prune.reporting.grid import Grid, Shown, count, plural, share
 from lightning_prune.structure.graph import Group, Structure
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class Inspection(Shown):
     @property
     def summary(self) -> str:
         """The totals in one line."""
+        units = "1 unit" if self.units == 1 else f"{count(self.units)} units"
         return (
             f"{count(self.params)} parameters, {count(self.macs)} MACs per sample (1 MAC = 2 FLOPs). "
-            f"{count(self.units)} units in {len(self.structure.groups)} groups can be pruned; "
+            f"{units} in {plural(len(self.structure.groups), 'group')} can be pruned; "
             f"{100 * self.reachable:.1f} % of the parameters lie on them."
         )
 
@@ -88,15 +89,16 @@ class Inspection(Shown):
             )
         columns = ("group", "coupled with", "goes into", "units", "parameters", "of all")
         note = f"{self.summary} A weight between two groups is counted for both." if rows else self.summary
-        if any(_channels(group) > 1 for group in self.structure.groups):
-            note += " 8 × 4 are 8 units of 4 channels each, which can only go together."
+        for group in [group for group in self.structure.groups if _channels(group) > 1][:1]:
+            units, channels = count(group.width), _channels(group)
+            note += f" {units} × {channels} are {units} units of {channels} channels each, which can only go together."
         return Grid("What can be pruned", columns, tuple(rows), words=3, note=note)
 
     def _frozen(self) -> Grid:
         entries: dict[tuple[str, str], list[int]] = {}
         for axis in self.structure.frozen:
             entries.setdefault((axis.layer, axis.reason), []).append(axis.width)
-        rows = ((layer, why, ", ".join(map(str, widths))) for (layer, why), widths in entries.items())
+        rows = ((layer, why, ", ".join(map(str, dict.fromkeys(widths)))) for (layer, why), widths in entries.items())
         return Grid("What stays as it is", ("layer", "because", "width"), tuple(rows), words=2)
 
     def _notes(self) -> Grid:

@@ -234,7 +234,7 @@ class Report:
         if self.metric is not None:
             return self.metric if self.metric in names else None
         candidates = [name for name in names if not name.endswith("_step") and _kind(name) is not None]
-        return min(candidates, key=lambda name: (_kind(name), _is_training(name)), default=None)
+        return min(candidates, key=lambda name: (_kind(name), _data(name)), default=None)
 
     @property
     def mode(self) -> Literal["max", "min"]:
@@ -466,8 +466,10 @@ def _kind(name: str) -> int | None:
     return 0 if "acc" in lowered else 1 if "loss" in lowered else None
 
 
-def _is_training(name: str) -> bool:
-    return bool({"train", "training"} & set(_words(name)))
+def _data(name: str) -> int:
+    """0 for a metric of the validation, 1 where the name does not say (often the training's), 2 of the training."""
+    words = set(_words(name))
+    return 0 if words & {"val", "valid", "validation"} else 2 if words & {"train", "training"} else 1
 
 
 def _size(stored: Mapping[str, Any] | None) -> Size | None:

@@ -272,7 +272,7 @@ def test_a_torn_checkpoint_is_refused_before_any_weight_changes(keep: float, tmp
     with pytest.raises((RuntimeError, EOFError, OSError)):
         fit(tmp_path / "again", model, pruner(), data=alike(), ckpt_path=tmp_path / "torn.ckpt")
     assert equal(weights(model), before)
-    with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*torn.ckpt'.* bytes"):
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint, got .*torn.ckpt' of .* bytes, .* another kind"):
         load_from_checkpoint(Net, tmp_path / "torn.ckpt")
 
 

@@ -177,6 +177,7 @@ def test_an_optimizer_of_another_network_is_refused() -> None:
         (EXAMPLE.float(), "fails on the example"),
         (EXAMPLE[:0], "empty batch"),
         (EXAMPLE[:, :2], "forward"),
+        (tuple(EXAMPLE.shape), "example .* as it is or taken apart.*The first attempt"),
         (EXAMPLE.to("meta"), "meta device"),
         (None, "example"),
     ],
@@ -191,6 +192,10 @@ def test_an_example_that_does_not_fit_changes_nothing(example: Any, words: str) 
 def test_what_is_no_network_with_weights_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         prune(torch.relu, EXAMPLE, pruning_ratio=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got a Tensor$"):
+        prune(EXAMPLE, network(), pruning_ratio=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got the class ReLU$"):
+        prune(torch.nn.ReLU, EXAMPLE, pruning_ratio=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="meta device"):
         prune(network().to("meta"), EXAMPLE, pruning_ratio=0.5)
     with pytest.raises(StructureError, match="Run one forward pass first"):

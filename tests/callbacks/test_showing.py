@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, OneShot, StructuredPruning
@@ -94,6 +95,18 @@ def test_files(measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "What was won and lost" in printed
     assert "50.0 % of the units are gone" in printed
+
+
+def test_the_best_checkpoint_is_that_of_a_monitor(
+    measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, best = ModelCheckpoint(tmp_path, "last"), ModelCheckpoint(tmp_path, "best", monitor="val_loss")
+    fit(tmp_path, make(), contribution(), last, best, epochs=5)
+    assert f"Best checkpoint: {best.best_model_path}" in capsys.readouterr().out
+    fit(tmp_path / "plain", make(), contribution(), ModelCheckpoint(tmp_path / "plain", "last"), epochs=5)
+    printed = capsys.readouterr().out
+    assert f"Last checkpoint: {tmp_path / 'plain' / 'last.ckpt'}" in printed
+    assert "Best checkpoint" not in printed
 
 
 def test_a_metric_is_written_down_when_it_was_measured(tmp_path: Path) -> None:

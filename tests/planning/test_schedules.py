@@ -236,6 +236,12 @@ def test_bad_settings(make, message):
         make()
 
 
+@pytest.mark.parametrize("cuts", [2.5, "3"])
+def test_cuts_are_a_whole_number(cuts):
+    with pytest.raises(TypeError, match="expected `cuts` to be a whole number, got "):
+        Cubic(cuts=cuts)
+
+
 @given(done=st.integers(-1, 5), now=st.integers(0, 30))
 def test_due_is_idempotent_and_takes_the_latest(done, now):
     timeline = tuple(CutPoint(i, 5 * i, "epoch", (i + 1) / 5) for i in range(5))

@@ -76,6 +76,13 @@ def test_bad_scope(make, message):
         make()
 
 
+@pytest.mark.parametrize("bad", [{"min_width": 2.5}, {"round_to": 8.0}, {"round_to": "8"}])
+def test_widths_are_whole_numbers(bad):
+    with pytest.raises(TypeError, match=f"expected `{next(iter(bad))}` to be a whole number, got "):
+        Scope(**bad)
+    assert Scope(min_width=np.int64(2)).min_width == 2
+
+
 @pytest.mark.parametrize(
     ("layers", "ignore", "expected"),
     [

@@ -59,12 +59,13 @@ def test_the_picture_says_widths_names_and_reasons():
 
 def test_everything_lies_inside_the_picture():
     layers = [layer for i in range(90) for layer in (nn.Linear(4, 4), nn.Sigmoid())]
-    for model in (Residual(), nn.Linear(4, 2), nn.Sequential(*layers)):
+    two = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for model in (Residual(), nn.Linear(4, 2), two, nn.Sequential(*layers)):
         figure = inspection(model).figure()
         renderer = FigureCanvasAgg(figure).get_renderer()
         frame = figure.bbox
-        for axes in figure.axes:
-            box = axes.get_tightbbox(renderer)
+        for part in (*figure.axes, *figure.legends, *figure.texts):
+            box = part.get_tightbbox(renderer)
             assert frame.x0 <= box.x0 < box.x1 <= frame.x1
             assert frame.y0 <= box.y0 < box.y1 <= frame.y1
 
@@ -88,8 +89,16 @@ def test_the_rarest_reasons_share_a_colour():
 
 def test_a_few_groups_get_room_and_the_legends_lie_together():
     figure = inspection(Residual()).figure()
-    assert figure.axes[0].get_position().width * figure.get_figwidth() == pytest.approx(3 * 0.5)
+    assert figure.axes[0].get_position().width * figure.get_figwidth() == pytest.approx(3 * 0.8)
     renderer = FigureCanvasAgg(figure).get_renderer()
     above, below = (legend.get_window_extent(renderer) for legend in figure.legends)
     assert abs(above.y0 - below.y1) < 0.15 * figure.dpi
     assert below.y0 > figure.bbox.y0
+
+
+def test_the_picture_of_a_tiny_network_is_not_half_empty():
+    figure = inspection(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).figure()
+    box = figure.axes[0].get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+    left, right = box.x0 - figure.bbox.x0, figure.bbox.x1 - box.x1
+    assert figure.get_figwidth() <= 5
+    assert max(left, right) < 0.4 * figure.bbox.width

@@ -59,4 +59,28 @@ def test_nothing_prunable_is_still_shown_with_reasons():
     assert inspected.reachable == 0
     text = str(inspected)
     assert "0 units in 0 groups can be pruned" in text
+    one = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2))
+    assert "1 unit in 1 group can be pruned" in str(Inspection(trace(Subject.of(one, torch.zeros(2, 4)))))
     assert "What stays as it is" in text
+
+
+class Heads(nn.Module):
+    """Attention with a scale of its own, so that widths of heads can shrink; and a layer that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.out, self.unused = nn.Linear(6, 24), nn.Linear(8, 3), nn.Linear(5, 7)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.inside(x).chunk(3, -1))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.out(seen.transpose(1, 2).flatten(2))
+
+
+def test_units_of_several_channels_are_explained_by_their_own_numbers_and_a_width_is_told_once():
+    text = str(Inspection(trace(Subject.of(Heads(), torch.zeros(2, 5, 6)))))
+    assert "4 × 6" in text
+    assert "4 × 6 are 4 units of 6 channels each" in " ".join(text.split())
+    unused = next(line for line in text.splitlines() if line.strip().startswith("unused"))
+    assert unused.split()[-1] == "7"
+    assert "7, 7" not in unused

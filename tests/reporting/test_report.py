@@ -30,6 +30,8 @@ def test_metrics_of_one_step_are_one_measurement():
         (["lr", "train_loss", "train_acc", "val_loss", "val_acc"], "val_acc", "max"),
         (["train_loss", "train_Accuracy", "val_loss"], "train_Accuracy", "max"),
         (["train_loss", "val/loss"], "val/loss", "min"),
+        (["loss", "val_loss"], "val_loss", "min"),  # what most training steps log
+        (["train_loss", "loss"], "loss", "min"),
         (["train_acc_step", "train_acc_epoch"], "train_acc_epoch", "max"),
         (["loss_bce"], "loss_bce", "min"),
         (["lr", "perplexity"], None, "max"),
