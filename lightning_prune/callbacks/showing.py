@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -216,9 +217,9 @@ class Showing:
             console = Console(width=_FILE_WIDTH)
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
-        kept = [one for one in self.trainer.checkpoint_callbacks if getattr(one, "best_model_path", "")]
-        for one in sorted(kept, key=lambda one: getattr(one, "monitor", None) is None)[:1]:
-            which = "Last" if getattr(one, "monitor", None) is None else "Best"
+        kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        for one in sorted((one for one in kept if one.best_model_path), key=lambda one: one.monitor is None)[:1]:
+            which = "Last" if one.monitor is None else "Best"
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
