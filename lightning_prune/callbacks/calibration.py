@@ -10,16 +10,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_prune.callbacks.around import Around, Run
+from lightning_prune.callbacks.kept import Kept
 from lightning_prune.reporting import require
 from lightning_prune.structure import Axes, Subject
 from lightning_prune.structure.tracing import FakeCopy, forked_rng
-from lightning_prune.surgery import Repair, Rewind, repaired, take
-from lightning_prune.surgery.depth import stays
-from lightning_prune.surgery.tensors import named
+from lightning_prune.surgery import Repair, Rewind, repaired
 
 __all__ = ["Calibration", "Repairs"]
 
@@ -34,8 +32,9 @@ class Repairs(Around):
 
     def __init__(self, repairs: tuple[Repair, ...]) -> None:
         self.repairs = repairs
-        self._epochs = {repair.epoch for repair in repairs if isinstance(repair, Rewind)}
-        self._kept: dict[int, dict[str, Tensor]] = {}  # weights by epoch, as narrow as the network is
+        self._kept = {
+            repair.epoch: Kept(repair.epoch, repr(repair)) for repair in repairs if isinstance(repair, Rewind)
+        }
         self._axes: Axes = {}
         self._drops: Mapping[str, str] = {}
 
@@ -47,25 +46,13 @@ class Repairs(Around):
     @override
     def begin(self, run: Run) -> None:
         self._calibration(run)
-        trainer = run.trainer
-        first = next((point for point in run.timeline if point.unit == "epoch"), None)
-        for epoch in sorted(self._epochs - self._kept.keys()):
-            if first is not None and first.at < epoch:
-                raise ValueError(
-                    f"Rewind: expected `epoch` not after the first cut, which is in epoch {first.at}, got {epoch}. Let "
-                    "the schedule start later, or rewind to an earlier epoch."
-                )
-            if (trainer.current_epoch, trainer.fit_loop.batch_idx) > (epoch, 0):
-                raise ValueError(
-                    f"Rewind: expected the weights of epoch {epoch} in the checkpoint, but they were not kept. Resume "
-                    "from a whole checkpoint of a run with this `Rewind`, or start anew."
-                )
+        for kept in self._kept.values():
+            kept.require(run.trainer, run.timeline)
 
     @override
     def epoch(self, run: Run) -> None:
-        now = run.trainer.current_epoch
-        if now in self._epochs and now not in self._kept:
-            self._kept[now] = {name: tensor.detach().cpu().clone() for name, tensor in _saved(run.module).items()}
+        for kept in self._kept.values():
+            kept.begin_epoch(run.trainer, run.module)
 
     @override
     def contents(self, run: Run, axes: Axes, drops: Mapping[str, str]) -> Mapping[str, Tensor]:
@@ -74,44 +61,27 @@ class Repairs(Around):
 
     @override
     def after(self) -> None:
-        self._kept = {
-            epoch: {
-                name: take(tensor, self._axes.get(name, {}))
-                for name, tensor in kept.items()
-                if stays(name, self._drops)
-            }
-            for epoch, kept in self._kept.items()
-        }
+        for kept in self._kept.values():
+            kept.follow(self._axes, self._drops)
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"rewind": {epoch: dict(kept) for epoch, kept in self._kept.items()}} if self._epochs else {}
+        reached = {epoch: dict(kept.weights) for epoch, kept in self._kept.items() if kept.weights is not None}
+        return {"rewind": reached} if self._kept else {}
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
         saved = state.get("rewind") or {}
         require(saved, dict[int, dict[str, Tensor]], "rewind")
-        self._kept = {epoch: kept for epoch, kept in saved.items() if epoch in self._epochs}
+        for epoch, kept in self._kept.items():
+            kept.weights = dict(saved[epoch]) if epoch in saved else None
 
     def _ready(self, repair: Repair) -> Repair:
-        if not isinstance(repair, Rewind):
-            return repair
-        if repair.epoch not in self._kept:
-            raise ValueError(
-                f"Rewind: expected the weights of epoch {repair.epoch}, which the run has not come to before its first "
-                "cut. Let the schedule start later, or rewind to an earlier epoch."
-            )
-        return repair.to(self._kept[repair.epoch])
+        return repair.to(self._kept[repair.epoch].get()) if isinstance(repair, Rewind) else repair
 
     def _calibration(self, run: Run) -> Calibration:
         is_read = any(repair.batches for repair in self.repairs)
         return Calibration(run.trainer, run.module, run.subject, is_read=is_read)
-
-
-def _saved(module: LightningModule) -> dict[str, Tensor]:
-    """Parameters and buffers of the network, without those of metrics."""
-    metrics = {id(t) for part in module.modules() if isinstance(part, Metric) for t in part.buffers()}
-    return {name: tensor for name, tensor in named(module).items() if id(tensor) not in metrics}
 
 
 class Calibration:

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.averages import averages, count_from
 from lightning_prune.callbacks.compiled import is_compiled
-from lightning_prune.callbacks.moments import run_length
+from lightning_prune.callbacks.kept import Kept
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
@@ -62,7 +62,7 @@ from lightning_prune.surgery import (
     zero_gradients,
     zero_moments,
 )
-from lightning_prune.surgery.tensors import named, take
+from lightning_prune.surgery.tensors import named
 
 __all__ = ["MaskPruning"]
 
@@ -127,7 +127,7 @@ class MaskPruning(ScheduledPruning):
     def _forget(self) -> None:
         super()._forget()
         self.report = Report(what="weights")
-        self._kept: dict[str, Tensor] | None = None  # the weights to go back to
+        self._kept = None if self.rewind is None else Kept(self.rewind, f"{type(self).__name__}(rewind={self.rewind})")
 
     @override
     def _unprepare(self) -> None:
@@ -173,12 +173,13 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def _state(self) -> dict[str, Any]:
-        return {"kept": self._kept}
+        return {"kept": None if self._kept is None else self._kept.weights}
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
         require(state["kept"], dict[str, Tensor] | None, "kept")
-        self._kept = state["kept"] if self.rewind is not None else None
+        if self._kept is not None:
+            self._kept.weights = state["kept"]
 
     @override
     def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -213,9 +214,7 @@ class MaskPruning(ScheduledPruning):
         before, self._structure = self.report.widths, self._structure.take(plan.kept)
         self._groups = tuple(self._structure.group(group.name) for group in self._groups)
         if self._kept is not None:
-            present = named(module)
-            cuts = {id(present[name]): rows for name, rows in axes.items()}  # a tied tensor has several names
-            self._kept = {name: take(tensor, cuts.get(id(present[name]), {})) for name, tensor in self._kept.items()}
+            self._kept.follow(axes)
         for network in (module, *averages(trainer)):
             apply_masks(network, masks_of(module))  # a repair writes whole weights
         self._watch(module)
@@ -249,7 +248,8 @@ class MaskPruning(ScheduledPruning):
         self._timeline = self._moments(trainer, 1 - self.sparsity)
         self._carry_over(partial(self._reached, module))
         self._structure, self._subject, self._batch = structure, subject, call_on(module, batch, subject)
-        self._require_kept(trainer)
+        if self._kept is not None and self.pending:
+            self._kept.require(trainer, self._timeline)
         self._watch(module)
         self._check(trainer, module, "when the training began")
         if self.report.dense is None:
@@ -259,42 +259,10 @@ class MaskPruning(ScheduledPruning):
             self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
         self._begin_report()
 
-    def _require_kept(self, trainer: Trainer) -> None:
-        """Refuse a rewind to weights that nobody kept, or that are to be kept after the first cut."""
-        if self.rewind is None or not self.pending:
-            return
-        if self._kept is not None:
-            self._check_kept(trainer.lightning_module)
-            return
-        name, first = type(self).__name__, self._timeline[0]
-        per_epoch = run_length(trainer).steps_per_epoch
-        epoch = first.at if first.unit == "epoch" else first.at // per_epoch if per_epoch else None
-        if epoch is not None and self.rewind > epoch:
-            raise ValueError(
-                f"{name}: expected `rewind` not after the first cut, which comes after {epoch} epoch(s), got "
-                f"rewind={self.rewind}. Let the schedule start later, or rewind to an earlier epoch."
-            )
-        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) > (self.rewind, 0):
-            raise ValueError(
-                f"{name}: expected the weights of epoch {self.rewind} in the checkpoint, to which `rewind` goes back, "
-                "but they were not kept. Resume from a whole checkpoint of a run with this `rewind`, or start anew."
-            )
-
-    def _check_kept(self, module: LightningModule) -> None:
-        assert self._kept is not None
-        expected = {name: tensor.shape for name, tensor in named(module).items()}
-        found = {name: tensor.shape for name, tensor in self._kept.items()}
-        if found != expected:
-            wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            raise ValueError(
-                f"{type(self).__name__}: expected the weights that `rewind` goes back to in the shapes of the network, "
-                f"got others for {wrong}. The checkpoint is damaged: resume from another one."
-            )
-
     @override
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.rewind == trainer.current_epoch and self._kept is None and self.pending:
-            self._kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named(module).items()}
+        if self._kept is not None and self.pending:
+            self._kept.begin_epoch(trainer, module)
 
     # -- a cut --------------------------------------------------------------------------------------------------------
 
@@ -317,8 +285,8 @@ class MaskPruning(ScheduledPruning):
             return
         old = self._left(module)
         attach_masks(module, masks)
-        if self.rewind is not None:
-            self._go_back(trainer, module)
+        if self._kept is not None:
+            self._go_back(trainer, module, self._kept)
         for network in (module, *averages(trainer)):
             apply_masks(network, masks)
         self._watch(module)
@@ -347,16 +315,13 @@ class MaskPruning(ScheduledPruning):
         masked = _count(masks_of(module))
         return next((p.index for p in self._timeline[::-1] if _count(self._chosen(module, p)) == masked), -1)
 
-    def _go_back(self, trainer: Trainer, module: LightningModule) -> None:
+    def _go_back(self, trainer: Trainer, module: LightningModule, kept: Kept) -> None:
         """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
-        if self._kept is None:
-            raise ValueError(
-                f"{type(self).__name__}: the first cut is due before epoch {self.rewind}, the weights of which "
-                "`rewind` goes back to. Let the schedule start later."
-            )
+        weights = kept.get()
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in named(module).items():
-                tensor.copy_(self._kept[name])
+            present = named(module)
+            for name, content in weights.items():
+                present[name].copy_(content)
             for copy in averages(trainer):
                 fresh = named(module)
                 for name, tensor in named(copy).items():
@@ -364,7 +329,7 @@ class MaskPruning(ScheduledPruning):
         count_from(trainer, [0] * len(averages(trainer)))
         forget(Change(), trainer.optimizers)
         if not self.pending:
-            self._kept = None
+            kept.weights = None
 
     def _watch(self, module: LightningModule) -> None:
         """Let the optimizers' hooks know the masks."""

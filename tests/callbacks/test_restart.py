@@ -66,6 +66,23 @@ def test_every_cut_goes_back(tmp_path):
         assert all(torch.equal(after.states[epoch][name], value) for name, value in expected.items())
 
 
+def test_tied_weights_go_back_under_all_their_names(tmp_path):
+    before, after = Weights(), Weights()
+    callback = StructuredPruning(0.5, schedule=Linear(1, 3, cuts=2), repair=Rewind(0), dirpath=str(tmp_path / "report"))
+    model = Small()
+    again = torch.nn.Linear(8, 8, dtype=torch.float64)
+    again.weight = model.net[2].weight
+    model.net.insert(3, again)
+    trainer(tmp_path, 5, before, callback, after).fit(model, *loaders())
+    assert model.net[3].weight is model.net[2].weight
+    assert model.net[2].weight.shape == (4, 4)
+    assert torch.equal(after.states[1]["2.weight"], after.states[1]["3.weight"])
+    expected = before.states[0]["2.weight"]
+    for edit in model._lightning_prune_history.edits:
+        expected = take(expected, edit.axes["net.2.weight"])
+    assert torch.equal(after.states[3]["2.weight"], expected)
+
+
 def test_new_weights_are_the_same_every_time(tmp_path):
     first, second = Weights(), Weights()
     fit(tmp_path / "a", pruning(tmp_path / "a", Reinitialise(3)), first)
@@ -94,7 +111,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path, repair, epoch):
 
 
 def test_an_epoch_after_the_first_cut_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected `epoch` not after the first cut, which is in epoch 2, got 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"Rewind\(epoch=3\): .* first cut, which comes after 2 epoch\(s\), got 3",
+    ):
         fit(tmp_path, pruning(tmp_path, Rewind(3)))
 
 

@@ -1,0 +1,102 @@
+"""Weights to go back to, kept while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_prune.callbacks.moments import run_length
+from lightning_prune.planning import CutPoint
+from lightning_prune.structure import Axes
+from lightning_prune.surgery import take
+from lightning_prune.surgery.depth import stays
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["Kept"]
+
+
+class Kept:
+    """Parameters and buffers, those of metrics left out, as an epoch found them; as narrow as the network is.
+
+    Args:
+        epoch: Which epoch.
+        asker: Who goes back to them, for texts: ``"Rewind(1)"``.
+    """
+
+    def __init__(self, epoch: int, asker: str) -> None:
+        self.epoch, self.asker = epoch, asker
+        self.weights: dict[str, Tensor] | None = None  # in memory of the processor
+
+    def require(self, trainer: Trainer, timeline: Sequence[CutPoint]) -> None:
+        """Refuse a run that has passed the epoch without keeping them, cuts before it, or has kept others.
+
+        Raises:
+            ValueError: With what to do.
+        """
+        if self.weights is not None:
+            self._compare(self.weights, trainer.lightning_module)
+            return
+        first, per_epoch = timeline[0] if timeline else None, run_length(trainer).steps_per_epoch
+        if first is not None and (first.unit == "epoch" or per_epoch):
+            epoch = first.at if first.unit == "epoch" or not per_epoch else first.at // per_epoch
+            if self.epoch > epoch:
+                raise ValueError(
+                    f"{self.asker}: expected an epoch not after the first cut, which comes after {epoch} epoch(s), got "
+                    f"{self.epoch}. Let the schedule start later, or rewind to an earlier epoch."
+                )
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) > (self.epoch, 0):
+            raise ValueError(
+                f"{self.asker}: expected the weights of epoch {self.epoch} in the checkpoint, but they were not kept. "
+                "Resume from a whole checkpoint of a run that goes back to it, or start anew."
+            )
+
+    def begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep them if this is the epoch."""
+        if trainer.current_epoch == self.epoch and self.weights is None:
+            self.weights = {name: t.detach().to("cpu", copy=True) for name, t in _weights_of(module).items()}
+
+    def follow(self, axes: Axes, drops: Mapping[str, str] | None = None) -> None:
+        """Leave out what a cut has removed."""
+        if self.weights is not None:
+            self.weights = {
+                name: take(tensor, axes.get(name, {}))
+                for name, tensor in self.weights.items()
+                if stays(name, drops or {})
+            }
+
+    def get(self) -> dict[str, Tensor]:
+        """The weights by name.
+
+        Raises:
+            ValueError: If the run has not come to the epoch.
+        """
+        if self.weights is None:
+            raise ValueError(
+                f"{self.asker}: expected the weights of epoch {self.epoch}, which the run has not come to before its "
+                "first cut. Let the schedule start later, or rewind to an earlier epoch."
+            )
+        return self.weights
+
+    def _compare(self, weights: Mapping[str, Tensor], module: LightningModule) -> None:
+        expected = {name: tensor.shape for name, tensor in _weights_of(module).items()}
+        found = {name: tensor.shape for name, tensor in weights.items()}
+        if found != expected:
+            wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise ValueError(
+                f"{self.asker}: expected the weights that it goes back to in the shapes of the network, got others for "
+                f"{wrong}. The checkpoint is damaged: resume from another one."
+            )
+
+
+def _weights_of(module: LightningModule) -> dict[str, Tensor]:
+    """By the first of their names, which a cut knows tied ones by."""
+    seen = {id(t) for part in module.modules() if isinstance(part, Metric) for t in part.buffers()}
+    found = {}
+    for name, tensor in named(module).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
