@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
 import warnings
@@ -696,6 +697,7 @@ class FakeCopy:
             with ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
+                stack.enter_context(_log_held())
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(forked_rng())
@@ -795,6 +797,17 @@ def _who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[
         nn.Module.__getattr__ = original  # type: ignore[method-assign]
         for number, (module, _) in modules.items():
             vars(module).setdefault("training", modes[number])
+
+
+@contextmanager
+def _log_held() -> Iterator[None]:
+    """Nothing in PyTorch's log of an operator that fails on tensors without content: the error says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager

@@ -577,6 +577,20 @@ def test_inside_inference_mode():
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_an_example_that_does_not_fit_is_told_by_the_error_alone(capfd):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, x):
+            return x + self.weight
+
+    with pytest.raises(StructureError, match="fails on the example"):
+        trace(Subject.of(Added(), torch.zeros(5, 4)))
+    assert capfd.readouterr().err == ""
+
+
 def test_an_example_that_does_not_fit_is_named():
     with pytest.raises(StructureError, match=r"Linear.forward fails on the example in eval mode.*\(2, 3\)"):
         trace(Subject.of(nn.Linear(4, 2), torch.ones(2, 3)))
