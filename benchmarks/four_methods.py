@@ -173,8 +173,8 @@ def jobs(given: argparse.Namespace) -> Iterator[Row]:
 
 
 @cache
-def loaded(root: str | None, seed: int) -> CIFAR10:
-    data = CIFAR10(root=root, batch_size=128, seed=seed)
+def loaded(root: str | None, seed: int, augment: bool = False) -> CIFAR10:
+    data = CIFAR10(root=root, batch_size=128, augment=augment, seed=seed)
     data.setup("fit")
     return data
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from math import cos, pi
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import nn
 
 from benchmarks.common import publish, quiet, quiet_fit, resumed, shown, signed
-from benchmarks.four_methods import Right, accuracy
+from benchmarks.four_methods import Right, accuracy, loaded
 from lightning_prune import NetworkSlimming, OneShot, ScaleL1
 from lightning_prune.data import CIFAR10
 from lightning_prune.extras import require
@@ -66,13 +66,6 @@ def network() -> FourConvClassifier:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-@cache
-def loaded(root: str | None, seed: int) -> CIFAR10:
-    data = CIFAR10(root=root, batch_size=128, augment=True, seed=seed)
-    data.setup("fit")
-    return data
-
-
 def scales(model: nn.Module) -> list[float]:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     return [float(scale) for layer in layers for scale in layer.weight.detach().abs()]
@@ -106,7 +99,7 @@ def jobs(given: argparse.Namespace) -> Iterator[Row]:
 
 def run(given: argparse.Namespace, job: Row) -> Row:
     """Cut once and go on."""
-    share, strength, data = job["share"], job["strength"], loaded(given.root, job["seed"])
+    share, strength, data = job["share"], job["strength"], loaded(given.root, job["seed"], augment=True)
     file, model = sparse(given, data, job["seed"], strength), network()
     model.load_state_dict(torch.load(file)["state_dict"])
     test = data._splits["test"]
