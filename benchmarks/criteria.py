@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import EVIDENCE, command, fill, machine, signed
-from benchmarks.repair import BATCH, accuracy, calibration, normalised
+from benchmarks.repair import BATCH, calibration
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
@@ -34,6 +34,7 @@ from lightning_prune.scoring import Criterion, criteria, score_groups
 from lightning_prune.structure import Axes, Call, Structure, Subject, trace
 from lightning_prune.surgery import ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
+from tests.support.pretrained import accuracy, normalised
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from benchmarks.common import EVIDENCE
-from tests.structure.test_random import KINDS, check, networks
+from tests.support.random_networks import KINDS, check, networks
 
 __all__ = ["draw_networks"]
 

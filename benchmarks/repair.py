@@ -34,10 +34,9 @@ from lightning_prune.scoring import Criterion, score_groups
 from lightning_prune.structure import Structure, Subject, trace
 from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
+from tests.support.pretrained import accuracy, normalised
 
 BATCH, SHARES = 128, (0.1, 0.3, 0.5)
-# What the pretrained weights expect.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Row = dict[str, Any]
 
@@ -52,20 +51,6 @@ def repairs(batches: int) -> dict[str, tuple[Repair, ...]]:
         "ridge": (ridge,),
         "ridge + BN": (ridge, norm),
     }
-
-
-def normalised(images: ImageTensors, source: CIFAR10) -> ImageTensors:
-    """The images as the pretrained network expects them."""
-    old_mean, old_std, mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (source.mean, source.std, MEAN, STD))
-    return ImageTensors((images.images * old_std + old_mean - mean) / std, images.labels)
-
-
-@torch.no_grad()
-def accuracy(module: LightningModule, images: ImageTensors) -> float:
-    """Share of images classified right, in %."""
-    module.eval()
-    pairs = zip(images.images.split(500), images.labels.split(500), strict=True)
-    return round(100 * sum(int((module(x).argmax(1) == y).sum()) for x, y in pairs) / len(images), 2)
 
 
 def train(module: CNNClassifier, images: ImageTensors, epochs: int, seed: int) -> None:

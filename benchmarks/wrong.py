@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure import Subject, trace
-from tests.structure.cutting import half, masked, shrunk
-from tests.structure.networks import CASES, Case
+from tests.support.architectures import CASES, Case
+from tests.support.cutting import half, masked, shrunk
 
 __all__ = ["wrong"]
 

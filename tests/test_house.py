@@ -113,6 +113,19 @@ def test_all_is_complete(module: Path) -> None:
     assert not [name for name in loaded.__all__ if not hasattr(loaded, name)], "names that do not exist"
 
 
+def test_tests_and_benchmarks_share_tests_support_only() -> None:
+    """What both need is in `tests/support/`; neither imports the other."""
+    root = PACKAGE.parent
+    wrong = [
+        f"{file.relative_to(root)} imports {name}"
+        for folder, forbidden in (("tests", ("benchmarks",)), ("tests/support", ("tests",)), ("benchmarks", ("tests",)))
+        for file in sorted((root / folder).rglob("*.py"))
+        for name in imports(ast.parse(file.read_text(encoding="utf-8")), folder)
+        if name.split(".")[0] in forbidden and not name.startswith("tests.support.")
+    ]
+    assert not wrong
+
+
 def test_a_room_exports_from_itself_only() -> None:
     """A public name has one home."""
     for room in ROOMS[:-1]:

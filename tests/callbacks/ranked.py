@@ -14,13 +14,13 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import Subset, TensorDataset
 
 import lightning_prune
-from benchmarks.ranks import PROCESSES
 from lightning_prune import Linear
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of
 from tests.callbacks import networks
 from tests.callbacks.contents import content, differences
 from tests.callbacks.networks import BATCH, BATCHES, Loader, Net, fit, make, weights
+from tests.support.ranks import PROCESSES
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.

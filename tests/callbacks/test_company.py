@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
-from benchmarks import ranks
 from lightning_prune import (
     L2,
     NM,
@@ -43,6 +42,7 @@ from tests.callbacks import ranked
 from tests.callbacks.contents import untimed
 from tests.callbacks.networks import BATCHES, Curves, Net, equal, fit, loader, make, refit, trainer, weights, widths
 from tests.callbacks.test_faults import Interrupter
+from tests.support import ranks
 
 EPOCHS = 6
 #: Cuts before the epochs 2 and 4, masks before 1, 3 and 4.

@@ -16,7 +16,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_prune
-from benchmarks import ranks
 from lightning_prune import (
     L2,
     Contribution,
@@ -37,6 +36,7 @@ from lightning_prune.surgery import cut_and_check
 from tests.callbacks import ranked
 from tests.callbacks.contents import pruning_callbacks
 from tests.callbacks.networks import Net, make
+from tests.support import ranks
 
 pytestmark = pytest.mark.ddp
 

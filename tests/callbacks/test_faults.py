@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import faults
 from lightning_prune import (
     Contribution,
     ContributionPruning,
@@ -33,6 +32,7 @@ from lightning_prune.callbacks import structured
 from lightning_prune.surgery import history_of, repair, shrink
 from tests.callbacks.contents import attributes, content, differences, untimed
 from tests.callbacks.networks import BATCHES, Net, equal, fit, hooks, make, refit, samples, trainer, weights, widths
+from tests.support.kills import campaign
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
@@ -306,7 +306,7 @@ def test_an_interrupt_at_any_line_of_the_start_leaves_no_hook(criterion: Any, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_killed_runs_end_as_an_undisturbed_one(number: int, tmp_path: Path) -> None:
-    found = faults.campaign(tmp_path, processes=number, kills=3, seed=1)
+    found = campaign(tmp_path, processes=number, kills=3, seed=1)
     assert len(found["kills"]) == 3
     assert found["cuts"] == 12
     assert found["wrong"] == []

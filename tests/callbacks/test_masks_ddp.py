@@ -9,11 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks import ranks
 from lightning_prune import Linear, MagnitudePruning
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks import ranked
 from tests.callbacks.networks import Net, fit, make, weights
+from tests.support import ranks
 
 
 def train(folder: str, resume: bool = False) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, OneShot, StructuredPruning
 from lightning_prune.callbacks import showing
 from lightning_prune.callbacks.showing import Pace
-from tests import wandb_files
 from tests.callbacks.networks import BATCHES, Curves, fit, make
+from tests.support import wandb_files
 
 SCHEDULE = Linear(start=1, end=3, cuts=2)
 

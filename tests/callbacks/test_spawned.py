@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ranks
 from lightning_prune import Linear, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, weights, widths
+from tests.support import ranks
 
 pytestmark = pytest.mark.ddp
 

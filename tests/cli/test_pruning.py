@@ -18,7 +18,7 @@ from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
 from tests.cli.modules import MODULE
-from tests.data.files import write_celeba, write_cifar, write_mnist
+from tests.support.data_files import write_celeba, write_cifar, write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]

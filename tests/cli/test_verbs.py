@@ -13,8 +13,8 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_prune.cli import main, verbs
-from tests import wandb_files
 from tests.cli.modules import MODULE
+from tests.support import wandb_files
 
 QUICK = ["--data=Digits", "--data.train_limit=40", "--data.batch_size=20", "--trainer.max_epochs=1"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

@@ -29,7 +29,7 @@ from lightning_prune.data import (
 )
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.models import MLPClassifier
-from tests.data.files import write_celeba, write_cifar, write_mnist
+from tests.support.data_files import write_celeba, write_cifar, write_mnist
 
 
 class Numbered(ImageData):

@@ -20,7 +20,7 @@ from lightning_prune.models import (
     ResNetCIFAR,
 )
 from lightning_prune.structure import Subject, trace
-from tests.structure.cutting import half, masked, shrunk
+from tests.support.cutting import half, masked, shrunk
 
 
 def weights(model: LightningModule) -> list[tuple[int, ...]]:

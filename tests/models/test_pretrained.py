@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.pretrained import PUBLISHED, dead, load, weights, without
-from benchmarks.repair import normalised
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.models import ResNetCIFAR
+from tests.support.pretrained import PUBLISHED, dead, load, normalised, weights, without
 
 KILLED = {"layer1.0.conv1": [0, 7], "layer2.0.conv1": [3], "layer3.0.conv1": [1, 2, 63]}
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.structure import Call, StructureError, Subject, refresh, trace
-from tests.structure.counting import counting
-from tests.structure.cutting import cut, draw, half, masked, named, shrunk
-from tests.structure.networks import CASES, Auxiliary, Net
+from tests.support.architectures import CASES, Auxiliary, Net
+from tests.support.counting import counting
+from tests.support.cutting import cut, draw, half, masked, named, shrunk
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SEEDS = range(3)

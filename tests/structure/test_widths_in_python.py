@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_prune import prune
 from lightning_prune.structure import StructureError, Subject, trace
-from tests.structure.cutting import draw, masked, settle, shrunk
+from tests.support.cutting import draw, masked, settle, shrunk
 
 
 class Between(nn.Module):

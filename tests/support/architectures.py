@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from tests.structure.cutting import settle
+from tests.support.cutting import settle
 
 
 class Net(nn.Module):

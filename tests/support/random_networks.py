@@ -1,0 +1,313 @@
+"""Random networks, and what every cut of them must satisfy."""
+
+import torch
+from hypothesis import event
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_prune.structure import Subject, rehearse, trace
+from tests.support.counting import counting
+from tests.support.cutting import draw, masked, settle, shrunk
+
+SIZE = 4
+
+
+def _groups(width, wish):
+    """A number of groups that divides the width."""
+    return [g for g in range(1, width + 1) if width % g == 0][wish % sum(width % g == 0 for g in range(1, width + 1))]
+
+
+class Buffered(nn.Module):
+    """Buffers as wide as what they scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 2, width)[:, None, None])
+        self.register_buffer("shift", torch.linspace(-1, 1, width)[:, None, None], persistent=False)
+
+
+class RandomNet(nn.Module):
+    """A network from a list of steps ``(kind, a, b)``, each on the latest value and perhaps an earlier one."""
+
+    def __init__(self, steps, end):
+        super().__init__()
+        self.steps, self.end = [], end
+        self.layers = nn.ModuleDict()
+        widths = [3]
+        for number, (kind, a, b) in enumerate([("conv", 4, 0), *steps]):
+            width, earlier = widths[-1], a % len(widths)
+            build = getattr(self, f"_{kind}")
+            step = build(str(number), width, (earlier, widths[earlier]), a, b)
+            if step is not None:
+                out, place, function = step
+                if str(number) not in self.layers:
+                    self.layers[str(number)] = nn.Identity()
+                self.steps.append((str(number), place, function))  # a copy of the network has layers of its own
+                widths.append(out)
+        features = widths[-1] if end == "pool" else widths[-1] * SIZE * SIZE
+        self.head = nn.Linear(features, 2)
+
+    def forward(self, x):
+        values = [x]
+        for name, earlier, step in self.steps:
+            values.append(step(self.layers[name], values[-1], values[earlier]))
+        x = values[-1]
+        if self.end == "pool":
+            return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.head((x.permute(0, 2, 3, 1) if self.end == "channels last" else x).flatten(1))
+
+    def _layer(self, name, layer):
+        self.layers[name] = layer
+
+    def _conv(self, name, width, earlier, a, b):
+        self._layer(name, nn.Conv2d(width, 2 + a, 3, padding=1, bias=b % 2 == 0))
+        return 2 + a, 0, lambda layer, x, _: layer(x).relu()
+
+    def _depthwise(self, name, width, earlier, a, b):
+        times = 1 + b % 2
+        self._layer(name, nn.Conv2d(width, width * times, 3, padding=1, groups=width))
+        return width * times, 0, lambda layer, x, _: layer(x)
+
+    def _grouped(self, name, width, earlier, a, b):
+        groups = _groups(width, a)
+        out = groups * (1 + b % 4)
+        self._layer(name, nn.Conv2d(width, out, 1, groups=groups))
+        return out, 0, lambda layer, x, _: layer(x).relu()
+
+    def _transposed(self, name, width, earlier, a, b):
+        groups = _groups(width, b)
+        out = groups * (1 + a % 4)
+        self._layer(name, nn.ConvTranspose2d(width, out, 3, padding=1, groups=groups))
+        return out, 0, lambda layer, x, _: layer(x).relu()
+
+    def _norm(self, name, width, earlier, a, b):
+        self._layer(name, nn.BatchNorm2d(width, affine=b % 4 > 0))
+        return width, 0, lambda layer, x, _: layer(x)
+
+    def _prelu(self, name, width, earlier, a, b):
+        self._layer(name, nn.PReLU(width if b % 2 else 1))
+        return width, 0, lambda layer, x, _: layer(x)
+
+    def _residual(self, name, width, earlier, a, b):
+        place, wanted = earlier
+        self._layer(name, nn.Identity() if width == wanted else nn.Conv2d(width, wanted, 1))
+        return wanted, place, lambda layer, x, y: layer(x) + y
+
+    def _product(self, name, width, earlier, a, b):
+        place, wanted = earlier
+        self._layer(name, nn.Identity() if width == wanted else nn.Conv2d(width, wanted, 1))
+        return wanted, place, lambda layer, x, y: torch.sigmoid(layer(x)) * y
+
+    def _concat(self, name, width, earlier, a, b):
+        place, other = earlier
+        if width + other > 40:
+            return None
+        return width + other, place, lambda layer, x, y: torch.cat([x, y] if b % 2 else [y, x], 1)
+
+    def _gate(self, name, width, earlier, a, b):
+        if width % 2:
+            return None
+        return width // 2, 0, lambda layer, x, _: (lambda u, v: u * torch.sigmoid(v))(*x.chunk(2, 1))
+
+    def _glu(self, name, width, earlier, a, b):
+        return None if width % 2 else (width // 2, 0, lambda layer, x, _: F.glu(x, 1))
+
+    def _swap(self, name, width, earlier, a, b):
+        return None if width % 2 else (width, 0, lambda layer, x, _: torch.cat(x.chunk(2, 1)[::-1], 1))
+
+    def _branch(self, name, width, earlier, a, b):
+        """Unequal parts, one of them through a layer."""
+        if width < 3:
+            return None
+        first = 1 + a % (width - 1)
+        self._layer(name, nn.Conv2d(first, 2 + b, 1))
+
+        def step(layer, x, _):
+            u, v = x.split([first, width - first], 1)
+            return torch.cat([layer(u), v], 1)
+
+        return 2 + b + width - first, 0, step
+
+    def _shuffle(self, name, width, earlier, a, b):
+        groups = _groups(width, a)
+
+        def step(layer, x, _):
+            n, c, h, w = x.shape
+            return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+        return width, 0, step
+
+    def _slice(self, name, width, earlier, a, b):
+        if width < 3:
+            return None
+        at = 1 + a % (width - 2)
+        return (width - at, 0, lambda layer, x, _: x[:, at:]) if b % 2 else (at, 0, lambda layer, x, _: x[:, :at])
+
+    def _reuse(self, name, width, earlier, a, b):
+        self._layer(name, nn.Conv2d(width, width, 1))
+        return width, 0, lambda layer, x, _: layer(layer(x).relu()).relu()
+
+    def _tied(self, name, width, earlier, a, b):
+        first, second = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1, bias=False)
+        second.weight = first.weight
+        self._layer(name, nn.ModuleList([first, second]))
+        return width, 0, lambda layer, x, _: layer[1](layer[0](x).relu())
+
+    def _function(self, name, width, earlier, a, b):
+        self._layer(name, nn.ParameterList([torch.randn(2 + a, width) * 0.3, torch.randn(2 + a)]))
+        return 2 + a, 0, lambda layer, x, _: F.linear(x.movedim(1, -1), layer[0], layer[1]).movedim(-1, 1)
+
+    def _scale(self, name, width, earlier, a, b):
+        self._layer(name, nn.ParameterList([torch.rand(width, 1, 1) + 0.5]))
+        return width, 0, lambda layer, x, _: x * layer[0]
+
+    def _excite(self, name, width, earlier, a, b):
+        down, up = nn.Conv2d(width, 1 + a, 1), nn.Conv2d(1 + a, width, 1)
+        self._layer(name, nn.ModuleList([down, up]))
+        return width, 0, lambda layer, x, _: x * torch.sigmoid(layer[1](layer[0](F.adaptive_avg_pool2d(x, 1)).relu()))
+
+    def _pool(self, name, width, earlier, a, b):
+        pool = F.max_pool2d if b % 2 else F.avg_pool2d
+        return width, 0, lambda layer, x, _: pool(x, 3, stride=1, padding=1)
+
+    def _pad(self, name, width, earlier, a, b):
+        return width + a + b, 0, lambda layer, x, _: F.pad(x, (0, 0, 0, 0, a, b))
+
+    def _kernel(self, name, width, earlier, a, b):
+        """A convolution by a function, its weight a bare parameter."""
+        self._layer(name, nn.ParameterList([torch.randn(2 + a, width, 3, 3) * 0.2, torch.randn(2 + a)]))
+        return 2 + a, 0, lambda layer, x, _: F.conv2d(x, layer[0], layer[1] if b % 2 else None, padding=1)
+
+    def _buffer(self, name, width, earlier, a, b):
+        self._layer(name, Buffered(width))
+        return width, 0, lambda layer, x, _: x * layer.scale + layer.shift
+
+    def _unflatten(self, name, width, earlier, a, b):
+        """A linear layer whose output becomes an image."""
+        self._layer(name, nn.Linear(width, (2 + a) * SIZE * SIZE))
+        return 2 + a, 0, lambda layer, x, _: layer(x.mean((2, 3))).relu().view(len(x), -1, SIZE, SIZE)
+
+    def _attention(self, name, width, earlier, a, b):
+        """Attention over the positions, its heads counted by what is left."""
+        heads, features = 1 + a % 4, 1 + b % 3
+        inner = [nn.Linear(width, heads * features) for _ in range(3)] + [nn.Linear(heads * features, width)]
+        self._layer(name, nn.ModuleList(inner))
+
+        def step(layer, x, _):
+            tokens = x.flatten(2).transpose(1, 2)
+            q, k, v = (part(tokens).unflatten(-1, (-1, features)).transpose(1, 2) for part in layer[:3])
+            if a % 2:
+                mixed = F.scaled_dot_product_attention(q, k, v)
+            else:
+                mixed = (q @ k.transpose(-1, -2) * features**-0.5).softmax(-1) @ v
+            return x + layer[3](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).view(x.shape)
+
+        return width, 0, step
+
+    def _from_end(self, name, width, earlier, a, b):
+        """A bound counted from the end."""
+        if width < 3:
+            return None
+        at = 1 + a % (width - 2)
+        if b % 3 == 0:
+            return at, 0, lambda layer, x, _: x[:, -at:]
+        if b % 3 == 1:
+            return width - at, 0, lambda layer, x, _: x[:, :-at]
+        return width, 0, lambda layer, x, _: torch.cat([x[:, :-at].tanh(), x[:, -at:]], 1)
+
+    def _in_place(self, name, width, earlier, a, b):
+        """A write through a view."""
+        if width < 3:
+            return None
+        at = 1 + a % (width - 2)
+
+        def step(layer, x, _):
+            x = x.clone()
+            (x[:, :at] if b % 2 else x[:, -at:]).sub_(1.0 if b % 3 else 0.0)
+            return x + x.sum(1, keepdim=True) * (0.1 if b > 3 else 0.0)
+
+        return width, 0, step
+
+    def _filled(self, name, width, earlier, a, b):
+        """A mask or a copy written into zeros."""
+        at = 1 + a % width
+
+        def step(layer, x, _):
+            zeros = x.new_zeros(x.shape)
+            if b % 2:
+                zeros[:, :at] = 1
+                return x * zeros
+            for number, sample in enumerate(x):
+                zeros[number] = sample
+            return zeros + zeros.sum(1, keepdim=True) * (0.1 if b > 3 else 0.0)
+
+        return width, 0, step
+
+    def _circular(self, name, width, earlier, a, b):
+        return width, 0, lambda layer, x, _: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, stride=1)
+
+    def _channelwise(self, name, width, earlier, a, b):
+        """A product of each channel with itself, summed over the channels."""
+
+        def step(layer, x, _):
+            y = torch.sigmoid(x) if b % 2 else x
+            return x + torch.einsum("nchw,nchw->nc", y, x if a % 2 else y).sum(1)[:, None, None, None] * 0.01
+
+        return width, 0, step
+
+    def _generated(self, name, width, earlier, a, b):
+        """A kernel that is computed, and nowhere zero."""
+        self._layer(name, nn.ParameterList([torch.randn(2 + a, width, 1, 1) * 0.2]))
+        return 2 + a, 0, lambda layer, x, _: F.conv2d(torch.sigmoid(x) if b % 2 else x, torch.exp(layer[0]) - 0.5)
+
+    def _positions(self, name, width, earlier, a, b):
+        """A layer or a norm over the positions, its bias there for every channel."""
+        size = SIZE * SIZE
+        self._layer(name, nn.Linear(size, size) if b % 2 else nn.LayerNorm(size))
+
+        def step(layer, x, _):
+            y = layer(x.flatten(2)).view(x.shape)
+            return y + y.sum(1, keepdim=True) * (0.1 if a % 2 else 0.0)
+
+        return width, 0, step
+
+    def _counted(self, name, width, earlier, a, b):
+        """A mean whose divisor is counted."""
+        return width, 0, lambda layer, x, _: x / (x[:, :1] * 0 + 1).expand_as(x).sum(1, keepdim=True)
+
+    def _mix(self, name, width, earlier, a, b):
+        """A mean over the channels: freezes them."""
+        return width, 0, lambda layer, x, _: x + x.mean(1, keepdim=True)
+
+
+KINDS = sorted(name[1:] for name in vars(RandomNet) if name.startswith("_") and not name.startswith("__"))
+KINDS.remove("layer")
+step = st.tuples(st.sampled_from(KINDS), st.integers(0, 6), st.integers(0, 6))
+networks = st.tuples(
+    st.lists(step, min_size=1, max_size=9), st.sampled_from(["pool", "flatten", "channels last"]), st.integers(0, 99)
+)
+
+
+def check(drawn):
+    """The property, for one network."""
+    steps, end, seed = drawn
+    torch.manual_seed(seed)
+    model = settle(RandomNet(steps, end)).eval()
+    x = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    structure = trace(Subject.of(model, x))
+    event(f"groups: {min(len(structure.groups), 5)}")
+    for _ in range(2):  # a second cut with what `take` says after the first
+        kept = draw(structure, seed)
+        rehearse(Subject.of(model, x), structure, kept)
+        axes = structure.axes(kept)
+        small = shrunk(model, axes)
+        torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)
+        structure, model = structure.take(kept), small
+        assert structure.cost.params(structure.widths) == sum(p.numel() for p in model.parameters())
+        with counting() as counter:
+            model(x)
+        assert structure.cost.macs(structure.widths) * 2 * len(x) == counter.get_total_flops()
+    model.train()(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.shape == parameter.shape, name
