@@ -38,6 +38,7 @@ from lightning_prune.scoring.statistics import (
     Target,
     per_unit,
 )
+from lightning_prune.scoring.surrogates import NeuralProbe, SklearnEstimator, Surrogate, XGBoost
 from lightning_prune.scoring.table import criteria_table
 
 __all__ = [
@@ -62,13 +63,17 @@ __all__ = [
     "GradientStatistic",
     "HRank",
     "MemberStatistic",
+    "NeuralProbe",
     "ObservingCriterion",
     "Random",
     "Ratio",
+    "SklearnEstimator",
     "Statistic",
+    "Surrogate",
     "SynFlow",
     "Target",
     "Taylor",
+    "XGBoost",
     "contributions_of",
     "criteria_table",
     "crossings",

@@ -1,0 +1,21 @@
+"""Models of the labels from one layer's features: how good the features are, and which of them are used."""
+
+from lightning_prune.scoring.surrogates.boosting import XGBoost
+from lightning_prune.scoring.surrogates.estimator import SklearnEstimator
+from lightning_prune.scoring.surrogates.metrics import Metric, metric_function
+from lightning_prune.scoring.surrogates.parts import Parts, split_samples
+from lightning_prune.scoring.surrogates.probe import NeuralProbe
+from lightning_prune.scoring.surrogates.surrogate import Fitted, Surrogate, Trained
+
+__all__ = [
+    "Fitted",
+    "Metric",
+    "NeuralProbe",
+    "Parts",
+    "SklearnEstimator",
+    "Surrogate",
+    "Trained",
+    "XGBoost",
+    "metric_function",
+    "split_samples",
+]

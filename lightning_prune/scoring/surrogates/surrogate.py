@@ -1,0 +1,207 @@
+"""What a surrogate is: fitted to the features of one layer, it says how good they are and how much it uses each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_prune.scoring.surrogates.metrics import Metric, MetricFunction, Task, metric_function
+from lightning_prune.scoring.surrogates.parts import Parts, class_indices
+
+__all__ = ["Fitted", "FloatArray", "Surrogate", "Trained", "normalised"]
+
+FloatArray = npt.NDArray[np.float64]
+
+# Shuffles of each feature for its permutation importance, as scikit-learn has it.
+_REPEATS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a surrogate has learnt.
+
+    Attributes:
+        predict: Features ``(n, width)`` to positions of classes or to numbers, shape ``(n,)``.
+        importance: How much each feature is used, at least 0, shape ``(width,)``; None where it cannot tell.
+        total: How much all of its uses together have brought; None if the importance is that already.
+    """
+
+    predict: Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
+    importance: FloatArray | None
+    total: FloatArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What one layer's features are worth.
+
+    Attributes:
+        score: μ, the metric on the held-back part.
+        importance: I, how much each feature is used, shape ``(width,)``, with sum 1; all 0 if none is used.
+        share: Each feature's share of everything that the surrogate has gained, shape ``(width,)``, with sum 1; all 0
+            if none is used.
+    """
+
+    score: float
+    importance: FloatArray
+    share: FloatArray
+
+
+class Surrogate(ABC):
+    """A small model in place of the rest of the network: from one layer's features to the labels.
+
+    Concrete ones are final frozen dataclasses, and hold settings only.
+
+    Attributes:
+        task: ``"classification"`` or ``"regression"``.
+        importance: How the use of a feature is measured; ``"permutation"`` is known to all of them: how much the metric
+            on the held-back part falls when the feature is shuffled, the mean of five shuffles, at least 0.
+    """
+
+    task: Task
+    importance: str
+    seed: int
+    importances: ClassVar[tuple[str, ...]]
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        if self.task not in get_args(Task):
+            raise ValueError(f'{name}: expected `task` of "classification" or "regression", got {self.task!r}')
+        if self.importance not in self.importances:
+            known = ", ".join(f'"{one}"' for one in self.importances)
+            raise ValueError(f"{name}: expected `importance` of {known}, got {self.importance!r}")
+
+    @abstractmethod
+    def train(
+        self,
+        features: npt.NDArray[np.float32],
+        labels: npt.NDArray[Any],
+        stop_features: npt.NDArray[np.float32],
+        stop_labels: npt.NDArray[Any],
+    ) -> Trained:
+        """Learn to predict labels.
+
+        Args:
+            features: To fit, shape ``(n, width)``, finite.
+            labels: Positions of classes from 0, int64, or numbers, float64; shape ``(n,)``.
+            stop_features: The same for early stopping.
+            stop_labels: Their labels.
+        """
+
+    def fit(
+        self, features: npt.NDArray[np.float32], labels: npt.NDArray[Any], parts: Parts, metric: Metric | None = None
+    ) -> Fitted:
+        """Fit to one part of the samples, stop by the second, measure on the third.
+
+        Args:
+            features: One row per sample, shape ``(n, width)``.
+            labels: Shape ``(n,)``: whole numbers for classes, any for regression.
+            parts: Which samples are for what, see `split_samples`.
+            metric: What is measured; by default accuracy, or R².
+
+        Raises:
+            FloatingPointError: If features or numbers to predict are NaN or infinite.
+            ValueError: If features and labels do not fit each other, labels are no classes, or a part lacks a class.
+        """
+        measure = metric_function(metric, self.task)
+        _check_features(features, len(labels))
+        classes, codes = self._encoded(labels, parts)
+        fit, stop, held_back = (np.asarray(features[rows]) for rows in (parts.fit, parts.stop, parts.held_back))
+        trained = self.train(fit, codes[parts.fit], stop, codes[parts.stop])
+        truth = codes[parts.held_back]
+
+        def judged(predictions: npt.NDArray[Any]) -> float:
+            return _judged(measure, classes, truth, predictions)
+
+        score = judged(trained.predict(held_back))
+        if self.importance == "permutation" or trained.importance is None:
+            importance = _permuted(trained, held_back, judged, score, self.seed)
+            return Fitted(score, importance, importance)
+        importance = normalised(trained.importance)
+        return Fitted(score, importance, importance if trained.total is None else normalised(trained.total))
+
+    def _encoded(self, labels: npt.NDArray[Any], parts: Parts) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any]]:
+        """The classes, if any, and what is to be predicted."""
+        if self.task == "regression":
+            numbers = np.asarray(labels, dtype=np.float64)
+            if not np.isfinite(numbers).all():
+                raise FloatingPointError("expected finite labels, got NaN or infinity among them")
+            if any(np.ptp(numbers[rows]) == 0 for rows in (parts.fit, parts.held_back)):
+                raise ValueError(
+                    "expected different numbers to predict, got one and the same for all samples of a part"
+                )
+            return None, numbers
+        classes, codes = class_indices(labels)
+        if len(classes) < 2:
+            raise ValueError(f"expected samples of at least two classes, got {len(classes)}")
+        for name, rows in (("fitted", parts.fit), ("stopped", parts.stop), ("measured", parts.held_back)):
+            lacking = sorted(set(range(len(classes))) - set(codes[rows].tolist()))
+            if lacking:
+                raise ValueError(
+                    f"expected samples of every class in the part that is {name} on, got none of class "
+                    f"{', '.join(str(classes[code]) for code in lacking[:5])}. Take more samples, or split them class "
+                    "by class (`split_samples`)."
+                )
+        return classes, codes
+
+
+def normalised(values: npt.NDArray[Any]) -> FloatArray:
+    """Divided by their sum; all 0 if that is 0."""
+    numbers = np.asarray(values, dtype=np.float64)
+    total = numbers.sum()
+    return numbers / total if total > 0 else np.zeros_like(numbers)
+
+
+def _check_features(features: npt.NDArray[Any], samples: int) -> None:
+    if features.ndim != 2 or len(features) != samples or not features.shape[1]:
+        raise ValueError(
+            f"expected features of shape ({samples}, width), one row per label, got {tuple(features.shape)}"
+        )
+    bad = ~np.isfinite(features)
+    if bad.any():
+        rows, columns = np.nonzero(bad)
+        raise FloatingPointError(
+            f"expected finite features, got NaN or infinity for {len(np.unique(rows))} of {samples} samples in "
+            f"{len(np.unique(columns))} of {features.shape[1]} channels (the first: sample {rows[0]}, channel "
+            f"{columns[0]}). Look for NaN or infinite weights, statistics of norms or inputs."
+        )
+
+
+def _judged(
+    measure: MetricFunction,
+    classes: npt.NDArray[Any] | None,
+    truth: npt.NDArray[Any],
+    predictions: npt.NDArray[Any],
+) -> float:
+    if classes is not None:
+        truth, predictions = classes[truth], classes[predictions]
+    score = measure(truth, predictions)
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected `metric` to return a number, got {score!r}") from error
+
+
+def _permuted(
+    trained: Trained,
+    features: npt.NDArray[np.float32],
+    judged: Callable[[npt.NDArray[Any]], float],
+    score: float,
+    seed: int,
+) -> FloatArray:
+    """How much the score falls when a feature is shuffled, as shares."""
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(features)) for _ in range(_REPEATS)]
+    falls = np.zeros(features.shape[1])
+    shuffled = features.copy()
+    for column in range(features.shape[1]):
+        for order in orders:
+            shuffled[:, column] = features[order, column]
+            falls[column] += score - judged(trained.predict(shuffled))
+        shuffled[:, column] = features[:, column]
+    return normalised(falls.clip(min=0))
