@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import publish, quiet_fit
-from lightning_prune import Contribution, ContributionPruning, Linear
+from lightning_prune import Contribution, ContributionPruning, LinearSchedule
 from lightning_prune.extras import require
 from lightning_prune.models import MLPClassifier
 
@@ -69,7 +69,7 @@ def run(cuts: int, every: int) -> list[Row]:
     seed_everything(0, verbose=False)
     x = torch.randn(96, 20)
     loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=32)
-    schedule = Linear(start=1, end=cuts, cuts=cuts)
+    schedule = LinearSchedule(start=1, end=cuts, cuts=cuts)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruning = ContributionPruning(0.9, criterion=Contribution(every_n_batches=1), schedule=schedule, dirpath=folder)

@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.common import interval, publish, quiet, quiet_fit
 from benchmarks.contribution import Held, accuracy, loaded
-from lightning_prune import Linear, StructuredPruning
+from lightning_prune import LinearSchedule, StructuredPruning
 from lightning_prune.data import ImageTensors
 from lightning_prune.extras import require
 from lightning_prune.models import MLPClassifier
@@ -30,7 +30,7 @@ WIDE, NARROW, RATIO = (784, 512, 256, 10), (784, 205, 102, 10), 0.6
 BATCH, VAL_SHARE, LEVELS = 128, 1 / 3, (93.0, 94.0, 95.0)
 # Cuts at the start of the second, third and fourth epoch.
 LAST_CUT = 3
-SCHEDULE = Linear(start=1, end=LAST_CUT, every=1)
+SCHEDULE = LinearSchedule(start=1, end=LAST_CUT, every=1)
 #: Forward and backward pass against the forward pass alone.
 TRAINING = 3
 

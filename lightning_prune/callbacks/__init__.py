@@ -3,9 +3,9 @@
 from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
 from lightning_prune.callbacks.functional import prune
-from lightning_prune.callbacks.guard import Guard
 from lightning_prune.callbacks.hybrid import HybridPruning
 from lightning_prune.callbacks.magnitude import MagnitudePruning
+from lightning_prune.callbacks.rollback import Rollback
 from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
@@ -13,10 +13,10 @@ from lightning_prune.callbacks.subjects import inspect
 
 __all__ = [
     "ContributionPruning",
-    "Guard",
     "HybridPruning",
     "MagnitudePruning",
     "NetworkSlimming",
+    "Rollback",
     "StructuredPruning",
     "inspect",
     "load_from_checkpoint",

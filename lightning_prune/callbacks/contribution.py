@@ -33,7 +33,7 @@ class ContributionPruning(StructuredPruning):
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for the report; by default the logger's folder.
         repair: What makes good for a cut at once, from some training batches, see `StructuredPruning`.
-        guard: Take back a cut that does not recover, see `Guard`.
+        guard: Take back a cut that does not recover, see `Rollback`.
         ladder: Save the network of each size.
 
     Example:

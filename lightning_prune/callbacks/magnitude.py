@@ -23,7 +23,7 @@ class MagnitudePruning(MaskPruning):
 
     Args:
         sparsity: Share of the weights that become zero, in [0, 1); 0.5 by default, with `NM` what it implies.
-        granularity: What goes together: `Element()` (default), `NM(2, 4)`, `Kernel()` or `Unit()`.
+        granularity: What goes together: `Element()` (default), `NM(2, 4)`, `Kernel()` or `Channel()`.
         scope: ``"global"``: one threshold for all weights; ``"local"``: one per layer. Without meaning for `NM`.
         schedule: When weights are masked; by default `Cubic()`: five steps from 10 % to 60 % of the run, the
             largest first.

@@ -20,7 +20,7 @@ from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
-from lightning_prune.planning import CutPoint, Linear, NoEffectWarning, Plan, Schedule, due, reaches
+from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Plan, Schedule, due, reaches
 from lightning_prune.reporting import Cut, Report, Size, plain, require, versions
 from lightning_prune.structure import Axes
 from lightning_prune.surgery import refuse
@@ -55,8 +55,8 @@ class ScheduledPruning(Callback, ABC):
     _aim: ClassVar[str]
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
-        self.schedule: Schedule = Linear() if schedule is None else schedule
-        instance_of(self, "schedule", self.schedule, Schedule, "Linear()` or `Explicit(((3, 0.5), (5, 1.0)))")
+        self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
+        instance_of(self, "schedule", self.schedule, Schedule, "LinearSchedule()` or `Explicit(((3, 0.5), (5, 1.0)))")
         self.reset_monitors = reset_monitors
         self.dirpath = dirpath
         self._is_fit = True
@@ -218,7 +218,7 @@ class ScheduledPruning(Callback, ABC):
             last = self._timeline[-1]
             self._miss(
                 f"the run ended before the last of its cuts ({last.unit} {last.at}): "
-                f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone."
+                f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone."
             )
         self._end(trainer, pl_module)
         showing = self._showing(trainer)
@@ -346,7 +346,7 @@ class ScheduledPruning(Callback, ABC):
         )
 
     def _said_of_another_target(self) -> str:
-        so_far = f"{100 * self.report.ratio:.1f} % of the {self.report.what} are gone"
+        so_far = f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone"
         goes_on = (
             "The cuts that go further are made, what is overdue at once: give a schedule with later moments to "
             "spread it."

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.extras import require
-from lightning_prune.reporting import Report, Size, ladder_figure, latency, report_figure, size_on_disk
+from lightning_prune.reporting import Report, Size, latency, report_figure, size_on_disk, sizes_figure
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Call
 
@@ -209,8 +209,8 @@ class Showing:
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
         picture = self._picture(folder / "report.png", report_figure)
-        ladder = self._picture(folder / "ladder.png", ladder_figure) if self.report.rungs else None
-        page = self.report.to_markdown(picture.name if picture else None, ladder.name if ladder else None)
+        sizes = self._picture(folder / "sizes.png", sizes_figure) if self.report.size_checkpoints else None
+        page = self.report.to_markdown(picture.name if picture else None, sizes.name if sizes else None)
         (folder / "report.md").write_text(page, encoding="utf-8")
         console = Console()
         if not console.is_terminal:
@@ -223,7 +223,7 @@ class Showing:
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                pictures = [path for path in (picture, ladder) if path]
+                pictures = [path for path in (picture, sizes) if path]
                 _to_wandb(logger, self.name, self.report, numbers, pictures)
 
     def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_prune.callbacks.guard import Guard
+from lightning_prune.callbacks.rollback import Rollback
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.planning import NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
@@ -50,7 +50,7 @@ class NetworkSlimming(StructuredPruning):
         reset_monitors: See `StructuredPruning`.
         dirpath: Folder for the report; by default the logger's folder.
         repair: What the weights are right after a cut, see `StructuredPruning`.
-        guard: Take back a cut that does not recover, see `Guard`.
+        guard: Take back a cut that does not recover, see `Rollback`.
         ladder: Save the network of each size.
 
     Raises:
@@ -76,7 +76,7 @@ class NetworkSlimming(StructuredPruning):
         reset_monitors: bool = True,
         dirpath: str | None = None,
         repair: Repair | list[Repair] | None = None,
-        guard: Guard | None = None,
+        guard: Rollback | None = None,
         ladder: bool = False,
     ) -> None:
         self.penalty = ScaleL1() if penalty is None else penalty

@@ -17,8 +17,6 @@ from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration import Repairs
 from lightning_prune.callbacks.compiled import as_written, forget_code
-from lightning_prune.callbacks.guard import Guard, Watch, go_back, snapshot
-from lightning_prune.callbacks.ladder import Ladder
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.processes import (
@@ -31,8 +29,10 @@ from lightning_prune.callbacks.processes import (
     same_everywhere,
     unwrapped,
 )
+from lightning_prune.callbacks.rollback import Rollback, Watch, go_back, snapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none, note_what_stays
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores, score_summary
+from lightning_prune.callbacks.sizes import SaveEachSize
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
     CutPoint,
@@ -102,9 +102,9 @@ class StructuredPruning(ScheduledPruning):
         dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
         repair: What the weights are right after a cut. What makes good for it from some training batches: `Ridge`,
             `FoldMean`, `ReestimateBatchNorm`. Or what starts anew: `Reinitialise`, `Rewind`. Or several in a list.
-        guard: Take back a cut that does not recover, see `Guard`.
+        guard: Take back a cut that does not recover, see `Rollback`.
         ladder: Save the network of each size, right before the next cut and at the end, as
-            ``ladder/params=12345.ckpt`` beside the report, with a table and a picture of metric against size.
+            ``sizes/params=12345.ckpt`` beside the report, with a table and a picture of metric against size.
 
     Raises:
         ValueError: At once for amounts out of range; before the first training step for everything that depends on
@@ -130,7 +130,7 @@ class StructuredPruning(ScheduledPruning):
         reset_monitors: bool = True,
         dirpath: str | None = None,
         repair: Repair | list[Repair] | None = None,
-        guard: Guard | None = None,
+        guard: Rollback | None = None,
         ladder: bool = False,
     ) -> None:
         self.target = Target.of(pruning_ratio, budget)
@@ -147,7 +147,7 @@ class StructuredPruning(ScheduledPruning):
             instance_of(self, "repair", one, Repair, "Ridge()")
         self.repairs = tuple(several)
         if guard is not None:
-            instance_of(self, "guard", guard, Guard, "Guard()")
+            instance_of(self, "guard", guard, Rollback, "Rollback()")
         self.guard = guard
         self.ladder = ladder
         super().__init__(schedule, reset_monitors, dirpath)
@@ -158,7 +158,7 @@ class StructuredPruning(ScheduledPruning):
         self._observation = Observation()
         self._latency: LatencyTable | None = None  # as measured when the run began
         self._around: tuple[Around, ...] = (
-            *((Ladder(),) if self.ladder else ()),
+            *((SaveEachSize(),) if self.ladder else ()),
             *((Watch(self.guard),) if self.guard else ()),
             *((Repairs(self.repairs),) if self.repairs else ()),
         )

@@ -2,11 +2,11 @@
 
 from lightning_prune.planning.granularity import (
     NM,
+    Channel,
     Element,
     Granularity,
     Kernel,
     Pool,
-    Unit,
     Weight,
     choose_masks,
 )
@@ -16,7 +16,7 @@ from lightning_prune.planning.schedules import (
     CutPoint,
     Explicit,
     Geometric,
-    Linear,
+    LinearSchedule,
     OneShot,
     RunLength,
     Schedule,
@@ -28,6 +28,7 @@ from lightning_prune.planning.target import NoEffectWarning, Original, Target
 
 __all__ = [
     "NM",
+    "Channel",
     "Cubic",
     "CutPoint",
     "Element",
@@ -35,7 +36,7 @@ __all__ = [
     "Geometric",
     "Granularity",
     "Kernel",
-    "Linear",
+    "LinearSchedule",
     "NoEffectWarning",
     "OneShot",
     "Original",
@@ -46,7 +47,6 @@ __all__ = [
     "Scope",
     "ScopeKind",
     "Target",
-    "Unit",
     "Weight",
     "choose_masks",
     "due",

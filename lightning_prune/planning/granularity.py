@@ -16,12 +16,12 @@ from lightning_prune.structure.graph import Group
 
 __all__ = [
     "NM",
+    "Channel",
     "Element",
     "Granularity",
     "Kernel",
     "Part",
     "Pool",
-    "Unit",
     "Weight",
     "WeightGranularity",
     "choose_masks",
@@ -63,7 +63,7 @@ class Part:
         scores: Shape (rows, cells), at least 0, low = goes first; a row is a filter, or a block of n of m.
         places: By name of the tensor, positions of each cell's weights in the flat tensor: (rows, cells, n).
         shapes: Shapes of these tensors.
-        never_empty: Whether the best cell stays, whatever the amount.
+        never_empty: Whether the best cell stays, whatever the sparsity.
     """
 
     scores: Tensor
@@ -215,7 +215,7 @@ class Kernel(WeightGranularity):
 
 @final
 @dataclass(frozen=True)
-class Unit(Granularity):
+class Channel(Granularity):
     """Whole units (neurons, channels) by the L2 norm of the weights that produce them, coupled layers together.
 
     All that produces a unit or follows it (bias, normalisation) is masked; the weights that take it as input stay. Each
@@ -243,16 +243,16 @@ class Unit(Granularity):
         return found
 
 
-def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], amount: float, pool: Pool) -> dict[str, Tensor]:
+def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], sparsity: float, pool: Pool) -> dict[str, Tensor]:
     """Masks by tensor, true where a weight is zero for good.
 
-    In each pool the cells with the lowest scores go, equal ones by their position, until ``amount`` of the pool's
+    In each pool the cells with the lowest scores go, equal ones by their position, until ``sparsity`` of the pool's
     weights are gone, to the nearest cell, halves up. What is masked stays masked and counts first.
 
     Args:
         parts: What can be masked.
         masks: What is masked already.
-        amount: Share of the weights to be masked, in [0, 1].
+        sparsity: Share of the weights to be masked, in [0, 1].
         pool: What is compared with what.
 
     Raises:
@@ -276,12 +276,12 @@ def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], amount: flo
         )
         ends = [values.numel() for values in scores]
         gone = [
-            g.view_as(v) for g, v in zip(torch.split(_lowest(row[None], sizes, amount)[0], ends), scores, strict=True)
+            g.view_as(v) for g, v in zip(torch.split(_lowest(row[None], sizes, sparsity)[0], ends), scores, strict=True)
         ]
     elif pool == "local":
-        gone = [_lowest(values.view(1, -1), _ones(values.view(-1)), amount).view_as(values) for values in scores]
+        gone = [_lowest(values.view(1, -1), _ones(values.view(-1)), sparsity).view_as(values) for values in scores]
     else:
-        gone = [_lowest(values, _ones(values[0]), amount) for values in scores]
+        gone = [_lowest(values, _ones(values[0]), sparsity) for values in scores]
     chosen = dict(masks)
     for part, cells in zip(parts, gone, strict=True):
         for name, mask in part.spread(cells).items():
@@ -289,12 +289,12 @@ def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], amount: flo
     return chosen
 
 
-def _lowest(scores: Tensor, sizes: Tensor, amount: float) -> Tensor:
-    """The lowest of each row, up to a share ``amount`` of its size, true; shapes (rows, cells), (cells,)."""
+def _lowest(scores: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
+    """The lowest of each row, up to a share ``sparsity`` of its size, true; shapes (rows, cells), (cells,)."""
     order = scores.argsort(dim=1, stable=True)
     sorted_sizes = sizes.expand_as(scores).gather(1, order)
     middles = sorted_sizes.cumsum(1) - sorted_sizes / 2
-    goes = middles <= amount * sizes.sum() + _EPSILON
+    goes = middles <= sparsity * sizes.sum() + _EPSILON
     return torch.zeros_like(goes).scatter(1, order, goes) & (scores < torch.inf)
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "CutPoint",
     "Explicit",
     "Geometric",
-    "Linear",
+    "LinearSchedule",
     "OneShot",
     "RunLength",
     "Schedule",
@@ -282,7 +282,7 @@ class Spread(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Spread):
+class LinearSchedule(Spread):
     """Every cut removes the same amount: share = progress."""
 
     @override

@@ -2,8 +2,8 @@
 
 from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
-from lightning_prune.reporting.plots import ladder_figure, report_figure
-from lightning_prune.reporting.report import Cut, Measurement, Report, Rung, Size, plain
+from lightning_prune.reporting.plots import report_figure, sizes_figure
+from lightning_prune.reporting.report import Cut, Measurement, Report, Size, SizeCheckpoint, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.typed import require
 
@@ -12,14 +12,14 @@ __all__ = [
     "Inspection",
     "Measurement",
     "Report",
-    "Rung",
     "Sensitivity",
     "Size",
-    "ladder_figure",
+    "SizeCheckpoint",
     "latency",
     "plain",
     "report_figure",
     "require",
     "size_on_disk",
+    "sizes_figure",
     "versions",
 ]

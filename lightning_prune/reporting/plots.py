@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from lightning_prune.extras import require
 from lightning_prune.reporting.grid import count, number, plural, share
-from lightning_prune.reporting.report import Report, Rung, family
+from lightning_prune.reporting.report import Report, SizeCheckpoint, family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ladder_figure", "report_figure"]
+__all__ = ["report_figure", "sizes_figure"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -55,39 +55,39 @@ def report_figure(report: Report) -> Figure:
     return figure
 
 
-def ladder_figure(report: Report) -> Figure:
+def sizes_figure(report: Report) -> Figure:
     """The main metric against parameters and MACs left, a point per saved network; needs the extra ``plot``."""
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4.2), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
     panels = figure.subplots(1, 2, sharey=True)
-    rungs = [rung for rung in report.rungs if rung.metric is not None]
+    drawn = [saved for saved in report.size_checkpoints if saved.metric is not None]
     for axes, quantity, word, colour in zip(
         panels, ("params", "macs"), ("parameters", "MACs"), (_BLUE, _ORANGE), strict=True
     ):
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(f"{word} left of the dense network (%)")
-        if not rungs or report.dense is None:
+        if not drawn or report.dense is None:
             _note(axes, "nothing was measured at any size")
             continue
-        left = [100 * getattr(rung, quantity) / (getattr(report.dense, quantity) or 1) for rung in rungs]
-        axes.plot(left, [rung.metric for rung in rungs], "o-", color=colour, lw=1.8, ms=5)
+        left = [100 * getattr(saved, quantity) / (getattr(report.dense, quantity) or 1) for saved in drawn]
+        axes.plot(left, [saved.metric for saved in drawn], "o-", color=colour, lw=1.8, ms=5)
         axes.set_xlim(0, 104)
-        for i in {0, len(rungs) - 1}:
-            text = f"{count(getattr(rungs[i], quantity))}: {number(rungs[i].metric)}"
+        for i in {0, len(drawn) - 1}:
+            text = f"{count(getattr(drawn[i], quantity))}: {number(drawn[i].metric)}"
             beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if left[i] > 50 else "left"}
             # On the side of the point that the line does not come from.
-            beside |= {"xytext": (0, -8), "va": "top"} if _rises(rungs, i) else {"xytext": (0, 8), "va": "bottom"}
-            axes.annotate(text, (left[i], rungs[i].metric), fontsize="small", **beside)
+            beside |= {"xytext": (0, -8), "va": "top"} if _rises(drawn, i) else {"xytext": (0, 8), "va": "bottom"}
+            axes.annotate(text, (left[i], drawn[i].metric), fontsize="small", **beside)
     panels[0].set_ylabel(report.main_metric or "metric")
     panels[0].margins(y=0.2)
     figure.suptitle("Networks saved on the way: the dense one at the right", fontsize="large")
     return figure
 
 
-def _rises(rungs: Sequence[Rung], end: int) -> bool:
+def _rises(drawn: Sequence[SizeCheckpoint], end: int) -> bool:
     """Whether the line goes up from its first or last point."""
-    own, other = rungs[end].metric, rungs[min(1, len(rungs) - 1) if end == 0 else end - 1].metric
+    own, other = drawn[end].metric, drawn[min(1, len(drawn) - 1) if end == 0 else end - 1].metric
     return own is not None and other is not None and other > own
 
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
-__all__ = ["Cut", "Measurement", "Report", "Rung", "Size", "family", "plain"]
+__all__ = ["Cut", "Measurement", "Report", "Size", "SizeCheckpoint", "family", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
-_FORMAT = 1
+_FORMAT = 2
+
+# Where each form has the checkpoints of each size.
+_SIZES = {1: "rungs", 2: "size_checkpoints"}
 
 # Words in a metric's name that say on which data it was measured, or how it was averaged, but not what it is.
 _DATA_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "epoch"})
@@ -120,7 +123,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Rung:
+class SizeCheckpoint:
     """A network of one size that was saved on the way from the dense one to the smallest.
 
     Attributes:
@@ -154,7 +157,7 @@ class Report:
         seed: Seed of the run.
         metric: Name of the metric that counts; by default the first accuracy that was logged, else the first loss,
             those of the validation before those of the training.
-        rungs: Networks that were saved at each size, if that was asked for.
+        size_checkpoints: Networks that were saved at each size, if that was asked for.
         notes: What else happened, in sentences.
         start: The network when this report began, if it had been pruned before; ``dense`` is the one before that.
         earlier: Cuts that had been made by then.
@@ -169,7 +172,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     metric: str | None = None
-    rungs: list[Rung] = field(default_factory=list)
+    size_checkpoints: list[SizeCheckpoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     start: Size | None = None
     earlier: int = 0
@@ -222,7 +225,7 @@ class Report:
         return Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
 
     @property
-    def ratio(self) -> float:
+    def pruning_ratio(self) -> float:
         """Share of the units (with masks: of the weights) that is removed, in [0, 1)."""
         dense = sum(self.dense.widths.values()) if self.dense else 0
         return 1 - sum(self.widths.values()) / dense if dense else 0.0
@@ -271,9 +274,13 @@ class Report:
         size = self.size
         if size is None:
             return {}
-        numbers = {"pruning/params": float(size.params), "pruning/macs": float(size.macs), "pruning/ratio": self.ratio}
+        numbers = {
+            "pruning/params": float(size.params),
+            "pruning/macs": float(size.macs),
+            "pruning/ratio": self.pruning_ratio,
+        }
         if self.what == "weights" and self.dense is not None:
-            numbers["pruning/sparsity"] = self.ratio
+            numbers["pruning/sparsity"] = self.pruning_ratio
             now = self.widths
             numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
         else:
@@ -312,7 +319,7 @@ class Report:
         values["start"] = _size(stored.get("start"))
         values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
-        values["rungs"] = [Rung(**rung) for rung in stored.get("rungs", [])]
+        values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(_SIZES[stored["format"]], [])]
         report = cls(**values)
         require(report, cls, "report")
         return report
@@ -335,22 +342,22 @@ class Report:
 
     def grids(self) -> tuple[Grid, ...]:
         """The tables: what was won and lost, the cuts, the networks saved on the way, the widths."""
-        grids = [self._summary(), self._cuts(), self._ladder(), self._widths()]
+        grids = [self._summary(), self._cuts(), self._sizes(), self._widths()]
         return tuple(grid for grid in grids if grid.rows)
 
     def table(self) -> RichGroup:
         """The tables for a terminal."""
         return as_rich(self.grids())
 
-    def to_markdown(self, picture: str | None = None, ladder: str | None = None) -> str:
+    def to_markdown(self, picture: str | None = None, sizes: str | None = None) -> str:
         """The report as a page.
 
         Args:
             picture: Address of the figure, relative to the page.
-            ladder: Address of the figure of the rungs.
+            sizes: Address of the figure of metric against size.
         """
         parts = ["# Pruning report", *([f"![metrics, size and widths]({picture})"] if picture else [])]
-        parts += [f"![metric against size]({ladder})"] if ladder else []
+        parts += [f"![metric against size]({sizes})"] if sizes else []
         parts += [grid.markdown() for grid in self.grids()]
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         seed = f"Seed {self.seed}. " if self.seed is not None else ""
@@ -394,7 +401,8 @@ class Report:
             rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
         before_this = f", {self.earlier} of them earlier" if self.earlier else ""
         cuts = plural(self.earlier + len(self.cuts), "cut")
-        legend = [f"{100 * self.ratio:.1f} % of the {self.what} are gone, in {cuts}{before_this}.", "1 MAC = 2 FLOPs."]
+        gone = f"{100 * self.pruning_ratio:.1f} % of the {self.what} are gone, in {cuts}{before_this}."
+        legend = [gone, "1 MAC = 2 FLOPs."]
         if any(row[-1] == "±" for row in rows):
             legend.append(f"± = less than {100 * _NOISE:.0f} % apart, which timing does not tell from noise.")
         note = " ".join([*legend, *self.notes])
@@ -420,15 +428,15 @@ class Report:
             )
         return Grid("Cuts", columns, tuple(rows), words=0, note=note)
 
-    def _ladder(self) -> Grid:
+    def _sizes(self) -> Grid:
         whole = self.dense.params if self.dense else None
         rows = tuple(
             (r.file, str(r.epoch), count(r.params), count(r.macs), share(r.params, whole), number(r.metric))
-            for r in self.rungs
+            for r in self.size_checkpoints
         )
         columns = ("checkpoint", "after epoch", "parameters", "MACs", "left", self.main_metric or "metric")
         note = "Each network as it was before the next cut or at the end, the metric as last measured at that size."
-        return Grid("Ladder", columns, rows, note=note)
+        return Grid("Sizes", columns, rows, note=note)
 
     def _widths(self) -> Grid:
         dense, now = self.dense.widths if self.dense else {}, self.widths

@@ -3,7 +3,6 @@
 from lightning_prune.scoring.contributions import Contributions, Ratio, contributions_of
 from lightning_prune.scoring.criteria import (
     FPGM,
-    KL,
     L1,
     L2,
     LAMP,
@@ -16,6 +15,7 @@ from lightning_prune.scoring.criteria import (
     Fisher,
     GraSP,
     HRank,
+    KLDivergence,
     Random,
     SynFlow,
     Taylor,
@@ -43,7 +43,6 @@ from lightning_prune.scoring.table import criteria_table
 
 __all__ = [
     "FPGM",
-    "KL",
     "L1",
     "L2",
     "LAMP",
@@ -62,6 +61,7 @@ __all__ = [
     "GraSP",
     "GradientStatistic",
     "HRank",
+    "KLDivergence",
     "MemberStatistic",
     "NeuralProbe",
     "ObservingCriterion",

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import Subset, TensorDataset
 
 import lightning_prune
-from lightning_prune import Linear
+from lightning_prune import LinearSchedule
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of
 from tests.callbacks import networks
@@ -24,7 +24,7 @@ from tests.support.ranks import PROCESSES
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 
 def processes() -> int:
@@ -142,7 +142,9 @@ def compressed(folder: Path) -> tuple[int, float]:
 
 def second_fit(folder: Path) -> int:
     """How many cuts one callback with a ``dirpath`` made in two fits of one trainer."""
-    _, done, model = train(folder, pruning={"dirpath": str(folder / "report"), "schedule": Linear(1, 5, cuts=2)})
+    _, done, model = train(
+        folder, pruning={"dirpath": str(folder / "report"), "schedule": LinearSchedule(1, 5, cuts=2)}
+    )
     done.fit_loop.max_epochs = EPOCHS + 2
     done.fit(model, share())
     callback = next(found for found in done.callbacks if isinstance(found, lightning_prune.StructuredPruning))

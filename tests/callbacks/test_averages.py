@@ -11,7 +11,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch.nn import functional as F
 
-from lightning_prune import L1, Guard, Linear, MagnitudePruning, OneShot, StructuredPruning, load_from_checkpoint
+from lightning_prune import (
+    L1,
+    LinearSchedule,
+    MagnitudePruning,
+    OneShot,
+    Rollback,
+    StructuredPruning,
+    load_from_checkpoint,
+)
 from lightning_prune.callbacks.averages import averages, counts
 from lightning_prune.planning import Explicit
 from lightning_prune.surgery import history_of, take
@@ -27,7 +35,7 @@ AVERAGING: dict[str, Any] = {
 
 
 def pruning(**options: Any) -> StructuredPruning:
-    return StructuredPruning(0.5, criterion=L1(), schedule=Linear(start=2, end=4, cuts=2), **options)
+    return StructuredPruning(0.5, criterion=L1(), schedule=LinearSchedule(start=2, end=4, cuts=2), **options)
 
 
 class Around(Callback):
@@ -97,9 +105,9 @@ def test_validation_and_checkpoints_are_of_the_average(tmp_path: Path) -> None:
         assert narrow.first.out_features == width
         x, y = samples(2).tensors
         assert F.cross_entropy(narrow.eval()(x), y).item() == pytest.approx(losses[epoch], rel=1e-5)
-    for rung in pruner.report.rungs:
-        narrow = load_from_checkpoint(Net, tmp_path / "report" / rung.file)
-        assert F.cross_entropy(narrow.eval()(x), y).item() == pytest.approx(rung.metric, rel=1e-5)
+    for saved in pruner.report.size_checkpoints:
+        narrow = load_from_checkpoint(Net, tmp_path / "report" / saved.file)
+        assert F.cross_entropy(narrow.eval()(x), y).item() == pytest.approx(saved.metric, rel=1e-5)
 
 
 def test_the_best_of_an_averaged_run_is_tested(tmp_path: Path) -> None:
@@ -118,7 +126,7 @@ def test_a_cut_that_is_taken_back_takes_the_average_back(kind: str, tmp_path: Pa
             self.log("val_acc", 0.9 if self.first.out_features == 12 else 0.1)
 
     model, before, after = make(Bad), Around(), Around()
-    guarded = StructuredPruning(0.5, schedule=Explicit(((2, 1.0),)), guard=Guard(epochs=1))
+    guarded = StructuredPruning(0.5, schedule=Explicit(((2, 1.0),)), guard=Rollback(epochs=1))
     with pytest.warns(UserWarning, match="was taken back"):
         fit(tmp_path, model, AVERAGING[kind](), before, guarded, after)
     assert after.seen[8]["first.weight"].shape == (6, 6)

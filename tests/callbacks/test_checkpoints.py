@@ -16,11 +16,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import Linear, MagnitudePruning, StructuredPruning, load_from_checkpoint
+from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.surgery import HistoryError, history_of
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
 
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 
 def pruner(**options: Any) -> StructuredPruning:
@@ -264,7 +264,7 @@ def test_damaged_weights_to_go_back_to_are_refused(damage: Any, tmp_path: Path) 
     """When the run begins, not when they are asked for."""
 
     def masking() -> MagnitudePruning:
-        return MagnitudePruning(0.5, schedule=Linear(start=2, end=4, cuts=2), rewind=1)
+        return MagnitudePruning(0.5, schedule=LinearSchedule(start=2, end=4, cuts=2), rewind=1)
 
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path, make(), masking(), saver)

@@ -41,11 +41,11 @@ from lightning_prune import (
     L2,
     NM,
     ContributionPruning,
-    Guard,
     HybridPruning,
-    Linear,
+    LinearSchedule,
     MagnitudePruning,
     OneShot,
+    Rollback,
     Scope,
     StructuredPruning,
     load_from_checkpoint,
@@ -170,7 +170,7 @@ def stopping(folder: Path, values: tuple[float, ...], expected: int, **options: 
     model = make(Told)
     model.values = values
     stopper = EarlyStopping("val_loss", **({"patience": 1} | options))
-    run = fit(folder, model, pruning(schedule=Linear(start=2, end=4, cuts=2)), stopper, epochs=8)
+    run = fit(folder, model, pruning(schedule=LinearSchedule(start=2, end=4, cuts=2)), stopper, epochs=8)
     assert run.current_epoch == expected
     assert stopper.stopping_threshold == options.get("stopping_threshold")
 
@@ -302,7 +302,7 @@ companion("two callbacks that cut, one without `layers`")(together(pruning(layer
 companion("two callbacks that cut the same layer")(together(pruning(layers="first"), pruning(layers=["first"])))
 companion("two callbacks with masks")(together(MagnitudePruning(), HybridPruning()))
 companion("`NM` beside a callback that cuts")(together(pruning(), MagnitudePruning(granularity=NM(2, 4))))
-companion("`guard` beside a second pruning callback")(together(pruning(guard=Guard()), MagnitudePruning()))
+companion("`guard` beside a second pruning callback")(together(pruning(guard=Rollback()), MagnitudePruning()))
 companion("`min_width=0` beside a second pruning callback")(
     together(pruning(scope=Scope(min_width=0)), MagnitudePruning())
 )
@@ -351,7 +351,7 @@ def manual(folder: Path) -> None:
 def generator(folder: Path) -> None:
     def train(**options: Any) -> tuple[Any, Trainer]:
         model = make(Gan)
-        pruner = pruning(criterion=L2(), layers="generator", schedule=Linear(start=1, end=2, cuts=2))
+        pruner = pruning(criterion=L2(), layers="generator", schedule=LinearSchedule(start=1, end=2, cuts=2))
         saver = ModelCheckpoint(folder / "ends", filename="{epoch}", save_top_k=-1)
         return model, fit(folder, model, pruner, saver, epochs=4, validate=False, **options)
 

@@ -18,21 +18,21 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning_prune import (
     L2,
     NM,
+    Channel,
     Contribution,
     ContributionPruning,
     FoldMean,
     GroupLasso,
-    Guard,
     HybridPruning,
-    Linear,
+    LinearSchedule,
     MagnitudePruning,
     NetworkSlimming,
     OneShot,
     Ridge,
+    Rollback,
     Scope,
     StructuredPruning,
     Taylor,
-    Unit,
     load_from_checkpoint,
 )
 from lightning_prune.callbacks.averages import averages
@@ -46,8 +46,8 @@ from tests.support import ranks
 
 EPOCHS = 6
 #: Cuts before the epochs 2 and 4, masks before 1, 3 and 4.
-CUTS = Linear(start=2, end=4, cuts=2)
-MASKS = Linear(start=1, end=4, cuts=3)
+CUTS = LinearSchedule(start=2, end=4, cuts=2)
+MASKS = LinearSchedule(start=1, end=4, cuts=3)
 OBSERVING = Contribution(every_n_batches=3)
 
 COMPANIES: dict[str, Callable[[], list[ScheduledPruning]]] = {
@@ -66,7 +66,7 @@ COMPANIES: dict[str, Callable[[], list[ScheduledPruning]]] = {
     ],
     "masks of units": lambda: [
         StructuredPruning(0.5, schedule=CUTS, layers="first"),
-        MagnitudePruning(0.5, granularity=Unit(), schedule=MASKS, layers="second"),
+        MagnitudePruning(0.5, granularity=Channel(), schedule=MASKS, layers="second"),
     ],
     "two structures": lambda: [
         ContributionPruning(0.5, criterion=OBSERVING, schedule=CUTS, layers="first"),
@@ -74,7 +74,7 @@ COMPANIES: dict[str, Callable[[], list[ScheduledPruning]]] = {
     ],
     "two structures in turn": lambda: [
         StructuredPruning(0.5, criterion=Taylor(every_n_batches=2), schedule=CUTS, layers="first"),
-        StructuredPruning(0.5, criterion=L2(), schedule=Linear(start=1, end=5, cuts=3), layers=["second"]),
+        StructuredPruning(0.5, criterion=L2(), schedule=LinearSchedule(start=1, end=5, cuts=3), layers=["second"]),
     ],
 }
 
@@ -349,7 +349,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Callback]], str]] = {
         lambda: [MagnitudePruning(granularity=NM(2, 4)), StructuredPruning(0.5)],
         "expected no NM(n=2, m=4), whose blocks of inputs break",
     ),
-    "a guard": (lambda: [StructuredPruning(0.5, guard=Guard()), MagnitudePruning(0.5)], "expected no `guard`"),
+    "a guard": (lambda: [StructuredPruning(0.5, guard=Rollback()), MagnitudePruning(0.5)], "expected no `guard`"),
     "layers that leave": (
         lambda: [StructuredPruning(0.5, scope=Scope("global", min_width=0)), MagnitudePruning(0.5)],
         "expected no `min_width=0`",

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from lightning_prune import (
     Contribution,
     ContributionPruning,
-    Linear,
+    LinearSchedule,
 )
 from lightning_prune.surgery import history_of
 from lightning_prune.surgery.tensors import named
@@ -61,7 +61,7 @@ class Observed(Callback):
 def run(folder: Path, compile_: Any) -> tuple[Any, ContributionPruning, list[Any]]:
     model = make(norm=False)
     pruner = ContributionPruning(
-        0.5, criterion=Contribution(every_n_batches=2), schedule=Linear(start=1, end=3, cuts=2, unit="epoch")
+        0.5, criterion=Contribution(every_n_batches=2), schedule=LinearSchedule(start=1, end=3, cuts=2, unit="epoch")
     )
     observed = Observed(pruner)
     whole = compile_(model)

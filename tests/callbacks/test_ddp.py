@@ -22,10 +22,10 @@ from lightning_prune import (
     Fisher,
     FoldMean,
     GroupLasso,
-    Guard,
-    Linear,
+    LinearSchedule,
     ReestimateBatchNorm,
     Ridge,
+    Rollback,
     StructuredPruning,
     inspect,
 )
@@ -112,9 +112,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uneven": {"callback": "ContributionPruning", "samples": 15},
 }
 AFTER: dict[str, dict[str, Any]] = {
-    "guard": {"pruning": {"guard": Guard(epochs=1, tolerance=0.0, monitor="train_loss")}},
+    "guard": {"pruning": {"guard": Rollback(epochs=1, tolerance=0.0, monitor="train_loss")}},
     "guard that takes back": {
-        "pruning": {"guard": Guard(epochs=1, tolerance=0.0, monitor="rising_loss"), "schedule": Linear(1, 3, cuts=2)},
+        "pruning": {
+            "guard": Rollback(epochs=1, tolerance=0.0, monitor="rising_loss"),
+            "schedule": LinearSchedule(1, 3, cuts=2),
+        },
         "optimizer": "adamw",
     },
     "ladder": {"pruning": {"ladder": True}},
@@ -136,7 +139,7 @@ def test_settings_of_ddp(tmp_path: Path) -> None:
     alone = {"guard": AFTER["guard"], "ladder": AFTER["ladder"], "accumulated": SETTINGS["accumulated"]}
     for name, content in ranks.run(ranked.variants, tmp_path / "one", alone).items():
         assert_alike(found[name], content, name)
-    assert len(list((tmp_path / "two" / "ladder").rglob("params=*.ckpt"))) == 3
+    assert len(list((tmp_path / "two" / "sizes").rglob("params=*.ckpt"))) == 3
 
 
 def test_a_communication_hook_is_there_after_a_cut(tmp_path: Path) -> None:

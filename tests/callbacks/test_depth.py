@@ -21,7 +21,7 @@ from lightning_prune import (
     load_from_checkpoint,
     prune,
 )
-from lightning_prune.callbacks.guard import Guard
+from lightning_prune.callbacks.rollback import Rollback
 from lightning_prune.planning import Explicit, NoEffectWarning, OneShot
 from lightning_prune.surgery import history_of
 from tests.callbacks.networks import BATCHES, Net, equal, fit, make
@@ -108,11 +108,11 @@ class Judged(Blocks):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_guard_brings_a_branch_back(optimizer: str, resume: bool, tmp_path: Path) -> None:
     ends = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    model, callback = make(Judged, optimizer), pruner(guard=Guard(epochs=2))
+    model, callback = make(Judged, optimizer), pruner(guard=Rollback(epochs=2))
     with pytest.warns(UserWarning, match="Cut 2 was taken back"):
         run = fit(tmp_path / "whole", model, callback, ends, epochs=6)
     if resume:
-        model, callback = make(Judged, optimizer), pruner(guard=Guard(epochs=2))
+        model, callback = make(Judged, optimizer), pruner(guard=Rollback(epochs=2))
         with pytest.warns(UserWarning, match="Cut 2 was taken back"):
             run = fit(tmp_path / "resumed", model, callback, epochs=6, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert callback.structure is not None

@@ -22,8 +22,8 @@ from lightning_prune import (
     ContributionPruning,
     Fisher,
     FoldMean,
-    Guard,
-    Linear,
+    LinearSchedule,
+    Rollback,
     StructuredPruning,
     Taylor,
     load_from_checkpoint,
@@ -36,11 +36,11 @@ from tests.support.kills import campaign
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 
 def pruner() -> ContributionPruning:
-    observing, guard = Contribution(every_n_batches=2), Guard(epochs=3, tolerance=10.0, monitor="train_loss")
+    observing, guard = Contribution(every_n_batches=2), Rollback(epochs=3, tolerance=10.0, monitor="train_loss")
     return ContributionPruning(0.5, criterion=observing, schedule=SCHEDULE, repair=FoldMean(), guard=guard)
 
 
@@ -203,7 +203,7 @@ def test_a_failure_while_a_cut_is_taken_back(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     def strict() -> StructuredPruning:
-        return StructuredPruning(0.5, schedule=SCHEDULE, guard=Guard(epochs=1, tolerance=0.0, monitor="rising_loss"))
+        return StructuredPruning(0.5, schedule=SCHEDULE, guard=Rollback(epochs=1, tolerance=0.0, monitor="rising_loss"))
 
     class Rising(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, load_from_checkpoint
+from lightning_prune import Contribution, ContributionPruning, LinearSchedule, MagnitudePruning, load_from_checkpoint
 from lightning_prune.surgery import history_of, masks, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, widths
 
@@ -21,11 +21,12 @@ MASKS = sorted(FIXTURES.glob("masks_*.pt"))
 
 
 def pruner() -> ContributionPruning:
-    return ContributionPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=Linear(start=1, end=2, cuts=2))
+    schedule = LinearSchedule(start=1, end=2, cuts=2)
+    return ContributionPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=schedule)
 
 
 def company() -> tuple[ContributionPruning, MagnitudePruning]:
-    return pruner(), MagnitudePruning(0.5, schedule=Linear(start=1, end=2, cuts=2), rewind=0)
+    return pruner(), MagnitudePruning(0.5, schedule=LinearSchedule(start=1, end=2, cuts=2), rewind=0)
 
 
 def test_the_present_format_has_a_fixture() -> None:

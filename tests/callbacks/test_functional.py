@@ -73,7 +73,7 @@ def test_a_second_call_compares_with_the_dense_network() -> None:
     assert (report.dense.params, report.dense.widths) == (whole, {"0": 8, "4": 12})
     assert (report.dense.bytes, report.dense.latency) == (None, {}), "of a network that is no more"
     assert report.start is not None
-    assert (report.start.params, report.widths, report.ratio) == (between, {"0": 6, "4": 6}, 0.4)
+    assert (report.start.params, report.widths, report.pruning_ratio) == (between, {"0": 6, "4": 6}, 0.4)
     rows = {row[0]: row[1:] for row in report.grids()[0].rows}
     assert rows["parameters"] == (f"{whole:,}", f"{left:,}", f"{100 * left / whole:.1f} %")
     assert "40.0 % of the units are gone, in 2 cuts, 1 of them earlier." in str(report)

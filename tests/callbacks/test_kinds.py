@@ -10,14 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_prune import Linear, MagnitudePruning, StructuredPruning, load_from_checkpoint
+from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

@@ -22,13 +22,13 @@ from torch.utils.data import TensorDataset
 
 from lightning_prune import (
     NM,
+    Channel,
     Element,
     HybridPruning,
     Kernel,
-    Linear,
+    LinearSchedule,
     MagnitudePruning,
     OneShot,
-    Unit,
     callbacks,
     load_from_checkpoint,
 )
@@ -42,7 +42,7 @@ from tests.callbacks.test_compiled import Compiler, a_layer, in_place, the_modul
 from tests.callbacks.test_resume import StopAt, StopError, alike, untimed
 
 EPOCHS = 6
-SCHEDULE = Linear(start=2, end=4, cuts=2)
+SCHEDULE = LinearSchedule(start=2, end=4, cuts=2)
 CALLBACKS = [
     kind
     for kind in vars(callbacks).values()
@@ -144,7 +144,7 @@ def test_masks_hold_and_resume(pruner: Any, optimizer: str, tmp_path: Path) -> N
     options = {"epochs": EPOCHS, "validate": False, "data": data()}
     run = fit(tmp_path, model, mine, Look(), every, ends, **options)
     expected = content(run, model, mine)
-    assert mine.report.ratio == pytest.approx(0.5, abs=0.02)
+    assert mine.report.pruning_ratio == pytest.approx(0.5, abs=0.02)
     assert len(mine.report.cuts) == 2
     for file in ("every/step=5", "ends/epoch=1", "every/step=17"):
         other, again = make(Conv, optimizer), pruner(schedule=SCHEDULE)
@@ -162,7 +162,7 @@ def data() -> Loader:
 
 def masked_share(pruner: MaskPruning) -> int:
     """Weights of `Net` that were masked, before dead units left with some of them."""
-    return round(pruner.report.ratio * 192)
+    return round(pruner.report.pruning_ratio * 192)
 
 
 @pytest.mark.parametrize("step", [3, 8, 9, 17])
@@ -264,7 +264,7 @@ class Manual(Net):
 
 def test_manual_optimization_with_several_optimizers(tmp_path: Path) -> None:
     model = make(Manual)
-    mine = MagnitudePruning(0.6, schedule=Linear(start=2, end=4, cuts=2, unit="epoch"))
+    mine = MagnitudePruning(0.6, schedule=LinearSchedule(start=2, end=4, cuts=2, unit="epoch"))
     fit(tmp_path, model, mine)
     assert masked_share(mine) == 115
 
@@ -350,7 +350,7 @@ def test_rewinding_goes_back_and_keeps_the_masks(epoch: int, tmp_path: Path) -> 
 def test_a_rewind_to_weights_that_nobody_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rewind=3\): .* after the first cut, which comes after 2 epoch"):
         fit(tmp_path, make(), MagnitudePruning(schedule=SCHEDULE, rewind=3))
-    steps = Linear(start=9, end=12, cuts=2, unit="step")  # in the third epoch
+    steps = LinearSchedule(start=9, end=12, cuts=2, unit="step")  # in the third epoch
     with pytest.raises(ValueError, match="after 2 epoch"):
         fit(tmp_path, make(), MagnitudePruning(schedule=steps, rewind=3))
     saver = ModelCheckpoint(tmp_path, filename="without")
@@ -374,7 +374,7 @@ def test_arguments_that_contradict() -> None:
     with pytest.raises(ValueError, match=r"NM\(n=1, m=4\) has a sparsity of 0.75, got sparsity=0.5"):
         MagnitudePruning(0.5, granularity=NM(1, 4))
     with pytest.raises(ValueError, match="within a filter"):
-        HybridPruning(granularity=Unit())
+        HybridPruning(granularity=Channel())
     with pytest.raises(ValueError, match="within a filter"):
         HybridPruning(granularity=NM())
     with pytest.raises(ValueError, match="use HybridPruning"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_prune import Linear, MagnitudePruning
+from lightning_prune import LinearSchedule, MagnitudePruning
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks import ranked
 from tests.callbacks.networks import Net, fit, make, weights
@@ -24,7 +24,7 @@ def train(folder: str, resume: bool = False) -> dict[str, Any]:
     fit(
         Path(folder),
         model,
-        MagnitudePruning(0.6, schedule=Linear(start=1, end=3, cuts=2), rewind=1),
+        MagnitudePruning(0.6, schedule=LinearSchedule(start=1, end=3, cuts=2), rewind=1),
         ModelCheckpoint(Path(folder) / "ends", filename="{epoch}", save_top_k=-1),
         data=ranked.share(),
         validate=False,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_prune import (
     Contribution,
     ContributionPruning,
-    Linear,
+    LinearSchedule,
     OneShot,
     StructuredPruning,
 )
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "example does not fit": (Unfit, structured, "fails on the example|shape|mat1"),
     "no example": (Strange, structured, "example_input_array"),
     "never fires": (Net, lambda: structured(schedule=OneShot(at=50)), "never fires"),
-    "ambiguous unit": (Net, lambda: structured(schedule=Linear(start=5, end=9)), "unit"),
+    "ambiguous unit": (Net, lambda: structured(schedule=LinearSchedule(start=5, end=9)), "unit"),
     "optimizer": (Flat, structured, "LBFGS"),
 }
 

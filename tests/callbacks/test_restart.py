@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_prune import Linear, OneShot, ReestimateBatchNorm, Reinitialise, Rewind, StructuredPruning
+from lightning_prune import LinearSchedule, OneShot, ReestimateBatchNorm, Reinitialise, Rewind, StructuredPruning
 from lightning_prune.surgery import take
 from tests.callbacks.small import Saver, Small, loaders, trainer
 
@@ -57,7 +57,8 @@ def test_weights_go_back_to_the_epoch(tmp_path, epoch):
 
 def test_every_cut_goes_back(tmp_path):
     before, after = Weights(), Weights()
-    callback = StructuredPruning(0.5, schedule=Linear(1, 3, cuts=2), repair=Rewind(0), dirpath=str(tmp_path / "report"))
+    cuts = LinearSchedule(1, 3, cuts=2)
+    callback = StructuredPruning(0.5, schedule=cuts, repair=Rewind(0), dirpath=str(tmp_path / "report"))
     model, _ = fit(tmp_path, before, callback, after, epochs=5)
     assert len(callback.report.cuts) == 2
     expected = before.states[0]
@@ -68,7 +69,8 @@ def test_every_cut_goes_back(tmp_path):
 
 def test_tied_weights_go_back_under_all_their_names(tmp_path):
     before, after = Weights(), Weights()
-    callback = StructuredPruning(0.5, schedule=Linear(1, 3, cuts=2), repair=Rewind(0), dirpath=str(tmp_path / "report"))
+    cuts = LinearSchedule(1, 3, cuts=2)
+    callback = StructuredPruning(0.5, schedule=cuts, repair=Rewind(0), dirpath=str(tmp_path / "report"))
     model = Small()
     again = torch.nn.Linear(8, 8, dtype=torch.float64)
     again.weight = model.net[2].weight

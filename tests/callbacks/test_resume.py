@@ -17,7 +17,7 @@ from lightning_prune import (
     L2,
     Contribution,
     ContributionPruning,
-    Linear,
+    LinearSchedule,
     MagnitudePruning,
     OneShot,
     Random,
@@ -37,7 +37,7 @@ PRUNERS: dict[str, Any] = {
     "random": lambda **o: StructuredPruning(0.5, criterion=Random(), **o),
 }
 # Cuts before the epochs 2 and 4.
-SCHEDULE = Linear(start=2, end=4, cuts=2)
+SCHEDULE = LinearSchedule(start=2, end=4, cuts=2)
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
@@ -153,14 +153,14 @@ def test_training_moves_what_is_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schedule", "options"),
     [
-        (Linear(start=5, end=13, cuts=3, unit="step"), {}),
-        (Linear(), {"epochs": -1, "max_steps": 20}),
-        (Linear(start=1, end=5, cuts=5, unit="epoch"), {}),
-        (Linear(start=3, end=9, cuts=2, unit="step"), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        (LinearSchedule(start=5, end=13, cuts=3, unit="step"), {}),
+        (LinearSchedule(), {"epochs": -1, "max_steps": 20}),
+        (LinearSchedule(start=1, end=5, cuts=5, unit="epoch"), {}),
+        (LinearSchedule(start=3, end=9, cuts=2, unit="step"), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     ],
     ids=["steps", "max_steps", "every epoch", "accumulate"],
 )
-def test_other_schedules_resume(schedule: Linear, options: dict[str, Any], tmp_path: Path) -> None:
+def test_other_schedules_resume(schedule: LinearSchedule, options: dict[str, Any], tmp_path: Path) -> None:
     def one(folder: str, *callbacks: Callback, ckpt_path: Any = None) -> dict[str, Any]:
         model, pruner = make(), ContributionPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=schedule)
         settings = {"epochs": EPOCHS, **options}
@@ -183,7 +183,7 @@ def test_data_of_unknown_length(tmp_path: Path) -> None:
     fit(tmp_path, model, pruner, data=DataLoader(Stream(), batch_size=8))
     assert widths(model) == (6, 4)
     pruner = ContributionPruning(
-        0.5, criterion=Contribution(every_n_batches=1), schedule=Linear(start=2, end=9, cuts=2, unit="step")
+        0.5, criterion=Contribution(every_n_batches=1), schedule=LinearSchedule(start=2, end=9, cuts=2, unit="step")
     )
     model = make()
     fit(tmp_path, model, pruner, data=DataLoader(Stream(), batch_size=8))
@@ -228,7 +228,7 @@ def test_the_report_of_a_resumed_run_is_the_whole_runs(tmp_path: Path) -> None:
     ("schedule", "made"),
     [
         # Half of the target is reached when epoch 3 begins: what goes further is made.
-        (Linear(start=1, end=5, cuts=4), [0, 2, 3]),
+        (LinearSchedule(start=1, end=5, cuts=4), [0, 2, 3]),
         (OneShot(at=5), [0, 0]),
         (OneShot(at=1), [0, 0]),  # long due
     ],
@@ -243,7 +243,7 @@ def test_another_schedule_goes_on_from_there(kind: Any, schedule: Any, made: lis
     if kind is StructuredPruning:
         assert widths(model) == (6, 4)
     else:
-        assert pruner.report.ratio == pytest.approx(0.5, abs=0.01)
+        assert pruner.report.pruning_ratio == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [StructuredPruning, MagnitudePruning])
@@ -267,7 +267,7 @@ def test_another_target_goes_on_from_there(
     with pytest.warns(UserWarning, match=f"had another target, and {text}"):
         fit(tmp_path / "other", model, pruner, epochs=8, ckpt_path=tmp_path / "ends" / f"epoch={ended}.ckpt")
     assert [cut.epoch for cut in pruner.report.cuts] == epochs
-    assert pruner.report.ratio == pytest.approx(1 - left, abs=0.01)
+    assert pruner.report.pruning_ratio == pytest.approx(1 - left, abs=0.01)
     if kind is StructuredPruning:
         assert widths(model) == (8 * left, 8 * left)
 
@@ -295,8 +295,9 @@ def test_another_criterion_observes_anew(tmp_path: Path) -> None:
 def test_a_longer_run_stays_at_what_is_reached(tmp_path: Path) -> None:
     """With moments that are shares of the run, more epochs are another schedule."""
     saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
-    fit(tmp_path / "whole", make(), StructuredPruning(0.5, schedule=Linear(0.2, 0.5, cuts=2)), saver, epochs=EPOCHS)
-    model, pruner = make(), StructuredPruning(0.5, schedule=Linear(0.2, 0.5, cuts=2))
+    schedule = LinearSchedule(0.2, 0.5, cuts=2)
+    fit(tmp_path / "whole", make(), StructuredPruning(0.5, schedule=schedule), saver, epochs=EPOCHS)
+    model, pruner = make(), StructuredPruning(0.5, schedule=schedule)
     with pytest.warns(UserWarning, match="100% of the target is reached"):
         fit(tmp_path / "more", model, pruner, epochs=12, ckpt_path=tmp_path / "ends" / "epoch=5.ckpt")
     assert [cut.epoch for cut in pruner.report.cuts] == [1, 3]

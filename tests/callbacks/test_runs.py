@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_prune import Contribution, ContributionPruning, Linear, OneShot, StructuredPruning
+from lightning_prune import Contribution, ContributionPruning, LinearSchedule, OneShot, StructuredPruning
 from lightning_prune.callbacks import structured
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.surgery import CutError, history_of
@@ -35,7 +35,7 @@ from tests.callbacks.networks import (
     widths,
 )
 
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 
 def contribution(schedule: Any = SCHEDULE, **options: Any) -> ContributionPruning:
@@ -180,7 +180,7 @@ def test_runs_end_at_the_target(kind: str, tmp_path: Path, monkeypatch: pytest.M
     build, options = OPTIONS[kind]
     watch, model = Losses(), make(build)
     names, before = [type(m) for m in model.modules()], hooks(model)
-    schedule = Linear(start=3, end=8, cuts=2, unit="step") if kind == "max_steps" else SCHEDULE
+    schedule = LinearSchedule(start=3, end=8, cuts=2, unit="step") if kind == "max_steps" else SCHEDULE
     run = fit(tmp_path, model, contribution(schedule), watch, **({"epochs": 4} | options))
     assert widths(model) == (6, 4)
     assert [type(m) for m in model.modules()] == names
@@ -198,8 +198,8 @@ def test_runs_end_at_the_target(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_gan(tmp_path: Path) -> None:
     for schedule, step in (
-        (Linear(start=1, end=2, cuts=2), BATCHES),
-        (Linear(start=0.25, end=0.5, cuts=2, unit="step"), 4),
+        (LinearSchedule(start=1, end=2, cuts=2), BATCHES),
+        (LinearSchedule(start=0.25, end=0.5, cuts=2, unit="step"), 4),
     ):
         watch, model, pruner = Losses(), make(Gan), contribution(schedule)
         run = fit(tmp_path / str(step), model, pruner, watch, epochs=4, validate=False)
@@ -252,13 +252,13 @@ def test_two_runs_with_one_callback(tmp_path: Path) -> None:
 
 def test_the_same_network_goes_on(tmp_path: Path) -> None:
     """With the same trainer: what was cut stays cut once, and the report grows."""
-    pruner, model = contribution(Linear(start=1, end=6, cuts=3, unit="epoch")), make()
+    pruner, model = contribution(LinearSchedule(start=1, end=6, cuts=3, unit="epoch")), make()
     with pytest.warns(UserWarning, match="of the way to the target|before the last of its cuts"):
         run = fit(tmp_path, model, pruner, epochs=3)
     middle, rows = widths(model), len(pruner.report.history)
     refit(run, model)  # nothing is left to do
     (note,) = pruner.report.notes
-    assert note.startswith("The target was not reached: Linear(")
+    assert note.startswith("The target was not reached: LinearSchedule(")
     assert "goes 33 % of the way" in note
     assert note in str(pruner.report).replace("\n", " ")
     run.fit_loop.max_epochs = 8
@@ -443,7 +443,7 @@ def test_early_stopping_waits_for_the_target(tmp_path: Path) -> None:
 
     for options in ({}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}):
         model, stopping = make(Worse), EarlyStopping("val_loss", patience=1)
-        pruner = StructuredPruning(0.5, schedule=Linear(start=3, end=6, cuts=2))
+        pruner = StructuredPruning(0.5, schedule=LinearSchedule(start=3, end=6, cuts=2))
         run = fit(tmp_path / str(len(str(options))), model, pruner, stopping, epochs=20, **options)
         assert widths(model) == (6, 4)
         assert 7 <= run.current_epoch <= 11
@@ -452,7 +452,7 @@ def test_early_stopping_waits_for_the_target(tmp_path: Path) -> None:
         run = fit(
             tmp_path,
             model,
-            StructuredPruning(0.5, schedule=Linear(start=3, end=6, cuts=2), reset_monitors=False),
+            StructuredPruning(0.5, schedule=LinearSchedule(start=3, end=6, cuts=2), reset_monitors=False),
             stopping,
             epochs=20,
         )
@@ -487,7 +487,7 @@ def test_nothing_grows_over_forty_cuts(tmp_path: Path) -> None:
 
     count, model = Count(), make(Net, "adamw", width=80)
     count.tensors, count.hooks = [], []
-    pruner = contribution(Linear(start=1, end=40, cuts=40))
+    pruner = contribution(LinearSchedule(start=1, end=40, cuts=40))
     pruner.ignore = "second"
     fit(tmp_path, model, pruner, count, epochs=42, validate=False)
     assert model.first.out_features == 40

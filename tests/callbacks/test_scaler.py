@@ -19,7 +19,7 @@ from lightning_prune import (
     Contribution,
     ContributionPruning,
     GroupLasso,
-    Linear,
+    LinearSchedule,
     MagnitudePruning,
     NetworkSlimming,
     StructuredPruning,
@@ -31,7 +31,7 @@ from tests.callbacks.networks import BATCHES, Net, equal, fit, make, weights, wi
 
 EPOCHS = 5
 #: Cuts before the epochs 1 and 3.
-SCHEDULE = Linear(start=1, end=3, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=3, cuts=2)
 #: Steps whose gradients overflow: right before a cut, right after one, and later.
 OVERFLOWS = (BATCHES - 1, 3 * BATCHES, 4 * BATCHES + 2)
 

@@ -17,13 +17,20 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_prune import Contribution, ContributionPruning, Linear, MagnitudePruning, OneShot, StructuredPruning
+from lightning_prune import (
+    Contribution,
+    ContributionPruning,
+    LinearSchedule,
+    MagnitudePruning,
+    OneShot,
+    StructuredPruning,
+)
 from lightning_prune.callbacks import showing
 from lightning_prune.callbacks.showing import Pace
 from tests.callbacks.networks import BATCHES, Curves, fit, make
 from tests.support import wandb_files
 
-SCHEDULE = Linear(start=1, end=3, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=3, cuts=2)
 
 
 def contribution(**options: Any) -> ContributionPruning:
@@ -181,7 +188,7 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
     for table in ("What was won and lost", "Cuts", "Widths"):
         file = next(row[f"pruning/{table}.path"] for row in after if f"pruning/{table}.path" in row)
         assert json.loads((second / "files" / file).read_text())["data"], table
-    for name in ("report", "ladder"):
+    for name in ("report", "sizes"):
         key = f"pruning/{name}.filenames"
         (picture,) = next(row[key] for row in after if key in row)
         assert (second / "files" / picture).stat().st_size > 10_000
@@ -196,18 +203,18 @@ def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
     config, rows = wandb_files.config(segment), wandb_files.rows(segment)
     assert config["pruning"]["sparsity"] == 0.5
     assert config["pruning-2"]["final_widths"] == {"first": 6, "second": 4}
-    for name in ("pruning/Weights that are not masked", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Ladder"):
+    for name in ("pruning/Weights that are not masked", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Sizes"):
         assert any(f"{name}.path" in row for row in rows), name
     assert len(curves.of("pruning/overhead")) == len(curves.of("pruning-2/overhead")) == 5
     assert (len(curves.of("pruning/seconds")), len(curves.of("pruning-2/seconds"))) == (1, 2)
     for pruner in (masks, cuts):
         assert {name for row in pruner.report.history for name in row.metrics} == {"train_loss"}
-    # The rungs were saved beside a report that is written after another one.
+    # The networks of each size were saved beside a report that is written after another one.
     home = tmp_path / "lightning_logs" / str(logger.version)
     assert (home / "report.json").is_file()
-    assert len(cuts.report.rungs) == 3
-    for rung in cuts.report.rungs:
-        assert (home / "pruning-2" / rung.file).is_file()
+    assert len(cuts.report.size_checkpoints) == 3
+    for saved in cuts.report.size_checkpoints:
+        assert (home / "pruning-2" / saved.file).is_file()
 
 
 def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune import Linear, MagnitudePruning, StructuredPruning, load_from_checkpoint
+from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, weights, widths
@@ -16,7 +16,7 @@ from tests.support import ranks
 
 pytestmark = pytest.mark.ddp
 
-SCHEDULE = Linear(start=1, end=2, cuts=2)
+SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 
 def train(folder: Path, strategy: str, kind: type = StructuredPruning) -> dict[str, Any]:

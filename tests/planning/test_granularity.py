@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_prune.planning import NM, Element, Granularity, Kernel, Unit, Weight, choose_masks, granularity
+from lightning_prune.planning import NM, Channel, Element, Granularity, Kernel, Weight, choose_masks, granularity
 from lightning_prune.structure import Call, Subject, trace
 
 KINDS = [
@@ -77,7 +77,7 @@ def taken(pools: list[list[Any]], amount: float) -> set[tuple[Any, ...]]:
 
 
 def test_every_granularity_has_a_reference() -> None:
-    assert set(KINDS) == {*REFERENCES, Unit}  # units are compared below
+    assert set(KINDS) == {*REFERENCES, Channel}  # units are compared below
 
 
 @pytest.mark.parametrize("pool", ["global", "local", "filter"])
@@ -152,7 +152,7 @@ def test_units_by_the_norm_of_their_producers(pool: Any, amount: float) -> None:
     )
     structure = trace(Subject(net, (Call((torch.zeros(2, 3, 5, 5),)),)))
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    masks = choose_masks(Unit().parts((), structure.groups, tensors), {}, amount, pool)
+    masks = choose_masks(Channel().parts((), structure.groups, tensors), {}, amount, pool)
     own = {"0": ["0.weight", "0.bias", "1.weight", "1.bias"], "4": ["4.weight", "4.bias"]}
     scores, sizes, gone = {}, {}, {}
     for name, members in own.items():

@@ -16,7 +16,7 @@ from lightning_prune.planning.schedules import (
     CutPoint,
     Explicit,
     Geometric,
-    Linear,
+    LinearSchedule,
     OneShot,
     RunLength,
     Schedule,
@@ -41,7 +41,7 @@ def shares(schedule: Schedule, run: RunLength, remaining: float = 0.5) -> list[f
 
 
 def test_discovery_finds_the_schedules():
-    assert {OneShot, Linear, Cubic, Geometric, Explicit} <= set(SCHEDULES)
+    assert {OneShot, LinearSchedule, Cubic, Geometric, Explicit} <= set(SCHEDULES)
 
 
 @pytest.mark.parametrize("cls", SCHEDULES)
@@ -94,16 +94,16 @@ class TestContract:
 
 
 def test_cuts_spread_evenly_over_shares_of_the_run():
-    assert moments(Linear(), RunLength(100)) == [10, 23, 35, 48, 60]
-    assert moments(Linear(cuts=1), RunLength(100)) == [10]
-    assert moments(Linear(start=0.0, end=1.0, cuts=2), RunLength(100)) == [0, 99]
-    assert shares(Linear(cuts=4), RunLength(100)) == [0.25, 0.5, 0.75, 1]
+    assert moments(LinearSchedule(), RunLength(100)) == [10, 23, 35, 48, 60]
+    assert moments(LinearSchedule(cuts=1), RunLength(100)) == [10]
+    assert moments(LinearSchedule(start=0.0, end=1.0, cuts=2), RunLength(100)) == [0, 99]
+    assert shares(LinearSchedule(cuts=4), RunLength(100)) == [0.25, 0.5, 0.75, 1]
     assert shares(Cubic(cuts=2), RunLength(100)) == [1 - 0.5**3, 1]
 
 
 def test_every_replaces_cuts():
-    assert moments(Linear(start=3, end=12, every=4), RunLength(20)) == [3, 7, 11]
-    assert moments(Linear(start=0.1, end=0.5, every=0.1), RunLength(30)) == [3, 6, 9, 12, 15]
+    assert moments(LinearSchedule(start=3, end=12, every=4), RunLength(20)) == [3, 7, 11]
+    assert moments(LinearSchedule(start=0.1, end=0.5, every=0.1), RunLength(30)) == [3, 6, 9, 12, 15]
 
 
 def test_absolute_moments():
@@ -114,7 +114,7 @@ def test_absolute_moments():
 
 
 def test_several_cuts_on_one_epoch_become_the_last_of_them():
-    timeline = Linear(cuts=5).timeline(RunLength(4), 0.5)
+    timeline = LinearSchedule(cuts=5).timeline(RunLength(4), 0.5)
     assert [(point.at, point.share) for point in timeline] == [(1, 0.4), (2, 1.0)]
     assert [point.index for point in timeline] == [0, 1]
 
@@ -181,11 +181,11 @@ def test_run_lengths():
 
 def test_without_a_length_whole_numbers_are_needed():
     assert moments(Geometric(start=30, every=15), RunLength(None), 0.8) == [30, 45, 60]
-    assert moments(Linear(start=1, end=5, cuts=2), RunLength(None)) == [1, 5]
+    assert moments(LinearSchedule(start=1, end=5, cuts=2), RunLength(None)) == [1, 5]
     with pytest.raises(ValueError, match=r"length in epochs is not known\. Give whole numbers"):
-        Linear().timeline(RunLength(None), 0.5)
+        LinearSchedule().timeline(RunLength(None), 0.5)
     with pytest.raises(ValueError, match="length in steps is not known"):
-        Linear().timeline(RunLength(1), 0.5)
+        LinearSchedule().timeline(RunLength(1), 0.5)
 
 
 def test_whole_numbers_under_max_steps_must_say_what_they_count():
@@ -196,7 +196,7 @@ def test_whole_numbers_under_max_steps_must_say_what_they_count():
     assert Geometric(start=30, every=15, unit="step").timeline(run, 0.8)[0].unit == "step"
 
 
-@pytest.mark.parametrize("schedule", [OneShot(at=30), Linear(start=30, end=40), Explicit(((50, 1.0),))])
+@pytest.mark.parametrize("schedule", [OneShot(at=30), LinearSchedule(start=30, end=40), Explicit(((50, 1.0),))])
 def test_a_schedule_that_never_fires(schedule):
     with pytest.raises(
         ValueError, match=r"never fires: its first cut is due after epoch \d0, but the run has 30 epoch"
@@ -206,7 +206,7 @@ def test_a_schedule_that_never_fires(schedule):
 
 def test_a_run_of_one_moment_leaves_no_room():
     with pytest.raises(ValueError, match="never fires"):
-        Linear(unit="epoch").timeline(RunLength(1), 0.5)
+        LinearSchedule(unit="epoch").timeline(RunLength(1), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +214,14 @@ def test_a_run_of_one_moment_leaves_no_room():
     [
         (lambda: OneShot(at=1.5), r"`at` in \[0, 1\] .* or a whole number .*, got 1.5"),
         (lambda: OneShot(at=-1), "`at` of at least 0 .*, got -1"),
-        (lambda: Linear(start=0.7), "`end` not before `start`, got start=0.7, end=0.6"),
-        (lambda: Linear(start=20).timeline(RunLength(30), 0.5), "`end` not before `start`, got moments 20 and 18"),
+        (lambda: LinearSchedule(start=0.7), "`end` not before `start`, got start=0.7, end=0.6"),
+        (
+            lambda: LinearSchedule(start=20).timeline(RunLength(30), 0.5),
+            "`end` not before `start`, got moments 20 and 18",
+        ),
         (lambda: Geometric(start=20).timeline(RunLength(30), 0.5), "`end` not before `start`, got moments 20 and 18"),
-        (lambda: Linear(cuts=0), "`cuts` of at least 1, got 0"),
-        (lambda: Linear(cuts=3, every=3), "`cuts` or `every`, got both"),
+        (lambda: LinearSchedule(cuts=0), "`cuts` of at least 1, got 0"),
+        (lambda: LinearSchedule(cuts=3, every=3), "`cuts` or `every`, got both"),
         (lambda: Cubic(every=0), "`every` of at least 1 epoch or step, got 0"),
         (lambda: Cubic(every=0.0), r"`every` in \(0, 1\]"),
         (lambda: Geometric(rate=10), r"`rate` in \(0, 1\), .*, got 10"),
@@ -228,7 +231,7 @@ def test_a_run_of_one_moment_leaves_no_room():
         (lambda: Explicit(((3, 0.5), (4, 0.4), (5, 1.0))), "ascending shares"),
         (lambda: Explicit(((5, 0.5), (4, 1.0))), r"ascending moments in `cuts`, got \[5, 4\]"),
         (lambda: Explicit(((5, 0.5), (0.4, 1.0))), "all shares .* or all absolute"),
-        (lambda: Linear().timeline(RunLength(30), 0.0), r"`remaining` in \(0, 1\], got 0.0"),
+        (lambda: LinearSchedule().timeline(RunLength(30), 0.0), r"`remaining` in \(0, 1\], got 0.0"),
     ],
 )
 def test_bad_settings(make, message):

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from lightning_prune.reporting import Cut, Report, Rung, Size
+from lightning_prune.reporting import Cut, Report, Size, SizeCheckpoint
 from lightning_prune.reporting.plots import _Clock
 
 pytest.importorskip("matplotlib")
-from lightning_prune.reporting import ladder_figure, report_figure
+from lightning_prune.reporting import report_figure, sizes_figure
 
 
 def draw(report):
@@ -108,11 +108,15 @@ def test_no_global_state_of_matplotlib() -> None:
     assert pyplot.get_fignums() == before
 
 
-def test_the_ladder_is_drawn_from_what_was_measured():
+def test_metric_against_size_is_drawn_from_what_was_measured():
     report = Report(dense=Size(200, 1000, {"a": 10}))
     report.log(0, 5, {"val_acc": 0.5})
-    report.rungs = [Rung("a", 200, 1000, 1, 5, 0.9), Rung("b", 100, 250, 2, 10), Rung("c", 50, 100, 3, 15, 0.8)]
-    left, right = ladder_figure(report).axes
+    report.size_checkpoints = [
+        SizeCheckpoint("a", 200, 1000, 1, 5, 0.9),
+        SizeCheckpoint("b", 100, 250, 2, 10),
+        SizeCheckpoint("c", 50, 100, 3, 15, 0.8),
+    ]
+    left, right = sizes_figure(report).axes
     assert [tuple(map(list, axes.lines[0].get_data())) for axes in (left, right)] == [
         ([100, 25], [0.9, 0.8]),
         ([100, 10], [0.9, 0.8]),
@@ -120,4 +124,4 @@ def test_the_ladder_is_drawn_from_what_was_measured():
     assert left.get_ylabel() == "val_acc"
     # Off the line, which goes down from the dense network and up to it.
     assert [(text.get_text(), text.get_va()) for text in left.texts] == [("200: 0.9", "bottom"), ("50: 0.8", "top")]
-    assert "nothing was measured" in ladder_figure(Report()).axes[0].texts[0].get_text()
+    assert "nothing was measured" in sizes_figure(Report()).axes[0].texts[0].get_text()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_prune.reporting import Measurement, Report, Rung, Size, plain
+from lightning_prune.reporting import Measurement, Report, Size, SizeCheckpoint, plain
 
 
 def test_metrics_of_one_step_are_one_measurement():
@@ -81,11 +81,11 @@ def test_a_cut_that_was_never_measured(make_report):
 def test_size_now(make_report):
     report = make_report(cut_epochs=())
     assert report.size is report.dense
-    assert report.ratio == 0
+    assert report.pruning_ratio == 0
     report = make_report()
     assert report.widths == {"net.0": 16, "net.1": 24}
     assert report.size == Size(640, 3200, {"net.0": 16, "net.1": 24})
-    assert report.ratio == pytest.approx(0.2)
+    assert report.pruning_ratio == pytest.approx(0.2)
     report.final = Size(640, 3200, report.widths, 4096, {1: 0.25})
     assert report.size is report.final
     assert report.metrics() == {
@@ -122,7 +122,7 @@ def test_round_trip_through_a_checkpoint(make_report):
 
 def test_a_newer_format_is_refused():
     stored = {**Report().to_plain(), "format": 99}
-    with pytest.raises(ValueError, match=r"format 1 or older, got 99.*update"):
+    with pytest.raises(ValueError, match=r"format 2 or older, got 99.*update"):
         Report.from_plain(stored)
 
 
@@ -213,20 +213,26 @@ def test_plain():
     assert type(plain(np.int64(5))) is int
 
 
-def test_rungs_and_notes_are_shown_and_stored():
+def test_sizes_and_notes_are_shown_and_stored():
     report = Report(dense=Size(100, 1000, {"a": 10}), notes=["Cut 2 was taken back."])
     report.log(0, 5, {"val_acc": 0.5})
-    report.rungs = [Rung("ladder/params=100.ckpt", 100, 1000, 1, 5, 0.5), Rung("ladder/params=40.ckpt", 40, 300, 3, 15)]
+    report.size_checkpoints = [
+        SizeCheckpoint("sizes/params=100.ckpt", 100, 1000, 1, 5, 0.5),
+        SizeCheckpoint("sizes/params=40.ckpt", 40, 300, 3, 15),
+    ]
     again = Report.from_plain(report.to_plain())
     assert again == report
-    page = again.to_markdown(ladder="ladder.png")
-    assert "| ladder/params=40.ckpt | 3 | 40 | 300 | 40.0 % | – |" in page
-    assert "| ladder/params=100.ckpt | 1 | 100 | 1,000 | 100.0 % | 0.5 |" in page
+    page = again.to_markdown(sizes="sizes.png")
+    assert "| sizes/params=40.ckpt | 3 | 40 | 300 | 40.0 % | – |" in page
+    assert "| sizes/params=100.ckpt | 1 | 100 | 1,000 | 100.0 % | 0.5 |" in page
     assert page.count("Cut 2 was taken back.") == 1
-    assert "![metric against size](ladder.png)" in page
+    assert "![metric against size](sizes.png)" in page
     stored = report.to_plain()
-    del stored["rungs"], stored["notes"]  # as an older version wrote it
-    assert Report.from_plain(stored).rungs == []
+    del stored["notes"]  # as older versions wrote it
+    stored |= {"format": 1, "rungs": stored.pop("size_checkpoints")}
+    assert Report.from_plain(stored).size_checkpoints == report.size_checkpoints
+    del stored["rungs"]
+    assert Report.from_plain(stored).size_checkpoints == []
 
 
 def test_a_step_stays_in_its_epoch() -> None:

@@ -16,7 +16,6 @@ from torch import nn
 
 from lightning_prune.scoring import (
     FPGM,
-    KL,
     L1,
     L2,
     LAMP,
@@ -30,6 +29,7 @@ from lightning_prune.scoring import (
     Fisher,
     GraSP,
     HRank,
+    KLDivergence,
     Random,
     SynFlow,
     Taylor,
@@ -255,8 +255,8 @@ def synflow(criterion, evidence):
     return [evidence.everything(unit, flow).sum() for unit in evidence.units]
 
 
-@reference(KL())
-def kl(criterion, evidence):
+@reference(KLDivergence())
+def kl_divergence(criterion, evidence):
     def probabilities(masked):
         model = evidence.rewired(lambda x, units: x * (units != masked)).eval()
         return torch.cat([model(x).detach().softmax(1) for x in evidence.inputs])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import OneShot, StructuredPruning
 from lightning_prune.callbacks.showing import Showing
 from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, Statistic, criteria
-from lightning_prune.scoring.criteria.kl import MaskedDivergence
+from lightning_prune.scoring.criteria.kl_divergence import MaskedDivergence
 from tests.scoring.references import shares
 
 
@@ -66,7 +66,7 @@ def test_cuts_a_network_in_training(kind, tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["Contribution", "Taylor", "APoZ", "KL"])
+@pytest.mark.parametrize("kind", ["Contribution", "Taylor", "APoZ", "KLDivergence"])
 def test_observes_only_what_may_be_pruned(kind, tmp_path, monkeypatch):
     recorded, record = set(), Statistic.record
 
@@ -89,7 +89,7 @@ def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch)
         lambda self, model, call: (seen.append(call.args[0].shape), examine(self, model, call)),
     )
     model = Net(torch.zeros(1, 1, 8, 8))
-    fit(StructuredPruning(0.5, criterion=criteria.KL(), schedule=OneShot()), tmp_path, model)
+    fit(StructuredPruning(0.5, criterion=criteria.KLDivergence(), schedule=OneShot()), tmp_path, model)
     assert seen == [(8, 1, 8, 8)]
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.scoring import KL, NISP, SynFlow
+from lightning_prune.scoring import NISP, KLDivergence, SynFlow
 from lightning_prune.scoring.passes import outputs_of, positive_response, undisturbed
 from lightning_prune.structure import Call, Subject, trace
 from tests.scoring.networks import batches, examine, network, structure_of
 
-own_pass = pytest.mark.parametrize("criterion", [KL(), NISP(), SynFlow()], ids=repr)
+own_pass = pytest.mark.parametrize("criterion", [KLDivergence(), NISP(), SynFlow()], ids=repr)
 
 
 @own_pass
@@ -99,6 +99,6 @@ def test_divergence_by_hand():
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
     model[0].weight.data = torch.tensor([[1.0], [1.0]])
     model[2].weight.data = torch.tensor([[1.0986123, 0.0], [0.0, 0.0]])  # odds of 3 to 1
-    statistic = KL().statistic(trace(Subject.of(model, torch.ones(1, 1))))
+    statistic = KLDivergence().statistic(trace(Subject.of(model, torch.ones(1, 1))))
     examine(model, [torch.ones(1, 1)], statistic)
     assert statistic.value("0").tolist() == pytest.approx([0.1308, 0.0], abs=1e-4)  # 3/4 ln 3/2 + 1/4 ln 1/2

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_prune import Contribution, ContributionPruning, Linear
+from lightning_prune import Contribution, ContributionPruning, LinearSchedule
 from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of
 from tests.support.ranks import PROCESSES, start, wait
@@ -33,7 +33,7 @@ __all__ = ["campaign"]
 
 EPOCHS, BATCHES, BATCH = 20, 5, 8
 #: Twelve cuts, in the middle of epochs and at their ends.
-SCHEDULE = Linear(start=5, end=82, cuts=12, unit="step")
+SCHEDULE = LinearSchedule(start=5, end=82, cuts=12, unit="step")
 
 
 class Net(LightningModule):

@@ -7,7 +7,7 @@ from lightning_prune.scoring.criteria.fisher import Fisher
 from lightning_prune.scoring.criteria.fpgm import FPGM
 from lightning_prune.scoring.criteria.grasp import GraSP
 from lightning_prune.scoring.criteria.hrank import HRank
-from lightning_prune.scoring.criteria.kl import KL
+from lightning_prune.scoring.criteria.kl_divergence import KLDivergence
 from lightning_prune.scoring.criteria.l1 import L1
 from lightning_prune.scoring.criteria.l2 import L2
 from lightning_prune.scoring.criteria.lamp import LAMP
@@ -20,7 +20,6 @@ from lightning_prune.scoring.criteria.taylor import Taylor
 
 __all__ = [
     "FPGM",
-    "KL",
     "L1",
     "L2",
     "LAMP",
@@ -33,6 +32,7 @@ __all__ = [
     "Fisher",
     "GraSP",
     "HRank",
+    "KLDivergence",
     "Random",
     "SynFlow",
     "Taylor",

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_prune import StructuredPruning
-from lightning_prune.callbacks.guard import Guard, go_back, snapshot
+from lightning_prune.callbacks.rollback import Rollback, go_back, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
 from lightning_prune.surgery import history_of
@@ -45,12 +45,12 @@ class Watch(Callback):
                 self.before_cut = self.last
 
 
-def pruning(guard: Guard | None, **settings: Any) -> StructuredPruning:
+def pruning(guard: Rollback | None, **settings: Any) -> StructuredPruning:
     cuts = Explicit(((1, 0.5), (2, 0.75), (3, 1.0)))
     return StructuredPruning(pruning_ratio=0.5, schedule=cuts, guard=guard, **settings)
 
 
-def fit(folder: Path, module: Small, epochs: int, guard: Guard | None, ckpt: Any = None, **settings: Any) -> Any:
+def fit(folder: Path, module: Small, epochs: int, guard: Rollback | None, ckpt: Any = None, **settings: Any) -> Any:
     callback, watch = pruning(guard), Watch()
     run = trainer(folder, epochs, callback, watch, **settings)
     run.fit(module, *loaders(), ckpt_path=ckpt)
@@ -61,7 +61,7 @@ def test_a_cut_that_does_not_recover_is_taken_back(tmp_path: Path) -> None:
     module = Small(bad_epochs=99)
     parameter = module.net[0].weight
     with pytest.warns(UserWarning, match=r"Cut 1 was taken back and no other made: val_acc 0.9 before it, 0.5 at best"):
-        run, callback, watch = fit(tmp_path, module, 6, Guard(epochs=2))
+        run, callback, watch = fit(tmp_path, module, 6, Rollback(epochs=2))
     # Cut at epoch 1, given epochs 1 and 2, taken back at epoch 3; the cuts due at 2 and 3 were not made.
     assert watch.widths == [8, 6, 6, 8, 8, 8]
     assert watch.before_cut is not None
@@ -82,7 +82,7 @@ def test_a_cut_that_does_not_recover_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_cut_that_recovers_lets_the_next_one_come(tmp_path: Path) -> None:
     module = Small(bad_epochs=1)
-    _, callback, watch = fit(tmp_path, module, 8, Guard(epochs=3))
+    _, callback, watch = fit(tmp_path, module, 8, Rollback(epochs=3))
     # Each cut is bad for one epoch and good in the next. Of the two that were due meanwhile the last is made.
     assert watch.widths == [8, 6, 6, 4, 4, 4, 4, 4]
     assert callback.state_dict()["kept"] is None
@@ -101,7 +101,7 @@ def test_only_the_last_cut_is_taken_back(tmp_path: Path) -> None:
 
     module = Second()
     with pytest.warns(UserWarning, match="Cut 2 was taken back"):
-        _, callback, watch = fit(tmp_path, module, 7, Guard(epochs=2))
+        _, callback, watch = fit(tmp_path, module, 7, Rollback(epochs=2))
     assert watch.widths == [8, 6, 5, 5, 6, 6, 6]
     assert [cut.index for cut in callback.report.cuts] == [0]
     assert len(history_of(module).edits) == 1
@@ -112,11 +112,11 @@ def test_a_run_that_was_interrupted_is_judged_as_one_that_was_not(tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         whole, first, second = Small(bad_epochs=bad), Small(bad_epochs=bad), Small(bad_epochs=bad)
-        _, callback, _ = fit(tmp_path / "a", whole, 6, Guard(epochs=2))
-        run = fit(tmp_path / "b", first, stop, Guard(epochs=2))[0]
+        _, callback, _ = fit(tmp_path / "a", whole, 6, Rollback(epochs=2))
+        run = fit(tmp_path / "b", first, stop, Rollback(epochs=2))[0]
         run.save_checkpoint(tmp_path / "stop.ckpt")
         second._width, second._since = first._width, first._since
-        _, resumed, _ = fit(tmp_path / "c", second, 6, Guard(epochs=2), ckpt=tmp_path / "stop.ckpt")
+        _, resumed, _ = fit(tmp_path / "c", second, 6, Rollback(epochs=2), ckpt=tmp_path / "stop.ckpt")
     assert whole.net[0].out_features == (8 if bad == 99 else 4)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
@@ -126,7 +126,7 @@ def test_a_run_that_was_interrupted_is_judged_as_one_that_was_not(tmp_path: Path
 
 def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="before its last cut had recovered .val_acc 0.9 before it, 0.5 at best since"):
-        _, _, watch = fit(tmp_path, Small(bad_epochs=99), 4, Guard(epochs=5))
+        _, _, watch = fit(tmp_path, Small(bad_epochs=99), 4, Rollback(epochs=5))
     assert watch.widths == [8, 6, 6, 6]
 
 
@@ -135,7 +135,7 @@ def test_a_metric_that_nobody_logs(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"`monitor` to name .* no value of val_f1 .* \(logged: .*val_acc.*Name one of"
     ):
-        fit(tmp_path, module, 4, Guard(monitor="val_f1"))
+        fit(tmp_path, module, 4, Rollback(monitor="val_f1"))
     assert module.net[0].out_features == 8, "a cut without the guard that was asked for"
 
 
@@ -191,7 +191,7 @@ def report(name: str, *values: tuple[int, float]) -> Report:
     ],
 )
 def test_judgement(made: Report, epoch: int, verdict: str) -> None:
-    assert Guard(epochs=2).judge(made, epoch) == verdict
+    assert Rollback(epochs=2).judge(made, epoch) == verdict
 
 
 def test_the_monitor_that_is_named_counts() -> None:
@@ -199,11 +199,11 @@ def test_the_monitor_that_is_named_counts() -> None:
     made.log(2, 10, {"train_loss": 1.0})
     made.history.sort(key=lambda row: row.step)
     made.log(4, 20, {"train_loss": 0.5})
-    assert Guard(epochs=2).judge(made, 4) == "failed"
-    assert Guard(epochs=2, monitor="train_loss").judge(made, 4) == "recovered"
+    assert Rollback(epochs=2).judge(made, 4) == "failed"
+    assert Rollback(epochs=2, monitor="train_loss").judge(made, 4) == "recovered"
 
 
 @pytest.mark.parametrize("given", [{"epochs": 0}, {"tolerance": -0.1}, {"tolerance": math.nan}])
 def test_numbers_out_of_range(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"Guard: expected `{next(iter(given))}` of at least"):
-        Guard(**given)
+    with pytest.raises(ValueError, match=f"Rollback: expected `{next(iter(given))}` of at least"):
+        Rollback(**given)

@@ -30,28 +30,28 @@ def test_every_size_is_saved_as_it_was_before_the_next_cut(tmp_path: Path) -> No
     callback = StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
     run = trainer(tmp_path, 4, callback, ends)
     run.fit(module, *loaders())
-    folder = tmp_path / "here" / "ladder"
-    rungs = callback.report.rungs
-    assert [rung.file for rung in rungs] == [f"ladder/params={n}.ckpt" for n in (155, 105, 63)]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(r.file).name for r in rungs)
-    assert [rung.metric for rung in rungs] == pytest.approx([0.9, 0.9, 0.9])
-    assert [rung.epoch for rung in rungs][:2] == [1, 3]
-    for rung, epoch in zip(rungs, (0, 2, 3), strict=True):
-        loaded = load_from_checkpoint(Small, folder / Path(rung.file).name)
-        assert sum(p.numel() for p in loaded.parameters()) == rung.params
+    folder = tmp_path / "here" / "sizes"
+    saved_sizes = callback.report.size_checkpoints
+    assert [saved.file for saved in saved_sizes] == [f"sizes/params={n}.ckpt" for n in (155, 105, 63)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(r.file).name for r in saved_sizes)
+    assert [saved.metric for saved in saved_sizes] == pytest.approx([0.9, 0.9, 0.9])
+    assert [saved.epoch for saved in saved_sizes][:2] == [1, 3]
+    for saved, epoch in zip(saved_sizes, (0, 2, 3), strict=True):
+        loaded = load_from_checkpoint(Small, folder / Path(saved.file).name)
+        assert sum(p.numel() for p in loaded.parameters()) == saved.params
         assert torch.equal(loaded.net[0].weight, ends.weights[epoch])
-        file = torch.load(folder / Path(rung.file).name, weights_only=True)
+        file = torch.load(folder / Path(saved.file).name, weights_only=True)
         assert "optimizer_states" not in file
     run.test(module, loaders()[1], ckpt_path=folder / "params=155.ckpt", verbose=False)
     assert module.net[0].out_features == 8
     page = (tmp_path / "here" / "report.md").read_text()
-    assert "**Ladder**" in page
-    assert "![metric against size](ladder.png)" in page
-    assert (tmp_path / "here" / "ladder.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "here" / "report.json").read_text())["rungs"]) == 3
+    assert "**Sizes**" in page
+    assert "![metric against size](sizes.png)" in page
+    assert (tmp_path / "here" / "sizes.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "here" / "report.json").read_text())["size_checkpoints"]) == 3
 
 
-def test_the_ladder_goes_on_after_a_resume(tmp_path: Path) -> None:
+def test_saving_each_size_goes_on_after_a_resume(tmp_path: Path) -> None:
     def callback() -> StructuredPruning:
         cuts = Explicit(((1, 0.5), (3, 1.0)))
         return StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
@@ -65,17 +65,17 @@ def test_the_ladder_goes_on_after_a_resume(tmp_path: Path) -> None:
 
     first.callbacks.append(Stop())
     first.fit(Small(), *loaders())
-    for file in (tmp_path / "here" / "ladder").iterdir():
+    for file in (tmp_path / "here" / "sizes").iterdir():
         file.unlink()
     resumed = callback()
     trainer(tmp_path, 4, resumed).fit(Small(), *loaders(), ckpt_path=tmp_path / "stop.ckpt")
-    assert [rung.params for rung in resumed.report.rungs] == [155, 105, 63]  # the first is remembered
-    assert len(list((tmp_path / "here" / "ladder").iterdir())) == 2
+    assert [saved.params for saved in resumed.report.size_checkpoints] == [155, 105, 63]  # the first is remembered
+    assert len(list((tmp_path / "here" / "sizes").iterdir())) == 2
 
 
 def test_without_it_nothing_is_saved(tmp_path: Path) -> None:
     callback = StructuredPruning(pruning_ratio=0.5, schedule=Explicit(((1, 1.0),)))
     trainer(tmp_path, 2, callback).fit(Small(), *loaders())
-    assert not (tmp_path / "ladder").exists()
-    assert not (tmp_path / "ladder.png").exists()
-    assert callback.report.rungs == []
+    assert not (tmp_path / "sizes").exists()
+    assert not (tmp_path / "sizes.png").exists()
+    assert callback.report.size_checkpoints == []

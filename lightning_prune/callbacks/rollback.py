@@ -19,7 +19,7 @@ from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report, require
 from lightning_prune.surgery import History, conform, history_of
 
-__all__ = ["Guard", "Verdict", "Watch", "go_back", "snapshot"]
+__all__ = ["Rollback", "Verdict", "Watch", "go_back", "snapshot"]
 
 #: Of the last cut: it may still recover, has recovered, has not recovered in time, or there is nothing to compare with.
 Verdict = Literal["open", "recovered", "failed", "unknown"]
@@ -27,7 +27,7 @@ Verdict = Literal["open", "recovered", "failed", "unknown"]
 
 @final
 @dataclass(frozen=True)
-class Guard:
+class Rollback:
     """Takes back a cut that does not recover in time, and lets the run go on without further cuts.
 
     Before each cut the network and the optimizers' state are kept in memory, and in checkpoints, until the cut is
@@ -48,9 +48,9 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise ValueError(f"Guard: expected `epochs` of at least 1, got {self.epochs}.")
+            raise ValueError(f"Rollback: expected `epochs` of at least 1, got {self.epochs}.")
         if not self.tolerance >= 0:
-            raise ValueError(f"Guard: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
+            raise ValueError(f"Rollback: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
 
     def judge(self, report: Report, epoch: int) -> Verdict:
         """Whether the last cut of the report has recovered.
@@ -99,7 +99,7 @@ class Watch(Around):
         guard: What it judges by.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Rollback) -> None:
         self.guard = guard
         self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
         self._next: dict[str, Any] | None = None  # the same of a cut that may still fail
@@ -116,8 +116,8 @@ class Watch(Around):
             self._next = snapshot(run.trainer, run.module)
         elif self.guard.monitor is not None:
             raise ValueError(
-                f"Guard: expected `monitor` to name a metric that was logged before the first cut, but {missing}. Name "
-                "one of these, or let the schedule start after it was logged."
+                f"Rollback: expected `monitor` to name a metric that was logged before the first cut, but {missing}. "
+                "Name one of these, or let the schedule start after it was logged."
             )
         else:
             warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)

@@ -15,7 +15,7 @@ from lightning_prune.scoring.statistics import ConsumerStatistic, Half
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["KL", "MaskedDivergence"]
+__all__ = ["KLDivergence", "MaskedDivergence"]
 
 
 @final
@@ -75,7 +75,7 @@ def _log_probabilities(result: Any) -> list[Tensor]:
 
 @final
 @dataclass(frozen=True)
-class KL(ObservingCriterion):
+class KLDivergence(ObservingCriterion):
     r"""Divergence of the outputs when a unit is masked, :math:`\mathrm{KL}(p \Vert p_{-k})` (CURL: Luo and Wu, 2020).
 
     The unit is set to 0 where it enters the next layers; outputs are classes on dimension 1, and the divergences are

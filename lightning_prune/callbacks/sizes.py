@@ -10,16 +10,16 @@ from typing_extensions import override
 from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import as_validated
 from lightning_prune.callbacks.moments import is_rehearsal
-from lightning_prune.reporting import Rung
+from lightning_prune.reporting import SizeCheckpoint
 
-__all__ = ["Ladder"]
+__all__ = ["SaveEachSize"]
 
 #: Folder of the checkpoints, beside the report.
-_FOLDER = "ladder"
+_FOLDER = "sizes"
 
 
 @final
-class Ladder(Around):
+class SaveEachSize(Around):
     """Saves the network as it is, before each cut and at the end, and notes it in the report.
 
     The checkpoints hold weights, hyperparameters and history, but no optimizer: they are made for
@@ -36,10 +36,10 @@ class Ladder(Around):
             trainer.save_checkpoint(run.folder() / file, weights_only=True)
         since = report.cuts[-1].step if report.cuts else -1
         measured = report.between(since, math.inf)
-        rung = Rung(
+        saved = SizeCheckpoint(
             file, size.params, size.macs, trainer.current_epoch, trainer.global_step, measured[-1] if measured else None
         )
-        report.rungs[:] = [other for other in report.rungs if other.file != file] + [rung]
+        report.size_checkpoints[:] = [other for other in report.size_checkpoints if other.file != file] + [saved]
 
     @override
     def end(self, run: Run) -> None:
