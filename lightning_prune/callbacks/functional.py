@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -19,12 +20,14 @@ from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Criterion, criteria, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, rehearse, trace
+from lightning_prune.structure import Call, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
+    CutError,
     attach,
     begun,
+    check,
     cut_and_check,
     edits_of,
     history_of,
@@ -48,6 +51,7 @@ def prune(
     layers: str | list[str] | None = None,
     ignore: str | list[str] | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
+    measure: bool = False,
 ) -> Report:
     """Remove units from a network at once, in place, and tell what that won.
 
@@ -66,9 +70,11 @@ def prune(
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
         optimizers: One or several optimizers of the network, whose state follows.
+        measure: Time a forward pass of one sample before and after the cut, on copies of the network, for the report.
+            That takes longer than the cut.
 
     Returns:
-        The report: sizes before and after, widths, seconds.
+        The report: sizes before and after, widths, seconds; with `measure`, milliseconds of a forward pass.
 
     Raises:
         ValueError: If an amount, a layer, the criterion, the example or an optimizer does not fit; nothing has changed
@@ -100,7 +106,7 @@ def prune(
     forget_code(model)
     with as_written(model):
         written = model._orig_mod if isinstance(model, OptimizedModule) else model
-        return _prune(written, example, target, criterion, scope, (layers, ignore), steppers)
+        return _prune(written, example, target, criterion, scope, (layers, ignore), steppers, measure=measure)
 
 
 def _prune(
@@ -111,6 +117,8 @@ def _prune(
     scope: Scope,
     names: tuple[str | list[str] | None, str | list[str] | None],
     optimizers: tuple[Optimizer, ...],
+    *,
+    measure: bool,
 ) -> Report:
     subject = subject_for(model, example)
     structure, call = trace(subject), subject.calls[0]
@@ -131,7 +139,8 @@ def _prune(
     groups = [structure.group(name) for name in selected]
     scores = score_groups(criterion, groups, named(model), None)
     plan = make_plan(structure, scores, target, 1.0, scope, original)
-    present = _first_size(model, call, structure)
+    with _runs_on_the_example(model, call):
+        present = _size(subject, structure, measure=measure)
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
@@ -144,12 +153,13 @@ def _prune(
             remembered = remembered.add(edit, model)
         axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         rehearse(subject, structure, plan.kept)
-        cut_and_check(model, axes, optimizers, (), lambda: model(*call.args, **call.kwargs), drops)
+        with _runs_on_the_example(model, call):
+            cut_and_check(model, axes, optimizers, (), lambda: model(*call.args, **call.kwargs), drops)
         attach(model, remembered)
         if isinstance(model, LightningModule):
             keep_history(model)
         report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
-    report.final = _size(model, call, after)
+    report.final = _size(subject, after, measure=measure)
     return report
 
 
@@ -159,20 +169,25 @@ def _of_weights() -> list[str]:
     return [name for name, kind in kinds.items() if kind.statistic is Criterion.statistic]
 
 
-def _first_size(model: nn.Module, call: Call, structure: Structure) -> Size:
-    """The size, by the first run on the example for real."""
+@contextmanager
+def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
+    """Tell an example on which the network fails from a cut that fails."""
     try:
-        return _size(model, call, structure)
-    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise StructureError(
-            f"{type(model).__name__} fails on the example ({type(error).__name__}: {error}). Nothing has changed. Give "
-            "an example of the shape, type and device that `forward` takes."
-        ) from error
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
+        try:
+            check(lambda: model(*call.args, **call.kwargs), model)
+        except CutError as error:
+            raise StructureError(
+                f"{type(model).__name__} fails on the example: {error}. Nothing has changed. Give an example of the "
+                "shape, type and device that `forward` takes."
+            ) from error
+        raise
 
 
-def _size(model: nn.Module, call: Call, structure: Structure) -> Size:
-    size = Size.of(structure)
-    return replace(size, bytes=size_on_disk(model), latency=latency(model, call, batch_sizes=(1,)))
+def _size(subject: Subject, structure: Structure, *, measure: bool) -> Size:
+    milliseconds = latency(subject, batch_sizes=(1,)) if measure else {}
+    return replace(Size.of(structure), bytes=size_on_disk(subject.model), latency=milliseconds)
 
 
 def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

@@ -256,7 +256,7 @@ class MaskPruning(ScheduledPruning):
             present = named(module)
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
             dense = replace(Size.of(structure, original_of(module, structure)), widths=widths)
-            self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
+            self.report.dense = self._showing(trainer).measure(subject, dense)
         self._begin_report()
 
     @override
@@ -423,7 +423,7 @@ class MaskPruning(ScheduledPruning):
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
-        return showing.measure(module, self._subject.calls[0], self._size(module))
+        return showing.measure(self._subject, self._size(module))
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_prune.extras import require
 from lightning_prune.reporting import Report, Size, latency, report_figure, size_on_disk, sizes_figure
 from lightning_prune.scoring import Statistic
-from lightning_prune.structure import Call
+from lightning_prune.structure import Subject
 
 __all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
 
@@ -180,21 +180,21 @@ class Showing:
         folders = chain([home], (home / _numbered(number) for number in count(2)))
         return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
-    def measure(self, module: LightningModule, call: Call, size: Size) -> Size:
-        """The size with bytes on disk and latency, of the first process."""
+    def measure(self, subject: Subject, size: Size) -> Size:
+        """The size with bytes on disk and latency (of a copy of the network), of the first process."""
         if not self.trainer.is_global_zero:
             return size
         try:
             with self.trainer.precision_plugin.forward_context():
-                milliseconds = latency(module, call)
+                milliseconds = latency(subject)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             warnings.warn(
-                f"the latency could not be measured ({type(error).__name__}: {error}): `forward` runs on the example, "
-                "but not at batch sizes 1 and 64",
+                f"the latency could not be measured ({type(error).__name__}: {error}): a copy of the network does not "
+                "run at batch sizes 1 and 64",
                 stacklevel=2,
             )
             milliseconds = {}
-        return replace(size, bytes=size_on_disk(module), latency=milliseconds)
+        return replace(size, bytes=size_on_disk(subject.model), latency=milliseconds)
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """Print the table, write the files, hand the results to the loggers.

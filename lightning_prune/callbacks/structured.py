@@ -290,7 +290,7 @@ class StructuredPruning(ScheduledPruning):
         if self.report.dense is None:
             dense = Size.of(structure, original)
             if history is None:
-                self.report.dense = self._showing(trainer).measure(module, subject.calls[0], dense)
+                self.report.dense = self._showing(trainer).measure(subject, dense)
             else:
                 self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
         note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
@@ -560,7 +560,7 @@ class StructuredPruning(ScheduledPruning):
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
         with as_written(module):
-            return showing.measure(module, self._subject.calls[0], self._size())
+            return showing.measure(self._subject, self._size())
 
     def _size(self) -> Size:
         assert self._structure is not None

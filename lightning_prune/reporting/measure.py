@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from typing import IO, Any, cast
@@ -14,9 +13,8 @@ from typing import IO, Any, cast
 import torch
 from torch import nn
 
-from lightning_prune.structure import Call
+from lightning_prune.structure import Subject
 from lightning_prune.structure.latency import median_seconds, resize
-from lightning_prune.surgery.shrink import silent
 
 __all__ = ["latency", "size_on_disk", "versions"]
 
@@ -30,30 +28,28 @@ def size_on_disk(model: nn.Module) -> int:
     return counter.size
 
 
-def latency(
-    model: nn.Module, call: Call, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2
-) -> dict[int, float]:
-    """Median milliseconds of a forward pass in eval mode without gradients, on the model's device.
+def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, float]:
+    """Median milliseconds of a forward pass in eval mode without gradients, on the network's device.
 
-    The first sample of the call is repeated to each batch size. Modes of the modules and the random state are put back,
-    the users' hooks stay silent.
+    A copy of the network is timed, so that the network itself (buffers that `forward` writes, hooks, modes) and the
+    random state stay as they are. The first sample of the example is repeated to each batch size.
 
     Args:
-        model: Network to time.
-        call: How it is run; mode and method of the call are not used.
+        subject: The network and its first call; mode and method of that call are not used.
         batch_sizes: Samples per pass.
         seconds: Time to spend per batch size; a pass that takes longer is timed once, after one to warm up.
 
     Returns:
         Milliseconds per pass by batch size; NaN where the device's memory does not suffice.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    call, copy = subject.calls[0], subject.copy("real").module.eval()
+    devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
     medians: dict[int, float] = {}
-    with _eval(model), silent(model), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         for batch_size in batch_sizes:
             args, kwargs = (resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
             try:
-                medians[batch_size] = 1e3 * median_seconds(partial(model, *args, **kwargs), seconds)
+                medians[batch_size] = 1e3 * median_seconds(partial(copy, *args, **kwargs), seconds)
             except torch.cuda.OutOfMemoryError:
                 medians[batch_size] = math.nan
     return medians
@@ -77,15 +73,3 @@ class _Counter(io.RawIOBase):
         written = memoryview(data).nbytes
         self.size += written
         return written
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

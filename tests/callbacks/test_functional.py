@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_prune
 from lightning_prune import L2, Contribution, Explicit, OneShot, StructuredPruning, prune
 from lightning_prune.models import MLPClassifier
+from lightning_prune.reporting import measure
 from lightning_prune.structure import StructureError, Subject, latency, trace
 from lightning_prune.surgery import history_of, mask, replay
 from tests.callbacks.small import Small, loaders, trainer
@@ -133,6 +134,47 @@ def test_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.final.reckoned == pytest.approx(4 * left / whole)
     assert 0.5 * whole - 17 <= left <= 0.5 * whole
     assert "latency by the table" in str(again)
+
+
+class Counting(nn.Module):
+    """Counts its passes, in an attribute and in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.passes = nn.Linear(4, 8), nn.Linear(8, 2), 0
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.calls += 1
+        hidden: Tensor = self.last(self.first(x).relu())
+        return hidden
+
+
+def test_latency_is_measured_when_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> float:
+        raise AssertionError("nobody asked for a latency")
+
+    monkeypatch.setattr(measure, "median_seconds", refuse)
+    monkeypatch.setattr(latency, "median_seconds", refuse)
+    report = prune(Counting(), torch.zeros(1, 4), pruning_ratio=0.5)
+    assert report.dense is not None
+    assert report.final is not None
+    assert (report.dense.latency, report.final.latency) == ({}, {})
+    assert "latency" not in str(report)
+
+
+@pytest.mark.parametrize("how", [{"pruning_ratio": 0.5, "measure": True}, {"budget": {"latency": 0.9}}])
+def test_measuring_runs_copies(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 1e-3 * run().numel())  # so that the budget can be met
+    net = Counting()
+    report = prune(net, torch.zeros(1, 4), **how)
+    assert (net.passes, net.calls.item()) == (1, 0), "one pass, that of the check after the cut"
+    assert report.final is not None
+    assert (1 in report.final.latency) is how.get("measure", False)
+    assert ("latency at batch 1, ms" in str(report)) is how.get("measure", False)
 
 
 def test_the_optimizer_follows() -> None:
