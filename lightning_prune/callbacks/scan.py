@@ -14,7 +14,7 @@ from lightning_prune.callbacks.subjects import subject_for
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
-from lightning_prune.scoring.passes import undisturbed
+from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure import Structure, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named

@@ -29,6 +29,7 @@ from lightning_prune.scoring.criterion import (
     unit_rows,
     unit_weights,
 )
+from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.scoring.gradients import GradientStatistic, MemberStatistic
 from lightning_prune.scoring.statistics import (
     ActivationStatistic,
@@ -52,11 +53,13 @@ __all__ = [
     "APoZ",
     "ActivationStatistic",
     "BNScale",
+    "Batch",
     "ConsumerStatistic",
     "Contribution",
     "ContributionStatistic",
     "Contributions",
     "Criterion",
+    "DataPass",
     "Fisher",
     "GraSP",
     "GradientStatistic",

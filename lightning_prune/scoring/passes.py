@@ -1,4 +1,4 @@
-"""Passes of our own: the network run once more before scores are taken, and left as it was."""
+"""What a pass of a criterion's own needs: what enters layers, what comes out, and the response to ones."""
 
 from __future__ import annotations
 
@@ -16,35 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.scoring.statistics import Target
+from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["entering", "outputs_of", "own_random_state", "positive_response", "undisturbed"]
+__all__ = ["entering", "outputs_of", "positive_response"]
 
 #: One call of a layer that takes units as input: the layer, what entered it, and which inputs belong to which units.
 Entered = tuple[nn.Module, Tensor, list[Target]]
-
-
-@contextmanager
-def own_random_state(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Random numbers that are the same every time, after which those of the training go on as if none were drawn."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, after which modes and random states are what they were."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with own_random_state(model):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune.scoring.passes import own_random_state
+from lightning_prune.scoring.undisturbed import own_random_state
 from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import tensors
 from lightning_prune.surgery.repair import Repair, Run
@@ -43,7 +43,7 @@ class Reinitialise(Repair):
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents of every parameter, and of the buffers of norms."""
         before = {name: tensor.detach().clone() for name, tensor in _own(model).items()}
-        with own_random_state(model, self.seed):
+        with own_random_state(self.seed):
             drawn = [id(tensor) for module in model.modules() if _draw(module) for tensor in tensors(module).values()]
         parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
         lost = [name for name, parameter in parameters.items() if id(parameter) not in drawn]

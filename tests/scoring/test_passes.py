@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring import NISP, KLDivergence, SynFlow
-from lightning_prune.scoring.passes import outputs_of, positive_response, undisturbed
+from lightning_prune.scoring.passes import outputs_of, positive_response
+from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure import Call, Subject, trace
 from tests.scoring.networks import batches, examine, network, structure_of
 

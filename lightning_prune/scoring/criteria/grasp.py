@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.gradients import MemberStatistic
-from lightning_prune.scoring.passes import own_random_state
+from lightning_prune.scoring.undisturbed import own_random_state
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import Call
@@ -31,7 +31,7 @@ class GradientFlow(MemberStatistic):
         """One training step, its gradient, and the gradient of that gradient's square."""
         self.follow(model)
         weights = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
-        with own_random_state(model):
+        with own_random_state():
             loss = _loss_of(getattr(model, call.method)(*call.args, **call.kwargs))
         values = tuple(weights.values())
         gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)

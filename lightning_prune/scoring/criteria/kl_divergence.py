@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.passes import outputs_of, undisturbed
+from lightning_prune.scoring.passes import outputs_of
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half
+from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.tracing import Call
 

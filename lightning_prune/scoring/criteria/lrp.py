@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.passes import entering, outputs_of, undisturbed
+from lightning_prune.scoring.passes import entering, outputs_of
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
+from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.tracing import Call
 

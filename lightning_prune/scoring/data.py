@@ -1,0 +1,335 @@
+"""One pass over data: a counted set of samples that a network is run on as often as asked, without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.scoring.drawing import Choice, batch_size_of, class_members, draw, hold_back
+from lightning_prune.scoring.samples import Samples, batch_length
+from lightning_prune.scoring.undisturbed import undisturbed
+
+__all__ = ["Batch", "DataPass"]
+
+#: Arguments and keywords of ``forward``.
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples.
+
+    Attributes:
+        args: What ``forward`` takes.
+        kwargs: And by keyword.
+        labels: One entry per sample, None where the data has none.
+        raw: The batch as the data gave it, as a training step takes it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    raw: Any = None
+
+    def __len__(self) -> int:
+        length = batch_length((self.args, dict(self.kwargs)))
+        return 1 if length is None else length
+
+
+@final
+class DataPass:
+    """Samples that are the same every time: iterates over batches as often as asked.
+
+    Samples are read once, when they are first needed, by their position where the data allows it (a `DataLoader` over a
+    data set with a length), else by going through ``batches`` once, so that a loader that shuffles is drawn once. They
+    are chosen and put in order by the seed alone: a run that was interrupted sees the same.
+
+    Args:
+        batches: Batches as a training loop gets them: a `DataLoader`, a list, any iterable that ends; or one batch of
+            tensors ``(x, y)``.
+        samples: How many, the same share of every class where the labels are classes; all by default.
+        per_class: Instead of ``samples``, how many of every class. For labels of more than one dimension (a
+            segmentation) as many samples as show the class.
+        seed: Of the choice, the order and the random numbers that reading and running draw.
+        labels: Labels of a batch, one entry per sample; by default the second of a pair ``(x, y)``, as a loss takes it.
+        inputs: What ``forward`` takes of a batch: a tensor, a tuple of arguments or a mapping of keywords. By default
+            the first of a pair; a mapping, and a tuple of any other length, as it is.
+        batch_size: Samples in a batch; by default as many as in the batches given.
+        loss: Loss of a batch, ``loss(model, batch)``, a scalar, for what looks at gradients.
+        transfer: Applied to every batch before it is handed out: moves it to a device, say.
+        memory_limit: Bytes of samples that are kept in memory; the others lie in memory-mapped temporary files.
+        rank: This process's number among ``world_size``, which hand out a part of the samples each.
+        world_size: Number of processes.
+        progress: Called with the samples done and their number after each batch of a `run`.
+
+    Attributes:
+        macs: Multiply-accumulates (1 MAC = 2 FLOPs) of all runs, as far as they told them.
+
+    Raises:
+        ValueError: If an argument is out of range. When samples are read, if there are none, or no classes where
+            ``per_class`` asks for them.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.scoring import DataPass
+        >>> data = DataPass([(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]))] * 5, samples=6)
+        >>> len(data), data.classes, [len(batch) for batch in data]
+        (6, {0: 3, 1: 3}, [4, 2])
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        samples: int | None = None,
+        per_class: int | None = None,
+        seed: int = 0,
+        labels: Callable[[Any], Any] | None = None,
+        inputs: Callable[[Any], Any] | None = None,
+        batch_size: int | None = None,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        transfer: Callable[[Any], Any] | None = None,
+        memory_limit: int = 2**30,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        _require_positive(samples=samples, per_class=per_class, batch_size=batch_size, world_size=world_size)
+        if samples is not None and per_class is not None:
+            raise ValueError(
+                f"DataPass: expected `samples` or `per_class`, got both ({samples} and {per_class}). Leave one out."
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"DataPass: expected `rank` in [0, {world_size}), got {rank}.")
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.loss = loss
+        self.macs = 0
+        self.progress = progress
+        self._batches = [batches] if _is_batch(batches) else batches
+        self._choice = samples, per_class
+        self._memory_limit = memory_limit
+        self._labels, self._inputs, self._transfer = labels, inputs, transfer
+        self._batch_size = batch_size
+        self._drawn: tuple[Samples, list[int]] | None = None
+        self._all_labels: list[Tensor] | None = None
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of samples, of this process."""
+        return len(self._order[self.rank :: self.world_size])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The samples of this process, batch by batch, in the same order every time."""
+        for group in self._groups:
+            yield self._batch(self._samples.batch(group))
+
+    @property
+    def total(self) -> int:
+        """Number of samples of all processes."""
+        return len(self._order)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch; the last one, and those of a form of their own, have fewer."""
+        if self._batch_size is None:
+            self._batch_size = batch_size_of(self._batches) or self._samples.first_length
+        return self._batch_size
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of this process's samples, in the order of the batches.
+
+        Raises:
+            ValueError: If the data has none.
+        """
+        labels = self._known_labels([number for group in self._groups for number in group])
+        if labels is None:
+            raise ValueError(
+                "DataPass: expected data with labels of one shape, got none. Give batches `(x, y)`, or `labels=`, a "
+                "function of a batch that returns them."
+            )
+        return labels
+
+    @property
+    def classes(self) -> dict[int, int]:
+        """Number of this process's samples of every class.
+
+        Raises:
+            ValueError: If the data has no labels, or these are no classes.
+        """
+        return {label: len(positions) for label, positions in class_members(self.labels).items()}
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the content of this process's samples."""
+        return self._samples.fingerprint([number for group in self._groups for number in group])
+
+    def split(self, held_back: float = 0.2, seed: int | None = None) -> tuple[DataPass, DataPass]:
+        """Two passes over a part of the samples each, the second over a share ``held_back``, alike in every class.
+
+        Args:
+            held_back: Share of the samples, in (0, 1).
+            seed: Of the choice; by default that of the pass.
+
+        Raises:
+            ValueError: If one of the parts would be empty.
+        """
+        if not 0 < held_back < 1:
+            raise ValueError(f"DataPass.split: expected `held_back` between 0 and 1, got {held_back}.")
+        order, rng = self._order, np.random.default_rng(self.seed if seed is None else seed)
+        count = round(held_back * len(order))
+        if not 0 < count < len(order):
+            raise ValueError(
+                f"DataPass.split: expected at least one sample in each part, got {count} held back of {len(order)}. "
+                "Give more samples."
+            )
+        chosen = set(hold_back(len(order), self._known_labels(order), count, rng).tolist())
+        parts = [[number for i, number in enumerate(order) if (i in chosen) is held] for held in (False, True)]
+        return self._part(parts[0]), self._part(parts[1])
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        model: nn.Module,
+        see: Callable[[Batch, Any], None] | None = None,
+        *,
+        call: Callable[[nn.Module, Batch], Any] | None = None,
+        keep_modes: bool = False,
+        grad: bool = False,
+        limit: int | None = None,
+        macs: int = 0,
+    ) -> int:
+        """Run a network on the samples; modes, buffers, gradients and random states come back, errors or not.
+
+        Args:
+            model: A network or a copy of it. Its hooks run.
+            see: Called with each batch and what came out.
+            call: How a batch is run; by default ``model(*batch.args, **batch.kwargs)``.
+            keep_modes: Leave every module in the mode it is in, rather than eval mode.
+            grad: Record gradients.
+            limit: Run the first so many batches only.
+            macs: Multiply-accumulates per sample, added up in ``self.macs``.
+
+        Returns:
+            The number of samples.
+        """
+        call, done = _forward if call is None else call, 0
+        with undisturbed(model, keep_modes=keep_modes, seed=self.seed), torch.inference_mode(False):
+            for index, batch in enumerate(self):
+                if limit is not None and index >= limit:
+                    break
+                with torch.set_grad_enabled(grad):
+                    output = call(model, batch)
+                    if see is not None:
+                        see(batch, output)
+                done += len(batch)
+                self.macs += len(batch) * macs
+                if self.progress is not None:
+                    self.progress(done, len(self))
+        return done
+
+    def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            ValueError: If the pass has no loss, or it is no scalar with a gradient.
+        """
+        if self.loss is None:
+            raise ValueError("expected data with a loss, got none. Give `loss=`.")
+        loss = self.loss(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"expected a loss that is a tensor with one number, got {got}")
+        return loss
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _samples(self) -> Samples:
+        return self._draw()[0]
+
+    @property
+    def _order(self) -> list[int]:
+        return self._draw()[1]
+
+    @property
+    def _groups(self) -> list[list[int]]:
+        """Numbers of this process's samples, batch by batch."""
+        return self._samples.groups(self._order[self.rank :: self.world_size], self.batch_size)
+
+    def _draw(self) -> tuple[Samples, list[int]]:
+        if self._drawn is None:
+            choice = Choice(*self._choice, self.seed, self._labels_in, known=self._labels is None)
+            samples, order = draw(self._batches, choice, self._memory_limit)
+            if not order:
+                raise ValueError("DataPass: expected at least one sample, got an empty data set or loader.")
+            self._drawn = samples, order
+        return self._drawn
+
+    def _part(self, order: list[int]) -> DataPass:
+        part = copy.copy(self)
+        part._drawn, part.macs, part._batch_size = (self._samples, order), 0, self.batch_size
+        return part
+
+    def _batch(self, raw: Any) -> Batch:
+        raw = raw if self._transfer is None else self._transfer(raw)
+        args, kwargs = self._inputs_in(raw)
+        return Batch(args, kwargs, self._labels_in(raw), raw)
+
+    def _inputs_in(self, raw: Any) -> Inputs:
+        taken = raw[0] if self._inputs is None and _is_pair(raw) else raw
+        taken = taken if self._inputs is None else self._inputs(raw)
+        if isinstance(taken, Mapping):
+            return (), dict(taken)
+        return (tuple(taken) if isinstance(taken, (tuple, list)) else (taken,)), {}
+
+    def _labels_in(self, raw: Any) -> Tensor | None:
+        if self._labels is None and not _is_pair(raw):
+            return None
+        found = raw[1] if self._labels is None else self._labels(raw)
+        labels = found if isinstance(found, Tensor) else torch.as_tensor(found)
+        length = batch_length(raw)
+        if labels.ndim == 0 or len(labels) != length:
+            raise ValueError(
+                f"DataPass: expected a label for each of the {length} samples of a batch, got a tensor of shape "
+                f"{tuple(labels.shape)}. Give `labels=`, a function of a batch that returns them."
+            )
+        return labels
+
+    def _known_labels(self, numbers: list[int]) -> Tensor | None:
+        """Labels in the order of ``numbers``."""
+        if self._all_labels is None:
+            self._all_labels = self._samples.labels(self._labels_in) or []
+        found = self._all_labels
+        if not found or len({found[number].shape for number in numbers}) > 1:
+            return None
+        return torch.stack([found[number] for number in numbers])
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    return model(*batch.args, **batch.kwargs)
+
+
+def _is_pair(raw: Any) -> bool:
+    return isinstance(raw, (tuple, list)) and len(raw) == 2
+
+
+def _is_batch(batches: Any) -> bool:
+    """Whether it is a single batch: a tensor, or a tuple that starts with one."""
+    return isinstance(batches, Tensor) or (
+        isinstance(batches, tuple) and bool(batches) and isinstance(batches[0], Tensor)
+    )
+
+
+def _require_positive(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"DataPass: expected `{name}` to be an int of at least 1, got {count!r}.")

@@ -1,0 +1,204 @@
+"""Which samples of some data are looked at: counted, seeded, the same share of every class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+
+from lightning_prune.scoring.samples import Samples
+from lightning_prune.scoring.undisturbed import own_random_state
+
+__all__ = ["Choice", "batch_size_of", "choose", "class_members", "draw", "hold_back", "is_indexed", "targets_of"]
+
+#: Positions of samples.
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How samples are chosen.
+
+    Attributes:
+        samples: How many, the same share of every class where the labels are classes; all by default.
+        per_class: Or how many of every class.
+        seed: Of the choice and the order.
+        labels: Gives the labels of a batch, None if it has none.
+        known: Whether these are the data set's own, so that its ``targets`` tell them without reading it.
+    """
+
+    samples: int | None
+    per_class: int | None
+    seed: int
+    labels: Callable[[Any], Tensor | None]
+    known: bool
+
+
+def draw(batches: Iterable[Any], choice: Choice, limit: int) -> tuple[Samples, list[int]]:
+    """Read samples and choose among them.
+
+    Of a loader over a data set with a length only what is chosen is read: by class if the labels can be told without
+    reading it (``targets``, `TensorDataset`, subsets and concatenations of these), at random otherwise. Anything else
+    is read to its end, once, and so is such a loader if ``per_class`` asks for labels that cannot be told.
+
+    Args:
+        batches: A `DataLoader` or any iterable of batches.
+        choice: How samples are chosen.
+        limit: Bytes of samples in memory.
+
+    Returns:
+        The samples, and their numbers, shuffled by the seed.
+    """
+    store, rng = Samples(limit), np.random.default_rng(choice.seed)
+    with own_random_state(choice.seed):
+        if is_indexed(batches) and isinstance(batches, DataLoader):
+            positions = _candidates(batches)
+            known = targets_of(batches.dataset) if choice.known else None
+            if known is not None or choice.per_class is None:
+                known = None if known is None else known[torch.from_numpy(positions)]
+                positions = positions[np.sort(choose(len(positions), known, choice, rng))]
+                _read(batches, positions, store)
+                return store, rng.permutation(len(store)).tolist()
+            _read(batches, positions, store)
+        else:
+            for raw in batches:
+                store.add(raw)
+    found = store.labels(choice.labels)
+    known = None if not found or len({one.shape for one in found}) > 1 else torch.stack(found)
+    chosen = np.sort(choose(len(store), known, choice, rng)).tolist()
+    store = store if len(chosen) == len(store) else store.only(chosen)
+    return store, rng.permutation(len(store)).tolist()
+
+
+def is_indexed(batches: Any) -> bool:
+    """Whether samples can be read by their position."""
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
+        return False
+    return batches.batch_sampler is not None and hasattr(batches.dataset, "__len__")
+
+
+def batch_size_of(batches: Any) -> int | None:
+    """The number of samples in a loader's batches, if it says so."""
+    size = getattr(batches, "batch_size", None) or getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def choose(total: int, labels: Tensor | None, choice: Choice, rng: np.random.Generator) -> Indices:
+    """Positions of a choice among ``total`` samples: the same share of every class, or so many of every class.
+
+    Warns where there are fewer than asked for. Labels of more than one dimension (masks of a segmentation) are sets of
+    classes: each class is in ``per_class`` of the samples at least, and ``samples`` are chosen without regard to them.
+
+    Raises:
+        ValueError: If ``per_class`` is given and the labels are no classes.
+    """
+    if choice.per_class is not None:
+        return _of_every_class(class_members(labels), choice.per_class, rng)
+    if choice.samples is None:
+        return np.arange(total)
+    if choice.samples > total:
+        warnings.warn(f"expected {choice.samples} samples, got {total}, which is all there are", stacklevel=2)
+    if choice.samples >= total:
+        return np.arange(total)
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return rng.choice(total, choice.samples, replace=False)
+    return _taken(class_members(labels), choice.samples, rng)
+
+
+def hold_back(total: int, labels: Tensor | None, count: int, rng: np.random.Generator) -> Indices:
+    """Positions of ``count`` among ``total`` samples, the same share of every class; warns where a class has none."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return rng.choice(total, count, replace=False)
+    members = class_members(labels)
+    chosen = _taken(members, count, rng)
+    missing = [label for label, positions in members.items() if not np.isin(positions, chosen).any()]
+    if missing:
+        warnings.warn(
+            f"the part held back has no sample of class {', '.join(map(str, missing))}: each of them has too few. Give "
+            "more samples, or a larger share",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def class_members(labels: Tensor | None) -> dict[int, Indices]:
+    """Positions of the samples of every class, in the order of the classes; negative labels are none.
+
+    Raises:
+        ValueError: If the labels are no classes.
+    """
+    if labels is None or labels.is_floating_point() or labels.is_complex():
+        got = "no labels" if labels is None else f"labels of type {labels.dtype}"
+        raise ValueError(
+            f"expected labels that are classes (integers), got {got}. Give `labels=`, a function of a batch that "
+            "returns them, or choose by `samples=`."
+        )
+    flat = labels.reshape(len(labels), -1).cpu().numpy()
+    classes = [int(label) for label in np.unique(flat) if label >= 0]
+    return {label: np.flatnonzero((flat == label).any(1)) for label in classes}
+
+
+def _of_every_class(members: Mapping[int, Indices], count: int, rng: np.random.Generator) -> Indices:
+    short = {label: len(positions) for label, positions in members.items() if len(positions) < count}
+    if short:
+        text = ", ".join(f"{label} ({n})" for label, n in short.items())
+        warnings.warn(f"expected {count} samples of every class, got fewer of: {text}", stacklevel=3)
+    chosen: set[int] = set()
+    # Rare classes first: what is chosen for them often shows the common ones too.
+    for positions in sorted(members.values(), key=len):
+        missing = count - len(chosen.intersection(positions.tolist()))
+        others = np.array([p for p in rng.permutation(positions).tolist() if p not in chosen], np.int64)
+        chosen.update(others[: max(missing, 0)].tolist())
+    return np.array(sorted(chosen), np.int64)
+
+
+def _taken(members: Mapping[int, Indices], count: int, rng: np.random.Generator) -> Indices:
+    """So many of all members, the same share of every class, by the method of largest remainders."""
+    sizes = np.array([len(positions) for positions in members.values()])
+    exact = count * sizes / sizes.sum()
+    shares = np.floor(exact).astype(int)
+    # Ties go to the earlier class.
+    shares[np.argsort(-(exact - shares), kind="stable")[: count - shares.sum()]] += 1
+    taken = [rng.permutation(positions)[:n] for positions, n in zip(members.values(), shares, strict=True)]
+    return np.concatenate(taken)
+
+
+def _candidates(loader: DataLoader[Any]) -> Indices:
+    """Positions that the loader can hand out; a sampler of another kind than PyTorch's subsets hands out all."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, SubsetRandomSampler):
+        return np.sort(np.array(list(sampler.indices), np.int64))
+    return np.arange(len(loader.dataset))  # type: ignore[arg-type]
+
+
+def _read(loader: DataLoader[Any], positions: Indices, store: Samples) -> None:
+    """Read samples by position, in this process: workers would draw other random numbers for an augmentation."""
+    size = batch_size_of(loader) or 64
+    chunks = [positions[first : first + size].tolist() for first in range(0, len(positions), size)]
+    for raw in DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn):
+        store.add(raw)
+
+
+def targets_of(dataset: Any) -> Tensor | None:
+    """Labels of a data set that are there without reading it."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1] if len(dataset.tensors) == 2 else None
+    if isinstance(dataset, Subset):
+        whole = targets_of(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [targets_of(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
+    targets = getattr(dataset, "targets", None)
+    try:
+        found = torch.as_tensor(targets) if targets is not None else None
+    except (TypeError, ValueError, RuntimeError):  # annotations of another kind (boxes, say)
+        return None
+    return found if found is not None and found.ndim and len(found) == len(dataset) else None
