@@ -43,12 +43,22 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _own(error: BaseException | None) -> BaseException | None:
+def _own(error: BaseException) -> BaseException | None:
     """The error, or what caused it, that this package raised itself: its text says all, a traceback would hide it."""
-    if error is None:
-        return None
-    *_, (frame, line) = walk_tb(error.__traceback__)
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:  # a cause may be the error itself
+        chain.append(link)
+        link = link.__cause__
+    return next((link for link in chain if _is_raised_here(link)), None)
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether a ``raise`` of this package raised it. A cause need not have been raised at all."""
+    frames = list(walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    frame, line = frames[-1]
     file = Path(frame.f_code.co_filename)
     ours = Path(recipes.__file__).parents[1] in file.parents
-    raised = linecache.getline(str(file), line).lstrip().startswith("raise ")
-    return error if ours and raised else _own(error.__cause__)
+    return ours and linecache.getline(str(file), line).lstrip().startswith("raise ")
