@@ -21,10 +21,12 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 def test_blocks_run(page: Path, in_tmp: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
     text = page.read_text()
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    for block in blocks:
         line = text[: block.start(1)].count("\n")
         # Blank lines put a traceback's line number where the block stands in the page.
         exec(compile("\n" * line + block[1], page, "exec", dont_inherit=True), names)
+    assert blocks
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
@@ -35,7 +37,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_notebook_runs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells, without a kernel; what it shows was kept by `make notebook`, and names no folder of that machine."""
-    pytest.importorskip("IPython")
     page = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(in_tmp))
     names: dict[str, object] = {"__name__": "notebook"}

@@ -21,12 +21,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # In the order of the data: a room may import those before it.
 ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "cli"]
 WITH_LIGHTNING = {"callbacks", "study", "data", "models", "cli"}
+# Methods of a LightningModule that look like tests.
+LIGHTNING_STEPS = {"test_step", "test_dataloader"}
 # Imported where they are used, because each one costs a second or may be missing.
 OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "ray", "safetensors", "sklearn", "torchvision", "wandb", "xgboost"}
 
 
-def name_of(module: Path) -> str:
-    return ".".join(("lightning_prune", *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+def name_of(module: Path, package: str = "lightning_prune") -> str:
+    place = module.relative_to(PACKAGE.parent / package).with_suffix("")
+    return ".".join((package, *place.parts)).removesuffix(".__init__")
 
 
 def room_of(module: str) -> str:
@@ -124,6 +127,104 @@ def test_tests_and_benchmarks_share_tests_support_only() -> None:
         if name.split(".")[0] in forbidden and not name.startswith("tests.support.")
     ]
     assert not wrong
+
+
+def test_every_test_can_fail() -> None:
+    """A test asserts, raises or warns, itself or by a helper, and no assertion holds by its form alone."""
+    tests = PACKAGE.parent / "tests"
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(tests.rglob("*.py"))}
+    functions = {
+        name_of(file, "tests"): [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for file, tree in trees.items()
+    }
+    idle = []
+    for file, tree in trees.items():
+        own, named = name_of(file, "tests"), set(imports(tree, "tests"))
+        near = {own, *named, *(name.rpartition(".")[0] for name in named)}  # a file, or a name from it
+        checking = checks_in([node for name, nodes in functions.items() if name in near for node in nodes])
+        idle += [f"{file.name}:{node.lineno}" for node in functions[own] if is_test(node) and node.name not in checking]
+    assert not idle, "these have no assertion"
+    always = [
+        f"{file.name}:{claim.lineno}"
+        for file, tree in trees.items()
+        for claim in ast.walk(tree)
+        if isinstance(claim, ast.Assert) and holds_always(claim.test)
+    ]
+    assert not always, "these assertions hold whatever happens"
+
+
+def checks_in(functions: list[ast.FunctionDef]) -> set[str]:
+    """Names of the functions that assert, themselves or by another of these."""
+    checking = {node.name for node in functions if checks(node)}
+    while more := {node.name for node in functions if node.name not in checking and calls(node) & checking}:
+        checking |= more
+    return checking
+
+
+def test_what_checks_nothing_is_found() -> None:
+    source = """
+def helper(x): assert x
+def test_through_a_helper(): helper(1)
+def test_raises():
+    with pytest.raises(ValueError): run()
+def test_idle(): run()
+"""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert checks_in(functions) == {"helper", "test_through_a_helper", "test_raises"}
+
+
+def is_test(node: ast.FunctionDef) -> bool:
+    fixtures = [mark for mark in node.decorator_list if "fixture" in ast.unparse(mark)]
+    return node.name.startswith("test_") and not fixtures and not LIGHTNING_STEPS & {node.name}
+
+
+def calls(node: ast.AST) -> set[str]:
+    """Last names of all that is called."""
+    return {ast.unparse(call.func).rpartition(".")[2] for call in ast.walk(node) if isinstance(call, ast.Call)}
+
+
+def checks(node: ast.AST) -> bool:
+    called = calls(node)
+    claims = any(isinstance(part, ast.Assert) for part in ast.walk(node))
+    return claims or bool(called & {"raises", "warns", "fail"}) or any(name.startswith("assert_") for name in called)
+
+
+def holds_always(test: ast.expr) -> bool:
+    """Whether an expression is true by its form: a constant, a tuple, ``... or True``, ``getattr(..., True)``."""
+    if isinstance(test, ast.BoolOp):
+        return (any if isinstance(test.op, ast.Or) else all)(map(holds_always, test.values))
+    if isinstance(test, ast.Call) and ast.unparse(test.func) == "getattr":
+        return len(test.args) == 3 and holds_always(test.args[2])
+    if isinstance(test, ast.Constant):
+        return bool(test.value)
+    return isinstance(test, (ast.Tuple, ast.List)) and bool(test.elts)
+
+
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [
+        ("True", True),
+        ("x or True", True),
+        ("getattr(x, 'y', True)", True),
+        ("(x, 'said')", True),
+        ("x == y", False),
+        ("x and True", False),
+        ("getattr(x, 'y', False)", False),
+        ("not []", False),
+    ],
+)
+def test_what_holds_always_is_found(claim: str, expected: bool) -> None:
+    assert holds_always(ast.parse(claim, mode="eval").body) is expected
+
+
+def test_no_test_is_skipped_for_a_package() -> None:
+    """The extra `dev` installs all that tests import."""
+    skipping = [
+        str(file.relative_to(PACKAGE.parent))
+        for file in (PACKAGE.parent / "tests").rglob("*.py")
+        if "importorskip" in calls(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    assert not skipping
 
 
 def test_a_room_exports_from_itself_only() -> None:

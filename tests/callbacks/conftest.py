@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from lightning_prune.callbacks import showing
 
 
 @pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured" not in request.fixturenames:
         monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
         monkeypatch.setattr(showing.Showing, "_picture", lambda *_, **__: None)
-    return
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -313,7 +314,6 @@ companion("`repair` or `ladder` in one of two callbacks that cut")(
 
 @companion("`DeviceStatsMonitor`")
 def device(folder: Path) -> None:
-    pytest.importorskip("psutil")
     curves = Curves()
     runs(folder, DeviceStatsMonitor(), logger=curves, log_every_n_steps=1)
     assert any("cpu_percent" in name for _, row in curves.rows for name in row)
@@ -435,7 +435,7 @@ def stream(folder: Path) -> None:
 
 @companion("a `Trainer` of `pytorch_lightning`")
 def foreign(folder: Path) -> None:
-    trainer: Any = pytest.importorskip("pytorch_lightning").Trainer(
+    trainer: Any = pytorch_lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=folder
     )
     pruning().setup(trainer, make(), "fit")

@@ -38,7 +38,7 @@ from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity
 from lightning_prune.surgery import CutError, history_of, masks_of, revived
 from tests.callbacks.networks import BATCHES, Loader, Net, equal, fit, loader, make, refit, trainer, weights
-from tests.callbacks.test_compiled import Compiler, a_layer, in_place, the_module
+from tests.callbacks.test_compiled import IN_PLACE, Compiler, a_layer, the_module
 from tests.callbacks.test_resume import StopAt, StopError, alike, untimed
 
 EPOCHS = 6
@@ -489,7 +489,7 @@ def test_two_fits_with_one_instance(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler asks every input for its gradient
-@pytest.mark.parametrize("how", [in_place, a_layer, the_module])
+@pytest.mark.parametrize("how", [*IN_PLACE, a_layer, the_module])
 def test_a_compiled_network_has_the_masks_of_one_that_is_not(how: Any, tmp_path: Path) -> None:
     """Masks are zeros in the parameters, which compiled code reads anew in every step: no graph is made for a cut."""
     torch.compiler.reset()

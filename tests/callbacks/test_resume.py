@@ -204,7 +204,6 @@ def test_a_run_without_the_state_of_this_callback_goes_on_by_its_history(tmp_pat
 
 
 def test_the_report_of_a_resumed_run_is_the_whole_runs(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path / "whole", make(), PRUNERS["contribution"](schedule=SCHEDULE), saver, epochs=EPOCHS)
     fit(

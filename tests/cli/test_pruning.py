@@ -244,7 +244,9 @@ def test_errors_of_others_keep_their_traceback(in_tmp: Path, monkeypatch: pytest
 @pytest.mark.parametrize("cause", ["KeyError('never raised')", "error"], ids=["never raised", "itself"])
 def test_an_error_with_an_odd_cause_is_shown(in_tmp: Path, cause: str) -> None:
     raising = f'error = ValueError("mine")\n        raise error from {cause}'
-    (in_tmp / "broken.py").write_text(MODULE.replace("return nn.functional", f"{raising}\n        return nn.functional"))
+    (in_tmp / "broken.py").write_text(
+        MODULE.replace("return nn.functional", f"{raising}\n        return nn.functional")
+    )
     with pytest.raises(ValueError, match="mine"):
         main(["fit", *DIGITS, *SHORT, "--model=broken.Mine"])
 

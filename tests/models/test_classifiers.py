@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -188,7 +189,7 @@ def test_sizes_are_those_that_are_known(build: Callable[[], nn.Module], millions
 
 
 def test_the_engine_counts_resnet50_as_is_known() -> None:
-    model = pytest.importorskip("torchvision").models.resnet50(weights=None)
+    model = torchvision.models.resnet50(weights=None)
     structure = trace(Subject.of(model, torch.zeros(1, 3, 224, 224)))
     assert structure.cost.params(structure.widths) == pytest.approx(25.6e6, rel=2e-3)
     assert 2 * structure.cost.macs(structure.widths) == pytest.approx(8.2e9, rel=5e-3)

@@ -87,7 +87,6 @@ class TestContract:
         assert made == cls()
 
     def test_plot(self, cls):
-        pytest.importorskip("matplotlib")
         (axes,) = cls().plot().axes
         assert axes.lines[0].get_ydata()[0] == 100
         assert axes.lines[0].get_ydata()[-1] == pytest.approx(50)

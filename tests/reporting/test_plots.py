@@ -6,11 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lightning_prune.reporting import Cut, Report, Size, SizeCheckpoint
+from lightning_prune.reporting import Cut, Report, Size, SizeCheckpoint, report_figure, sizes_figure
 from lightning_prune.reporting.plots import _Clock
-
-pytest.importorskip("matplotlib")
-from lightning_prune.reporting import report_figure, sizes_figure
 
 
 def draw(report):

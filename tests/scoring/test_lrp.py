@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from captum.attr import LayerLRP
 from torch import nn
 
 from lightning_prune.scoring import LRP, score_groups
 from lightning_prune.structure import Call, Subject, trace
 from tests.scoring.networks import tensors_of
-
-captum = pytest.importorskip("captum.attr")
 
 
 def relevance(model, x, structure, epsilon=1e-9):
@@ -43,7 +42,7 @@ def test_equals_captum_on_a_chain():
     assert set(structure.widths) == {"first", "second", "hidden"}
     scores = relevance(model, x, structure)
     for group, consumer in (("first", model.second), ("second", model.hidden), ("hidden", model.head)):
-        found = captum.LayerLRP(model, consumer).attribute(x, model(x).argmax(1), attribute_to_layer_input=True)
+        found = LayerLRP(model, consumer).attribute(x, model(x).argmax(1), attribute_to_layer_input=True)
         of_units = found.detach().flatten(2).sum(2) if found.dim() > 2 else found.detach()
         np.testing.assert_allclose(scores[group], of_units.abs().mean(0), rtol=1e-6)
 

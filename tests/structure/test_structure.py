@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,8 @@ from tests.support.counting import counting
 from tests.support.cutting import cut, draw, half, masked, named, shrunk
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Statistics over units are others in the masked network: see the independent networks below.
+masked_cases = pytest.mark.parametrize("case", [case for case in CASES if case.masked], ids=lambda case: case.name)
 SEEDS = range(3)
 # An InstanceNorm without weights warns of a width that it does not need.
 pytestmark = pytest.mark.filterwarnings("ignore:input's size at dim:UserWarning")
@@ -47,11 +50,9 @@ def test_what_stays_says_why(case):
         assert reason in reasons[tensor]
 
 
-@cases
+@masked_cases
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_cut_network_equals_the_masked_one(case, seed):
-    if not case.masked:
-        pytest.skip("statistics over units: see the independent networks below")
     model, x = case.model(), case.example()
     structure = structure_of(case)
     axes = structure.axes(draw(structure, seed))
@@ -392,7 +393,7 @@ class Regions(nn.Module):
 
 @pytest.mark.parametrize("pool", ["roi_align", "roi_pool"])
 def test_regions_of_an_image(pool):
-    model = Regions(getattr(pytest.importorskip("torchvision.ops"), pool)).double()
+    model = Regions(getattr(torchvision.ops, pool)).double()
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     structure = trace(Subject.of(model, x))
     assert structure.widths == {"stem": 5, "box": 6}
