@@ -49,7 +49,7 @@ from lightning_prune.planning import (
     staying,
 )
 from lightning_prune.reporting import Cut, Size, require
-from lightning_prune.scoring import L1, Criterion, Statistic, score_groups
+from lightning_prune.scoring import L1, Criterion, Statistic, bundles_of, score_groups
 from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
@@ -271,7 +271,8 @@ class StructuredPruning(ScheduledPruning):
         statistic = self.criterion.statistic(_only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
-        feasible(structure, self._resolved, self.scope, selected, original)
+        expected = bundles_of(self.criterion, (structure.group(name) for name in selected), None)
+        feasible(structure, self._resolved, self.scope, selected, original, expected)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         reached = partial(self._reached, timeline, structure, selected, original)
         if self._done is None:
@@ -366,7 +367,10 @@ class StructuredPruning(ScheduledPruning):
     ) -> int:
         """Index of the last cut that the network is as small as already, -1 for none."""
         scores = {name: torch.zeros(structure.group(name).width) for name in selected}
-        plans = (make_plan(structure, scores, self._resolved, p.share, self.scope, original) for p in timeline[::-1])
+        bundles = bundles_of(self.criterion, (structure.group(name) for name in selected), None)
+        plans = (
+            make_plan(structure, scores, self._resolved, p.share, self.scope, original, bundles) for p in timeline[::-1]
+        )
         return next((point.index for point, plan in zip(timeline[::-1], plans, strict=True) if plan.is_empty), -1)
 
     # -- a cut --------------------------------------------------------------------------------------------------------
@@ -421,7 +425,8 @@ class StructuredPruning(ScheduledPruning):
             groups = [structure.group(name) for name in self._selected]
             scores = score_groups(self.criterion, groups, tensors, statistic)
             summary = score_summary(scores, statistic)
-        plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original)
+            bundles = bundles_of(self.criterion, groups, statistic)
+        plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original, bundles)
         return agreed(trainer, plan), scores, summary
 
     def _examine(self, statistic: Statistic, module: LightningModule, call: Call) -> None:

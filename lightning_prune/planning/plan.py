@@ -22,6 +22,8 @@ __all__ = ["Plan", "feasible", "make_plan", "staying"]
 
 FloatArray = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.int64]
+#: Units that go together, by group of the structure.
+Bundles = Mapping[str, Sequence[Sequence[int]]]
 
 # Shares are floats: 0.7 * 50 units must count as 35, and a limit may be missed by a few bits, never by a unit.
 _EPSILON = 1e-9
@@ -78,6 +80,7 @@ def make_plan(
     share: float,
     scope: Scope,
     original: Original,
+    bundles: Bundles | None = None,
 ) -> Plan:
     """Choose the units that stay so that ``share`` of the way from the dense network to the target is gone.
 
@@ -92,6 +95,8 @@ def make_plan(
       until the budget holds.
     - With ``min_width=0`` a group may lose its last unit if the network's outputs then still depend on its inputs;
       groups that are in the same branch go with it. Where that is not so, one unit (or block) stays.
+    - With ``bundles`` units go in these, the one with the lowest mean score first: every width is one that whole
+      bundles leave, and a ratio is met to the nearest such width.
 
     Args:
         structure: The network as it is now.
@@ -100,20 +105,26 @@ def make_plan(
         share: Share of the way, in [0, 1].
         scope: Comparison within or across groups, and limits of the widths.
         original: Size of the dense network.
+        bundles: Units that go together, by group: a partition of its units. Of groups that are left out each unit goes
+            by itself.
 
     Raises:
-        ValueError: If scores do not fit the structure or are not finite, the budget cannot be reached, or there are
-            shares per layer in a global scope.
+        ValueError: If scores or bundles do not fit the structure, scores are not finite, the budget cannot be reached,
+            or there are shares per layer in a global scope.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"expected `share` in [0, 1], got {share}")
     ranked = _ranked(structure, scores)
     now = {name: len(values) for name, values in ranked.items()}
-    vanishing = _Vanishing(structure, now, scope)
+    sorted_bundles = {name: _sorted(name, scores[name], found) for name, found in (bundles or {}).items()}
+    ranked |= {name: np.array([u for bundle in found for u in bundle]) for name, found in sorted_bundles.items()}
+    vanishing = _Vanishing(structure, now, scope, sorted_bundles)
     if (shares := _shares(target, scope, now)) is not None:
         left = {name: 1 - share * (1 - remaining) for name, remaining in shares.items()}
         nearest = {
-            name: _nearest(original.widths[name] * left[name], ladder, vanishing.steps[name])
+            name: _closest(original.widths[name] * left[name], ladder)
+            if name in sorted_bundles
+            else _nearest(original.widths[name] * left[name], ladder, vanishing.steps[name])
             for name, ladder in vanishing.ladders.items()
         }
         widths = vanishing.settle(nearest)
@@ -132,7 +143,12 @@ def make_plan(
 
 
 def feasible(
-    structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original | None = None
+    structure: Structure,
+    target: Target,
+    scope: Scope,
+    selected: Collection[str],
+    original: Original | None = None,
+    bundles: Bundles | None = None,
 ) -> float:
     """Check before training that the target can be reached.
 
@@ -142,6 +158,7 @@ def feasible(
         scope: Limits of the widths.
         selected: Names of the groups that may be pruned.
         original: Size of the dense network, if ``structure`` was already cut.
+        bundles: Units that go together, by group; only their number and sizes count.
 
     Returns:
         The smallest reachable size in the target's quantity.
@@ -151,7 +168,7 @@ def feasible(
             in a global scope, or wants all of a group that cannot vanish.
     """
     original = original or Original.of(structure)
-    vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope)
+    vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope, bundles)
     smallest = vanishing.size(
         vanishing.settle({n: ladder[-1] for n, ladder in vanishing.ladders.items()}), target.quantity
     )
@@ -192,17 +209,29 @@ class _Vanishing:
         structure: The network as it is now.
         now: Present widths of the groups that may be pruned, in the order of execution.
         scope: Limits of the widths.
+        bundles: Units that go together, in the order in which they go.
 
     Attributes:
-        steps: Units from one width to the next, per group.
+        steps: Units from one width to the next, per group; 1 where bundles go.
         ladders: Per group every width it may have, descending.
     """
 
-    def __init__(self, structure: Structure, now: Mapping[str, int], scope: Scope) -> None:
+    def __init__(
+        self, structure: Structure, now: Mapping[str, int], scope: Scope, bundles: Bundles | None = None
+    ) -> None:
         self.structure, self.names, self.scope = structure, frozenset(now), scope
         may = {name: scope.min_width == 0 and self.closed({name}) is not None for name in now}
         self.steps = {name: scope.step(structure.group(name)) for name in now}
         self.ladders = {name: scope.ladder(now[name], self.steps[name], vanish=may[name]) for name in now}
+        for name, found in ((name, found) for name, found in (bundles or {}).items() if name in now):
+            if self.steps[name] > 1:
+                raise ValueError(
+                    f"expected `round_to` of 1 where units go in groups of several, got {scope.round_to} and "
+                    f"{len(found)} groups of {name!r}. Leave `round_to` out, or choose a group size of 1."
+                )
+            left = now[name] - np.cumsum([0, *map(len, found)])
+            least = scope.narrowest(now[name], 1, vanish=may[name])
+            self.ladders[name] = [width for width in left.tolist() if width >= least]
 
     def closed(self, groups: Collection[str]) -> frozenset[str] | None:
         """Groups that vanish when ``groups`` do; ``None`` if they cannot, or would take along what is to stay."""
@@ -294,6 +323,19 @@ def _ranked(structure: Structure, scores: Mapping[str, Tensor | FloatArray]) -> 
 def _array(scores: Tensor | FloatArray) -> FloatArray:
     plain = scores.detach().to("cpu", torch.float64).numpy() if isinstance(scores, Tensor) else scores
     return np.asarray(plain, dtype=np.float64)
+
+
+def _sorted(name: str, scores: Tensor | FloatArray, bundles: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Bundles from the lowest mean score to the highest, equal ones by their first unit."""
+    values = _array(scores)
+    if sorted(unit for bundle in bundles for unit in bundle) != list(range(len(values))):
+        raise ValueError(f"expected each of the {len(values)} units of group {name!r} in one bundle, got {bundles}")
+    return sorted(map(sorted, bundles), key=lambda units: (values[units].mean(), units[0]))
+
+
+def _closest(wanted: float, ladder: Sequence[int]) -> int:
+    """The width of a ladder with steps of any size that is nearest to ``wanted``, halves up."""
+    return min(ladder, key=lambda width: abs(width - wanted) - (_EPSILON if width > wanted else 0))
 
 
 def _nearest(wanted: float, ladder: Sequence[int], step: int) -> int:

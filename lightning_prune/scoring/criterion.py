@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group, Member, Structure
 
-__all__ = ["Criterion", "ObservingCriterion", "crossings", "score_groups", "unit_rows", "unit_weights"]
+__all__ = ["Criterion", "ObservingCriterion", "bundles_of", "crossings", "score_groups", "unit_rows", "unit_weights"]
 
 
 class Criterion(ABC):
@@ -35,12 +35,21 @@ class Criterion(ABC):
         """Clauses of the contract that the criterion does not meet, each with the reason.
 
         Clauses: ``"dead_is_lowest"`` (a unit whose weights are all 0 scores lowest), ``"equivariant"`` (permuting
-        units permutes scores).
+        units permutes scores), ``"merges"`` (two halves of the data merge into the scores of all of it).
         """
         return {}
 
     def statistic(self, structure: Structure) -> Statistic | None:  # noqa: ARG002
         """What has to be observed in training; None if the weights say it all."""
+        return None
+
+    def bundles(self, group: Group, statistic: Statistic | None) -> Sequence[Sequence[int]] | None:  # noqa: ARG002
+        """Units of a group that can only go together; None if each goes by itself.
+
+        Args:
+            group: The group.
+            statistic: What ``self.statistic`` returned; before it has seen data, bundles of the sizes to expect.
+        """
         return None
 
     @abstractmethod
@@ -112,6 +121,14 @@ def score_groups(
                 )
             scores[group.name] = score.detach().to("cpu", torch.float64)
     return scores
+
+
+def bundles_of(
+    criterion: Criterion, groups: Iterable[Group], statistic: Statistic | None
+) -> dict[str, Sequence[Sequence[int]]]:
+    """Units that can only go together, by group; groups of which each unit goes by itself are left out."""
+    found = ((group.name, criterion.bundles(group, statistic)) for group in groups)
+    return {name: bundles for name, bundles in found if bundles is not None}
 
 
 def unit_rows(tensor: Tensor, member: Member) -> Tensor:

@@ -20,7 +20,15 @@ from lightning_prune.structure.graph import Group, Member, Structure
 from lightning_prune.structure.layers import named
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["ActivationStatistic", "ConsumerStatistic", "ContributionStatistic", "Statistic", "Target", "per_unit"]
+__all__ = [
+    "ActivationStatistic",
+    "ConsumerStatistic",
+    "ContributionStatistic",
+    "Statistic",
+    "Target",
+    "is_linear_layer",
+    "per_unit",
+]
 
 Reduction = Literal["sum", "max"]
 #: One of the two halves that observed batches alternate between; None: both together.
@@ -339,7 +347,7 @@ class ConsumerStatistic(Statistic):
     def targets(self, model: nn.Module) -> dict[nn.Module, list[Target]]:
         """The layers to hook, and where their inputs belong."""
         layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
-        for module in filter(_is_linear, model.modules()):
+        for module in filter(is_linear_layer, model.modules()):
             weight = module._parameters.get("weight")  # none where a parametrization computes it
             if weight is not None:
                 layers.setdefault(weight, []).append(module)
@@ -473,7 +481,7 @@ def _consuming(group: Group) -> list[Member]:
     return [member for member in group.members if member.role == "in"]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear_layer(module: nn.Module) -> bool:
     """Whether calling the module computes the plain linear layer, and that is how it is used."""
     own_forward = type(module).forward in [layer.forward for layer in LINEAR_LAYERS]
     # MultiheadAttention uses the weight of this one without calling it.

@@ -30,11 +30,14 @@ from lightning_prune.scoring import (
     GraSP,
     HRank,
     KLDivergence,
+    Misclassification,
     Random,
+    SPvR,
     SynFlow,
     Taylor,
 )
 from lightning_prune.structure import Group
+from tests.scoring.spvr import reference as spvr
 
 REFERENCES = {}
 NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
@@ -255,14 +258,34 @@ def synflow(criterion, evidence):
     return [evidence.everything(unit, flow).sum() for unit in evidence.units]
 
 
-@reference(KLDivergence())
-def kl_divergence(criterion, evidence):
+@reference(KLDivergence(), Misclassification(), SPvR(), SPvR(group_size=2))
+def masking(criterion, evidence):
     def probabilities(masked):
-        model = evidence.rewired(lambda x, units: x * (units != masked)).eval()
-        return torch.cat([model(x).detach().softmax(1) for x in evidence.inputs])
+        model = evidence.rewired(lambda x, units: x * ~torch.isin(units, torch.tensor(masked))).eval()
+        return spvr.probabilities(model, evidence.inputs)
 
-    p = probabilities(-2)
-    return [(p * (p / probabilities(unit)).log()).flatten(1).sum(1).mean() for unit in evidence.units]
+    measure = {KLDivergence: "kl_divergence", Misclassification: "misclassification", SPvR: "prediction_change"}
+    p, scores = probabilities([-2]), np.empty(evidence.group.width)
+    for group in groups_of_units(criterion, evidence):
+        scores[list(group)] = spvr.importance(p, probabilities(group), measure[type(criterion)])
+    return scores
+
+
+def groups_of_units(criterion, evidence):
+    """Algorithm 1 on what enters the next layers, the correlations of several layers averaged."""
+    model, matrices = copy.deepcopy(evidence.model).eval(), []
+    for layer, units in evidence.consumers():
+        rows = []
+        twin = copy.deepcopy(model)
+        twin.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, kwargs, rows=rows: rows.append(args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+        for x in evidence.inputs:
+            twin(x)
+        last = [x.detach().transpose(1, -1) for x in rows]  # units on the last dimension
+        by_unit = [torch.stack([x[..., units == u].flatten(1) for u in evidence.units], 1) for x in last]
+        matrices.append(spvr.correlations(spvr.pooled(torch.cat(by_unit), evidence.group.width)))
+    return spvr.groups_of(np.mean(matrices, 0), criterion.group_size)
 
 
 @reference(GraSP())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_prune import scoring
-from lightning_prune.scoring import Criterion, criteria, score_groups
+from lightning_prune.scoring import Criterion, Misclassification, criteria, score_groups
 from tests.scoring.networks import NETWORKS, batches, examine, network, structure_of, tensors_of, train
 from tests.scoring.references import REFERENCES, Evidence, watch
 
@@ -27,8 +27,10 @@ FOUND = sorted(
 )
 every_kind = pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 every_criterion = pytest.mark.parametrize("criterion", REFERENCES, ids=repr)
-observing = pytest.mark.parametrize(
-    "criterion", [c for c in REFERENCES if type(c).statistic is not Criterion.statistic], ids=repr
+mergeable = pytest.mark.parametrize(
+    "criterion",
+    [c for c in REFERENCES if type(c).statistic is not Criterion.statistic and "merges" not in c.waived],
+    ids=repr,
 )
 clear_of_the_dead = pytest.mark.parametrize(
     "criterion", [c for c in REFERENCES if "dead_is_lowest" not in c.waived], ids=repr
@@ -67,7 +69,7 @@ def test_default_instance_has_a_reference(kind):
 
 @every_criterion
 def test_waives_clauses_with_a_reason(criterion):
-    assert set(criterion.waived) <= {"dead_is_lowest", "equivariant"}
+    assert set(criterion.waived) <= {"dead_is_lowest", "equivariant", "merges"}
     assert all(criterion.waived.values())
 
 
@@ -119,7 +121,7 @@ def test_permuting_units_permutes_scores(criterion, name):
     follows = all(
         np.allclose(after[group], before[group][order], rtol=1e-9, atol=1e-12) for group, order in orders.items()
     )
-    assert follows != ("equivariant" in criterion.waived)
+    assert follows or "equivariant" in criterion.waived
 
 
 @every_network
@@ -131,11 +133,13 @@ def test_a_dead_unit_scores_lowest(criterion, name):
         for member in group.members:
             tensors_of(model)[member.tensor].movedim(member.dim, 0)[member.index[dead]] = 0
         score = run(criterion, model, batches(name), structure)[group.name]
-        assert score[dead] == score.min() < score.max()
+        assert score[dead] == score.min()
+        # Masking a unit of these may change none of eleven predictions.
+        assert score.min() < score.max() or isinstance(criterion, Misclassification)
 
 
 @every_network
-@observing
+@mergeable
 def test_half_runs_merged_by_their_reduction_are_one_run(criterion, name):
     model, inputs, structure = network(name), batches(name), structure_of(name)
     if name == "dropout":

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import OneShot, StructuredPruning
 from lightning_prune.callbacks.showing import Showing
 from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, Statistic, criteria
-from lightning_prune.scoring.criteria.kl_divergence import MaskedDivergence
+from lightning_prune.scoring.spvr.criterion import MaskingStatistic
 from tests.scoring.references import shares
 
 
@@ -40,7 +40,7 @@ class Net(LightningModule):
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """Latencies and pictures take longer than the training."""
-    monkeypatch.setattr(Showing, "measure", lambda self, module, call, size: size)
+    monkeypatch.setattr(Showing, "measure", lambda self, subject, size: size)
     monkeypatch.setattr(Showing, "finish", lambda *_: None)
 
 
@@ -59,7 +59,8 @@ def fit(callback, tmp_path, model, val=False, **settings):
 
 @pytest.mark.parametrize("kind", criteria.__all__)
 def test_cuts_a_network_in_training(kind, tmp_path):
-    model, callback = Net(), StructuredPruning(0.5, criterion=getattr(criteria, kind)())
+    settings = {"group_size": 1} if kind == "SPvR" else {}
+    model, callback = Net(), StructuredPruning(0.5, criterion=getattr(criteria, kind)(**settings))
     fit(callback, tmp_path, model, accumulate_grad_batches=2)
     assert callback.structure.widths == {"net.0": 3, "net.3": 2, "net.6": 4}
     assert not any(parameter._backward_hooks for parameter in model.parameters())
@@ -82,9 +83,9 @@ def test_observes_only_what_may_be_pruned(kind, tmp_path, monkeypatch):
 
 
 def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch):
-    seen, examine = [], MaskedDivergence.examine
+    seen, examine = [], MaskingStatistic.examine
     monkeypatch.setattr(
-        MaskedDivergence,
+        MaskingStatistic,
         "examine",
         lambda self, model, call: (seen.append(call.args[0].shape), examine(self, model, call)),
     )

@@ -12,9 +12,11 @@ from lightning_prune.scoring.criteria.l1 import L1
 from lightning_prune.scoring.criteria.l2 import L2
 from lightning_prune.scoring.criteria.lamp import LAMP
 from lightning_prune.scoring.criteria.lrp import LRP
+from lightning_prune.scoring.criteria.misclassification import Misclassification
 from lightning_prune.scoring.criteria.nisp import NISP
 from lightning_prune.scoring.criteria.random import Random
 from lightning_prune.scoring.criteria.snip import SNIP
+from lightning_prune.scoring.criteria.spvr import SPvR
 from lightning_prune.scoring.criteria.synflow import SynFlow
 from lightning_prune.scoring.criteria.taylor import Taylor
 
@@ -33,7 +35,9 @@ __all__ = [
     "GraSP",
     "HRank",
     "KLDivergence",
+    "Misclassification",
     "Random",
+    "SPvR",
     "SynFlow",
     "Taylor",
 ]

@@ -1,0 +1,158 @@
+"""Groups and ranks in networks of the paper's forms, against one network without the group after the other."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.scoring import DataPass, KLDivergence, Misclassification, SPvR
+from lightning_prune.structure import Subject, trace
+from tests.scoring.spvr import reference
+
+MEASURES = {SPvR: "prediction_change", KLDivergence: "kl_divergence", Misclassification: "misclassification"}
+
+
+def block(inputs, outputs):
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def vgg():
+    return nn.Sequential(
+        *(*block(3, 6), *block(6, 9), nn.MaxPool2d(2), *block(9, 7), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(7 * 4, 10), nn.ReLU(), nn.Dropout(), nn.Linear(10, 4)),
+    )
+
+
+class ResNet(nn.Module):
+    """Two stages of one block each, the second with a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(*block(3, 5))
+        self.first, self.second = nn.Sequential(*block(5, 6)), nn.Sequential(*block(5, 7))
+        self.last = nn.ModuleList(nn.Sequential(*block(i, o)[:2]) for i, o in ((6, 5), (7, 8)))
+        self.project, self.head = nn.Sequential(*block(5, 8)[:2]), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (x + self.last[0](self.first(x))).relu()
+        x = (self.project(x) + self.last[1](self.second(x))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class SegNet(nn.Module):
+    """Encoder and decoder; unpooling puts numbers back where they were the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.middle = nn.Sequential(*block(3, 6)), nn.Sequential(*block(6, 7))
+        self.up, self.head = nn.Sequential(*block(7, 6)), nn.Conv2d(6, 3, 3, padding=1)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x):
+        x, indices = self.pool(self.down(x))
+        return {"out": self.head(self.unpool(self.up(self.middle(x)), indices))}
+
+
+FORMS = {
+    "vgg": (vgg, {"0": ["3"], "3": ["7"], "7": ["12"], "12": ["15"]}),
+    "resnet": (
+        ResNet,
+        {
+            "stem.0": ["first.0", "second.0", "project.0"],
+            "first.0": ["last.0.0"],
+            "second.0": ["last.1.0"],
+            "project.0": ["head"],
+        },
+    ),
+    # The decoder gives the unpooling what the encoder gives the pooling: one group.
+    "segnet": (SegNet, {"down.0": ["middle.0", "head"], "middle.0": ["up.0"]}),
+}
+
+
+def example(name, n=12, seed=0):
+    torch.manual_seed(seed)
+    model = FORMS[name][0]().double()
+    inputs = [torch.randn(n // 2, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
+    with torch.no_grad():  # statistics and scales of their own, outputs that differ
+        for _ in range(3):
+            model(torch.cat(inputs) + 0.1 * torch.randn(1, 3, 1, 1, dtype=torch.float64))
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.train(), inputs, trace(Subject.of(model, inputs[0]))
+
+
+def entering(model, inputs, layer):
+    seen = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model.eval()
+    for x in inputs:
+        model(x)
+    model.train()
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4, 32])
+@pytest.mark.parametrize("kind", MEASURES)
+@pytest.mark.parametrize("name", FORMS)
+def test_groups_and_ranks_equal_plain_loops(name, kind, d):
+    model, inputs, structure = example(name)
+    statistic = kind(group_size=d).statistic(structure)
+    statistic.collect(model, DataPass(inputs))
+    assert statistic.bundles.keys() == FORMS[name][1].keys() == structure.widths.keys()
+    for group, layers in FORMS[name][1].items():
+        width = structure.widths[group]
+        matrices = [reference.correlations(reference.pooled(entering(model, inputs, layer), width)) for layer in layers]
+        groups = reference.groups_of(np.mean(matrices, 0), d)
+        assert statistic.bundles[group] == groups
+        expected = reference.ranking(model, inputs, layers, width, groups, MEASURES[kind])
+        found = [float(statistic.value(group)[list(units)].unique()) for units in groups]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        order = [sorted(range(len(groups)), key=lambda i, of=of: (round(of[i], 9), i)) for of in (found, expected)]
+        assert order[0] == order[1]
+
+
+@pytest.mark.parametrize(("outputs", "kind"), [(1, "binary"), (3, "multilabel")])
+def test_binary_and_multi_label_networks(outputs, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, outputs)).double()
+    x = torch.randn(20, 5, dtype=torch.float64)
+    labels = (model(x) > 0).long()
+    structure = trace(Subject.of(model, x))
+    statistic = SPvR(group_size=2).statistic(structure)
+    statistic.collect(model, DataPass([(x, labels)]))
+    groups = statistic.bundles["0"]
+    expected = reference.ranking(model, [x], ["2"], 9, groups, kind=kind)
+    found = [float(statistic.value("0")[list(units)].unique()) for units in groups]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_what_cannot_be_masked_whole_is_not_scored():
+    class Used(nn.Module):
+        """One layer is called, of the other the weight is taken."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+            self.called, self.taken, self.last = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.called(x) + x @ self.taken.weight.T + self.last(self.second(x).relu())
+
+    model, x = Used(), torch.randn(4, 4)
+    structure = trace(Subject.of(model, x))
+    statistic = SPvR().statistic(structure)
+    statistic.collect(model, DataPass(x))
+    assert [*structure.widths] == ["first", "second"]
+    assert [*statistic.bundles] == ["second"]
+    with pytest.raises(RuntimeError, match="'first' cannot be scored"):
+        statistic.value("first")
+
+
+@pytest.mark.parametrize("setting", [{"group_size": 0}, {"samples_per_class": 0}])
+@pytest.mark.parametrize("kind", MEASURES)
+def test_refuses_numbers_below_one(kind, setting):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: expected `{next(iter(setting))}` to be at least 1, got 0"):
+        kind(**setting)
