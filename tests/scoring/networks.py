@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import nn
 
-from lightning_prune.scoring import DataPass
+from lightning_prune.scoring import Batch
 from lightning_prune.structure import Call, Subject, trace
 
 
@@ -157,7 +157,7 @@ def train(model, inputs, statistic=None):
 def examine(model, inputs, statistic):
     """What a callback has a statistic do before a cut, here for several batches."""
     if hasattr(statistic, "collect"):
-        statistic.collect(model, DataPass(inputs))
+        statistic.collect(model, [Batch((x,)) for x in inputs])
         return
     for x in inputs:
         if statistic.examines_loss:
