@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.callbacks import (
         ContributionPruning,
+        GradualUnfreezing,
         HybridPruning,
         MagnitudePruning,
         NetworkSlimming,
@@ -86,6 +87,7 @@ __all__ = [
     "FoldMean",
     "Geometric",
     "GraSP",
+    "GradualUnfreezing",
     "GroupLasso",
     "GrowingL2",
     "HRank",
@@ -132,6 +134,7 @@ _ROOM_OF = {
     "FoldMean": "surgery",
     "Geometric": "planning",
     "GraSP": "scoring",
+    "GradualUnfreezing": "callbacks",
     "GroupLasso": "surgery",
     "GrowingL2": "surgery",
     "Rollback": "callbacks",

@@ -10,9 +10,11 @@ from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
+from lightning_prune.callbacks.unfreezing import GradualUnfreezing
 
 __all__ = [
     "ContributionPruning",
+    "GradualUnfreezing",
     "HybridPruning",
     "MagnitudePruning",
     "NetworkSlimming",

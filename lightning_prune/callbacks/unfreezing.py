@@ -1,0 +1,337 @@
+"""Gradual unfreezing of a pretrained backbone: the training scheme of transfer learning after pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune.callbacks.compiled import forget_code
+from lightning_prune.callbacks.moments import is_rehearsal, run_length
+from lightning_prune.callbacks.optimizer_groups import add_group, without_optimizer
+from lightning_prune.callbacks.processes import unwrapped
+from lightning_prune.callbacks.scheduled import ScheduledPruning
+from lightning_prune.callbacks.showing import log_now
+from lightning_prune.callbacks.surroundings import refuse_surroundings
+from lightning_prune.reporting import require
+from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, is_norm
+from lightning_prune.surgery import history_of
+
+__all__ = ["GradualUnfreezing"]
+
+# Form of the callback's state in a checkpoint.
+_FORMAT = 1
+
+# Of an epoch: shares are sums of floats.
+_TOLERANCE = 1e-6
+
+
+@final
+class GradualUnfreezing(Callback):
+    """Trains the head of a pretrained network first, then its convolutional layers one by one from the last.
+
+    Algorithm 2 of Ratajczyk & Horzyk, "Advancing ConvNet Architectures: A Novel XGB-based Pruning Algorithm for
+    Transfer Learning Efficiency" (2024): the convolutional backbone is frozen, the rest trains for ``e_f`` epochs, and
+    then, ``l`` times, the network trains for ``e_u`` epochs *before* the last frozen convolution is unfrozen. So the
+    i-th convolution from the end trains from epoch ``e_f + i·e_u`` on, and in a run of exactly ``e_f + l·e_u`` epochs
+    the first convolution never trains, as printed. A longer run goes on with all layers.
+
+    A convolution is unfrozen together with its norm; frozen BatchNorm uses and keeps its running statistics. Layers
+    that pruning has removed are not waited for. With a pruning callback in the same run, each training batch begins
+    with what that one does, and new layers of the backbone are frozen as those that they replace.
+
+    `configure_optimizers` may give all parameters, or only those that require gradients when it is called: then each
+    layer becomes a parameter group of its own when it is unfrozen, with the options that the first group has at that
+    time, learning rate included. A resumed run, also from the middle of an epoch, has the same layers frozen and the
+    same groups in the same order.
+
+    Args:
+        e_f: Epochs in which the backbone is frozen; may be a fraction.
+        e_u: Epochs between one layer and the next, more than 0; may be a fraction, such as 0.1 for a deep backbone. A
+            moment within an epoch is the first batch at or after it, with accumulated gradients the first batch of a
+            step.
+        head: Names or globs of the modules that train from the beginning, with all that is inside of them. By default
+            everything behind the last convolution and its norm. Needed where the classifier is a convolution itself.
+        train_bn: Let the norms of the backbone train from the beginning, with their statistics.
+
+    Raises:
+        ValueError: At once for numbers out of range; before the first training batch for a network without
+            convolutions or without a head, for parameters that no optimizer has where it is not clear which one should
+            get them, for strategies other than one device and DDP, and for a run that is shorter than
+            ``e_f + l·e_u`` epochs.
+
+    Example:
+        >>> from lightning_prune import GradualUnfreezing
+        >>> callback = GradualUnfreezing(e_f=2, e_u=0.25)
+    """
+
+    def __init__(
+        self, e_f: float = 1.0, e_u: float = 1.0, head: str | list[str] | None = None, train_bn: bool = False
+    ) -> None:
+        if not (math.isfinite(e_f) and e_f >= 0):
+            raise ValueError(f"GradualUnfreezing: expected `e_f` to be a number of epochs of at least 0, got {e_f!r}.")
+        if not (math.isfinite(e_u) and e_u > 0):
+            raise ValueError(f"GradualUnfreezing: expected `e_u` to be a number of epochs above 0, got {e_u!r}.")
+        self.e_f, self.e_u, self.head, self.train_bn = e_f, e_u, head, train_bn
+        self._is_fit = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is unfrozen yet."""
+        self._thawed: list[str] = []  # layers in the order in which they were unfrozen, those removed later included
+        self._groups: list[list[str]] = []  # parameters of each group that was added to the optimizer
+        self._frozen_by_user: dict[str, bool] = {}
+        self._backbone = Backbone((), {})
+        self._still: list[nn.Module] = []  # norms that must not train now
+        self._history: object = None  # of the network that `_backbone` was made from
+        self._is_checked = False  # whether the run is long enough for the network that it trains
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The convolutions that are frozen, the next one to be unfrozen first."""
+        return tuple(layer.name for layer in reversed(self._backbone.layers) if layer.name not in self._thawed)
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_fit = stage == "fit"
+        if not self._is_fit:
+            return
+        self._begin()
+        refuse_surroundings(self, trainer, pl_module)
+        _act_after_pruning(self, trainer)
+        self.freeze_before_training(pl_module)
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        """Freeze the backbone as it is now; what trains is left to `configure_optimizers`."""
+        self._look(pl_module)
+        self._apply()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._is_fit:
+            self.freeze_before_training(pl_module)  # the checkpoint's network may have other layers
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "unfrozen": list(self._thawed), "groups": [list(names) for names in self._groups]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._is_fit:
+            return
+        if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                f"expected a GradualUnfreezing state of format {_FORMAT}, got another one. It was written by another "
+                "version of lightning-prune: install that one, or resume without the state."
+            )
+        try:
+            require(state_dict["unfrozen"], list[str], "unfrozen")
+            require(state_dict["groups"], list[list[str]], "groups")
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the GradualUnfreezing state in the checkpoint is damaged ({type(error).__name__}: {error}). Resume "
+                "from another checkpoint."
+            ) from error
+        self._thawed, self._groups = list(state_dict["unfrozen"]), [list(names) for names in state_dict["groups"]]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(pl_module)  # `configure_model` may have built it after `setup`
+        self._refuse_network(pl_module)
+        if not any(isinstance(one, ScheduledPruning) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            self._refuse_short(trainer)
+        self._apply_in(trainer, pl_module)
+        present = self._parameters(layer.name for layer in self._backbone.layers)
+        for names in self._groups:
+            add_group(trainer, {name: present[name] for name in names if name in present})
+        self._refuse_optimizers(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.num_training_batches == float("inf") and not (_is_whole(self.e_f) and _is_whole(self.e_u)):
+            raise ValueError(
+                f"GradualUnfreezing: expected whole epochs with data of unknown length, got e_f={self.e_f} and "
+                f"e_u={self.e_u}. Give whole numbers, or `limit_train_batches` to the Trainer."
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        history = history_of(pl_module)
+        is_changed = history is not self._history
+        if is_changed:
+            self._look(pl_module)
+            self._refuse_network(pl_module)
+            self._apply_in(trainer, pl_module)
+        if not self._is_checked:
+            self._refuse_short(trainer)
+            self._is_checked = True
+            is_changed = True
+        due = self._due(trainer, batch_idx)
+        if due:
+            self._thaw(trainer, pl_module, due)
+        if due or is_changed:
+            self._set_modes()  # not before: Lightning warns of a fit that begins with modules in eval mode
+        for norm in self._still:
+            norm.training = False  # whatever has called `train()` on the network
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def _due(self, trainer: Trainer, batch_idx: int) -> tuple[str, ...]:
+        """The layers to unfreeze before this batch."""
+        frozen = self.frozen
+        if not frozen or batch_idx % trainer.accumulate_grad_batches:
+            return ()
+        batches = trainer.num_training_batches
+        epoch = trainer.current_epoch + (batch_idx / batches if batches != float("inf") else 0)
+        reached = math.floor((epoch - self.e_f + _TOLERANCE) / self.e_u)
+        return frozen[: max(reached - len(self._thawed), 0)]
+
+    def _refuse_short(self, trainer: Trainer) -> None:
+        """Refuse a run that ends before its last layer is due."""
+        length = run_length(trainer)
+        layers = len(self._backbone.layers) + len(set(self._thawed) - {layer.name for layer in self._backbone.layers})
+        needed = self.e_f + layers * self.e_u
+        if is_rehearsal(trainer):
+            return
+        given: list[tuple[float | None, str]] = [(length.epochs, f"max_epochs={trainer.max_epochs}")]
+        if length.steps is not None and length.steps_per_epoch is not None:
+            given.append((length.steps / length.steps_per_epoch, f"max_steps={trainer.max_steps}"))
+        for epochs, said in given:
+            if epochs is not None and epochs < needed - _TOLERANCE:
+                longest = max((epochs - self.e_f) / layers, 0)
+                raise ValueError(
+                    f"GradualUnfreezing: expected at least {needed:g} epochs (e_f={self.e_f:g}, and e_u={self.e_u:g} "
+                    f"for each of {layers} convolutional layers), got {said}. Train for "
+                    f"{math.ceil(needed - _TOLERANCE)} epochs, or choose e_u={longest:.3g} or less."
+                )
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _look(self, module: LightningModule) -> None:
+        """Find the layers of the network as it is now."""
+        self._backbone, self._history = Backbone.of(module, self.head), history_of(module)
+        for layer in self._backbone.layers:
+            for name, parameter in layer.parameters.items():
+                self._frozen_by_user.setdefault(name, not parameter.requires_grad)
+
+    def _is_frozen(self, layer: ConvolutionalLayer, owner: nn.Module) -> bool:
+        return layer.name not in self._thawed and not (self.train_bn and is_norm(owner))
+
+    def _wanted(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Every parameter of the backbone, and whether it trains now."""
+        for layer in self._backbone.layers:
+            for owner_name, owner in layer.modules.items():
+                for own, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        by_user = self._frozen_by_user[f"{owner_name}.{own}"]
+                        yield parameter, not (by_user or self._is_frozen(layer, owner))
+
+    def _apply(self) -> None:
+        """Freeze and unfreeze parameters."""
+        for parameter, trains in self._wanted():
+            parameter.requires_grad_(trains)
+            if not trains:
+                parameter.grad = None  # an optimizer would go on stepping by it
+
+    def _set_modes(self) -> None:
+        """Let the norms of frozen layers use and keep their statistics."""
+        before, self._still = self._still, []
+        for layer in self._backbone.layers:
+            for norm in layer.norms.values():
+                if self._is_frozen(layer, norm) and (norm.training or norm in before):
+                    self._still.append(norm.eval())
+        for norm in before:
+            if norm not in self._still:
+                norm.train()
+
+    def _apply_in(self, trainer: Trainer, module: LightningModule) -> None:
+        """The same in a run: DDP and compiled code have to know what trains."""
+        if all(parameter.requires_grad == trains for parameter, trains in self._wanted()):
+            return
+        forget_code(module)
+        with unwrapped(trainer, module):
+            self._apply()
+
+    def _thaw(self, trainer: Trainer, module: LightningModule, names: tuple[str, ...]) -> None:
+        """Unfreeze layers; the optimizer gets what it does not have."""
+        self._thawed.extend(names)
+        self._apply_in(trainer, module)
+        for name in names:
+            missing = without_optimizer(trainer, self._parameters([name]))
+            if missing:
+                self._groups.append(list(missing))
+                add_group(trainer, missing)
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        log_now(trainer, {"unfreezing/layers": float(len(self._thawed)), "unfreezing/params": float(count)})
+
+    def _parameters(self, names: Any) -> Mapping[str, nn.Parameter]:
+        """Those parameters of some layers that train once they are unfrozen, by name."""
+        wanted = set(names)
+        return {
+            name: parameter
+            for layer in self._backbone.layers
+            if layer.name in wanted
+            for name, parameter in layer.parameters.items()
+            if not self._frozen_by_user[name]
+        }
+
+    def _release(self) -> None:
+        """Nothing stays frozen by this callback; what it remembers stays, for a checkpoint that is saved later."""
+        thawed, self._thawed = self._thawed, [*self._thawed, *self.frozen]
+        self._apply()
+        self._set_modes()
+        self._thawed = thawed
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    def _refuse_network(self, module: LightningModule) -> None:
+        if not self._backbone.layers:
+            raise ValueError(
+                f"GradualUnfreezing: expected convolutions to unfreeze in {type(module).__name__}, found none outside "
+                f"of the head {self.head or 'as it was found'}. Train such a network without this callback."
+            )
+        if not any(parameter.requires_grad for parameter in self._backbone.head_parameters.values()):
+            last = self._backbone.layers[-1].name
+            raise ValueError(
+                f"GradualUnfreezing: expected something to train behind the last convolution {last!r}, found nothing. "
+                'Name the classifier, for example head="net.classifier".'
+            )
+
+    def _refuse_optimizers(self, trainer: Trainer) -> None:
+        missing = without_optimizer(trainer, self._parameters(self.frozen))
+        if missing and len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"GradualUnfreezing: expected one optimizer that can get the layers as they are unfrozen, or all "
+                f"parameters in one of several, got {len(trainer.optimizers)} optimizers without {next(iter(missing))}"
+                f"{' and others' if len(missing) > 1 else ''}. Give the backbone to one of them in "
+                "`configure_optimizers`."
+            )
+
+
+def _act_after_pruning(callback: Callback, trainer: Trainer) -> None:
+    """Let a callback come after those that prune: what they put into the network is frozen before it trains."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    last = max((i for i, one in enumerate(callbacks) if isinstance(one, ScheduledPruning)), default=-1)
+    here = callbacks.index(callback)
+    if here < last:
+        # A new list: Lightning is going through the old one.
+        others = [*callbacks[:here], *callbacks[here + 1 : last + 1], callback, *callbacks[last + 1 :]]
+        trainer.callbacks = others  # type: ignore[attr-defined]
+
+
+def _is_whole(epochs: float) -> bool:
+    return float(epochs).is_integer()
