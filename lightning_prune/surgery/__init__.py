@@ -1,5 +1,6 @@
 """Removing what a plan removes: from the network, its optimizers and its checkpoints, whole or not at all."""
 
+from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.dead import dead_units, without_dead
 from lightning_prune.surgery.history import (
     Drop,
@@ -41,8 +42,9 @@ from lightning_prune.surgery.repair import (
     repaired,
 )
 from lightning_prune.surgery.restart import Reinitialise, Rewind
-from lightning_prune.surgery.shrink import Change, CutError, check, cut, cut_and_check, forget, mask
+from lightning_prune.surgery.shrink import cut, cut_and_check, forget, mask
 from lightning_prune.surgery.tensors import take
+from lightning_prune.surgery.verify import check
 
 __all__ = [
     "Change",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.standins import stand_in
+from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.tensors import canonical
-
-if TYPE_CHECKING:
-    from lightning_prune.surgery.shrink import Change
 
 __all__ = ["drop", "layer", "restore", "stays", "template"]
 

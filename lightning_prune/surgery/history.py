@@ -20,10 +20,11 @@ from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.standins import Kind
 from lightning_prune.surgery import plain
+from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.depth import layer, restore, template
 from lightning_prune.surgery.masks import attach_masks
 from lightning_prune.surgery.plain import HistoryError
-from lightning_prune.surgery.shrink import Change, cut
+from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import blank, canonical, named, non_persistent
 
 __all__ = [

@@ -28,9 +28,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.structure.graph import Axes, IndexArray
+from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.depth import stays
-from lightning_prune.surgery.shrink import Change, CutError, check, cut
+from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical, named, take
+from lightning_prune.surgery.verify import check
 
 __all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "install", "install_and_check", "repaired"]
 

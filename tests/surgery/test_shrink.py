@@ -12,10 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.surgery import shrink
+from lightning_prune.surgery import change as change_room
+from lightning_prune.surgery import shrink, verify
+from lightning_prune.surgery.change import CutError
 from lightning_prune.surgery.optimizers import OptimizerRefusedError
-from lightning_prune.surgery.shrink import CutError, check, cut, cut_and_check, mask
+from lightning_prune.surgery.shrink import cut, cut_and_check, mask
 from lightning_prune.surgery.tensors import named, take
+from lightning_prune.surgery.verify import check
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -139,7 +142,9 @@ def test_undo_removes_attributes_that_came(zoo, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "stage"),
     [
-        *((shrink, name) for name in ("take", "migrate", "refresh", "_assign", "_shape_in_graph", "_leaves")),
+        *((shrink, name) for name in ("take", "migrate", "refresh")),
+        *((change_room, name) for name in ("_assign", "_shape_in_graph")),
+        (verify, "_leaves"),
         (torch.autograd, "backward"),
     ],
 )
@@ -171,7 +176,7 @@ def test_a_failure_at_any_stage_changes_nothing(net, module, stage, fatal, photo
 def test_the_same_without_a_check(net, operation, fatal, photograph, same, monkeypatch):
     model = net.model()
     before = photograph(model)
-    monkeypatch.setattr(shrink, "_shape_in_graph", _Failing(shrink._shape_in_graph, fatal, 3))
+    monkeypatch.setattr(change_room, "_shape_in_graph", _Failing(change_room._shape_in_graph, fatal, 3))
     with pytest.raises(fatal, match="planted"):
         operation(model, net.axes(model))
     assert same(photograph(model), before)

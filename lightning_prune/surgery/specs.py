@@ -1,0 +1,196 @@
+"""Layers described in plain data: what a replaced layer is built from, here and from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.surgery import plain
+
+__all__ = ["KINDS", "LayerSpec", "spec_of"]
+
+#: What an option of a layer can be: a number, a switch, a word, nothing, or a size per dimension.
+Option = int | float | bool | str | tuple[int, ...] | None
+
+_CONVOLUTION = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    *("bias", "padding_mode"),
+)
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
+_AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+#: The options of every layer that can be described, by the name of its class in ``torch.nn``; besides, `Sequential`.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "Identity": (),
+    "Linear": ("in_features", "out_features", "bias"),
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _CONVOLUTION),
+    **dict.fromkeys(
+        ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (*_CONVOLUTION, "output_padding")
+    ),
+    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), _BATCH_NORM),
+    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine", "bias"),
+    "GroupNorm": ("num_groups", "num_channels", "eps", "affine"),
+    **dict.fromkeys(("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Hardswish", "Hardsigmoid"), ("inplace",)),
+    **dict.fromkeys(("Sigmoid", "Tanh", "Softsign"), ()),
+    "GELU": ("approximate",),
+    "LeakyReLU": ("negative_slope", "inplace"),
+    "ELU": ("alpha", "inplace"),
+    "PReLU": ("num_parameters",),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), ("dim",)),
+    **dict.fromkeys(("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"), ("p", "inplace")),
+    "Flatten": ("start_dim", "end_dim"),
+    **dict.fromkeys(
+        (f"Adaptive{kind}Pool{dims}d" for kind in ("Avg", "Max") for dims in (1, 2, 3)), ("output_size",)
+    ),
+    **dict.fromkeys(("MaxPool1d", "MaxPool2d", "MaxPool3d"), _MAX_POOL),
+    "AvgPool1d": _AVERAGE_POOL,
+    **dict.fromkeys(("AvgPool2d", "AvgPool3d"), (*_AVERAGE_POOL, "divisor_override")),
+}  # fmt: skip
+
+_SEQUENTIAL = "Sequential"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer of PyTorch, or a sequence of them, without weights: what it takes to build it.
+
+    Attributes:
+        kind: Name of its class in ``torch.nn``: one of `KINDS`, or ``"Sequential"``.
+        options: Arguments of the class by name, in plain data; those left out have the class's default.
+        layers: Of a ``"Sequential"``, its layers in order.
+
+    Raises:
+        ValueError: For a kind or an option that is not known, or options that the class does not accept.
+
+    Example:
+        >>> LayerSpec("Linear", {"in_features": 4, "out_features": 2}).build()
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+
+    kind: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    layers: tuple[LayerSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind == _SEQUENTIAL:
+            if self.options:
+                raise ValueError(f"expected no options of a Sequential, got {', '.join(self.options)}")
+            return
+        if self.kind not in KINDS:
+            raise ValueError(f"expected a layer of a known kind ({', '.join(KINDS)}, Sequential), got {self.kind!r}")
+        if self.layers:
+            raise ValueError(f"expected layers inside of a Sequential only, got some in a {self.kind}")
+        unknown = [name for name in self.options if name not in KINDS[self.kind]]
+        if unknown:
+            known = ", ".join(KINDS[self.kind]) or "none"
+            raise ValueError(f"expected options of a {self.kind} ({known}), got {', '.join(map(repr, unknown))}")
+        object.__setattr__(self, "options", {name: _option(name, value) for name, value in self.options.items()})
+        try:
+            self._make("meta")
+        except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{self} cannot be built ({type(error).__name__}: {error})") from error
+
+    def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+        """The layer, its weights drawn as the class draws them.
+
+        Args:
+            device: Where its tensors are; on ``"meta"`` they have shapes only.
+            dtype: Type of its floating-point tensors; by default PyTorch's.
+        """
+        module = self._make(device)
+        return module if dtype is None else module.to(dtype)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer, by name."""
+        module = self._make("meta")
+        return {name: tuple(t.shape) for name, t in [*module.named_parameters(), *module.named_buffers()]}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dictionaries, lists, numbers and strings only."""
+        if self.kind == _SEQUENTIAL:
+            return {"kind": self.kind, "layers": [layer.to_plain() for layer in self.layers]}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()}
+        return {"kind": self.kind, "options": options}
+
+    @classmethod
+    def from_plain(cls, found: object) -> LayerSpec:
+        """Read what `to_plain` gave.
+
+        Raises:
+            HistoryError: If it is damaged, or of a kind that is not known here.
+        """
+        top: dict[str, Any] = plain.value(found, dict, "a layer")
+        kind = plain.entry(top, "kind", str)
+        layers = plain.entry(top, "layers", list) if kind == _SEQUENTIAL else []
+        options = {} if kind == _SEQUENTIAL else plain.entry(top, "options", dict)
+        for name in options:
+            plain.value(name, str, f"an option of a {kind}")
+        try:
+            spec = cls(kind, options, tuple(cls.from_plain(layer) for layer in layers))
+        except ValueError as error:
+            raise error if isinstance(error, plain.HistoryError) else plain.damaged(str(error)) from error
+        for name, shape in spec.shapes.items():
+            if shape:  # a counter has none
+                plain.shape(list(shape), name)
+        return spec
+
+    def __str__(self) -> str:
+        inside = ", ".join(map(str, self.layers)) or ", ".join(f"{n}={v}" for n, v in self.options.items())
+        return f"{self.kind}({inside})"
+
+    def _make(self, device: torch.device | str) -> nn.Module:
+        if self.kind == _SEQUENTIAL:
+            return nn.Sequential(*(layer._make(device) for layer in self.layers))
+        build: Callable[..., nn.Module] = getattr(nn, self.kind)
+        with torch.device(device):
+            return build(**self.options)
+
+
+def spec_of(module: nn.Module, **changes: Option) -> LayerSpec:
+    """Describe a layer, so that one like it can be built.
+
+    Args:
+        module: A layer of a kind in `KINDS`, or a ``nn.Sequential`` of such layers. Subclasses are refused: they may
+            do more than their base.
+        **changes: Options that are to differ: ``spec_of(conv, in_channels=64)``.
+
+    Raises:
+        ValueError: If the layer is of another kind, or has no such option.
+
+    Example:
+        >>> spec_of(torch.nn.Linear(8, 2), in_features=5).build()
+        Linear(in_features=5, out_features=2, bias=True)
+    """
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return replace(LayerSpec(_SEQUENTIAL, changes), layers=tuple(spec_of(layer) for layer in module))
+    kind = type(module).__name__
+    if kind not in KINDS or type(module) is not getattr(nn, kind):
+        raise ValueError(
+            f"expected a layer of a known kind ({', '.join(KINDS)}, or a Sequential of them), got "
+            f"{type(module).__module__}.{type(module).__qualname__}: it cannot be described in plain data"
+        )
+    options = {name: _read(module, name) for name in KINDS[kind]}
+    if kind.startswith("ConvTranspose") and options["padding_mode"] == "zeros":
+        del options["padding_mode"]  # the only one there is
+    return LayerSpec(kind, {**options, **changes})
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    value = getattr(module, name)
+    return value is not None if name == "bias" else value
+
+
+def _option(name: str, value: object) -> Option:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in value):
+            raise ValueError(f"expected {name!r} to hold whole numbers, got {value!r}")
+        return tuple(value)
+    if value is not None and type(value) not in (int, float, bool, str):
+        raise ValueError(f"expected {name!r} to be a plain number, word or size, got {type(value).__name__}")
+    return value  # type: ignore[return-value]  # checked above

@@ -1,0 +1,144 @@
+"""Running a network once, forward and backward, to see whether it works: no trace remains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.surgery.change import Change, CutError
+from lightning_prune.surgery.tensors import named
+
+__all__ = ["check", "silent", "verify"]
+
+
+def check(run: Callable[[], Any], model: nn.Module) -> bool:
+    """Run the network forward and backward once and leave no trace.
+
+    Random states, buffers and gradients are put back, the users' hooks stay silent. Where no output is differentiable
+    (a ``forward`` that returns classes) only the forward pass is run.
+
+    Args:
+        run: A forward pass; what it returns may be nested in lists, tuples, mappings and dataclasses.
+        model: The network it runs.
+
+    Returns:
+        Whether all outputs and gradients are finite.
+
+    Raises:
+        CutError: If one of the passes fails.
+    """
+    with _undisturbed(model):
+        try:
+            outputs = [out for out in _leaves(run()) if out.is_floating_point() or out.is_complex()]
+        except Exception as error:
+            raise CutError(f"the forward pass fails with {type(error).__name__}: {error}") from error
+        values = [out.detach() for out in outputs]
+        differentiable = [out.real.mean() for out in outputs if out.requires_grad and out.numel()]
+        if differentiable:
+            try:
+                # Not `autograd.grad`: re-entrant gradient checkpointing refuses it.
+                torch.autograd.backward(differentiable)
+            except Exception as error:
+                raise CutError(f"the backward pass fails with {type(error).__name__}: {error}") from error
+        values += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return all(_is_finite(value) for value in values)
+
+
+def verify(change: Change, run: Callable[[], Any], model: nn.Module) -> None:
+    """Run a changed network forward and backward; see :func:`check`.
+
+    A network may have infinite values by design, or have diverged before: only what is new speaks against the change.
+
+    Raises:
+        CutError: If a pass fails, or outputs or gradients are no longer finite and were without the change, which is
+            undone then.
+    """
+    if not check(run, model):
+        with change.undone():
+            if check(run, model):
+                raise CutError("the outputs or gradients are no longer finite, before the cut they were")
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    accelerators = {tensor.device for tensor in named(model).values() if tensor.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in accelerators), "cuda")
+    devices = sorted(device.index or 0 for device in accelerators)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices, device_type=kind),
+        silent(model),
+        _contents_kept(model),
+    ):
+        yield
+
+
+@contextmanager
+def silent(model: nn.Module) -> Iterator[None]:
+    """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...)."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    registers = [getattr(module, kind) for module in model.modules() for kind in kinds]
+    registers += [p._backward_hooks for p in model.parameters() if p._backward_hooks is not None]
+    registers += [p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks]
+    saved = [dict(register) for register in registers]
+    try:
+        for register in registers:
+            for key in [key for key, hook in register.items() if not _is_of_torch(hook)]:
+                del register[key]
+        yield
+    finally:
+        for register, hooks in zip(registers, saved, strict=True):
+            register.clear()
+            register.update(hooks)
+
+
+@contextmanager
+def _contents_kept(model: nn.Module) -> Iterator[None]:
+    """Gradients and buffers set aside: what happens to them inside does not remain."""
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    registers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    data = [(buffer, buffer.data) for buffer in model.buffers()]
+    try:
+        for parameter, _ in grads:
+            parameter.grad = None
+        for buffer, content in data:
+            buffer.data = content.clone()
+        yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        for register, buffers in registers:
+            register.clear()
+            register.update(buffers)
+        for buffer, content in data:
+            buffer.data = content
+
+
+def _is_of_torch(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _leaves(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name))
+
+
+def _is_finite(value: Tensor) -> bool:
+    values = value.coalesce().values() if value.is_sparse else value
+    return bool(values.isfinite().all())
