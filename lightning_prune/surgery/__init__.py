@@ -2,11 +2,10 @@
 
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.dead import dead_units, without_dead
+from lightning_prune.surgery.edits import Drop, Edit, Keep, Replace, carry
 from lightning_prune.surgery.history import (
-    Drop,
     History,
     HistoryError,
-    Keep,
     attach,
     begun,
     conform,
@@ -43,13 +42,16 @@ from lightning_prune.surgery.repair import (
 )
 from lightning_prune.surgery.restart import Reinitialise, Rewind
 from lightning_prune.surgery.shrink import cut, cut_and_check, forget, mask
+from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
+from lightning_prune.surgery.transaction import Transaction, transaction
 from lightning_prune.surgery.verify import check
 
 __all__ = [
     "Change",
     "CutError",
     "Drop",
+    "Edit",
     "FoldMean",
     "GroupLasso",
     "GrowingL2",
@@ -57,19 +59,23 @@ __all__ = [
     "History",
     "HistoryError",
     "Keep",
+    "LayerSpec",
     "Masks",
     "OptimizerRefusedError",
     "Penalty",
     "ReestimateBatchNorm",
     "Reinitialise",
     "Repair",
+    "Replace",
     "Rewind",
     "Ridge",
     "ScaleL1",
+    "Transaction",
     "apply_masks",
     "attach",
     "attach_masks",
     "begun",
+    "carry",
     "check",
     "conform",
     "cut",
@@ -93,7 +99,9 @@ __all__ = [
     "revived",
     "save_into",
     "save_masks_into",
+    "spec_of",
     "take",
+    "transaction",
     "without_dead",
     "zero_gradients",
     "zero_moments",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.standins import stand_in
 from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.optimizers import unwrap
-from lightning_prune.surgery.tensors import canonical
+from lightning_prune.surgery.tensors import canonical, named
 
-__all__ = ["drop", "layer", "restore", "stays", "template"]
+__all__ = ["drop", "layer", "put", "restore", "stays", "templates", "within"]
 
 
 def layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -45,7 +45,7 @@ def drop(
             found = layer(model, name)
             if found is None or not name:
                 raise ValueError(f"the network (or one of its copies) has no layer {name!r} to take out")
-            _put(change, model, name, stand_in(kind, found))
+            put(change, model, name, stand_in(kind, found))
     # What an optimizer steps beside these networks is none of our business.
     gone = before - {id(parameter) for model in models for parameter in model.parameters()}
     for optimizer in map(unwrap, optimizers):
@@ -64,39 +64,88 @@ def stays(tensor: str, drops: Mapping[str, str]) -> bool:
     return owner not in drops or (drops[owner] == "constant" and own == "bias")
 
 
-def template(
-    module: nn.Module, shapes: Mapping[str, tuple[int, ...] | None], attributes: Mapping[str, Any]
-) -> nn.Module:
-    """What it takes to build a layer anew: a copy without content, in its dense widths.
+def templates(
+    model: nn.Module,
+    names: Iterable[str],
+    known: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, nn.Module]:
+    """What it takes to put modules back that are about to go: copies in their dense form, without content.
+
+    A tensor that is tied to one that stays remains that tensor, and tensors tied among them stay tied.
 
     Args:
-        module: The layer, dense or narrow.
-        shapes: Dense shapes of its own tensors, by local name; those that were not cut may be missing or ``None``.
-        attributes: Its dense configuration, where it was cut.
+        model: The network as it is.
+        names: Modules that go. Those that belong to a module that has gone before are none of the dense network.
+        known: Templates of modules that have gone before.
+        shapes: Dense shapes of the dense network's tensors that were cut, by name.
+        attributes: Dense configuration of layers that were cut, by name.
     """
-    bare = copy.deepcopy(module, {id(t): _empty(t, shapes.get(n)) for n, t in tensors(module).items()})
-    vars(bare).update(attributes)
+    going = {name: found for name in names if not within(name, known) and (found := layer(model, name)) is not None}
+    staying = {
+        id(tensor)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if not within(canonical(prefix), going)
+        for tensor in tensors(module).values()
+    }
+    memo: dict[int, Any] = {}
+    for prefix, module in going.items():
+        for name, tensor in named(module).items():
+            if id(tensor) not in memo or f"{prefix}.{name}" in shapes:
+                dense = shapes.get(f"{prefix}.{name}")
+                memo[id(tensor)] = tensor if id(tensor) in staying else _empty(tensor, dense)
+    for tensor in (tensor for module in known.values() for tensor in named(module).values()):
+        memo.setdefault(id(tensor), tensor)
+    # In one copy, so that what is tied stays tied.
+    bare: dict[str, nn.Module] = copy.deepcopy({**known, **going}, memo)
+    for prefix in going:
+        for path, module in bare[prefix].named_modules():
+            vars(module).update(attributes.get(canonical(f"{prefix}.{path}" if path else prefix), {}))
+        for name in [name for name in known if within(name, [prefix])]:
+            _put_into(bare[prefix], name.removeprefix(f"{prefix}."), bare.pop(name))
     return bare
 
 
 def restore(change: Change, model: nn.Module, templates: Mapping[str, nn.Module]) -> None:
-    """Put layers back, dense and zero, where others stand now."""
+    """Put modules back, dense and zero, where others stand now; what is tied to a tensor of the network stays tied."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    for name, bare in templates.items():
-        module = copy.deepcopy(bare).to_empty(device=device)
-        for tensor in tensors(module).values():
-            tensor.detach().zero_()
+    memo: dict[int, Any] = {}
+    for tensor in (tensor for bare in templates.values() for tensor in named(bare).values()):
+        memo[id(tensor)] = _zeros(tensor, device) if tensor.is_meta else tensor
+    for name, module in copy.deepcopy(dict(templates), memo).items():
         now = layer(model, name)
-        _put(change, model, name, module.train(now.training if now is not None else model.training))
+        training = model.training if now is None else now.training
+        put(change, model, name, module if module.training is training else module.train(training))
 
 
-def _put(change: Change, model: nn.Module, name: str, module: nn.Module) -> None:
-    parent_name, _, own = name.rpartition(".")
-    parent = layer(model, parent_name)
+def put(change: Change, model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let a module stand under a name at which another one stands now."""
+    parent = _parent(model, name)
+    change.replace_entries(parent._modules, {**parent._modules, name.rpartition(".")[2]: module})
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether a module, parameter or buffer is one of these modules or in one of them, by name."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _put_into(model: nn.Module, name: str, module: nn.Module) -> None:
+    _parent(model, name)._modules[name.rpartition(".")[2]] = module
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    parent = layer(model, name.rpartition(".")[0])
     assert parent is not None
-    change.replace_entries(parent._modules, {**parent._modules, own: module})
+    inner = parent._modules.get("_orig_mod")  # a compiled module has the layers in the one that it stands around
+    return parent if inner is None else inner
 
 
 def _empty(tensor: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
     bare = torch.empty(tensor.shape if shape is None else shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+
+
+def _zeros(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    content = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(content, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else content

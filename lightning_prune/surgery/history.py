@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
-from typing import Any, ClassVar, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -15,26 +13,35 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.planning.target import Original
 from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.cost import LatencyTable
-from lightning_prune.structure.graph import Axes, IndexArray, Structure
+from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import tensors
-from lightning_prune.structure.standins import Kind
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.change import Change
-from lightning_prune.surgery.depth import layer, restore, template
+from lightning_prune.surgery.depth import layer, restore, templates, within
+from lightning_prune.surgery.edits import (
+    UPGRADE,
+    Drop,
+    Edit,
+    Keep,
+    Known,
+    Replace,
+    apply,
+    read_edit,
+    same_effect,
+    write_edit,
+)
 from lightning_prune.surgery.masks import attach_masks
 from lightning_prune.surgery.plain import HistoryError
-from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import blank, canonical, named, non_persistent
 
 __all__ = [
+    "ATTRIBUTE",
     "KEY",
     "VERSION",
     "Dense",
-    "Drop",
     "History",
     "HistoryError",
-    "Keep",
     "attach",
     "begun",
     "conform",
@@ -50,59 +57,12 @@ __all__ = [
 #: Where a checkpoint keeps the history.
 KEY = "lightning_prune"
 #: Version of the format that is written; all versions up to it are read.
-VERSION = 2
+VERSION = 3
 
-_ATTRIBUTE = "_lightning_prune_history"
-_UPGRADE = "It was written by a newer lightning_prune: `pip install --upgrade lightning-prune`."
+#: The attribute of a network that holds its history.
+ATTRIBUTE = "_lightning_prune_history"
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Keep:
-    """One cut: the units that were kept.
-
-    Attributes:
-        axes: Positions kept by name of parameter or buffer and dimension, counted before this cut.
-        kept: Units kept by group, counted before this cut.
-        epoch: The epoch in which it was made.
-        step: Optimizer steps that went before.
-        cut: Its place in the schedule, from 0.
-        info: Plain numbers worth remembering (the pruning ratio, a metric).
-    """
-
-    kind: ClassVar[str] = "keep"
-
-    axes: Axes
-    kept: Mapping[str, tuple[int, ...]]
-    epoch: int
-    step: int
-    cut: int
-    info: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Drop:
-    """Layers that were taken out.
-
-    Attributes:
-        modules: What has taken the place of each layer, by its name (`Removal.modules`).
-        groups: Groups that are gone with them.
-        epoch: The epoch in which it was done.
-        step: Optimizer steps that went before.
-        cut: Its place in the schedule, from 0; a `Keep` of the same cut comes before it.
-    """
-
-    kind: ClassVar[str] = "drop"
-
-    modules: Mapping[str, str]
-    groups: tuple[str, ...]
-    epoch: int
-    step: int
-    cut: int
-
-
-Edit = Keep | Drop
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,27 +72,47 @@ class Dense:
     Attributes:
         buffers: Buffers that a ``state_dict`` leaves out, whole.
         attributes: The configuration that layers have written down, by name of the module.
-        layers: Layers that were taken out, dense and without content, by name.
+        layers: Modules that were taken out or replaced, dense and without content, by name.
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, model: nn.Module, names: Iterable[str]) -> Dense:
-        """What to remember of ``model`` before its tensors ``names`` are cut for the first time."""
+    def with_cut(self, model: nn.Module, names: Iterable[str]) -> Dense:
+        """With what to remember of ``model`` before its tensors ``names`` are cut for the first time."""
         present, unsaved = named(model), non_persistent(model)
         touched = {id(present[name]) for name in names}
-        return cls(
-            {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched},
-            {
-                # `__constants__` is where PyTorch's layers list the attributes that configure them.
-                canonical(prefix): {name: vars(module)[name] for name in module.__constants__ if name in vars(module)}
-                for prefix, module in model.named_modules()
-                if hasattr(module, "__constants__") and any(id(t) in touched for t in tensors(module).values())
-            },
-        )
+        buffers = {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched}
+        attributes = {
+            # `__constants__` is where PyTorch's layers list the attributes that configure them.
+            canonical(prefix): {name: vars(module)[name] for name in module.__constants__ if name in vars(module)}
+            for prefix, module in model.named_modules()
+            if hasattr(module, "__constants__") and any(id(t) in touched for t in tensors(module).values())
+        }
+        # The other way round a layer cut before would be remembered as it is now.
+        return replace(self, buffers={**buffers, **self.buffers}, attributes={**attributes, **self.attributes})
+
+    def without(
+        self, model: nn.Module, names: Iterable[str], shapes: Mapping[str, Shape], replaced: Collection[str]
+    ) -> Dense:
+        """With what to remember of ``model`` before the modules ``names`` go.
+
+        Args:
+            model: The network as it is.
+            names: Modules that are about to go.
+            shapes: Dense shapes of the dense network's tensors that were cut.
+            replaced: Modules that were replaced before: what is in them is none of the dense network.
+        """
+        names = [name for name in names if not within(name, replaced)]
+        present = named(model)
+        buffers = {
+            name: present[name].detach().clone()
+            for name in non_persistent(model)
+            if name in present and within(name, names) and not within(name, replaced)
+        }
+        layers = templates(model, names, self.layers, shapes, self.attributes)
+        return replace(self, buffers={**buffers, **self.buffers}, layers=layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +120,7 @@ class History:
     """All that was done to a network since it was dense.
 
     Attributes:
-        shapes: Dense shape of every tensor that was ever cut.
+        shapes: Dense shape of every tensor of the dense network that was ever cut.
         params: Parameters of the dense network.
         macs: Its MACs for one sample (1 MAC = 2 FLOPs).
         widths: Its units by group.
@@ -170,95 +150,126 @@ class History:
     def add(self, edit: Edit, model: nn.Module) -> History:
         """The history with ``edit``, which is about to be done to ``model``.
 
-        To be called before the cut, while the model still has what will be lost, and attached after it.
+        To be called before the edit, while the model still has what will be lost, and attached after it.
 
         Raises:
             HistoryError: If the edit does not fit the model and this history, or is not made of plain numbers.
         """
-        if isinstance(edit, Drop):
-            return self._add_drop(edit, model)
-        present = named(model)
-        edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
-        for name in edit.axes:
-            if name not in present:
-                raise HistoryError(f"Expected the name of a parameter or buffer of the network, got {name!r}.")
-        new = [name for name in edit.axes if name not in self.shapes]
-        seen = Dense.of(model, new)
+        known, present = self._known(), named(model)
+        new: dict[str, Shape] = {}
+        if isinstance(edit, Keep):
+            edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
+            for name in edit.axes:
+                if name not in present:
+                    raise HistoryError(f"Expected the name of a parameter or buffer of the network, got {name!r}.")
+            new = {name: tuple(present[name].shape) for name in edit.axes if name not in known.lengths}
+            known.lengths |= {name: list(shape) for name, shape in new.items()}
+            dense = self.dense.with_cut(model, new)
+        else:
+            for name in map(canonical, edit.modules):
+                if layer(model, name) is None:
+                    raise HistoryError(f"Expected the name of a layer of the network, got {name!r}.")
+            shapes = {name: shape for name, shape in self.shapes.items() if not within(name, known.replaced)}
+            dense = self.dense.without(model, map(canonical, edit.modules), shapes, known.replaced)
         # What is written must be readable: better an error now than a lost checkpoint.
-        lengths = {name: list(present[name].shape) for name in edit.axes}
-        edit = _read_keep(_write_edit(edit, {}), lengths, self._units())
-        return replace(
-            self,
-            shapes={**self.shapes, **{name: tuple(present[name].shape) for name in new}},
-            edits=(*self.edits, edit),
-            # The other way round a layer cut before would be remembered as it is now.
-            dense=replace(
-                self.dense,
-                buffers={**seen.buffers, **self.dense.buffers},
-                attributes={**seen.attributes, **self.dense.attributes},
-            ),
-        )
+        edit = read_edit(write_edit(edit, {}), known)
+        # A table of latencies is one of the groups as they were.
+        latency = None if isinstance(edit, Replace) else self.latency
+        shapes = {**self.shapes, **new}
+        return replace(self, shapes=shapes, edits=(*self.edits, edit), dense=dense, latency=latency)
 
-    def _add_drop(self, edit: Drop, model: nn.Module) -> History:
-        edit = _read_drop(_write_edit(edit, {}), self._units())
-        templates = {}
-        for name in edit.modules:
-            found = layer(model, name)
-            if found is None:
-                raise HistoryError(f"Expected the name of a layer of the network, got {name!r}.")
-            dense_shapes = {local: self.shapes.get(f"{name}.{local}") for local in tensors(found)}
-            templates[name] = template(found, dense_shapes, self.dense.attributes.get(name, {}))
-        dense = replace(self.dense, layers={**templates, **self.dense.layers})
-        return replace(self, edits=(*self.edits, edit), dense=dense)
+    def found(self, structure: Structure, *, new_dense: bool) -> History:
+        """The history whose last edit, a `Replace`, is through: with what was found when the network was traced again.
 
-    def _units(self) -> dict[str, int]:
-        """Units per group after the last edit."""
-        units = dict(self.widths)
+        Args:
+            structure: Of the network as it is now.
+            new_dense: Whether shares refer to this network from here on. Else they go on referring to the dense network
+                as it was, and of the groups only those that are new have a new dense width.
+        """
+        last = self.edits[-1]
+        if not isinstance(last, Replace):
+            raise HistoryError(f"Expected the last edit to be a replacement, got {last.kind!r}.")
+        before = replace(self, edits=self.edits[:-1])
+        if new_dense:
+            original = Original.of(structure)
+        else:
+            units = before._known().units
+            fresh = {
+                name: width
+                for name, width in structure.widths.items()
+                if within(name, last.modules) or units.get(name) != width
+            }
+            original = replace(last.original, widths={**last.original.widths, **fresh})
+        edit = replace(last, widths=structure.widths, original=original, new_dense=new_dense)
+        read_edit(write_edit(edit, {}), before._known())
+        return replace(self, edits=(*before.edits, edit), latency=structure.cost.latency_table)
+
+    def _known(self) -> Known:
+        """Shapes and units after the last edit."""
+        known = Known({name: list(shape) for name, shape in self.shapes.items()}, dict(self.widths))
         for edit in self.edits:
-            if isinstance(edit, Keep):
-                units.update((group, len(kept)) for group, kept in edit.kept.items())
-            else:
-                units.update(dict.fromkeys(edit.groups, 0))
-        return units
+            known.follow(edit)
+        return known
+
+    @property
+    def original(self) -> Original:
+        """The dense network that shares refer to; its memory is 0 where a file of version 1 did not say."""
+        for edit in reversed(self.edits):
+            if isinstance(edit, Replace):
+                return edit.original
+        memory = self.memory or 0
+        latency = None if self.latency is None or not memory else self.latency.value(self.widths, memory)
+        return Original(self.params, self.macs, self.widths, memory, latency)
+
+    @property
+    def dense_is_measurable(self) -> bool:
+        """Whether a table of latencies that is measured now covers the dense network."""
+        last = [edit for edit in self.edits if isinstance(edit, Replace)][-1:]
+        return not last or last[0].new_dense
 
     @property
     def drops(self) -> dict[str, str]:
-        """Every layer that was taken out, and what is in its place."""
-        return {name: kind for edit in self.edits if isinstance(edit, Drop) for name, kind in edit.modules.items()}
+        """Every layer that was taken out since the last replacement, and what is in its place."""
+        return {name: kind for edit in self._latest if isinstance(edit, Drop) for name, kind in edit.modules.items()}
 
     @property
     def vanished(self) -> frozenset[str]:
-        """Groups that have lost all their units."""
-        return frozenset(name for edit in self.edits if isinstance(edit, Drop) for name in edit.groups)
+        """Groups of the dense network that have lost all their units, or went with a module that was replaced."""
+        units = self._known().units
+        return frozenset(name for name in self.original.widths if not units.get(name))
 
     @property
     def axes(self) -> Axes:
-        """What remains of the dense network: all edits as one."""
-        whole: Axes = {}
-        for edit in self.edits:
-            if not isinstance(edit, Keep):
-                continue
-            for name, axes in edit.axes.items():
-                remaining = whole.setdefault(name, {})
-                for dim, kept in axes.items():
-                    remaining[dim] = remaining[dim][kept] if dim in remaining else kept
-        return whole
+        """What remains of the network since it was dense or a module was last replaced: all edits as one."""
+        return _composed(self._latest)
 
     @property
     def shapes_now(self) -> dict[str, Shape]:
-        """Shapes after the last edit, of the tensors that were ever cut and still exist."""
-        shapes = {
-            name: tuple(len(axes.get(dim, range(length))) for dim, length in enumerate(self.shapes[name]))
-            for name, axes in self.axes.items()
-        }
-        drops = self.drops
-        for name, shape in list(shapes.items()):
-            kind, local = drops.get(name.rpartition(".")[0]), name.rpartition(".")[2]
-            if kind == "constant" and local == "weight":
-                shapes[name] = (shape[0], 0)
-            elif kind is not None and kind != "constant":
-                del shapes[name]
-        return shapes
+        """Shapes after the last edit, of the tensors that were ever cut or came with a replacement."""
+        return {name: tuple(lengths) for name, lengths in self._known().lengths.items()}
+
+    @property
+    def steps(self) -> tuple[Edit, ...]:
+        """The edits with the same effect in fewer: cuts between two replacements as one."""
+        steps: list[Edit] = []
+        since: list[Edit] = []
+        for edit in (*self.edits, None):
+            if edit is not None and not isinstance(edit, Replace):
+                since.append(edit)
+                continue
+            axes = _composed(since)
+            drops = {name: kind for one in since if isinstance(one, Drop) for name, kind in one.modules.items()}
+            steps += [Keep(axes, {}, 0, 0, 0)] if axes else []
+            steps += [Drop(drops, (), 0, 0, 0)] if drops else []
+            steps += [edit] if edit is not None else []
+            since = []
+        return tuple(steps)
+
+    @property
+    def _latest(self) -> tuple[Edit, ...]:
+        """The edits since the last replacement."""
+        last = max((number for number, edit in enumerate(self.edits) if isinstance(edit, Replace)), default=-1)
+        return self.edits[last + 1 :]
 
     def to_plain(self) -> dict[str, Any]:
         """Dictionaries, lists, strings, numbers and int64 tensors: what loads with ``weights_only=True``."""
@@ -273,7 +284,7 @@ class History:
                 **({} if self.memory is None else {"memory": int(self.memory)}),
                 **({} if self.latency is None else {"latency": self.latency.to_plain()}),
             },
-            "edits": [_write_edit(edit, known) for edit in self.edits],
+            "edits": [write_edit(edit, known) for edit in self.edits],
         }
 
     @classmethod
@@ -287,14 +298,13 @@ class History:
         top: dict[str, Any] = plain.value(found, dict, "the history")
         version = plain.entry(top, "version", int)
         if version > VERSION:
-            raise HistoryError(f"The pruning history has version {version}, {VERSION} is the last known. {_UPGRADE}")
+            raise HistoryError(f"The pruning history has version {version}, {VERSION} is the last known. {UPGRADE}")
         original = plain.entry(top, "original", dict)
         shapes = {name: plain.shape(lengths, name) for name, lengths in plain.items(original, "shapes", list)}
         widths = dict(plain.items(original, "widths", int))
-        # Both follow the edits as they are read.
-        lengths, units = {name: list(shape) for name, shape in shapes.items()}, dict(widths)
-        edits = tuple(_read_edit(edit, lengths, units) for edit in plain.entry(top, "edits", list))
-        untouched = shapes.keys() - {name for edit in edits if isinstance(edit, Keep) for name in edit.axes}
+        known = Known({name: list(shape) for name, shape in shapes.items()}, dict(widths))
+        edits = tuple(read_edit(edit, known) for edit in plain.entry(top, "edits", list))
+        untouched = shapes.keys() - known.cut
         if untouched:
             raise plain.damaged(f"it has a dense shape for {min(untouched)!r}, which no edit cuts")
         params, macs = (plain.entry(original, key, int) for key in ("params", "macs"))
@@ -306,14 +316,14 @@ class History:
 def attach(model: nn.Module, history: History | None) -> None:
     """Keep ``history`` with ``model``; ``None`` for a network that is dense again."""
     if history is not None:
-        setattr(model, _ATTRIBUTE, history)
+        setattr(model, ATTRIBUTE, history)
     elif history_of(model) is not None:
-        delattr(model, _ATTRIBUTE)
+        delattr(model, ATTRIBUTE)
 
 
 def history_of(model: nn.Module) -> History | None:
     """What was done to ``model``, or ``None`` if nothing."""
-    history: History | None = getattr(model, _ATTRIBUTE, None)
+    history: History | None = getattr(model, ATTRIBUTE, None)
     return history
 
 
@@ -361,17 +371,19 @@ def original_of(model: nn.Module, structure: Structure) -> Original:
     history = history_of(model)
     if history is None:
         return Original.of(structure)
-    expected = history.widths.keys() - history.vanished
+    original = history.original
+    expected = original.widths.keys() - history.vanished
     if expected != structure.widths.keys():
         raise HistoryError(
             f"expected the groups the network was pruned with ({', '.join(sorted(expected))}), found "
             f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
         )
-    cost = structure.cost
-    memory = cost.memory(history.widths) if history.memory is None else history.memory
-    table = history.latency or cost.latency_table
-    latency = None if table is None else table.value(history.widths, memory)
-    return Original(history.params, history.macs, history.widths, memory, latency)
+    cost, table = structure.cost, history.latency or structure.cost.latency_table
+    memory = original.memory or cost.memory(original.widths)
+    latency = original.latency
+    if latency is None and table is not None and history.dense_is_measurable:
+        latency = table.value(original.widths, memory)
+    return replace(original, memory=memory, latency=latency)
 
 
 def save_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
@@ -426,9 +438,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
         if mine is not None:
             _widen(change, model, mine)
         if history is not None:
-            layers = {name: template(found, {}, {}) for name in history.drops if (found := layer(model, name))}
-            history = replace(history, dense=replace(Dense.of(model, history.shapes), layers=layers))
-            cut(model, history.axes, drops=history.drops)
+            history = replace(history, dense=_repeat(change, model, history))
         attach(model, history)
     except BaseException:
         change.undo()
@@ -446,6 +456,15 @@ def replay(model: nn.Module, history: History) -> None:
     conform(model, {}, history)
 
 
+def _repeat(change: Change, model: nn.Module, history: History) -> Dense:
+    """Do to a dense network all that a history tells; what it takes to widen it again."""
+    done = History({}, 0, 0, history.widths)
+    for step in history.steps:
+        done = done.add(step, model)
+        apply(change, step, model)
+    return done.dense
+
+
 def _widen(change: Change, model: nn.Module, history: History) -> None:
     dense = history.dense
     change.edit_attributes(model, lambda: attach_masks(model, {}))
@@ -453,53 +472,92 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
         restore(change, model, dense.layers)
         present = named(model)
         for name, shape in history.shapes.items():
-            content = blank(present[name], shape)
-            if name in dense.buffers:
-                content.copy_(dense.buffers[name])
-            change.assign(present[name], content, None)
+            if name not in dense.buffers:
+                change.assign(present[name], blank(present[name], shape), None)
+        for name, buffer in dense.buffers.items():
+            content = blank(present[name], buffer.shape)
+            change.assign(present[name], content.copy_(buffer), None)
     for prefix, module in model.named_modules():
         if canonical(prefix) in dense.attributes:
             change.set_attributes(module, dense.attributes[canonical(prefix)])
 
 
-def _before(model: nn.Module, mine: History | None) -> dict[str, Tensor]:
-    """The tensors by name of the network that ``model`` was: with what was taken out, without what replaces it."""
+def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors by name, and the modules, of the network that ``model`` was: with what has gone."""
     present = named(model)
+    modules = {canonical(prefix) for prefix, _ in model.named_modules(remove_duplicate=False)}
     for prefix, bare in mine.dense.layers.items() if mine is not None else ():
-        present = {name: tensor for name, tensor in present.items() if name.rpartition(".")[0] != prefix}
-        present.update((f"{prefix}.{local}", tensor) for local, tensor in tensors(bare).items())
-    return present
+        present = {name: tensor for name, tensor in present.items() if not within(name, [prefix])}
+        present.update((f"{prefix}.{local}", tensor) for local, tensor in named(bare).items())
+        modules = {name for name in modules if not within(name, [prefix])} | {prefix}
+        modules |= {canonical(f"{prefix}.{local}") for local, _ in bare.named_modules(remove_duplicate=False) if local}
+    return present, modules
 
 
 def _differences(
     model: nn.Module, mine: History | None, history: History | None, state_dict: Mapping[str, Any]
 ) -> Iterator[str]:
     """In words: where a checkpoint does not fit the network that ``model`` was when it was dense."""
-    present = _before(model, mine)
+    present, modules = _before(model, mine)
     # By object, as a tied tensor has several names and a history may know only one of them.
     dense = {id(tensor): tuple(tensor.shape) for tensor in present.values() if not is_lazy(tensor)}
     if mine is not None:
         dense.update((id(present[name]), shape) for name, shape in mine.shapes.items())
-    expected = dict(dense)
+    keys: dict[str, object] = {name: id(tensor) for name, tensor in present.items()}
+    expected: dict[object, Shape] = dict(dense.items())
     if history is not None:
-        yield from (f"{name} was taken out, here it is missing" for name in history.drops if layer(model, name) is None)
-        for name, shape in history.shapes.items():
-            here = dense.get(id(present[name])) if name in present else None
-            if here != shape:
-                yield f"{name} was {list(shape)} before it was cut, here it is {list(here) if here else 'missing'}"
-        expected |= _narrow(present, dense, history)
+        problems = list(_unlike(history, {name: dense.get(id(tensor)) for name, tensor in present.items()}))
+        yield from problems or _follow(history, modules, keys, expected)
+        if problems:
+            return
     for full_name, weight in state_dict.items():
-        name = canonical(full_name)
-        wanted = expected.get(id(present[name])) if name in present else None
+        wanted = expected.get(keys.get(canonical(full_name)))
         if wanted is not None and isinstance(weight, Tensor) and not is_lazy(weight) and tuple(weight.shape) != wanted:
-            yield f"{name} is {list(weight.shape)}, here it should be {list(wanted)}"
+            yield f"{canonical(full_name)} is {list(weight.shape)}, here it should be {list(wanted)}"
 
 
-def _narrow(present: Mapping[str, Tensor], dense: Mapping[int, Shape], history: History) -> dict[int, Shape]:
-    """Shapes after all edits of what they change, by tensor of the dense network."""
-    weights = {f"{name}.weight" for name, kind in history.drops.items() if kind == "constant"} & present.keys()
-    shapes = {id(present[name]): (*dense[id(present[name])][:1], 0) for name in weights}
-    return shapes | {id(present[name]): shape for name, shape in history.shapes_now.items() if name in present}
+def _unlike(history: History, dense: Mapping[str, Shape | None]) -> Iterator[str]:
+    for name, shape in history.shapes.items():
+        here = dense.get(name)
+        if here != shape:
+            yield f"{name} was {list(shape)} before it was cut, here it is {list(here) if here else 'missing'}"
+
+
+def _follow(history: History, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> Iterator[str]:
+    """Go through all edits without weights: names of modules, keys of tensors by name, shapes by key."""
+    for step in history.steps:
+        if isinstance(step, Keep):
+            for name, axes in step.axes.items():
+                if (shape := shapes.get(keys.get(name))) is not None:
+                    shapes[keys[name]] = tuple(len(axes.get(dim, range(length))) for dim, length in enumerate(shape))
+            continue
+        what = "taken out" if isinstance(step, Drop) else "replaced"
+        yield from (f"{name} was {what}, here it is missing" for name in step.modules if name not in modules)
+        if isinstance(step, Drop):
+            _follow_drop(step, keys, shapes)
+        else:
+            _follow_replace(step, modules, keys, shapes)
+
+
+def _follow_drop(step: Drop, keys: dict[str, object], shapes: dict[object, Shape]) -> None:
+    for name in [name for name in keys if name.rpartition(".")[0] in step.modules]:
+        owner, _, own = name.rpartition(".")
+        key = keys.pop(name)
+        if step.modules[owner] == "constant" and own == "bias":
+            keys[name] = key
+        elif step.modules[owner] == "constant" and own == "weight" and key in shapes:
+            keys[name], shapes[name, id(step)] = (name, id(step)), (*shapes[key][:1], 0)
+
+
+def _follow_replace(step: Replace, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> None:
+    for name in [name for name in keys if within(name, step.modules)]:
+        del keys[name]
+    for prefix, spec in step.modules.items():
+        modules -= {name for name in modules if within(name, [prefix])}
+        modules |= {prefix, *(f"{prefix}.{name}" for name, _ in spec.build("meta").named_modules() if name)}
+        for name, shape in spec.shapes.items():
+            full = f"{prefix}.{name}"
+            keys[full], shapes[full, id(step)] = (full, id(step)), shape
 
 
 def _table(found: dict[str, Any]) -> LatencyTable:
@@ -509,89 +567,19 @@ def _table(found: dict[str, Any]) -> LatencyTable:
         raise plain.damaged(f"its table of latencies is none ({type(error).__name__}: {error})") from error
 
 
-def _write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
-    """One edit as plain data; equal positions share a tensor among all that is ``known``."""
-
-    def tensor(positions: IndexArray | tuple[int, ...]) -> Tensor:
-        # Most axes of a group have the same positions, and `torch.save` writes a tensor once.
-        array = np.array(positions, dtype=np.int64)
-        return known.setdefault(array.tobytes(), torch.from_numpy(array))
-
-    when = {"epoch": int(edit.epoch), "step": int(edit.step), "cut": int(edit.cut)}
-    if isinstance(edit, Drop):
-        modules = {canonical(name): str(kind) for name, kind in edit.modules.items()}
-        return {"kind": edit.kind, "modules": modules, "groups": [str(group) for group in edit.groups], **when}
-    return {
-        "kind": edit.kind,
-        "axes": {name: {dim: tensor(kept) for dim, kept in axes.items()} for name, axes in edit.axes.items()},
-        "kept": {group: tensor(units) for group, units in edit.kept.items()},
-        **when,
-        "info": {name: _plain_number(name, value) for name, value in edit.info.items()},
-    }
-
-
-def _plain_number(name: str, value: object) -> int | float:
-    # Scalars of numpy pass for numbers, but do not load with `weights_only=True`.
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    raise HistoryError(f"Expected `info[{name!r}]` to be a plain number, got {type(value).__name__}.")
-
-
 def _same(mine: History, history: History) -> bool:
-    return mine.drops == history.drops and _same_axes(mine.axes, history.axes)
+    steps, others = mine.steps, history.steps
+    return len(steps) == len(others) and all(map(same_effect, steps, others))
 
 
-def _same_axes(first: Axes, second: Axes) -> bool:
-    return first.keys() == second.keys() and all(
-        first[name].keys() == second[name].keys()
-        and all(np.array_equal(first[name][dim], second[name][dim]) for dim in first[name])
-        for name in first
-    )
-
-
-def _read_edit(found: object, lengths: dict[str, list[int]], units: dict[str, int]) -> Edit:
-    """One edit of a history; ``lengths`` of tensors and ``units`` of groups go from before it to after it."""
-    edit: dict[str, Any] = plain.value(found, dict, "an edit")
-    kind = plain.entry(edit, "kind", str)
-    if kind == Keep.kind:
-        return _read_keep(edit, lengths, units)
-    if kind == Drop.kind:
-        return _read_drop(edit, units)
-    raise HistoryError(f"The pruning history holds an edit of the unknown kind {kind!r}. {_UPGRADE}")
-
-
-def _read_drop(edit: dict[str, Any], units: dict[str, int]) -> Drop:
-    modules = dict(plain.items(edit, "modules", str))
-    if unknown := {kind for kind in modules.values() if kind not in get_args(Kind)}:
-        raise HistoryError(f"The pruning history puts an unknown {min(unknown)!r} in place of a layer. {_UPGRADE}")
-    groups = tuple(plain.value(group, str, "a group that is gone") for group in plain.entry(edit, "groups", list))
-    for group in groups:
-        if not units.get(group):
-            raise plain.damaged(f"an edit takes out a group {group!r} that is not there")
-        units[group] = 0
-    epoch, step, index = (plain.entry(edit, key, int) for key in ("epoch", "step", "cut"))
-    return Drop(modules, groups, epoch, step, index)
-
-
-def _read_keep(edit: dict[str, Any], lengths: dict[str, list[int]], units: dict[str, int]) -> Keep:
-    axes: Axes = {}
-    for name, dims in plain.items(edit, "axes", dict):
-        length = lengths.get(name, [])
-        axes[name] = {}
-        for key, positions in dims.items():
-            dim = plain.value(key, int, f"a dimension of {name!r}")
-            if not 0 <= dim < len(length):
-                raise plain.damaged(f"an edit cuts dimension {dim} of {name!r}, which has {len(length) or 'no shape'}")
-            axes[name][dim] = plain.positions(positions, length[dim], name)
-            length[dim] = len(axes[name][dim])
-    kept = {}
-    for group, positions in plain.items(edit, "kept", Tensor):
-        if group not in units:
-            raise plain.damaged(f"an edit cuts a group {group!r} without a dense width")
-        kept[group] = tuple(plain.positions(positions, units[group], group).tolist())
-        units[group] = len(kept[group])
-    epoch, step, index = (plain.entry(edit, key, int) for key in ("epoch", "step", "cut"))
-    info = {name: plain.number(number, f"info[{name!r}]") for name, number in plain.items(edit, "info", object)}
-    return Keep(axes, kept, epoch, step, index, info)
+def _composed(edits: Iterable[Edit]) -> Axes:
+    """What remains after several cuts, counted before the first."""
+    whole: Axes = {}
+    for edit in edits:
+        if not isinstance(edit, Keep):
+            continue
+        for name, axes in edit.axes.items():
+            remaining = whole.setdefault(name, {})
+            for dim, kept in axes.items():
+                remaining[dim] = remaining[dim][kept] if dim in remaining else kept
+    return whole

@@ -5,7 +5,7 @@ A mask is true where a weight is masked. The network stays plain: a masked weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "narrowed",
     "revived",
     "save_masks_into",
+    "without_masks",
     "zero_gradients",
     "zero_moments",
 ]
@@ -74,6 +75,14 @@ def narrowed(model: nn.Module, axes: Axes) -> dict[str, Any]:
     kept, present = {canonical(name): rows for name, rows in axes.items()}, named(model)
     narrow = {name: take(mask, kept.get(name, {})) for name, mask in masks.items() if name in present}
     return {_ATTRIBUTE: narrow}
+
+
+def without_masks(model: nn.Module, modules: Collection[str]) -> None:
+    """Take the masks of these modules, by name, from a network: their weights are gone."""
+    masks = masks_of(model)
+    left = {n: m for n, m in masks.items() if not any(n.startswith(f"{module}.") for module in modules)}
+    if len(left) < len(masks):
+        attach_masks(model, left)
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:

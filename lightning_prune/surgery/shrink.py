@@ -102,7 +102,7 @@ def shrink(
                 "or by `wandb.watch` without `log_graph=False`? Running backward through it fails from now on. A "
                 "wrapper like DistributedDataParallel holds such graphs too and no longer sees the gradients: unwrap "
                 "the network before a cut.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

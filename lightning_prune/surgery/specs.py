@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,7 +62,7 @@ class LayerSpec:
 
     Attributes:
         kind: Name of its class in ``torch.nn``: one of `KINDS`, or ``"Sequential"``.
-        options: Arguments of the class by name, in plain data; those left out have the class's default.
+        options: Arguments of the class by name, in plain data; those left out take the class's default.
         layers: Of a ``"Sequential"``, its layers in order.
 
     Raises:
@@ -89,11 +90,18 @@ class LayerSpec:
         if unknown:
             known = ", ".join(KINDS[self.kind]) or "none"
             raise ValueError(f"expected options of a {self.kind} ({known}), got {', '.join(map(repr, unknown))}")
-        object.__setattr__(self, "options", {name: _option(name, value) for name, value in self.options.items()})
+        given = {name: _option(name, value) for name, value in self.options.items()}
         try:
-            self._make("meta")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a tensor without elements cannot be drawn: it is refused below
+                module = _make(self.kind, given, "meta")
         except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{self} cannot be built ({type(error).__name__}: {error})") from error
+        empty = [name for name, parameter in module.named_parameters() if not parameter.numel()]
+        if empty:
+            raise ValueError(f"expected tensors with at least one element in {self}, but {', '.join(empty)} has none")
+        # All of them are written down: a later version of PyTorch may have other defaults.
+        object.__setattr__(self, "options", {name: _option(name, _read(module, name)) for name in KINDS[self.kind]})
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """The layer, its weights drawn as the class draws them.
@@ -102,13 +110,13 @@ class LayerSpec:
             device: Where its tensors are; on ``"meta"`` they have shapes only.
             dtype: Type of its floating-point tensors; by default PyTorch's.
         """
-        module = self._make(device)
+        module = self._built(device)
         return module if dtype is None else module.to(dtype)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and buffer, by name."""
-        module = self._make("meta")
+        module = self._built("meta")
         return {name: tuple(t.shape) for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
     def to_plain(self) -> dict[str, Any]:
@@ -131,25 +139,20 @@ class LayerSpec:
         options = {} if kind == _SEQUENTIAL else plain.entry(top, "options", dict)
         for name in options:
             plain.value(name, str, f"an option of a {kind}")
+        inside = tuple(cls.from_plain(layer) for layer in layers)
         try:
-            spec = cls(kind, options, tuple(cls.from_plain(layer) for layer in layers))
+            return cls(kind, options, inside)
         except ValueError as error:
-            raise error if isinstance(error, plain.HistoryError) else plain.damaged(str(error)) from error
-        for name, shape in spec.shapes.items():
-            if shape:  # a counter has none
-                plain.shape(list(shape), name)
-        return spec
+            raise plain.damaged(str(error)) from error
 
     def __str__(self) -> str:
         inside = ", ".join(map(str, self.layers)) or ", ".join(f"{n}={v}" for n, v in self.options.items())
         return f"{self.kind}({inside})"
 
-    def _make(self, device: torch.device | str) -> nn.Module:
+    def _built(self, device: torch.device | str) -> nn.Module:
         if self.kind == _SEQUENTIAL:
-            return nn.Sequential(*(layer._make(device) for layer in self.layers))
-        build: Callable[..., nn.Module] = getattr(nn, self.kind)
-        with torch.device(device):
-            return build(**self.options)
+            return nn.Sequential(*(layer._built(device) for layer in self.layers))
+        return _make(self.kind, self.options, device)
 
 
 def spec_of(module: nn.Module, **changes: Option) -> LayerSpec:
@@ -176,9 +179,13 @@ def spec_of(module: nn.Module, **changes: Option) -> LayerSpec:
             f"{type(module).__module__}.{type(module).__qualname__}: it cannot be described in plain data"
         )
     options = {name: _read(module, name) for name in KINDS[kind]}
-    if kind.startswith("ConvTranspose") and options["padding_mode"] == "zeros":
-        del options["padding_mode"]  # the only one there is
     return LayerSpec(kind, {**options, **changes})
+
+
+def _make(kind: str, options: Mapping[str, Option], device: torch.device | str) -> nn.Module:
+    build: Callable[..., nn.Module] = getattr(nn, kind)
+    with torch.device(device):
+        return build(**options)
 
 
 def _read(module: nn.Module, name: str) -> Any:

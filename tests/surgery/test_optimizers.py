@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
 
-from lightning_prune.surgery.history import History, Keep, attach, conform
+from lightning_prune.surgery.edits import Keep
+from lightning_prune.surgery.history import History, attach, conform
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.shrink import cut, cut_and_check, mask
 from lightning_prune.surgery.tensors import take
