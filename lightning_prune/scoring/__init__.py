@@ -44,6 +44,7 @@ from lightning_prune.scoring.statistics import (
 )
 from lightning_prune.scoring.surrogates import NeuralProbe, SklearnEstimator, Surrogate, XGBoost
 from lightning_prune.scoring.table import criteria_table
+from lightning_prune.scoring.walk import Here, Station, Visit, Walk, WalkProgress, pooled_features, stations_of
 
 __all__ = [
     "FPGM",
@@ -67,6 +68,7 @@ __all__ = [
     "GraSP",
     "GradientStatistic",
     "HRank",
+    "Here",
     "KLDivergence",
     "MemberStatistic",
     "Misclassification",
@@ -76,11 +78,15 @@ __all__ = [
     "Ratio",
     "SPvR",
     "SklearnEstimator",
+    "Station",
     "Statistic",
     "Surrogate",
     "SynFlow",
     "Target",
     "Taylor",
+    "Visit",
+    "Walk",
+    "WalkProgress",
     "XGBoost",
     "bundles_of",
     "contributions_of",
@@ -88,7 +94,9 @@ __all__ = [
     "crossings",
     "norm_scales",
     "per_unit",
+    "pooled_features",
     "score_groups",
+    "stations_of",
     "unit_rows",
     "unit_weights",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_prune.scoring.drawing import Choice, batch_size_of, class_members, draw, hold_back
 from lightning_prune.scoring.samples import Samples, batch_length
@@ -40,6 +41,17 @@ class Batch:
     def __len__(self) -> int:
         length = batch_length((self.args, dict(self.kwargs)))
         return 1 if length is None else length
+
+    def rows(self, numbers: Sequence[int]) -> Batch:
+        """Some of the samples, in this order, as ``forward`` and labels have them; ``raw`` is left out."""
+        length = len(self)
+
+        def taken(leaf: Any) -> Any:
+            has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == length
+            return leaf[torch.as_tensor(numbers, device=leaf.device)] if has_rows else leaf
+
+        args, kwargs, labels = tree_map(taken, (self.args, dict(self.kwargs), self.labels))
+        return Batch(args, kwargs, labels)
 
 
 @final

@@ -1,0 +1,248 @@
+"""Whole forward passes with hooks: what every walk has to equal, and the way of networks that can be run no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple, final
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.walk.chains import activations
+from lightning_prune.scoring.walk.recording import Recording
+from lightning_prune.scoring.walk.station import Station, channel_dim, is_layer, scaled
+from lightning_prune.structure.layers import canonical
+
+__all__ = ["Change", "Place", "Plain", "marked", "places_of"]
+
+#: Takes the value at a station and gives the one that takes its place.
+Change = Callable[[Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """A station as a forward pass finds it.
+
+    Attributes:
+        station: The station.
+        order: Position among all stations of the forward pass.
+        dim: The dimension that channels lie on.
+        channels: Number of channels.
+        macs: Multiply-accumulates of one sample's forward pass up to here.
+        behind: For an activation, the operators that run from the layer's output to it.
+    """
+
+    station: Station
+    order: int
+    dim: int
+    channels: int
+    macs: int
+    behind: tuple[Any, ...] = ()
+
+
+def places_of(recording: Recording, model: nn.Module, samples: int) -> list[Place]:
+    """All stations of a recording, in the order in which a forward pass comes by them.
+
+    Args:
+        recording: What the forward pass does.
+        model: The network.
+        samples: Samples in the batch that was recorded.
+    """
+    layers = {canonical(name): module for name, module in model.named_modules()}
+    macs = [0, *accumulate(step.macs for step in recording.steps)]
+    found: list[tuple[int, Place]] = []
+    outputs: dict[tuple[str, int], int] = {}
+
+    def add(station: Station, value: Tensor, after: int, behind: tuple[Any, ...] = ()) -> None:
+        dim = channel_dim(layers[station.layer], value)
+        found.append((after, Place(station, 0, dim, value.shape[dim], macs[after] // samples, behind)))
+
+    for index, step in enumerate(recording.steps):
+        if step.station is not None:
+            add(step.station, recording.values[step.outs[0] or 0], index + 1)
+            outputs[step.station.layer, step.station.call] = index + 1
+    for station, behind in activations(recording).items():
+        steps = recording.steps[outputs[station.layer, station.call] : behind.after]
+        operators = tuple(step.func for step in steps if step.func is not None)
+        add(station, recording.values[behind.value], behind.after, operators)
+    found.sort(key=lambda entry: entry[0])  # stable: an output before its activation
+    return [place._replace(order=order) for order, (_, place) in enumerate(found)]
+
+
+@contextmanager
+def marked(model: nn.Module, changes: Mapping[Place, Change]) -> Iterator[None]:
+    """Within the context a forward pass has its values at some stations seen and exchanged.
+
+    Raises:
+        ValueError: If other operators run behind a layer than when its activation was looked for.
+    """
+    by_layer: dict[str, list[tuple[Place, Change]]] = {}
+    for place, change in changes.items():
+        by_layer.setdefault(place.station.layer, []).append((place, change))
+    watch = _Watch()
+    handles = []
+    for name, layer in model.named_modules():
+        if is_layer(layer) and canonical(name) in by_layer:
+            hooks = _Hooks(by_layer[canonical(name)], watch)
+            handles.append(layer.register_forward_pre_hook(hooks.before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(hooks.after))
+    try:
+        with watch if watch.needed(changes) else _nothing():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@final
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows operators behind layers, up to their activations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._awaited: list[tuple[Place, int, Change]] = []
+        self._paused = False
+
+    @staticmethod
+    def needed(changes: Mapping[Place, Change]) -> bool:
+        """Whether an activation has to be followed."""
+        return any(place.behind for place in changes)
+
+    def expect(self, place: Place, change: Change) -> None:
+        """The layer has just given its output."""
+        self._awaited.append((place, 0, change))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the context operators are not the network's."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._paused or not self._awaited:
+            return out
+        awaited, self._awaited = self._awaited, []
+        for place, done, change in awaited:
+            if place.behind[done] is not func:
+                raise ValueError(
+                    f"{place.station}: expected `{place.behind[done]}` to run behind the layer, as in the first pass, "
+                    f"got `{func}`. The network's operators depend on the data: look at the layer's `output`."
+                )
+            if done + 1 < len(place.behind):
+                self._awaited.append((place, done + 1, change))
+                continue
+            value = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            new = change(value)
+            if new is not value:
+                value.copy_(new)
+        return out
+
+
+class _Hooks:
+    """Hooks of one layer."""
+
+    def __init__(self, changes: list[tuple[Place, Change]], watch: _Watch) -> None:
+        self.changes, self.watch, self.call = changes, watch, -1
+
+    def _here(self, *points: str) -> Iterator[tuple[Place, Change]]:
+        for place, change in self.changes:
+            if place.station.call == self.call and place.station.point in points:
+                yield place, change
+
+    def before(self, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Exchange what enters."""
+        self.call += 1
+        name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        with self.watch.paused():
+            for _, change in self._here("input"):
+                if args:
+                    args = (change(args[0]), *args[1:])
+                elif name is not None:
+                    kwargs = {**kwargs, name: change(kwargs[name])}
+        return args, kwargs
+
+    def after(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        """Exchange what comes out, and wait for what becomes of it."""
+        for place, change in self._here("output", "activation"):
+            if place.behind:
+                self.watch.expect(place, change)
+            else:
+                with self.watch.paused():
+                    output = change(output)
+        return output
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Reached(BaseException):
+    """Ends a forward pass of which no more is needed; no `except Exception` of a network stops it."""
+
+
+@final
+class Plain:
+    """Runs the whole network for everything that is asked: exact for every network, and slow.
+
+    Args:
+        model: The network.
+        places: Its stations.
+        macs: Multiply-accumulates of one sample's forward pass.
+
+    Attributes:
+        macs: Multiply-accumulates so far.
+    """
+
+    def __init__(self, model: nn.Module, places: Mapping[Station, Place], macs: int) -> None:
+        self.model, self.places, self.forward_macs = model, places, macs
+        self.macs = 0
+
+    def start(self, batches: int) -> None:
+        """A walk begins: nothing is kept from batch to batch."""
+
+    def move(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> None:
+        """Go on to a station: there is nothing to be moved."""
+
+    def value(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> Tensor:  # noqa: ARG002
+        """What a station has, before its own mask."""
+        found: list[Tensor] = []
+
+        def see(value: Tensor) -> Tensor:
+            found.append(value.clone())
+            raise _Reached
+
+        try:
+            self._run(batch, {**self._masked(masks, without=station), self.places[station]: see})
+        except _Reached:
+            self.macs += len(batch) * self.places[station].macs
+        return found[0]
+
+    def rest(
+        self,
+        number: int,  # noqa: ARG002
+        batch: Batch,
+        station: Station,
+        value: Tensor,
+        masks: Mapping[Station, Tensor],
+    ) -> Any:
+        """What the network gives with another value at a station."""
+        changes = {**self._masked(masks, without=station), self.places[station]: lambda _: value}
+        self.macs += len(batch) * self.forward_macs
+        return self._run(batch, changes)
+
+    def _masked(self, masks: Mapping[Station, Tensor], without: Station) -> dict[Place, Change]:
+        places = ((self.places[station], mask) for station, mask in masks.items() if station != without)
+        return {place: partial(scaled, mask=mask, dim=place.dim) for place, mask in places}
+
+    def _run(self, batch: Batch, changes: Mapping[Place, Change]) -> Any:
+        with marked(self.model, changes):
+            return self.model(*batch.args, **batch.kwargs)

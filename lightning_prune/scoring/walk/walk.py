@@ -1,0 +1,402 @@
+"""Samples that move through a network, station by station."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.walk.notes import Notes, key_of
+from lightning_prune.scoring.walk.plain import Change, Place, Plain, marked, places_of
+from lightning_prune.scoring.walk.recording import record
+from lightning_prune.scoring.walk.station import Point, Station, pooled, scaled
+
+__all__ = ["Here", "Visit", "Walk", "WalkProgress", "pooled_features", "stations_of"]
+
+Masks = Mapping[Station, Tensor]
+
+
+@dataclass(frozen=True)
+class WalkProgress:
+    """How far a walk is.
+
+    Attributes:
+        station: The station that it has just left.
+        index: Its number, from 0.
+        total: Number of stations.
+        seconds: Since the walk began.
+        seconds_left: As the stations so far let expect.
+    """
+
+    station: Station
+    index: int
+    total: int
+    seconds: float
+    seconds_left: float
+
+
+class _Engine(Protocol):
+    """How values at stations, and the rest of the network, are computed."""
+
+    macs: int
+
+    def start(self, batches: int) -> None: ...
+
+    def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None: ...
+
+    def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor: ...
+
+    def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks) -> Any: ...
+
+
+def stations_of(
+    model: nn.Module, batch: Batch, layers: Sequence[str] | None = None, point: Point = "activation"
+) -> list[Station]:
+    """Stations of convolutions and linear layers that are called as modules, in the order of execution.
+
+    Args:
+        model: The network, left as it is.
+        batch: Some samples; the first two are run.
+        layers: Only these layers.
+        point: Where at the layer.
+
+    Raises:
+        ValueError: If a layer is not among those that are called.
+    """
+    found = [place.station for place in _places(model, batch)[0] if place.station.point == point]
+    if layers is None:
+        return found
+    missing = sorted(set(layers) - {station.layer for station in found})
+    if missing:
+        raise ValueError(
+            f"expected layers that are convolutions or linear layers and called as modules, got {', '.join(missing)}. "
+            f"There are: {', '.join(dict.fromkeys(station.layer for station in found))}."
+        )
+    return [station for station in found if station.layer in layers]
+
+
+@torch.no_grad()
+def pooled_features(
+    model: nn.Module, data: DataPass, stations: Sequence[Station], reduction: str = "avg", *, absolute: bool = False
+) -> dict[Station, Tensor]:
+    """One number per sample and channel at several stations, from one forward pass.
+
+    Args:
+        model: The network, left as it is.
+        data: The samples; those of this process.
+        stations: Where.
+        reduction: Over positions, ``"avg"`` or ``"max"``.
+        absolute: Of absolute values.
+
+    Returns:
+        Tables of shape ``(samples, channels)`` by station, on the CPU, in the order of ``data.labels``.
+
+    Raises:
+        ValueError: If a station is not in the network.
+    """
+    places = _select(_places(model, next(iter(data)))[0], stations)
+    tables: dict[Station, list[Tensor]] = {place.station: [] for place in places}
+
+    def see(place: Place) -> Change:
+        def change(value: Tensor) -> Tensor:
+            tables[place.station].append(pooled(value, place.dim, reduction, absolute).cpu())
+            return value
+
+        return change
+
+    def call(model: nn.Module, batch: Batch) -> Any:
+        with marked(model, {place: see(place) for place in places}):
+            return model(*batch.args, **batch.kwargs)
+
+    data.run(model, call=call)
+    return {station: torch.cat(tables[station]) for station in stations}
+
+
+@final
+class Walk:
+    """Moves samples through a network, one station after the other.
+
+    At a station every batch of the data has its value there, which can be looked at, and the rest of the network can
+    be run from there with another one. What moves on can be masked. The network itself is left as it is; it is read
+    when a segment is run, so that a layer whose weights are exchanged counts from then on: two walks side by side,
+    ``zip(Walk(dense, ...), Walk(cut, ...))``, see the features of the cut network and the targets of the dense one.
+
+    Args:
+        model: The network. Of a LightningModule ``forward`` is run.
+        data: The samples; under several processes each walks its own.
+        stations: Where to stop, in any order; see `stations_of`.
+        memory_limit: Bytes of live tensors that are kept in memory; the others lie in memory-mapped temporary files.
+        folder: Where `Visit.once` writes down what is decided; nothing is written without one.
+        options: What else decides, beside weights, samples and stations: it is part of the key under which finished
+            stations are found again.
+        progress: Called when a station is left.
+        plain: Run the whole network with hooks for every value: slow, the same numbers.
+        agree: Whether something holds on all processes, by what holds on this one; by default what holds here.
+
+    Attributes:
+        model: The network.
+        data: The samples.
+        stations: In the order of execution.
+        forward_macs: Multiply-accumulates (1 MAC = 2 FLOPs) of one sample's forward pass.
+
+    Raises:
+        ValueError: If a station is not in the network, or there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.scoring import DataPass, Walk, stations_of
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> data = DataPass([torch.ones(5, 3)])
+        >>> walk = Walk(net, data, stations_of(net, next(iter(data))))
+        >>> [(str(visit.station), tuple(visit.features().shape)) for visit in walk]
+        [('0 (activation)', (5, 4)), ('2 (activation)', (5, 2))]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataPass,
+        stations: Sequence[Station],
+        *,
+        memory_limit: int = 2**30,  # noqa: ARG002
+        folder: str | Path | None = None,
+        options: Any = None,
+        progress: Callable[[WalkProgress], None] | None = None,
+        plain: bool = False,  # noqa: ARG002
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        places, forward_macs = _places(model, next(iter(data)))
+        chosen = _select(places, stations)
+        self.model, self.data, self.forward_macs = model, data, forward_macs
+        self.stations = [place.station for place in chosen]
+        self.places = {place.station: place for place in places}
+        self.agree = agree
+        self._progress = progress
+        self._masks: dict[Station, Tensor] = {}
+        self._engine: _Engine = Plain(model, self.places, forward_macs)
+        key = None if folder is None else key_of(model, data, self.stations, options)
+        self.notes = None if folder is None or key is None else Notes(Path(folder) / key)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates so far."""
+        return self._engine.macs
+
+    @property
+    def macs_naive(self) -> int:
+        """Those of running the network from its input once for every station."""
+        return len(self.stations) * len(self.data) * self.forward_macs
+
+    def __iter__(self) -> Iterator[Visit]:
+        """Go to one station after the other; each walk begins at the inputs, without masks."""
+        self._masks.clear()
+        self._engine.start(len(self.stations))
+        began = perf_counter()
+        for index, station in enumerate(self.stations):
+            with self.quiet():
+                for number, batch in enumerate(self.data):
+                    self._engine.move(number, batch, station, self._masks)
+            visit = Visit(self, index, self._engine, self._masks)
+            yield visit
+            self._masks |= visit.later
+            if self._progress is not None:
+                seconds, done = perf_counter() - began, index + 1
+                left = seconds / done * (len(self.stations) - done)
+                self._progress(WalkProgress(station, index, len(self.stations), seconds, left))
+
+    def quiet(self) -> _Quiet:
+        """Context in which the network is run without a trace."""
+        return _Quiet(self.model, self.data.seed)
+
+
+@final
+class Visit:
+    """All samples at one station: iterates over the batches there."""
+
+    def __init__(self, walk: Walk, index: int, engine: _Engine, masks: Masks) -> None:
+        self.walk, self.index, self.station = walk, index, walk.stations[index]
+        self.place = walk.places[self.station]
+        self.engine, self.masks = engine, dict(masks)
+        self.later: dict[Station, Tensor] = {}
+
+    @property
+    def channels(self) -> int:
+        """Number of channels at the station."""
+        return self.place.channels
+
+    def __iter__(self) -> Iterator[Here]:
+        """One batch after the other, in the order of the data."""
+        for number, batch in enumerate(self.walk.data):
+            yield Here(self, number, batch)
+
+    def features(self, reduction: str = "avg", *, absolute: bool = False) -> Tensor:
+        """One number per sample and channel, of shape ``(samples, channels)``, on the CPU.
+
+        Args:
+            reduction: Over positions, ``"avg"`` or ``"max"``.
+            absolute: Of absolute values.
+        """
+        return torch.cat([pooled(here.value, self.place.dim, reduction, absolute).cpu() for here in self])
+
+    def mask(self, mask: Tensor, at: Sequence[Station] | None = None) -> None:
+        """Multiply what moves on.
+
+        Args:
+            mask: One number per channel.
+            at: Later stations of the same channels in place of this one, the inputs of a group's consumers, say: all of
+                them are multiplied from now on, whether the walk stops there or not.
+
+        Raises:
+            ValueError: If the mask does not have a number for every channel, or a station lies behind.
+        """
+        for station in (self.station,) if at is None else at:
+            place = self.walk.places.get(station)
+            if place is None:
+                raise ValueError(f"expected a station of the network, got {station}")
+            if mask.shape != (place.channels,):
+                raise ValueError(
+                    f"{station}: expected a mask of shape ({place.channels},), got {tuple(mask.shape)}. Give one "
+                    "number per channel."
+                )
+            if place.order < self.place.order:
+                raise ValueError(f"expected a station not before {self.station}, got {station}")
+            self.later[station] = mask * self.later.get(station, self.masks.get(station, torch.ones_like(mask)))
+
+    def once(self, decide: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What is decided at this station: computed once, and read back when a killed walk is run again.
+
+        Args:
+            decide: Gives tensors, numbers, strings, and lists and dicts of them.
+
+        Returns:
+            What ``decide`` gave, now or in the walk before.
+        """
+        notes = self.walk.notes
+        if notes is None:
+            return dict(decide())
+        found = notes.read(self.index)
+        # Where it is missing on one process, all compute it: they may wait for each other there.
+        if not self.walk.agree(found is not None) or found is None:
+            found = dict(decide())
+            notes.write(self.index, found)
+        return found
+
+
+@final
+class Here:
+    """One batch at a station.
+
+    Attributes:
+        batch: The samples.
+    """
+
+    def __init__(self, visit: Visit, number: int, batch: Batch) -> None:
+        self.visit, self.number, self.batch = visit, number, batch
+        self._value: Tensor | None = None
+        self._output: Any = None
+
+    @property
+    def value(self) -> Tensor:
+        """What the station has: ``(samples, channels, *positions)``; of a linear layer the channels come last."""
+        if self._value is None:
+            visit = self.visit
+            with visit.walk.quiet():
+                self._value = visit.engine.value(self.number, self.batch, visit.station, visit.masks)
+        return self._value
+
+    @property
+    def output(self) -> Any:
+        """What the network gives with the value as it is."""
+        if self._output is None:
+            self._output = self.rest(self.value)
+        return self._output
+
+    def rest(self, value: Tensor, also: Masks | None = None) -> Any:
+        """What the network gives with another value at this station.
+
+        Args:
+            value: In the shape of ``self.value``.
+            also: Masks at later stations, one number per channel.
+        """
+        visit = self.visit
+        masks = {**visit.masks}
+        for station, mask in (also or {}).items():
+            masks[station] = mask * masks[station] if station in masks else mask
+        with visit.walk.quiet():
+            return visit.engine.rest(self.number, self.batch, visit.station, value, masks)
+
+    def rest_masked(
+        self,
+        masks: Tensor,
+        also: Masks | None = None,
+        *,
+        delta: bool = False,  # noqa: ARG002
+        skip: bool = False,
+    ) -> Any:
+        """What the network gives with some channels masked, in several variants.
+
+        Args:
+            masks: One number per variant and channel, ``(variants, channels)``; 0 takes a channel out.
+            also: Masks of the same variants at later stations, ``(variants, channels there)``.
+            delta: Compute the layer behind as what it gave less the share of the masked channels: faster, and equal up
+                to rounding.
+            skip: Let samples whose masked channels are all 0 have ``self.output``: exact.
+
+        Returns:
+            The network's output with one more dimension in front of every tensor, the variants.
+        """
+        dim, found = self.visit.place.dim, []
+        for index, mask in enumerate(masks):
+            if skip and self._is_unchanged(mask):
+                found.append(self.output)
+            else:
+                own = {station: several[index] for station, several in (also or {}).items()}
+                found.append(self.rest(scaled(self.value, mask, dim), own))
+        return tree_map(lambda *parts: torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0], *found)
+
+    def _is_unchanged(self, mask: Tensor) -> bool:
+        masked = self.value.movedim(self.visit.place.dim, 0)[mask.to(self.value.device) == 0]
+        return not masked.any()
+
+
+class _Quiet:
+    """The network in eval mode, without gradients and without a trace."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.contexts = undisturbed(model, seed=seed), torch.inference_mode(False), torch.no_grad()
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _places(model: nn.Module, batch: Batch) -> tuple[list[Place], int]:
+    """The stations of a network, and the multiply-accumulates of one sample's forward pass."""
+    rows = batch.rows([0, min(1, len(batch) - 1)])  # two: operators tell a batch of one apart from no batch at times
+    with undisturbed(model):
+        recording = record(model, rows.args, rows.kwargs)
+    return places_of(recording, model, 2), sum(step.macs for step in recording.steps) // 2
+
+
+def _select(places: Sequence[Place], stations: Sequence[Station]) -> list[Place]:
+    """The places of stations, in the order of execution."""
+    if not stations:
+        raise ValueError("expected at least one station, got none")
+    missing = sorted(str(station) for station in set(stations) - {place.station for place in places})
+    if missing:
+        raise ValueError(
+            f"expected stations of the network, got {', '.join(missing)}. `stations_of(model, batch)` gives them."
+        )
+    return [place for place in places if place.station in set(stations)]
