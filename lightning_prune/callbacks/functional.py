@@ -25,15 +25,12 @@ from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
     CutError,
-    attach,
-    begun,
     check,
-    cut_and_check,
-    edits_of,
     history_of,
     latency_table,
     original_of,
     refuse,
+    transaction,
 )
 from lightning_prune.surgery.tensors import named
 
@@ -146,16 +143,14 @@ def _prune(
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(Size.of(structure, original), present, number)
     note_what_stays(report, staying(structure, target, scope, selected, original))
-    after = structure.take(plan.kept)
+    after = structure
     if not plan.is_empty:
-        remembered = begun(model, structure)
-        for edit in edits_of(structure, plan.kept, 0, 0, number):
-            remembered = remembered.add(edit, model)
-        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         rehearse(subject, structure, plan.kept)
-        with _runs_on_the_example(model, call):
-            cut_and_check(model, axes, optimizers, (), lambda: model(*call.args, **call.kwargs), drops)
-        attach(model, remembered)
+        with (
+            _runs_on_the_example(model, call),
+            transaction(model, optimizers, run=lambda: model(*call.args, **call.kwargs)) as change,
+        ):
+            after = change.keep(structure, plan.kept)
         if isinstance(model, LightningModule):
             keep_history(model)
         report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
