@@ -2,10 +2,10 @@
 
 from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
+from lightning_prune.callbacks.extensions import CutExtension, Rewind, Rollback, SaveEachSize
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.hybrid import HybridPruning
 from lightning_prune.callbacks.magnitude import MagnitudePruning
-from lightning_prune.callbacks.rollback import Rollback
 from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
@@ -14,11 +14,14 @@ from lightning_prune.callbacks.unfreezing import GradualUnfreezing
 
 __all__ = [
     "ContributionPruning",
+    "CutExtension",
     "GradualUnfreezing",
     "HybridPruning",
     "MagnitudePruning",
     "NetworkSlimming",
+    "Rewind",
     "Rollback",
+    "SaveEachSize",
     "StructuredPruning",
     "inspect",
     "load_from_checkpoint",

@@ -2,86 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, final
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from typing_extensions import override
 
-from lightning_prune.callbacks.around import Around, Run
-from lightning_prune.callbacks.kept import Kept
-from lightning_prune.reporting import require
-from lightning_prune.structure import Axes, Subject
+from lightning_prune.structure import Subject
 from lightning_prune.structure.tracing import FakeCopy, forked_rng
-from lightning_prune.surgery import Repair, Rewind, repaired
 
-__all__ = ["Calibration", "Repairs"]
-
-
-@final
-class Repairs(Around):
-    """Repairs of every cut, from training batches or from weights that were kept.
-
-    Args:
-        repairs: In the order in which they happen.
-    """
-
-    def __init__(self, repairs: tuple[Repair, ...]) -> None:
-        self.repairs = repairs
-        self._kept = {
-            repair.epoch: Kept(repair.epoch, repr(repair)) for repair in repairs if isinstance(repair, Rewind)
-        }
-        self._axes: Axes = {}
-        self._drops: Mapping[str, str] = {}
-
-    @property
-    @override
-    def restarts(self) -> bool:
-        return any(repair.restarts for repair in self.repairs)
-
-    @override
-    def begin(self, run: Run) -> None:
-        self._calibration(run)
-        for kept in self._kept.values():
-            kept.require(run.trainer, run.timeline)
-
-    @override
-    def epoch(self, run: Run) -> None:
-        for kept in self._kept.values():
-            kept.begin_epoch(run.trainer, run.module)
-
-    @override
-    def contents(self, run: Run, axes: Axes, drops: Mapping[str, str]) -> Mapping[str, Tensor]:
-        batches, self._axes, self._drops = self._calibration(run), axes, drops
-        return repaired(batches.copy(), axes, [self._ready(repair) for repair in self.repairs], batches.run, drops)
-
-    @override
-    def after(self) -> None:
-        for kept in self._kept.values():
-            kept.follow(self._axes, self._drops)
-
-    @override
-    def state(self) -> dict[str, Any]:
-        reached = {epoch: dict(kept.weights) for epoch, kept in self._kept.items() if kept.weights is not None}
-        return {"rewind": reached} if self._kept else {}
-
-    @override
-    def restore(self, state: Mapping[str, Any]) -> None:
-        saved = state.get("rewind") or {}
-        require(saved, dict[int, dict[str, Tensor]], "rewind")
-        for epoch, kept in self._kept.items():
-            kept.weights = dict(saved[epoch]) if epoch in saved else None
-
-    def _ready(self, repair: Repair) -> Repair:
-        return repair.to(self._kept[repair.epoch].get()) if isinstance(repair, Rewind) else repair
-
-    def _calibration(self, run: Run) -> Calibration:
-        is_read = any(repair.batches for repair in self.repairs)
-        return Calibration(run.trainer, run.module, run.subject, is_read=is_read)
+__all__ = ["Calibration"]
 
 
 class Calibration:
@@ -95,15 +28,15 @@ class Calibration:
         trainer: The run, whose training data and devices are used.
         module: The module that trains.
         subject: How copies of it are made.
-        is_read: Whether batches are needed at all.
+        reader: Who reads batches, for texts; ``None`` if nobody does.
 
     Raises:
         ValueError: If the training data is needed and not one loader over a data set with a length.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, subject: Subject, *, is_read: bool = True) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, subject: Subject, *, reader: str | None) -> None:
         self.trainer, self.module, self.subject = trainer, module, subject
-        self.loader = _loader_of(trainer) if is_read else None
+        self.loader = None if reader is None else _loader_of(trainer, reader)
 
     def copy(self) -> nn.Module:
         """A copy of the module without the user's hooks, ready to run."""
@@ -143,13 +76,13 @@ def _batch_size(loader: DataLoader[Any]) -> int:
     return size if isinstance(size, int) else len(next(iter(loader.batch_sampler or [[0]])))
 
 
-def _loader_of(trainer: Trainer) -> DataLoader[Any]:
+def _loader_of(trainer: Trainer, reader: str) -> DataLoader[Any]:
     loader = trainer.train_dataloader
     dataset = getattr(loader, "dataset", None)
     if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
         return loader
     what = type(loader).__name__ + (f" over {type(dataset).__name__}" if dataset is not None else "")
     raise ValueError(
-        "`repair` reads some training batches again: expected one DataLoader over a data set with a length as training "
-        f"data, got {what}. Leave `repair` out, or train from such a loader."
+        f"{reader} reads some training batches again: expected one DataLoader over a data set with a length as "
+        f"training data, got {what}. Leave it out of `extensions`, or train from such a loader."
     )

@@ -32,9 +32,7 @@ class ContributionPruning(StructuredPruning):
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for the report; by default the logger's folder.
-        repair: What makes good for a cut at once, from some training batches, see `StructuredPruning`.
-        guard: Take back a cut that does not recover, see `Rollback`.
-        ladder: Save the network of each size.
+        extensions: What goes with every cut, such as `Ridge`, `Rollback`, `SaveEachSize`; see `StructuredPruning`.
 
     Example:
         >>> from lightning_prune import ContributionPruning

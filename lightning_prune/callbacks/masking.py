@@ -19,10 +19,11 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.averages import averages, count_from
 from lightning_prune.callbacks.compiled import is_compiled
-from lightning_prune.callbacks.kept import Kept
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
+from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
+from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
@@ -40,7 +41,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.reporting import Cut, Report, Size, require
-from lightning_prune.structure import Axes, Call, Structure, Subject, trace
+from lightning_prune.structure import Call, Structure, Subject, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
@@ -127,7 +128,8 @@ class MaskPruning(ScheduledPruning):
     def _forget(self) -> None:
         super()._forget()
         self.report = Report(what="weights")
-        self._kept = None if self.rewind is None else Kept(self.rewind, f"{type(self).__name__}(rewind={self.rewind})")
+        asker = f"{type(self).__name__}(rewind={self.rewind})"
+        self._kept = None if self.rewind is None else RewindSnapshot(self.rewind, asker)
 
     @override
     def _unprepare(self) -> None:
@@ -165,10 +167,12 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._stop_enforcing()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._stop_enforcing()
 
     @override
@@ -182,7 +186,7 @@ class MaskPruning(ScheduledPruning):
             self._kept.weights = state["kept"]
 
     @override
-    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+    def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
         return trainer.global_step > 0 and self._trained is module
 
     @override
@@ -198,7 +202,7 @@ class MaskPruning(ScheduledPruning):
         }
 
     @override
-    def _objection(self, other: ScheduledPruning) -> str | None:
+    def objection(self, other: Participant) -> str | None:
         if isinstance(other, MaskPruning):
             return "expected one callback that lays all masks: choose its `layers` and `scope`"
         if isinstance(self.granularity, NM):
@@ -209,24 +213,24 @@ class MaskPruning(ScheduledPruning):
         return None
 
     @override
-    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
+    def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
         assert self._structure is not None
-        before, self._structure = self.report.widths, self._structure.take(plan.kept)
+        before, self._structure = self.report.widths, self._structure.take(made.plan.kept)
         self._groups = tuple(self._structure.group(group.name) for group in self._groups)
         if self._kept is not None:
-            self._kept.follow(axes)
+            self._kept = self._kept.after_cut(made.axes)
         for network in (module, *averages(trainer)):
             apply_masks(network, masks_of(module))  # a repair writes whole weights
         self._watch(module)
-        left = self._left(module)
-        changed = {name: count for name, count in left.items() if count != before[name]}
-        size, when = self._size(module), (cut.index, cut.epoch, cut.step)
-        self.report.cuts.append(Cut.of(size, *when, {name: before[name] for name in changed}, changed, cut.seconds))
+        changed = {name: count for name, count in self._left(module).items() if count != before[name]}
+        size, when = self._size(module), (made.cut.index, made.cut.epoch, made.cut.step)
+        left = {name: before[name] for name in changed}
+        self.report.cuts.append(Cut.of(size, *when, left, changed, made.cut.seconds))
 
     @override
     def _numbers(self, trainer: Trainer) -> dict[str, float]:
         numbers = super()._numbers(trainer)
-        if len(self._company(trainer)) == 1:
+        if not self.session.is_shared:
             return numbers
         # The sizes are told by who cuts.
         return {name: value for name, value in numbers.items() if name.startswith("pruning/sparsity")}
@@ -256,7 +260,7 @@ class MaskPruning(ScheduledPruning):
             present = named(module)
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
             dense = replace(Size.of(structure, original_of(module, structure)), widths=widths)
-            self.report.dense = self._showing(trainer).measure(subject, dense)
+            self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
         self._begin_report()
 
     @override
@@ -301,7 +305,7 @@ class MaskPruning(ScheduledPruning):
         epoch, step = trainer.current_epoch, trainer.global_step
         left = {name: old[name] for name in changed}
         self.report.cuts.append(Cut.of(size, point.index, epoch, step, left, changed, seconds))
-        log_now(trainer, {**self._numbers(trainer), f"{self._showing(trainer).name}/seconds": seconds})
+        log_now(trainer, {**self._numbers(trainer), f"{self.session.writer(self, trainer).name}/seconds": seconds})
 
     def _chosen(self, module: LightningModule, point: CutPoint) -> dict[str, Tensor]:
         """The masks after a cut, by tensor, on its device."""
@@ -315,7 +319,7 @@ class MaskPruning(ScheduledPruning):
         masked = _count(masks_of(module))
         return next((p.index for p in self._timeline[::-1] if _count(self._chosen(module, p)) == masked), -1)
 
-    def _go_back(self, trainer: Trainer, module: LightningModule, kept: Kept) -> None:
+    def _go_back(self, trainer: Trainer, module: LightningModule, kept: RewindSnapshot) -> None:
         """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
         weights = kept.get()
         with torch.inference_mode(False), torch.no_grad():
@@ -384,7 +388,7 @@ class MaskPruning(ScheduledPruning):
         reasons = {
             "averaged weights have other constants": bool(averages(trainer)),
             "the network is compiled": is_compiled(module),
-            "another callback decides what is cut": len(self._company(trainer)) > 1,
+            "another callback decides what is cut": self.session.is_shared,
             f"the blocks of {self.granularity!r} stay whole": isinstance(self.granularity, NM),
         }
         if any(reasons.values()):

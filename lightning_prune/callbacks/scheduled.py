@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -14,15 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
-from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
+from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import bring_home
 from lightning_prune.callbacks.surroundings import refuse_surroundings
-from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Plan, Schedule, due, reaches
-from lightning_prune.reporting import Cut, Report, Size, plain, require, versions
-from lightning_prune.structure import Axes
+from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
+from lightning_prune.reporting import Report, Size, plain, require, versions
 from lightning_prune.surgery import refuse
 
 __all__ = ["ScheduledPruning", "instance_of", "names_or_none", "note_what_stays"]
@@ -33,16 +31,16 @@ _MISSED = "The target was not reached: "
 # What pruning callbacks log.
 _OURS = re.compile(r"pruning(-\d+)?/")
 
-# Form of the callback's state in a checkpoint.
-_FORMAT = 1
+# Form of the callback's state in a checkpoint, and the older ones that are read.
+_FORMAT, _READ = 2, (1, 2)
 
 
-class ScheduledPruning(Callback, ABC):
+class ScheduledPruning(Participant):
     """Prunes at the moments of a schedule, always before a training batch, and keeps a report.
 
     A subclass says what is found before the first batch (`_prepare`), what a cut is (`_cut`) and how large the network
-    is at the end (`_measure`); it adds to state and settings what it needs itself. Several in one run know of each
-    other: all are prepared, and do what is due, before any of them observes a batch.
+    is at the end (`_measure`); it adds to state and settings what it needs itself. Several in one run share a
+    `Session`, which calls them in order.
 
     Args:
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
@@ -50,7 +48,6 @@ class ScheduledPruning(Callback, ABC):
         dirpath: Folder for the report; by default the logger's folder.
     """
 
-    layers: str | list[str] | None
     #: Which of the settings is the target.
     _aim: ClassVar[str]
 
@@ -60,13 +57,14 @@ class ScheduledPruning(Callback, ABC):
         self.reset_monitors = reset_monitors
         self.dirpath = dirpath
         self._is_fit = True
+        self.session = Session([self])  # until a run begins
         bring_home()
         self._forget()
 
     def _forget(self) -> None:
         """A run of its own begins: nothing is known of the network, nothing was done."""
         self.report = Report()
-        self._run_id = uuid.uuid4().hex
+        self.run_id = uuid.uuid4().hex
         self._done: int | None = None  # index of the last cut that was made, -1 for none; None: the history knows
         self._trained: LightningModule | None = None  # by the last fit that came to a batch
         self._unprepare()
@@ -77,11 +75,15 @@ class ScheduledPruning(Callback, ABC):
         self._timeline: tuple[CutPoint, ...] = ()
         self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
         self._pace = Pace()
-        self._thresholds = Thresholds()
 
     @property
+    @override
+    def is_prepared(self) -> bool:
+        return self._is_prepared
+
+    @property
+    @override
     def pending(self) -> bool:
-        """Whether cuts are still to come."""
         return bool(self._timeline) and self._last_done < self._timeline[-1].index
 
     @property
@@ -96,7 +98,7 @@ class ScheduledPruning(Callback, ABC):
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+    def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether this fit continues the last one of this callback: same trainer and network, cut by nobody else."""
 
     @abstractmethod
@@ -115,12 +117,9 @@ class ScheduledPruning(Callback, ABC):
     def _settings(self) -> dict[str, Any]:
         """What the user chose, for the report."""
 
-    def _objection(self, other: ScheduledPruning) -> str | None:  # noqa: ARG002
-        """Why it cannot be in one run with another one, and what to do."""
-        return None
-
-    def _settle(self) -> None:
-        """The last batch is over, however it has ended."""
+    @override
+    def finish_batch(self) -> None:
+        """Clean up after the last batch; by default there is nothing."""
 
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Before an epoch's first batch and what is due at it."""
@@ -133,8 +132,9 @@ class ScheduledPruning(Callback, ABC):
         """After what was due; whether the batch is slower for what is observed."""
         return False
 
-    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
-        """Another callback has cut the network: know it as it is now."""
+    @override
+    def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
+        """Follow a cut that another callback has made: know the network as it is now."""
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         """The training is over, the report not written."""
@@ -151,35 +151,24 @@ class ScheduledPruning(Callback, ABC):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_surroundings(self, trainer, pl_module)
-        self._refuse_company(trainer)
+        Session.join(self, trainer)
         keep_history(pl_module)
         bring_home()  # a spawned process has not built this callback
         self._is_fit = stage == "fit"
-        if self._is_fit and self._goes_on(trainer, pl_module):
+        if self._is_fit and self._continues_previous_fit(trainer, pl_module):
             self._unprepare()
         elif self._is_fit:
             self._forget()
-            self._run_id = trainer.strategy.broadcast(self._run_id)  # one run, one name
+            self.run_id = trainer.strategy.broadcast(self.run_id)  # one run, one name
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse(trainer.optimizers)
-        self._showing(trainer).claim()
+        self.session.writer(self, trainer).claim()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        everyone = self._company(trainer)
-        if self is everyone[0]:
-            with as_written(pl_module):
-                for one in everyone:
-                    one._settle()
-                    one._be_prepared(trainer, pl_module, batch)
-                for one in everyone:
-                    one._do_what_is_due(trainer, pl_module, batch_idx)
-        if not any(one.pending for one in everyone):
-            self._thresholds.give_back()
-        elif self.pending and self.reset_monitors and batch_idx == 0:
-            self._hold(trainer)
+        self.session.begin_batch(self, trainer, pl_module, batch, batch_idx)
         self._show_size(trainer, pl_module, batch_idx)
         self._pace.start(observed=self._begin_batch(trainer, pl_module))
 
@@ -191,8 +180,8 @@ class ScheduledPruning(Callback, ABC):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_fit and self.pending and self.reset_monitors:
-            self._hold(trainer)
+        if self._is_fit:
+            self.session.hold_early_stopping(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,7 +194,7 @@ class ScheduledPruning(Callback, ABC):
             numbers = self._numbers(trainer)
             overhead = self._pace.overhead()
             if overhead is not None:
-                numbers[f"{self._showing(trainer).name}/overhead"] = overhead
+                numbers[f"{self.session.writer(self, trainer).name}/overhead"] = overhead
             log_now(trainer, numbers)
         self._collect(trainer)
 
@@ -221,19 +210,23 @@ class ScheduledPruning(Callback, ABC):
                 f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone."
             )
         self._end(trainer, pl_module)
-        showing = self._showing(trainer)
+        showing = self.session.writer(self, trainer)
         self.report.final = self._measure(showing, pl_module)
         showing.finish(self._numbers(trainer))
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.session.close()  # Lightning does not call `teardown` then
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._thresholds.give_back()
+        self.session.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
-            "run": self._run_id,
+            "run": self.run_id,
             "done": self._done,
             **self._state(),
             "report": self.report.to_plain(),
@@ -243,7 +236,7 @@ class ScheduledPruning(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._is_fit:
             return  # a checkpoint that is only looked at does not change what this run has done
-        if isinstance(state_dict, dict) and state_dict.get("format") != _FORMAT:
+        if isinstance(state_dict, dict) and state_dict.get("format") not in _READ:
             raise ValueError(
                 f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
                 "It was written by another version of lightning-prune: install that one, or resume without the state."
@@ -256,7 +249,7 @@ class ScheduledPruning(Callback, ABC):
             for unit, at, share in self.report.config.get("cuts") or ():
                 require([at, share], list[float], f"the cuts by {unit}s")
             self._restore(state_dict)
-            self._run_id, self._done = state_dict["run"], state_dict["done"]
+            self.run_id, self._done = state_dict["run"], state_dict["done"]
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the {type(self).__name__} state in the checkpoint is damaged ({type(error).__name__}: {error}). "
@@ -283,32 +276,17 @@ class ScheduledPruning(Callback, ABC):
         self.report.notes.append(f"{_MISSED}{why}")
         warnings.warn(why, stacklevel=2)
 
-    @staticmethod
-    def _company(trainer: Trainer) -> list[ScheduledPruning]:
-        """All pruning callbacks of a run, in order."""
-        return [one for one in trainer.callbacks if isinstance(one, ScheduledPruning)]  # type: ignore[attr-defined]
+    @override
+    def prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        before = self.report.config
+        curves, order = wandb_run(trainer, before.get("wandb")), self._order(before.get("order"))
+        self._prepare(trainer, module, batch)
+        self.report.config |= {"wandb": curves, **({"order": order} if len(order) > 1 else {})}
+        self._trained, self._is_prepared = module, True
 
-    def _refuse_company(self, trainer: Trainer) -> None:
-        for other in self._company(trainer):
-            if other is self:
-                continue
-            why = self._objection(other)
-            if why is None and self.dirpath is not None and self.dirpath == other.dirpath:
-                why = "expected a `dirpath` of its own, or none"
-            if why is not None:
-                raise ValueError(f"{type(self).__name__} beside {type(other).__name__}: {why}.")
-
-    def _be_prepared(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        if not self._is_prepared:
-            before = self.report.config
-            curves, order = wandb_run(trainer, before.get("wandb")), self._order(trainer, before.get("order"))
-            self._prepare(trainer, module, batch)
-            self.report.config |= {"wandb": curves, **({"order": order} if len(order) > 1 else {})}
-            self._trained, self._is_prepared = module, True
-
-    def _order(self, trainer: Trainer, before: Any) -> list[str]:
+    def _order(self, before: Any) -> list[str]:
         """All pruning callbacks by their names in checkpoints; a warning if it was another order before."""
-        order = [one.state_key for one in self._company(trainer)]
+        order = self.session.order
         if self.state_key == order[0] and before is not None and before != order and sorted(before) == sorted(order):
             warnings.warn(
                 f"expected the pruning callbacks in the order of the run so far, {', '.join(before)}, got "
@@ -356,7 +334,8 @@ class ScheduledPruning(Callback, ABC):
         )
         return f"{type(self).__name__}: the run so far had another target, and {so_far}. {goes_on}"
 
-    def _do_what_is_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+    @override
+    def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         if batch_idx == 0:
             self._begin_epoch(trainer, module)
         waits = self._waits() or not self._timeline
@@ -364,8 +343,8 @@ class ScheduledPruning(Callback, ABC):
         if point is not None:
             self._cut(trainer, module, point)
 
-    def _way_back(self) -> Callable[[], None]:
-        """What brings this callback and its report back to what they know now."""
+    @override
+    def snapshot_state(self) -> Callable[[], None]:
         mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
 
         # Not a context manager: an interrupt as it is left would end it as if its block had failed.
@@ -375,20 +354,11 @@ class ScheduledPruning(Callback, ABC):
 
         return back
 
-    def _hold(self, trainer: Trainer) -> None:
-        """No early stopping before the last cut."""
-        hold_early_stopping(trainer)
-        self._thresholds.withhold(trainer)
-
     def _begin_report(self) -> None:
         self.report.final = None
         self.report.versions = versions()
         cuts = [[point.unit, point.at, point.share] for point in self._timeline]
-        self.report.config = {"run": self._run_id, **self._settings(), "cuts": cuts}
-
-    def _showing(self, trainer: Trainer) -> Showing:
-        company = self._company(trainer)
-        return Showing(self.report, trainer, self.dirpath, [one._run_id for one in company], company.index(self))
+        self.report.config = {"run": self.run_id, **self._settings(), "cuts": cuts}
 
     def _numbers(self, trainer: Trainer) -> dict[str, float]:  # noqa: ARG002
         """What loggers and the progress bar are told of the network as it is."""

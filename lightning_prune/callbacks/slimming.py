@@ -10,15 +10,14 @@ from typing import Any, final
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_prune.callbacks.rollback import Rollback
 from lightning_prune.callbacks.scheduled import instance_of
-from lightning_prune.callbacks.structured import StructuredPruning
+from lightning_prune.callbacks.structured import StructuredOptions, StructuredPruning
 from lightning_prune.planning import NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
 from lightning_prune.scoring import BNScale, Criterion
 from lightning_prune.structure import Structure
-from lightning_prune.surgery import Penalty, Repair, ScaleL1
+from lightning_prune.surgery import Penalty, ScaleL1
 from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.tensors import named
 
@@ -45,13 +44,7 @@ class NetworkSlimming(StructuredPruning):
         criterion: How much each unit matters; by default `BNScale`.
         schedule: When cuts happen; by default one, after 60 % of the run.
         scope: By default one threshold over all layers, on scales as they are.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        reset_monitors: See `StructuredPruning`.
-        dirpath: Folder for the report; by default the logger's folder.
-        repair: What the weights are right after a cut, see `StructuredPruning`.
-        guard: Take back a cut that does not recover, see `Rollback`.
-        ladder: Save the network of each size.
+        **options: ``layers``, ``ignore``, ``reset_monitors``, ``dirpath`` and ``extensions``, see `StructuredPruning`.
 
     Raises:
         ValueError: Before the first training step if no layer has what the penalty pulls on.
@@ -71,13 +64,7 @@ class NetworkSlimming(StructuredPruning):
         criterion: Criterion | None = None,
         schedule: Schedule | None = None,
         scope: ScopeKind | Scope | None = None,
-        layers: str | list[str] | None = None,
-        ignore: str | list[str] | None = None,
-        reset_monitors: bool = True,
-        dirpath: str | None = None,
-        repair: Repair | list[Repair] | None = None,
-        guard: Rollback | None = None,
-        ladder: bool = False,
+        **options: Unpack[StructuredOptions],
     ) -> None:
         self.penalty = ScaleL1() if penalty is None else penalty
         instance_of(self, "penalty", self.penalty, Penalty, "ScaleL1()")
@@ -88,13 +75,7 @@ class NetworkSlimming(StructuredPruning):
             criterion=criterion,
             schedule=OneShot(0.6) if schedule is None else schedule,
             scope=Scope.of("global" if scope is None else scope, comparable=True),
-            layers=layers,
-            ignore=ignore,
-            reset_monitors=reset_monitors,
-            dirpath=dirpath,
-            repair=repair,
-            guard=guard,
-            ladder=ladder,
+            **options,
         )
 
     @override

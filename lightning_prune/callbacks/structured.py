@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.calibration import Repairs
 from lightning_prune.callbacks.compiled import as_written, forget_code
+from lightning_prune.callbacks.extensions.applied import Extensions
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.processes import (
@@ -29,10 +30,9 @@ from lightning_prune.callbacks.processes import (
     same_everywhere,
     unwrapped,
 )
-from lightning_prune.callbacks.rollback import Rollback, Watch, go_back, snapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none, note_what_stays
+from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores, score_summary
-from lightning_prune.callbacks.sizes import SaveEachSize
 from lightning_prune.callbacks.subjects import call_on, subject_of
 from lightning_prune.planning import (
     CutPoint,
@@ -50,7 +50,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import Cut, Size, require
 from lightning_prune.scoring import L1, Criterion, Statistic, bundles_of, score_groups
-from lightning_prune.structure import Axes, Call, LatencyTable, Structure, StructureError, Subject, rehearse, trace
+from lightning_prune.structure import Call, LatencyTable, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.structure.tracing import FakeCopy
@@ -70,7 +70,17 @@ from lightning_prune.surgery import (
 )
 from lightning_prune.surgery.tensors import named
 
-__all__ = ["StructuredPruning"]
+__all__ = ["StructuredOptions", "StructuredPruning"]
+
+
+class StructuredOptions(TypedDict, total=False):
+    """Arguments of `StructuredPruning` that its presets take as they are; see there."""
+
+    layers: str | list[str] | None
+    ignore: str | list[str] | None
+    reset_monitors: bool
+    dirpath: str | None
+    extensions: list[Repair | CutExtension] | None
 
 
 class StructuredPruning(ScheduledPruning):
@@ -100,11 +110,9 @@ class StructuredPruning(ScheduledPruning):
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
         dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
-        repair: What the weights are right after a cut. What makes good for it from some training batches: `Ridge`,
-            `FoldMean`, `ReestimateBatchNorm`. Or what starts anew: `Reinitialise`, `Rewind`. Or several in a list.
-        guard: Take back a cut that does not recover, see `Rollback`.
-        ladder: Save the network of each size, right before the next cut and at the end, as
-            ``sizes/params=12345.ckpt`` beside the report, with a table and a picture of metric against size.
+        extensions: What goes with every cut, in order. Repairs of the weights: `Ridge`, `FoldMean` and
+            `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. And what the run does around a cut:
+            `Rewind`, `Rollback`, `SaveEachSize`.
 
     Raises:
         ValueError: At once for amounts out of range; before the first training step for everything that depends on
@@ -129,9 +137,7 @@ class StructuredPruning(ScheduledPruning):
         ignore: str | list[str] | None = None,
         reset_monitors: bool = True,
         dirpath: str | None = None,
-        repair: Repair | list[Repair] | None = None,
-        guard: Rollback | None = None,
-        ladder: bool = False,
+        extensions: list[Repair | CutExtension] | None = None,
     ) -> None:
         self.target = Target.of(pruning_ratio, budget)
         # None rather than a default instance: on the command line its settings would leak into another class's.
@@ -142,26 +148,29 @@ class StructuredPruning(ScheduledPruning):
             names_or_none(self, name, names)
         self.layers = layers
         self.ignore = ignore
-        several = repair if isinstance(repair, (list, tuple)) else [] if repair is None else [repair]
-        for one in several:
-            instance_of(self, "repair", one, Repair, "Ridge()")
-        self.repairs = tuple(several)
-        if guard is not None:
-            instance_of(self, "guard", guard, Rollback, "Rollback()")
-        self.guard = guard
-        self.ladder = ladder
+        self.extensions = self._checked(extensions)
         super().__init__(schedule, reset_monitors, dirpath)
+
+    def _checked(self, extensions: object) -> tuple[Repair | CutExtension, ...]:
+        if extensions is not None and not isinstance(extensions, (list, tuple)):
+            raise TypeError(
+                f"{type(self).__name__}: expected `extensions` to be a list, got {extensions!r}. Give "
+                "`extensions=[Ridge(), Rollback()]`."
+            )
+        for one in extensions or ():
+            if not isinstance(one, (Repair, CutExtension)):
+                raise TypeError(
+                    f"{type(self).__name__}: expected repairs and cut extensions in `extensions`, got {one!r}. Give "
+                    "instances such as `Ridge()` or `Rollback()`."
+                )
+        return tuple(extensions or ())
 
     @override
     def _forget(self) -> None:
         super()._forget()
         self._observation = Observation()
         self._latency: LatencyTable | None = None  # as measured when the run began
-        self._around: tuple[Around, ...] = (
-            *((SaveEachSize(),) if self.ladder else ()),
-            *((Watch(self.guard),) if self.guard else ()),
-            *((Repairs(self.repairs),) if self.repairs else ()),
-        )
+        self._extensions = Extensions(self.extensions)
 
     @override
     def _unprepare(self) -> None:
@@ -188,7 +197,7 @@ class StructuredPruning(ScheduledPruning):
             self._observation = self._observation.paused()
 
     @override
-    def _settle(self) -> None:
+    def finish_batch(self) -> None:
         self._observation.stop()  # a callback may have ended the last batch before its time
 
     @override
@@ -200,6 +209,7 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._observation.stop()
 
     @override
@@ -211,14 +221,12 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def _state(self) -> dict[str, Any]:
-        state = {
+        return {
             "batches": self._observation.batches,
             "statistic": self._observation.state(),
             "latency": None if self._latency is None else self._latency.to_plain(),
+            "extensions": self._extensions.state(),
         }
-        for around in self._around:
-            state |= around.state()
-        return state
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -230,11 +238,14 @@ class StructuredPruning(ScheduledPruning):
         self._observation = Observation(saved=saved, batches=state["batches"])
         table = state.get("latency")
         self._latency = None if table is None else LatencyTable.from_plain(table)
-        for around in self._around:
-            around.restore(state)
+        extensions = state.get("extensions", {})
+        if "extensions" not in state and self.extensions and (state.get("kept") or state.get("rewind")):
+            warnings.warn("extensions begin anew: a version of format 1 wrote the checkpoint", stacklevel=2)
+        require(extensions, dict[str, Any], "extensions")
+        self._extensions.restore(extensions)
 
     @override
-    def _goes_on(self, trainer: Trainer, module: LightningModule) -> bool:
+    def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
         history = history_of(module)
         cuts = list(dict.fromkeys((edit.cut, edit.step) for edit in history.edits)) if history is not None else []
         mine = list(dict.fromkeys((cut.index, cut.step) for cut in self.report.cuts))
@@ -247,8 +258,7 @@ class StructuredPruning(ScheduledPruning):
             "criterion": repr(self.criterion),
             "schedule": repr(self.schedule),
             "scope": self.scope,
-            "repair": [repr(repair) for repair in self.repairs],
-            "guard": self.guard,
+            "extensions": [repr(one) for one in self.extensions],
             "layers": self.layers,
             "ignore": self.ignore,
         }
@@ -267,7 +277,6 @@ class StructuredPruning(ScheduledPruning):
         original = original_of(module, structure)
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         self._observed = selected
-        self._refuse_overlap(trainer)
         statistic = self.criterion.statistic(_only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
@@ -281,8 +290,7 @@ class StructuredPruning(ScheduledPruning):
         if timeline and self._done < 0 and history is not None and reached() == timeline[-1].index:
             warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
             timeline = ()
-        for around in self._around:
-            around.begin(self._run(trainer, module, subject, timeline))
+        self._extensions.prepare(self._run(trainer, module, subject, timeline))
         self._observation = self._observation.of(statistic)
         self._structure, self._subject = structure, subject
         self._examined = _examined(statistic, module, batch, subject)
@@ -291,7 +299,7 @@ class StructuredPruning(ScheduledPruning):
         if self.report.dense is None:
             dense = Size.of(structure, original)
             if history is None:
-                self.report.dense = self._showing(trainer).measure(subject, dense)
+                self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
             else:
                 self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
         note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
@@ -313,10 +321,19 @@ class StructuredPruning(ScheduledPruning):
                 self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
         return self._latency
 
+    @property
     @override
-    def _objection(self, other: ScheduledPruning) -> str | None:
-        if self.guard is not None:
-            return "expected no `guard`, which would take back what the other has done since. Leave one of the two out"
+    def own_groups(self) -> tuple[str, ...]:
+        return self._observed if self._is_prepared else ()
+
+    @override
+    def objection(self, other: Participant) -> str | None:
+        exclusive = [type(one).__name__ for one in self._extensions.parts if one.is_exclusive]
+        if exclusive:
+            return (
+                f"expected no `{exclusive[0]}`, which would take back what the other has done since. Leave one of the "
+                "two out"
+            )
         if self.scope.min_width == 0:
             return (
                 "expected no `min_width=0`: the other may work on a layer that is taken out. Leave one of the two out"
@@ -325,22 +342,9 @@ class StructuredPruning(ScheduledPruning):
             return None
         if self.layers is None:
             return "expected `layers` in both, each with its own, or one callback that does all cuts"
-        if self._around:
-            return "expected no `repair` and no `ladder`, which know of the cuts of one callback only. Leave them out"
+        if self.extensions:
+            return "expected no `extensions`, which know of the cuts of one callback only. Leave them out"
         return None
-
-    def _refuse_overlap(self, trainer: Trainer) -> None:
-        """Refuse groups that a callback which is prepared already cuts, too."""
-        for other in self._company(trainer):
-            if other is self or not isinstance(other, StructuredPruning) or not other._is_prepared:
-                continue
-            both = [name for name in self._observed if name in other._observed]
-            if both:
-                raise ValueError(
-                    f"{type(self).__name__}(layers={self.layers!r}): expected layers that no other callback cuts, got "
-                    f"{', '.join(both)}, which {type(other).__name__}(layers={other.layers!r}) cuts. Layers that are "
-                    "coupled are one: `inspect(model)` shows them. Give each callback its own `layers`."
-                )
 
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
         """Groups that the user and the method let be cut."""
@@ -378,7 +382,7 @@ class StructuredPruning(ScheduledPruning):
     @override
     def _waits(self) -> bool:
         # A cut at the very beginning, or one that a longer run than before adds, has nothing to go by yet.
-        return any(around.waits for around in self._around) or self._observation.is_empty
+        return self._extensions.waits or self._observation.is_empty
 
     @override
     def _begin_batch(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -401,12 +405,11 @@ class StructuredPruning(ScheduledPruning):
                 stacklevel=2,
             )
             return
-        for around in self._around:
-            around.before(self._run(trainer, module))
-        self._operate(trainer, module, plan, point, began)
+        self._extensions.before_cut(self._run(trainer, module))
+        self._apply_plan(trainer, module, plan, point, began)
         if self.reset_monitors:
             reset_monitors(trainer)
-        seconds = {f"{self._showing(trainer).name}/seconds": self.report.cuts[-1].seconds}
+        seconds = {f"{self.session.writer(self, trainer).name}/seconds": self.report.cuts[-1].seconds}
         log_now(trainer, {**self.report.metrics(), **summary, **seconds})
         log_scores(trainer, scores)
 
@@ -438,7 +441,7 @@ class StructuredPruning(ScheduledPruning):
         else:
             statistic.examine(module, call)
 
-    def _operate(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint, began: float) -> None:
+    def _apply_plan(self, trainer: Trainer, module: LightningModule, plan: Plan, point: CutPoint, began: float) -> None:
         """The cut itself: network, optimizers, history, statistics and what this callback knows, together."""
         structure, subject = self._structure, self._subject
         assert structure is not None
@@ -462,18 +465,18 @@ class StructuredPruning(ScheduledPruning):
 
         forget_code(module)
         change: Change | None = None
-        others = [one for one in self._company(trainer) if one is not self]
-        ways_back = [one._way_back() for one in (self, *others)]
+        context, way_back = self._run(trainer, module), self.session.snapshot_state()
         try:
             with unwrapped(trainer, module):
                 with all_or_none():
-                    contents = self._contents(trainer, module, axes, drops)
+                    repairs = self._extensions.repairs(context)
+                    contents = self._extensions.contents(context, repairs, axes, drops)
                 contents = from_first(trainer, contents)
                 with all_or_none():
                     rehearse(subject, structure, plan.kept)
                     change = cut_and_check(module, axes, trainer.optimizers, copies, run, drops)
                     install_and_check(change, module, contents, run)
-                    if any(around.restarts for around in self._around):
+                    if any(repair.restarts for repair in repairs):
                         forget(change, trainer.optimizers)
                 same_everywhere(module)  # a new wrapper would make it so
             _attach(remembered)
@@ -483,64 +486,52 @@ class StructuredPruning(ScheduledPruning):
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             cut = Cut.of(self._size(), point.index, epoch, step, plan.before, plan.widths, seconds)
             self.report.cuts.append(cut)
-            for around in self._around:
-                around.after()
-            for other in others:
-                other._follow(trainer, module, plan, axes, cut)
+            self._extensions.after_cut(axes, drops)
+            self.session.tell_others(self, trainer, module, CutMade(plan, axes, drops, cut))
         except BaseException:
             if change is not None:
                 change.undo()
             _attach(before)
-            for back in ways_back:
-                back()
+            way_back()
             raise
 
     @override
-    def _follow(self, trainer: Trainer, module: LightningModule, plan: Plan, axes: Axes, cut: Cut) -> None:
+    def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
         assert self._structure is not None
-        self._structure = self._structure.take(plan.kept)
+        self._structure = self._structure.take(made.plan.kept)
         # What was observed is of units that are all there: the other one cuts other groups.
         statistic = self.criterion.statistic(_only(self._structure, self._observed))
         self._observation = self._observation.paused().of(statistic)
-        size, when = self._size(), (cut.index, cut.epoch, cut.step)
-        self.report.cuts.append(Cut.of(size, *when, cut.before, cut.after, cut.seconds))
+        size, cut = self._size(), made.cut
+        self.report.cuts.append(Cut.of(size, cut.index, cut.epoch, cut.step, cut.before, cut.after, cut.seconds))
 
     @override
-    def _way_back(self) -> Callable[[], None]:
-        mine = super()._way_back()
-        theirs = [dict(vars(around)) for around in self._around]
+    def snapshot_state(self) -> Callable[[], None]:
+        mine, theirs = super().snapshot_state(), self._extensions.snapshot_state()
 
         def back() -> None:
             mine()
-            for around, known in zip(self._around, theirs, strict=True):
-                vars(around).update(known)
+            theirs()
 
         return back
 
-    def _contents(
-        self, trainer: Trainer, module: LightningModule, axes: Axes, drops: Mapping[str, str]
-    ) -> dict[str, torch.Tensor]:
-        contents: dict[str, torch.Tensor] = {}
-        for around in self._around:
-            contents |= around.contents(self._run(trainer, module), axes, drops)
-        return contents
-
     @override
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        for around in self._around:
-            around.epoch(self._run(trainer, module))
-            why = around.judge(self._run(trainer, module))
+        run = self._run(trainer, module)
+        for extension in self._extensions.parts:
+            extension.on_epoch_start(run)
+            why = extension.judge(run)
             if why is not None:
-                self._take_back(trainer, module, around, why)
+                self._take_back(trainer, module, extension, why)
 
-    def _take_back(self, trainer: Trainer, module: LightningModule, around: Around, why: str) -> None:
+    def _take_back(self, trainer: Trainer, module: LightningModule, extension: CutExtension, why: str) -> None:
         """Network and optimizers become as before the last cut, and what is known of them; nothing more is cut."""
         assert self._subject is not None
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
-        now, back = snapshot(trainer, module), self._way_back()
+        now, back = snapshot(trainer, module), self.snapshot_state()
         forget_code(module)
         try:
-            around.take_back(self._run(trainer, module))
+            extension.take_back(self._run(trainer, module))
             self.report.cuts.pop()
             self.report.notes.append(note)
             structure = trace(self._subject)
@@ -558,8 +549,7 @@ class StructuredPruning(ScheduledPruning):
 
     @override
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
-        for around in self._around:
-            around.end(self._run(trainer, module))
+        self._extensions.on_train_end(self._run(trainer, module))
 
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
@@ -577,10 +567,11 @@ class StructuredPruning(ScheduledPruning):
         module: LightningModule,
         subject: Subject | None = None,
         timeline: tuple[CutPoint, ...] | None = None,
-    ) -> Run:
+    ) -> RunContext:
         subject, timeline = subject or self._subject, self._timeline if timeline is None else timeline
         assert subject is not None
-        return Run(trainer, module, subject, self.report, self._showing(trainer).folder, timeline)
+        folder = self.session.writer(self, trainer).folder
+        return RunContext(trainer, module, subject, self.report, folder, timeline)
 
 
 def _only(structure: Structure, names: tuple[str, ...]) -> Structure:

@@ -40,7 +40,7 @@ from lightning_prune.surgery.repair import (
     install_and_check,
     repaired,
 )
-from lightning_prune.surgery.restart import Reinitialise, Rewind
+from lightning_prune.surgery.restart import Reinitialise, StoredWeights
 from lightning_prune.surgery.shrink import cut, cut_and_check, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
@@ -67,9 +67,9 @@ __all__ = [
     "Reinitialise",
     "Repair",
     "Replace",
-    "Rewind",
     "Ridge",
     "ScaleL1",
+    "StoredWeights",
     "Transaction",
     "apply_masks",
     "attach",

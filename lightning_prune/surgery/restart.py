@@ -16,7 +16,7 @@ from lightning_prune.structure.layers import tensors
 from lightning_prune.surgery.repair import Repair, Run
 from lightning_prune.surgery.tensors import canonical
 
-__all__ = ["Reinitialise", "Rewind"]
+__all__ = ["Reinitialise", "StoredWeights"]
 
 
 @final
@@ -57,41 +57,22 @@ class Reinitialise(Repair):
 
 
 @final
-@dataclass(frozen=True)
-class Rewind(Repair):
-    """Takes the weights that stay back to what they were after some epochs (Frankle et al., 2020).
-
-    Parameters and buffers go back; ``epoch=0`` is the initialisation (the lottery ticket: Frankle and Carbin, 2019).
-    They are kept in memory and in checkpoints from that epoch on. The optimizer's state is cleared; learning rate and
-    schedulers go on as they are, so choose them for the epochs after the cut.
+@dataclass(frozen=True, eq=False)
+class StoredWeights(Repair):
+    """Gives parameters and buffers contents that are known, and clears the optimizer's state.
 
     Args:
-        epoch: Epochs trained before the weights are kept, at least 0 and not after the first cut.
+        weights: Contents by name, in the shapes before the cut, which slices them.
     """
 
-    epoch: int = 0
-
-    batches = 0
-    restarts = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.epoch, bool) or not isinstance(self.epoch, int) or self.epoch < 0:
-            raise ValueError(f"Rewind: expected `epoch` to be an int of at least 0, got {self.epoch!r}.")
-
-    def to(self, kept: Mapping[str, Tensor]) -> Repair:
-        """The repair, when the weights of that epoch are there, by name and in the shapes before the cut."""
-        return _Rewound(kept)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rewound(Repair):
-    kept: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
 
     batches = 0
     restarts = True
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
-        return dict(self.kept)
+        """The given contents."""
+        return dict(self.weights)
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

@@ -47,9 +47,9 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
     other = {
         "log",
         "log_dict",
-        "_run_id",
+        "run_id",
+        "session",
         "_pace",
-        "_thresholds",
         "report",
         "_subject",
         "_trained",
@@ -61,7 +61,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
     found["_measured"] = sorted(name for name in pruner._measured)
     found["_structure"] = pruner._structure.widths if pruner._structure else None
     found["_observation"] = pruner._observation.state(), pruner._observation.batches
-    found["_around"] = [around.state() for around in pruner._around]
+    found["_extensions"] = pruner._extensions.state()
     return found
 
 

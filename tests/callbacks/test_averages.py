@@ -17,6 +17,7 @@ from lightning_prune import (
     MagnitudePruning,
     OneShot,
     Rollback,
+    SaveEachSize,
     StructuredPruning,
     load_from_checkpoint,
 )
@@ -96,7 +97,7 @@ def test_validation_and_checkpoints_are_of_the_average(tmp_path: Path) -> None:
             copy.train()
 
     saver = ModelCheckpoint(tmp_path / "epochs", filename="{epoch}", save_top_k=-1)
-    pruner = pruning(ladder=True, dirpath=str(tmp_path / "report"))
+    pruner = pruning(extensions=[SaveEachSize()], dirpath=str(tmp_path / "report"))
     fit(tmp_path, make(), pruner, AVERAGING["ema"](), Look(), saver)
     found = [row.metrics["val_loss"] for row in pruner.report.history if "val_loss" in row.metrics]
     assert found == pytest.approx(losses, rel=1e-5)
@@ -126,7 +127,7 @@ def test_a_cut_that_is_taken_back_takes_the_average_back(kind: str, tmp_path: Pa
             self.log("val_acc", 0.9 if self.first.out_features == 12 else 0.1)
 
     model, before, after = make(Bad), Around(), Around()
-    guarded = StructuredPruning(0.5, schedule=Explicit(((2, 1.0),)), guard=Rollback(epochs=1))
+    guarded = StructuredPruning(0.5, schedule=Explicit(((2, 1.0),)), extensions=[Rollback(epochs=1)])
     with pytest.warns(UserWarning, match="was taken back"):
         fit(tmp_path, model, AVERAGING[kind](), before, guarded, after)
     assert after.seen[8]["first.weight"].shape == (6, 6)

@@ -47,6 +47,7 @@ from lightning_prune import (
     MagnitudePruning,
     OneShot,
     Rollback,
+    SaveEachSize,
     Scope,
     StructuredPruning,
     load_from_checkpoint,
@@ -303,12 +304,12 @@ companion("two callbacks that cut, one without `layers`")(together(pruning(layer
 companion("two callbacks that cut the same layer")(together(pruning(layers="first"), pruning(layers=["first"])))
 companion("two callbacks with masks")(together(MagnitudePruning(), HybridPruning()))
 companion("`NM` beside a callback that cuts")(together(pruning(), MagnitudePruning(granularity=NM(2, 4))))
-companion("`guard` beside a second pruning callback")(together(pruning(guard=Rollback()), MagnitudePruning()))
+companion("`Rollback` beside a second pruning callback")(together(pruning(extensions=[Rollback()]), MagnitudePruning()))
 companion("`min_width=0` beside a second pruning callback")(
     together(pruning(scope=Scope(min_width=0)), MagnitudePruning())
 )
-companion("`repair` or `ladder` in one of two callbacks that cut")(
-    together(pruning(layers="first", ladder=True), pruning(layers="second"))
+companion("`extensions` in one of two callbacks that cut")(
+    together(pruning(layers="first", extensions=[SaveEachSize()]), pruning(layers="second"))
 )
 
 

@@ -30,6 +30,7 @@ from lightning_prune import (
     OneShot,
     Ridge,
     Rollback,
+    SaveEachSize,
     Scope,
     StructuredPruning,
     Taylor,
@@ -61,7 +62,7 @@ COMPANIES: dict[str, Callable[[], list[ScheduledPruning]]] = {
         MagnitudePruning(0.5, schedule=MASKS),
     ],
     "masks that go back": lambda: [
-        StructuredPruning(0.5, schedule=CUTS, repair=[FoldMean(), Ridge()], ladder=True),
+        StructuredPruning(0.5, schedule=CUTS, extensions=[FoldMean(), Ridge(), SaveEachSize()]),
         MagnitudePruning(0.5, schedule=MASKS, rewind=1),
     ],
     "masks of units": lambda: [
@@ -248,10 +249,10 @@ def test_a_cut_that_fails_leaves_both_as_they_were(company: str, tmp_path: Path)
                 known.append(content(trainer, pl_module, pruners))
 
     def fail(*args: Any) -> None:
-        type(pruners[1])._follow(pruners[1], *args)
+        type(pruners[1]).on_other_cut(pruners[1], *args)
         raise FailError
 
-    vars(pruners[1])["_follow"] = fail
+    vars(pruners[1])["on_other_cut"] = fail
     with pytest.raises(FailError):
         fit(tmp_path, model, Before(), *pruners, epochs=EPOCHS)
     assert widths(model) == (12, 8)
@@ -349,7 +350,10 @@ REFUSED: dict[str, tuple[Callable[[], list[Callback]], str]] = {
         lambda: [MagnitudePruning(granularity=NM(2, 4)), StructuredPruning(0.5)],
         "expected no NM(n=2, m=4), whose blocks of inputs break",
     ),
-    "a guard": (lambda: [StructuredPruning(0.5, guard=Rollback()), MagnitudePruning(0.5)], "expected no `guard`"),
+    "a rollback": (
+        lambda: [StructuredPruning(0.5, extensions=[Rollback()]), MagnitudePruning(0.5)],
+        "expected no `Rollback`",
+    ),
     "layers that leave": (
         lambda: [StructuredPruning(0.5, scope=Scope("global", min_width=0)), MagnitudePruning(0.5)],
         "expected no `min_width=0`",
@@ -359,8 +363,11 @@ REFUSED: dict[str, tuple[Callable[[], list[Callback]], str]] = {
         "expected `layers` in both, each with its own",
     ),
     "a repair": (
-        lambda: [StructuredPruning(0.5, layers="first", repair=Ridge()), StructuredPruning(0.5, layers="second")],
-        "expected no `repair` and no `ladder`",
+        lambda: [
+            StructuredPruning(0.5, layers="first", extensions=[Ridge()]),
+            StructuredPruning(0.5, layers="second"),
+        ],
+        "expected no `extensions`",
     ),
     "layers of another": (
         lambda: [StructuredPruning(0.5, layers=["first"]), StructuredPruning(0.5, layers=["first", "second"])],

@@ -26,6 +26,7 @@ from lightning_prune import (
     ReestimateBatchNorm,
     Ridge,
     Rollback,
+    SaveEachSize,
     StructuredPruning,
     inspect,
 )
@@ -112,15 +113,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uneven": {"callback": "ContributionPruning", "samples": 15},
 }
 AFTER: dict[str, dict[str, Any]] = {
-    "guard": {"pruning": {"guard": Rollback(epochs=1, tolerance=0.0, monitor="train_loss")}},
-    "guard that takes back": {
+    "rollback": {"pruning": {"extensions": [Rollback(epochs=1, tolerance=0.0, monitor="train_loss")]}},
+    "rollback that takes back": {
         "pruning": {
-            "guard": Rollback(epochs=1, tolerance=0.0, monitor="rising_loss"),
+            "extensions": [Rollback(epochs=1, tolerance=0.0, monitor="rising_loss")],
             "schedule": LinearSchedule(1, 3, cuts=2),
         },
         "optimizer": "adamw",
     },
-    "ladder": {"pruning": {"ladder": True}},
+    "each size": {"pruning": {"extensions": [SaveEachSize()]}},
     "repair": {"pruning": {"repair": [FoldMean(), Ridge(), ReestimateBatchNorm()]}},
 }
 
@@ -133,10 +134,10 @@ def test_settings_of_ddp(tmp_path: Path) -> None:
             assert len(content["report"]["notes"]) == 1
         else:
             assert len(content["report"]["cuts"]) == 2, name
-    for name in ("unused parameters", "static graph", "bucket views", "ladder"):
+    for name in ("unused parameters", "static graph", "bucket views", "each size"):
         assert_alike(found[name], found["plain"], name)
     assert_alike(found["accumulated in bucket views"], found["accumulated"])
-    alone = {"guard": AFTER["guard"], "ladder": AFTER["ladder"], "accumulated": SETTINGS["accumulated"]}
+    alone = {"rollback": AFTER["rollback"], "each size": AFTER["each size"], "accumulated": SETTINGS["accumulated"]}
     for name, content in ranks.run(ranked.variants, tmp_path / "one", alone).items():
         assert_alike(found[name], content, name)
     assert len(list((tmp_path / "two" / "sizes").rglob("params=*.ckpt"))) == 3

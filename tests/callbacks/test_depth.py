@@ -21,7 +21,7 @@ from lightning_prune import (
     load_from_checkpoint,
     prune,
 )
-from lightning_prune.callbacks.rollback import Rollback
+from lightning_prune.callbacks import Rollback
 from lightning_prune.planning import Explicit, NoEffectWarning, OneShot
 from lightning_prune.surgery import history_of
 from tests.callbacks.networks import BATCHES, Net, equal, fit, make
@@ -106,13 +106,13 @@ class Judged(Blocks):
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_guard_brings_a_branch_back(optimizer: str, resume: bool, tmp_path: Path) -> None:
+def test_a_rollback_brings_a_branch_back(optimizer: str, resume: bool, tmp_path: Path) -> None:
     ends = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    model, callback = make(Judged, optimizer), pruner(guard=Rollback(epochs=2))
+    model, callback = make(Judged, optimizer), pruner(extensions=[Rollback(epochs=2)])
     with pytest.warns(UserWarning, match="Cut 2 was taken back"):
         run = fit(tmp_path / "whole", model, callback, ends, epochs=6)
     if resume:
-        model, callback = make(Judged, optimizer), pruner(guard=Rollback(epochs=2))
+        model, callback = make(Judged, optimizer), pruner(extensions=[Rollback(epochs=2)])
         with pytest.warns(UserWarning, match="Cut 2 was taken back"):
             run = fit(tmp_path / "resumed", model, callback, epochs=6, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert callback.structure is not None
@@ -165,18 +165,18 @@ def test_a_run_says_why_a_layer_keeps_a_unit(tmp_path: Path) -> None:
     assert len(callback.report.notes) == 1
 
 
-REPAIRS = [[FoldMean(batches=2), ReestimateBatchNorm(batches=2)], Ridge(batches=2), Reinitialise(), Rewind()]
+REPAIRS = [[FoldMean(batches=2), ReestimateBatchNorm(batches=2)], [Ridge(batches=2)], [Reinitialise()], [Rewind()]]
 
 
-@pytest.mark.parametrize("repair", REPAIRS)
-def test_a_repaired_run_resumes_as_if_it_had_never_stopped(repair: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extensions", REPAIRS)
+def test_a_repaired_run_resumes_as_if_it_had_never_stopped(extensions: Any, tmp_path: Path) -> None:
     ends = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    model, callback = make(Blocks), pruner(repair=repair)
+    model, callback = make(Blocks), pruner(extensions=extensions)
     whole = fit(tmp_path / "whole", model, callback, ends, epochs=4)
     expected = content(whole, model, callback)
     assert callback.report.widths["blocks.0.0"] == 0
     for epoch in (0, 1, 2):
-        again, resumed = make(Blocks), pruner(repair=repair)
+        again, resumed = make(Blocks), pruner(extensions=extensions)
         run = fit(tmp_path / "resumed", again, resumed, epochs=4, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         found = content(run, again, resumed)
         for part in expected.keys() - {"attribute _resolved"}:
@@ -185,7 +185,7 @@ def test_a_repaired_run_resumes_as_if_it_had_never_stopped(repair: Any, tmp_path
 
 def test_what_is_rewound_to_is_as_narrow_as_the_network(tmp_path: Path) -> None:
     ratios, schedule = {"blocks.0.0": 0.97, "first": 0.7}, Explicit(((1, 0.5), (2, 0.94), (3, 1.0)))
-    callback = StructuredPruning(ratios, schedule=schedule, scope=Scope(min_width=0), repair=Rewind())
+    callback = StructuredPruning(ratios, schedule=schedule, scope=Scope(min_width=0), extensions=[Rewind()])
     model = make(Blocks)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen: dict[int, dict[str, Tensor]] = {}

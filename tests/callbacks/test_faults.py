@@ -41,7 +41,7 @@ SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 def pruner() -> ContributionPruning:
     observing, guard = Contribution(every_n_batches=2), Rollback(epochs=3, tolerance=10.0, monitor="train_loss")
-    return ContributionPruning(0.5, criterion=observing, schedule=SCHEDULE, repair=FoldMean(), guard=guard)
+    return ContributionPruning(0.5, criterion=observing, schedule=SCHEDULE, extensions=[FoldMean(), guard])
 
 
 def alike() -> Any:
@@ -203,7 +203,8 @@ def test_a_failure_while_a_cut_is_taken_back(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     def strict() -> StructuredPruning:
-        return StructuredPruning(0.5, schedule=SCHEDULE, guard=Rollback(epochs=1, tolerance=0.0, monitor="rising_loss"))
+        rollback = Rollback(epochs=1, tolerance=0.0, monitor="rising_loss")
+        return StructuredPruning(0.5, schedule=SCHEDULE, extensions=[rollback])
 
     class Rising(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

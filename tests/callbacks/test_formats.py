@@ -1,7 +1,7 @@
 """Checkpoints of every format that was ever written load for ever, with ``weights_only=True``.
 
-`fixtures/checkpoint_1.pt` is of a run of `test_formats.pruner`, saved after epoch 1: the first of two cuts was made.
-`fixtures/masks_1.pt` is the same of a run of `test_formats.company`, which keeps weights to go back to.
+`fixtures/checkpoint_*.pt` are of runs of `test_formats.pruner`, saved after epoch 1: the first of two cuts was made.
+`fixtures/masks_*.pt` are the same of runs of `test_formats.company`, which keeps weights to go back to.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from lightning_prune import (
     ContributionPruning,
     LinearSchedule,
     OneShot,
+    Ridge,
     StructuredPruning,
 )
 from lightning_prune.planning import NoEffectWarning
@@ -48,11 +49,17 @@ def test_amounts_are_refused_at_once(arguments: dict[str, Any], text: str) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"layers": 3}, {"ignore": ["first", 4]}, {"guard": True}, {"repair": "ridge"}, {"repair": [1]}]
+    "arguments",
+    [{"layers": 3}, {"ignore": ["first", 4]}, {"extensions": True}, {"extensions": "ridge"}, {"extensions": Ridge()}],
 )
 def test_an_argument_of_another_type_is_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"StructuredPruning: expected `{next(iter(arguments))}` to be"):
         StructuredPruning(0.5, **arguments)
+
+
+def test_what_is_no_extension_is_named() -> None:
+    with pytest.raises(TypeError, match="expected repairs and cut extensions in `extensions`, got 1"):
+        StructuredPruning(0.5, extensions=[Ridge(), 1])  # type: ignore[list-item]
 
 
 def test_nothing_to_do_is_said() -> None:

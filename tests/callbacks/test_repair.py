@@ -51,10 +51,10 @@ class Observed(Callback):
 
 
 def fit(
-    folder: Path, repair: Any, module: Small | None = None, epochs: int = 3, shuffle: bool = False, **more: Any
+    folder: Path, repairs: Any, module: Small | None = None, epochs: int = 3, shuffle: bool = False, **more: Any
 ) -> Any:
     module, seen = module or Small(), Observed()
-    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, repair=repair)
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, extensions=repairs)
     torch.manual_seed(3)
     trainer(folder, 3, callback, seen).fit(module, *loaders(shuffle))
     before, after = seen.outputs[1]
@@ -62,8 +62,8 @@ def fit(
 
 
 def test_outputs_change_less(tmp_path: Path) -> None:
-    error = {repr(repair): fit(tmp_path / str(i), repair)[2] for i, repair in enumerate((None, FoldMean(), Ridge()))}
-    none, mean, ridge = error.values()
+    errors = [fit(tmp_path / str(i), repairs)[2] for i, repairs in enumerate(([], [FoldMean()], [Ridge()]))]
+    none, mean, ridge = errors
     assert 0 < ridge < mean < none
 
 
@@ -88,10 +88,10 @@ def test_a_run_that_was_interrupted_repairs_as_one_that_was_not(tmp_path: Path) 
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
 
     whole, resumed = Small(norm=True), Small(norm=True)
-    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, repair=repairs)
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, extensions=repairs)
     trainer(tmp_path / "a", 3, callback, Stop()).fit(whole, *loaders())
     torch.manual_seed(99)
-    again = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, repair=repairs)
+    again = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, extensions=repairs)
     trainer(tmp_path / "b", 3, again).fit(resumed, *loaders(), ckpt_path=tmp_path / "stop.ckpt")
     assert len(again.report.cuts) == 1
     for name, tensor in whole.state_dict().items():
@@ -108,7 +108,7 @@ class Broken(Repair):
 
 def test_a_repair_that_fails_takes_the_cut_back(tmp_path: Path) -> None:
     module, seen = Small(), Observed()
-    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, repair=Broken())
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, extensions=[Broken()])
     with pytest.raises(CutError, match=r"the repair gives NaN or infinity for net\.0\.bias"):
         trainer(tmp_path, 3, callback, seen).fit(module, *loaders())
     assert module.net[0].out_features == 8
@@ -129,7 +129,8 @@ def test_data_that_cannot_be_read_again_is_refused_at_once(tmp_path: Path, data:
 
     module = Takes()
     module.example_input_array = samples().tensors[0][:2]
-    callback = StructuredPruning(pruning_ratio=0.5, schedule=Explicit(((5, 1.0),), unit="step"), repair=FoldMean())
+    schedule = Explicit(((5, 1.0),), unit="step")
+    callback = StructuredPruning(pruning_ratio=0.5, schedule=schedule, extensions=[FoldMean()])
     with pytest.raises(ValueError, match="expected one DataLoader over a data set with a length"):
         trainer(tmp_path, 3, callback).fit(module, data, loaders()[1])
     assert module.steps == 0

@@ -31,9 +31,9 @@ def fit(tmp_path, *callbacks, epochs=4, **settings):
     return model, run
 
 
-def pruning(tmp_path, repair, at=2, **settings):
+def pruning(tmp_path, *extensions, at=2, **settings):
     return StructuredPruning(
-        0.5, schedule=OneShot(at, "epoch"), repair=repair, dirpath=str(tmp_path / "report"), **settings
+        0.5, schedule=OneShot(at, "epoch"), extensions=list(extensions), dirpath=str(tmp_path / "report"), **settings
     )
 
 
@@ -58,7 +58,7 @@ def test_weights_go_back_to_the_epoch(tmp_path, epoch):
 def test_every_cut_goes_back(tmp_path):
     before, after = Weights(), Weights()
     cuts = LinearSchedule(1, 3, cuts=2)
-    callback = StructuredPruning(0.5, schedule=cuts, repair=Rewind(0), dirpath=str(tmp_path / "report"))
+    callback = StructuredPruning(0.5, schedule=cuts, extensions=[Rewind(0)], dirpath=str(tmp_path / "report"))
     model, _ = fit(tmp_path, before, callback, after, epochs=5)
     assert len(callback.report.cuts) == 2
     expected = before.states[0]
@@ -70,7 +70,7 @@ def test_every_cut_goes_back(tmp_path):
 def test_tied_weights_go_back_under_all_their_names(tmp_path):
     before, after = Weights(), Weights()
     cuts = LinearSchedule(1, 3, cuts=2)
-    callback = StructuredPruning(0.5, schedule=cuts, repair=Rewind(0), dirpath=str(tmp_path / "report"))
+    callback = StructuredPruning(0.5, schedule=cuts, extensions=[Rewind(0)], dirpath=str(tmp_path / "report"))
     model = Small()
     again = torch.nn.Linear(8, 8, dtype=torch.float64)
     again.weight = model.net[2].weight
@@ -88,7 +88,7 @@ def test_tied_weights_go_back_under_all_their_names(tmp_path):
 def test_new_weights_are_the_same_every_time(tmp_path):
     first, second = Weights(), Weights()
     fit(tmp_path / "a", pruning(tmp_path / "a", Reinitialise(3)), first)
-    fit(tmp_path / "b", pruning(tmp_path / "b", [Reinitialise(3)]), second)
+    fit(tmp_path / "b", pruning(tmp_path / "b", Reinitialise(3)), second)
     assert all(torch.equal(value, second.states[2][name]) for name, value in first.states[2].items())
     assert first.states[2]["0.bias"].eq(0).all()
     assert first.momenta[2] == 0
@@ -97,7 +97,7 @@ def test_new_weights_are_the_same_every_time(tmp_path):
 def test_norms_are_estimated_on_the_weights_gone_back_to(tmp_path):
     plain, estimated = Weights(), Weights()
     fit(tmp_path / "a", pruning(tmp_path / "a", Rewind(0)), plain)
-    fit(tmp_path / "b", pruning(tmp_path / "b", [Rewind(0), ReestimateBatchNorm(4)]), estimated)
+    fit(tmp_path / "b", pruning(tmp_path / "b", Rewind(0), ReestimateBatchNorm(4)), estimated)
     one, two = plain.states[2], estimated.states[2]
     assert [name for name in one if not torch.equal(one[name], two[name])] == ["1.running_mean", "1.running_var"]
 

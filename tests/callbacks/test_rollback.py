@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_prune import StructuredPruning
-from lightning_prune.callbacks.rollback import Rollback, go_back, snapshot
+from lightning_prune.callbacks.extensions.rollback import Rollback, go_back, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
 from lightning_prune.surgery import history_of
@@ -45,13 +45,13 @@ class Watch(Callback):
                 self.before_cut = self.last
 
 
-def pruning(guard: Rollback | None, **settings: Any) -> StructuredPruning:
+def pruning(rollback: Rollback | None, **settings: Any) -> StructuredPruning:
     cuts = Explicit(((1, 0.5), (2, 0.75), (3, 1.0)))
-    return StructuredPruning(pruning_ratio=0.5, schedule=cuts, guard=guard, **settings)
+    return StructuredPruning(pruning_ratio=0.5, schedule=cuts, extensions=[rollback] if rollback else None, **settings)
 
 
-def fit(folder: Path, module: Small, epochs: int, guard: Rollback | None, ckpt: Any = None, **settings: Any) -> Any:
-    callback, watch = pruning(guard), Watch()
+def fit(folder: Path, module: Small, epochs: int, rollback: Rollback | None, ckpt: Any = None, **settings: Any) -> Any:
+    callback, watch = pruning(rollback), Watch()
     run = trainer(folder, epochs, callback, watch, **settings)
     run.fit(module, *loaders(), ckpt_path=ckpt)
     return run, callback, watch
@@ -85,7 +85,7 @@ def test_a_cut_that_recovers_lets_the_next_one_come(tmp_path: Path) -> None:
     _, callback, watch = fit(tmp_path, module, 8, Rollback(epochs=3))
     # Each cut is bad for one epoch and good in the next. Of the two that were due meanwhile the last is made.
     assert watch.widths == [8, 6, 6, 4, 4, 4, 4, 4]
-    assert callback.state_dict()["kept"] is None
+    assert callback.state_dict()["extensions"] == {}
     assert callback.report.notes == []
     assert len(callback.report.cuts) == 2
 
@@ -191,7 +191,7 @@ def report(name: str, *values: tuple[int, float]) -> Report:
     ],
 )
 def test_judgement(made: Report, epoch: int, verdict: str) -> None:
-    assert Rollback(epochs=2).judge(made, epoch) == verdict
+    assert Rollback(epochs=2).verdict(made, epoch) == verdict
 
 
 def test_the_monitor_that_is_named_counts() -> None:
@@ -199,8 +199,8 @@ def test_the_monitor_that_is_named_counts() -> None:
     made.log(2, 10, {"train_loss": 1.0})
     made.history.sort(key=lambda row: row.step)
     made.log(4, 20, {"train_loss": 0.5})
-    assert Rollback(epochs=2).judge(made, 4) == "failed"
-    assert Rollback(epochs=2, monitor="train_loss").judge(made, 4) == "recovered"
+    assert Rollback(epochs=2).verdict(made, 4) == "failed"
+    assert Rollback(epochs=2, monitor="train_loss").verdict(made, 4) == "recovered"
 
 
 @pytest.mark.parametrize("given", [{"epochs": 0}, {"tolerance": -0.1}, {"tolerance": math.nan}])

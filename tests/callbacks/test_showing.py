@@ -23,6 +23,7 @@ from lightning_prune import (
     LinearSchedule,
     MagnitudePruning,
     OneShot,
+    SaveEachSize,
     StructuredPruning,
 )
 from lightning_prune.callbacks import showing
@@ -151,7 +152,7 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
         logger.watch(model, log="all", log_freq=1, log_graph=False)
         with contextlib.suppress(InterruptedError):
             fit(
-                tmp_path, model, contribution(ladder=True), *callbacks,
+                tmp_path, model, contribution(extensions=[SaveEachSize()]), *callbacks,
                 epochs=5, logger=logger, log_every_n_steps=1, ckpt_path=ckpt,
             )  # fmt: skip
         wandb.finish()
@@ -194,7 +195,7 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
 
 def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
     logger, curves = WandbLogger(save_dir=tmp_path, offline=True), Curves()
-    masks, cuts = MagnitudePruning(0.5, schedule=OneShot(at=1)), contribution(ladder=True)
+    masks, cuts = MagnitudePruning(0.5, schedule=OneShot(at=1)), contribution(extensions=[SaveEachSize()])
     fit(tmp_path, make(), masks, cuts, epochs=5, logger=[logger, curves], validate=False)
     wandb.finish()
     (segment,) = wandb_files.segments(tmp_path)

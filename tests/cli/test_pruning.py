@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,25 @@ def test_short_names_and_overrides() -> None:
     assert load(MLPClassifier, "runs/MLPClassifier/001").layers[1].out_features == 9
     saved = yaml.safe_load(Path("runs/MLPClassifier/001/config.yaml").read_text())
     assert saved["trainer"]["callbacks"][0]["init_args"]["criterion"]["class_path"].endswith("L1")
+
+
+def test_extensions_of_both_kinds_by_name() -> None:
+    """Also of a preset, whose other arguments stay typed."""
+    words = ["--trainer.callbacks=NetworkSlimming", "--trainer.callbacks.pruning_ratio=0.5"]
+    words += ["--trainer.callbacks.penalty=GroupLasso", "--trainer.callbacks.criterion=L2"]
+    words += ["--trainer.callbacks.schedule=OneShot", "--trainer.callbacks.schedule.at=1"]
+    words += ["--trainer.callbacks.layers=layers.1", "--trainer.callbacks.extensions+=Ridge"]
+    words += ["--trainer.callbacks.extensions.batches=3", "--trainer.callbacks.extensions+=Rollback"]
+    words += ["--trainer.callbacks.extensions.epochs=2", "--trainer.callbacks.extensions+=SaveEachSize"]
+    main(["fit", "--config=digits_mlp_contribution", "--data.train_limit=60", *words, "--trainer.max_epochs=3", *QUIET])
+    run = Path("runs/digits_mlp_contribution/001")
+    assert json.loads((run / "report.json").read_text())["cuts"][0]["after"] == {"layers.1": 25}
+    assert len(list((run / "sizes").iterdir())) == 2
+    settings = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]
+    assert settings["layers"] == "layers.1"
+    names = [one["class_path"].rpartition(".")[2] for one in settings["extensions"]]
+    assert names == ["Ridge", "Rollback", "SaveEachSize"]
+    assert settings["extensions"][1]["init_args"]["epochs"] == 2
 
 
 def test_a_pruned_run_resumes_and_is_tested(capsys: pytest.CaptureFixture[str]) -> None:

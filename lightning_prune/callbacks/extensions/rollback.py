@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,21 +13,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import averages, count_from, counts
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report, require
+from lightning_prune.structure import Axes
 from lightning_prune.surgery import History, conform, history_of
 
-__all__ = ["Rollback", "Verdict", "Watch", "go_back", "snapshot"]
+__all__ = ["Rollback", "Verdict", "go_back", "snapshot"]
 
 #: Of the last cut: it may still recover, has recovered, has not recovered in time, or there is nothing to compare with.
 Verdict = Literal["open", "recovered", "failed", "unknown"]
 
 
 @final
-@dataclass(frozen=True)
-class Rollback:
+@dataclass
+class Rollback(CutExtension):
     """Takes back a cut that does not recover in time, and lets the run go on without further cuts.
 
     Before each cut the network and the optimizers' state are kept in memory, and in checkpoints, until the cut is
@@ -42,9 +43,15 @@ class Rollback:
             whether less is better (a loss, an error).
     """
 
+    is_exclusive = True  # the other callback's work since the cut would be taken back too
+
     epochs: int = 3
     tolerance: float = 0.01
     monitor: str | None = None
+    #: The network before a cut that is not judged yet.
+    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    #: The same of a cut that may still fail.
+    _next: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -52,7 +59,75 @@ class Rollback:
         if not self.tolerance >= 0:
             raise ValueError(f"Rollback: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
 
-    def judge(self, report: Report, epoch: int) -> Verdict:
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def waits(self) -> bool:
+        return self._kept is not None
+
+    @override
+    def before_cut(self, run: RunContext) -> None:
+        missing = self.missing(run.report)
+        if missing is None:
+            self._next = snapshot(run.trainer, run.module)
+        elif self.monitor is not None:
+            raise ValueError(
+                f"Rollback: expected `monitor` to name a metric that was logged before the first cut, but {missing}. "
+                "Name one of these, or let the schedule start after it was logged."
+            )
+        else:
+            warnings.warn(f"Rollback cannot judge this cut: {missing}", stacklevel=2)
+
+    @override
+    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+        self._kept, self._next = self._next, None
+
+    @override
+    def judge(self, run: RunContext) -> str | None:
+        if self._kept is None:
+            return None
+        verdict = run.trainer.strategy.broadcast(self.verdict(run.report, run.trainer.current_epoch))
+        if verdict == "open":
+            return None
+        if verdict == "failed":
+            return self.words(run.report)
+        self._kept = None
+        return None
+
+    @override
+    def take_back(self, run: RunContext) -> None:
+        assert self._kept is not None
+        with unwrapped(run.trainer, run.module):
+            go_back(self._kept, run.trainer, run.module)
+        self._kept = None
+
+    @override
+    def on_train_end(self, run: RunContext) -> None:
+        if self._kept is not None and self.verdict(run.report, run.trainer.current_epoch) != "recovered":
+            warnings.warn(
+                f"the run ended before its last cut had recovered ({self.words(run.report)}): it stays. Train "
+                "longer, or cut earlier.",
+                stacklevel=2,
+            )
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {} if self._kept is None else {"kept": self._kept}
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        kept = state["kept"]
+        # Better now than when a cut has to be taken back.
+        require(kept["weights"], dict[str, Tensor], "weights before the cut")
+        require(kept["optimizers"], list[dict[Any, Any]], "optimizers before the cut")
+        if kept["history"] is not None:
+            History.from_plain(kept["history"])
+        self._kept = kept
+
+    # -- the judgement ------------------------------------------------------------------------------------------------
+
+    def verdict(self, report: Report, epoch: int) -> Verdict:
         """Whether the last cut of the report has recovered.
 
         Args:
@@ -89,83 +164,6 @@ class Rollback:
 
     def _is_good(self, value: float, before: float, mode: str) -> bool:
         return value >= before - self.tolerance if mode == "max" else value <= before + self.tolerance
-
-
-@final
-class Watch(Around):
-    """A guard over the cuts of one run.
-
-    Args:
-        guard: What it judges by.
-    """
-
-    def __init__(self, guard: Rollback) -> None:
-        self.guard = guard
-        self._kept: dict[str, Any] | None = None  # the network before a cut that is not judged yet
-        self._next: dict[str, Any] | None = None  # the same of a cut that may still fail
-
-    @property
-    @override
-    def waits(self) -> bool:
-        return self._kept is not None
-
-    @override
-    def before(self, run: Run) -> None:
-        missing = self.guard.missing(run.report)
-        if missing is None:
-            self._next = snapshot(run.trainer, run.module)
-        elif self.guard.monitor is not None:
-            raise ValueError(
-                f"Rollback: expected `monitor` to name a metric that was logged before the first cut, but {missing}. "
-                "Name one of these, or let the schedule start after it was logged."
-            )
-        else:
-            warnings.warn(f"the guard cannot judge this cut: {missing}", stacklevel=2)
-
-    @override
-    def after(self) -> None:
-        self._kept, self._next = self._next, None
-
-    @override
-    def judge(self, run: Run) -> str | None:
-        if self._kept is None:
-            return None
-        verdict = run.trainer.strategy.broadcast(self.guard.judge(run.report, run.trainer.current_epoch))
-        if verdict == "open":
-            return None
-        if verdict == "failed":
-            return self.guard.words(run.report)
-        self._kept = None
-        return None
-
-    @override
-    def take_back(self, run: Run) -> None:
-        assert self._kept is not None
-        with unwrapped(run.trainer, run.module):
-            go_back(self._kept, run.trainer, run.module)
-        self._kept = None
-
-    @override
-    def end(self, run: Run) -> None:
-        if self._kept is not None and self.guard.judge(run.report, run.trainer.current_epoch) != "recovered":
-            warnings.warn(
-                f"the run ended before its last cut had recovered ({self.guard.words(run.report)}): it stays. Train "
-                "longer, or cut earlier.",
-                stacklevel=2,
-            )
-
-    @override
-    def state(self) -> dict[str, Any]:
-        return {"kept": self._kept}
-
-    @override
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._kept = state.get("kept")
-        if self._kept is not None:  # better now than when a cut has to be taken back
-            require(self._kept["weights"], dict[str, Tensor], "weights before the cut")
-            require(self._kept["optimizers"], list[dict[Any, Any]], "optimizers before the cut")
-            if self._kept["history"] is not None:
-                History.from_plain(self._kept["history"])
 
 
 def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from lightning_prune.surgery import take
 from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.tensors import named
 
-__all__ = ["Kept"]
+__all__ = ["RewindSnapshot"]
 
 
-class Kept:
+class RewindSnapshot:
     """Parameters and buffers, those of metrics left out, as an epoch found them; as narrow as the network is.
 
     Args:
@@ -58,14 +58,16 @@ class Kept:
         if trainer.current_epoch == self.epoch and self.weights is None:
             self.weights = {name: t.detach().to("cpu", copy=True) for name, t in _weights_of(module).items()}
 
-    def follow(self, axes: Axes, drops: Mapping[str, str] | None = None) -> None:
-        """Leave out what a cut has removed."""
+    def after_cut(self, axes: Axes, drops: Mapping[str, str] | None = None) -> RewindSnapshot:
+        """The same without what a cut has removed."""
+        after = RewindSnapshot(self.epoch, self.asker)
         if self.weights is not None:
-            self.weights = {
+            after.weights = {
                 name: take(tensor, axes.get(name, {}))
                 for name, tensor in self.weights.items()
                 if stays(name, drops or {})
             }
+        return after
 
     def get(self) -> dict[str, Tensor]:
         """The weights by name.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import final
 
 from typing_extensions import override
 
-from lightning_prune.callbacks.around import Around, Run
 from lightning_prune.callbacks.averages import as_validated
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.moments import is_rehearsal
 from lightning_prune.reporting import SizeCheckpoint
 
@@ -19,15 +20,17 @@ _FOLDER = "sizes"
 
 
 @final
-class SaveEachSize(Around):
-    """Saves the network as it is, before each cut and at the end, and notes it in the report.
+@dataclass(frozen=True)
+class SaveEachSize(CutExtension):
+    """Saves the network before each cut and at the end, as ``sizes/params=12345.ckpt`` beside the report.
 
-    The checkpoints hold weights, hyperparameters and history, but no optimizer: they are made for
-    ``load_from_checkpoint`` and ``Trainer.test``. Of networks with as many parameters the last one stays.
+    The report gets a table and a picture of the main metric against size. The checkpoints hold weights,
+    hyperparameters and history, but no optimizer: they are made for ``load_from_checkpoint`` and ``Trainer.test``. Of
+    several networks with the same number of parameters the last one stays.
     """
 
     @override
-    def before(self, run: Run) -> None:
+    def before_cut(self, run: RunContext) -> None:
         trainer, report, size = run.trainer, run.report, run.report.size
         if is_rehearsal(trainer) or size is None:
             return
@@ -42,5 +45,5 @@ class SaveEachSize(Around):
         report.size_checkpoints[:] = [other for other in report.size_checkpoints if other.file != file] + [saved]
 
     @override
-    def end(self, run: Run) -> None:
-        self.before(run)
+    def on_train_end(self, run: RunContext) -> None:
+        self.before_cut(run)

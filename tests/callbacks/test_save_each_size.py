@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_prune import StructuredPruning, load_from_checkpoint
+from lightning_prune import SaveEachSize, StructuredPruning, load_from_checkpoint
 from lightning_prune.planning import Explicit
 from tests.callbacks.small import Small, loaders, trainer
 
@@ -27,7 +27,7 @@ class AtEpochs(Callback):
 def test_every_size_is_saved_as_it_was_before_the_next_cut(tmp_path: Path) -> None:
     module, ends = Small(), AtEpochs()
     cuts = Explicit(((1, 0.5), (3, 1.0)))
-    callback = StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
+    callback = StructuredPruning(0.5, schedule=cuts, extensions=[SaveEachSize()], dirpath=str(tmp_path / "here"))
     run = trainer(tmp_path, 4, callback, ends)
     run.fit(module, *loaders())
     folder = tmp_path / "here" / "sizes"
@@ -54,7 +54,7 @@ def test_every_size_is_saved_as_it_was_before_the_next_cut(tmp_path: Path) -> No
 def test_saving_each_size_goes_on_after_a_resume(tmp_path: Path) -> None:
     def callback() -> StructuredPruning:
         cuts = Explicit(((1, 0.5), (3, 1.0)))
-        return StructuredPruning(pruning_ratio=0.5, schedule=cuts, ladder=True, dirpath=str(tmp_path / "here"))
+        return StructuredPruning(0.5, schedule=cuts, extensions=[SaveEachSize()], dirpath=str(tmp_path / "here"))
 
     first = trainer(tmp_path, 4, callback())
 

@@ -1,0 +1,9 @@
+"""What goes with the cuts of a run: saving, judging, going back; repairs of weights are in ``surgery``."""
+
+from lightning_prune.callbacks.extensions.applied import Extensions
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.callbacks.extensions.rewind import Rewind
+from lightning_prune.callbacks.extensions.rollback import Rollback
+from lightning_prune.callbacks.extensions.save_each_size import SaveEachSize
+
+__all__ = ["CutExtension", "Extensions", "Rewind", "Rollback", "RunContext", "SaveEachSize"]

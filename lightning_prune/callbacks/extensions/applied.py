@@ -1,0 +1,123 @@
+"""The extensions of one run, in the order in which they were given."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prune.callbacks.calibration import Calibration
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.reporting import require
+from lightning_prune.structure import Axes
+from lightning_prune.surgery import Repair, repaired
+
+__all__ = ["Extensions"]
+
+
+class Extensions:
+    """Calls the hooks of all extensions of a run, and computes their repairs together.
+
+    Args:
+        given: What the user gave. Extensions with a state are copied.
+    """
+
+    def __init__(self, given: Sequence[Repair | CutExtension]) -> None:
+        self._all = tuple(copy.deepcopy(one) if isinstance(one, CutExtension) else one for one in given)
+        self.parts = tuple(one for one in self._all if isinstance(one, CutExtension))
+
+    @property
+    def waits(self) -> bool:
+        """Whether one of them lets the next cut wait."""
+        return any(part.waits for part in self.parts)
+
+    def prepare(self, run: RunContext) -> None:
+        """Check the run before its first training step.
+
+        Raises:
+            ValueError: If one of them does not fit it.
+        """
+        self._calibration(run, [one for one in self._all if isinstance(one, Repair)])
+        for part in self.parts:
+            part.prepare(run)
+
+    def before_cut(self, run: RunContext) -> None:
+        """Call the hook of each."""
+        for part in self.parts:
+            part.before_cut(run)
+
+    def repairs(self, run: RunContext) -> list[Repair]:
+        """All repairs of the next cut, in order."""
+        lists = ([one] if isinstance(one, Repair) else one.repairs(run) for one in self._all)
+        return [repair for found in lists for repair in found]
+
+    def contents(
+        self, run: RunContext, repairs: Sequence[Repair], axes: Axes, drops: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        """What parameters and buffers, by name, hold after a cut with these repairs, where not what they held.
+
+        Args:
+            run: The run, before the cut.
+            repairs: What `repairs` gave.
+            axes: What the cut keeps.
+            drops: Layers that it takes out, and what takes their place.
+
+        Raises:
+            CutError: If a content is not finite.
+        """
+        if not repairs:
+            return {}
+        batches = self._calibration(run, repairs)
+        return repaired(batches.copy(), axes, repairs, batches.run, drops)
+
+    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+        """Call the hook of each."""
+        for part in self.parts:
+            part.after_cut(axes, drops)
+
+    def on_train_end(self, run: RunContext) -> None:
+        """Call the hook of each."""
+        for part in self.parts:
+            part.on_train_end(run)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint must hold, by extension."""
+        return {name: state for name, part in self._named() if (state := part.state())}
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave; an extension that is not in it begins anew.
+
+        Raises:
+            TypeError: If a value is of another type.
+        """
+        for name, part in self._named():
+            if name in states:
+                require(states[name], dict[str, Any], name)
+                part.restore(states[name])
+
+    def snapshot_state(self) -> Callable[[], None]:
+        """Return a function that brings every extension back to what it knows now."""
+        known = [dict(vars(part)) for part in self.parts]
+
+        def back() -> None:
+            for part, values in zip(self.parts, known, strict=True):
+                vars(part).update(values)
+
+        return back
+
+    def _named(self) -> list[tuple[str, CutExtension]]:
+        """By class; of several of one class the later ones are numbered."""
+        seen: Counter[str] = Counter()
+        found = []
+        for part in self.parts:
+            name = type(part).__name__
+            seen[name] += 1
+            found.append((name if seen[name] == 1 else f"{name}-{seen[name]}", part))
+        return found
+
+    def _calibration(self, run: RunContext, repairs: Sequence[Repair]) -> Calibration:
+        readers = [repair for repair in repairs if repair.batches]
+        return Calibration(run.trainer, run.module, run.subject, reader=repr(readers[0]) if readers else None)

@@ -1,0 +1,99 @@
+"""The interface of what goes with every cut of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_prune.planning import CutPoint
+from lightning_prune.reporting import Report
+from lightning_prune.structure import Axes, Subject
+from lightning_prune.surgery import Repair
+
+__all__ = ["CutExtension", "RunContext"]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What an extension can see of a training run.
+
+    Attributes:
+        trainer: Its trainer.
+        module: The network that trains.
+        subject: How copies of the network are made.
+        report: What was done and measured so far.
+        folder: Gives the folder for files; all processes must call it.
+        timeline: The cuts of the run, those already made included.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    subject: Subject
+    report: Report
+    folder: Callable[[], Path]
+    timeline: tuple[CutPoint, ...] = ()
+
+
+class CutExtension:
+    """Base of what a pruning callback does around its cuts, given to it in ``extensions=[...]``.
+
+    Every hook does nothing by default. An instance holds settings; a run works on a copy of it, so that one instance
+    serves several fits and callbacks. What changes the weights that a cut leaves, and works without a Trainer, is a
+    `Repair` instead.
+
+    Attributes:
+        is_exclusive: Whether no second pruning callback may be in the run.
+    """
+
+    is_exclusive: ClassVar[bool] = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next cut has to wait."""
+        return False
+
+    def prepare(self, run: RunContext) -> None:
+        """Check the run before its first training step; raises ``ValueError`` where the extension does not fit it."""
+
+    def on_epoch_start(self, run: RunContext) -> None:
+        """Act before the first batch of an epoch, and before a cut that is due there."""
+
+    def before_cut(self, run: RunContext) -> None:
+        """Act right before a cut."""
+
+    def repairs(self, run: RunContext) -> tuple[Repair, ...]:  # noqa: ARG002
+        """Repairs that become part of the next cut, in the place that the extension has in the list."""
+        return ()
+
+    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+        """Act when a cut has been made.
+
+        Args:
+            axes: What the cut has kept.
+            drops: Layers that it has taken out, and what takes their place.
+        """
+
+    def judge(self, run: RunContext) -> str | None:  # noqa: ARG002
+        """Why the last cut has to be taken back, or ``None``; asked at the start of every epoch."""
+        return None
+
+    def take_back(self, run: RunContext) -> None:
+        """Bring network and optimizers back to before the last cut, after `judge` has asked for it."""
+
+    def on_train_end(self, run: RunContext) -> None:
+        """Act when the training is over, before the report is written."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold: plain data and tensors."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave.
+
+        Raises:
+            TypeError: If a value is of another type.
+        """
