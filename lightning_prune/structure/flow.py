@@ -20,7 +20,7 @@ from lightning_prune.structure.standins import CONVOLUTIONS, NORMS
 from lightning_prune.structure.tracing import Call, IndexArray, Tracer, output_tensors
 from lightning_prune.structure.vanishing import Flow, Op, Pass, Piece, Removal
 
-__all__ = ["with_flow"]
+__all__ = ["layer_kinds", "with_flow"]
 
 #: Operators that look at the shape of what they get, not at its content.
 _BLIND = frozenset(
@@ -171,10 +171,10 @@ def _flow(
         group.name: tuple(m.tensor for m in group.members if m.role == "out" and m.tensor in owners)
         for group in structure.groups
     }
-    return Flow(passes, covers, owners, _kinds(model), producers)
+    return Flow(passes, covers, owners, layer_kinds(model), producers)
 
 
-def _kinds(model: nn.Module) -> Mapping[str, str]:
+def layer_kinds(model: nn.Module) -> Mapping[str, str]:
     """Which layers can go, and why others cannot."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

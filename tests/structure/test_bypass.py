@@ -1,0 +1,121 @@
+"""Which layers of a chain can go, and with which poolings."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_prune.models import VGG16CIFAR
+from lightning_prune.structure import Subject, trace
+from lightning_prune.structure.bypass import find_bypasses
+
+
+def bypasses_of(model, *inputs):
+    subject = Subject.of(model, *inputs)
+    return find_bypasses(trace(subject), subject)
+
+
+def block(inputs, outputs, **how):
+    how = {"kernel_size": 3, "padding": 1} | how
+    return [nn.Conv2d(inputs, outputs, **how), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def chain(*, flat=False, features=7, **how):
+    end = (nn.Flatten(),) if flat else (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        *(*block(3, 4), nn.MaxPool2d(2), *block(4, 5), *block(5, 6, **how), nn.MaxPool2d(2), *block(6, 7)),
+        *(*end, nn.Linear(features, 8), nn.GELU(), nn.Dropout(), nn.Linear(8, 3)),
+    )
+
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+
+
+def test_layers_of_a_chain_go_with_norm_and_activation():
+    found = bypasses_of(chain(), IMAGES)
+    assert {name: (b.before, b.inputs, b.modules, dict(b.consumers)) for name, b in found.groups.items()} == {
+        "4": ("0", 1, ("4", "5", "6"), {"7": 1}),
+        "7": ("4", 1, ("7", "8", "9"), {"11": 1}),
+        "11": ("7", 1, ("11", "12", "13"), {"16": 1}),
+        "16": ("11", 1, ("16", "17", "18"), {"19": 1}),
+    }
+    # The pooling behind the first layer stays with it; the second goes with both layers of its stage.
+    assert found.pools == {"10": {"4", "7"}}
+    assert found.modules(["7", "4"]) == ("7", "8", "9", "4", "5", "6", "10")
+    assert found.modules(["7"]) == ("7", "8", "9")
+    assert found.reads("11", ["11", "7", "4"]) == ("0", 1)
+    assert found.consumers(["7", "4"]) == {"11": ("0", 1)}
+    assert found.consumers(["4"]) == {"7": ("0", 1)}
+    assert found.widths({"0": 4, "4": 5, "7": 6, "11": 7, "16": 8}, ["7", "4"]) == {
+        "0": 4, "4": 4, "7": 4, "11": 7, "16": 8,
+    }  # fmt: skip
+
+
+def test_a_stride_goes_along_where_the_size_does_not_matter():
+    assert "7" in bypasses_of(chain(stride=2), IMAGES).groups
+    flat = chain(stride=2, flat=True, features=7)
+    found = bypasses_of(flat, IMAGES)
+    assert "7" not in found.groups
+    assert "4" in found.groups
+
+
+def test_a_pooling_stays_where_the_size_matters():
+    found = bypasses_of(chain(flat=True, features=28), IMAGES)
+    assert [*found.groups] == ["4", "7", "11", "15"]
+    assert found.groups["11"].consumers == {"15": 4}
+    assert found.groups["15"].inputs == 4
+    assert found.reads("15", ["15", "11"]) == ("7", 4)
+    assert found.consumers(["15", "11"]) == {"18": ("7", 4)}
+    assert found.pools == {}
+
+
+def test_what_is_more_than_a_chain_stays():
+    class Branched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.left, self.right = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(5, 7)
+            self.joined, self.tied, self.head = nn.Linear(13, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+            return self.head(F.relu(self.tied(self.tied(self.joined(x).relu()))))
+
+    # `left` and `right` are half of what `joined` reads, which reads two groups; `tied` is called twice.
+    assert bypasses_of(Branched(), torch.zeros(2, 4)).groups == {}
+
+
+def test_a_residual_block_is_found_too_and_shared_activations_stay():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.act = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 3), nn.ReLU()
+
+        def forward(self, x):
+            return self.c(self.act(self.b(self.act(self.a(x)))))
+
+    found = bypasses_of(Net(), torch.zeros(2, 4))
+    assert {name: b.modules for name, b in found.groups.items()} == {"b": ("b",)}
+
+
+def test_the_network_is_left_as_it_is():
+    model = chain().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = list(model.modules())
+    bypasses_of(model, IMAGES)
+    assert model.training
+    assert list(model.modules()) == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_vgg16(size):
+    found = bypasses_of(VGG16CIFAR(), torch.zeros(1, 3, size, size))
+    assert len(found.groups) == 12
+    assert [sorted(stage) for stage in found.pools.values()] == [
+        ["features.10", "features.7"],
+        ["features.14", "features.17", "features.20"],
+        ["features.24", "features.27", "features.30"],
+        ["features.34", "features.37", "features.40"],
+    ]
