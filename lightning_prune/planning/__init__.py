@@ -1,5 +1,6 @@
 """How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
 
+from lightning_prune.planning.amount import Amount, best_unit, plan_by_use
 from lightning_prune.planning.granularity import (
     NM,
     Channel,
@@ -28,6 +29,7 @@ from lightning_prune.planning.target import NoEffectWarning, Original, Target
 
 __all__ = [
     "NM",
+    "Amount",
     "Channel",
     "Cubic",
     "CutPoint",
@@ -48,10 +50,12 @@ __all__ = [
     "ScopeKind",
     "Target",
     "Weight",
+    "best_unit",
     "choose_masks",
     "due",
     "feasible",
     "make_plan",
+    "plan_by_use",
     "reaches",
     "select",
     "staying",

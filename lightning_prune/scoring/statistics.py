@@ -28,6 +28,7 @@ __all__ = [
     "Target",
     "is_linear_layer",
     "per_unit",
+    "unit_inputs",
 ]
 
 Reduction = Literal["sum", "max"]
@@ -357,7 +358,7 @@ class ConsumerStatistic(Statistic):
             for source, member in enumerate(_consuming(group)):
                 taken = tensors.get(member.tensor)
                 for module in layers.get(taken, ()) if taken is not None else ():
-                    inputs = _inputs(module, member)
+                    inputs = unit_inputs(module, member)
                     if inputs is not None:
                         targets.setdefault(module, []).append(Target(group.name, source, inputs.to(self.device)))
         return targets
@@ -488,8 +489,13 @@ def is_linear_layer(module: nn.Module) -> bool:
     return isinstance(module, LINEAR_LAYERS) and own_forward and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
-def _inputs(layer: Any, member: Member) -> Tensor | None:
-    """Inputs (features, channels) that each unit is, shape ``(width, k)``; None if the layer sums over none of them."""
+def unit_inputs(layer: Any, member: Member) -> Tensor | None:
+    """Inputs (features, channels) that each unit is, shape ``(width, k)``; None if the layer sums over none of them.
+
+    Args:
+        layer: A Linear, Conv or ConvTranspose.
+        member: An axis of its weight that the units of a group lie on.
+    """
     index = torch.as_tensor(member.index)
     if isinstance(layer, nn.Linear):
         return index if member.dim == 1 else None

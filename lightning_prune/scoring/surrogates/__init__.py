@@ -2,7 +2,7 @@
 
 from lightning_prune.scoring.surrogates.boosting import XGBoost
 from lightning_prune.scoring.surrogates.estimator import SklearnEstimator
-from lightning_prune.scoring.surrogates.metrics import Metric, metric_function
+from lightning_prune.scoring.surrogates.metrics import Metric, metric_function, metric_name
 from lightning_prune.scoring.surrogates.parts import Parts, split_samples
 from lightning_prune.scoring.surrogates.probe import NeuralProbe
 from lightning_prune.scoring.surrogates.surrogate import Fitted, Surrogate, Trained
@@ -17,5 +17,6 @@ __all__ = [
     "Trained",
     "XGBoost",
     "metric_function",
+    "metric_name",
     "split_samples",
 ]

@@ -1,0 +1,121 @@
+"""Which units of a group go, by how much a surrogate uses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_prune import inspect
+from lightning_prune.planning import Amount, Original, plan_by_use
+from lightning_prune.scoring.xgb import Use
+
+NUMBERS = np.array([0.0, 0.1, 0.4, 0.0, 0.2, 0.3])
+USE = Use(NUMBERS, NUMBERS[::-1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "kept"),
+    [
+        ("threshold", 0.0, [1, 2, 4, 5]),
+        ("threshold", 0.2, [2, 5]),
+        ("threshold", 0.5, []),
+        ("quantile", 0.5, [2, 4, 5]),
+        ("quantile", 0.0, [1, 2, 4, 5]),
+        ("gain", 1.0, [0, 1, 3, 4]),
+        ("gain", 0.7, [0, 3]),
+        ("gain", 0.71, [0, 1, 3]),
+        ("pruning_ratio", 0.5, [2, 4, 5]),
+        ("pruning_ratio", 0.75, [2, 5]),
+        ("pruning_ratio", 0.99, [2]),
+        ("pruning_ratio", 0.0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_by_hand(rule: Any, value: float, kept: list[int]) -> None:
+    assert list(Amount(rule, value).kept(USE)) == kept
+
+
+shares = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(np.array)
+
+
+@given(shares, st.floats(0.01, 1))
+def test_the_fewest_units_that_hold_the_gain(values: np.ndarray, gain: float) -> None:
+    kept = list(Amount("gain", gain).kept(Use(values, values)))
+    if values.sum() == 0:
+        assert kept == []
+        return
+    held = np.sort(values)[::-1]
+    assert values[kept].sum() >= gain * values.sum() - 1e-9
+    assert held[: len(kept) - 1].sum() < gain * values.sum() + 1e-9
+    assert values[kept].min() > 0
+
+
+@given(shares, st.floats(0, 0.9), st.floats(0, 0.9))
+def test_more_goes_by_a_higher_amount(values: np.ndarray, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    use = Use(values, values)
+    for rule in ("threshold", "quantile", "pruning_ratio"):
+        assert set(Amount(rule, high).kept(use)) <= set(Amount(rule, low).kept(use))  # type: ignore[arg-type]
+    assert set(Amount("gain", 1 - high).kept(use)) <= set(Amount("gain", 1 - low).kept(use))
+
+
+def network() -> tuple[Any, Any]:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    structure = inspect(net, torch.zeros(1, 4)).structure
+    return structure, Original.of(structure)
+
+
+def test_plan() -> None:
+    structure, original = network()
+    plan, emptied = plan_by_use(structure, {"0": USE, "2": USE}, Amount("threshold", 0.2), original)
+    assert plan.kept == {"0": (2, 5), "2": (2, 5)}
+    assert emptied == ()
+    plan, emptied = plan_by_use(structure, {"0": USE, "2": USE}, Amount("threshold", 0.9), original)
+    assert plan.kept == {"0": (2,), "2": (2,)}
+    assert emptied == ("0", "2")
+    plan, _ = plan_by_use(structure, {"0": USE}, Amount("pruning_ratio", 0.0), original)
+    assert plan.is_empty
+
+
+def test_budget() -> None:
+    """Units go by their importance, wherever they are."""
+    structure, original = network()
+    low = Use(NUMBERS / 10, NUMBERS)
+    plan, _ = plan_by_use(structure, {"0": low, "2": USE}, Amount("budget", {"units": 0.5}), original)
+    assert plan.kept == {"0": (2, 5), "2": (1, 2, 4, 5)}
+    with pytest.raises(ValueError, match="budget"):
+        Amount("budget", {"units": 0.5}).kept(USE)
+
+
+def test_exactly_one() -> None:
+    assert Amount.of() == Amount("gain", 0.99)
+    assert Amount.of(quantile=0.3) == Amount("quantile", 0.3)
+    assert Amount.of(threshold=0) == Amount("threshold", 0)
+    assert Amount.of(budget={"params": 0.5}) == Amount("budget", {"params": 0.5})
+    with pytest.raises(ValueError, match=r"expected one of `threshold`, .*got gain=0\.9, pruning_ratio=0\.5"):
+        Amount.of(gain=0.9, pruning_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "error"),
+    [
+        ("threshold", 1.0, ValueError),
+        ("threshold", -0.1, ValueError),
+        ("quantile", 1.0, ValueError),
+        ("gain", 0.0, ValueError),
+        ("gain", 1.1, ValueError),
+        ("pruning_ratio", 1.0, ValueError),
+        ("gain", True, TypeError),
+        ("gain", "0.9", TypeError),
+        ("budget", {"params": 2.0}, ValueError),
+        ("share", 0.5, ValueError),
+    ],
+)
+def test_out_of_range(rule: Any, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="expected"):
+        Amount(rule, value)
