@@ -118,7 +118,7 @@ class Session:
             ValueError: If two of the run's pruning callbacks exclude each other.
         """
         found = [one for one in trainer.callbacks if isinstance(one, Participant)]  # type: ignore[attr-defined]
-        if participant is not found[0]:
+        if not found or participant is not found[0]:
             return
         session = Session(found)
         session._refuse_pairs()
