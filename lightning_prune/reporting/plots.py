@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from lightning_prune.extras import require
 from lightning_prune.reporting.grid import count, number, plural, share
-from lightning_prune.reporting.report import Report, SizeCheckpoint, family
+from lightning_prune.reporting.metric_names import family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_prune.reporting.report import Report, SizeCheckpoint
 
 __all__ = ["report_figure", "sizes_figure"]
 

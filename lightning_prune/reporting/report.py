@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, words_of_metric
 from lightning_prune.reporting.typed import require
 from lightning_prune.structure import Structure
 
@@ -21,16 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
-__all__ = ["Cut", "Measurement", "Report", "Size", "SizeCheckpoint", "family", "plain"]
+__all__ = ["Cut", "Measurement", "Report", "Size", "SizeCheckpoint", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 2
 
 # Where each form has the checkpoints of each size.
 _SIZES = {1: "rungs", 2: "size_checkpoints"}
-
-# Words in a metric's name that say on which data it was measured, or how it was averaged, but not what it is.
-_DATA_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "epoch"})
 
 # Two medians of a latency that differ by less, as a share of the larger, are not told apart.
 _NOISE = 0.1
@@ -236,13 +234,13 @@ class Report:
         names = list(dict.fromkeys(name for row in self.history for name in row.metrics))
         if self.metric is not None:
             return self.metric if self.metric in names else None
-        candidates = [name for name in names if not name.endswith("_step") and _kind(name) is not None]
-        return min(candidates, key=lambda name: (_kind(name), _data(name)), default=None)
+        candidates = [name for name in names if not name.endswith("_step") and kind_of_metric(name) is not None]
+        return min(candidates, key=lambda name: (kind_of_metric(name), data_of_metric(name)), default=None)
 
     @property
     def mode(self) -> Literal["max", "min"]:
         """Whether more or less of the main metric is better, by its name."""
-        words = _words(self.main_metric or "")
+        words = words_of_metric(self.main_metric or "")
         return "min" if any(word in _LOWER_IS_BETTER for word in words) else "max"
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -457,27 +455,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
-
-
-def family(name: str) -> tuple[str, ...]:
-    """What a metric is, without the data it was measured on: the same for ``val_acc`` and ``train_acc_epoch``."""
-    return tuple(word for word in _words(name) if word not in _DATA_WORDS)
-
-
-def _words(name: str) -> list[str]:
-    return [word for word in name.lower().replace("/", "_").replace(".", "_").replace("-", "_").split("_") if word]
-
-
-def _kind(name: str) -> int | None:
-    """0 for an accuracy, 1 for a loss, ``None`` for anything else."""
-    lowered = name.lower()
-    return 0 if "acc" in lowered else 1 if "loss" in lowered else None
-
-
-def _data(name: str) -> int:
-    """0 for a metric of the validation, 1 where the name does not say (often the training's), 2 of the training."""
-    words = set(_words(name))
-    return 0 if words & {"val", "valid", "validation"} else 2 if words & {"train", "training"} else 1
 
 
 def _size(stored: Mapping[str, Any] | None) -> Size | None:
