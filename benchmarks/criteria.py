@@ -28,7 +28,7 @@ from benchmarks.repair import BATCH, calibration
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
-from lightning_prune.models import ResNetCIFAR
+from lightning_prune.models import ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, criteria, score_groups
 from lightning_prune.structure import Axes, Call, Structure, Subject, trace
@@ -303,7 +303,7 @@ def run(given: argparse.Namespace, weights: Path, train: ImageTensors, test: Ima
     state_dict = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
     depth = 1 + sum("conv" in name for name in state_dict)
     module = ResNetCIFAR(depth)
-    module.load_pretrained(state_dict)
+    load_pretrained(module, state_dict)
     bench = Bench(given, module, train, test)
     print(f"ResNet-{depth}: {bench.dense} % dense", flush=True)
     title = f"ResNet-{depth}, MACs ÷ {given.divide:g}"

@@ -28,7 +28,7 @@ from lightning_prune import L1, Contribution
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
-from lightning_prune.models import CNNClassifier, ResNetCIFAR
+from lightning_prune.models import CNNClassifier, ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, score_groups
 from lightning_prune.structure import Structure, Subject, trace
@@ -241,7 +241,7 @@ def network(given: argparse.Namespace, images: ImageTensors, test: ImageTensors,
         train(cnn, images, given.epochs, seed)
         return measure("CNN", cnn, images, test, None, given.batches, seed)
     resnet = ResNetCIFAR(20).to(memory_format=torch.channels_last)
-    resnet.load_pretrained(torch.load(given.weights, map_location="cpu", weights_only=True)["state_dict"])
+    load_pretrained(resnet, given.weights)
     # The residual stream stays: two of its stages are padded.
     return measure("ResNet-20", resnet, images, test, "conv1", given.batches, seed)
 

@@ -26,7 +26,18 @@ FOR_TYPES = {"lightning_prune.reporting.plots": {"lightning_prune.reporting.repo
 # Methods of a LightningModule that look like tests.
 LIGHTNING_STEPS = {"test_step", "test_dataloader"}
 # Imported where they are used, because each one costs a second or may be missing.
-OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "ray", "safetensors", "sklearn", "torchvision", "wandb", "xgboost"}
+OPTIONAL = {
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "ray",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "wandb",
+    "xgboost",
+}
 
 
 def name_of(module: Path, package: str = "lightning_prune") -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
+from torch.nn import functional as F
 
 from lightning_prune.data.tensors import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -27,6 +28,8 @@ class _Torchvision(ImageData, ABC):
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
         normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels in [0, 1].
+        size: Resize the images to this height and width; by default they stay as they are.
+        rgb: Give grey images three equal channels, as networks for photographs expect.
     """
 
     #: Mean and standard deviation of each channel over the training images, pixels in [0, 1].
@@ -42,9 +45,14 @@ class _Torchvision(ImageData, ABC):
         augment: bool = False,
         seed: int = 0,
         normalize: bool = True,
+        size: int | None = None,
+        rgb: bool = False,
     ) -> None:
         super().__init__(batch_size, val_share, train_limit, augment, seed)
+        if size is not None and size < 1:
+            raise ValueError(f"{type(self).__name__}: expected `size` of at least 1 pixel, got {size}.")
         self.normalize = normalize
+        self.size, self.rgb = size, rgb
         self.root = root or os.environ.get("LIGHTNING_PRUNE_DATA")
 
     def prepare_data(self) -> None:
@@ -77,6 +85,10 @@ class _Torchvision(ImageData, ABC):
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         mean, std = (torch.tensor(fact).view(1, -1, 1, 1) for fact in (self.mean, self.std))
         images = (pixels / 255 - mean) / std if self.normalize else pixels / 255
+        if self.size is not None and self.size != images.shape[-1]:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        if self.rgb and images.shape[1] == 1:
+            images = images.repeat(1, 3, 1, 1)
         return ImageTensors(images, torch.as_tensor(source.targets).long())
 
     @property

@@ -3,8 +3,10 @@
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier
 from lightning_prune.models.four_conv import FourConvClassifier
+from lightning_prune.models.image import ImageClassifier
 from lightning_prune.models.mlp import MLPClassifier
 from lightning_prune.models.mobilenet import MobileNetV2CIFAR
+from lightning_prune.models.pretrained import load_pretrained
 from lightning_prune.models.resnet import ResNetCIFAR
 from lightning_prune.models.vae import VAE
 from lightning_prune.models.vgg import VGG16CIFAR
@@ -15,7 +17,9 @@ __all__ = [
     "CNNClassifier",
     "Classifier",
     "FourConvClassifier",
+    "ImageClassifier",
     "MLPClassifier",
     "MobileNetV2CIFAR",
     "ResNetCIFAR",
+    "load_pretrained",
 ]

@@ -8,6 +8,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["CNNClassifier"]
 
@@ -30,6 +31,7 @@ class CNNClassifier(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class CNNClassifier(Classifier):
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         depth, height, width = input_shape
         if height % 4 or width % 4:
@@ -51,7 +54,7 @@ class CNNClassifier(Classifier):
                 "Pad or resize the images."
             )
         super().__init__(input_shape, classes, optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="pretrained")
         first, second = channels
         self.features = nn.Sequential(*_block(depth, first, batch_norm), *_block(first, second, batch_norm))
         self.classifier = nn.Sequential(
@@ -62,6 +65,8 @@ class CNNClassifier(Classifier):
             nn.ReLU(),
             nn.Linear(hidden[1], classes),
         )
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, channels, height, width)``."""

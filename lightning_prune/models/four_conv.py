@@ -7,6 +7,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["FourConvClassifier"]
 
@@ -30,6 +31,7 @@ class FourConvClassifier(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FourConvClassifier(Classifier):
         lr: float = 0.003,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         depth, height, width = input_shape
         if height % 4 or width % 4:
@@ -51,7 +54,7 @@ class FourConvClassifier(Classifier):
                 f"{height}×{width}. Pad or resize the images."
             )
         super().__init__(input_shape, classes, optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="pretrained")
         layers: list[nn.Module] = []
         for i in range(4):
             layers.append(nn.Conv2d(filters if i else depth, filters, 3, padding=1))
@@ -60,6 +63,8 @@ class FourConvClassifier(Classifier):
         self.features = nn.Sequential(*layers)
         inputs = filters * height * width // 16
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, channels, height, width)``."""

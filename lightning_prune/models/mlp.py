@@ -9,6 +9,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["MLPClassifier"]
 
@@ -25,6 +26,7 @@ class MLPClassifier(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class MLPClassifier(Classifier):
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(
@@ -41,11 +44,13 @@ class MLPClassifier(Classifier):
                 "Give for instance [784, 50, 30, 10]."
             )
         super().__init__((sizes[0],), sizes[-1], optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="pretrained")
         layers: list[nn.Module] = [nn.Flatten()]
         for width, next_width in pairwise(sizes):
             layers += [nn.Linear(width, next_width), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, ...)`` with ``sizes[0]`` values each."""

@@ -7,6 +7,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["MobileNetV2CIFAR"]
 
@@ -35,6 +36,7 @@ class MobileNetV2CIFAR(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class MobileNetV2CIFAR(Classifier):
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         super().__init__((3, 32, 32), classes, optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="pretrained")
         self.stem = nn.Sequential(*_conv(3, 32, 3), nn.ReLU())
         blocks, inputs = [], 32
         for expansion, outputs, repeats, first_stride in _STAGES:
@@ -56,6 +59,8 @@ class MobileNetV2CIFAR(Classifier):
         self.blocks = nn.Sequential(*blocks)
         self.top = nn.Sequential(*_conv(inputs, 1280, 1), nn.ReLU())
         self.linear = nn.Linear(1280, classes)
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, 3, 32, 32)``."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal, final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["ResNetCIFAR"]
 
@@ -23,32 +23,38 @@ class ResNetCIFAR(Classifier):
     Args:
         depth: Number of layers with weights, 6n + 2.
         classes: Number of classes.
+        size: Height and width of the images, for the summary and the analysis; others are taken too.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
         self,
         depth: int = 20,
         classes: int = 10,
+        size: int = 32,
         optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"ResNetCIFAR: expected `depth` of 6n + 2, got {depth}. Give 20, 32, 44, 56 or 110.")
-        super().__init__((3, 32, 32), classes, optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        super().__init__((3, size, size), classes, optimizer, lr, momentum, weight_decay)
+        self.save_hyperparameters(ignore="pretrained")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(blocks, 16, 16)
         self.layer2 = _stage(blocks, 16, 32)
         self.layer3 = _stage(blocks, 32, 64)
         self.linear = nn.Linear(64, classes)
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, 3, 32, 32)``."""
@@ -56,16 +62,6 @@ class ResNetCIFAR(Classifier):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean((2, 3)))
         return logits
-
-    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the weights of a network of this depth and layout, ``module.`` in front of their names or not.
-
-        Raises:
-            RuntimeError: If names or shapes differ.
-        """
-        weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("accuracies.")}
-        self.load_state_dict({**own, **weights})
 
 
 class _Block(nn.Module):

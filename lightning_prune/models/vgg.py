@@ -7,6 +7,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_prune.models.classifier import Classifier
+from lightning_prune.models.pretrained import load_pretrained
 
 __all__ = ["VGG16CIFAR"]
 
@@ -28,6 +29,7 @@ class VGG16CIFAR(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class VGG16CIFAR(Classifier):
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
         super().__init__((3, 32, 32), classes, optimizer, lr, momentum, weight_decay)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="pretrained")
         layers: list[nn.Module] = []
         inputs = 3
         for stage in _STAGES:
@@ -49,6 +52,8 @@ class VGG16CIFAR(Classifier):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.linear = nn.Linear(inputs, classes)
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of ``images`` ``(batch, 3, 32, 32)``."""

@@ -221,6 +221,70 @@ def test_image_folder(tmp_path: Path) -> None:
         ready(ImageFolder(str(tmp_path / "nowhere")))
 
 
+def write_images(folder: Path, names: str, count: int = 6) -> None:
+    """Images of one brightness a class: 0, 1/2 or 1."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            level = {"a": 0, "b": 128, "c": 255}[name]
+            Image.new("RGB", (20 + i, 16), (level, level, level)).save(folder / name / f"{i}.png")
+
+
+def test_folder_that_is_split_already(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "abc", 8)
+    write_images(tmp_path / "val", "abc", 3)
+    data = ready(ImageFolder(str(tmp_path), size=8, batch_size=4, val_share=0.25, mean=(0.0,) * 3, std=(1.0,) * 3))
+    assert [len(labels(loader)) for loader in (data.train_dataloader(), data.test_dataloader())] == [18, 9]
+    for images, classes in data.test_dataloader():
+        assert torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 128 / 255, 1])[classes])
+
+
+def test_some_classes_of_a_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "abc")
+    data = ready(ImageFolder(str(tmp_path), size=8, classes=["c", "a"], mean=(0.0,) * 3, std=(1.0,) * 3))
+    images, classes = next(iter(data.train_dataloader()))
+    assert set(classes.tolist()) == {0, 1}
+    assert torch.equal(images[:, 0, 0, 0], classes.float())
+    with pytest.raises(ValueError, match=r"expected `classes` among \['a', 'b', 'c'\].* got roses, tulips"):
+        ready(ImageFolder(str(tmp_path), classes=["roses", "tulips"]))
+    with pytest.raises(ValueError, match="expected at least two `classes`"):
+        ImageFolder(str(tmp_path), classes=["a"])
+    with pytest.raises(ValueError, match="expected `std` above 0"):
+        ImageFolder(str(tmp_path), std=(1.0, 0.0, 1.0))
+
+
+def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size and by the files: another size, another class or another file is decoded again."""
+    write_images(tmp_path / "images", "abc")
+
+    def content(**settings: Any) -> Any:
+        data = ready(ImageFolder(str(tmp_path / "images"), cache=str(tmp_path / "cache"), **{"size": 8, **settings}))
+        return next(iter(data.test_dataloader()))[0]
+
+    first = content()
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageFolder, "_decoded", lambda *_: pytest.fail("decoded again"))
+        assert torch.equal(content(), first)
+        assert torch.equal(content(std=(0.5,) * 3, mean=(0.485, 0.456, 0.406))[:, 0] * 0.5, first[:, 0] * 0.229)
+    assert content(size=4).shape[-1] == 4
+    content(classes=["a", "b"])
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    Image.new("RGB", (20, 16)).save(tmp_path / "images" / "a" / "more.png")
+    content()
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_grey_images_for_networks_of_photographs(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    plain, shaped = (ready(MNIST(str(tmp_path), **options)) for options in ({}, {"size": 32, "rgb": True}))
+    images, (grey, _) = next(iter(shaped.test_dataloader()))[0], next(iter(plain.test_dataloader()))
+    assert images.shape == (20, 3, 32, 32)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert torch.allclose(images[:, :1].mean((2, 3)), grey.mean((2, 3)), atol=0.02)
+    with pytest.raises(ValueError, match="expected `size` of at least 1 pixel"):
+        MNIST(str(tmp_path), size=0)
+
+
 def test_celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_celeba(tmp_path, monkeypatch)
     data = CelebA(str(tmp_path), size=16, batch_size=4, workers=0)

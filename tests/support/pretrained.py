@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune.data import CIFAR10, ImageTensors
-from lightning_prune.models import ResNetCIFAR
+from lightning_prune.models import ResNetCIFAR, load_pretrained
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import cut
 
@@ -51,7 +51,7 @@ def load(depth: int) -> ResNetCIFAR:
             f"expected resnet_cifar10/resnet{depth}-….th in the folder that LIGHTNING_PRUNE_DATA names, found none"
         )
     model = ResNetCIFAR(depth)
-    model.load_pretrained(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    load_pretrained(model, path)
     return model.eval()
 
 
