@@ -54,6 +54,11 @@ class Repair(ABC):
     batches: int
     restarts: ClassVar[bool] = False
 
+    @property
+    def info(self) -> Mapping[str, float]:
+        """Plain numbers that the history of the cut is to remember."""
+        return {}
+
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents by name of parameter or buffer, in the shapes before the cut, from the network before it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +18,55 @@ from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["Reinitialise", "StoredWeights"]
 
+#: How new weights are drawn: normal by He et al., or as each module's ``reset_parameters`` does.
+Rule = Literal["he", "own"]
+
 
 @final
 @dataclass(frozen=True)
 class Reinitialise(Repair):
     r"""Draws all weights anew, so that the narrow network trains from scratch.
 
-    Linear and convolutional weights are normal with :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015), their
-    biases 0; every other layer draws as its ``reset_parameters`` does, running statistics of norms included. Frozen
-    parameters are drawn as well. The optimizer's state is cleared; learning rate and schedulers go on as they are.
+    By the rule ``"he"`` (the thesis), linear and convolutional weights are normal with
+    :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015) and their biases 0; every other layer draws as its
+    ``reset_parameters`` does, running statistics of norms included. By the rule ``"own"`` every layer does. What a
+    network's constructor does to its weights after that is not repeated. Frozen parameters are drawn as well. The
+    optimizer's state is cleared; learning rate and schedulers go on as they are. The history of the cut remembers the
+    rule (``reinitialised/he``).
 
     Args:
         seed: Of the random numbers, the same in all processes; those of the training go on as if none were drawn.
+        rule: ``"he"`` or ``"own"``.
 
     Raises:
-        ValueError: In ``after``, for a parameter of a module that cannot draw it.
+        ValueError: For an unknown rule; in ``after``, for a parameter of a module that cannot draw it.
     """
 
     seed: int = 0
+    rule: Rule = "he"
 
     batches = 0
     restarts = True
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f'Reinitialise: expected `rule` to be "he" or "own", got {self.rule!r}.')
+
+    @property
+    def info(self) -> dict[str, float]:
+        """The rule, for the history of the cut."""
+        return {f"reinitialised/{self.rule}": 1}
 
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents of every parameter, and of the buffers of norms."""
         before = {name: tensor.detach().clone() for name, tensor in _own(model).items()}
         with own_random_state(self.seed):
-            drawn = [id(tensor) for module in model.modules() if _draw(module) for tensor in tensors(module).values()]
+            drawn = [
+                id(tensor)
+                for module in model.modules()
+                if _draw(module, self.rule)
+                for tensor in tensors(module).values()
+            ]
         parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
         lost = [name for name, parameter in parameters.items() if id(parameter) not in drawn]
         if lost:
@@ -79,13 +101,13 @@ def _own(model: nn.Module) -> dict[str, Tensor]:
     return {canonical(name): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _draw(module: nn.Module) -> bool:
+def _draw(module: nn.Module, rule: Rule) -> bool:
     """Draw what the module itself owns; whether it can."""
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         return False
     reset()
-    if isinstance(module, (nn.Linear, _ConvNd)) and isinstance(module.weight, nn.Parameter):
+    if rule == "he" and isinstance(module, (nn.Linear, _ConvNd)) and isinstance(module.weight, nn.Parameter):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

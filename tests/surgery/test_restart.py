@@ -47,6 +47,25 @@ def test_the_seed_decides_and_the_training_does_not_notice():
     assert not torch.equal(one["0.weight"], other["0.weight"])
 
 
+def test_by_the_rule_of_each_module():
+    model = network()
+    contents = Reinitialise(4, rule="own").after(copy.deepcopy(model), lambda *_: None)
+    torch.manual_seed(4)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in model.named_parameters():
+        if name in contents:  # scales and shifts of norms are what they were
+            assert torch.equal(contents[name], parameter)
+    assert {"0.weight", "0.bias", "4.weight", "4.bias"} <= set(contents)
+    assert Reinitialise(rule="own").info == {"reinitialised/own": 1}
+
+
+def test_another_rule_is_refused():
+    with pytest.raises(ValueError, match=r'Reinitialise: expected `rule` to be "he" or "own", got \'xavier\'\.'):
+        Reinitialise(rule="xavier")
+
+
 def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
