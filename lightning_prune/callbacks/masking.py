@@ -10,14 +10,13 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import averages, count_from
+from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.compiled import is_compiled
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
@@ -45,20 +44,14 @@ from lightning_prune.structure import Call, Structure, Subject, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
-    Change,
-    Keep,
     Masks,
+    Transaction,
     apply_masks,
-    attach,
-    attach_masks,
-    begun,
-    cut_and_check,
-    forget,
-    install_and_check,
     maskable,
     masks_of,
     original_of,
     revived,
+    transaction,
     without_dead,
     zero_gradients,
     zero_moments,
@@ -273,7 +266,7 @@ class MaskPruning(ScheduledPruning):
     @override
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         """Choose what is masked from now on, and mask it: in the network, its optimizers and its averaged copies."""
-        began = perf_counter()
+        began, back = perf_counter(), self.snapshot_state()
         before, present = masks_of(module), named(module)
         chosen = self._chosen(module, point)
         packed = {name: mask.cpu() for name, mask in chosen.items()}
@@ -288,15 +281,13 @@ class MaskPruning(ScheduledPruning):
             )
             return
         old = self._left(module)
-        attach_masks(module, masks)
-        if self._kept is not None:
-            self._go_back(trainer, module, self._kept)
-        for network in (module, *averages(trainer)):
-            apply_masks(network, masks)
-        self._watch(module)
-        for optimizer in trainer.optimizers:
-            zero_moments(optimizer, self._masks)
-        same_everywhere(module)
+        with transaction(module, trainer.optimizers, averages(trainer)) as change:
+            change.also(back)
+            if self._kept is not None:
+                self._go_back(trainer, module, self._kept, change)
+            change.mask(masks)
+            self._watch(module)
+            same_everywhere(module)
         reset_monitors(trainer)
         self._warn_of_empty(module)
         size, new = self._size(module), self._left(module)
@@ -319,20 +310,19 @@ class MaskPruning(ScheduledPruning):
         masked = _count(masks_of(module))
         return next((p.index for p in self._timeline[::-1] if _count(self._chosen(module, p)) == masked), -1)
 
-    def _go_back(self, trainer: Trainer, module: LightningModule, kept: RewindSnapshot) -> None:
+    def _go_back(self, trainer: Trainer, module: LightningModule, kept: RewindSnapshot, change: Transaction) -> None:
         """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
-        weights = kept.get()
-        with torch.inference_mode(False), torch.no_grad():
-            present = named(module)
-            for name, content in weights.items():
-                present[name].copy_(content)
-            for copy in averages(trainer):
-                fresh = named(module)
-                for name, tensor in named(copy).items():
-                    tensor.copy_(fresh[name])
+        weights, present = kept.get(), named(module)
+        for name, content in weights.items():
+            change.overwrite(present[name], content)
+        for copy in averages(trainer):
+            for name, tensor in named(copy).items():
+                change.overwrite(tensor, present[name])
+        change.also(partial(count_from, trainer, counts(trainer)))
         count_from(trainer, [0] * len(averages(trainer)))
-        forget(Change(), trainer.optimizers)
+        change.forget()
         if not self.pending:
+            change.also(partial(setattr, kept, "weights", weights))
             kept.weights = None
 
     def _watch(self, module: LightningModule) -> None:
@@ -401,25 +391,21 @@ class MaskPruning(ScheduledPruning):
         plan = agreed(trainer, Plan(kept, {name: widths[name] for name in kept}))
         if plan.is_empty:
             return []
-        axes = structure.axes(plan.kept)
-        edit = Keep(axes, plan.kept, trainer.current_epoch, trainer.global_step, self._last_done)
-        history = begun(module, structure).add(edit, module)
 
         def run() -> Any:
             with trainer.precision_plugin.forward_context():
                 return module.forward(*call.args, **call.kwargs)
 
-        change: Change | None = None
-        try:
-            with unwrapped(trainer, module), all_or_none():
-                change = cut_and_check(module, axes, trainer.optimizers, (), run)
-                install_and_check(change, module, contents, run)
-        except BaseException:
-            if change is not None:
-                change.undo()
-            raise
-        attach(module, history)
-        self._structure = structure.take(plan.kept)
+        epoch, step = trainer.current_epoch, trainer.global_step
+        with (
+            transaction(module, trainer.optimizers, (), run, epoch=epoch, step=step, cut=self._last_done) as change,
+            unwrapped(trainer, module),
+            all_or_none(),
+        ):
+            after = change.keep(structure, plan.kept)
+            change.install(contents)
+            change.verify()
+        self._structure = after
         self._watch(module)
         units = sum(plan.before.values()) - sum(plan.widths.values())
         return [f"{units} unit(s) without effect were removed: {plan}."]

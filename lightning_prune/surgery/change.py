@@ -77,6 +77,13 @@ class Change:
         self._done.append((place, place.read()))
         return place.write((data, grad))
 
+    def overwrite(self, tensor: Tensor, content: Tensor) -> None:
+        """Write other values of the same shape into a tensor's own memory."""
+        place = _Values(tensor)
+        self._done.append((place, place.read()))
+        with writable():
+            place.write(content)
+
     def replace_entries(self, entries: dict[Any, Any], new: Mapping[Any, Any]) -> None:
         """Give a dictionary other entries; the object stays."""
         place = _Entries(entries)
@@ -133,6 +140,19 @@ class _Content:
 
     def write(self, content: tuple[Tensor, Tensor | None]) -> bool:
         return _assign(self.tensor, *content)
+
+
+class _Values:
+    """The values in a tensor's memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def read(self) -> Tensor:
+        return self.tensor.detach().clone()
+
+    def write(self, content: Tensor) -> None:
+        self.tensor.copy_(content)
 
 
 class _Entries:

@@ -13,11 +13,13 @@ from lightning_prune.structure.graph import Structure
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.edits import Replace, apply
 from lightning_prune.surgery.history import ATTRIBUTE, History, HistoryError, begun, edits_of, history_of
+from lightning_prune.surgery.masks import Masks, attach_masks
+from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.repair import install
 from lightning_prune.surgery.replacing import require_modules
 from lightning_prune.surgery.shrink import forget
 from lightning_prune.surgery.specs import LayerSpec
-from lightning_prune.surgery.tensors import canonical
+from lightning_prune.surgery.tensors import canonical, named
 from lightning_prune.surgery.verify import verify
 
 __all__ = ["Transaction", "transaction"]
@@ -181,6 +183,27 @@ class Transaction(Change):
         if contents:
             install(self, self.model, contents)
             self._is_checked = False
+
+    def mask(self, masks: Masks) -> None:
+        """Set weights to zero for good: in the network, which keeps the masks, its copies and the optimizers' state.
+
+        Args:
+            masks: All masks that the network has from now on, by name of the parameter; true where a weight is zero.
+        """
+        self.edit_attributes(self.model, lambda: attach_masks(self.model, masks))
+        present = named(self.model)
+        by_parameter = {present[name]: mask for name, mask in masks.items()}
+        remembered = [
+            (value, mask)
+            for optimizer in map(unwrap, self.optimizers)
+            for parameter, mask in by_parameter.items()
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, Tensor) and value.shape == mask.shape
+        ]
+        everywhere = [(named(network)[name], mask) for network in self._networks for name, mask in masks.items()]
+        for tensor, mask in (*everywhere, *remembered):
+            self.overwrite(tensor, tensor.detach().masked_fill(mask.to(tensor.device), 0))
+        self._is_checked = False
 
     def forget(self) -> None:
         """Clear the state of the optimizers: they step as if for the first time."""

@@ -36,7 +36,7 @@ from lightning_prune.callbacks import masking
 from lightning_prune.callbacks.masking import MaskPruning
 from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity
-from lightning_prune.surgery import CutError, history_of, masks_of, revived
+from lightning_prune.surgery import CutError, Transaction, history_of, masks_of, revived
 from tests.callbacks.networks import BATCHES, Loader, Net, equal, fit, loader, make, refit, trainer, weights
 from tests.callbacks.test_compiled import IN_PLACE, Compiler, a_layer, the_module
 from tests.callbacks.test_resume import StopAt, StopError, alike, untimed
@@ -536,9 +536,12 @@ def test_what_is_exported_is_plain_and_has_the_zeros(whole: bool, tmp_path: Path
     torch.testing.assert_close(bare.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("step", ["without_dead", "cut_and_check", "install_and_check"])
+@pytest.mark.parametrize(
+    ("room", "step"),
+    [(masking, "without_dead"), (Transaction, "keep"), (Transaction, "install"), (Transaction, "verify")],
+)
 def test_a_removal_that_fails_costs_nothing_but_itself(
-    step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    room: Any, step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The fit ends, the network is as it was trained, and what went wrong is told and in the report."""
     kept: dict[str, Any] = {}
@@ -547,10 +550,14 @@ def test_a_removal_that_fails_costs_nothing_but_itself(
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             kept.update(weights=weights(module), masks=dict(masks_of(module)))
 
-    def failing(*_: Any) -> None:
-        raise CutError("twelve are wanted")
+    real = getattr(room, step)
 
-    monkeypatch.setattr(masking, step, failing)
+    def failing(*args: Any) -> Any:
+        if not isinstance(args[0], Transaction) or history_of(args[0].model) is not None or step == "keep":
+            raise CutError("twelve are wanted")
+        return real(*args)
+
+    monkeypatch.setattr(room, step, failing)
     model = make(Net, "adamw")
     with torch.no_grad():
         model.first.weight[[1, 5]] *= 1e-6
@@ -580,7 +587,7 @@ def test_an_interrupt_in_a_removal_is_an_interrupt(monkeypatch: pytest.MonkeyPat
         assert model.first.out_features == 10
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(masking, "install_and_check", interrupted)
+    monkeypatch.setattr(Transaction, "install", interrupted)
     with pytest.raises(SystemExit):  # Lightning's way to end after Ctrl+C
         fit(tmp_path, model, MagnitudePruning(0.4, schedule=OneShot(at=0)))
     assert model.first.out_features == 12
@@ -657,3 +664,34 @@ def test_dead_units_of_a_network_with_metrics(tmp_path: Path) -> None:
         model.layers[1].weight[:3] *= 1e-6
     fit(tmp_path, model, MagnitudePruning(0.4, schedule=OneShot(at=0)), epochs=1)
     assert model.layers[1].out_features == 5
+
+
+@pytest.mark.parametrize("rewind", [None, 0])
+def test_a_mask_that_fails_is_taken_back(rewind: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights, optimizers' state, masks and what the callback knows, to the bit."""
+    model, seen = make(Net, "adamw"), dict[str, Any]()
+    mine = MagnitudePruning(0.4, schedule=OneShot(at=1), rewind=rewind)
+
+    def state(trainer: Any) -> list[dict[str, torch.Tensor]]:
+        (optimizer,) = trainer.optimizers
+        return [{name: value.clone() for name, value in entry.items()} for entry in optimizer.state.values()]
+
+    def failing(module: Any) -> None:
+        assert masks_of(module)
+        assert not torch.equal(module.first.weight, seen["weights"]["first.weight"])
+        raise CutError("planted")
+
+    class Before(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            seen.update(weights=copy.deepcopy(weights(module)), state=state(trainer), trainer=trainer)
+
+    monkeypatch.setattr(masking, "same_everywhere", failing)
+    with pytest.raises(CutError, match="planted"):
+        fit(tmp_path, model, Before(), mine)
+    assert equal(weights(model), seen["weights"])
+    assert not masks_of(model)
+    assert mine.pending
+    assert not mine.report.cuts
+    after = state(seen["trainer"])
+    assert len(after) == len(seen["state"]) > 0
+    assert all(torch.equal(one[k], other[k]) for one, other in zip(after, seen["state"], strict=True) for k in one)
