@@ -3,6 +3,7 @@
 from lightning_prune.data.celeba import CelebA
 from lightning_prune.data.digits import Digits
 from lightning_prune.data.folder import ImageFolder
+from lightning_prune.data.shapes import Shapes
 from lightning_prune.data.tensors import ImageData, ImageTensors
 from lightning_prune.data.torchvision import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
@@ -16,4 +17,5 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageTensors",
+    "Shapes",
 ]

@@ -8,6 +8,7 @@ from lightning_prune.models.mlp import MLPClassifier
 from lightning_prune.models.mobilenet import MobileNetV2CIFAR
 from lightning_prune.models.pretrained import load_pretrained
 from lightning_prune.models.resnet import ResNetCIFAR
+from lightning_prune.models.segnet import SegNet
 from lightning_prune.models.vae import VAE
 from lightning_prune.models.vgg import VGG16CIFAR
 
@@ -21,5 +22,6 @@ __all__ = [
     "MLPClassifier",
     "MobileNetV2CIFAR",
     "ResNetCIFAR",
+    "SegNet",
     "load_pretrained",
 ]

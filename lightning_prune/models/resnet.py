@@ -17,13 +17,15 @@ __all__ = ["ResNetCIFAR"]
 class ResNetCIFAR(Classifier):
     """ResNet-20, -32, -44, -56 or -110 for 32×32 images (He et al., 2016, section 4.2).
 
-    Three stages of 16, 32 and 64 channels with ``(depth − 2) / 6`` blocks of two 3×3 convolutions each, and shortcuts
-    without parameters (option A): where the stage changes, every second pixel, padded with channels of zeros.
+    Three stages of 16, 32 and 64 channels with ``(depth − 2) / 6`` blocks of two 3×3 convolutions each. Where the stage
+    changes, the shortcut has no parameters (option A): every second pixel, padded with channels of zeros, which fixes
+    the widths of the later streams. Or it is a 1×1 convolution with normalisation (option B), and all widths are free.
 
     Args:
         depth: Number of layers with weights, 6n + 2.
         classes: Number of classes.
         size: Height and width of the images, for the summary and the analysis; others are taken too.
+        shortcut: ``"pad"`` (option A) or ``"projection"`` (option B).
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
@@ -36,6 +38,7 @@ class ResNetCIFAR(Classifier):
         depth: int = 20,
         classes: int = 10,
         size: int = 32,
+        shortcut: Literal["pad", "projection"] = "pad",
         optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
         lr: float = 0.1,
         momentum: float = 0.0,
@@ -45,13 +48,15 @@ class ResNetCIFAR(Classifier):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"ResNetCIFAR: expected `depth` of 6n + 2, got {depth}. Give 20, 32, 44, 56 or 110.")
+        if shortcut not in ("pad", "projection"):
+            raise ValueError(f'ResNetCIFAR: expected `shortcut` of "pad" or "projection", got {shortcut!r}.')
         super().__init__((3, size, size), classes, optimizer, lr, momentum, weight_decay)
         self.save_hyperparameters(ignore="pretrained")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(blocks, 16, 16)
-        self.layer2 = _stage(blocks, 16, 32)
-        self.layer3 = _stage(blocks, 32, 64)
+        self.layer1 = _stage(blocks, 16, 16, shortcut)
+        self.layer2 = _stage(blocks, 16, 32, shortcut)
+        self.layer3 = _stage(blocks, 32, 64, shortcut)
         self.linear = nn.Linear(64, classes)
         if pretrained is not None:
             load_pretrained(self, pretrained)
@@ -65,24 +70,31 @@ class ResNetCIFAR(Classifier):
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, projection: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride, self.more = stride, outputs - inputs
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if projection and self.more
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            return F.relu(out + self.shortcut(x))
         shortcut = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
         if self.more:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
         return F.relu(out + shortcut)
 
 
-def _stage(blocks: int, inputs: int, outputs: int) -> nn.Sequential:
-    stride = outputs // inputs
-    later = (_Block(outputs, outputs, 1) for _ in range(blocks - 1))
-    return nn.Sequential(_Block(inputs, outputs, stride), *later)
+def _stage(blocks: int, inputs: int, outputs: int, shortcut: str) -> nn.Sequential:
+    projection = shortcut == "projection"
+    later = (_Block(outputs, outputs, 1, projection) for _ in range(blocks - 1))
+    return nn.Sequential(_Block(inputs, outputs, outputs // inputs, projection), *later)

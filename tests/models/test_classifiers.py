@@ -148,6 +148,18 @@ def test_the_shortcut_has_every_second_pixel_between_channels_of_zeros() -> None
     assert not out[:, 24:].any()
 
 
+def test_a_projection_leaves_all_widths_free() -> None:
+    model = ResNetCIFAR(8, shortcut="projection")
+    structure = trace(Subject.of(model, model.example_input_array))
+    streams = {group.width for group in structure.groups if len(group.producers) > 1}
+    assert streams == {16, 32, 64}
+    assert [entry.layer for entry in structure.frozen] == ["linear"]
+    extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ResNetCIFAR(8).parameters())
+    assert extra == (16 * 32 + 64) + (32 * 64 + 128)
+    with pytest.raises(ValueError, match=r'`shortcut` of "pad" or "projection", got \'b\''):
+        ResNetCIFAR(8, shortcut="b")  # type: ignore[arg-type]
+
+
 def test_a_depth_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match=r"expected `depth` of 6n \+ 2, got 21"):
         ResNetCIFAR(21)
