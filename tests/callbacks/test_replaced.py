@@ -1,0 +1,141 @@
+"""A network that is truncated, gets a new head and becomes narrower while Lightning trains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_prune import load_from_checkpoint
+from lightning_prune.callbacks.averages import averages
+from lightning_prune.surgery import history_of, tensors
+from tests.callbacks.networks import make, trainer, weights
+from tests.callbacks.ranked import share
+from tests.callbacks.replaced import AT, Deep, resumed, same, state_of, train
+from tests.support import ranks
+
+#: Names after the replacement, as `configure_optimizers` gives them.
+WEIGHTS = ["first.weight", "head.0.weight", "head.2.weight", "head.3.weight"]
+GROUPS = [WEIGHTS, [name.replace("weight", "bias") for name in WEIGHTS]]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resuming_equals_never_having_stopped(optimizer: str, tmp_path: Path) -> None:
+    """Also where the state of an equal-shaped neighbour would fit."""
+    found = resumed(tmp_path, optimizer)
+    assert found["wrong"] == {3: [], 5: [], 9: []}
+    assert found["expected"]["groups"] == GROUPS
+    assert found["expected"]["state"].keys() == {*GROUPS[0], *GROUPS[1]}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found["expected"]["weights"].items()}
+    assert shapes["head.0.weight"] == shapes["head.2.weight"] == (6, 6)
+    assert shapes["first.weight"] == (6, 6)  # of another layer, but of that shape too
+
+
+@pytest.mark.ddp
+def test_two_processes_do_the_same_and_resume(tmp_path: Path) -> None:
+    found = ranks.run(resumed, tmp_path / "two", processes=2)
+    assert found["wrong"] == {3: [], 5: [], 9: []}
+    alone, *_ = train(tmp_path / "one")
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(found["expected"]["weights"][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+class Seen(Callback):
+    """Weights and the optimizer's state right after the replacement."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (AT, 0):
+            self.found = state_of(trainer, pl_module)
+
+
+def test_training_goes_on_as_on_a_network_written_by_hand(tmp_path: Path) -> None:
+    """The state of what stays is sliced, new parameters begin without one; rates and decay are their groups'."""
+    seen = Seen()
+    expected, run, _ = train(tmp_path, "adamw", seen)
+    assert expected["history"] == ["replace", "keep"]
+    before = torch.load(tmp_path / "steps" / "step=4.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    network = nn.Module()
+    network.first = nn.Linear(6, 6)
+    network.head = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    network.double().load_state_dict(seen.found["weights"])
+    named = dict(network.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[name] for name in names], "weight_decay": decay}
+            for names, decay in zip(GROUPS, (0.1, 0.0), strict=True)
+        ]
+    )
+    rows = torch.arange(1, 12, 2)
+    for name, place in (("first.weight", 0), ("first.bias", 4)):  # of four matrices and four biases
+        old = before[place]
+        optimizer.state[named[name]] = {k: v.clone() if v.ndim == 0 else v[rows].clone() for k, v in old.items()}
+        assert same(seen.found["state"][name], dict(optimizer.state[named[name]]))
+    assert seen.found["state"].keys() == {"first.weight", "first.bias"}
+    for epoch in (1, 2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * 0.7**epoch
+        for x, y in share():
+            optimizer.zero_grad()
+            F.cross_entropy(network.head(F.relu(network.first(x))), y).backward()
+            optimizer.step()
+    assert run.global_step == 12
+    for name, parameter in named.items():
+        torch.testing.assert_close(expected["weights"][name], parameter.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_every_checkpoint_loads_without_a_callback_and_widens(tmp_path: Path) -> None:
+    _, run, model = train(tmp_path)
+    last = tmp_path / "steps" / "step=12.ckpt"
+    loaded = load_from_checkpoint(Deep, last, weights_only=True)
+    x = share().dataset[:][0]  # type: ignore[index]
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    history = history_of(loaded)
+    assert history is not None
+    assert isinstance(loaded.second, nn.Identity)
+    # Written narrow by hand, with the same weights.
+    first = nn.Linear(6, 6).double()
+    head = nn.Sequential(*(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))).double()
+    first.load_state_dict(model.first.state_dict())
+    head.load_state_dict(model.head.state_dict())
+    assert torch.equal(head(F.relu(first(x))), model(x))
+    # The live network gets its tail back to test what was saved before.
+    wide = tmp_path / "steps" / "step=2.ckpt"
+    (result,) = run.test(model, share(), ckpt_path=wide, weights_only=True, verbose=False)
+    reference = make(Deep)
+    reference.load_state_dict(torch.load(wide, weights_only=True)["state_dict"])
+    (expected,) = trainer(tmp_path).test(reference, share(), verbose=False)
+    assert result == expected
+    assert same(weights(model), weights(reference))
+
+
+def test_averaged_weights_get_the_new_head_and_resume(tmp_path: Path) -> None:
+    expected, run, model = train(tmp_path, "adamw", EMAWeightAveraging(decay=0.8))
+    (average,) = averages(run)
+    assert weights(average).keys() == weights(model).keys()
+    assert isinstance(average.third, nn.Identity)
+    for step in (3, 5, 9):
+        again, *_ = train(
+            tmp_path / f"again {step}", "adamw", EMAWeightAveraging(decay=0.8),
+            ckpt_path=tmp_path / "steps" / f"step={step}.ckpt",
+        )  # fmt: skip
+        assert [part for part in expected if not same(again[part], expected[part])] == []
+
+
+# PyTorch's compiler asks every input for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_network_does_the_same(tmp_path: Path) -> None:
+    expected, *_ = train(tmp_path / "plain")
+    compiled: Any = torch.compile(make(Deep), backend="eager")
+    try:
+        _, _, model = train(tmp_path / "compiled", model=compiled)
+    finally:
+        torch.compiler.reset()
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(tensors.named(model)[name].detach(), tensor, rtol=1e-10, atol=1e-12)
+    assert model.head[0].in_features == 6
