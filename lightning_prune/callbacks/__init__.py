@@ -11,6 +11,7 @@ from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
 from lightning_prune.callbacks.unfreezing import GradualUnfreezing
+from lightning_prune.callbacks.xgb import XGBPruning
 
 __all__ = [
     "ContributionPruning",
@@ -23,6 +24,7 @@ __all__ = [
     "Rollback",
     "SaveEachSize",
     "StructuredPruning",
+    "XGBPruning",
     "inspect",
     "load_from_checkpoint",
     "prune",

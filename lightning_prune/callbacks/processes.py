@@ -9,6 +9,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,16 @@ from lightning_prune.planning import Plan
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import LatencyTable
 
+T = TypeVar("T")
+
 __all__ = [
     "DisagreementError",
     "agreed",
     "all_or_none",
     "from_first",
+    "gathered",
     "in_exception",
+    "made_on_first",
     "measured_on_first",
     "merged",
     "on_first",
@@ -111,6 +116,46 @@ def from_first(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tenso
         return contents
     plain = {name: content.cpu() for name, content in contents.items()}
     return trainer.strategy.broadcast(plain)
+
+
+def made_on_first(trainer: Trainer, make: Callable[[], T]) -> T:
+    """What the first process makes, on all of them; what it raises there, the others hear of.
+
+    Raises:
+        DisagreementError: In the other processes, if it has failed.
+    """
+    if not several():
+        return make()
+    made: list[T] = []
+    failure: str | None = None
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            made = [make()]
+        except Exception as raised:
+            failure, error = f"{type(raised).__name__}: {raised}", raised
+    made, failure = trainer.strategy.broadcast((made, failure))
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise DisagreementError(f"the first process failed: {failure}")
+    return made[0]
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Rows of all processes, on the CPU, in the order of the samples that were dealt out to them one after the other.
+
+    Args:
+        rows: One per sample of this process, on any device.
+    """
+    if not several():
+        return rows
+    parts: list[Tensor] = [rows] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.detach().cpu())
+    whole = parts[0].new_empty((sum(len(part) for part in parts), *rows.shape[1:]))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class StructuredPruning(ScheduledPruning):
         dirpath: str | None = None,
         extensions: list[Repair | CutExtension] | None = None,
     ) -> None:
-        self.target = Target.of(pruning_ratio, budget)
+        self.target = self._target_of(pruning_ratio, budget)
         # None rather than a default instance: on the command line its settings would leak into another class's.
         self.criterion = self.default_criterion() if criterion is None else criterion
         instance_of(self, "criterion", self.criterion, Criterion, "L1()")
@@ -150,6 +150,12 @@ class StructuredPruning(ScheduledPruning):
         self.ignore = ignore
         self.extensions = self._checked(extensions)
         super().__init__(schedule, reset_monitors, dirpath)
+
+    def _target_of(
+        self, pruning_ratio: float | dict[str, float] | None, budget: float | int | dict[str, float | int] | None
+    ) -> Target:
+        """What is to remain."""
+        return Target.of(pruning_ratio, budget)
 
     def _checked(self, extensions: object) -> tuple[Repair | CutExtension, ...]:
         if extensions is not None and not isinstance(extensions, (list, tuple)):
@@ -280,9 +286,8 @@ class StructuredPruning(ScheduledPruning):
         statistic = self.criterion.statistic(_only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
-        expected = bundles_of(self.criterion, (structure.group(name) for name in selected), None)
-        feasible(structure, self._resolved, self.scope, selected, original, expected)
-        timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
+        self._require_feasible(structure, selected, original)
+        timeline = self._moments(trainer, self._fraction(structure, selected, original))
         reached = partial(self._reached, timeline, structure, selected, original)
         if self._done is None:
             # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
@@ -302,8 +307,21 @@ class StructuredPruning(ScheduledPruning):
                 self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
             else:
                 self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
-        note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
+        note_what_stays(self.report, self._staying(structure, selected, original))
         self._begin_report()
+
+    def _require_feasible(self, structure: Structure, selected: tuple[str, ...], original: Original) -> None:
+        """Refuse a target that cannot be reached."""
+        expected = bundles_of(self.criterion, (structure.group(name) for name in selected), None)
+        feasible(structure, self._resolved, self.scope, selected, original, expected)
+
+    def _fraction(self, structure: Structure, selected: tuple[str, ...], original: Original) -> float:
+        """What the target leaves, as a share of the dense network."""
+        return self._resolved.fraction(original, original.among(selected, structure))
+
+    def _staying(self, structure: Structure, selected: tuple[str, ...], original: Original) -> dict[str, str]:
+        """Groups that keep a unit against the target, and why."""
+        return staying(structure, self._resolved, self.scope, selected, original)
 
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
         """The structure, with all that planning has to know."""

@@ -1,4 +1,4 @@
-"""fit, validate, test, predict and inspect: LightningCLI with our names imported, each run in a folder of its own."""
+"""fit, validate, test, predict, inspect and score: LightningCLI with our names imported, a folder for each run."""
 
 from __future__ import annotations
 
@@ -65,6 +65,36 @@ class PruningTrainer(Trainer):
             example = next(iter(datamodule.train_dataloader()))
         rich.print(lightning_prune.inspect(model, example))
 
+    def score(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Score the layers as `XGBPruning` of the configuration would, write the table, and prune nothing.
+
+        A later ``fit`` of the same network, samples and options takes the table up.
+
+        Args:
+            model: The network.
+            datamodule: Its training data.
+            ckpt_path: Score the network of this checkpoint.
+            weights_only: As in ``fit``.
+
+        Raises:
+            ValueError: If the configuration has no such callback, or several.
+        """
+        found = [one for one in self.callbacks if isinstance(one, lightning_prune.XGBPruning)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise ValueError(
+                f"score: expected one `XGBPruning` among `trainer.callbacks`, got {len(found)}. Its arguments say how "
+                "layers are scored."
+            )
+        (pruning,) = found
+        pruning.only_score, self.num_sanity_val_steps = True, 0
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+
 
 class RunConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder, and gives it to the loggers that keep hyperparameters."""
@@ -105,7 +135,7 @@ class PruningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}, "score": {"model", "datamodule"}}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -137,7 +167,7 @@ class PruningCLI(LightningCLI):
         if folder:
             kwargs["default_root_dir"] = str(folder)
         if config.logger in (None, True):
-            kwargs["logger"] = _loggers(folder) if folder else False
+            kwargs["logger"] = _loggers(folder) if folder and self.subcommand != "score" else False
         trainer = super().instantiate_trainer(**kwargs)
         if folder:
             _continue_wandb(trainer.loggers, folder)

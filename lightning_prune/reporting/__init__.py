@@ -1,6 +1,7 @@
 """Showing what pruning did: plain values, tables, pages and figures."""
 
 from lightning_prune.reporting.inspection import Inspection
+from lightning_prune.reporting.layer_scores import LayerScores, ScoredLayer, importance_figure, score_figure
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
 from lightning_prune.reporting.plots import report_figure, sizes_figure
 from lightning_prune.reporting.report import Cut, Measurement, Report, Size, SizeCheckpoint, plain
@@ -10,15 +11,19 @@ from lightning_prune.reporting.typed import require
 __all__ = [
     "Cut",
     "Inspection",
+    "LayerScores",
     "Measurement",
     "Report",
+    "ScoredLayer",
     "Sensitivity",
     "Size",
     "SizeCheckpoint",
+    "importance_figure",
     "latency",
     "plain",
     "report_figure",
     "require",
+    "score_figure",
     "size_on_disk",
     "sizes_figure",
     "versions",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.reporting.layer_scores import ScoredLayer, layers_grid
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, words_of_metric
 from lightning_prune.reporting.typed import require
 from lightning_prune.structure import Structure
@@ -160,6 +161,7 @@ class Report:
         start: The network when this report began, if it had been pruned before; ``dense`` is the one before that.
         earlier: Cuts that had been made by then.
         what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
+        scored: Layers that were scored by surrogates.
     """
 
     dense: Size | None = None
@@ -175,6 +177,7 @@ class Report:
     start: Size | None = None
     earlier: int = 0
     what: Literal["units", "weights"] = "units"
+    scored: list[ScoredLayer] = field(default_factory=list)
 
     # collecting
 
@@ -318,6 +321,7 @@ class Report:
         values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
         values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(_SIZES[stored["format"]], [])]
+        values["scored"] = [ScoredLayer(**row) for row in stored.get("scored", [])]
         report = cls(**values)
         require(report, cls, "report")
         return report
@@ -339,8 +343,9 @@ class Report:
         return report_figure(self)
 
     def grids(self) -> tuple[Grid, ...]:
-        """The tables: what was won and lost, the cuts, the networks saved on the way, the widths."""
-        grids = [self._summary(), self._cuts(), self._sizes(), self._widths()]
+        """The tables: what was won and lost, the cuts, the networks saved on the way, the widths, scores of layers."""
+        scored = layers_grid(self.scored, str(self.config.get("metric", "metric")))
+        grids = [self._summary(), self._cuts(), self._sizes(), self._widths(), scored]
         return tuple(grid for grid in grids if grid.rows)
 
     def table(self) -> RichGroup:

@@ -1,0 +1,273 @@
+"""How a run scores its layers by surrogates: samples of all processes, one surrogate, what is finished written down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_prune.callbacks.processes import gathered, made_on_first
+from lightning_prune.planning import Amount, Original, Plan, Target, best_unit, plan_by_use
+from lightning_prune.scoring import DataPass, Surrogate
+from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
+from lightning_prune.scoring.surrogates import Metric, metric_name, split_samples
+from lightning_prune.scoring.walk import Station, Walk, pooled_features, stations_of
+from lightning_prune.scoring.xgb import (
+    LayerScore,
+    LayerScorer,
+    Use,
+    score_layers,
+    score_layers_in_turn,
+    unmaskable,
+    unscorable,
+    use_of_groups,
+)
+from lightning_prune.structure import Structure
+from lightning_prune.structure.graph import Group
+
+__all__ = ["Mode", "ScoreOptions", "Scored", "ScoringRun"]
+
+#: All layers on the network as it is, or one after the other on what earlier decisions have left.
+Mode = Literal["one_shot", "layer_wise"]
+
+# Walks of a bisection over the threshold, for a budget in layer-wise mode, and the range of its logarithm to base 10.
+_WALKS, _LOWEST, _HIGHEST = 12, -10.0, 0.0
+
+# A network this much smaller than a budget is near enough, as a share of the budget.
+_NEAR = 0.01
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What layers are scored by.
+
+    Attributes:
+        mode: ``"one_shot"`` or ``"layer_wise"``.
+        reduction: What the positions of a channel become: their mean or their maximum.
+        surrogate: What is fitted.
+        metric: What μ is.
+        held_back: Share of the samples that μ is measured on.
+        seed: Of the split of the samples.
+        memory_limit: Bytes of activations that are kept in memory.
+    """
+
+    mode: Mode
+    reduction: Literal["avg", "max"]
+    surrogate: Surrogate
+    metric: Metric | None = None
+    held_back: float = 0.2
+    seed: int = 0
+    memory_limit: int = 2**30
+
+    def plain(self) -> dict[str, Any]:
+        """What scores depend on, besides network and samples."""
+        return {
+            "mode": self.mode,
+            "reduction": self.reduction,
+            "surrogate": repr(self.surrogate),
+            "metric": metric_name(self.metric, self.surrogate.task),
+            "held_back": self.held_back,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a scoring has found.
+
+    Attributes:
+        layers: Scores, in the order of execution.
+        use: How much the units of each group are used.
+        plan: Which of them stay.
+        emptied: Groups that would have lost all units, and keep their best one.
+        file: Where the scores are written down.
+    """
+
+    layers: Mapping[Station, LayerScore]
+    use: Mapping[str, Use]
+    plan: Plan
+    emptied: tuple[str, ...]
+    file: Path
+
+
+class ScoringRun:
+    """Scores the layers of a network on one set of samples.
+
+    Args:
+        trainer: The run.
+        module: The network.
+        structure: Its groups.
+        original: Size of the dense network, which a budget is relative to.
+        data: The samples of this process.
+        options: What layers are scored by.
+        folder: Where finished layers are written down.
+        table: A file with scores that are to be taken.
+        see: Told every layer, and how many there are.
+
+    Raises:
+        ValueError: If the labels do not suit, or ``table`` holds scores of something else.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        structure: Structure,
+        original: Original,
+        data: DataPass,
+        options: ScoreOptions,
+        folder: Path,
+        table: Path | None = None,
+        see: Callable[[LayerScore, int], None] = lambda *_: None,
+    ) -> None:
+        self.trainer, self.module, self.structure, self.original = trainer, module, structure, original
+        self.data, self.options, self.folder, self.table, self._see = data, options, folder, table, see
+        with trainer.precision_plugin.forward_context():
+            self._order = stations_of(module, next(iter(data)))
+        self.labels = gathered(data.labels).cpu().numpy()
+        task = options.surrogate.task
+        self.parts = split_samples(self.labels, task, held_back=options.held_back, seed=options.seed)
+        self._key = {
+            **options.plain(),
+            "network": network_fingerprint(module),
+            "samples": data.fingerprint(),
+            "processes": data.world_size,
+        }
+
+    def unscorable(self, groups: Sequence[Group]) -> dict[str, str]:
+        """Groups that cannot be scored, or not in this mode, and why."""
+        lost = unscorable(groups, self._order)
+        if self.options.mode == "layer_wise":
+            lost |= unmaskable(self.module, [group for group in groups if group.name not in lost])
+        return lost
+
+    def run(self, groups: Sequence[Group], amount: Amount) -> Scored:
+        """Score the layers that give the units of groups, and decide which of these stay.
+
+        Args:
+            groups: Those that may be pruned.
+            amount: How many go.
+        """
+        producers = {layer for group in groups for layer in group.producers}
+        stations = [station for station in self._order if station.layer in producers]
+        if self.options.mode == "one_shot":
+            scorer, file = self._scorer(len(stations), {})
+            found = score_layers(scorer, stations, self._features)
+            use = use_of_groups(groups, found)
+            return Scored(found, use, *plan_by_use(self.structure, use, amount, self.original), file)
+        return self._in_turn(groups, stations, amount) if amount.is_local else self._near(groups, stations, amount)
+
+    # -- one after the other ------------------------------------------------------------------------------------------
+
+    def _in_turn(self, groups: Sequence[Group], stations: Sequence[Station], amount: Amount) -> Scored:
+        decided = {"amount": amount, "groups": [group.name for group in groups]}
+        scorer, file = self._scorer(len(stations), decided)
+        use: dict[str, Use] = {}
+
+        def decide(group: Group, found: Use) -> tuple[int, ...]:
+            use[group.name] = found
+            return amount.kept(found) or (best_unit(found),)
+
+        walk = Walk(self.module, self.data, stations, memory_limit=self.options.memory_limit)
+        found = score_layers_in_turn(walk, self._order, groups, scorer, self._visited, decide)
+        return Scored(found, use, *plan_by_use(self.structure, use, amount, self.original), file)
+
+    def _near(self, groups: Sequence[Group], stations: Sequence[Station], budget: Amount) -> Scored:
+        """Walk with one threshold after the other until what is left is near to the budget, then meet it.
+
+        What a threshold leaves has to be walked to be known, so the search ends after some walks, and the units whose
+        use is next to the threshold make up the difference.
+        """
+        target = Target.of(None, budget.value)
+        selected = [group.name for group in groups]
+        limit = target.fraction(self.original, selected) * self.original.size(target.quantity, selected)
+        low, high = _LOWEST, _HIGHEST
+        nearest: tuple[float, Scored] | None = None
+        for _ in range(_WALKS):
+            exponent = (low + high) / 2
+            scored = self._in_turn(groups, stations, Amount("threshold", 10**exponent))
+            size = self._size(scored.plan, target, selected)
+            rank_zero_info(f"threshold {10**exponent:.3g}: {size:,.0f} {target.quantity} of {limit:,.0f} are left")
+            if nearest is None or abs(size - limit) < nearest[0]:
+                nearest = abs(size - limit), scored
+            if (1 - _NEAR) * limit <= size <= limit:
+                break
+            low, high = (exponent, high) if size > limit else (low, exponent)
+        assert nearest is not None
+        scored = nearest[1]
+        plan, emptied = plan_by_use(self.structure, scored.use, budget, self.original)
+        return Scored(scored.layers, scored.use, plan, emptied, scored.file)
+
+    def _size(self, plan: Plan, target: Target, selected: Sequence[str]) -> float:
+        after = self.structure.take(plan.kept)
+        return Original.of(after).size(target.quantity, selected)
+
+    # -- features and surrogates --------------------------------------------------------------------------------------
+
+    def _features(self, stations: Sequence[Station]) -> Mapping[Station, Tensor]:
+        with self.trainer.precision_plugin.forward_context():
+            found = pooled_features(self.module, self.data, stations, self.options.reduction)
+        return {station: gathered(found[station]) for station in stations}
+
+    def _visited(self, visit: Any) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():
+            return gathered(visit.features(self.options.reduction))
+
+    def _scorer(self, layers: int, decided: Mapping[str, Any]) -> tuple[LayerScorer, Path]:
+        """What scores a layer, and the file that it writes."""
+        key = {**self._key, **decided}
+        name = f"scores-{hashlib.sha256(json.dumps(key, default=repr).encode()).hexdigest()[:12]}.jsonl"
+        opened = made_on_first(self.trainer, lambda: self._opened(self.folder / name, key))
+        memory = _Shared(opened, self.trainer.is_global_zero)
+        scorer = LayerScorer(
+            self.options.surrogate,
+            self.labels,
+            self.parts,
+            self.options.metric,
+            memory,
+            together=lambda make: made_on_first(self.trainer, make),
+            see=lambda found: self._see(found, layers),
+        )
+        return scorer, opened.path
+
+    def _opened(self, path: Path, key: Mapping[str, Any]) -> ScoreFile:
+        """The file of this scoring, with what is known of it: from before a kill, from another run, from the user."""
+        own = ScoreFile(path, key)
+        others = [] if self.table is None else [self.table]
+        home = path.parent.parent
+        others += sorted(
+            [*home.glob(path.name), *home.glob(f"*/{path.name}"), *path.parent.glob(f"score/*/{path.name}")]
+        )
+        for other in others:
+            if other == path:
+                continue
+            known = ScoreFile(other, key)
+            if not known.fits and other == self.table:
+                raise ValueError(
+                    f"`scores`: expected a table of this network, these samples and options, got {other}, in which "
+                    f"{', '.join(known.difference)} differ. Score again, or leave it out."
+                )
+            if known.fits and own.take(known):
+                rank_zero_info(f"Scores of layers that {other} holds are taken from there.")
+        return own
+
+
+class _Shared:
+    """What the first process has read is known to all; it alone writes."""
+
+    def __init__(self, file: ScoreFile, writes: bool) -> None:
+        self._file, self._writes = file, writes
+
+    def recall(self, station: Station) -> LayerScore | None:
+        return self._file.recall(station)
+
+    def note(self, found: LayerScore) -> None:
+        if self._writes:
+            self._file.note(found)

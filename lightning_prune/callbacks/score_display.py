@@ -1,0 +1,118 @@
+"""What a run shows of its layers' scores: a progress bar while it scores, a page and pictures afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_prune.planning import Plan
+from lightning_prune.reporting import LayerScores, importance_figure, score_figure
+from lightning_prune.scoring.xgb import LayerScore, unit_axes
+from lightning_prune.structure.graph import Group
+
+__all__ = ["ScoreProgress", "kept_channels", "show_scores"]
+
+# Columns of a table that goes to a file or a pipe.
+_FILE_WIDTH = 120
+
+
+class ScoreProgress:
+    """A bar with the layer that was scored last, its μ and the time left, where the Trainer has a bar of its own.
+
+    Args:
+        trainer: The run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        console = Console()
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None and console.is_terminal
+        columns = (TextColumn("Scoring layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            *columns, TextColumn("{task.description}"), console=console, transient=True, disable=not shown
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> ScoreProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def see(self, found: LayerScore, layers: int) -> None:
+        """One layer is finished.
+
+        Args:
+            found: What was found.
+            layers: How many there are.
+        """
+        description = f"{found.station.layer}: μ {found.score:.3f}"
+        self._bar.update(self._task, total=layers, advance=1, description=description)
+
+
+def kept_channels(groups: Iterable[Group], plan: Plan) -> dict[str, list[int]]:
+    """Channels of every layer's output that a plan keeps, ascending."""
+    kept: dict[str, set[int]] = {}
+    for group in groups:
+        units = list(plan.kept.get(group.name, range(group.width)))
+        for layer, members in unit_axes(group).items():
+            found = kept.setdefault(layer, set())
+            for member in members:
+                found.update(np.unique(member.index[units]).tolist())
+    return {layer: sorted(channels) for layer, channels in kept.items()}
+
+
+def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: float | None, *, prints: bool) -> None:
+    """Write ``scores.md`` with its pictures, give these to W&B, and print the table if asked for.
+
+    Args:
+        trainer: The run.
+        table: What was found.
+        folder: Where files go.
+        threshold: ρ, if it is one for all layers.
+        prints: Whether the table is printed.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _pictures(table, folder, threshold)
+    parts = ["# Scores of layers", *(f"![{path.stem}]({path.name})" for path in pictures)]
+    page = "\n\n".join([*parts, *(grid.markdown() for grid in table.grids())])
+    (folder / "scores.md").write_text(f"{page}\n", encoding="utf-8")
+    if prints:
+        console = Console()
+        console = console if console.is_terminal else Console(width=_FILE_WIDTH)
+        console.print(table)
+        console.print(f"Scores: {folder}", soft_wrap=True)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            for path in pictures:
+                logger.log_image(f"pruning/{path.stem}", [str(path)])
+
+
+def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list[Path]:
+    curve = [(found.station.layer, found.score) for found in table.layers]
+    figures: dict[str, Any] = {
+        "importances.png": lambda: importance_figure(table.layers, table.kept, threshold),
+        "scores.png": lambda: score_figure({f"held-back {table.metric}": curve}),
+    }
+    written = []
+    for name, draw in figures.items():
+        try:
+            draw().savefig(folder / name)
+        except ModuleNotFoundError as error:
+            warnings.warn(f"no picture of the scores: {error}", stacklevel=2)
+            return []
+        written.append(folder / name)
+    return written

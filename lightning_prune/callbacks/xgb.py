@@ -1,0 +1,276 @@
+"""The XGB pruner: what boosted trees on a layer's features do not use goes (Ratajczyk and Horzyk, 2024)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from typing_extensions import override
+
+from lightning_prune.callbacks.extensions.extension import CutExtension
+from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
+from lightning_prune.callbacks.processes import agreed
+from lightning_prune.callbacks.scheduled import instance_of
+from lightning_prune.callbacks.score_display import ScoreProgress, kept_channels, show_scores
+from lightning_prune.callbacks.structured import StructuredPruning
+from lightning_prune.planning import Amount, CutPoint, NoEffectWarning, OneShot, Original, Plan, Schedule, Target
+from lightning_prune.reporting import LayerScores
+from lightning_prune.scoring import DataPass, Surrogate, XGBoost
+from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name
+from lightning_prune.scoring.xgb import log_importance
+from lightning_prune.structure import Structure, StructureError
+from lightning_prune.surgery import Repair, Ridge
+
+__all__ = ["XGBPruning"]
+
+
+@final
+class XGBPruning(StructuredPruning):
+    """Removes units that a surrogate on their layer's features does not use.
+
+    I. Ratajczyk and A. Horzyk, "Advancing ConvNet Architectures: A Novel XGB-Based Pruning Algorithm for Transfer
+    Learning Efficiency" (2024). Of each layer what the next one reads, its output after norm and activation, becomes
+    one number per channel; gradient-boosted trees predict the labels from these. The importance of a channel is how
+    much the trees use it, and units whose importance is at most ρ go. μ of a layer is how well the trees predict
+    samples that were held back.
+
+    It acts once: before the first training batch, after a checkpoint was restored, or at the moment of its schedule.
+    Layers that can only shrink together count by the maximum over them; a layer that would be emptied keeps its best
+    unit, with a warning. What is scored is written down layer by layer, so that a run that is killed scores at most one
+    layer again, and `lightning-prune score` scores without pruning.
+
+    Where the paper leaves a choice open: its parameters of XGBoost cannot be had, see `XGBoost` for ours; μ is measured
+    on a share of the *training* data and early stopping by another, so that validation and test data stay untouched;
+    by default the layers that read what was cut are fitted again (`Ridge`): the paper freezes them as they are, which
+    ``extensions=[]`` does.
+
+    Args:
+        mode: ``"one_shot"``: all layers are scored on the network as it is. ``"layer_wise"``: one after the other, each
+            on what is left of those before it.
+        threshold: ρ in [0, 1): units with an importance of at most ρ go. Importances of one layer have sum 1. At most
+            one of this and the next four is given; without any, ``gain=0.99``.
+        quantile: Instead, a share in [0, 1): ρ of every layer is this quantile of its importances.
+        gain: Instead, a share in (0, 1]: the most used units stay that together hold this share of everything that the
+            trees have gained on their layer (the sums of gains, where importances are means).
+        pruning_ratio: Instead, the share of the units of every layer to remove, in [0, 1).
+        budget: Instead, what remains of the network, see `StructuredPruning`: units go by their importance, wherever
+            they are. In layer-wise mode that takes several walks, with one threshold after the other.
+        reduction: What becomes one number per channel: the mean (``"avg"``) or the maximum (``"max"``) over positions.
+        surrogate: What predicts the labels: `XGBoost` by default, with ``task="regression"`` for numbers; `NeuralProbe`
+            or `SklearnEstimator`.
+        metric: What μ is: ``"accuracy"`` (default), ``"balanced_accuracy"``, ``"r2"`` (default for regression), or a
+            function of labels and predictions.
+        samples: How many training samples are used, the same share of every class; all by default.
+        per_class: Instead of ``samples``, how many of every class.
+        held_back: Share of the samples that μ is measured on, in (0, 1).
+        seed: Of the choice and split of samples.
+        scores: A file that `lightning-prune score` has written; it has to fit network, samples and options. Files of
+            runs in folders beside this one's are found without it.
+        schedule: When it acts; at once by default. It has one moment.
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+        extensions: What goes with the cut, see `StructuredPruning`; `Ridge` by default, an empty list for the paper's
+            own form.
+        reset_monitors: See `StructuredPruning`.
+        dirpath: Folder for report, scores and pictures; by default the logger's folder.
+        memory_limit: Bytes of activations and samples that are kept in memory; the others go to temporary files.
+
+    Raises:
+        ValueError: At once for settings that are out of range; before the first training step for all that depends on
+            network, data and trainer.
+
+    Example:
+        >>> from lightning_prune import XGBPruning
+        >>> callback = XGBPruning(mode="layer_wise", gain=0.95)
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "one_shot",
+        threshold: float | None = None,
+        quantile: float | None = None,
+        gain: float | None = None,
+        pruning_ratio: float | None = None,
+        budget: float | int | dict[str, float | int] | None = None,
+        reduction: Literal["avg", "max"] = "avg",
+        surrogate: Surrogate | None = None,
+        metric: Metric | None = None,
+        samples: int | None = None,
+        per_class: int | None = None,
+        held_back: float = 0.2,
+        seed: int = 0,
+        scores: str | None = None,
+        schedule: Schedule | None = None,
+        layers: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        extensions: list[Repair | CutExtension] | None = None,
+        reset_monitors: bool = True,
+        dirpath: str | None = None,
+        memory_limit: int = 2**30,
+    ) -> None:
+        self.amount = Amount.of(threshold, quantile, gain, pruning_ratio, budget)
+        surrogate = XGBoost() if surrogate is None else surrogate
+        instance_of(self, "surrogate", surrogate, Surrogate, "XGBoost()")
+        for name, value, allowed in (("mode", mode, get_args(Mode)), ("reduction", reduction, ("avg", "max"))):
+            if value not in allowed:
+                known = " or ".join(f'"{one}"' for one in allowed)
+                raise ValueError(f"XGBPruning: expected `{name}` of {known}, got {value!r}")
+        if not 0 < held_back < 0.9:
+            raise ValueError(f"XGBPruning: expected `held_back` in (0, 0.9), got {held_back}. Give 0.2.")
+        metric_function(metric, surrogate.task)
+        self.options = ScoreOptions(mode, reduction, surrogate, metric, held_back, seed, memory_limit)
+        self.samples, self.per_class, self.scores = samples, per_class, scores
+        #: Whether the fit ends when layers are scored: how `lightning-prune score` runs.
+        self.only_score = False
+        super().__init__(
+            pruning_ratio=pruning_ratio,
+            budget=budget,
+            schedule=OneShot(0, unit="step") if schedule is None else schedule,
+            layers=layers,
+            ignore=ignore,
+            extensions=[Ridge()] if extensions is None else extensions,
+            reset_monitors=reset_monitors,
+            dirpath=dirpath,
+        )
+
+    @override
+    def _target_of(self, pruning_ratio: Any, budget: Any) -> Target:
+        # What a threshold leaves is known when layers are scored.
+        return Target("units", 1.0) if self.amount.is_local else super()._target_of(None, budget)
+
+    @override
+    def _unprepare(self) -> None:
+        super()._unprepare()
+        self._scored: Scored | None = None
+
+    @property
+    def scored(self) -> Scored | None:
+        """What was found in this fit: scores of layers, use of units; None before."""
+        return self._scored
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        del settings["criterion"], settings["scope"]
+        return {
+            **settings,
+            "target": self.amount,
+            **self.options.plain(),
+            "samples": self.samples,
+            "per_class": self.per_class,
+        }
+
+    @override
+    def _require_feasible(self, structure: Structure, selected: tuple[str, ...], original: Original) -> None:
+        if not self.amount.is_local:
+            super()._require_feasible(structure, selected, original)
+
+    @override
+    def _fraction(self, structure: Structure, selected: tuple[str, ...], original: Original) -> float:
+        return 0.5 if self.amount.is_local else super()._fraction(structure, selected, original)
+
+    @override
+    def _moments(self, trainer: Trainer, fraction: float) -> tuple[CutPoint, ...]:
+        timeline = super()._moments(trainer, fraction)
+        if len(timeline) > 1:
+            raise ValueError(
+                f"XGBPruning: expected a `schedule` with one moment, got {len(timeline)}: it acts once. Give "
+                "`OneShot(0.5)`, or leave it out to act before the first batch."
+            )
+        return timeline
+
+    @override
+    def _reached(
+        self, timeline: tuple[CutPoint, ...], structure: Structure, selected: tuple[str, ...], original: Original
+    ) -> int:
+        return self._last_done  # it acts once, whatever the network's size
+
+    @override
+    def _staying(self, structure: Structure, selected: tuple[str, ...], original: Original) -> dict[str, str]:
+        return {}
+
+    @override
+    def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+        """Cut if that is due; where only scores are asked for, score and end the fit."""
+        if self.only_score:
+            self._score(trainer, module)
+            raise _TunerExitException
+        super().act(trainer, module, batch_idx)
+
+    @override
+    def _plan(
+        self, trainer: Trainer, module: LightningModule, point: CutPoint
+    ) -> tuple[Plan, dict[str, torch.Tensor], dict[str, float]]:
+        scored = self._score(trainer, module)
+        for name in scored.emptied:
+            note = f"One unit of {name} stays: by {self.amount.rule}={self.amount.value} all of them would go."
+            self.report.notes.append(note)
+            warnings.warn(note, NoEffectWarning, stacklevel=2)
+        scores = {name: torch.from_numpy(log_importance(use.importance)) for name, use in scored.use.items()}
+        numbers = {f"pruning/mu/{station.layer}": found.score for station, found in scored.layers.items()}
+        return agreed(trainer, scored.plan), scores, numbers
+
+    def _score(self, trainer: Trainer, module: LightningModule) -> Scored:
+        """Score the layers of the network as it is now, and show what was found."""
+        assert self._structure is not None
+        groups = [self._structure.group(name) for name in self._selected]
+        folder = self.session.writer(self, trainer).folder()
+        with ScoreProgress(trainer) as progress:
+            run = ScoringRun(
+                trainer,
+                module,
+                self._structure,
+                self._original,
+                self._data(trainer, module),
+                self.options,
+                folder,
+                None if self.scores is None else Path(self.scores),
+                progress.see,
+            )
+            lost = run.unscorable(groups)
+            self._selected = self._without(lost)
+            scored = run.run([group for group in groups if group.name not in lost], self.amount)
+        self._scored = scored
+        table = LayerScores(list(scored.layers.values()), kept_channels(groups, scored.plan), self._metric)
+        self.report.scored[:] = table.rows
+        if trainer.is_global_zero:
+            threshold = self.amount.value if self.amount.rule == "threshold" else None
+            show_scores(trainer, table, folder, threshold, prints=self.only_score)
+        return scored
+
+    def _without(self, lost: Mapping[str, str]) -> tuple[str, ...]:
+        """The selected groups without those that cannot be scored; an error if the user named one of these."""
+        left = tuple(name for name in self._selected if name not in lost)
+        reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
+        if lost and (self.layers is not None or not left):
+            raise StructureError(f"XGBPruning cannot score {reasons}. Choose other `layers`.")
+        if lost:
+            warnings.warn(f"XGBPruning cannot score, so these stay as they are: {reasons}", stacklevel=2)
+        return left
+
+    @property
+    def _metric(self) -> str:
+        return metric_name(self.options.metric, self.options.surrogate.task)
+
+    def _data(self, trainer: Trainer, module: LightningModule) -> DataPass:
+        def transfer(batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+        loader: Any = trainer.train_dataloader
+        return DataPass(
+            loader,
+            samples=self.samples,
+            per_class=self.per_class,
+            seed=self.options.seed,
+            memory_limit=self.options.memory_limit,
+            transfer=transfer,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )

@@ -1,0 +1,373 @@
+"""The XGB pruner in a run: what it decides, when, what it writes down, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prune
+from lightning_prune import NeuralProbe, OneShot, Ridge, SklearnEstimator, StructuredPruning, XGBoost, XGBPruning
+from lightning_prune.callbacks import score_display
+from lightning_prune.planning import NoEffectWarning
+from lightning_prune.scoring import DataPass
+from lightning_prune.scoring.surrogates import split_samples
+from lightning_prune.structure import StructureError
+from lightning_prune.surgery import history_of
+from tests.callbacks.small import trainer
+from tests.callbacks.xgb_runs import QUICK, Counting, Interrupted, Module, Regressor, fit, in_processes, kept, loader
+from tests.scoring import xgb_reference as reference
+from tests.support import ranks
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr(score_display, "_pictures", lambda *_: [])
+
+
+def naive(module: Module, mode: str, rule: str, amount: float) -> tuple[Any, Any]:
+    data = DataPass(loader())
+    x, labels = torch.cat([batch.args[0] for batch in data]), data.labels
+    parts = split_samples(labels.numpy(), "classification")
+    found = reference.naive(module.net.eval(), x, labels, parts, mode, rule, amount)
+    module.net.train()
+    return found
+
+
+# -- what it decides --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Chain", "Residual", "Dense"])
+@pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
+def test_a_run_keeps_what_the_naive_method_keeps(kind: str, mode: Any, tmp_path: Path) -> None:
+    """And the weights of what stays, as they were."""
+    module = Module(kind, lr=0.0)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    found, stay = naive(module, mode, "pruning_ratio", 0.5)
+    pruning = XGBPruning(mode, pruning_ratio=0.5, extensions=[])
+    fit(tmp_path, module, pruning)
+    assert kept(module) == stay
+    assert pruning.scored is not None
+    assert {s.layer.removeprefix("net."): f.score for s, f in pruning.scored.layers.items()} == pytest.approx(
+        {layer: one.mu for layer, one in found.items()}
+    )
+    first = module.net.layers[0]
+    group = next(name for name, one in module.net.groups.items() if first in one.producers)
+    torch.testing.assert_close(
+        module.get_parameter(f"net.{first}.weight"), before[f"net.{first}.weight"][stay[group]], rtol=0, atol=0
+    )
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(("kind", "mode"), [("Chain", "layer_wise"), ("Residual", "one_shot"), ("Dense", "layer_wise")])
+def test_processes_decide_as_one(kind: str, mode: str, tmp_path: Path) -> None:
+    settings = {"mode": mode, "gain": 0.9}
+    alone, kept_alone, _ = ranks.run(in_processes, str(tmp_path / "1"), kind, settings)
+    together, kept_together, _ = ranks.run(in_processes, str(tmp_path / "2"), kind, settings, processes=2)
+    assert kept_alone == kept_together
+    for layer, numbers in alone.items():
+        for mine, other in zip(numbers, together[layer], strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
+def test_a_budget(mode: Any, tmp_path: Path) -> None:
+    """What remains is at most the budget, and one unit more would be above it."""
+    module = Module()
+    pruning = XGBPruning(mode, budget={"params": 0.5}, surrogate=QUICK, extensions=[])
+    fit(tmp_path, module, pruning)
+    dense, now = pruning.report.dense, pruning.report.size
+    assert dense is not None
+    assert now is not None
+    assert 0.4 * dense.params < now.params <= 0.5 * dense.params
+    if mode == "layer_wise":
+        # Every walk has written down its own threshold.
+        assert len(list(tmp_path.glob("scores-*.jsonl"))) > 1
+
+
+def test_the_network_as_it_is_by_default(tmp_path: Path) -> None:
+    assert str(XGBPruning().amount) == "Amount(rule='gain', value=0.99)"
+    assert [type(one) for one in XGBPruning().extensions] == [Ridge]
+    module = Module()
+    pruning = XGBPruning(surrogate=QUICK)
+    fit(tmp_path, module, pruning)
+    assert all(len(units) >= 1 for units in kept(module).values())
+
+
+def test_numbers_to_predict(tmp_path: Path) -> None:
+    """A regression by configuration: μ is R²."""
+    x, _ = reference.images()
+    numbers = x[:, 0, :2].mean((1, 2)) * 3 - x[:, 0, 5:].mean((1, 2))
+    pruning = XGBPruning(pruning_ratio=0.5, surrogate=XGBoost("regression", rounds=20), extensions=[])
+    fit(tmp_path, Regressor(), pruning, data=loader(labels=numbers))
+    assert pruning.scored is not None
+    best = max(found.score for found in pruning.scored.layers.values())
+    assert 0.2 < best <= 1
+    assert pruning.report.config["metric"] == "r2"
+
+
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        SklearnEstimator("sklearn.ensemble.ExtraTreesClassifier", {"n_estimators": 10}),
+        NeuralProbe(epochs=3, patience=None),
+    ],
+    ids=["scikit-learn", "probe"],
+)
+def test_other_surrogates(surrogate: Any, tmp_path: Path) -> None:
+    module = Module()
+    fit(tmp_path, module, XGBPruning(pruning_ratio=0.5, surrogate=surrogate, extensions=[]))
+    assert {name: len(units) for name, units in kept(module).items()} == {"c1": 4, "c2": 3, "d1": 4}
+
+
+def test_a_layer_that_would_be_emptied_keeps_its_best_unit(tmp_path: Path) -> None:
+    module = Module()
+    pruning = XGBPruning(threshold=0.99, surrogate=QUICK, extensions=[])
+    with pytest.warns(NoEffectWarning) as seen:
+        fit(tmp_path, module, pruning)
+    assert "One unit of net.c1 stays: by threshold=0.99 all of them would go." in [str(one.message) for one in seen]
+    assert pruning.scored is not None
+    use = pruning.scored.use
+    assert kept(module) == {n.removeprefix("net."): [int(np.argmax(one.importance))] for n, one in use.items()}
+    assert "One unit of net.c1 stays" in str(pruning.report)
+
+
+def test_after_a_cut_the_network_trains_on_and_is_repaired(tmp_path: Path) -> None:
+    """With `Ridge` the outputs are nearer to the dense network's than without."""
+    x, _ = reference.images()
+    apart = {}
+    for name, extensions in (("ridge", None), ("source", [])):
+        module = Module(lr=0.0)
+        dense = module.net.eval()(x).detach()
+        module.train()
+        fit(tmp_path / name, module, XGBPruning(pruning_ratio=0.5, surrogate=QUICK, extensions=extensions))
+        apart[name] = float((module.net.eval()(x) - dense).square().mean().detach())
+    assert apart["ridge"] < 0.5 * apart["source"]
+
+
+# -- when, and what is written down -----------------------------------------------------------------------------------
+
+
+def test_it_acts_once_whatever_is_resumed(tmp_path: Path) -> None:
+    counting, module, again = Counting(), Module(), Module()
+    settings: dict[str, Any] = {"pruning_ratio": 0.5, "surrogate": counting, "extensions": []}
+    fit(tmp_path / "1", module, XGBPruning(**settings)).save_checkpoint(tmp_path / "last.ckpt")
+    assert len(counting.fits) == 3
+    fit(tmp_path / "2", again, XGBPruning(**settings), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert len(counting.fits) == 3
+    history = history_of(again)
+    assert history is not None
+    assert len({edit.cut for edit in history.edits}) == 1
+
+
+def test_it_acts_after_a_checkpoint_was_restored(tmp_path: Path) -> None:
+    """The weights that are scored are those of the checkpoint, which knows of no pruning."""
+    trained, module = Module(lr=0.0), Module(lr=0.0)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.1)
+    run = trainer(tmp_path / "1", 1)
+    run.fit(trained, loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    _, stay = naive(trained, "one_shot", "pruning_ratio", 0.5)
+    pruning = XGBPruning(pruning_ratio=0.5, extensions=[])
+    fit(tmp_path / "2", module, pruning, epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert kept(module) == stay
+
+
+def test_the_moment_of_a_schedule(tmp_path: Path) -> None:
+    pruning = XGBPruning(pruning_ratio=0.5, surrogate=QUICK, schedule=OneShot(2), extensions=[])
+    fit(tmp_path, Module(), pruning, epochs=3)
+    assert [(cut.epoch, cut.step) for cut in pruning.report.cuts] == [(2, 8)]
+
+
+@pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_an_interruption_loses_one_layer_at_most(mode: Any, stop_at: int, tmp_path: Path) -> None:
+    """The run that is started again fits no surrogate twice, and ends as one that never stopped."""
+    settings: dict[str, Any] = {"mode": mode, "gain": 0.9, "extensions": []}
+    undisturbed = Module("Residual")
+    fit(tmp_path / "a" / "run", undisturbed, XGBPruning(surrogate=Counting(), **settings))
+    fits: list[int] = []
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "b" / "1", Module("Residual"), XGBPruning(surrogate=Counting(fits, stop_at), **settings))
+    assert len(fits) == stop_at
+    module = Module("Residual")
+    fit(tmp_path / "b" / "2", module, XGBPruning(surrogate=Counting(fits), **settings))
+    assert len(fits) == 5, "as many as there are layers"
+    assert kept(module) == kept(undisturbed)
+    for name, weight in undisturbed.named_parameters():
+        torch.testing.assert_close(module.get_parameter(name), weight, rtol=0, atol=0)
+
+
+def test_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    fit(tmp_path / "1", Module(), XGBPruning(surrogate=Counting(), gain=0.9))
+    (file,) = (tmp_path / "1").glob("scores-*.jsonl")
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    fits: list[int] = []
+    fit(tmp_path / "2", Module(), XGBPruning(surrogate=Counting(fits), gain=0.9))
+    assert len(fits) == 1
+    again = [json.loads(line) for line in (tmp_path / "2" / file.name).read_text().splitlines()]
+    for mine, other in zip(again, map(json.loads, whole.splitlines()), strict=True):
+        mine.pop("seconds", None)
+        other.pop("seconds", None)
+        assert mine == other
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"reduction": "max"}, {"held_back": 0.3}, {"metric": "balanced_accuracy"}, {"samples": 120}, {"seed": 1}],
+)
+def test_scores_of_other_options_are_not_taken(changed: dict[str, Any], tmp_path: Path) -> None:
+    fits: list[int] = []
+    fit(tmp_path / "1", Module(), XGBPruning(surrogate=Counting(fits), gain=0.9))
+    fit(tmp_path / "2", Module(), XGBPruning(surrogate=Counting(fits), **{"gain": 0.9, **changed}))
+    assert len(fits) == 6
+
+
+def test_scores_serve_every_amount_but_only_their_network(tmp_path: Path) -> None:
+    fits: list[int] = []
+    for name, amount in (("1", {"gain": 0.9}), ("2", {"threshold": 0.1}), ("3", {"pruning_ratio": 0.5})):
+        fit(tmp_path / name, Module(), XGBPruning(surrogate=Counting(fits), **amount))  # type: ignore[arg-type]
+    assert len(fits) == 3
+    (file,) = (tmp_path / "1").glob("scores-*.jsonl")
+    other = Module()
+    with torch.no_grad():
+        other.net.c1.weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"`scores`: expected a table of this network.* in which network differ"):
+        fit(tmp_path / "4", other, XGBPruning(surrogate=Counting(fits), gain=0.9, scores=str(file)))
+    assert len(fits) == 3
+
+
+def test_a_file_that_holds_no_scores(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"expected a file with scores of layers, got .*other\.jsonl"):
+        fit(tmp_path / "run", Module(), XGBPruning(surrogate=QUICK, scores=str(tmp_path / "other.jsonl")))
+
+
+def test_what_is_shown(measured: None, tmp_path: Path) -> None:
+    pruning = XGBPruning(gain=0.9, surrogate=QUICK)
+    fit(tmp_path, Module(), pruning)
+    assert {"scores.md", "scores.png", "importances.png", "report.md"} <= {path.name for path in tmp_path.iterdir()}
+    page = (tmp_path / "scores.md").read_text()
+    assert "| net.c1 | 8 |" in page
+    assert "![importances](importances.png)" in page
+    assert "Layers" in str(pruning.report)
+    again = lightning_prune.reporting.Report.from_plain(json.loads((tmp_path / "report.json").read_text()))
+    assert again.scored == pruning.report.scored
+    assert [row.layer for row in again.scored] == ["net.c1", "net.c2", "net.d1"]
+    assert all(0 < row.score <= 1 and row.kept for row in again.scored)
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"threshold": 0.1, "gain": 0.9}, ValueError, "expected one of .*got threshold=0.1, gain=0.9"),
+        ({"threshold": 1.0}, ValueError, r"expected `threshold` in \[0, 1\), got 1.0"),
+        ({"gain": 0.0}, ValueError, r"expected `gain` in \(0, 1\], got 0.0"),
+        ({"quantile": -0.1}, ValueError, r"expected `quantile` in \[0, 1\)"),
+        ({"gain": "much"}, TypeError, "expected a number for `gain`, got 'much'"),
+        ({"mode": "stepwise"}, ValueError, 'expected `mode` of "one_shot" or "layer_wise", got \'stepwise\''),
+        ({"reduction": "sum"}, ValueError, 'expected `reduction` of "avg" or "max", got \'sum\''),
+        ({"held_back": 1.0}, ValueError, r"expected `held_back` in \(0, 0.9\), got 1.0"),
+        ({"metric": "r2"}, ValueError, "expected a `metric` for classification"),
+        ({"surrogate": "xgboost"}, TypeError, "expected `surrogate` to be an instance of Surrogate"),
+        ({"budget": {"params": 2.0}}, ValueError, "budget"),
+    ],
+)
+def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        XGBPruning(**settings)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(240, dtype=torch.long), "expected samples of at least two classes, got 240 of class 0"),
+        (torch.linspace(0, 1, 240), 'expected whole numbers as classes, got labels such as .*`task="regression"`'),
+        (torch.tensor([0, 1] * 119 + [2, 2]), r"at least three samples of each class.*class 2 \(2\)"),
+    ],
+    ids=["one class", "numbers", "a class too rare to be in every part"],
+)
+def test_labels(labels: Tensor, message: str, tmp_path: Path) -> None:
+    """Before anything is trained or cut."""
+    module = Regressor() if labels.is_floating_point() else Module()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, XGBPruning(surrogate=QUICK), data=loader(labels=labels))
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_features_that_are_not_finite(tmp_path: Path) -> None:
+    module = Module()
+    with torch.no_grad():
+        module.net.c2.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"layer 'net\.c2': expected finite features.*channel 0"):
+        fit(tmp_path, module, XGBPruning(surrogate=QUICK))
+
+
+def test_without_xgboost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-prune\[xgb\]"'):
+        fit(tmp_path / "1", Module(), XGBPruning())
+
+
+class Bare(Module):
+    """The convolution's units are taken by a parameter, whose own units no layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Module()
+        self.conv, self.mix, self.head = nn.Conv2d(1, 8, 3), nn.Parameter(torch.randn(8, 6)), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(torch.relu(self.conv(x)).mean((2, 3)) @ self.mix))
+        return out
+
+
+def test_a_layer_without_a_channel_axis(tmp_path: Path) -> None:
+    """What cannot be scored or masked stays, and is named; an error if it was asked for."""
+    assert set(lightning_prune.inspect(Bare()).structure.widths) == {"conv", "mix"}
+    module = Bare()
+    with pytest.warns(UserWarning, match="so these stay as they are: mix: no convolution or linear layer"):
+        fit(tmp_path / "1", module, XGBPruning(pruning_ratio=0.5, surrogate=QUICK, extensions=[]))
+    assert (module.conv.out_channels, module.mix.shape) == (4, (4, 6))
+    with pytest.raises(StructureError, match="XGBPruning cannot score conv: its units enter mix"):
+        fit(tmp_path / "2", Bare(), XGBPruning("layer_wise", surrogate=QUICK, layers="conv"))
+
+
+def test_a_schedule_with_several_moments(tmp_path: Path) -> None:
+    pruning = XGBPruning(surrogate=QUICK, schedule=lightning_prune.LinearSchedule(start=0, end=2, cuts=2))
+    with pytest.raises(ValueError, match="expected a `schedule` with one moment, got 2"):
+        fit(tmp_path, Module(), pruning, epochs=3)
+
+
+def test_data_without_labels(tmp_path: Path) -> None:
+    class Own(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    data = DataLoader(TensorDataset(reference.images()[0]), batch_size=60)
+    with pytest.raises(ValueError, match="labels"):
+        fit(tmp_path, Own(), XGBPruning(surrogate=QUICK), data=data)
+
+
+def test_beside_another_callback(tmp_path: Path) -> None:
+    """Each prunes its own layers."""
+    module = Module()
+    pruning = XGBPruning(pruning_ratio=0.5, surrogate=QUICK, layers="net.c1", extensions=[])
+    fit(tmp_path, module, pruning, StructuredPruning(0.5, schedule=OneShot(1), layers="net.c2"), epochs=2)
+    assert {name: len(units) for name, units in kept(module).items()} == {"c1": 4, "c2": 3}

@@ -1,0 +1,126 @@
+"""Runs of the XGB pruner: small networks written by hand, as LightningModules, on a few images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import XGBoost, XGBPruning
+from lightning_prune.callbacks import score_display, showing
+from lightning_prune.scoring import Surrogate
+from lightning_prune.surgery import history_of
+from tests.callbacks.small import trainer
+from tests.scoring import xgb_reference as reference
+from tests.support.ranks import PROCESSES
+
+#: Small and quick; the naive reference has the defaults.
+QUICK = XGBoost(rounds=8, threads=1)
+
+
+class Module(LightningModule):
+    """One of the reference's networks, by its name."""
+
+    def __init__(self, kind: str = "Chain", lr: float = 1e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = reference.network(getattr(reference, kind)).train()
+        self.lr = lr
+        self.example_input_array = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Regressor(Module):
+    """Predicts a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.d2 = nn.Linear(7, 1).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0])[:, 0], batch[1])
+
+
+def loader(n: int = 240, batch_size: int = 60, labels: Any = None) -> DataLoader[Any]:
+    x, y = reference.images(n)
+    return DataLoader(TensorDataset(x, y if labels is None else labels), batch_size=batch_size)
+
+
+def fit(
+    folder: Path, module: LightningModule, pruning: XGBPruning, *callbacks: Any, data: Any = None, **kw: Any
+) -> Any:
+    """The trainer of a run, by default of one epoch."""
+    path = kw.pop("ckpt_path", None)
+    run = trainer(folder, kw.pop("epochs", 1), pruning, *callbacks, **kw)
+    run.fit(module, loader() if data is None else data, ckpt_path=path)
+    return run
+
+
+def kept(module: LightningModule) -> dict[str, list[int]]:
+    """Units that cuts have kept of each group, by the reference's names."""
+    history = history_of(module)
+    assert history is not None
+    return {name.removeprefix("net."): list(units) for edit in history.edits for name, units in edit.kept.items()}
+
+
+def in_processes(folder: str, kind: str, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A run as each of several processes makes it: scores, units kept, weights."""
+    showing.latency = lambda *_, **__: {1: 1.0}
+    showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
+    score_display._pictures = lambda *_: []
+    pruning, module = XGBPruning(extensions=[], **settings), Module(kind)
+    several = {}
+    if int(os.environ.get(PROCESSES, "1")) > 1:
+        several = {"devices": int(os.environ[PROCESSES]), "strategy": DDPStrategy()}
+    fit(Path(folder), module, pruning, **several)
+    assert pruning.scored is not None
+    found = {station.layer.removeprefix("net."): one for station, one in pruning.scored.layers.items()}
+    numbers = {layer: (one.score, one.importance, one.share) for layer, one in found.items()}
+    return numbers, kept(module), {name: p.detach() for name, p in module.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Counting(Surrogate):
+    """Boosted trees that count how often they are fitted, and stop the run at one of these fits.
+
+    Attributes:
+        fits: Grows by one for every fit; shared, and no part of what a score depends on.
+        stop_at: The fit that stops the run, from 0.
+    """
+
+    fits: list[int] = field(default_factory=list, repr=False)
+    stop_at: int | None = field(default=None, repr=False)
+    task: Any = "classification"
+    importance: str = "gain"
+    seed: int = 0
+
+    importances = ("gain",)
+
+    def train(self, *tables: Any) -> Any:
+        if len(self.fits) == self.stop_at:
+            raise Interrupted
+        self.fits.append(1)
+        return QUICK.train(*tables)
+
+
+class Interrupted(BaseException):
+    """As a signal would end the run."""

@@ -1,0 +1,83 @@
+"""The XGB pruner on the command line: its recipe, and scores without pruning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lightning_prune
+from lightning_prune.callbacks import score_display, showing
+from lightning_prune.cli import main, verbs
+from lightning_prune.models import CNNClassifier
+from lightning_prune.scoring.score_file import read_scores
+
+WORDS = ["--config=digits_cnn_xgb", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+AT_ONCE = ["--trainer.callbacks.schedule.at=0", "--trainer.callbacks.samples=300", "--trainer.max_epochs=2"]
+
+
+@pytest.fixture(autouse=True)
+def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "find_spec", lambda name: None)  # W&B takes seconds to start
+    monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+    monkeypatch.setattr(score_display, "_pictures", lambda *_: [])
+
+
+def twice(*_: object) -> None:
+    raise AssertionError("a layer is scored twice")
+
+
+def test_the_recipe() -> None:
+    """In fewer epochs: the network is smaller, and as good as before."""
+    main(["fit", *WORDS, "--trainer.max_epochs=8"])
+    run = Path("runs/digits_cnn_xgb/001")
+    small = lightning_prune.load_from_checkpoint(CNNClassifier, run / "checkpoints/last.ckpt")
+    dense = CNNClassifier((1, 8, 8), channels=(16, 32), hidden=(64, 32))
+    left, whole = (sum(p.numel() for p in network.parameters()) for network in (small, dense))
+    assert 0.1 * whole < left < 0.7 * whole
+    assert {"report.json", "scores.md"} <= {path.name for path in run.iterdir()}
+    report = lightning_prune.reporting.Report.from_plain(json.loads((run / "report.json").read_text()))
+    before, best, _ = report.outcome
+    assert before is not None
+    assert best is not None
+    assert best > before - 0.02
+    assert [row.layer for row in report.scored] == ["features.0", "features.4", "classifier.1", "classifier.3"]
+
+
+def test_scores_are_taken_up_by_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["score", *WORDS, *AT_ONCE])
+    printed = capsys.readouterr().out
+    assert "features.4" in printed
+    run = Path("runs/digits_cnn_xgb/001")
+    assert f"Scores: {run}" in printed
+    assert not (run / "checkpoints").exists()
+    (file,) = run.glob("scores-*.jsonl")
+    _, layers = read_scores(file)
+    assert [one.station.layer for one in layers] == ["features.0", "features.4", "classifier.1", "classifier.3"]
+
+    monkeypatch.setattr(lightning_prune.XGBoost, "train", twice)
+    main(["fit", *WORDS, *AT_ONCE])
+    assert (Path("runs/digits_cnn_xgb/002") / file.name).read_text() == file.read_text()
+    main(
+        ["fit", *WORDS, *AT_ONCE, "--name=other", f"--trainer.callbacks.scores={file}", "--trainer.callbacks.gain=0.5"]
+    )
+    assert Path("runs/other/001/report.json").is_file()
+
+
+def test_scores_of_a_checkpoint_serve_the_run_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=last", "--trainer.max_epochs=1"]
+    main(["fit", *WORDS, *dense])
+    run = Path("runs/digits_cnn_xgb/001")
+    resumed = [*WORDS, *AT_ONCE, f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    main(["score", *resumed])
+    (file,) = (run / "score/001").glob("scores-*.jsonl")
+    monkeypatch.setattr(lightning_prune.XGBoost, "train", twice)
+    main(["fit", *resumed])
+    assert (run / file.name).read_text() == file.read_text()
+
+
+def test_without_the_callback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "--config=digits_mlp_contribution", *WORDS[1:]])
+    assert "score: expected one `XGBPruning` among `trainer.callbacks`, got 0" in capsys.readouterr().err
