@@ -13,7 +13,7 @@ from lightning_prune.scoring import DataPass, Station, Walk, pooled_features, st
 from tests.scoring.walked import NETWORKS, build, exchanged, name_of, raw_batches, seen
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
-PLAIN = [True]
+PLAIN = [True, False]
 both_ways = pytest.mark.parametrize("plain", PLAIN, ids=lambda plain: "plain" if plain else "fast")
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules import activation, batchnorm, instancenorm, normalization
 from lightning_prune.scoring.walk.recording import ModuleCall, Recording, Step, Value, leaves, map_places
 from lightning_prune.scoring.walk.station import Station
 
-__all__ = ["Behind", "activations", "with_activations"]
+__all__ = ["CHANNELWISE", "Behind", "activations", "operator_name", "with_activations"]
 
 _NORMS: tuple[type[nn.Module], ...] = (
     *(batchnorm._NormBase, instancenorm._InstanceNorm),
@@ -40,6 +40,16 @@ _NORM_OPERATORS = frozenset(
 )
 #: Operators that are such a function with a plain number as the other argument.
 _WITH_NUMBER = frozenset(("add", "sub", "mul", "div", "pow"))
+#: Operators of which every channel depends on the same channel alone, where they keep the first two dimensions.
+CHANNELWISE = frozenset(
+    (
+        *_UNARY,
+        *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+        *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm", "add", "sub", "mul", "div", "clone"),
+        *("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_unpool2d", "upsample_nearest2d"),
+        *("upsample_bilinear2d", "mean", "view", "_unsafe_view"),
+    )
+)
 
 
 class Behind(NamedTuple):
@@ -122,7 +132,7 @@ def _next(
 
 def _through(step: Step, index: int, value: int) -> Behind | None:
     """Through an operator that is a norm or an activation of the value."""
-    name = _name(step)
+    name = operator_name(step)
     known = name in _UNARY or name in _NORM_OPERATORS
     first = step.args[0] if step.args else None
     if known and first == Value(value) and step.outs[0] is not None:
@@ -136,7 +146,7 @@ def _through_gate(recording: Recording, here: Behind, readers: Sequence[int]) ->
         return None
     product = recording.steps[readers[1]]
     factors = [place.number for place in product.args[:2] if isinstance(place, Value)]
-    if _name(product) != "mul" or len(factors) != 2 or here.value not in factors:
+    if operator_name(product) != "mul" or len(factors) != 2 or here.value not in factors:
         return None
     other = factors[0] if factors[1] == here.value else factors[1]
     wanted, own = other, _readers(recording)
@@ -144,14 +154,14 @@ def _through_gate(recording: Recording, here: Behind, readers: Sequence[int]) ->
         step = recording.steps[index]
         if wanted in step.outs:
             alone = len(own.get(wanted, ())) == 1 and len(step.reads()) == 1
-            if not alone or (_name(step) not in _UNARY and _name(step) not in _WITH_NUMBER):
+            if not alone or (operator_name(step) not in _UNARY and operator_name(step) not in _WITH_NUMBER):
                 return None
             wanted = step.reads()[0]
     return Behind(product.outs[0], readers[1] + 1) if wanted == here.value and product.outs[0] is not None else None
 
 
-def _name(step: Step) -> str:
-    """Name of an operator without the underscore of its form in place."""
+def operator_name(step: Step) -> str:
+    """Name of a step's operator, without the underscore of its form in place; empty for a mark."""
     if step.func is None:
         return ""
     name: str = step.func._overloadpacket.__name__

@@ -16,6 +16,7 @@ from lightning_prune.scoring.data import Batch
 from lightning_prune.scoring.walk.chains import activations
 from lightning_prune.scoring.walk.recording import Recording
 from lightning_prune.scoring.walk.station import Station, channel_dim, is_layer, scaled
+from lightning_prune.scoring.walk.variants import Variants, product, stacked
 from lightning_prune.structure.layers import canonical
 
 __all__ = ["Change", "Place", "Plain", "marked", "places_of"]
@@ -206,7 +207,7 @@ class Plain:
         self.model, self.places, self.forward_macs = model, places, macs
         self.macs = 0
 
-    def start(self, batches: int) -> None:
+    def start(self) -> None:
         """A walk begins: nothing is kept from batch to batch."""
 
     def move(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> None:
@@ -233,11 +234,17 @@ class Plain:
         station: Station,
         value: Tensor,
         masks: Mapping[Station, Tensor],
+        also: Mapping[Station, Tensor],
     ) -> Any:
         """What the network gives with another value at a station."""
-        changes = {**self._masked(masks, without=station), self.places[station]: lambda _: value}
+        masked = self._masked(product(masks, also), without=station)
         self.macs += len(batch) * self.forward_macs
-        return self._run(batch, changes)
+        return self._run(batch, {**masked, self.places[station]: lambda _: value})
+
+    def variants(self, asked: Variants) -> Any:
+        """What the network gives with some channels masked, one variant after the other."""
+        number, batch, station, masks = asked.number, asked.batch, asked.station, asked.masks
+        return stacked(asked, lambda value, also: self.rest(number, batch, station, value, masks, also))
 
     def _masked(self, masks: Mapping[Station, Tensor], without: Station) -> dict[Place, Change]:
         places = ((self.places[station], mask) for station, mask in masks.items() if station != without)

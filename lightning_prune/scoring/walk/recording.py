@@ -22,6 +22,7 @@ __all__ = [
     "Given",
     "ModuleCall",
     "Recording",
+    "Size",
     "Step",
     "Value",
     "Weight",
@@ -55,7 +56,14 @@ class Constant(NamedTuple):
     tensor: Tensor
 
 
-PLACES = (Value, Weight, Given, Constant)
+class Size(NamedTuple):
+    """A number that grows with the batch: ``per_sample · samples + fixed``."""
+
+    per_sample: int
+    fixed: int
+
+
+PLACES = (Value, Weight, Given, Constant, Size)
 
 
 @dataclass(eq=False)
@@ -159,6 +167,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._by_key: dict[tuple[Any, ...], Any] = {}
         self._kept: list[Tensor] = []  # so that an id stays its own
         self._stale: set[int] = set()
+        self._at_home: dict[int, set[int]] = {}  # values by the memory they lie in
         for name, tensor in named(model).items():
             self._know(tensor, Weight(name))
         for index, leaf in enumerate(tree_leaves(inputs)):
@@ -203,6 +212,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known[id(tensor)] = place
         self._by_key[_key(tensor)] = place
         self._kept.append(tensor)
+        if isinstance(place, Value):
+            self._at_home.setdefault(_home(tensor), set()).add(place.number)
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
@@ -223,18 +234,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _object(self, func: Any, before: Any, written: int | None) -> None:
         """Note why an operator cannot be run again by itself."""
         problems = self.recording.problems
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        # Attention has the tag for its dropout, which does nothing in eval mode.
+        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in str(func):
             problems.append(f"`{func}` draws random numbers")
-        if func is torch.ops.aten._local_scalar_dense.default:
-            problems.append("a number is read out of a tensor, so that what follows may depend on the data")
         if written is not None and not isinstance(before, Tensor):
             problems.append(f"`{func}` writes into an argument that is no single tensor")
 
     def _spoil(self, tensor: Tensor) -> None:
         """What lies in the memory that is written into is no longer what it was."""
-        home = _home(tensor)
-        old = {place.number for place in self._known.values() if isinstance(place, Value)}
-        self._stale |= {number for number in old if _home(self.recording.values[number]) == home}
+        self._stale |= self._at_home.get(_home(tensor), set())
 
 
 @contextmanager

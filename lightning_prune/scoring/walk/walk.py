@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -10,14 +12,16 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.walk.live import Live
 from lightning_prune.scoring.walk.notes import Notes, key_of
 from lightning_prune.scoring.walk.plain import Change, Place, Plain, marked, places_of
+from lightning_prune.scoring.walk.program import NotReplayable, Program
 from lightning_prune.scoring.walk.recording import record
-from lightning_prune.scoring.walk.station import Point, Station, pooled, scaled
+from lightning_prune.scoring.walk.station import Point, Station, pooled
+from lightning_prune.scoring.walk.variants import Variants
 
 __all__ = ["Here", "Visit", "Walk", "WalkProgress", "pooled_features", "stations_of"]
 
@@ -48,13 +52,15 @@ class _Engine(Protocol):
 
     macs: int
 
-    def start(self, batches: int) -> None: ...
+    def start(self) -> None: ...
 
     def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None: ...
 
     def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor: ...
 
-    def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks) -> Any: ...
+    def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks, also: Masks) -> Any: ...
+
+    def variants(self, asked: Variants) -> Any: ...
 
 
 def stations_of(
@@ -138,7 +144,10 @@ class Walk:
         options: What else decides, beside weights, samples and stations: it is part of the key under which finished
             stations are found again.
         progress: Called when a station is left.
-        plain: Run the whole network with hooks for every value: slow, the same numbers.
+        plain: Run the whole network with hooks for every value: slow, the same numbers. So it is, with a warning, where
+            a network cannot be run from a station on, because its operators depend on the data, say.
+        most_rows: Samples of all variants of `Here.rest_masked` together that are run as one batch; one variant is
+            always run whole.
         agree: Whether something holds on all processes, by what holds on this one; by default what holds here.
 
     Attributes:
@@ -146,6 +155,7 @@ class Walk:
         data: The samples.
         stations: In the order of execution.
         forward_macs: Multiply-accumulates (1 MAC = 2 FLOPs) of one sample's forward pass.
+        is_plain: Whether the whole network is run for every value.
 
     Raises:
         ValueError: If a station is not in the network, or there is none.
@@ -166,11 +176,12 @@ class Walk:
         data: DataPass,
         stations: Sequence[Station],
         *,
-        memory_limit: int = 2**30,  # noqa: ARG002
+        memory_limit: int = 2**30,
         folder: str | Path | None = None,
         options: Any = None,
         progress: Callable[[WalkProgress], None] | None = None,
-        plain: bool = False,  # noqa: ARG002
+        plain: bool = False,
+        most_rows: int = 256,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         places, forward_macs = _places(model, next(iter(data)))
@@ -181,7 +192,10 @@ class Walk:
         self.agree = agree
         self._progress = progress
         self._masks: dict[Station, Tensor] = {}
-        self._engine: _Engine = Plain(model, self.places, forward_macs)
+        self.is_plain = plain
+        self._engine: _Engine = (
+            Plain(model, self.places, forward_macs) if plain else self._live(memory_limit, most_rows)
+        )
         key = None if folder is None else key_of(model, data, self.stations, options)
         self.notes = None if folder is None or key is None else Notes(Path(folder) / key)
 
@@ -198,7 +212,7 @@ class Walk:
     def __iter__(self) -> Iterator[Visit]:
         """Go to one station after the other; each walk begins at the inputs, without masks."""
         self._masks.clear()
-        self._engine.start(len(self.stations))
+        self._engine.start()
         began = perf_counter()
         for index, station in enumerate(self.stations):
             with self.quiet():
@@ -212,9 +226,30 @@ class Walk:
                 left = seconds / done * (len(self.stations) - done)
                 self._progress(WalkProgress(station, index, len(self.stations), seconds, left))
 
-    def quiet(self) -> _Quiet:
-        """Context in which the network is run without a trace."""
-        return _Quiet(self.model, self.data.seed)
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Context in which the network, or its operators, are run without a trace."""
+        untouched = undisturbed(self.model, seed=self.data.seed) if self.is_plain else nullcontext()
+        with untouched, torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _live(self, memory_limit: int, most_rows: int) -> _Engine:
+        """The engine that moves live tensors, or that of whole passes where the network cannot be taken apart."""
+        first = next(iter(self.data))
+        try:
+            program = Program(self.model, first)
+            live = Live(self.model, program, self.places, memory_limit, most_rows)
+            with undisturbed(self.model, seed=self.data.seed), torch.inference_mode(False), torch.no_grad():
+                live.check(first)
+            return live
+        except NotReplayable as problem:
+            self.is_plain = True
+            warnings.warn(
+                f"the whole of {type(self.model).__name__} is run for every value, which is slow and gives the same "
+                f"numbers: it cannot be run from a station on, because {problem}",
+                stacklevel=3,
+            )
+            return Plain(self.model, self.places, self.forward_macs)
 
 
 @final
@@ -327,59 +362,57 @@ class Here:
             also: Masks at later stations, one number per channel.
         """
         visit = self.visit
-        masks = {**visit.masks}
-        for station, mask in (also or {}).items():
-            masks[station] = mask * masks[station] if station in masks else mask
+        self._require_later(also or {})
         with visit.walk.quiet():
-            return visit.engine.rest(self.number, self.batch, visit.station, value, masks)
+            return visit.engine.rest(self.number, self.batch, visit.station, value, visit.masks, also or {})
 
-    def rest_masked(
-        self,
-        masks: Tensor,
-        also: Masks | None = None,
-        *,
-        delta: bool = False,  # noqa: ARG002
-        skip: bool = False,
-    ) -> Any:
+    def rest_masked(self, masks: Tensor, also: Masks | None = None, *, delta: bool = False, skip: bool = False) -> Any:
         """What the network gives with some channels masked, in several variants.
+
+        Several variants are run as one batch, which may round otherwise than one after the other.
 
         Args:
             masks: One number per variant and channel, ``(variants, channels)``; 0 takes a channel out.
             also: Masks of the same variants at later stations, ``(variants, channels there)``.
-            delta: Compute the layer behind as what it gave less the share of the masked channels: faster, and equal up
-                to rounding.
-            skip: Let samples whose masked channels are all 0 have ``self.output``: exact.
+            delta: Compute convolutions and linear layers behind as what they gave less the share of the masked
+                channels (of masks of 0 and 1): faster, and equal up to rounding.
+            skip: Let samples whose masked channels are all 0 have ``self.output``: exact. With ``also`` every sample is
+                run, since what is at later stations is not looked at.
 
         Returns:
             The network's output with one more dimension in front of every tensor, the variants.
+
+        Raises:
+            ValueError: If masks have another shape.
         """
-        dim, found = self.visit.place.dim, []
-        for index, mask in enumerate(masks):
-            if skip and self._is_unchanged(mask):
-                found.append(self.output)
-            else:
-                own = {station: several[index] for station, several in (also or {}).items()}
-                found.append(self.rest(scaled(self.value, mask, dim), own))
-        return tree_map(lambda *parts: torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0], *found)
+        visit, value = self.visit, self.value
+        if masks.dim() != 2 or masks.shape[1] != visit.channels or not len(masks):
+            raise ValueError(
+                f"{visit.station}: expected masks of shape (variants, {visit.channels}), got {tuple(masks.shape)}."
+            )
+        self._require_later(also or {})
+        alive = torch.ones(len(masks), len(self.batch), dtype=torch.bool)
+        if skip and not also:
+            alive = self._alive(masks)
+        output = None if alive.all() else self.output
+        asked = Variants(
+            *(self.number, self.batch, visit.station, visit.place.dim, value, masks),
+            *(visit.masks, also or {}, alive, output, delta),
+        )
+        with visit.walk.quiet():
+            return visit.engine.variants(asked)
 
-    def _is_unchanged(self, mask: Tensor) -> bool:
-        masked = self.value.movedim(self.visit.place.dim, 0)[mask.to(self.value.device) == 0]
-        return not masked.any()
+    def _alive(self, masks: Tensor) -> Tensor:
+        """Whether a sample has anything in the channels that a variant masks: ``(variants, samples)``."""
+        seen = self.value.movedim(self.visit.place.dim, 1).flatten(2) if self.value.dim() > 2 else self.value[..., None]
+        changed = (masks != 1).to(seen.device)
+        return ((seen != 0).any(2)[None] & changed[:, None]).any(2).cpu()
 
-
-class _Quiet:
-    """The network in eval mode, without gradients and without a trace."""
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.contexts = undisturbed(model, seed=seed), torch.inference_mode(False), torch.no_grad()
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+    def _require_later(self, also: Masks) -> None:
+        for station in also:
+            place = self.visit.walk.places.get(station)
+            if place is None or place.order <= self.visit.place.order:
+                raise ValueError(f"expected masks at stations behind {self.visit.station}, got one at {station}")
 
 
 def _places(model: nn.Module, batch: Batch) -> tuple[list[Place], int]:
