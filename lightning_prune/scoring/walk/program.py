@@ -337,7 +337,7 @@ def _rows_of(two: Tensor, three: Tensor, twice: Tensor) -> Rows | None:
     differ = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
     if len(differ) != 1:
         return None
-    (dim,) = differ
+    (dim,), two, twice = differ, two.detach(), twice.detach()
     each = three.shape[dim] - two.shape[dim]
     if each < 1 or two.shape[dim] != 2 * each or twice.shape[dim] != 4 * each:
         return None
