@@ -20,9 +20,10 @@ from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.flow import layer_kinds
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.layers import canonical
+from lightning_prune.structure.stages import stages_of
 from lightning_prune.structure.tracing import output_tensors
 
-__all__ = ["Bypass", "Bypasses", "find_bypasses"]
+__all__ = ["Bypass", "Bypasses", "find_bypasses", "is_within"]
 
 _POOLS: tuple[type[nn.Module], ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -43,19 +44,21 @@ class Bypass:
     Attributes:
         before: The group whose units its layer reads, and the layers behind read instead.
         inputs: How many inputs of the layer a unit of that group is: more than one where a map was flattened.
-        modules: What becomes an identity: the layer, its norm and its activation.
+        modules: What becomes an identity: the layer, its norm and its activation; of a stage, the blocks.
         consumers: The layers behind, and how many of their inputs a unit is.
+        along: Groups inside the blocks of a stage, which go with it.
     """
 
     before: str
     inputs: int
     modules: tuple[str, ...]
     consumers: Mapping[str, int]
+    along: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Bypasses:
-    """What can vanish from the chains of a network.
+    """What can vanish although no path of the network leads around it.
 
     Attributes:
         groups: By name, in the order of execution.
@@ -90,12 +93,12 @@ class Bypasses:
 
     def consumers(self, gone: Collection[str]) -> dict[str, tuple[str, int]]:
         """Layers that have to be built anew when groups vanish: what they read, and inputs of a unit of it."""
-        replaced = set(self.modules(gone))
+        replaced = self.modules(gone)
         found: dict[str, tuple[str, int]] = {}
         for name in gone:
             group, inputs = self.reads(name, gone)
             for layer, size in self.groups[name].consumers.items():
-                if layer not in replaced:
+                if not is_within(layer, replaced):
                     found[layer] = group, inputs * size
         return found
 
@@ -109,14 +112,21 @@ def find_bypasses(structure: Structure, subject: Subject) -> Bypasses:
     size of the map goes only where what follows takes any size (global pooling), and a pooling likewise. The layers
     that read what no group produces, the network's input above all, always stay.
 
+    A stage of a residual network qualifies likewise: its stream, with the groups inside its branches, if its layers
+    fill modules (blocks) that all read one group from outside.
+
     Args:
-        structure: Of the network as it is.
+        structure: Of the network as it is; with its flow, if stages are to be found.
         subject: The network and how it is run.
     """
     trial, kinds = _Trial(subject), layer_kinds(subject.model)
     widths, groups = structure.widths, dict[str, Bypass]()
+    stages = stages_of(structure) if structure.flow is not None else {}
     for group in structure.groups:
-        bypass = _candidate(structure, group, kinds, trial)
+        if group.name in stages:
+            bypass = _stage(structure, group, stages[group.name], kinds, trial)
+        else:
+            bypass = _candidate(structure, group, kinds, trial)
         if bypass is not None:
             width = widths[bypass.before] * bypass.inputs
             read = {layer: size * width for layer, size in bypass.consumers.items()}
@@ -144,6 +154,25 @@ def _candidate(structure: Structure, group: Group, kinds: Mapping[str, str], tri
     return Bypass(*before, (layer, *trial.follows(layer, norms)), consumers)
 
 
+def _stage(
+    structure: Structure, stream: Group, inner: tuple[str, ...], kinds: Mapping[str, str], trial: _Trial
+) -> Bypass | None:
+    """What would go with a stage, if its layers fill blocks that read one group from outside."""
+    groups = [stream, *map(structure.group, inner)]
+    own = {member.layer for group in groups for member in group.members if member.role != "in"}
+    blocks = trial.filled_by(own)
+    names = {group.name for group in groups}
+    reads = {_read_by(structure, f"{layer}.weight") for group in groups for layer in group.producers}
+    before = {read for read in reads if read is None or read[0] not in names}
+    consumers = {m.layer: m.index.shape[1] for m in stream.members if m.role == "in" and not is_within(m.layer, blocks)}
+    whole = all(structure.cost.shapes[m.tensor][m.dim] == m.index.size for g in groups for m in g.members)
+    plain = all(kinds.get(name) == "linear" for name in consumers)
+    if not blocks or not consumers or not whole or not plain or len(before) != 1:
+        return None
+    read = before.pop()
+    return None if read is None else Bypass(*read, blocks, consumers, inner)
+
+
 def _read_by(structure: Structure, weight: str) -> tuple[str, int] | None:
     """The group whose units are all that a layer reads, and how many of its inputs each of them is."""
     for group in structure.groups:
@@ -167,6 +196,11 @@ def _stages(trial: _Trial, owners: Mapping[str, str]) -> Iterator[tuple[str, fro
             found.add(owners[name])
         elif any(True for _ in trial.modules[name].parameters()):
             all_can = False
+
+
+def is_within(layer: str, modules: Iterable[str]) -> bool:
+    """Whether a layer is one of these modules or inside one of them."""
+    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
 
 
 class _Trial:
@@ -205,6 +239,18 @@ class _Trial:
             else:
                 break
         return [*found, *(norm for norm in norms if norm not in found)]
+
+    def filled_by(self, layers: Collection[str]) -> tuple[str, ...]:
+        """The largest modules all of whose layers are among these; none if one of these would stand alone."""
+        full = [
+            name
+            for name, module in self.modules.items()
+            if name
+            and (owners := [n for n, m in module.named_modules(prefix=name) if m._parameters])
+            and all(owner in layers for owner in owners)
+        ]
+        largest = [name for name in full if not any(is_within(name, [other]) for other in full if other != name)]
+        return () if any(name in layers for name in largest) else tuple(largest)
 
     def works(self, gone: Iterable[str], reads: Mapping[str, int]) -> bool:
         """Whether the network gives outputs of the same shape without some modules.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.planning.ranked import in_order, plan_ranked
+from lightning_prune.planning.ranked import by_stage, in_order, plan_ranked
 from lightning_prune.structure.bypass import Bypass, Bypasses
 
 
@@ -94,4 +94,46 @@ def test_nothing_vanishes_without_a_way_around_it(mlp):
 def test_several_layers_can_lose_units_at_once(mlp):
     structure = mlp([4, 4])
     plan = plan_ranked(structure, [{"net.0": (0, 1), "net.2": (2, 3)}], params_of([2, 2]))
+    assert plan.kept == {"net.0": (2, 3), "net.2": (0, 1)}
+
+
+def test_every_layer_of_a_stage_loses_as_many(resnet_like):
+    """The least of whichever layer is next takes the least of all others along."""
+    stages = {"layer1.0.conv2": ("layer1.0.conv1", "layer1.1.conv1")}
+    layers = ["layer1.0.conv1", "layer1.1.conv1", "layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv1"]
+    bundles = {layer: [range(0, 8), range(8, 16)] for layer in layers}
+    bundles["layer2.0.conv1"] = [range(0, 16), range(16, 32)]
+    scores = {
+        "layer1.0.conv1": [5.0, 9.0],
+        "layer1.1.conv1": [8.0, 7.0],
+        "layer1.0.conv2": [6.0, 3.0],
+        "layer1.1.conv2": [4.0, 2.0],
+        "layer2.0.conv1": [2.5, 3.5],
+    }
+    removals = by_stage(resnet_like, stages, bundles, scores)
+    found = [{name: (min(units), len(units)) for name, units in removal.items()} for removal in removals]
+    assert found == [
+        # 2.0 is the least; the stream's units are those of the first layer that produces it
+        {"layer1.0.conv2": (8, 8), "layer1.0.conv1": (0, 8), "layer1.1.conv1": (8, 8)},
+        {"layer2.0.conv1": (0, 16)},
+        {"layer2.0.conv1": (16, 16)},
+        {"layer1.0.conv2": (0, 8), "layer1.0.conv1": (8, 8), "layer1.1.conv1": (0, 8)},
+    ]
+
+
+def test_a_layer_with_more_bundles_loses_more_at_once(resnet_like):
+    stages = {"layer1.0.conv2": ("layer1.0.conv1",)}
+    bundles = {"layer1.0.conv1": [[i, i + 1] for i in range(0, 16, 2)], "layer1.0.conv2": [range(0, 8), range(8, 16)]}
+    scores = {"layer1.0.conv1": [float(i) for i in range(8)], "layer1.0.conv2": [1.0, 2.0]}
+    removals = by_stage(resnet_like, stages, bundles, scores)
+    assert [{name: sorted(units) for name, units in removal.items()} for removal in removals] == [
+        {"layer1.0.conv2": [*range(0, 8)], "layer1.0.conv1": [*range(0, 8)]},
+        {"layer1.0.conv2": [*range(8, 16)], "layer1.0.conv1": [*range(8, 16)]},
+    ]
+
+
+def test_what_cannot_go_whole_does_not_go_at_all(mlp):
+    structure = mlp([4, 4])
+    removals = [{"net.0": (0, 1)}, {"net.0": (2, 3), "net.2": (0, 1)}, {"net.2": (2, 3)}]
+    plan = plan_ranked(structure, removals, params_of([2, 2]))
     assert plan.kept == {"net.0": (2, 3), "net.2": (0, 1)}

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.models import VGG16CIFAR
+from lightning_prune.models import VGG16CIFAR, ResNetCIFAR
 from lightning_prune.structure import Subject, trace
 from lightning_prune.structure.bypass import find_bypasses
+from lightning_prune.structure.flow import with_flow
 
 
 def bypasses_of(model, *inputs):
@@ -119,3 +120,48 @@ def test_vgg16(size):
         ["features.24", "features.27", "features.30"],
         ["features.34", "features.37", "features.40"],
     ]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "blocks"])
+def test_a_stage_goes_with_its_blocks(kind):
+    """Whether its blocks are in a module of their own or not."""
+    model = ResNetCIFAR(14, shortcut="projection")
+    if kind == "blocks":
+        model = nn.Sequential(
+            *(model.conv1, model.bn1, nn.ReLU(), *model.layer1, *model.layer2, *model.layer3),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.linear),
+        )
+    subject = Subject.of(model, torch.zeros(2, 3, 8, 8))
+    structure = with_flow(trace(subject), subject)
+    found = {name: bypass for name, bypass in find_bypasses(structure, subject).groups.items() if bypass.along}
+    names = {"resnet": ("layer2", "layer3"), "blocks": (("5", "6"), ("7", "8"))}[kind]
+    second, third = found.values()
+    assert second.modules == (("layer2",) if kind == "resnet" else names[0])
+    assert third.modules == (("layer3",) if kind == "resnet" else names[1])
+    assert third.before in found
+    assert len(second.along) == 2
+    assert len(second.consumers) == 2
+    # The stem is the first layer of the first stage, and reads the image.
+    assert second.before not in found
+
+
+def test_a_stage_whose_layers_share_a_module_with_others_stays():
+    class Flat(nn.Module):
+        """Blocks that are no modules: identities in place of the layers would add the input to itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.project, self.a, self.b, self.head = (
+                nn.Conv2d(i, o, k, padding=k // 2)
+                for i, o, k in ((3, 4, 3), (4, 6, 1), (4, 5, 3), (5, 6, 3), (6, 2, 1))
+            )
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = (self.project(x) + self.b(self.a(x).relu())).relu()
+            return self.head(x).mean((2, 3))
+
+    subject = Subject.of(Flat(), IMAGES)
+    structure = with_flow(trace(subject), subject)
+    assert "project" in structure.widths
+    assert not any(bypass.along for bypass in find_bypasses(structure, subject).groups.values())

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning.ranked import plan_ranked
 from lightning_prune.structure import Subject, trace
 from lightning_prune.structure.bypass import find_bypasses
+from lightning_prune.structure.flow import with_flow
 from lightning_prune.surgery import History, history_of, replay, transaction
 from lightning_prune.surgery.bypassing import bypassed
 
@@ -77,3 +79,26 @@ def test_the_history_says_it_all():
     again.load_state_dict(model.state_dict())
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(model.eval()(x), again.eval()(x))
+
+
+def test_a_stage_of_a_residual_network_goes_whole():
+    torch.manual_seed(0)
+    model = ResNetCIFAR(14, shortcut="projection")
+    x = torch.randn(2, 3, 16, 16)
+    subject = Subject.of(model, x)
+    structure = with_flow(trace(subject), subject)
+    bypasses = find_bypasses(structure, subject)
+    (stage,) = (name for name, bypass in bypasses.groups.items() if bypass.modules == ("layer2",))
+    removals = [{"layer3.0.conv1": (0, 1)}, {stage: range(32)}]
+    whole = sum(p.numel() for p in model.parameters())
+    layer2 = sum(p.numel() for p in model.layer2.parameters())
+    behind = 9 * 16 * (64 - 2) + 16 * 64  # what reads 16 channels instead of 32
+    limit = whole - layer2 - behind - 2 * (9 * 32 + 2 + 9 * 64)
+    plan = plan_ranked(structure, removals, limit, bypasses)
+    with transaction(model, run=lambda: model(x)) as change:
+        after = change.keep(structure, plan.kept)
+        change.replace(bypassed(model, bypasses, plan.bypassed, after.widths), lambda: trace(subject), after)
+    assert plan.params == limit == sum(p.numel() for p in model.parameters())
+    assert isinstance(model.layer2, nn.Identity)
+    assert (model.layer3[0].conv1.in_channels, model.layer3[0].shortcut[0].in_channels) == (16, 16)
+    assert model(x).shape == (2, 10)
