@@ -208,10 +208,13 @@ class MaskPruning(ScheduledPruning):
     @override
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
         assert self._structure is not None
+        if made.replaced:
+            self._is_prepared = False  # the session prepares it again
+            return
         before, self._structure = self.report.widths, self._structure.take(made.plan.kept)
         self._groups = tuple(self._structure.group(group.name) for group in self._groups)
         if self._kept is not None:
-            self._kept = self._kept.after_cut(made.axes)
+            self._kept = self._kept.after_cut(made.edits)
         for network in (module, *averages(trainer)):
             apply_masks(network, masks_of(module))  # a repair writes whole weights
         self._watch(module)

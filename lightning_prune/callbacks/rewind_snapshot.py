@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -10,9 +11,8 @@ from torchmetrics import Metric
 
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.planning import CutPoint
-from lightning_prune.structure import Axes
-from lightning_prune.surgery import take
-from lightning_prune.surgery.depth import stays
+from lightning_prune.surgery import Edit
+from lightning_prune.surgery.edits import carry
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["RewindSnapshot"]
@@ -58,15 +58,11 @@ class RewindSnapshot:
         if trainer.current_epoch == self.epoch and self.weights is None:
             self.weights = {name: t.detach().to("cpu", copy=True) for name, t in _weights_of(module).items()}
 
-    def after_cut(self, axes: Axes, drops: Mapping[str, str] | None = None) -> RewindSnapshot:
+    def after_cut(self, edits: Iterable[Edit]) -> RewindSnapshot:
         """The same without what a cut has removed."""
         after = RewindSnapshot(self.epoch, self.asker)
         if self.weights is not None:
-            after.weights = {
-                name: take(tensor, axes.get(name, {}))
-                for name, tensor in self.weights.items()
-                if stays(name, drops or {})
-            }
+            after.weights = reduce(lambda weights, edit: carry(edit, weights), edits, self.weights)
         return after
 
     def get(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Showing
 from lightning_prune.planning import Plan
 from lightning_prune.reporting import Cut, Report
-from lightning_prune.structure import Axes
+from lightning_prune.surgery import Edit, Replace
 
 __all__ = ["CutMade", "Participant", "Session"]
 
@@ -26,15 +26,18 @@ class CutMade:
 
     Attributes:
         plan: Units kept of every group that changed.
-        axes: The same by tensor and dimension.
-        drops: Layers that were taken out, and what took their place.
+        edits: What was done, as the history has it.
         cut: What the report says of it.
     """
 
     plan: Plan
-    axes: Axes
-    drops: Mapping[str, str]
+    edits: tuple[Edit, ...]
     cut: Cut
+
+    @property
+    def replaced(self) -> bool:
+        """Whether modules were replaced, so that the network has to be traced again."""
+        return any(isinstance(edit, Replace) for edit in self.edits)
 
 
 class Participant(Callback, ABC):
@@ -157,16 +160,21 @@ class Session:
         with as_written(module):
             for one in self.participants:
                 one.finish_batch()
-            for one in self.participants:
-                if not one.is_prepared:
-                    one.prepare(trainer, module, batch)
-            self._refuse_overlap()
+            self._prepare(trainer, module, batch)
             for one in self.participants:
                 one.act(trainer, module, batch_idx)
+                self._prepare(trainer, module, batch)
         if not self.pending:
             self._thresholds.give_back()
         elif batch_idx == 0:
             self.hold_early_stopping(trainer)
+
+    def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Prepare those that are not: at the first batch, and when another one has replaced modules."""
+        for one in self.participants:
+            if not one.is_prepared:
+                one.prepare(trainer, module, batch)
+        self._refuse_overlap()
 
     def hold_early_stopping(self, trainer: Trainer) -> None:
         """Let early stopping wait as long as a callback that asks for it has cuts to come."""

@@ -185,9 +185,7 @@ class XGBPruning(StructuredPruning):
         return timeline
 
     @override
-    def _reached(
-        self, timeline: tuple[CutPoint, ...], structure: Structure, selected: tuple[str, ...], original: Original
-    ) -> int:
+    def _reached(self) -> int:
         return self._last_done  # it acts once, whatever the network's size
 
     @override

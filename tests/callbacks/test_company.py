@@ -42,7 +42,7 @@ from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks import ranked
 from tests.callbacks.contents import untimed
 from tests.callbacks.networks import BATCHES, Curves, Net, equal, fit, loader, make, refit, trainer, weights, widths
-from tests.callbacks.test_faults import Interrupter
+from tests.callbacks.test_faults import NEAR, Interrupter
 from tests.support import ranks
 
 EPOCHS = 6
@@ -284,7 +284,9 @@ def test_an_interrupt_at_any_line_of_a_cut(company: str, tmp_path: Path) -> None
     def at_many_lines(cut: Any, pruners: Any) -> Any:
         def tried(run: Any, module: Any, point: Any) -> None:
             places, whole = seen["places"], content(run, module, pruners)
-            near = [line for line, place in enumerate(places, 1) if place.startswith(("structured.py", "masking.py"))]
+            near = [
+                line for line, place in enumerate(places, 1) if place.startswith((*NEAR, "session.py", "masking.py"))
+            ]
             for line in sorted({*random.Random(0).sample(near, 50), near[-1]}) if point.index == 0 else []:
                 assert Interrupter(line).run(partial(cut, run, module, point)), line
                 now = content(run, module, pruners)

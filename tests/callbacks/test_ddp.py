@@ -122,7 +122,7 @@ AFTER: dict[str, dict[str, Any]] = {
         "optimizer": "adamw",
     },
     "each size": {"pruning": {"extensions": [SaveEachSize()]}},
-    "repair": {"pruning": {"repair": [FoldMean(), Ridge(), ReestimateBatchNorm()]}},
+    "repairs": {"pruning": {"extensions": [FoldMean(), Ridge(), ReestimateBatchNorm()]}},
 }
 
 
@@ -140,7 +140,7 @@ def test_settings_of_ddp(tmp_path: Path) -> None:
     alone = {"rollback": AFTER["rollback"], "each size": AFTER["each size"], "accumulated": SETTINGS["accumulated"]}
     for name, content in ranks.run(ranked.variants, tmp_path / "one", alone).items():
         assert_alike(found[name], content, name)
-    assert len(list((tmp_path / "two" / "sizes").rglob("params=*.ckpt"))) == 3
+    assert len(list((tmp_path / "two" / "each size").rglob("params=*.ckpt"))) == 3
 
 
 def test_a_communication_hook_is_there_after_a_cut(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from lightning_prune import (
     Taylor,
     load_from_checkpoint,
 )
-from lightning_prune.callbacks import structured
-from lightning_prune.surgery import history_of, repair, shrink
+from lightning_prune.callbacks import live_transaction, network_pruning, structured
+from lightning_prune.surgery import CutError, history_of, repair, shrink, verify
 from tests.callbacks.contents import attributes, content, differences, untimed
 from tests.callbacks.networks import BATCHES, Net, equal, fit, hooks, make, refit, samples, trainer, weights, widths
 from tests.support.kills import campaign
@@ -73,6 +74,10 @@ def state(run: Any, module: Any, callback: StructuredPruning) -> dict[str, Any]:
     }
 
 
+#: Where the parts of a cut are put together.
+NEAR = ("network_pruning.py", "structured.py", "live_transaction.py", "processes.py")
+
+
 class Interrupter:
     """Raises KeyboardInterrupt before the n-th line that the package runs."""
 
@@ -111,7 +116,7 @@ def test_an_interrupt_at_any_line_of_a_cut(tmp_path: Path) -> None:
     def at_every_line(cut: Any) -> Any:
         def tried(run: Any, module: Any, point: Any) -> None:
             places, whole = seen["places"], state(run, module, callback)
-            near = [line for line, place in enumerate(places, 1) if place.startswith(("structured.py", "processes.py"))]
+            near = [line for line, place in enumerate(places, 1) if place.startswith(NEAR)]
             draw = random.Random(0)
             chosen = {*draw.sample(near, 40), *draw.sample(range(1, len(places) + 1), 40), near[-1]}
             for line in sorted(chosen) if point.index == 0 else []:
@@ -148,18 +153,21 @@ def test_an_interrupt_at_any_line_of_a_cut(tmp_path: Path) -> None:
     assert seen["after"] == 1
 
 
+# The package has a function of that name.
+TRANSACTION = import_module("lightning_prune.surgery.transaction")
+
 POINTS = {
     "statistics": (structured, "score_groups"),
     "plan": (structured, "make_plan"),
     "repair": (repair, "_copy_into"),
-    "the cut": (shrink, "_cut"),
-    "the check": (shrink, "check"),
+    "the cut": (TRANSACTION, "apply"),
+    "the check": (verify, "check"),
     "optimizer": (shrink, "migrate"),
-    "installing": (structured, "install_and_check"),
-    "history": (structured, "attach"),
-    "comparing": (structured, "same_everywhere"),
-    "monitors": (structured, "reset_monitors"),
-    "logging": (structured, "log_now"),
+    "installing": (TRANSACTION, "install"),
+    "history": (TRANSACTION, "edits_of"),
+    "comparing": (live_transaction, "same_everywhere"),
+    "monitors": (network_pruning, "reset_monitors"),
+    "logging": (network_pruning, "log_now"),
 }
 
 
@@ -183,7 +191,7 @@ def test_a_run_that_fails_in_a_cut_is_resumed(
         return found
 
     monkeypatch.setattr(owner, name, fails)
-    with pytest.raises((error, shrink.CutError, SystemExit)):
+    with pytest.raises((error, CutError, SystemExit)):
         refit(run, model, data=alike(), validate=False)
     assert failed
     assert hooks(model) == 0

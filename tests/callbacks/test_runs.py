@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule, OneShot, StructuredPruning
-from lightning_prune.callbacks import structured
+from lightning_prune.callbacks import live_transaction, network_pruning, structured
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.surgery import CutError, history_of
 from tests.callbacks.networks import (
@@ -342,10 +343,15 @@ def failing(*_: Any, **__: Any) -> Any:
     raise FailError
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["score_groups", "make_plan", "cut_and_check", "attach", "score_summary", "edits_of", "reset_monitors", "log_now"],
-)
+PLACES = {
+    **dict.fromkeys(("score_groups", "make_plan", "score_summary"), structured),
+    **dict.fromkeys(("apply", "edits_of", "begun", "verify"), import_module("lightning_prune.surgery.transaction")),
+    "same_everywhere": live_transaction,
+    **dict.fromkeys(("rehearse", "reset_monitors", "log_now"), network_pruning),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_an_error_anywhere_leaves_the_network_whole(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,17 +362,11 @@ def test_an_error_anywhere_leaves_the_network_whole(
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.current_epoch == 2 and not seen:
                 seen.update(weights(pl_module))
-                if place == "attach":
-                    real, calls = structured.attach, []
-                    monkeypatch.setattr(
-                        structured, "attach", lambda *a: (calls.append(1), failing() if len(calls) == 1 else real(*a))
-                    )
-                else:
-                    monkeypatch.setattr(structured, place, failing)
+                monkeypatch.setattr(PLACES[place], place, failing)
 
     before = hooks(model)
     run = trainer(tmp_path, Arm(), pruner)
-    with pytest.raises(FailError):
+    with pytest.raises((FailError, CutError)):
         refit(run, model)
     monkeypatch.undo()
     history = history_of(model)

@@ -13,7 +13,7 @@ from lightning_prune.callbacks.calibration import Calibration
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.reporting import require
 from lightning_prune.structure import Axes
-from lightning_prune.surgery import Repair, repaired
+from lightning_prune.surgery import Edit, Repair, repaired
 
 __all__ = ["Extensions"]
 
@@ -73,10 +73,10 @@ class Extensions:
         batches = self._calibration(run, repairs)
         return repaired(batches.copy(), axes, repairs, batches.run, drops)
 
-    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+    def after_cut(self, edits: Sequence[Edit]) -> None:
         """Call the hook of each."""
         for part in self.parts:
-            part.after_cut(axes, drops)
+            part.after_cut(edits)
 
     def on_train_end(self, run: RunContext) -> None:
         """Call the hook of each."""
@@ -104,6 +104,8 @@ class Extensions:
 
         def back() -> None:
             for part, values in zip(self.parts, known, strict=True):
+                for name in vars(part).keys() - values.keys():
+                    del vars(part)[name]
                 vars(part).update(values)
 
         return back

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
-from lightning_prune.structure import Axes, Subject
-from lightning_prune.surgery import Repair
+from lightning_prune.structure import Subject
+from lightning_prune.surgery import Edit, Repair
 
 __all__ = ["CutExtension", "RunContext"]
 
@@ -69,12 +69,11 @@ class CutExtension:
         """Repairs that become part of the next cut, in the place that the extension has in the list."""
         return ()
 
-    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+    def after_cut(self, edits: Sequence[Edit]) -> None:
         """Act when a cut has been made.
 
         Args:
-            axes: What the cut has kept.
-            drops: Layers that it has taken out, and what takes their place.
+            edits: What was done to the network, as its history has it.
         """
 
     def judge(self, run: RunContext) -> str | None:  # noqa: ARG002

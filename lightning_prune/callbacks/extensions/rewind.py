@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -12,8 +12,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.reporting import require
-from lightning_prune.structure import Axes
-from lightning_prune.surgery import Repair, StoredWeights
+from lightning_prune.surgery import Edit, Repair, StoredWeights
 
 __all__ = ["Rewind"]
 
@@ -52,8 +51,8 @@ class Rewind(CutExtension):
         return (StoredWeights(self._snapshot.get()),)
 
     @override
-    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
-        self._snapshot = self._snapshot.after_cut(axes, drops)
+    def after_cut(self, edits: Sequence[Edit]) -> None:
+        self._snapshot = self._snapshot.after_cut(edits)
 
     @override
     def state(self) -> dict[str, Any]:

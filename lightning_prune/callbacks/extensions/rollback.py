@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
@@ -17,8 +17,7 @@ from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report, require
-from lightning_prune.structure import Axes
-from lightning_prune.surgery import History, conform, history_of
+from lightning_prune.surgery import Edit, History, conform, history_of
 
 __all__ = ["Rollback", "Verdict", "go_back", "snapshot"]
 
@@ -49,15 +48,16 @@ class Rollback(CutExtension):
     tolerance: float = 0.01
     monitor: str | None = None
     #: The network before a cut that is not judged yet.
-    _kept: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    _kept: dict[str, Any] | None = field(init=False, repr=False, compare=False)
     #: The same of a cut that may still fail.
-    _next: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    _next: dict[str, Any] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"Rollback: expected `epochs` of at least 1, got {self.epochs}.")
         if not self.tolerance >= 0:
             raise ValueError(f"Rollback: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
+        self._kept = self._next = None
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class Rollback(CutExtension):
             warnings.warn(f"Rollback cannot judge this cut: {missing}", stacklevel=2)
 
     @override
-    def after_cut(self, axes: Axes, drops: Mapping[str, str]) -> None:
+    def after_cut(self, edits: Sequence[Edit]) -> None:
         self._kept, self._next = self._next, None
 
     @override
