@@ -150,6 +150,31 @@ def test_inputs_of_consumers_are_exchanged_alone(plain):
 
 
 @both_ways
+def test_the_output_of_any_module(plain):
+    """Blocks and whole sequences, beside the layers in them."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True))
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), block, nn.Flatten(), nn.Linear(80, 2)).double()
+    data, reference = data_of("chain"), copy.deepcopy(model).eval()
+    stations = stations_of(model, next(iter(data)), layers=["1", "0", "2"], point="output")
+    assert [station.layer for station in stations] == ["0", "1", "2"]
+    assert [str(s) for s in stations_of(model, next(iter(data)))] == [f"{n} (activation)" for n in ("0.0", "1.0", "3")]
+    tables = pooled_features(model, data, stations)
+    mask = torch.tensor([1.0, 0, 1, 0, 1], dtype=torch.float64)
+    for visit in Walk(model, data, stations, plain=plain):
+        for here, batch in zip(visit, data, strict=True):
+            with torch.no_grad():
+                value = reference[: min(visit.index + 1, 2)](batch.args[0])
+                if visit.index == 2:
+                    value = (value * mask.view(1, -1, 1, 1)).flatten(1)
+            assert torch.equal(here.value, value)
+        if visit.index < 2:
+            torch.testing.assert_close(visit.features(), tables[visit.station])
+        if visit.index == 1:
+            visit.mask(mask)
+
+
+@both_ways
 def test_weights_are_read_when_a_segment_runs(plain):
     """Two networks side by side: what is refitted in one counts from then on, there alone."""
     dense, data = build("chain"), data_of("chain")

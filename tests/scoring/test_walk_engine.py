@@ -98,6 +98,52 @@ def test_a_network_that_cannot_be_taken_apart_is_run_whole(kind, reason):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Filled(Reads):
+    """A mask that is the same for all samples is filled part by part."""
+
+    def forward(self, x):
+        mask = x.new_zeros(4)
+        mask[:2] = 1
+        mask[3:] += 2
+        return self.last(self.first(x) * mask)
+
+
+def test_a_constant_that_is_filled_part_by_part_is_no_obstacle():
+    torch.manual_seed(0)
+    model = Filled().double()
+    data = DataPass([torch.randn(5, 3, dtype=torch.float64)], batch_size=3)
+    walk = walk_of(model, data)
+    assert not walk.is_plain
+    assert all(torch.equal(a, b) for a, b in zip(outputs(walk), outputs(walk_of(model, data, plain=True)), strict=True))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [lambda **s: nn.TransformerEncoderLayer(8, 2, 12, **s), lambda **s: Attends(nn.MultiheadAttention(8, 2, **s))],
+)
+def test_attention(make, batch_first):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), make(batch_first=batch_first), nn.Linear(8, 3))
+    data = DataPass([torch.randn(6, 5, 8)], batch_size=4)
+    walk = walk_of(model, data)
+    assert not walk.is_plain
+    for one, other in zip(outputs(walk), outputs(walk_of(model, data, plain=True)), strict=True):
+        torch.testing.assert_close(one, other)
+    if batch_first:
+        structure = trace(Subject.of(model, next(iter(data)).args[0]))
+        assert walk.forward_macs == structure.cost.macs(structure.widths)
+
+
+class Attends(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
 class Mixed(nn.Module):
     """Samples are centred by the mean of their batch."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import activation, batchnorm, instancenorm, normalization
 
 from lightning_prune.scoring.walk.recording import ModuleCall, Recording, Step, Value, leaves, map_places
-from lightning_prune.scoring.walk.station import Station
+from lightning_prune.scoring.walk.station import Station, is_layer
 
 __all__ = ["CHANNELWISE", "Behind", "activations", "operator_name", "with_activations"]
 
@@ -71,9 +71,10 @@ def activations(recording: Recording) -> dict[Station, Behind]:
     for call in recording.calls:
         if call.entered is not None and isinstance(call.module, (*_NORMS, *_ACTIVATIONS)):
             calls.setdefault(call.entered, []).append(call)
+    layers = {call.name for call in recording.calls if is_layer(call.module)}
     found = {}
     for index, step in enumerate(recording.steps):
-        if step.station is not None and step.station.point == "output":
+        if step.station is not None and step.station.point == "output" and step.station.layer in layers:
             here = Behind(step.outs[0] or 0, index + 1)
             later: Behind | None = here
             while later is not None:
@@ -133,7 +134,7 @@ def _next(
 def _through(step: Step, index: int, value: int) -> Behind | None:
     """Through an operator that is a norm or an activation of the value."""
     name = operator_name(step)
-    known = name in _UNARY or name in _NORM_OPERATORS
+    known = name in _UNARY or name in _NORM_OPERATORS or (step.station is not None and step.station.point == "output")
     first = step.args[0] if step.args else None
     if known and first == Value(value) and step.outs[0] is not None:
         return Behind(step.outs[0], index + 1)

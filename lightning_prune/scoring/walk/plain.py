@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.scoring.data import Batch
 from lightning_prune.scoring.walk.chains import activations
 from lightning_prune.scoring.walk.recording import Recording
-from lightning_prune.scoring.walk.station import Station, channel_dim, is_layer, scaled
+from lightning_prune.scoring.walk.station import Station, channel_dim, scaled
 from lightning_prune.scoring.walk.variants import Variants, product, stacked
 from lightning_prune.structure.layers import canonical
 
@@ -87,7 +87,7 @@ def marked(model: nn.Module, changes: Mapping[Place, Change]) -> Iterator[None]:
     watch = _Watch()
     handles = []
     for name, layer in model.named_modules():
-        if is_layer(layer) and canonical(name) in by_layer:
+        if canonical(name) in by_layer:
             hooks = _Hooks(by_layer[canonical(name)], watch)
             handles.append(layer.register_forward_pre_hook(hooks.before, with_kwargs=True))
             handles.append(layer.register_forward_hook(hooks.after))

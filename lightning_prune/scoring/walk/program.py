@@ -84,7 +84,7 @@ class Context:
 
 @final
 class Program:
-    """The operators of a forward pass, as three recordings with different samples agree on them.
+    """The operators of a forward pass, as two recordings with different samples agree on them.
 
     Args:
         model: The network, recorded in eval mode and left as it is.
@@ -103,7 +103,8 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        two, three, twice = (_recorded(model, batch, rows) for rows in ([0, 1], [0, 1, 2], [0, 1, 0, 1]))
+        # One of them twice: a mean over the samples, say, is another one then.
+        two, three = (_recorded(model, batch, rows) for rows in ([0, 1], [0, 1, 1]))
         if two.problems:
             raise NotReplayable("; ".join(dict.fromkeys(two.problems)))
         self.steps = [_merged(one, other) for one, other in _pairs(two, three)]
@@ -111,10 +112,10 @@ class Program:
         self.shapes = [tuple(value.shape) for value in two.values]
         self.at = {step.station: index for index, step in enumerate(self.steps) if step.station is not None}
         self.depends = self._dependent()
-        self._refuse_numbers()
+        several = len(batch) > 1
         self.rows = [
-            _rows_of(*shapes) if depends else None
-            for *shapes, depends in zip(two.values, three.values, twice.values, self.depends, strict=True)
+            _rows_of(one.detach(), other.detach()) if several and depends else None
+            for one, other, depends in zip(two.values, three.values, self.depends, strict=True)
         ]
         self.produced = {out: i for i, step in enumerate(self.steps) for out in step.outs if out is not None}
         self._readers: dict[int, list[int]] = {}
@@ -279,14 +280,6 @@ class Program:
             depends |= {out: own for out in step.outs if out is not None}
         return [depends[number] for number in range(len(depends))]
 
-    def _refuse_numbers(self) -> None:
-        """What is computed in Python from the data is another thing for other samples."""
-        for step in self.steps:
-            if step.func is torch.ops.aten._local_scalar_dense.default:
-                place = step.args[0]
-                if not isinstance(place, Value) or self.depends[place.number]:
-                    raise NotReplayable("a number is read out of a tensor, so that what follows may depend on the data")
-
 
 def take_rows(value: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
     """A value for other samples: those of these numbers, in this order."""
@@ -332,21 +325,20 @@ def _merged_leaf(one: Any, other: Any) -> Any:
     return one
 
 
-def _rows_of(two: Tensor, three: Tensor, twice: Tensor) -> Rows | None:
-    """Where a value has the samples, by its shape, and by its content when each sample comes twice."""
+def _rows_of(two: Tensor, three: Tensor) -> Rows | None:
+    """Where a value has the samples, by its shape, and by its content when the second sample comes once more."""
     differ = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
     if len(differ) != 1:
         return None
-    (dim,), two, twice = differ, two.detach(), twice.detach()
+    dim = differ[0]
     each = three.shape[dim] - two.shape[dim]
-    if each < 1 or two.shape[dim] != 2 * each or twice.shape[dim] != 4 * each:
+    if each < 1 or two.shape[dim] != 2 * each:
         return None
-    expected = torch.cat([two, two], dim)
-    if two.is_floating_point():
-        scale = float(two[two.isfinite()].abs().max()) if two.isfinite().any() else 0.0
-        same = torch.allclose(twice, expected, rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
-    else:
-        same = torch.equal(twice, expected)
+    expected = take_rows(two, Rows(dim, each), torch.tensor([0, 1, 1], device=two.device))
+    if not two.is_floating_point():
+        return Rows(dim, each) if torch.equal(three, expected) else None
+    scale = float(two[two.isfinite()].abs().max()) if two.isfinite().any() else 0.0
+    same = torch.allclose(three, expected, rtol=1e-2, atol=1e-3 * scale, equal_nan=True)
     return Rows(dim, each) if same else None
 
 

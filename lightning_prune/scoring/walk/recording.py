@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
@@ -168,6 +168,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: list[Tensor] = []  # so that an id stays its own
         self._stale: set[int] = set()
         self._at_home: dict[int, set[int]] = {}  # values by the memory they lie in
+        self._of_data: set[int] = set()  # values that depend on the inputs
         for name, tensor in named(model).items():
             self._know(tensor, Weight(name))
         for index, leaf in enumerate(tree_leaves(inputs)):
@@ -186,9 +187,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None:
             known = Constant(tensor)
             self._know(tensor, known)
-        if isinstance(known, Value) and known.number in self._stale:
+        if not isinstance(known, Value) or known.number not in self._stale:
+            return known
+        if known.number in self._of_data:
             self.recording.problems.append("an operator writes into a tensor of which something else reads a view")
-        return known
+            return known
+        with _disable_current_modes():  # a mask, say, that is filled part by part and the same for all samples
+            return Constant(tensor.detach().clone())
 
     def new(self, tensor: Tensor) -> int:
         """A number for a tensor that has just been computed."""
@@ -200,7 +205,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, tensor: Tensor, station: Station) -> Any:
         """Hand a value on under a new number; what it was."""
         place = self.place(tensor)
-        self.recording.steps.append(Step(None, (place,), {}, (self.new(tensor),), station=station))
+        number = self.new(tensor)
+        self.recording.steps.append(Step(None, (place,), {}, (number,), station=station))
+        if self._is_data(place):
+            self._of_data.add(number)
         return place
 
     def restore(self, tensor: Tensor, place: Any, mark: int) -> None:
@@ -219,14 +227,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        places = self.places(args), self.places(kwargs)
+        places = self.places(_without_content(func, args)), self.places(kwargs)
         written = _written(func)
         before = args[written] if written is not None and written < len(args) else None
         out = func(*args, **kwargs)
         self._object(func, before, written)
+        is_data = any(self._is_data(place) for place in leaves(places))
+        if is_data and func is torch.ops.aten._local_scalar_dense.default:
+            self.recording.problems.append("a number is read out of a tensor, and what follows may depend on it")
         if isinstance(before, Tensor):
-            self._spoil(before)
+            self._spoil(before, is_data)
         outs = tuple(self.new(leaf) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(out))
+        self._of_data.update(number for number in outs if number is not None and is_data)
         macs = _macs(func, args, kwargs, out)
         self.recording.steps.append(Step(func, *places, outs, written if before is not None else None, macs))
         return out
@@ -240,22 +252,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if written is not None and not isinstance(before, Tensor):
             problems.append(f"`{func}` writes into an argument that is no single tensor")
 
-    def _spoil(self, tensor: Tensor) -> None:
+    def _spoil(self, tensor: Tensor, is_data: bool) -> None:
         """What lies in the memory that is written into is no longer what it was."""
-        self._stale |= self._at_home.get(_home(tensor), set())
+        there = self._at_home.get(_home(tensor), set())
+        self._stale |= there
+        if is_data:
+            self._of_data |= there
+
+    def _is_data(self, place: Any) -> bool:
+        return isinstance(place, Given) or (isinstance(place, Value) and place.number in self._of_data)
 
 
 @contextmanager
 def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Let the recorder know of calls of modules, and mark what enters and leaves layers."""
+    """Let the recorder know of calls of modules, and mark what leaves them and what enters layers."""
     running: list[tuple[int, int | None, tuple[Any, Any, int] | None]] = []
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         place = None if x is None else recorder.place(x)
         marked = None
+        call = recorder.calls[name] = recorder.calls.get(name, -1) + 1
         if is_layer(module) and x is not None:
-            call = recorder.calls[name] = recorder.calls.get(name, -1) + 1
             marked = x, recorder.mark(x, Station(name, "input", call)), len(recorder.recording.values) - 1
         entered = place.number if isinstance(place, Value) else None
         running.append((len(recorder.recording.steps), entered, marked))
@@ -267,7 +285,7 @@ def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         last = len(recorder.recording.steps)
         left = recorder.place(output) if isinstance(output, Tensor) else None
         number = left.number if isinstance(left, Value) else None
-        if is_layer(module) and isinstance(output, Tensor):
+        if name and isinstance(left, Value):
             recorder.mark(output, Station(name, "output", recorder.calls[name]))
             last, number = last + 1, len(recorder.recording.values) - 1
         recorder.recording.calls.append(ModuleCall(name, module, first, last, entered, number))
@@ -289,9 +307,35 @@ def _written(func: Any) -> int | None:
     return found[0] if found else None
 
 
+def _without_content(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an operator, without what it takes nothing but type and device of."""
+    if not func._overloadpacket.__name__.startswith("new_") or not isinstance(args[0], Tensor):
+        return args
+    return (torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:])
+
+
 def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    name = func._overloadpacket.__name__
+    if name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
+        return _attention_macs(name, args)
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        query, key, value = args[:3]
+        return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])  # type: ignore[no-any-return]
     count = flop_registry.get(func._overloadpacket)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out)) // 2
+
+
+def _attention_macs(name: str, args: Any) -> int:
+    """Of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` where they are one operator: queries as keys."""
+    x, embedding = args[0], args[1] if name == "_transformer_encoder_layer_fwd" else args[3]
+    samples, tokens = x.shape[:2]
+    macs = samples * (4 * tokens * embedding**2 + 2 * tokens**2 * embedding)
+    if name == "_transformer_encoder_layer_fwd":
+        hidden = next(
+            a.shape[0] for a in reversed(args) if isinstance(a, Tensor) and a.dim() == 2 and len(a) != embedding
+        )
+        macs += samples * 2 * tokens * embedding * hidden
+    return int(macs)
 
 
 def _home(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ class Station:
     """A layer and a point.
 
     Attributes:
-        layer: Name of a convolution or linear layer.
+        layer: Name of a convolution or linear layer; for ``"output"`` of any module that gives a tensor (a block).
         point: ``"output"``, what the layer itself gives; ``"activation"``, that after the norms and activations behind
             it, as long as nothing else reads it; ``"input"``, what enters the layer, and no other reader of the same
             tensor.
@@ -51,7 +51,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:
-    """The dimension of a layer's inputs or outputs that channels lie on."""
+    """The dimension of a layer's inputs or outputs that channels lie on; of other modules than layers the second."""
     return value.dim() - 1 if isinstance(layer, nn.Linear) else 1
 
 

@@ -20,8 +20,9 @@ from lightning_prune.scoring.walk.notes import Notes, key_of
 from lightning_prune.scoring.walk.plain import Change, Place, Plain, marked, places_of
 from lightning_prune.scoring.walk.program import NotReplayable, Program
 from lightning_prune.scoring.walk.recording import record
-from lightning_prune.scoring.walk.station import Point, Station, pooled
+from lightning_prune.scoring.walk.station import Point, Station, is_layer, pooled
 from lightning_prune.scoring.walk.variants import Variants
+from lightning_prune.structure.layers import canonical
 
 __all__ = ["Here", "Visit", "Walk", "WalkProgress", "pooled_features", "stations_of"]
 
@@ -71,7 +72,7 @@ def stations_of(
     Args:
         model: The network, left as it is.
         batch: Some samples; the first two are run.
-        layers: Only these layers.
+        layers: Only these layers; for ``"output"`` any modules that give one tensor.
         point: Where at the layer.
 
     Raises:
@@ -79,7 +80,8 @@ def stations_of(
     """
     found = [place.station for place in _places(model, batch)[0] if place.station.point == point]
     if layers is None:
-        return found
+        modules = {canonical(name): module for name, module in model.named_modules()}
+        return [station for station in found if is_layer(modules[station.layer])]
     missing = sorted(set(layers) - {station.layer for station in found})
     if missing:
         raise ValueError(
