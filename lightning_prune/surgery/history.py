@@ -93,6 +93,12 @@ class Dense:
         # The other way round a layer cut before would be remembered as it is now.
         return replace(self, buffers={**buffers, **self.buffers}, attributes={**attributes, **self.attributes})
 
+    def shape_of(self, name: str, tensor: Tensor) -> Shape:
+        """The dense shape of a tensor that was not cut yet; the weight of a layer without inputs has none of them."""
+        owner, _, own = name.rpartition(".")
+        bare = self.layers.get(owner)
+        return tuple((tensor if bare is None else tensors(bare)[own]).shape)
+
     def without(
         self, model: nn.Module, names: Iterable[str], shapes: Mapping[str, Shape], replaced: Collection[str]
     ) -> Dense:
@@ -162,8 +168,9 @@ class History:
             for name in edit.axes:
                 if name not in present:
                     raise HistoryError(f"Expected the name of a parameter or buffer of the network, got {name!r}.")
-            new = {name: tuple(present[name].shape) for name in edit.axes if name not in known.lengths}
-            known.lengths |= {name: list(shape) for name, shape in new.items()}
+            first = [name for name in edit.axes if name not in known.lengths]
+            new = {name: self.dense.shape_of(name, present[name]) for name in first}
+            known.lengths |= {name: list(present[name].shape) for name in first}
             dense = self.dense.with_cut(model, new)
         else:
             for name in map(canonical, edit.modules):
@@ -193,7 +200,7 @@ class History:
         if new_dense:
             original = Original.of(structure)
         else:
-            units = before._known().units
+            units = before.widths_now
             fresh = {
                 name: width
                 for name, width in structure.widths.items()
@@ -235,13 +242,18 @@ class History:
     @property
     def vanished(self) -> frozenset[str]:
         """Groups of the dense network that have lost all their units, or went with a module that was replaced."""
-        units = self._known().units
+        units = self.widths_now
         return frozenset(name for name in self.original.widths if not units.get(name))
 
     @property
     def axes(self) -> Axes:
         """What remains of the network since it was dense or a module was last replaced: all edits as one."""
         return _composed(self._latest)
+
+    @property
+    def widths_now(self) -> dict[str, int]:
+        """Units by group after the last edit; 0 where all are gone."""
+        return self._known().units
 
     @property
     def shapes_now(self) -> dict[str, Shape]:

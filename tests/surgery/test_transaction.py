@@ -15,6 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure.flow import with_flow
+from lightning_prune.structure.standins import Nothing
 from lightning_prune.surgery import (
     CutError,
     HistoryError,
@@ -220,6 +222,49 @@ class TestResNet:
         assert torch.equal(fresh(x), model(x))
         load(fresh, wide)
         assert all(torch.equal(t, wide["state_dict"][n]) for n, t in fresh.state_dict().items())
+
+    @pytest.mark.parametrize("first", ["drop", "replace"])
+    @torch.no_grad()
+    def test_branches_that_are_taken_out_before_and_after(self, first: str) -> None:
+        """One of them is part of what is replaced: dense, it comes back whole."""
+        torch.manual_seed(0)
+        model = ResNetCIFAR(14).double()
+        x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        subject, wide = Subject.of(model, x), checkpoint_of(model)
+        params = sum(parameter.numel() for parameter in model.parameters())
+        head = LayerSpec("Linear", {"in_features": 16, "out_features": 4})
+        modules = {"layer2": IDENTITY, "layer3": IDENTITY, "linear": head}
+
+        def found() -> Structure:
+            history = history_of(model)
+            return with_flow(trace(subject), subject, history.vanished if history is not None else ())
+
+        with transaction(model, run=lambda: model(x)) as change:
+            structure = found()
+            if first == "drop":
+                kept: dict[str, tuple[int, ...]] = {
+                    "layer2.1.conv1": (),
+                    "layer1.0.conv1": (),
+                    "layer2.0.conv1": (0, 3),
+                }
+                structure = change.keep(structure, kept)
+                assert isinstance(model.layer2[1].conv1, Nothing)
+            structure = change.replace(modules, found, structure)
+            structure = change.keep(structure, {"layer1.1.conv1": (), "conv1": (0, 1, 2)})
+        left = {"conv1"} if first == "drop" else {"conv1", "layer1.0.conv1"}
+        assert structure.widths.keys() == found().widths.keys() == left
+        assert original_of(model, structure).params == params
+        narrow = checkpoint_of(model)
+        fresh = load(ResNetCIFAR(14).double(), narrow)
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+        for network in (model, fresh):
+            load(network, wide)
+            assert type(network.layer2[1].conv1) is type(network.layer1[1].conv1) is nn.Conv2d
+            assert all(torch.equal(t, wide["state_dict"][n]) for n, t in network.state_dict().items())
+            assert network.layer2[0].conv1.out_channels == 32
+            assert torch.equal(network.eval()(x), load(ResNetCIFAR(14).double(), wide).eval()(x))
+            load(network, narrow)
+            assert all(torch.equal(t, narrow["state_dict"][n]) for n, t in network.state_dict().items())
 
 
 class Knotted(nn.Module):
