@@ -37,7 +37,6 @@ from lightning_prune.surgery.repair import (
     Repair,
     Ridge,
     install,
-    install_and_check,
     repaired,
 )
 from lightning_prune.surgery.restart import Reinitialise, StoredWeights
@@ -85,7 +84,6 @@ __all__ = [
     "forget",
     "history_of",
     "install",
-    "install_and_check",
     "latency_table",
     "load_from",
     "load_masks_from",

@@ -32,9 +32,8 @@ from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical, named, take
-from lightning_prune.surgery.verify import check
 
-__all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "install", "install_and_check", "repaired"]
+__all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "install", "repaired"]
 
 #: Runs the first n batches of some data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
@@ -121,27 +120,6 @@ def install(change: Change, model: nn.Module, contents: Mapping[str, Tensor]) ->
         with torch.no_grad():
             data = torch.empty_like(tensor.detach()).copy_(content)
         change.assign(tensor, data, tensor.grad)
-
-
-def install_and_check(change: Change, model: nn.Module, contents: Mapping[str, Tensor], run: Callable[[], Any]) -> None:
-    """:func:`install`, then see whether the network still runs and gives finite outputs, if it did before.
-
-    Args:
-        change: What the repair becomes part of; undoing it is left to the caller.
-        model: The network after the cut.
-        contents: What `repaired` gave; nothing is run if it is empty.
-        run: A forward pass on an example.
-
-    Raises:
-        CutError: If the repair breaks the network.
-    """
-    if contents:
-        finite = check(run, model)
-        install(change, model, contents)
-        if finite and not check(run, model):
-            raise CutError(
-                "the outputs or gradients are no longer finite after the repair, right after the cut they were"
-            )
 
 
 @final

@@ -74,9 +74,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, LayerSpec]]] = {
         "vgg16_bn",
         {},
         {
-            # A layer that vanishes in a chain: the one behind it is built for the 128 channels of the one before it.
+            # A layer that vanishes in a chain: the one behind it is built for the 64 channels of the one before it.
             **_identities("features.7", "features.8", "features.9"),
-            "features.10": spec_of(nn.Conv2d(256, 256, 3, padding=1), in_channels=128),
+            "features.10": spec_of(nn.Conv2d(128, 128, 3, padding=1), in_channels=64),
             "avgpool": LayerSpec("AdaptiveAvgPool2d", {"output_size": 1}),
             "classifier": _head(512),
         },

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from lightning_prune.surgery import Change, CutError, cut
-from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, install_and_check, repaired
+from lightning_prune.surgery import Change, CutError, cut, transaction
+from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, repaired
 from lightning_prune.surgery.repair import _patches as patches
 
 REPAIRS = [FoldMean(), Ridge(), ReestimateBatchNorm()]
@@ -418,8 +418,13 @@ def test_infinite_data_is_an_error():
 def test_a_repair_that_breaks_the_network_is_an_error():
     model = mlp()
     run = partial(model, data(2, 4)[0])
-    with Change() as change, pytest.raises(CutError, match="no longer finite after the repair"):
-        install_and_check(change, model, {"2.weight": torch.full((3, 6), torch.inf)}, run)
+
+    def repair(name, content):
+        with transaction(model, run=run) as change:
+            change.install({name: content})
+
+    with pytest.raises(CutError, match="no longer finite, before the cut they were"):
+        repair("2.weight", torch.full((3, 6), torch.inf))
     assert model[2].weight.isfinite().all()  # the change went back
-    install_and_check(Change(), model, {"2.bias": torch.ones(3)}, run)
+    repair("2.bias", torch.ones(3))
     assert (model[2].bias == 1).all()
