@@ -58,6 +58,8 @@ class ImageData(LightningDataModule):
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
+        split_seed: Seed of the validation split alone, so that runs with different seeds share one; by default
+            ``seed``.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class ImageData(LightningDataModule):
         train_limit: int | None = None,
         augment: bool = False,
         seed: int = 0,
+        split_seed: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -76,13 +79,15 @@ class ImageData(LightningDataModule):
             raise ValueError(f"{name}: expected `batch_size` of at least 1, got {batch_size}.")
         if train_limit is not None and train_limit < 1:
             raise ValueError(f"{name}: expected `train_limit` of at least 1, got {train_limit}. Leave it out for all.")
-        if seed < 0:
-            raise ValueError(f"{name}: expected `seed` of at least 0, got {seed}.")
+        for which, number in (("seed", seed), ("split_seed", split_seed)):
+            if number is not None and number < 0:
+                raise ValueError(f"{name}: expected `{which}` of at least 0, got {number}.")
         self.batch_size = batch_size
         self.val_share = val_share
         self.train_limit = train_limit
         self.augment = augment
         self.seed = seed
+        self.split_seed = seed if split_seed is None else split_seed
         self._splits: dict[str, ImageTensors] = {}
 
     @abstractmethod
@@ -98,7 +103,7 @@ class ImageData(LightningDataModule):
         if self._splits:
             return
         train, test = self.load()
-        train, val = train.split(self.val_share, self.seed)
+        train, val = train.split(self.val_share, self.split_seed)
         if self.train_limit is not None:
             train = train.take(torch.arange(min(self.train_limit, len(train))))
         for part, images in (("training", train), ("validation", val), ("the test", test)):

@@ -30,6 +30,8 @@ class _Torchvision(ImageData, ABC):
         normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels in [0, 1].
         size: Resize the images to this height and width; by default they stay as they are.
         rgb: Give grey images three equal channels, as networks for photographs expect.
+        split_seed: Seed of the validation split alone, so that runs with different seeds share one; by default
+            ``seed``.
     """
 
     #: Mean and standard deviation of each channel over the training images, pixels in [0, 1].
@@ -47,8 +49,9 @@ class _Torchvision(ImageData, ABC):
         normalize: bool = True,
         size: int | None = None,
         rgb: bool = False,
+        split_seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, val_share, train_limit, augment, seed)
+        super().__init__(batch_size, val_share, train_limit, augment, seed, split_seed)
         if size is not None and size < 1:
             raise ValueError(f"{type(self).__name__}: expected `size` of at least 1 pixel, got {size}.")
         self.normalize = normalize
