@@ -19,7 +19,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # In the order of the data: a room may import those before it.
-ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "cli"]
+ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "study", "cli"]
 WITH_LIGHTNING = {"callbacks", "study", "data", "models", "cli"}
 # Imports for type checkers alone that would close a circle: a picture is drawn of a report, which can draw itself.
 FOR_TYPES = {"lightning_prune.reporting.plots": {"lightning_prune.reporting.report"}}
@@ -33,6 +33,7 @@ OPTIONAL = {
     "ray",
     "safetensors",
     "sklearn",
+    "submitit",
     "timm",
     "torchvision",
     "wandb",

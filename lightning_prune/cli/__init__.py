@@ -31,9 +31,14 @@ def main(args: Sequence[str] | None = None) -> None:
         recipes.main(words[1:])
         return
     # Here and not above: Lightning takes seconds to import, and `recipes` answers without it.
-    from lightning_prune.cli.verbs import run
-
     try:
+        if words[:1] == ["study"]:
+            from lightning_prune.cli import study
+
+            study.main(words[1:])
+            return
+        from lightning_prune.cli.verbs import run
+
         run(recipes.resolve(words))
     except Exception as error:
         own = _own(error)

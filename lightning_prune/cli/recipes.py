@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["copy", "folder", "main", "path", "recipes", "resolve", "summary"]
+__all__ = ["copy", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
 
 
 def folder() -> Path:
@@ -38,6 +38,24 @@ def path(name: str) -> Path:
     if found is None:
         raise FileNotFoundError(
             f"expected a file or the name of a recipe, got {name!r}. The recipes are: {', '.join(known)}"
+        )
+    return found
+
+
+def study(name: str) -> Path:
+    """The file of a study that comes with the package.
+
+    Args:
+        name: The study's name, with or without ``.yaml``.
+
+    Raises:
+        FileNotFoundError: If there is no such study; the message lists those that exist.
+    """
+    known = {file.stem: file for file in sorted((folder() / "studies").glob("*.yaml"))}
+    found = known.get(name.removesuffix(".yaml"))
+    if found is None:
+        raise FileNotFoundError(
+            f"expected a file or the name of a study, got {name!r}. The studies are: {', '.join(known)}"
         )
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import rich
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -202,8 +202,13 @@ class PruningCLI(LightningCLI):
         return self._made or runs.latest(parent) or parent
 
 
-def run(words: Sequence[str]) -> None:
-    """Parse a command line and do what it says."""
+def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Parse a command line and do what it says.
+
+    Args:
+        words: What follows ``lightning-prune``.
+        callbacks: More callbacks for the trainer, which are not part of the configuration.
+    """
     with warnings.catch_warnings(), _without_advertisements():
         # What it warns of, `before_fit` has prevented.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
@@ -214,6 +219,7 @@ def run(words: Sequence[str]) -> None:
         PruningCLI(
             args=list(words),
             trainer_class=PruningTrainer,
+            trainer_defaults={"callbacks": list(callbacks)} if callbacks else None,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,

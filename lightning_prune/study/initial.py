@@ -1,0 +1,52 @@
+"""What a run of a study starts from: new weights, kept weights, and the architecture that was cut once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.surgery import History, Reinitialise, history_of, replay
+
+__all__ = ["InitialNetwork"]
+
+
+class InitialNetwork(Callback):
+    """Gives a network its weights and its architecture before the optimizer is made.
+
+    A run that is resumed takes its weights from its own checkpoint afterwards.
+
+    Args:
+        seed: Of new weights: normal with variance 2 / fan in (He et al., 2015), see `Reinitialise`.
+        weights: Checkpoint of the dense network whose weights are taken instead.
+        architecture: File with the history of the cut that the network is given; by default it stays dense.
+    """
+
+    def __init__(self, seed: int = 0, weights: str | None = None, architecture: str | None = None) -> None:
+        self.seed = seed
+        self.weights = weights
+        self.architecture = architecture
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or history_of(pl_module) is not None:
+            return
+        if self.weights is not None:
+            pl_module.load_state_dict(_read(self.weights)["state_dict"])
+        if self.architecture is not None:
+            replay(pl_module, History.from_plain(_read(self.architecture)))
+            keep_history(pl_module)
+        if self.weights is None:
+            Reinitialise(self.seed).after(pl_module, _no_batches)
+
+
+def _read(file: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found
+
+
+def _no_batches(*_: object) -> None:
+    raise RuntimeError("new weights are drawn without looking at batches")

@@ -1,0 +1,222 @@
+"""One cell from its configuration to its result: an ordinary fit, resumed where it was killed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.reporting import versions
+from lightning_prune.structure import trace
+from lightning_prune.study.configurations import Cell
+from lightning_prune.study.store import ARCHITECTURE, DamagedWarning, Result, Store, checkpoints
+from lightning_prune.surgery import history_of
+
+__all__ = ["Task", "Train", "work"]
+
+#: The command line as a function: its words, and callbacks that are not part of the configuration.
+Train = Callable[[Sequence[str], Sequence[Callback]], object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to be run, as launchers send it to a worker.
+
+    Attributes:
+        folder: The study's folder.
+        cell: What to run.
+        train: The command line, a function that can be imported by its name.
+        metric: What has to be logged.
+    """
+
+    folder: Path
+    cell: Cell
+    train: Train
+    metric: str
+
+    def __call__(self) -> None:
+        """Run it, see :func:`work`."""
+        work(self)
+
+
+def work(task: Task) -> None:
+    """Run a cell to its end, or go on where it was killed; its error is recorded, not raised.
+
+    Another process that works on the same cell is waited for.
+    """
+    # What Lightning says of every single run would bury what the study says.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    store, cell = Store(task.folder), task.cell
+    with store.lock(cell):
+        if store.finished(cell).is_dir():
+            return
+        recorder = _Recorder(task.metric)
+        try:
+            _fit(store, task, recorder)
+            result = recorder.result(judged=cell.keep != "architecture")
+        except (Exception, SystemExit) as error:
+            if not recorder.diverged or task.metric not in recorder.metrics:
+                store.fail(cell, "".join(traceback.format_exception(error)))
+                return
+            result = recorder.result()
+        if cell.keep == "architecture":
+            torch.save(recorder.architecture, store.running(cell) / ARCHITECTURE)
+        store.finish(cell, result, {"versions": versions(), "cores": os.cpu_count()})
+
+
+def _fit(store: Store, task: Task, recorder: _Recorder) -> None:
+    """The fit; what it left is thrown away if it cannot be resumed."""
+    place = store.begin(task.cell)
+    resumed = bool(checkpoints(place))
+    if not resumed:
+        shutil.rmtree(place / "fit", ignore_errors=True)
+    try:
+        task.train(_words(place, resumed), [recorder])
+    except (Exception, SystemExit) as error:
+        if not resumed or recorder.diverged:
+            raise
+        warnings.warn(
+            f"{task.cell.label} cannot be resumed ({error}): it is run again from its beginning",
+            DamagedWarning,
+            stacklevel=2,
+        )
+        shutil.rmtree(place / "fit")
+        recorder.forget()
+        task.train(_words(place, resumed=False), [recorder])
+
+
+def _words(place: Path, resumed: bool) -> list[str]:
+    return [
+        "fit",
+        f"--config={place / 'config.yaml'}",
+        "--name=fit",
+        f"--trainer.default_root_dir={place}",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        *(["--ckpt_path=last"] if resumed else []),
+    ]
+
+
+class _Recorder(Callback):
+    """Keeps what a run came to; a part of its checkpoints, so that a resumed run knows what went before."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.forget()
+
+    def forget(self) -> None:
+        """Start from nothing."""
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.diverged = False
+        self.architecture: dict[str, Any] | None = None
+        self.size = (0, 0)
+        self._batch: Any = None
+        self._names: set[str] | None = None
+        self._began = perf_counter()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was last logged."""
+        return self.curve[-1] if self.curve else {}
+
+    def result(self, judged: bool = True) -> Result:
+        """The result of the run that has ended.
+
+        Args:
+            judged: Whether the metric counts.
+
+        Raises:
+            ValueError: If it does and was not logged.
+        """
+        if judged and self.metric not in self.metrics:
+            raise ValueError(
+                f"expected the run to log {self.metric!r}, got {', '.join(sorted(self.metrics)) or 'nothing'}. Name "
+                "one of these by `metric`, or log it in `validation_step`."
+            )
+        params, macs = self.size
+        return Result(self.metrics, self.curve, params, macs, round(self.seconds, 3), self.diverged)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = perf_counter()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._note(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+        history = history_of(pl_module)
+        self.architecture = None if history is None else history.to_plain()
+        self._measure(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_clock()
+        self.diverged = self.diverged or not _is_finite(pl_module)
+        if self.diverged:
+            self._measure(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "curve": self.curve,
+            "seconds": self.seconds + perf_counter() - self._began,
+            "diverged": self.diverged,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curve = list(state_dict["curve"])
+        self.seconds = float(state_dict["seconds"])
+        self.diverged = bool(state_dict["diverged"])
+
+    def _note(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._names is None:
+            # What the first validation finds is its own; later ones also find what the last epoch's training left.
+            self._names = set(trainer.callback_metrics)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in self._names}
+        self.diverged = self.diverged or not _is_finite(module) or any(map(math.isnan, logged.values()))
+        # NaN and infinity have no place in JSON; a metric that is not a number is left out.
+        self.curve.append({name: value for name, value in logged.items() if math.isfinite(value)})
+
+    def _stop_clock(self) -> None:
+        self.seconds += perf_counter() - self._began
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        batch = None
+        if module.example_input_array is None:
+            # A run that was killed right before its end has seen no batch since.
+            batch = self._batch if self._batch is not None else next(iter(_loader(trainer)))
+        structure = trace(subject_of(module, batch, step=False))
+        self.size = structure.cost.params(structure.widths), structure.cost.macs(structure.widths)
+
+
+def _loader(trainer: Trainer) -> Any:
+    return trainer.train_dataloader or trainer.fit_loop._data_source.dataloader()
+
+
+def _is_finite(module: LightningModule) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
