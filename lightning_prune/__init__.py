@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from lightning_prune.planning import (
         NM,
+        AtStart,
         Channel,
         Cubic,
         Element,
@@ -82,6 +83,7 @@ __all__ = [
     "NM",
     "SNIP",
     "APoZ",
+    "AtStart",
     "BNScale",
     "Channel",
     "Contribution",
@@ -134,6 +136,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _ROOM_OF = {
+    "AtStart": "planning",
     "APoZ": "scoring",
     "BNScale": "scoring",
     "Channel": "planning",

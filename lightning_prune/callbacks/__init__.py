@@ -6,6 +6,7 @@ from lightning_prune.callbacks.extensions import CutExtension, Rewind, Rollback,
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.hybrid import HybridPruning
 from lightning_prune.callbacks.magnitude import MagnitudePruning
+from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.structured import StructuredPruning
@@ -16,9 +17,11 @@ from lightning_prune.callbacks.xgb import XGBPruning
 __all__ = [
     "ContributionPruning",
     "CutExtension",
+    "Decision",
     "GradualUnfreezing",
     "HybridPruning",
     "MagnitudePruning",
+    "NetworkPruning",
     "NetworkSlimming",
     "Rewind",
     "Rollback",

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -24,7 +24,7 @@ from lightning_prune.callbacks.scheduled import ScheduledPruning, names_or_none
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores
 from lightning_prune.callbacks.subjects import subject_of
-from lightning_prune.planning import CutPoint, Original, Plan, Schedule
+from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Size, require
 from lightning_prune.structure import Structure, Subject, rehearse, trace
 from lightning_prune.surgery import Repair, Transaction, history_of, original_of
@@ -59,9 +59,12 @@ class NetworkPruning(ScheduledPruning):
     - `_decide`, at each cut: which units to keep, with all the data and time that takes;
     - `_change`, if more is to be done than to keep these units: replace modules, install weights.
 
-    A method that acts once in a run has `AtStart` as its schedule. Its cut is then made at the first
-    ``on_train_batch_start`` of the run: the training data, the optimizers and what a checkpoint holds are there, and no
-    step has been made. A resumed run does not act a second time.
+    A method that acts once in a run (`acts_once`) has `AtStart` as its schedule, or one later moment. By `AtStart` its
+    cut is made at the first ``on_train_batch_start`` of the run: the training data, the optimizers and what a
+    checkpoint holds are there, and no step has been made. A resumed run does not act a second time.
+
+    Attributes:
+        acts_once: Whether the schedule may have one moment only.
 
     Args:
         schedule: When cuts happen.
@@ -71,6 +74,8 @@ class NetworkPruning(ScheduledPruning):
         dirpath: Folder for the report; by default the logger's folder.
         extensions: What goes with every cut.
     """
+
+    acts_once: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -86,6 +91,8 @@ class NetworkPruning(ScheduledPruning):
         self.layers = layers
         self.ignore = ignore
         self.extensions = self._checked(extensions)
+        if schedule is None and self.acts_once:
+            schedule = AtStart()
         super().__init__(schedule, reset_monitors, dirpath)
 
     def _checked(self, extensions: object) -> tuple[Repair | CutExtension, ...]:
@@ -182,6 +189,16 @@ class NetworkPruning(ScheduledPruning):
         module = None if self._subject is None else self._subject.model
         history = None if module is None else history_of(module)
         return self._timeline[-1].index if self._timeline and history is not None and history.edits else -1
+
+    @override
+    def _moments(self, trainer: Trainer, fraction: float = 0.5) -> tuple[CutPoint, ...]:
+        timeline = super()._moments(trainer, fraction)
+        if self.acts_once and len(timeline) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected a `schedule` with one moment, got {len(timeline)}: it acts once. "
+                "Give `AtStart()` to act before the first batch, or `OneShot(0.5)`."
+            )
+        return timeline
 
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:  # noqa: ARG002
         """The structure, with all that planning has to know."""

@@ -49,7 +49,7 @@ class ScheduledPruning(Participant):
     """
 
     #: Which of the settings is the target.
-    _aim: ClassVar[str]
+    _aim: ClassVar[str] = "target"
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
@@ -307,7 +307,7 @@ class ScheduledPruning(Participant):
         made = before[: self._last_done + 1]
         if not now or not made:
             return
-        if plain(self.report.config.get(self._aim)) != plain(self._settings()[self._aim]):
+        if plain(self.report.config.get(self._aim)) != plain(self._settings().get(self._aim)):
             self._done = reached()
             warnings.warn(self._said_of_another_target(), stacklevel=2)
             return

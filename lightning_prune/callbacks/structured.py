@@ -105,7 +105,6 @@ class StructuredPruning(NetworkPruning):
     """
 
     default_criterion: ClassVar[type[Criterion]] = L1
-    _aim = "target"
 
     def __init__(
         self,

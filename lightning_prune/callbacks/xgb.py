@@ -18,7 +18,7 @@ from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, kept_channels, show_scores
 from lightning_prune.callbacks.structured import StructuredPruning
-from lightning_prune.planning import Amount, CutPoint, NoEffectWarning, OneShot, Original, Plan, Schedule, Target
+from lightning_prune.planning import Amount, CutPoint, NoEffectWarning, Original, Plan, Schedule, Target
 from lightning_prune.reporting import LayerScores
 from lightning_prune.scoring import DataPass, Surrogate, XGBoost
 from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name
@@ -89,6 +89,8 @@ class XGBPruning(StructuredPruning):
         >>> callback = XGBPruning(mode="layer_wise", gain=0.95)
     """
 
+    acts_once = True
+
     def __init__(
         self,
         mode: Mode = "one_shot",
@@ -130,7 +132,7 @@ class XGBPruning(StructuredPruning):
         super().__init__(
             pruning_ratio=pruning_ratio,
             budget=budget,
-            schedule=OneShot(0, unit="step") if schedule is None else schedule,
+            schedule=schedule,
             layers=layers,
             ignore=ignore,
             extensions=[Ridge()] if extensions is None else extensions,
@@ -173,16 +175,6 @@ class XGBPruning(StructuredPruning):
     @override
     def _fraction(self, structure: Structure, selected: tuple[str, ...], original: Original) -> float:
         return 0.5 if self.amount.is_local else super()._fraction(structure, selected, original)
-
-    @override
-    def _moments(self, trainer: Trainer, fraction: float) -> tuple[CutPoint, ...]:
-        timeline = super()._moments(trainer, fraction)
-        if len(timeline) > 1:
-            raise ValueError(
-                f"XGBPruning: expected a `schedule` with one moment, got {len(timeline)}: it acts once. Give "
-                "`OneShot(0.5)`, or leave it out to act before the first batch."
-            )
-        return timeline
 
     @override
     def _reached(self) -> int:

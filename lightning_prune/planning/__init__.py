@@ -13,6 +13,7 @@ from lightning_prune.planning.granularity import (
 )
 from lightning_prune.planning.plan import Plan, feasible, make_plan, staying
 from lightning_prune.planning.schedules import (
+    AtStart,
     Cubic,
     CutPoint,
     Explicit,
@@ -30,6 +31,7 @@ from lightning_prune.planning.target import NoEffectWarning, Original, Target
 __all__ = [
     "NM",
     "Amount",
+    "AtStart",
     "Channel",
     "Cubic",
     "CutPoint",

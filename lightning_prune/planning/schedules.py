@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "AtStart",
     "Cubic",
     "CutPoint",
     "Explicit",
@@ -190,7 +191,7 @@ class Schedule(ABC):
         run = run or RunLength(epochs=100)
         points = self.timeline(run, remaining)
         unit = self.resolve_unit(run)
-        end = run.total(unit) or round(points[-1].at * 1.25)
+        end = run.total(unit) or max(round(points[-1].at * 1.25), 1)
         left = [100.0] + [100 * (1 - point.share * (1 - remaining)) for point in points]
         figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(6, 3), layout="constrained")
         axes = figure.add_subplot()
@@ -230,6 +231,31 @@ class OneShot(Schedule):
     @override
     def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
         return [(_position(self.at, length), 1.0)]
+
+
+@dataclass(frozen=True)
+class AtStart(Schedule):
+    """Everything in one cut, before the first training batch of the run.
+
+    For methods that act once. The cut is made when the training data, the optimizers and what a checkpoint holds are
+    there, and before any step; a resumed run does not repeat it. A criterion that has to observe training first
+    (`SNIP`, `Contribution`) is given one batch.
+    """
+
+    unit: Unit = field(default="step", init=False, repr=False)
+
+    @property
+    @override
+    def marks(self) -> tuple[float | int | None, ...]:
+        return (0,)
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        return float(progress >= 1)
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        return [(0, 1.0)]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ TIMES = {"seconds", "latency", "run", "overhead", "bytes"}
 
 
 def pruning_callbacks() -> list[type[StructuredPruning]]:
-    """Every one that the package offers."""
+    """Every one that cuts as often as its schedule says."""
     found = {thing for name in lightning_prune.__all__ if isinstance(thing := getattr(lightning_prune, name), type)}
-    return sorted((kind for kind in found if issubclass(kind, StructuredPruning)), key=lambda kind: kind.__name__)
+    kinds = [kind for kind in found if issubclass(kind, StructuredPruning) and not kind.acts_once]
+    return sorted(kinds, key=lambda kind: kind.__name__)
 
 
 def untimed(value: Any) -> Any:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_prune.planning import schedules
 from lightning_prune.planning.schedules import (
+    AtStart,
     Cubic,
     CutPoint,
     Explicit,
@@ -41,7 +42,7 @@ def shares(schedule: Schedule, run: RunLength, remaining: float = 0.5) -> list[f
 
 
 def test_discovery_finds_the_schedules():
-    assert {OneShot, LinearSchedule, Cubic, Geometric, Explicit} <= set(SCHEDULES)
+    assert {AtStart, OneShot, LinearSchedule, Cubic, Geometric, Explicit} <= set(SCHEDULES)
 
 
 @pytest.mark.parametrize("cls", SCHEDULES)
@@ -62,7 +63,7 @@ class TestContract:
         assert [point.index for point in timeline] == list(range(len(timeline)))
         at = [point.at for point in timeline]
         assert at == sorted(set(at))
-        assert at[0] >= 1
+        assert at[0] >= (0 if cls is AtStart else 1)
         assert at[-1] <= epochs - 1
         done = [point.share for point in timeline]
         assert done == sorted(done)
@@ -90,6 +91,12 @@ class TestContract:
         (axes,) = cls().plot().axes
         assert axes.lines[0].get_ydata()[0] == 100
         assert axes.lines[0].get_ydata()[-1] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("run", [RunLength(1), RunLength(5, 40, 10), RunLength(None, 40), RunLength(None)], ids=repr)
+def test_at_the_start_of_any_run(run):
+    """Also where whole numbers would be ambiguous, or the length is not known."""
+    assert AtStart().timeline(run, 0.5) == (CutPoint(0, 0, "step", 1.0),)
 
 
 def test_cuts_spread_evenly_over_shares_of_the_run():
