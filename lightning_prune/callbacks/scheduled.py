@@ -82,6 +82,11 @@ class ScheduledPruning(Participant):
         return self._is_prepared
 
     @property
+    def removes_layers(self) -> bool:
+        """Whether a cut may take whole layers out of the network."""
+        return False
+
+    @property
     @override
     def pending(self) -> bool:
         return bool(self._timeline) and self._last_done < self._timeline[-1].index

@@ -267,6 +267,11 @@ class StructuredPruning(NetworkPruning):
     def own_groups(self) -> tuple[str, ...]:
         return self._observed if self._is_prepared else ()
 
+    @property
+    @override
+    def removes_layers(self) -> bool:
+        return self.scope.min_width == 0
+
     @override
     def objection(self, other: Participant) -> str | None:
         why = super().objection(other)

@@ -144,7 +144,7 @@ class GradualUnfreezing(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(pl_module)  # `configure_model` may have built it after `setup`
         self._refuse_network(pl_module)
-        if not any(isinstance(one, ScheduledPruning) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        if not any(isinstance(one, ScheduledPruning) and one.removes_layers for one in _callbacks(trainer)):
             self._refuse_short(trainer)
         self._apply_in(trainer, pl_module)
         present = self._parameters(layer.name for layer in self._backbone.layers)
@@ -324,13 +324,17 @@ class GradualUnfreezing(Callback):
 
 def _act_after_pruning(callback: Callback, trainer: Trainer) -> None:
     """Let a callback come after those that prune: what they put into the network is frozen before it trains."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = _callbacks(trainer)
     last = max((i for i, one in enumerate(callbacks) if isinstance(one, ScheduledPruning)), default=-1)
     here = callbacks.index(callback)
     if here < last:
         # A new list: Lightning is going through the old one.
         others = [*callbacks[:here], *callbacks[here + 1 : last + 1], callback, *callbacks[last + 1 :]]
         trainer.callbacks = others  # type: ignore[attr-defined]
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def _is_whole(epochs: float) -> bool:

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_prune import GradualUnfreezing, OneShot, Scope, StructuredPruning
+from lightning_prune import L1, GradualUnfreezing, OneShot, Scope, StructuredPruning
+from lightning_prune.structure import Subject
 from lightning_prune.structure.backbone import Backbone
+from lightning_prune.structure.boundaries import find_boundaries
+from lightning_prune.surgery.truncation import truncated
 from tests.callbacks.networks import Curves, Loader, equal, make, refit, trainer, weights
 from tests.support import ranks
 
@@ -335,6 +338,17 @@ def test_resuming_after_a_cut(tmp_path: Path) -> None:
         assert equal(run(tmp_path / "steps" / f"step={step}.ckpt"), expected), step
 
 
+def test_a_short_run_is_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    """Scoring may take an hour."""
+
+    class Asked(L1):
+        def score(self, *_: Any) -> Any:
+            pytest.fail("scored")
+
+    with pytest.raises(ValueError, match="at least 4 epochs"):
+        fit(tmp_path, make(Net), pruning(criterion=Asked()), GradualUnfreezing(1, 1), epochs=3)
+
+
 class Branched(Net):
     """Its second and third convolution are a branch that a cut can take out."""
 
@@ -358,6 +372,40 @@ def test_layers_that_a_cut_removed_are_not_waited_for(tmp_path: Path) -> None:
     assert unfreezing.state_dict()["unfrozen"] == ["first"]
     assert [len(moved) for moved in log.moved[1:]] == [1] * 5 + [2] * 2
     assert len(run.optimizers[0].param_groups) == 2
+
+
+class Ending(StructuredPruning):
+    """Cuts, and then ends the network after its first layer, with a new head."""
+
+    removes_layers = True
+
+    def _change(self, change: Any, trainer: Any, module: Any, decision: Any) -> Any:
+        structure = super()._change(change, trainer, module, decision)
+        boundary = find_boundaries(Subject.of(module, torch.randn(2, 1, 6, 6)))[0]
+        return change.replace(truncated(module, boundary), self._retrace(trainer), structure, new_dense=True)
+
+
+@pytest.mark.parametrize("only_trainable", [False, True])
+def test_a_new_head_trains_and_a_lost_tail_is_not_waited_for(only_trainable: bool, tmp_path: Path) -> None:
+    """Two epochs are long enough for the one layer that is left; averages and a resume have the new head."""
+
+    def run(ckpt_path: Any = None, *others: Any) -> tuple[dict[str, Any], Any, Log]:
+        model, unfreezing, log = make(Net, only_trainable=only_trainable), GradualUnfreezing(1, 0.5), Log()
+        average = EMAWeightAveraging(decay=0.5)
+        callbacks = [unfreezing, Ending(0.5, schedule=OneShot(at=0)), average, log, *others]
+        done = fit(tmp_path, model, *callbacks, ckpt_path=ckpt_path, epochs=2)
+        return content(done, model, unfreezing), model, log
+
+    saver = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    expected, model, log = run(None, saver)
+    assert [type(layer) for layer in (model.second, model.third)] == [nn.Identity, nn.Identity]
+    assert model.head.in_features == model.first.out_channels == 2
+    assert expected["state"]["unfrozen"] == ["first"]
+    assert log.moved[1:] == [("head",)] * 5 + [("first", "head")] * 2
+    assert len(expected["optimizers"][0]["param_groups"]) == 1 + only_trainable
+    for step in (1, 3, 5, 7):
+        found, *_ = run(tmp_path / "steps" / f"step={step}.ckpt")
+        assert [part for part in expected if not equal(found[part], expected[part])] == [], step
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
