@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_prune.callbacks.processes import gathered, made_on_first
-from lightning_prune.planning import Amount, Original, Plan, Target, best_unit, plan_by_use
+from lightning_prune.planning import Amount, Depth, Original, Plan, Target, best_depth, best_unit, plan_by_use
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
 from lightning_prune.scoring.surrogates import Metric, metric_name, split_samples
@@ -23,6 +24,7 @@ from lightning_prune.scoring.xgb import (
     LayerScore,
     LayerScorer,
     Use,
+    end_station,
     score_layers,
     score_layers_in_turn,
     unmaskable,
@@ -30,6 +32,7 @@ from lightning_prune.scoring.xgb import (
     use_of_groups,
 )
 from lightning_prune.structure import Structure
+from lightning_prune.structure.boundaries import Boundary
 from lightning_prune.structure.graph import Group
 
 __all__ = ["Mode", "ScoreOptions", "Scored", "ScoringRun"]
@@ -85,9 +88,12 @@ class Scored:
     Attributes:
         layers: Scores, in the order of execution.
         use: How much the units of each group are used.
-        plan: Which of them stay.
+        plan: Which of them stay; not decided yet for a budget of a network that is cut in depth.
         emptied: Groups that would have lost all units, and keep their best one.
         file: Where the scores are written down.
+        passes: Forward work in passes over the samples, counted in multiply-accumulates.
+        depths: μ of every place at which the backbone can end, the shallowest first.
+        end: Where it is to end; None where it stays as deep as it is.
     """
 
     layers: Mapping[Station, LayerScore]
@@ -95,6 +101,9 @@ class Scored:
     plan: Plan
     emptied: tuple[str, ...]
     file: Path
+    passes: float
+    depths: tuple[tuple[Boundary, float], ...] = ()
+    end: Boundary | None = None
 
 
 class ScoringRun:
@@ -131,6 +140,7 @@ class ScoringRun:
         self.data, self.options, self.folder, self.table, self._see = data, options, folder, table, see
         with trainer.precision_plugin.forward_context():
             self._order = stations_of(module, next(iter(data)))
+        self._passes = 0.0
         self.labels = gathered(data.labels).cpu().numpy()
         task = options.surrogate.task
         self.parts = split_samples(self.labels, task, held_back=options.held_back, seed=options.seed)
@@ -148,39 +158,65 @@ class ScoringRun:
             lost |= unmaskable(self.module, [group for group in groups if group.name not in lost])
         return lost
 
-    def run(self, groups: Sequence[Group], amount: Amount) -> Scored:
+    def run(
+        self, groups: Sequence[Group], amount: Amount, ends: Sequence[Boundary] = (), depth: Depth | None = None
+    ) -> Scored:
         """Score the layers that give the units of groups, and decide which of these stay.
 
         Args:
             groups: Those that may be pruned.
             amount: How many go.
+            ends: Where the backbone may end, the shallowest first, the last its whole.
+            depth: How one of these is chosen.
         """
         producers = {layer for group in groups for layer in group.producers}
+        places = [end_station(end.layers, self._order, is_layer=end.is_layer) for end in ends]
         stations = [station for station in self._order if station.layer in producers]
+        stations += [place for place in dict.fromkeys(places) if place not in stations]
+        found, passes, file = self._found(groups, stations, amount)
+        left = dict(found)
+        depths = tuple((end, found[place].score) for end, place in zip(ends, places, strict=True))
+        chosen = None if depth is None else ends[best_depth([score for _, score in depths], depth)]
+        if chosen is not None and chosen.tail:
+            # Units behind the end go with it, and those of the head will read something else.
+            groups = [group for group in groups if not set(chosen.layers).isdisjoint(group.producers)]
+            left = {station: score for station, score in found.items() if station.layer in chosen.layers}
+        else:
+            chosen = None
+        use = use_of_groups(groups, left)
+        if chosen is not None and not amount.is_local:  # it counts what is left of the shallower network
+            return Scored(found, use, Plan({}, {}), (), file, passes, depths, chosen)
+        plan, emptied = plan_by_use(self.structure, use, amount, self.original)
+        return Scored(found, use, plan, emptied, file, passes, depths, chosen)
+
+    def _found(
+        self, groups: Sequence[Group], stations: Sequence[Station], amount: Amount
+    ) -> tuple[Mapping[Station, LayerScore], float, Path]:
+        """Scores, forward passes, and the file."""
         if self.options.mode == "one_shot":
             scorer, file = self._scorer(len(stations), {})
-            found = score_layers(scorer, stations, self._features)
-            use = use_of_groups(groups, found)
-            return Scored(found, use, *plan_by_use(self.structure, use, amount, self.original), file)
+            return score_layers(scorer, stations, self._features), self._passes, file
         return self._in_turn(groups, stations, amount) if amount.is_local else self._near(groups, stations, amount)
 
     # -- one after the other ------------------------------------------------------------------------------------------
 
-    def _in_turn(self, groups: Sequence[Group], stations: Sequence[Station], amount: Amount) -> Scored:
+    def _in_turn(
+        self, groups: Sequence[Group], stations: Sequence[Station], amount: Amount
+    ) -> tuple[Mapping[Station, LayerScore], float, Path]:
         decided = {"amount": amount, "groups": [group.name for group in groups]}
         scorer, file = self._scorer(len(stations), decided)
-        use: dict[str, Use] = {}
 
-        def decide(group: Group, found: Use) -> tuple[int, ...]:
-            use[group.name] = found
+        def decide(_: Group, found: Use) -> tuple[int, ...]:
             return amount.kept(found) or (best_unit(found),)
 
         walk = Walk(self.module, self.data, stations, memory_limit=self.options.memory_limit)
         found = score_layers_in_turn(walk, self._order, groups, scorer, self._visited, decide)
-        return Scored(found, use, *plan_by_use(self.structure, use, amount, self.original), file)
+        return found, walk.macs / (len(self.data) * walk.forward_macs), file
 
-    def _near(self, groups: Sequence[Group], stations: Sequence[Station], budget: Amount) -> Scored:
-        """Walk with one threshold after the other until what is left is near to the budget, then meet it.
+    def _near(
+        self, groups: Sequence[Group], stations: Sequence[Station], budget: Amount
+    ) -> tuple[Mapping[Station, LayerScore], float, Path]:
+        """Walk with one threshold after the other until what is left is near to the budget.
 
         What a threshold leaves has to be walked to be known, so the search ends after some walks, and the units whose
         use is next to the threshold make up the difference.
@@ -189,21 +225,22 @@ class ScoringRun:
         selected = [group.name for group in groups]
         limit = target.fraction(self.original, selected) * self.original.size(target.quantity, selected)
         low, high = _LOWEST, _HIGHEST
-        nearest: tuple[float, Scored] | None = None
+        passes, best = 0.0, math.inf
+        nearest: tuple[Mapping[Station, LayerScore], Path] | None = None
         for _ in range(_WALKS):
             exponent = (low + high) / 2
-            scored = self._in_turn(groups, stations, Amount("threshold", 10**exponent))
-            size = self._size(scored.plan, target, selected)
+            threshold = Amount("threshold", 10**exponent)
+            found, more, file = self._in_turn(groups, stations, threshold)
+            plan, _ = plan_by_use(self.structure, use_of_groups(groups, found), threshold, self.original)
+            size, passes = self._size(plan, target, selected), passes + more
             rank_zero_info(f"threshold {10**exponent:.3g}: {size:,.0f} {target.quantity} of {limit:,.0f} are left")
-            if nearest is None or abs(size - limit) < nearest[0]:
-                nearest = abs(size - limit), scored
+            if nearest is None or abs(size - limit) < best:
+                best, nearest = abs(size - limit), (found, file)
             if (1 - _NEAR) * limit <= size <= limit:
                 break
             low, high = (exponent, high) if size > limit else (low, exponent)
         assert nearest is not None
-        scored = nearest[1]
-        plan, emptied = plan_by_use(self.structure, scored.use, budget, self.original)
-        return Scored(scored.layers, scored.use, plan, emptied, scored.file)
+        return nearest[0], passes, nearest[1]
 
     def _size(self, plan: Plan, target: Target, selected: Sequence[str]) -> float:
         after = self.structure.take(plan.kept)
@@ -212,6 +249,7 @@ class ScoringRun:
     # -- features and surrogates --------------------------------------------------------------------------------------
 
     def _features(self, stations: Sequence[Station]) -> Mapping[Station, Tensor]:
+        self._passes = 1.0
         with self.trainer.precision_plugin.forward_context():
             found = pooled_features(self.module, self.data, stations, self.options.reduction)
         return {station: gathered(found[station]) for station in stations}

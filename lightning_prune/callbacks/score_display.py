@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_prune.planning import Plan
-from lightning_prune.reporting import LayerScores, importance_figure, score_figure
+from lightning_prune.callbacks.layer_scores import Scored
+from lightning_prune.reporting import LayerScores, ScoredDepth, importance_figure, score_figure
 from lightning_prune.scoring.xgb import LayerScore, unit_axes
 from lightning_prune.structure.graph import Group
 
-__all__ = ["ScoreProgress", "kept_channels", "show_scores"]
+__all__ = ["ScoreProgress", "show_scores", "table_of"]
 
 # Columns of a table that goes to a file or a pipe.
 _FILE_WIDTH = 120
@@ -61,15 +61,35 @@ class ScoreProgress:
         self._bar.update(self._task, total=layers, advance=1, description=description)
 
 
-def kept_channels(groups: Iterable[Group], plan: Plan) -> dict[str, list[int]]:
-    """Channels of every layer's output that a plan keeps, ascending."""
+def table_of(scored: Scored, groups: Iterable[Group], metric: str) -> LayerScores:
+    """The tables of what was found.
+
+    Args:
+        scored: What was found.
+        groups: Those that were scored.
+        metric: Name of the metric that μ is.
+    """
+    layers = [found for station, found in scored.layers.items() if station.point == "activation"]
+    depths = [
+        ScoredDepth(
+            end.name, len(end.layers), end.width, score, end == scored.end or (scored.end is None and not end.tail)
+        )
+        for end, score in scored.depths
+    ]
+    return LayerScores(layers, _kept_channels(scored, groups), metric, depths)
+
+
+def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[int]]:
+    """Channels of every layer's output that stay, ascending."""
     kept: dict[str, set[int]] = {}
+    end = scored.end
     for group in groups:
-        units = list(plan.kept.get(group.name, range(group.width)))
+        units = list(scored.plan.kept.get(group.name, range(group.width)))
         for layer, members in unit_axes(group).items():
             found = kept.setdefault(layer, set())
-            for member in members:
-                found.update(np.unique(member.index[units]).tolist())
+            if end is None or not any(layer == name or layer.startswith(f"{name}.") for name in end.tail):
+                for member in members:
+                    found.update(np.unique(member.index[units]).tolist())
     return {layer: sorted(channels) for layer, channels in kept.items()}
 
 
@@ -102,10 +122,12 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
 
 
 def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list[Path]:
-    curve = [(found.station.layer, found.score) for found in table.layers]
+    curves = {f"held-back {table.metric}": [(found.station.layer, found.score) for found in table.layers]}
+    if table.depths:
+        curves = {f"held-back {table.metric} behind": [(depth.name, depth.score) for depth in table.depths]}
     figures: dict[str, Any] = {
         "importances.png": lambda: importance_figure(table.layers, table.kept, threshold),
-        "scores.png": lambda: score_figure({f"held-back {table.metric}": curve}),
+        "scores.png": lambda: score_figure(curves),
     }
     written = []
     for name, draw in figures.items():

@@ -119,18 +119,12 @@ class StructuredPruning(NetworkPruning):
         dirpath: str | None = None,
         extensions: list[Repair | CutExtension] | None = None,
     ) -> None:
-        self.target = self._target_of(pruning_ratio, budget)
+        self.target = Target.of(pruning_ratio, budget)
         # None rather than a default instance: on the command line its settings would leak into another class's.
         self.criterion = self.default_criterion() if criterion is None else criterion
         instance_of(self, "criterion", self.criterion, Criterion, "L1()")
         self.scope = Scope.of(scope, comparable=self.criterion.comparable)
         super().__init__(schedule, layers, ignore, reset_monitors, dirpath, extensions)
-
-    def _target_of(
-        self, pruning_ratio: float | dict[str, float] | None, budget: float | int | dict[str, float | int] | None
-    ) -> Target:
-        """What is to remain."""
-        return Target.of(pruning_ratio, budget)
 
     @override
     def _forget(self) -> None:
@@ -214,25 +208,13 @@ class StructuredPruning(NetworkPruning):
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         self._selected = selected
-        self._require_feasible(structure, selected, original)
+        feasible(structure, self._resolved, self.scope, selected, original, self._bundles(structure))
         self._observation = self._observation.of(statistic)
         assert self._subject is not None
         self._examined = _examined(statistic, module, batch, self._subject)
-        timeline = self._moments(trainer, self._fraction(structure, selected, original))
-        note_what_stays(self.report, self._staying(structure, selected, original))
+        timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
+        note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
         return timeline
-
-    def _require_feasible(self, structure: Structure, selected: tuple[str, ...], original: Original) -> None:
-        """Refuse a target that cannot be reached."""
-        feasible(structure, self._resolved, self.scope, selected, original, self._bundles(structure))
-
-    def _fraction(self, structure: Structure, selected: tuple[str, ...], original: Original) -> float:
-        """What the target leaves, as a share of the dense network."""
-        return self._resolved.fraction(original, original.among(selected, structure))
-
-    def _staying(self, structure: Structure, selected: tuple[str, ...], original: Original) -> dict[str, str]:
-        """Groups that keep a unit against the target, and why."""
-        return staying(structure, self._resolved, self.scope, selected, original)
 
     def _bundles(self, structure: Structure) -> Mapping[str, Sequence[Sequence[int]]]:
         """Units that the criterion lets go together only, as far as that is known before anything is observed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -14,23 +15,44 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
+from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
-from lightning_prune.callbacks.score_display import ScoreProgress, kept_channels, show_scores
-from lightning_prune.callbacks.structured import StructuredPruning
-from lightning_prune.planning import Amount, CutPoint, NoEffectWarning, Original, Plan, Schedule, Target
-from lightning_prune.reporting import LayerScores
+from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, table_of
+from lightning_prune.planning import (
+    Amount,
+    CutPoint,
+    Depth,
+    NoEffectWarning,
+    Original,
+    Schedule,
+    Scope,
+    Target,
+    feasible,
+    plan_by_use,
+    require_depth,
+    select,
+)
 from lightning_prune.scoring import DataPass, Surrogate, XGBoost
 from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name
 from lightning_prune.scoring.xgb import log_importance
 from lightning_prune.structure import Structure, StructureError
-from lightning_prune.surgery import Repair, Ridge
+from lightning_prune.structure.boundaries import Boundary, find_boundaries
+from lightning_prune.surgery import Repair, Ridge, Transaction
+from lightning_prune.surgery.truncation import truncated
 
 __all__ = ["XGBPruning"]
 
 
+@dataclass(frozen=True)
+class _Choice(Decision):
+    """Units to keep, and where the network is to end."""
+
+    scored: Scored | None = None
+
+
 @final
-class XGBPruning(StructuredPruning):
+class XGBPruning(NetworkPruning):
     """Removes units that a surrogate on their layer's features does not use.
 
     I. Ratajczyk and A. Horzyk, "Advancing ConvNet Architectures: A Novel XGB-Based Pruning Algorithm for Transfer
@@ -60,6 +82,13 @@ class XGBPruning(StructuredPruning):
         pruning_ratio: Instead, the share of the units of every layer to remove, in [0, 1).
         budget: Instead, what remains of the network, see `StructuredPruning`: units go by their importance, wherever
             they are. In layer-wise mode that takes several walks, with one threshold after the other.
+        depth: Whether the network is also cut in depth, behind the layer (of a residual network: the block) whose μ is
+            the best, ``"argmax"``, the paper's choice; or behind the first one whose μ is within a tolerance of the
+            best, 0.02 say. Of equal ones the shallower counts. What is behind becomes the identity, and the first layer
+            of the head is made anew where it reads another number of channels. Importances then count over the layers
+            that are left; the head is not pruned. By default the depth stays.
+        head: With ``depth``: names or globs of the modules that are the head; by default all behind the last
+            convolution and its norm.
         reduction: What becomes one number per channel: the mean (``"avg"``) or the maximum (``"max"``) over positions.
         surrogate: What predicts the labels: `XGBoost` by default, with ``task="regression"`` for numbers; `NeuralProbe`
             or `SklearnEstimator`.
@@ -90,6 +119,7 @@ class XGBPruning(StructuredPruning):
     """
 
     acts_once = True
+    _aim = "target"
 
     def __init__(
         self,
@@ -99,6 +129,8 @@ class XGBPruning(StructuredPruning):
         gain: float | None = None,
         pruning_ratio: float | None = None,
         budget: float | int | dict[str, float | int] | None = None,
+        depth: Depth | None = None,
+        head: str | list[str] | None = None,
         reduction: Literal["avg", "max"] = "avg",
         surrogate: Surrogate | None = None,
         metric: Metric | None = None,
@@ -124,65 +156,73 @@ class XGBPruning(StructuredPruning):
                 raise ValueError(f"XGBPruning: expected `{name}` of {known}, got {value!r}")
         if not 0 < held_back < 0.9:
             raise ValueError(f"XGBPruning: expected `held_back` in (0, 0.9), got {held_back}. Give 0.2.")
+        require_depth(depth)
         metric_function(metric, surrogate.task)
         self.options = ScoreOptions(mode, reduction, surrogate, metric, held_back, seed, memory_limit)
+        self.depth, self.head = depth, head
         self.samples, self.per_class, self.scores = samples, per_class, scores
         #: Whether the fit ends when layers are scored: how `lightning-prune score` runs.
         self.only_score = False
         super().__init__(
-            pruning_ratio=pruning_ratio,
-            budget=budget,
-            schedule=schedule,
-            layers=layers,
-            ignore=ignore,
-            extensions=[Ridge()] if extensions is None else extensions,
-            reset_monitors=reset_monitors,
-            dirpath=dirpath,
+            schedule,
+            layers,
+            ignore,
+            reset_monitors,
+            dirpath,
+            [Ridge()] if extensions is None else extensions,
         )
-
-    @override
-    def _target_of(self, pruning_ratio: Any, budget: Any) -> Target:
-        # What a threshold leaves is known when layers are scored.
-        return Target("units", 1.0) if self.amount.is_local else super()._target_of(None, budget)
 
     @override
     def _unprepare(self) -> None:
         super()._unprepare()
         self._scored: Scored | None = None
+        self._ends: tuple[Boundary, ...] = ()
+        self._selected: tuple[str, ...] = ()
 
     @property
     def scored(self) -> Scored | None:
         """What was found in this fit: scores of layers, use of units; None before."""
         return self._scored
 
+    @property
+    @override
+    def own_groups(self) -> tuple[str, ...]:
+        return self._selected
+
     @override
     def _settings(self) -> dict[str, Any]:
-        settings = super()._settings()
-        del settings["criterion"], settings["scope"]
         return {
-            **settings,
+            **super()._settings(),
             "target": self.amount,
+            "depth": self.depth,
             **self.options.plain(),
             "samples": self.samples,
             "per_class": self.per_class,
         }
 
-    @override
-    def _require_feasible(self, structure: Structure, selected: tuple[str, ...], original: Original) -> None:
-        if not self.amount.is_local:
-            super()._require_feasible(structure, selected, original)
+    # -- before the first step ----------------------------------------------------------------------------------------
 
     @override
-    def _fraction(self, structure: Structure, selected: tuple[str, ...], original: Original) -> float:
-        return 0.5 if self.amount.is_local else super()._fraction(structure, selected, original)
+    def _check(
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+    ) -> tuple[CutPoint, ...]:
+        self._selected = select(structure, self.layers, self.ignore)[0]
+        if self.depth is not None:
+            assert self._subject is not None
+            self._ends = find_boundaries(self._subject, self.head)
+        fraction = 0.5
+        if not self.amount.is_local:
+            target = Target.of(None, self.amount.value)
+            if self.depth is None:  # a shallower network may be as small as the units cannot make this one
+                feasible(structure, target, Scope("global", normalize="none"), self._selected, original)
+            fraction = target.fraction(original, original.among(self._selected, structure))
+        return self._moments(trainer, fraction)
 
     @override
     def _reached(self) -> int:
-        return self._last_done  # it acts once, whatever the network's size
+        return self._last_done  # it acts once, whatever was done to the network before
 
-    @override
-    def _staying(self, structure: Structure, selected: tuple[str, ...], original: Original) -> dict[str, str]:
-        return {}
+    # -- the cut ------------------------------------------------------------------------------------------------------
 
     @override
     def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
@@ -193,17 +233,32 @@ class XGBPruning(StructuredPruning):
         super().act(trainer, module, batch_idx)
 
     @override
-    def _plan(
-        self, trainer: Trainer, module: LightningModule, point: CutPoint
-    ) -> tuple[Plan, dict[str, torch.Tensor], dict[str, float]]:
+    def _decide(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> Decision | None:
         scored = self._score(trainer, module)
         for name in scored.emptied:
             note = f"One unit of {name} stays: by {self.amount.rule}={self.amount.value} all of them would go."
             self.report.notes.append(note)
             warnings.warn(note, NoEffectWarning, stacklevel=2)
+        if scored.plan.is_empty and scored.end is None:
+            warnings.warn(
+                f"XGBPruning: {self.amount.rule}={self.amount.value} removes nothing", NoEffectWarning, stacklevel=2
+            )
+            return None
         scores = {name: torch.from_numpy(log_importance(use.importance)) for name, use in scored.use.items()}
         numbers = {f"pruning/mu/{station.layer}": found.score for station, found in scored.layers.items()}
-        return agreed(trainer, scored.plan), scores, numbers
+        return _Choice(agreed(trainer, scored.plan), {}, numbers, scores, scored)
+
+    @override
+    def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
+        assert isinstance(decision, _Choice)
+        assert decision.scored is not None
+        end, use = decision.scored.end, decision.scored.use
+        if end is not None:
+            self._structure = change.replace(truncated(module, end), self._retrace(trainer), self._structure)
+            # A budget counts what is left of the shallower network.
+            plan, _ = plan_by_use(self._structure, use, self.amount, self._original)
+            decision = replace(decision, plan=agreed(trainer, plan))
+        return super()._change(change, trainer, module, decision)
 
     def _score(self, trainer: Trainer, module: LightningModule) -> Scored:
         """Score the layers of the network as it is now, and show what was found."""
@@ -224,10 +279,11 @@ class XGBPruning(StructuredPruning):
             )
             lost = run.unscorable(groups)
             self._selected = self._without(lost)
-            scored = run.run([group for group in groups if group.name not in lost], self.amount)
+            groups = [group for group in groups if group.name not in lost]
+            scored = run.run(groups, self.amount, self._ends, self.depth)
         self._scored = scored
-        table = LayerScores(list(scored.layers.values()), kept_channels(groups, scored.plan), self._metric)
-        self.report.scored[:] = table.rows
+        table = table_of(scored, groups, self._metric)
+        self.report.scored[:], self.report.depths[:] = table.rows, table.depths
         if trainer.is_global_zero:
             threshold = self.amount.value if self.amount.rule == "threshold" else None
             show_scores(trainer, table, folder, threshold, prints=self.only_score)

@@ -1,6 +1,7 @@
 """How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
 
 from lightning_prune.planning.amount import Amount, best_unit, plan_by_use
+from lightning_prune.planning.depth import Depth, best_depth, require_depth
 from lightning_prune.planning.granularity import (
     NM,
     Channel,
@@ -35,6 +36,7 @@ __all__ = [
     "Channel",
     "Cubic",
     "CutPoint",
+    "Depth",
     "Element",
     "Explicit",
     "Geometric",
@@ -52,6 +54,7 @@ __all__ = [
     "ScopeKind",
     "Target",
     "Weight",
+    "best_depth",
     "best_unit",
     "choose_masks",
     "due",
@@ -59,6 +62,7 @@ __all__ = [
     "make_plan",
     "plan_by_use",
     "reaches",
+    "require_depth",
     "select",
     "staying",
 ]

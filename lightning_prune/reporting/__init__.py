@@ -1,7 +1,13 @@
 """Showing what pruning did: plain values, tables, pages and figures."""
 
 from lightning_prune.reporting.inspection import Inspection
-from lightning_prune.reporting.layer_scores import LayerScores, ScoredLayer, importance_figure, score_figure
+from lightning_prune.reporting.layer_scores import (
+    LayerScores,
+    ScoredDepth,
+    ScoredLayer,
+    importance_figure,
+    score_figure,
+)
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
 from lightning_prune.reporting.plots import report_figure, sizes_figure
 from lightning_prune.reporting.report import Cut, Measurement, Report, Size, SizeCheckpoint, plain
@@ -14,6 +20,7 @@ __all__ = [
     "LayerScores",
     "Measurement",
     "Report",
+    "ScoredDepth",
     "ScoredLayer",
     "Sensitivity",
     "Size",

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LayerScores", "ScoredLayer", "importance_figure", "layers_grid", "score_figure"]
+__all__ = [
+    "LayerScores",
+    "ScoredDepth",
+    "ScoredLayer",
+    "depths_grid",
+    "importance_figure",
+    "layers_grid",
+    "score_figure",
+]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9")
@@ -68,6 +76,43 @@ class ScoredLayer:
         return cls(name, len(found.importance), found.score, unused, holding, kept, found.seconds)
 
 
+@dataclass(frozen=True)
+class ScoredDepth:
+    """One place at which a backbone can end.
+
+    Attributes:
+        name: The module whose output is then the last one.
+        convolutions: How many are left.
+        width: Channels of that output.
+        score: μ there.
+        chosen: Whether the network ends there.
+    """
+
+    name: str
+    convolutions: int
+    width: int
+    score: float
+    chosen: bool = False
+
+
+def depths_grid(rows: Sequence[ScoredDepth], metric: str) -> Grid:
+    """The table of depths, the shallowest first."""
+    best = max((row.score for row in rows), default=math.nan)
+    cells = tuple(
+        (
+            row.name,
+            count(row.convolutions),
+            count(row.width),
+            number(row.score),
+            number(row.score / best if best > 0 else math.nan),
+            "ends here" if row.chosen else "",
+        )
+        for row in rows
+    )
+    note = f"Where the backbone can end, and μ there: {metric} on samples that were held back."
+    return Grid("Depths", ("behind", "convolutions", "channels", "μ", "μ*", ""), cells, note=note)
+
+
 def layers_grid(rows: Sequence[ScoredLayer], metric: str) -> Grid:
     """The table of layers in the order of execution."""
     best = max((row.score for row in rows), default=math.nan)
@@ -99,10 +144,17 @@ class LayerScores(Shown):
         layers: Scores in the order of execution.
         kept: Channels that stay, by layer.
         metric: Name of the metric that μ is.
+        depths: Where the backbone can end, the shallowest first.
     """
 
-    def __init__(self, layers: Sequence[LayerScore], kept: Mapping[str, Sequence[int]], metric: str) -> None:
-        self.layers, self.kept, self.metric = tuple(layers), dict(kept), metric
+    def __init__(
+        self,
+        layers: Sequence[LayerScore],
+        kept: Mapping[str, Sequence[int]],
+        metric: str,
+        depths: Sequence[ScoredDepth] = (),
+    ) -> None:
+        self.layers, self.kept, self.metric, self.depths = tuple(layers), dict(kept), metric, tuple(depths)
 
     @property
     def rows(self) -> list[ScoredLayer]:
@@ -110,8 +162,9 @@ class LayerScores(Shown):
         return [ScoredLayer.of(one, self._number_kept(one)) for one in self.layers]
 
     def grids(self) -> tuple[Grid, ...]:
-        """The table of layers."""
-        return (layers_grid(self.rows, self.metric),)
+        """The table of layers, and that of depths if there is one."""
+        grids = (layers_grid(self.rows, self.metric), depths_grid(self.depths, self.metric))
+        return tuple(grid for grid in grids if grid.rows)
 
     def _number_kept(self, found: LayerScore) -> int | None:
         kept = self.kept.get(found.station.layer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
-from lightning_prune.reporting.layer_scores import ScoredLayer, layers_grid
+from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, words_of_metric
 from lightning_prune.reporting.typed import require
 from lightning_prune.structure import Structure
@@ -162,6 +162,7 @@ class Report:
         earlier: Cuts that had been made by then.
         what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
         scored: Layers that were scored by surrogates.
+        depths: Places at which the backbone could end, if these were scored.
     """
 
     dense: Size | None = None
@@ -178,6 +179,7 @@ class Report:
     earlier: int = 0
     what: Literal["units", "weights"] = "units"
     scored: list[ScoredLayer] = field(default_factory=list)
+    depths: list[ScoredDepth] = field(default_factory=list)
 
     # collecting
 
@@ -322,6 +324,7 @@ class Report:
         values["history"] = [Measurement(**row) for row in stored["history"]]
         values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(_SIZES[stored["format"]], [])]
         values["scored"] = [ScoredLayer(**row) for row in stored.get("scored", [])]
+        values["depths"] = [ScoredDepth(**row) for row in stored.get("depths", [])]
         report = cls(**values)
         require(report, cls, "report")
         return report
@@ -344,8 +347,9 @@ class Report:
 
     def grids(self) -> tuple[Grid, ...]:
         """The tables: what was won and lost, the cuts, the networks saved on the way, the widths, scores of layers."""
-        scored = layers_grid(self.scored, str(self.config.get("metric", "metric")))
-        grids = [self._summary(), self._cuts(), self._sizes(), self._widths(), scored]
+        metric = str(self.config.get("metric", "metric"))
+        scores = [layers_grid(self.scored, metric), depths_grid(self.depths, metric)]
+        grids = [self._summary(), self._cuts(), self._sizes(), self._widths(), *scores]
         return tuple(grid for grid in grids if grid.rows)
 
     def table(self) -> RichGroup:

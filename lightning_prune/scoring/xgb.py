@@ -7,8 +7,9 @@ layer, and how much it uses a channel is the channel's importance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "Memory",
     "Use",
     "consumer_masks",
+    "end_station",
     "log_importance",
     "score_layers",
     "score_layers_in_turn",
@@ -89,6 +91,8 @@ class Memory(Protocol):
 class LayerScorer:
     """Fits a surrogate to one layer's features after the other's; what is remembered is not fitted again.
 
+    Nor is a table that is the same, number by number, as one before it.
+
     Args:
         surrogate: What is fitted.
         labels: Of all samples, in the order of the features, shape ``(n,)``.
@@ -111,6 +115,7 @@ class LayerScorer:
     ) -> None:
         self.surrogate, self.labels, self.parts, self.metric = surrogate, labels, parts, metric
         self.memory, self._together, self._see = memory, together, see
+        self._seen: dict[str, LayerScore] = {}  # by the content of the features
 
     def recall(self, station: Station) -> LayerScore | None:
         """What is remembered of a layer."""
@@ -136,11 +141,16 @@ class LayerScorer:
     def _fitted(self, station: Station, features: Tensor) -> LayerScore:
         began = perf_counter()
         table = np.ascontiguousarray(features.detach().to("cpu", torch.float32).numpy())
+        content = hashlib.sha256(table.tobytes()).hexdigest()
+        if content in self._seen:
+            return replace(self._seen[content], station=station, seconds=0.0)
         try:
             fitted = self.surrogate.fit(table, self.labels, self.parts, self.metric)
         except (FloatingPointError, ValueError) as error:
             raise type(error)(f"layer '{station.layer}': {error}") from error
-        return LayerScore(station, fitted.score, fitted.importance, fitted.share, perf_counter() - began)
+        found = LayerScore(station, fitted.score, fitted.importance, fitted.share, perf_counter() - began)
+        self._seen[content] = found
+        return found
 
 
 def score_layers(
@@ -184,18 +194,37 @@ def score_layers_in_turn(
         decide: Which units of a group stay.
     """
     found: dict[Station, LayerScore] = {}
-    last = {group.name: [s for s in walk.stations if s.layer in group.producers][-1] for group in groups}
+    units = [station for station in walk.stations if station.point == "activation"]
+    last = {group.name: [station for station in units if station.layer in group.producers][-1] for group in groups}
     for visit in walk:
         known = scorer.recall(visit.station)
         found[visit.station] = scorer.score(visit.station, features(visit)) if known is None else known
-        later = order[order.index(visit.station) + 1 :]
-        for group in groups:
-            if last[group.name] == visit.station:
-                kept = decide(group, use_of_groups([group], found)[group.name])
-                masks = consumer_masks(walk.model, group, kept)
-                for reader in (station for station in later if station.layer in masks):
+        for group in (group for group in groups if last[group.name] == visit.station):
+            masks = consumer_masks(walk.model, group, decide(group, use_of_groups([group], found)[group.name]))
+            for reader in order[order.index(visit.station) + 1 :]:
+                if reader.layer in masks:
                     visit.mask(masks[reader.layer], at=[Station(reader.layer, "input", reader.call)])
     return found
+
+
+def end_station(layers: Collection[str], order: Sequence[Station], *, is_layer: bool) -> Station:
+    """Where to look at what a backbone gives that ends behind some convolutions.
+
+    Args:
+        layers: The convolutions that are left.
+        order: All convolutions and linear layers in the order of execution.
+        is_layer: Whether all of it comes from the last of these convolutions. Elsewhere, behind a residual sum or a
+            concatenation, it is what enters the next layer.
+
+    Raises:
+        ValueError: If no layer follows.
+    """
+    last = max(place for place, station in enumerate(order) if station.layer in layers)
+    if is_layer:
+        return order[last]
+    if last + 1 == len(order):
+        raise ValueError(f"expected a convolution or linear layer behind '{order[last].layer}', found none")
+    return Station(order[last + 1].layer, "input", order[last + 1].call)
 
 
 def unit_axes(group: Group) -> dict[str, list[Member]]:
@@ -240,7 +269,7 @@ def use_of_groups(groups: Iterable[Group], found: Mapping[Station, LayerScore]) 
         importance, share = np.zeros(group.width), np.zeros(group.width)
         members = unit_axes(group)
         for station, score in found.items():
-            for member in members.get(station.layer, ()):
+            for member in members.get(station.layer, ()) if station.point == "activation" else ():
                 importance = np.maximum(importance, score.importance[member.index].max(1))
                 share = np.maximum(share, score.share[member.index].max(1))
         use[group.name] = Use(importance, share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Boundary:
         width: Channels of that output.
         tail: Modules that become identities; none of the last boundary.
         readers: First layers of the head that have to be built anew, and how many inputs they read then.
+        is_layer: Whether all that the head reads then comes from the last convolution; in a residual network it comes
+            from a sum, in DenseNet from a concatenation.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Boundary:
     width: int
     tail: tuple[str, ...]
     readers: Mapping[str, int]
+    is_layer: bool = field(default=False, compare=False)
 
 
 def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -> tuple[Boundary, ...]:
@@ -70,7 +73,7 @@ def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -
         tail = trial.behind(name)
         readers = trial.readers(tail) if tail else None
         if readers is not None:
-            found[layers] = Boundary(name, layers, shape[1], tail, readers)
+            found[layers] = Boundary(name, layers, shape[1], tail, readers, layers[-1] in trial.every)
     if not found:
         raise StructureError(
             f"{type(subject.model).__name__}: expected a backbone that is a chain of layers or blocks, behind any of "
@@ -129,7 +132,8 @@ class _Trial:
         """The end of the whole backbone."""
         whole = [n for n in self.every if len(self.before(n)) == self.convolutions and self._of(n).start < self.last]
         name = [n for n in whole if self._of(n).shape == self._of(whole[0]).shape][-1]
-        return Boundary(name, self.before(name), self._of(name).shape[1], (), {})
+        layers = self.before(name)
+        return Boundary(name, layers, self._of(name).shape[1], (), {}, layers[-1] in self.every)
 
     def before(self, name: str) -> tuple[str, ...]:
         """The convolutions that have run when a module has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -16,13 +17,26 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prune
 from lightning_prune import NeuralProbe, OneShot, Ridge, SklearnEstimator, StructuredPruning, XGBoost, XGBPruning
 from lightning_prune.callbacks import score_display
+from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.structure import StructureError
 from lightning_prune.surgery import history_of
 from tests.callbacks.small import trainer
-from tests.callbacks.xgb_runs import QUICK, Counting, Interrupted, Module, Regressor, fit, in_processes, kept, loader
+from tests.callbacks.xgb_runs import (
+    QUICK,
+    Classifier,
+    Counting,
+    Deep,
+    Interrupted,
+    Module,
+    Regressor,
+    fit,
+    in_processes,
+    kept,
+    loader,
+)
 from tests.scoring import xgb_reference as reference
 from tests.support import ranks
 
@@ -151,6 +165,107 @@ def test_after_a_cut_the_network_trains_on_and_is_repaired(tmp_path: Path) -> No
         fit(tmp_path / name, module, XGBPruning(pruning_ratio=0.5, surrogate=QUICK, extensions=extensions))
         apart[name] = float((module.net.eval()(x) - dense).square().mean().detach())
     assert apart["ridge"] < 0.5 * apart["source"]
+
+
+# -- depth ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
+def test_a_chain_ends_where_the_score_is_best(mode: Any, tmp_path: Path) -> None:
+    """And what is left computes what the dense network would with all that is gone set to zero."""
+    module = Deep()
+    before = copy.deepcopy(module).eval()
+    pruning = XGBPruning(mode, pruning_ratio=0.5, depth="argmax", surrogate=QUICK, extensions=[])
+    fit(tmp_path, module, pruning)
+    scored = pruning.scored
+    assert scored is not None
+    assert [end.name for end, _ in scored.depths] == ["net.2", "net.5", "net.8", "net"]
+    scores = [score for _, score in scored.depths]
+    assert scores == [found.score for found in scored.layers.values()], "they need no surrogates of their own"
+    best = scores.index(max(scores))
+    assert best < 2
+    convolutions = [layer for layer in module.net if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == best + 1
+    assert convolutions[-1].out_channels == before.net[3 * best].out_channels // 2
+    assert module.head.in_features == convolutions[-1].out_channels
+    units, y = kept(module), reference.images()[0]
+    with torch.no_grad():
+        found = module.net.eval()(y)
+        for place in range(best + 1):
+            y = before.net[3 * place : 3 * place + 3](y)
+            mask = torch.zeros(y.shape[1], dtype=y.dtype)
+            mask[units[str(3 * place)]] = 1
+            y = y * mask[:, None, None]
+    torch.testing.assert_close(found, y[:, units[str(3 * best)]])
+
+
+def test_a_tolerance_takes_the_shallowest(tmp_path: Path) -> None:
+    module = Deep()
+    fit(tmp_path, module, XGBPruning(gain=1.0, depth=1.0, surrogate=QUICK, extensions=[]))
+    assert [type(layer).__name__ for layer in module.net[3:]] == ["Identity"] * 9
+
+
+@pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
+def test_a_residual_network_ends_behind_a_block(mode: Any, tmp_path: Path) -> None:
+    """The score of a block is that of its sum."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(96, 3, 16, 16, dtype=torch.float64), torch.arange(96) % 3
+    x[labels == 1, 0] += 1
+    data = DataPass((x, labels), batch_size=32)
+    module = Classifier(ResNetCIFAR(14, 3).double())
+    blocks: list[Tensor] = []
+    hook = module.net.layer1[0].register_forward_hook(lambda _, __, out: blocks.append(out.mean((2, 3)).float()))
+    data.run(module)
+    hook.remove()
+    parts = split_samples(data.labels.numpy(), "classification")
+    expected = QUICK.fit(torch.cat(blocks).numpy(), data.labels.numpy(), parts).score
+    pruning = XGBPruning(mode, pruning_ratio=0.25, depth=0.5, surrogate=QUICK, extensions=[])
+    fit(tmp_path, module, pruning, data=DataLoader(TensorDataset(x, labels), batch_size=32))
+    scored = pruning.scored
+    assert scored is not None
+    assert [end.name for end, _ in scored.depths][:3] == ["net.bn1", "net.layer1.0", "net.layer1"]
+    if mode == "one_shot":
+        assert scored.depths[1][1] == pytest.approx(expected)
+    assert scored.end is not None
+    left = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)]
+    assert set(left) == set(scored.end.layers)
+    assert module.net.linear.in_features == scored.end.width * 3 // 4
+    assert scored.passes < 1.3
+    assert "ends here" in str(pruning.report)
+
+
+def test_depth_and_a_budget(tmp_path: Path) -> None:
+    """The budget counts the network that is left."""
+    module = Deep()
+    dense = sum(p.numel() for p in module.parameters())
+    pruning = XGBPruning(budget={"params": 0.1}, depth="argmax", surrogate=QUICK, extensions=[])
+    fit(tmp_path, module, pruning)
+    assert 0 < sum(p.numel() for p in module.parameters()) <= 0.1 * dense
+
+
+def test_a_run_that_was_cut_in_depth_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"gain": 0.9, "depth": "argmax", "surrogate": QUICK}
+    whole = Deep(0.01)
+    fit(tmp_path / "a" / "1", whole, XGBPruning(**settings), epochs=2)
+    first, module = Deep(0.01), Deep(0.01)
+    fit(tmp_path / "b" / "1", first, XGBPruning(**settings), epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    fit(tmp_path / "b" / "2", module, XGBPruning(**settings), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(module.get_parameter(name), weight, rtol=0, atol=0)
+
+
+@pytest.mark.ddp
+def test_processes_cut_the_same_depth(tmp_path: Path) -> None:
+    settings = {"gain": 0.9, "depth": "argmax"}
+    _, kept_alone, alone = ranks.run(in_processes, str(tmp_path / "1"), "Deep", settings)
+    _, kept_together, together = ranks.run(in_processes, str(tmp_path / "2"), "Deep", settings, processes=2)
+    assert kept_alone == kept_together
+    assert {name: weight.shape for name, weight in alone.items()} == {n: w.shape for n, w in together.items()}
+
+
+def test_a_network_that_is_no_chain(tmp_path: Path) -> None:
+    with pytest.raises(StructureError, match="expected"):
+        fit(tmp_path, Bare(), XGBPruning(depth="argmax", surrogate=QUICK))
 
 
 # -- when, and what is written down -----------------------------------------------------------------------------------
@@ -282,6 +397,8 @@ def test_what_is_shown(measured: None, tmp_path: Path) -> None:
         ({"mode": "stepwise"}, ValueError, 'expected `mode` of "one_shot" or "layer_wise", got \'stepwise\''),
         ({"reduction": "sum"}, ValueError, 'expected `reduction` of "avg" or "max", got \'sum\''),
         ({"held_back": 1.0}, ValueError, r"expected `held_back` in \(0, 0.9\), got 1.0"),
+        ({"depth": -0.1}, ValueError, 'expected `depth` to be None, "argmax" or a tolerance'),
+        ({"depth": "best"}, ValueError, 'expected `depth` to be None, "argmax" or a tolerance'),
         ({"metric": "r2"}, ValueError, "expected a `metric` for classification"),
         ({"surrogate": "xgboost"}, TypeError, "expected `surrogate` to be an instance of Surrogate"),
         ({"budget": {"params": 2.0}}, ValueError, "budget"),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import XGBoost, XGBPruning
 from lightning_prune.callbacks import score_display, showing
 from lightning_prune.scoring import Surrogate
-from lightning_prune.surgery import history_of
+from lightning_prune.surgery import Keep, history_of
 from tests.callbacks.small import trainer
 from tests.scoring import xgb_reference as reference
 from tests.support.ranks import PROCESSES
@@ -31,7 +31,7 @@ class Module(LightningModule):
 
     def __init__(self, kind: str = "Chain", lr: float = 1e-3) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["net"])
         self.net = reference.network(getattr(reference, kind)).train()
         self.lr = lr
         self.example_input_array = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
@@ -47,6 +47,33 @@ class Module(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Classifier(Module):
+    """Any network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(lr=0.0)
+        self.net = net
+        self.example_input_array = None
+
+
+class Deep(Module):
+    """Four convolutions, of which the third one knows nothing of the image."""
+
+    def __init__(self, lr: float = 0.0) -> None:
+        super().__init__(lr=lr)
+        torch.manual_seed(3)
+        widths = [(1, 6), (6, 6), (6, 4), (4, 4)]
+        parts = [[nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b, momentum=0.0), nn.ReLU()] for a, b in widths]
+        self.net = nn.Sequential(*(module for part in parts for module in part)).double()
+        self.head = nn.Linear(4, 3).double()
+        with torch.no_grad():
+            self.net[6].weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.net(x).mean((2, 3)))
+        return out
 
 
 class Regressor(Module):
@@ -79,7 +106,8 @@ def kept(module: LightningModule) -> dict[str, list[int]]:
     """Units that cuts have kept of each group, by the reference's names."""
     history = history_of(module)
     assert history is not None
-    return {name.removeprefix("net."): list(units) for edit in history.edits for name, units in edit.kept.items()}
+    cuts = [edit for edit in history.edits if isinstance(edit, Keep)]
+    return {name.removeprefix("net."): list(units) for edit in cuts for name, units in edit.kept.items()}
 
 
 def in_processes(folder: str, kind: str, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -87,7 +115,7 @@ def in_processes(folder: str, kind: str, settings: dict[str, Any]) -> tuple[Any,
     showing.latency = lambda *_, **__: {1: 1.0}
     showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
     score_display._pictures = lambda *_: []
-    pruning, module = XGBPruning(extensions=[], **settings), Module(kind)
+    pruning, module = XGBPruning(extensions=[], **settings), Deep() if kind == "Deep" else Module(kind)
     several = {}
     if int(os.environ.get(PROCESSES, "1")) > 1:
         several = {"devices": int(os.environ[PROCESSES]), "strategy": DDPStrategy()}
