@@ -27,7 +27,7 @@ from lightning_prune.callbacks.subjects import subject_of
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Size, require
 from lightning_prune.structure import Structure, Subject, rehearse, trace
-from lightning_prune.surgery import Repair, Transaction, history_of, original_of
+from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of
 
 __all__ = ["Decision", "NetworkPruning"]
 
@@ -153,14 +153,35 @@ class NetworkPruning(ScheduledPruning):
     def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
         """Make a cut within a transaction; the structure after it.
 
-        By default the units of the plan are kept and the extensions' repairs installed. A subclass may go on with
-        ``change.replace(modules, self._retrace(trainer), structure)``, ``change.install(contents)`` and
+        By default the units of the plan are kept, see `_keep`. A subclass may replace modules before or after that,
+        ``change.replace(modules, self._retrace(trainer), structure)``, and go on with ``change.install(contents)`` and
         ``change.forget()``.
         """
-        structure, subject = self._structure, self._subject
-        assert structure is not None
+        assert self._structure is not None
+        return self._keep(change, trainer, module, decision, self._structure)
+
+    def _keep(
+        self,
+        change: Transaction,
+        trainer: Trainer,
+        module: LightningModule,
+        decision: Decision,
+        structure: Structure,
+    ) -> Structure:
+        """Keep the units of the plan, with the repairs of the extensions.
+
+        Args:
+            change: The open transaction.
+            trainer: The run.
+            module: What trains.
+            decision: What to keep.
+            structure: Of the network as it is within the transaction.
+
+        Returns:
+            The structure after it.
+        """
+        subject, plan = self._subject, decision.plan
         assert subject is not None
-        plan = decision.plan
         if plan.is_empty:
             return structure
         context = self._run(trainer, module)
@@ -311,6 +332,8 @@ class NetworkPruning(ScheduledPruning):
             edits = history.edits[len(before.edits) if before is not None else 0 :] if history is not None else ()
             self._know(after)
             self._done, self._original = point.index, original_of(module, after)
+            if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
+                self.report.dense = Size.of(after, self._original)
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
             cut = Cut.of(self._size(), point.index, epoch, step, *widths, seconds)

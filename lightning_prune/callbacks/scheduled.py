@@ -350,12 +350,13 @@ class ScheduledPruning(Participant):
 
     @override
     def snapshot_state(self) -> Callable[[], None]:
-        mine, cuts, notes = dict(vars(self)), list(self.report.cuts), list(self.report.notes)
+        mine, report = dict(vars(self)), self.report
+        cuts, notes, dense = list(report.cuts), list(report.notes), report.dense
 
         # Not a context manager: an interrupt as it is left would end it as if its block had failed.
         def back() -> None:
             vars(self).update(mine)
-            self.report.cuts[:], self.report.notes[:] = cuts, notes
+            report.cuts[:], report.notes[:], report.dense = cuts, notes, dense
 
         return back
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_prune import AtStart, LinearSchedule, MagnitudePruning, OneShot, Ridge, load_from_checkpoint
-from lightning_prune.callbacks import Decision, NetworkPruning
+from lightning_prune.callbacks import Decision, NetworkPruning, live_transaction
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.processes import agreed
 from lightning_prune.planning import CutPoint, Original, Plan
@@ -173,6 +173,39 @@ def test_a_new_head_follows_everywhere(tmp_path: Path) -> None:
     }
     assert len(masks.report.cuts) == 1
     assert len(pruner.report.cuts) == 1
+
+
+class Wider(Variance):
+    """Gives the network a head for five classes before it cuts."""
+
+    def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
+        head = {"head": spec_of(module.get_submodule("head"), out_features=5)}
+        wide = change.replace(head, self._retrace(trainer), new_dense=True)
+        return self._keep(change, trainer, module, decision, wide)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_dense_network_is_the_one_with_its_new_head(fails: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    pruner, model = Wider(extensions=[Ridge(batches=2)]), make()
+    if fails:
+        monkeypatch.setattr(live_transaction, "same_everywhere", lambda _: 1 / 0)
+        before = weights(model)
+        with pytest.raises(ZeroDivisionError):
+            fit(tmp_path, model, pruner, epochs=1)
+        assert equal(weights(model), before)
+        assert (history_of(model), pruner.report.cuts, model.head.out_features) == (None, [], 3)
+        assert pruner.report.dense is not None
+        assert pruner.report.dense.params == sum(value.numel() for value in make().parameters())
+        return
+    fit(tmp_path, model, pruner, epochs=2)
+    dense = make()
+    dense.head = nn.Linear(8, 5)
+    assert pruner.report.dense is not None
+    assert pruner.report.dense.params == sum(value.numel() for value in dense.parameters())
+    assert pruner.report.final is not None
+    assert pruner.report.final.params == sum(value.numel() for value in model.parameters())
+    assert (model.first.out_features, model.head.out_features) == (6, 5)
+    assert pruner.report.pruning_ratio == pytest.approx(6 / 20)
 
 
 def test_repairs_go_with_it(tmp_path: Path) -> None:
