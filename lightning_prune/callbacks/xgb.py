@@ -189,6 +189,11 @@ class XGBPruning(NetworkPruning):
     def own_groups(self) -> tuple[str, ...]:
         return self._selected
 
+    @property
+    @override
+    def removes_layers(self) -> bool:
+        return self.depth is not None
+
     @override
     def _settings(self) -> dict[str, Any]:
         return {
@@ -206,6 +211,8 @@ class XGBPruning(NetworkPruning):
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
     ) -> tuple[CutPoint, ...]:
+        if self._last_done >= 0:  # what it was to look at may be gone
+            return self._moments(trainer, 0.5)
         self._selected = select(structure, self.layers, self.ignore)[0]
         if self.depth is not None:
             assert self._subject is not None

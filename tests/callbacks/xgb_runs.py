@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,7 @@ def kept(module: LightningModule) -> dict[str, list[int]]:
 
 def in_processes(folder: str, kind: str, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A run as each of several processes makes it: scores, units kept, weights."""
-    showing.latency = lambda *_, **__: {1: 1.0}
-    showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
-    score_display._pictures = lambda *_: []
+    quiet_processes()
     pruning, module = XGBPruning(extensions=[], **settings), Deep() if kind == "Deep" else Module(kind)
     several = {}
     if int(os.environ.get(PROCESSES, "1")) > 1:
@@ -152,3 +151,37 @@ class Counting(Surrogate):
 
 class Interrupted(BaseException):
     """As a signal would end the run."""
+
+
+def slowly(folder: str, log: str) -> None:
+    """A run whose surrogates take a while, and write down when they begin."""
+    quiet_processes()
+    pruning = XGBPruning("layer_wise", gain=0.9, depth="argmax", surrogate=Logged(log), extensions=[])
+    module = Deep()
+    fit(Path(folder), module, pruning)
+    torch.save({"kept": kept(module), "state": module.state_dict()}, Path(folder) / "end.pt")
+
+
+@dataclass(frozen=True)
+class Logged(Surrogate):
+    """Boosted trees that take their time, with a line in a file for each fit that begins."""
+
+    log: str = field(default="", repr=False)
+    task: Any = "classification"
+    importance: str = "gain"
+    seed: int = 0
+
+    importances = ("gain",)
+
+    def train(self, *tables: Any) -> Any:
+        with Path(self.log).open("a") as file:
+            file.write("begun\n")
+        time.sleep(0.3)
+        return QUICK.train(*tables)
+
+
+def quiet_processes() -> None:
+    """As the fixtures of the suite do, which processes of their own do not see."""
+    showing.latency = lambda *_, **__: {1: 1.0}
+    showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
+    score_display._pictures = lambda *_: []

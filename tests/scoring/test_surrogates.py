@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,26 @@ def test_class_weights() -> None:
     plain = XGBoost(rounds=10).fit(features, labels, parts, "balanced_accuracy").score
     weighted = XGBoost(rounds=10, class_weight="balanced").fit(features, labels, parts, "balanced_accuracy").score
     assert weighted > plain + 0.1
+
+
+@pytest.mark.parametrize("weight", [None, "balanced"])
+def test_a_table_larger_than_memory(weight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read part by part, it is as good, finds the same features, and leaves no files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    features, labels = table()
+    parts = split_samples(labels, "classification")
+    whole = XGBoost(rounds=20, class_weight=weight).fit(features, labels, parts)
+    paged = XGBoost(rounds=20, class_weight=weight, memory_limit=2**10).fit(features, labels, parts)
+    assert paged.score == pytest.approx(whole.score, abs=0.05)
+    np.testing.assert_allclose(paged.share, whole.share, atol=0.05)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_an_older_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = table()
+    monkeypatch.delattr(xgboost, "ExtMemQuantileDMatrix")
+    with pytest.raises(ValueError, match="expected version 3 or newer for `memory_limit`"):
+        XGBoost(memory_limit=2**10).fit(features, labels, split_samples(labels, "classification"))
 
 
 def test_other_parameters_win() -> None:

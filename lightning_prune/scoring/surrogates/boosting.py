@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -43,6 +45,8 @@ class XGBoost(Surrogate):
         threads: Threads; all cores if None.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         seed: Seed of everything that is drawn.
+        memory_limit: Bytes of a table of features (its float32 numbers) above which XGBoost keeps its histograms in
+            temporary files and reads them part by part (external memory; needs XGBoost 3). None: never.
         params: Other parameters of ``xgboost.train``, which win over those above.
 
     Raises:
@@ -67,13 +71,14 @@ class XGBoost(Surrogate):
     threads: int | None = None
     device: str = "cpu"
     seed: int = 0
+    memory_limit: int | None = None
     params: Mapping[str, Any] | None = None
 
     importances: ClassVar[tuple[str, ...]] = ("gain", "weight", "permutation")
 
     def __post_init__(self) -> None:
         self._check()
-        for name in ("rounds", "max_depth", "max_bin", "early_stopping", "threads"):
+        for name in ("rounds", "max_depth", "max_bin", "early_stopping", "threads", "memory_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"XGBoost: expected `{name}` of at least 1, got {value}")
@@ -94,18 +99,18 @@ class XGBoost(Surrogate):
     ) -> Trained:
         """Boost until the loss on the second part falls no more."""
         xgboost = require("xgboost", extra="xgb")
-        table: dict[str, Any] = {"max_bin": self.max_bin, "nthread": self.threads or 0}
-        weights, stop_weights = self._weights(labels), self._weights(stop_labels)
-        train = xgboost.QuantileDMatrix(features, labels, weight=weights, **table)
-        stop = xgboost.QuantileDMatrix(stop_features, stop_labels, weight=stop_weights, ref=train, **table)
-        booster = xgboost.train(
-            self._params(int(labels.max()) + 1),
-            train,
-            self.rounds,
-            evals=[(stop, "stop")],
-            early_stopping_rounds=self.early_stopping,
-            verbose_eval=False,
-        )
+        with tempfile.TemporaryDirectory(prefix="lightning_prune_") as folder:
+            train = self._matrix(xgboost, features, labels, None, Path(folder) / "train")
+            stop = self._matrix(xgboost, stop_features, stop_labels, train, Path(folder) / "stop")
+            booster = xgboost.train(
+                self._params(int(labels.max()) + 1),
+                train,
+                self.rounds,
+                evals=[(stop, "stop")],
+                early_stopping_rounds=self.early_stopping,
+                verbose_eval=False,
+            )
+            del train, stop  # before their files
         if self.early_stopping is not None:
             booster = booster[: booster.best_iteration + 1]
 
@@ -119,6 +124,45 @@ class XGBoost(Surrogate):
         if self.importance == "weight":
             return Trained(predict, _scores(booster, "weight", width))
         return Trained(predict, _scores(booster, "gain", width), _scores(booster, "total_gain", width))
+
+    def _matrix(
+        self, xgboost: Any, features: npt.NDArray[np.float32], labels: npt.NDArray[Any], ref: Any, cache: Path
+    ) -> Any:
+        """Histograms of a table, in memory or in files."""
+        weights = self._weights(labels)
+        table: dict[str, Any] = {"max_bin": self.max_bin, "nthread": self.threads or 0, "ref": ref}
+        if self.memory_limit is None or features.nbytes <= self.memory_limit:
+            return xgboost.QuantileDMatrix(features, labels, weight=weights, **table)
+        if not hasattr(xgboost, "ExtMemQuantileDMatrix"):
+            raise ValueError(
+                f"XGBoost: expected version 3 or newer for `memory_limit`, got {xgboost.__version__}. Update xgboost, "
+                "or leave `memory_limit` out."
+            )
+        rows = max(self.memory_limit // (4 * features.shape[1]), 1)
+        parts = [slice(start, start + rows) for start in range(0, len(features), rows)]
+
+        class Parts(xgboost.DataIter):  # type: ignore[misc]
+            """Hands out a table part by part."""
+
+            def __init__(self) -> None:
+                self.place = 0
+                super().__init__(cache_prefix=str(cache))
+
+            def next(self, input_data: Any) -> bool:
+                """Give the next part; whether there was one."""
+                if self.place == len(parts):
+                    return False
+                part = parts[self.place]
+                weight = None if weights is None else weights[part]
+                input_data(data=features[part], label=labels[part], weight=weight)
+                self.place += 1
+                return True
+
+            def reset(self) -> None:
+                """Begin again."""
+                self.place = 0
+
+        return xgboost.ExtMemQuantileDMatrix(Parts(), **table)
 
     def _params(self, classes: int) -> dict[str, Any]:
         objective: dict[str, Any] = {"objective": "reg:squarederror"}

