@@ -30,8 +30,8 @@ from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
 from lightning_prune.models import ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
-from lightning_prune.scoring import Criterion, criteria, score_groups
-from lightning_prune.structure import Axes, Call, Structure, Subject, trace
+from lightning_prune.scoring import Criterion, DataPass, criteria, score_groups
+from lightning_prune.structure import Axes, Structure, Subject, trace
 from lightning_prune.surgery import ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
@@ -153,10 +153,12 @@ def observed(criterion: Criterion, structure: Structure, module: ResNetCIFAR, ba
         return None
     for drawn in batches:
         model = copy.deepcopy(module).train()
-        if statistic.examines:  # on the batch at hand when a cut is due, as in the callback
-            model.training_step = lambda pair, model=model: F.cross_entropy(model(pair.images), pair.labels)
-            loss = statistic.examines_loss
-            statistic.examine(model, Call((drawn,), method="training_step") if loss else Call((drawn.images,)))
+        if statistic.collects:  # from a batch when a cut is due
+            data = DataPass(
+                [(drawn.images, drawn.labels)],
+                loss=lambda model, batch: F.cross_entropy(model(*batch.args), batch.labels),
+            )
+            statistic.collect(model, data)
             break
         handles = statistic.attach(model)
         F.cross_entropy(model(drawn.images), drawn.labels).backward()

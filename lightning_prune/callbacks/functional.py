@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.scheduled import note_what_stays
 from lightning_prune.callbacks.subjects import require_network, subject_for
-from lightning_prune.planning import Scope, ScopeKind, Target, feasible, make_plan, select, staying
+from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
-from lightning_prune.scoring import L1, Criterion, criteria, score_groups
+from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
 from lightning_prune.structure import Call, Structure, StructureError, Subject, rehearse, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
     CutError,
+    Repair,
     check,
     history_of,
     latency_table,
     original_of,
     refuse,
+    repaired,
     transaction,
 )
 from lightning_prune.surgery.tensors import named
@@ -47,6 +52,9 @@ def prune(
     scope: ScopeKind | Scope = "local",
     layers: str | list[str] | None = None,
     ignore: str | list[str] | None = None,
+    data: DataPass | Iterable[Any] | None = None,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    extensions: Sequence[Repair] = (),
     optimizers: Optimizer | Iterable[Optimizer] = (),
     measure: bool = False,
 ) -> Report:
@@ -58,14 +66,21 @@ def prune(
     Args:
         model: A LightningModule or any module.
         example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords. By default a
-            LightningModule's ``example_input_array``.
+            LightningModule's ``example_input_array``, or what ``data`` gives.
         pruning_ratio: Share of the units to remove, in [0, 1), for all or per layer; see `StructuredPruning`.
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
-        criterion: How much each unit matters, by the weights alone; by default `L1`.
+        criterion: How much each unit matters; by default `L1`. Most others look at ``data``: in eval mode, all of it.
         scope: ``"local"``, ``"global"``, ``"erk"``, or a `Scope`.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
+        data: Samples for criteria and repairs: a `DataPass`, or batches ``(x, y)`` as a `DataLoader` or a list gives
+            them. They are moved to the network's device.
+        loss: What criteria of gradients (`Taylor`, `GraSP`, ...) take them of, ``loss(outputs, labels)``, such as
+            ``torch.nn.functional.cross_entropy``; not needed for a `DataPass` with a loss.
+        extensions: Repairs of the weights that stay, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm` from
+            ``data``, or `Reinitialise`. They see the network in the mode it is in, or in training mode if the whole of
+            it is in eval mode.
         optimizers: One or several optimizers of the network, whose state follows.
         measure: Time a forward pass of one sample before and after the cut, on copies of the network, for the report.
             That takes longer than the cut.
@@ -97,47 +112,58 @@ def prune(
         raise ValueError(
             f"prune: expected a {type(model).__name__} with weights, got one on the meta device. Load it first."
         )
+    for extension in extensions:
+        if not isinstance(extension, Repair):
+            raise TypeError(
+                f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}, which goes with the "
+                "cuts of a run. Use it with a callback."
+            )
+    passes = None if data is None else _ready(data, model, loss)
     steppers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
     refuse(steppers)
     _require_own(model, steppers)
     forget_code(model)
     with as_written(model):
         written = model._orig_mod if isinstance(model, OptimizedModule) else model
-        return _prune(written, example, target, criterion, scope, (layers, ignore), steppers, measure=measure)
+        cut = _Cut(target, criterion, scope, (layers, ignore), passes, tuple(extensions), measure)
+        return _prune(written, example, cut, steppers)
 
 
-def _prune(
-    model: nn.Module,
-    example: Any,
-    target: Target,
-    criterion: Criterion,
-    scope: Scope,
-    names: tuple[str | list[str] | None, str | list[str] | None],
-    optimizers: tuple[Optimizer, ...],
-    *,
-    measure: bool,
-) -> Report:
+@dataclass(frozen=True)
+class _Cut:
+    """What is asked for."""
+
+    target: Target
+    criterion: Criterion
+    scope: Scope
+    names: tuple[str | list[str] | None, str | list[str] | None]
+    data: DataPass | None
+    repairs: tuple[Repair, ...]
+    measure: bool
+
+
+def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimizer, ...]) -> Report:
+    if example is None and asked.data is not None and getattr(model, "example_input_array", None) is None:
+        first = next(iter(asked.data))
+        example = dict(first.kwargs) or first.args
     subject = subject_for(model, example)
-    structure, call = trace(subject), subject.calls[0]
+    structure, call, scope = trace(subject), subject.calls[0], asked.scope
     history = history_of(model)
     if scope.min_width == 0:
         structure = with_flow(structure, subject, history.vanished if history is not None else ())
-    if criterion.statistic(structure) is not None:
-        raise ValueError(
-            f"expected a criterion of weights ({', '.join(_of_weights())}), got {criterion!r}, which has to observe "
-            "training. Use it with the callback `StructuredPruning`."
-        )
-    if target.quantity == "latency":
+    if asked.target.quantity == "latency":
         structure = with_latency(structure, latency_table(subject, structure))
     original = original_of(model, structure)
-    target, selected = target.resolve(structure, select(structure, *names)[0])
-    feasible(structure, target, scope, selected, original)
-    began = perf_counter()
+    target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])
+    statistic, selected = _observed(asked, subject, structure, selected)
     groups = [structure.group(name) for name in selected]
-    scores = score_groups(criterion, groups, named(model), None)
-    plan = make_plan(structure, scores, target, 1.0, scope, original)
+    bundles = bundles_of(asked.criterion, groups, statistic)
+    feasible(structure, target, scope, selected, original, bundles)
+    began = perf_counter()
+    scores = score_groups(asked.criterion, groups, named(model), statistic)
+    plan = make_plan(structure, scores, target, 1.0, scope, original, bundles)
     with _runs_on_the_example(model, call):
-        present = _size(subject, structure, measure=measure)
+        present = _size(subject, structure, measure=asked.measure)
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
@@ -146,16 +172,95 @@ def _prune(
     after = structure
     if not plan.is_empty:
         rehearse(subject, structure, plan.kept)
+        contents = _repaired(asked, subject, structure, plan)
+        info = {name: value for repair in asked.repairs for name, value in repair.info.items()}
         with (
             _runs_on_the_example(model, call),
             transaction(model, optimizers, run=lambda: model(*call.args, **call.kwargs)) as change,
         ):
-            after = change.keep(structure, plan.kept)
+            after = change.keep(structure, plan.kept, info)
+            change.verify()
+            change.install(contents)
+            if any(repair.restarts for repair in asked.repairs):
+                change.forget()
         if isinstance(model, LightningModule):
             keep_history(model)
         report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
-    report.final = _size(subject, after, measure=measure)
+    report.final = _size(subject, after, measure=asked.measure)
     return report
+
+
+def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None) -> DataPass:
+    """The samples, on the network's device and with a loss."""
+    passes = data if isinstance(data, DataPass) else DataPass(data)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        assert loss is not None
+        if batch.labels is None:
+            raise ValueError("prune: expected data with labels for the loss, got none. Give batches `(x, y)`.")
+        return loss(model(*batch.args, **batch.kwargs), batch.labels)
+
+    def transfer(raw: Any) -> Any:
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, raw)
+
+    has_transfer = passes.has_transfer
+    return passes.using(loss=None if loss is None else loss_of, transfer=None if has_transfer else transfer)
+
+
+def _observed(
+    asked: _Cut, subject: Subject, structure: Structure, selected: tuple[str, ...]
+) -> tuple[Statistic | None, tuple[str, ...]]:
+    """What the criterion has seen of the data, and the groups that it can score."""
+    of_selected = replace(structure, groups=tuple(group for group in structure.groups if group.name in selected))
+    statistic, criterion = asked.criterion.statistic(of_selected), asked.criterion
+    if statistic is None:
+        return None, selected
+    data = asked.data
+    if data is None and not (statistic.collects and not statistic.uses_data):
+        raise ValueError(
+            f"prune: expected `data=` for {criterion!r}, which looks at data, got none. Give batches such as a "
+            f"DataLoader, or choose a criterion of weights ({', '.join(_of_weights())})."
+        )
+    if data is not None and statistic.uses_loss and data.loss is None:
+        raise ValueError(
+            f"prune: expected `loss=` for {criterion!r}, which looks at gradients, got none. Give "
+            "`loss=torch.nn.functional.cross_entropy`, say."
+        )
+    if data is None:
+        call = subject.calls[0]
+        raw = {"args": call.args, "kwargs": dict(call.kwargs)}
+        data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
+    copy = subject.copy("real").module
+    statistic.collect(copy, data)
+    lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
+    kept = tuple(name for name in selected if name not in lost)
+    reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
+    if lost and (asked.names[0] is not None or not kept):
+        raise StructureError(
+            f"{type(criterion).__name__} cannot score {reasons}. Choose other `layers`, or a criterion of weights."
+        )
+    if lost:
+        warnings.warn(f"{type(criterion).__name__} cannot score, so these stay as they are: {reasons}", stacklevel=5)
+    return statistic, kept
+
+
+def _repaired(asked: _Cut, subject: Subject, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """What parameters and buffers hold after the cut, where the repairs change them."""
+    if not asked.repairs:
+        return {}
+    readers = [repair for repair in asked.repairs if repair.batches]
+    if readers and asked.data is None:
+        raise ValueError(f"prune: expected `data=` for {readers[0]!r}, which reads batches of it, got none.")
+
+    def run(model: nn.Module, n: int) -> None:
+        if asked.data is not None:
+            asked.data.run(model, keep_modes=True, limit=n)
+
+    copy = subject.copy("real").module
+    if not any(module.training for module in copy.modules()):
+        copy.train()  # it is not frozen: it is evaluated
+    return repaired(copy, structure.axes(plan.kept), asked.repairs, run, structure.drops(plan.kept))
 
 
 def _of_weights() -> list[str]:

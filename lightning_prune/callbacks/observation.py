@@ -46,7 +46,7 @@ class Observation:
     @property
     def is_empty(self) -> bool:
         """Whether batches have to be observed, and none was."""
-        return self.statistic is not None and not self.statistic.examines and not self.statistic.update_called
+        return self.statistic is not None and not self.statistic.collects and not self.statistic.update_called
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Observe the batch that begins."""

@@ -23,7 +23,7 @@ from lightning_prune.callbacks.processes import (
 from lightning_prune.callbacks.scheduled import instance_of, note_what_stays
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import score_summary
-from lightning_prune.callbacks.subjects import call_on
+from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
     CutPoint,
     NoEffectWarning,
@@ -39,11 +39,10 @@ from lightning_prune.planning import (
     staying,
 )
 from lightning_prune.reporting import require
-from lightning_prune.scoring import L1, Criterion, Statistic, bundles_of, score_groups
-from lightning_prune.structure import Call, LatencyTable, Structure, StructureError, Subject, trace
+from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
+from lightning_prune.structure import LatencyTable, Structure, StructureError, Subject, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
-from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
     Repair,
     history_of,
@@ -135,7 +134,7 @@ class StructuredPruning(NetworkPruning):
     @override
     def _unprepare(self) -> None:
         super()._unprepare()
-        self._examined: Call | None = None  # what a statistic that runs the network itself runs it on
+        self._data_at_cut: DataPass | None = None  # what a statistic with passes of its own looks at
         self._resolved = self.target
         self._selected: tuple[str, ...] = ()
         self._observed: tuple[str, ...] = ()  # the same before it showed which of them cannot be scored
@@ -211,7 +210,9 @@ class StructuredPruning(NetworkPruning):
         feasible(structure, self._resolved, self.scope, selected, original, self._bundles(structure))
         self._observation = self._observation.of(statistic)
         assert self._subject is not None
-        self._examined = _examined(statistic, module, batch, self._subject)
+        self._data_at_cut = None
+        if statistic is not None and statistic.collects:
+            self._data_at_cut = data_at_cut(trainer, module, self._subject, batch, self.criterion.amount)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
         return timeline
@@ -338,8 +339,8 @@ class StructuredPruning(NetworkPruning):
         structure, statistic = self._structure, self._observation.statistic
         assert structure is not None
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
-        if statistic is not None and self._examined is not None:
-            self._examine(statistic, module, self._examined)
+        if statistic is not None and self._data_at_cut is not None:
+            self._let_collect(statistic, module, self._data_at_cut)
         with merged(statistic):
             if statistic is not None:
                 self._selected = self._observable(statistic.unobservable(module), self._selected)
@@ -358,14 +359,10 @@ class StructuredPruning(NetworkPruning):
         # Contributions count from the last cut.
         self._observation = Observation(self.criterion.statistic(_only(structure, self._observed)))
 
-    def _examine(self, statistic: Statistic, module: LightningModule, call: Call) -> None:
+    def _let_collect(self, statistic: Statistic, module: LightningModule, data: DataPass) -> None:
         """Let a statistic run the network, or a copy of it if it is the training step that is run."""
-        subject = self._subject
-        if statistic.examines_loss and subject is not None:
-            copy = FakeCopy(module, subject.memo, subject.prepare, kind="real").module
-            statistic.examine(copy, call)
-        else:
-            statistic.examine(module, call)
+        assert self._subject is not None
+        statistic.collect(self._subject.copy("real").module if statistic.uses_loss else module, data)
 
     @override
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
@@ -382,10 +379,3 @@ class StructuredPruning(NetworkPruning):
 def _only(structure: Structure, names: tuple[str, ...]) -> Structure:
     """The structure with these groups alone: to observe what is not pruned would only cost time."""
     return replace(structure, groups=tuple(group for group in structure.groups if group.name in names))
-
-
-def _examined(statistic: Statistic | None, module: LightningModule, batch: Any, subject: Subject) -> Call | None:
-    """What a statistic runs, if it runs anything: ``forward`` on the batch, or its training step."""
-    if statistic is None or not statistic.examines:
-        return None
-    return subject.optional[0] if statistic.examines_loss else call_on(module, batch, subject)

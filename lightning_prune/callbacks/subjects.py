@@ -23,7 +23,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, Subject, trace
 
-__all__ = ["call_on", "inspect", "require_network", "subject_for", "subject_of"]
+__all__ = ["call_on", "inputs_of", "inspect", "require_network", "subject_for", "subject_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -106,7 +106,7 @@ def subject_of(
 
 
 def call_on(module: LightningModule, batch: Any, subject: Subject) -> Call:
-    """How ``forward`` takes a training batch, for criteria that look at data.
+    """How ``forward`` takes a training batch.
 
     An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
     """
@@ -115,35 +115,82 @@ def call_on(module: LightningModule, batch: Any, subject: Subject) -> Call:
     try:
         return _forward_calls(module, batch, None, memo=_kept_off(module), prepare=_Standins(module))[0]
     except StructureError as error:
-        warnings.warn(f"scores are taken on the `example_input_array`: {error}", stacklevel=2)
+        warnings.warn(f"the `example_input_array` is run: {error}", stacklevel=2)
         return subject.calls[0]
+
+
+def inputs_of(module: LightningModule, batch: Any, subject: Subject) -> Callable[[Any], Any]:
+    """What ``forward`` takes of a training batch, for criteria that look at data.
+
+    An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
+
+    Args:
+        module: The network.
+        batch: A training batch.
+        subject: How the network is run.
+
+    Returns:
+        A function of any batch, for `DataPass`.
+    """
+    try:
+        number = _accepted(module, batch, memo=_kept_off(module), prepare=_Standins(module))
+    except StructureError as error:
+        call = subject.calls[0]
+        if module.example_input_array is not None:
+            warnings.warn(f"scores are taken on the `example_input_array`: {error}", stacklevel=2)
+        return lambda _: dict(call.kwargs) or call.args
+
+    def inputs(raw: Any) -> Any:
+        args, kwargs = list(_candidates(raw, None))[number]
+        return kwargs or args
+
+    return inputs
 
 
 def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: Any) -> tuple[Call, ...]:
     """Forward in eval and in train mode on the first candidate that the network accepts."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     candidates = list(_candidates(batch, own_example))
-    if not candidates:
+    if len(candidates) == 1:
+        return _calls(model, candidates[0])
+    return _calls(model, candidates[_accepted(model, batch, own_example, **copying)])
+
+
+def _calls(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Call, ...]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = tree_map(lambda leaf: _moved(leaf, device), inputs)
+    return tuple(Call(args, kwargs, training=training) for training in (False, True))
+
+
+def _accepted(model: nn.Module, batch: Any, own_example: Any = None, **copying: Any) -> int:
+    """Number of the first candidate that the network accepts.
+
+    Raises:
+        StructureError: If it accepts none.
+    """
+    failures = []
+    for number, inputs in enumerate(_candidates(batch, own_example)):
+        failure = _failure(model, inputs, **copying)
+        if failure is None:
+            return number
+        failures.append(failure)
+    if not failures:
         raise StructureError(
             f"{type(model).__name__}: expected an example of what `forward` takes, found none. Set "
             "`example_input_array` in the module, or pass an `example`."
         )
-    failures = []
-    for args, kwargs in candidates:
-        args, kwargs = tree_map(lambda leaf: _moved(leaf, device), (args, kwargs))
-        calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
-        if len(candidates) == 1:
-            return calls
-        try:
-            trace(Subject(model, calls, **copying), trial=False)
-        except StructureError as error:
-            failures.append(str(error))
-        else:
-            return calls
     raise StructureError(
         f"{type(model).__name__}: `forward` accepts no part of the example or training batch, as it is or taken apart. "
         f"Set `example_input_array` in the module, or pass an `example`. The first attempt: {failures[0]}"
     )
+
+
+def _failure(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], **copying: Any) -> str | None:
+    """Why a network does not accept these inputs; None if it does."""
+    try:
+        trace(Subject(model, _calls(model, inputs), **copying), trial=False)
+    except StructureError as error:
+        return str(error)
+    return None
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:

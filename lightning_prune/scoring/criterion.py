@@ -52,6 +52,14 @@ class Criterion(ABC):
         """
         return None
 
+    @property
+    def amount(self) -> Mapping[str, int]:
+        """How much of the training data a statistic with passes of its own is given at a cut.
+
+        ``{"batches": 1}``, or a number of ``samples``, or of samples ``per_class``; see `DataPass`.
+        """
+        return {"batches": 1}
+
     @abstractmethod
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:
         """Score every unit of a group.

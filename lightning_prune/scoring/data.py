@@ -144,6 +144,11 @@ class DataPass:
             yield self._batch(self._samples.batch(group))
 
     @property
+    def has_transfer(self) -> bool:
+        """Whether batches are transferred before they are handed out."""
+        return self._transfer is not None
+
+    @property
     def total(self) -> int:
         """Number of samples of all processes."""
         return len(self._order)
@@ -206,6 +211,21 @@ class DataPass:
         parts = [[number for i, number in enumerate(order) if (i in chosen) is held] for held in (False, True)]
         return self._part(parts[0]), self._part(parts[1])
 
+    def using(
+        self,
+        *,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        inputs: Callable[[Any], Any] | None = None,
+        transfer: Callable[[Any], Any] | None = None,
+    ) -> DataPass:
+        """The same samples with another loss, other inputs or another transfer; what is left out stays."""
+        other = copy.copy(self)
+        other.macs = 0
+        other.loss = self.loss if loss is None else loss
+        other._inputs = self._inputs if inputs is None else inputs
+        other._transfer = self._transfer if transfer is None else transfer
+        return other
+
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(
@@ -257,10 +277,13 @@ class DataPass:
         if self.loss is None:
             raise ValueError("expected data with a loss, got none. Give `loss=`.")
         loss = self.loss(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"expected a loss that is a tensor with one number, got {got}")
-        return loss
+        if isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not torch.is_grad_enabled()):
+            return loss
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        got += " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise ValueError(
+            f"expected a loss that is a tensor with one number, and a gradient where one is taken, got {got}"
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,7 @@ class GradientStatistic(MemberStatistic):
     """
 
     evidence = "gradients"
+    uses_loss = True
     _faulty = "gradients of"
     _unseen = "had a gradient"
 
@@ -106,6 +107,7 @@ class MaskGradientStatistic(ActivationStatistic):
     """
 
     evidence = "activations and gradients"
+    uses_loss = True
     _faulty = "activations or gradients at layer"
     _unseen = "was called as a module and had a gradient"
 

@@ -16,9 +16,9 @@ from torchmetrics import Metric
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
+from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.structure.graph import Group, Member, Structure
 from lightning_prune.structure.layers import named
-from lightning_prune.structure.tracing import Call
 
 __all__ = [
     "ActivationStatistic",
@@ -44,8 +44,8 @@ class Statistic(Metric):
     ("source") that a group is observed at. All are sums or maxima of non-negative numbers and start at 0, so ranks,
     halves and the parts of an interrupted run merge by the reduction declared. Kept in float64 where the device has it.
 
-    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) or ``examine`` (a pass of its
-    own, which does), and ``estimate`` (the number per unit).
+    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) or ``collect`` (passes of its
+    own over some data, which do), and ``estimate`` (the number per unit).
 
     Args:
         structure: The network's groups.
@@ -53,14 +53,16 @@ class Statistic(Metric):
 
     Attributes:
         evidence: What the numbers are made of, in a word.
-        examines_loss: Whether ``examine`` needs the loss of a training step and not what the network gives out.
+        uses_loss: Whether it looks at the gradient of a loss.
+        uses_data: Whether ``collect`` looks at the content of the data, or only at its form.
         loss_scale: Factor on the loss of the batch being observed (mixed precision), which gradients carry along.
     """
 
     full_state_update = False
     batches: Tensor
     evidence: ClassVar[str] = "activations"
-    examines_loss: ClassVar[bool] = False
+    uses_loss: ClassVar[bool] = False
+    uses_data: ClassVar[bool] = True
     # Completions of messages: "NaN or infinite ... 'place'" and "place ... in none of the observed batches".
     _faulty: ClassVar[str] = "activations or weights at layer"
     _unseen: ClassVar[str] = "was called as a module"
@@ -73,6 +75,7 @@ class Statistic(Metric):
         self._states: dict[str, Reduction] = {}
         self._half = 0
         self.loss_scale = 1.0
+        self._is_collecting = False  # every pass counts then, not only those of the training
         self._warned: set[str] = set()
         self._set("batches", torch.zeros((), dtype=torch.int64), "sum")
         self.declare("passes", "sum", per_unit=False)
@@ -81,28 +84,49 @@ class Statistic(Metric):
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
     def observe(self, model: nn.Module) -> Iterable[RemovableHandle]:  # noqa: ARG002
-        """Register the hooks that ``record`` what happens, and hand out their handles; none if ``examine`` does all."""
+        """Register the hooks that ``record`` what happens, and hand out their handles; none if ``collect`` does all."""
         return []
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
         """Groups that ``observe`` finds no place for in this network: ``{group: reason}``."""
         return {name: "there is nowhere to observe it" for name in self.structure.widths if name not in self.sources}
 
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """Run the network once more, right before scores are taken; most statistics have no need to.
+    def collect(self, model: nn.Module, data: DataPass) -> None:
+        """Run the network on some data, right before scores are taken, and ``record`` what it shows.
 
-        For numbers that no training pass shows (what masking a unit would change, say). The network is left as it is.
+        By default the batches are observed as those of a training would be, in eval mode. Statistics of what no
+        training pass shows (what masking a unit would change, say) have passes of their own.
 
         Args:
-            model: The network; a copy of it, in the mode it trains in, if ``examines_loss``.
-            call: Arguments that ``model(*call.args, **call.kwargs)`` takes, a batch of the data if there is one; of
-                ``training_step`` if ``examines_loss``.
+            model: The network, left as it is. Where there is a loss, a copy of it.
+            data: The samples; with a loss if one is looked at.
+
+        Raises:
+            ValueError: If a loss or labels are needed and the data has none.
         """
 
+        def call(model: nn.Module, batch: Batch) -> Any:
+            handles = self.attach(model)
+            try:
+                if not self.uses_loss:
+                    return model(*batch.args, **batch.kwargs)
+                loss = data.loss_of(model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        self._is_collecting = True
+        try:
+            data.run(model, call=call, grad=self.uses_loss)
+        finally:
+            self._is_collecting = False
+
     @property
-    def examines(self) -> bool:
-        """Whether ``examine`` does anything."""
-        return type(self).examine is not Statistic.examine
+    def collects(self) -> bool:
+        """Whether it has passes of its own, rather than observing those of a training."""
+        return type(self).collect is not Statistic.collect
 
     @abstractmethod
     def estimate(self, name: str, half: Half = None) -> Tensor:
@@ -389,7 +413,7 @@ class ActivationStatistic(ConsumerStatistic):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             # A copy of the model (for averaged weights, say) made in this batch has the hook but is no target.
             activation = args[0] if args else kwargs["input"]
-            if model.training and module in targets and activation.numel():
+            if (model.training or self._is_collecting) and module in targets and activation.numel():
                 self.see(module, activation, output, targets[module])
 
         # First of all hooks: later ones may replace or overwrite the output.

@@ -11,11 +11,29 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune
-from lightning_prune import L2, Contribution, Explicit, OneShot, StructuredPruning, prune
+from lightning_prune import (
+    L2,
+    NISP,
+    SNIP,
+    APoZ,
+    Contribution,
+    Explicit,
+    FoldMean,
+    OneShot,
+    ReestimateBatchNorm,
+    Reinitialise,
+    Ridge,
+    Rollback,
+    StructuredPruning,
+    SynFlow,
+    Taylor,
+    prune,
+)
 from lightning_prune.models import MLPClassifier
 from lightning_prune.reporting import measure
+from lightning_prune.scoring import Criterion, DataPass, criteria
 from lightning_prune.structure import StructureError, Subject, latency, trace
-from lightning_prune.surgery import history_of, mask, replay
+from lightning_prune.surgery import Repair, history_of, mask, repaired, replay
 from tests.callbacks.small import Small, loaders, trainer
 
 
@@ -265,14 +283,6 @@ def test_a_tuple_is_the_arguments() -> None:
     assert net.second.out_features == 3
 
 
-def test_a_criterion_that_observes_is_refused() -> None:
-    net = network()
-    fitting = r"\(FPGM, L1, L2, LAMP, BNScale, Random\), got Contribution.*StructuredPruning"
-    with pytest.raises(ValueError, match=fitting):
-        prune(net, EXAMPLE, pruning_ratio=0.5, criterion=Contribution())
-    assert net[0].out_channels == 8
-
-
 def test_dead_channels_leave_without_a_trace() -> None:
     net = network().eval()
     with torch.no_grad():
@@ -302,3 +312,148 @@ def test_moments_alone_are_no_schedule() -> None:
 def test_a_criterion_of_a_wrong_type_is_named_by_the_function_too() -> None:
     with pytest.raises(TypeError, match="`criterion` to be an instance of Criterion, got <class"):
         prune(network(), EXAMPLE, pruning_ratio=0.5, criterion=L2)  # type: ignore[arg-type]
+
+
+# -- criteria and repairs that look at data ---------------------------------------------------------------------------
+
+
+def labelled(total: int = 24) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(total, 3, 6, 6, generator=draw, dtype=torch.float64)
+    return list(zip(x.split(8), (torch.arange(total) % 4).split(8), strict=True))
+
+
+@pytest.mark.parametrize("kind", criteria.__all__)
+def test_every_criterion_without_a_trainer(kind: str) -> None:
+    net = network()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    dense, states = copy.deepcopy(net), torch.get_rng_state()
+    settings = {"group_size": 1} if kind == "SPvR" else {}
+    criterion = getattr(criteria, kind)(**settings)
+    report = prune(net, pruning_ratio=0.5, criterion=criterion, data=labelled(), loss=nn.functional.cross_entropy)
+    assert report.widths == {"0": 4, "4": 6}
+    assert torch.equal(torch.get_rng_state(), states)
+    assert all(module.training for module in net.modules())
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not any(p._backward_hooks for p in net.parameters())
+    history = history_of(net)
+    assert history is not None
+    masked = copy.deepcopy(dense)
+    mask(masked, history.axes)
+    torch.testing.assert_close(net.eval()(EXAMPLE + 1), masked.eval()(EXAMPLE + 1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(dense.state_dict()["1.running_mean"], before["1.running_mean"])
+
+
+def test_scores_are_those_of_the_data() -> None:
+    """Taylor by hand: of each batch, in eval mode, the square of what weights times gradients add up to."""
+    net, batches = network(), labelled()
+    reference, score = copy.deepcopy(net).eval(), torch.zeros(12, dtype=torch.float64)
+    for batch in DataPass(batches):
+        reference.zero_grad()
+        nn.functional.cross_entropy(reference(*batch.args), batch.labels).backward()
+        products = {name: (p * p.grad).detach() for name, p in reference.named_parameters()}
+        score += (products["4.weight"].sum(1) + products["4.bias"] + products["6.weight"].sum(0)).square()
+    prune(net, pruning_ratio={"4": 0.5}, criterion=Taylor(), data=batches, loss=nn.functional.cross_entropy)
+    history = history_of(net)
+    assert history is not None
+    assert history.axes["4.weight"][0].tolist() == sorted(score.topk(6).indices.tolist())
+
+
+@pytest.mark.parametrize("repair", [Ridge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:
+    """As the function that computes them says, called by hand."""
+    net, data = network().train(training), DataPass(labelled())
+    dense = copy.deepcopy(net)
+    prune(net, pruning_ratio=0.5, data=data, extensions=[repair])
+    history = history_of(net)
+    assert history is not None
+    drops: dict[str, str] = {}
+
+    def run(model: nn.Module, n: int) -> None:
+        data.run(model, limit=n, keep_modes=True)
+
+    contents = repaired(copy.deepcopy(dense).train(), history.axes, [repair], run, drops)
+    assert contents
+    state = net.state_dict()
+    for name, content in contents.items():
+        torch.testing.assert_close(state[name], content.to(state[name]))
+    assert net.training is training
+    assert all(module.training is training for module in net.modules())
+
+
+def test_a_repair_brings_the_outputs_back() -> None:
+    x = torch.cat([x for x, _ in labelled()])
+    errors = []
+    for extensions in ((), (FoldMean(),), (Ridge(),)):
+        torch.manual_seed(0)
+        net = network().eval()
+        wanted = net(x).detach()
+        prune(net, EXAMPLE, pruning_ratio={"4": 0.5}, data=labelled(), extensions=extensions)
+        errors.append(float((net(x) - wanted).square().mean().detach()))
+    none, mean, ridge = errors
+    assert ridge < mean < none
+
+
+def test_a_pass_with_its_own_loss_and_form() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, *, image: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.net(image)
+            return out
+
+    net = Keyword()
+    raw = [{"image": x, "label": y} for x, y in labelled()]
+    data = DataPass(
+        raw,
+        samples=12,
+        labels=lambda batch: batch["label"],
+        inputs=lambda batch: {"image": batch["image"]},
+        loss=lambda model, batch: nn.functional.cross_entropy(model(**batch.kwargs), batch.labels),
+    )
+    prune(net, pruning_ratio=0.5, criterion=SNIP(), data=data)
+    assert net.net[0].out_channels == 4
+
+
+def test_what_is_missing_is_named() -> None:
+    net = network()
+    with pytest.raises(ValueError, match=r"expected `data=` for Contribution.*\(FPGM, L1, L2, LAMP, BNScale, Random\)"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, criterion=Contribution())
+    with pytest.raises(ValueError, match=r"expected `loss=` for Taylor"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, criterion=Taylor(), data=labelled())
+    unlabelled = [x for x, _ in labelled()]
+    with pytest.raises(ValueError, match=r"expected data with labels for the loss, got none"):
+        prune(net, pruning_ratio=0.5, criterion=Taylor(), data=unlabelled, loss=nn.functional.cross_entropy)
+    with pytest.raises(ValueError, match=r"expected `data=` for Ridge"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, extensions=[Ridge()])
+    with pytest.raises(TypeError, match=r"repairs such as `Ridge\(\)`, got Rollback"):
+        prune(net, EXAMPLE, pruning_ratio=0.5, extensions=[Rollback()])  # type: ignore[list-item]
+    assert net[0].out_channels == 8
+
+
+@pytest.mark.parametrize("criterion", [NISP(), SynFlow()], ids=repr)
+def test_what_looks_at_the_form_alone_needs_no_data(criterion: Criterion) -> None:
+    net = network()
+    assert prune(net, EXAMPLE, pruning_ratio=0.5, criterion=criterion).widths == {"0": 4, "4": 6}
+
+
+def test_layers_that_cannot_be_scored_stay() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.linear(self.first(x), self.second.weight, self.second.bias)
+            out: torch.Tensor = self.last(x)
+            return out
+
+    net, data = Functional(), [torch.randn(8, 4)]
+    with pytest.raises(StructureError, match="APoZ cannot score first: second was called as a module in none"):
+        prune(net, pruning_ratio=0.5, criterion=APoZ(), data=data, layers="first")
+    with pytest.warns(UserWarning, match="APoZ cannot score, so these stay as they are: first"):
+        assert prune(net, pruning_ratio=0.5, criterion=APoZ(), data=data).widths == {"first": 6, "second": 3}

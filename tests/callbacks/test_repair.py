@@ -12,10 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import StructuredPruning
-from lightning_prune.callbacks.calibration import _like
 from lightning_prune.planning import Explicit
 from lightning_prune.surgery import CutError, FoldMean, ReestimateBatchNorm, Repair, Ridge, history_of
 from tests.callbacks.small import Small, loaders, samples, trainer
@@ -134,20 +133,3 @@ def test_data_that_cannot_be_read_again_is_refused_at_once(tmp_path: Path, data:
     with pytest.raises(ValueError, match="expected one DataLoader over a data set with a length"):
         trainer(tmp_path, 3, callback).fit(module, data, loaders()[1])
     assert module.steps == 0
-
-
-@pytest.mark.parametrize("total", [40, 37])
-@pytest.mark.parametrize("n", [1, 2, 4, 100])
-def test_calibration_samples_come_from_everywhere_once(n: int, total: int) -> None:
-    loader = DataLoader(TensorDataset(torch.arange(total)), batch_size=8, shuffle=True, drop_last=True)
-    batches = [batch[0].tolist() for batch in _like(loader, n)]
-    assert len(batches) == min(n, total // 8)
-    seen = [sample for batch in batches for sample in batch]
-    assert len(set(seen)) == len(seen) == len(batches) * 8
-    for batch in batches:  # each from every quarter
-        assert {sample * 4 // total for sample in batch} == {0, 1, 2, 3}
-
-
-def test_a_data_set_of_whole_batches() -> None:
-    loader = DataLoader([torch.full((2,), i) for i in range(10)], batch_size=None)
-    assert [int(batch[0]) for batch in _like(loader, 5)] == [0, 2, 4, 6, 8]

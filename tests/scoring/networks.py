@@ -1,13 +1,13 @@
 """Small networks in float64, each with one thing that makes scoring hard."""
 
-import copy
 import functools
 
 import torch
 from torch import nn
 
-from lightning_prune.scoring import Batch
-from lightning_prune.structure import Call, Subject, trace
+from lightning_prune.scoring import Batch, DataPass
+from lightning_prune.scoring.spvr.criterion import MaskingStatistic
+from lightning_prune.structure import Subject, trace
 
 
 class Residual(nn.Module):
@@ -156,16 +156,11 @@ def train(model, inputs, statistic=None):
 
 def examine(model, inputs, statistic):
     """What a callback has a statistic do before a cut, here for several batches."""
-    if hasattr(statistic, "collect"):
+    if isinstance(statistic, MaskingStatistic):
         statistic.collect(model, [Batch((x,)) for x in inputs])
-        return
-    for x in inputs:
-        if statistic.examines_loss:
-            twin = copy.deepcopy(model)
-            twin.training_step = lambda x, twin=twin: twin(x).square().sum()
-            statistic.examine(twin, Call((x,), method="training_step", training=True))
-        else:
-            statistic.examine(model, Call((x,)))
+    elif statistic.collects:
+        for x in inputs:
+            statistic.collect(model, DataPass([x], loss=lambda model, batch: model(*batch.args).square().sum()))
 
 
 def tensors_of(model):

@@ -381,7 +381,7 @@ def test_runs_in_another_way_with_a_loss():
     with pytest.raises(ValueError, match="expected data with a loss, got none"):
         DataPass(loader()).run(model, call=DataPass(loader()).loss_of)
     wrong = DataPass(loader(), loss=lambda model, batch: model(*batch.args))
-    with pytest.raises(ValueError, match=r"a tensor with one number, got a tensor of shape \(8, 3\)"):
+    with pytest.raises(ValueError, match=r"a tensor with one number, .* got a tensor of shape \(8, 3\)"):
         wrong.run(model, call=wrong.loss_of)
 
 

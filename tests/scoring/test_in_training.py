@@ -82,12 +82,12 @@ def test_observes_only_what_may_be_pruned(kind, tmp_path, monkeypatch):
     assert callback.structure.widths == {"net.0": 3, "net.3": 4, "net.6": 4}
 
 
-def test_examines_a_training_batch_rather_than_an_example(tmp_path, monkeypatch):
-    seen, examine = [], MaskingStatistic.examine
+def test_looks_at_training_data_rather_than_an_example(tmp_path, monkeypatch):
+    seen, collect = [], MaskingStatistic.collect
     monkeypatch.setattr(
         MaskingStatistic,
-        "examine",
-        lambda self, model, call: (seen.append(call.args[0].shape), examine(self, model, call)),
+        "collect",
+        lambda self, model, data: (seen.append(next(iter(data)).args[0].shape), collect(self, model, data)),
     )
     model = Net(torch.zeros(1, 1, 8, 8))
     fit(StructuredPruning(0.5, criterion=criteria.KLDivergence(), schedule=OneShot()), tmp_path, model)

@@ -6,14 +6,14 @@ import torch
 from captum.attr import LayerLRP
 from torch import nn
 
-from lightning_prune.scoring import LRP, score_groups
-from lightning_prune.structure import Call, Subject, trace
+from lightning_prune.scoring import LRP, DataPass, score_groups
+from lightning_prune.structure import Subject, trace
 from tests.scoring.networks import tensors_of
 
 
 def relevance(model, x, structure, epsilon=1e-9):
     statistic = LRP(epsilon).statistic(structure)
-    statistic.examine(model, Call((x,)))
+    statistic.collect(model, DataPass([x]))
     return score_groups(LRP(epsilon), structure.groups, tensors_of(model), statistic)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.scoring import NISP, KLDivergence, SynFlow
+from lightning_prune.scoring import NISP, DataPass, KLDivergence, SynFlow
 from lightning_prune.scoring.passes import outputs_of, positive_response
 from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure import Call, Subject, trace
@@ -20,7 +20,7 @@ def test_a_failing_pass_leaves_modes_hooks_and_weights(criterion):
     model[1].eval()
     model[7].forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        criterion.statistic(structure).examine(model, Call((batches("batch norm")[0],)))
+        criterion.statistic(structure).collect(model, DataPass([batches("batch norm")[0]]))
     assert model.training
     assert not model[1].training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -60,7 +60,7 @@ def test_finds_outputs_wherever_they_are(criterion, wrap):
     plain = criterion.statistic(structure)
     examine(network("mlp"), [x], plain)
     wrapped = criterion.statistic(trace(Subject(model, (Call((), {"features": x}),))))
-    wrapped.examine(model, Call((), {"features": x}))
+    wrapped.collect(model, DataPass([{"features": x}]))
     torch.testing.assert_close(wrapped.value("net.0"), plain.value("0"))
 
 

@@ -122,4 +122,5 @@ class Extensions:
 
     def _calibration(self, run: RunContext, repairs: Sequence[Repair]) -> Calibration:
         readers = [repair for repair in repairs if repair.batches]
-        return Calibration(run.trainer, run.module, run.subject, reader=repr(readers[0]) if readers else None)
+        reader, batches = (repr(readers[0]) if readers else None), max((one.batches for one in readers), default=0)
+        return Calibration(run.trainer, run.module, run.subject, batches=batches, reader=reader)

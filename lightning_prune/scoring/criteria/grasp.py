@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.scoring.gradients import MemberStatistic
-from lightning_prune.scoring.undisturbed import own_random_state
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import canonical
-from lightning_prune.structure.tracing import Call
 
 __all__ = ["GraSP", "GradientFlow"]
 
@@ -24,30 +23,24 @@ class GradientFlow(MemberStatistic):
     """Products of weights and the Hessian of the loss times its gradient."""
 
     evidence = "the loss, in one more pass and two derivatives"
-    examines_loss = True
+    uses_loss = True
 
-    @torch.enable_grad()
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """One training step, its gradient, and the gradient of that gradient's square."""
+    def collect(self, model: nn.Module, data: DataPass) -> None:
+        """The loss of each batch, its gradient, and the gradient of that gradient's square.
+
+        In the mode that the network is in.
+        """
         self.follow(model)
         weights = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
-        with own_random_state():
-            loss = _loss_of(getattr(model, call.method)(*call.args, **call.kwargs))
         values = tuple(weights.values())
-        gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
-        half_square = torch.stack([gradient.square().sum() for gradient in gradients]).sum() / 2
-        products = torch.autograd.grad(half_square, values, materialize_grads=True)
-        self.record_weights({n: w.detach() * p for (n, w), p in zip(weights.items(), products, strict=True)})
 
+        def see(_: Batch, loss: Tensor) -> None:
+            gradients = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
+            half_square = torch.stack([gradient.square().sum() for gradient in gradients]).sum() / 2
+            products = torch.autograd.grad(half_square, values, materialize_grads=True)
+            self.record_weights({n: w.detach() * p for (n, w), p in zip(weights.items(), products, strict=True)})
 
-def _loss_of(result: Any) -> Tensor:
-    loss = result.get("loss") if isinstance(result, Mapping) else result
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError(
-            f"GraSP: expected a `training_step` that returns a loss, got {type(result).__name__}. Choose another "
-            "criterion (SNIP or Taylor observe any training, manual optimization too)."
-        )
-    return loss
+        data.run(model, see, call=data.loss_of, keep_modes=True, grad=True)
 
 
 @final

@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.scoring.passes import entering, outputs_of
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
 from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.graph import Structure
-from lightning_prune.structure.tracing import Call
 
 __all__ = ["LRP", "Relevance"]
 
@@ -36,12 +36,16 @@ class Relevance(ConsumerStatistic):
         self.epsilon = epsilon
         self.declare("score", "sum")
 
-    @torch.enable_grad()
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """One forward pass, and one backward in which layers hand relevance on."""
+    def collect(self, model: nn.Module, data: DataPass) -> None:
+        """For each batch a forward pass, and a backward one in which layers hand relevance on."""
         self.follow(model)
+        for batch in data:
+            self._collect(model, batch)
+
+    @torch.enable_grad()
+    def _collect(self, model: nn.Module, batch: Batch) -> None:
         with undisturbed(model), entering(self.targets(model)) as entered, _propagating(model, self.epsilon):
-            outputs = outputs_of(model(*call.args, **call.kwargs))
+            outputs = outputs_of(model(*batch.args, **batch.kwargs))
         chosen = torch.stack([x.amax(1).sum() if x.dim() > 1 else x.sum() for x in outputs]).sum()
         gradients = torch.autograd.grad(chosen, [x for _, x, _ in entered], materialize_grads=True)
         relevance: dict[str, Tensor] = {}

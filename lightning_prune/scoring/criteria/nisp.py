@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.passes import entering, positive_response
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
 from lightning_prune.structure.graph import Structure
@@ -22,16 +23,18 @@ class PropagatedImportance(ConsumerStatistic):
     """Gradients of the positive response where units enter the next layers, summed."""
 
     evidence = "one more pass"
+    uses_data = False
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure)
         self.declare("score", "sum")
 
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """One forward and backward pass on ones."""
+    def collect(self, model: nn.Module, data: DataPass) -> None:
+        """One forward and backward pass on ones, in the form of the first batch."""
         self.follow(model)
+        batch = next(iter(data))
         with entering(self.targets(model)) as entered:
-            response, _ = positive_response(model, call)
+            response, _ = positive_response(model, Call(batch.args, batch.kwargs))
         inputs = [alias for _, alias, _ in entered]
         gradients = torch.autograd.grad(response, inputs, materialize_grads=True)
         importance: dict[tuple[str, int], Tensor] = {}  # a layer may be called several times

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring.criterion import ObservingCriterion
+from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.gradients import MemberStatistic
 from lightning_prune.scoring.passes import positive_response
 from lightning_prune.structure.graph import Structure
@@ -22,11 +23,13 @@ class SynapticFlow(MemberStatistic):
     """Products of absolute weights and gradients of the positive response."""
 
     evidence = "one more pass"
+    uses_data = False
 
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """One forward and backward pass on ones."""
+    def collect(self, model: nn.Module, data: DataPass) -> None:
+        """One forward and backward pass on ones, in the form of the first batch."""
         self.follow(model)
-        response, weights = positive_response(model, call)
+        batch = next(iter(data))
+        response, weights = positive_response(model, Call(batch.args, batch.kwargs))
         gradients = torch.autograd.grad(response, tuple(weights.values()), materialize_grads=True)
         flow = [weight.detach() * gradient for weight, gradient in zip(weights.values(), gradients, strict=True)]
         self.record_weights(dict(zip(weights, flow, strict=True)))

@@ -23,7 +23,6 @@ from lightning_prune.scoring.spvr.ranking import (
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, Statistic, is_linear_layer
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.layers import canonical
-from lightning_prune.structure.tracing import Call
 
 __all__ = ["MaskingCriterion", "MaskingStatistic"]
 
@@ -69,6 +68,11 @@ class MaskingCriterion(ObservingCriterion):
         shared = "a unit has the score of its group, and groups form in the order of the units"
         return {"dead_is_lowest": shared, "equivariant": shared, "merges": "each half of the data has its own groups"}
 
+    @property
+    def amount(self) -> Mapping[str, int]:
+        """So many samples of every class."""
+        return {"per_class": self.samples_per_class}
+
     @abstractmethod
     def statistic(self, structure: Structure) -> MaskingStatistic:
         """Scores of groups of units."""
@@ -113,10 +117,6 @@ class MaskingStatistic(ConsumerStatistic):
             if closed:
                 partly[name] = f"its units enter {', '.join(closed)}, which is no plain Linear, Conv or ConvTranspose"
         return partly | super().unhookable(model)
-
-    def examine(self, model: nn.Module, call: Call) -> None:
-        """Collect from one batch."""
-        self.collect(model, [Batch(call.args, call.kwargs)])
 
     def collect(self, model: nn.Module, data: DataPass | Sequence[Batch]) -> None:
         """Group the units and mask each group: one forward pass over the data for each, and two to begin with.

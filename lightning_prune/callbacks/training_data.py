@@ -1,0 +1,161 @@
+"""Samples of the training data, read apart from the loop that trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_prune.callbacks.subjects import inputs_of
+from lightning_prune.scoring import Batch, DataPass
+from lightning_prune.scoring.drawing import batch_size_of
+from lightning_prune.structure import Subject
+
+__all__ = ["data_at_cut", "is_readable", "require_readable", "step_loss", "training_data"]
+
+
+def training_data(
+    trainer: Trainer,
+    module: LightningModule,
+    *,
+    batches: int | None = None,
+    samples: int | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    memory_limit: int = 2**30,
+    is_shared: bool = True,
+) -> DataPass:
+    """Samples of the training loader, read by a loader of its own in this process when they are first needed.
+
+    They are the same in every run, and the loop that trains is not touched. Batches come as the training gets them: of
+    its type, on its device. With ``overfit_batches`` the samples are among those that the run trains on.
+
+    Args:
+        trainer: The run.
+        module: The network, whose hooks around a transfer are called.
+        batches: Full batches of the loader's size.
+        samples: Instead, how many samples; all by default.
+        per_class: Or how many of every class.
+        seed: Of the choice and the order.
+        memory_limit: Bytes of samples in memory.
+        is_shared: Give each process a part of the samples; else all of them to each.
+
+    Raises:
+        ValueError: If the training data is not one loader over a data set with a length.
+    """
+    loader = require_readable(trainer, "this run")
+    limit = loader.dataset.__len__()  # type: ignore[attr-defined]
+    size = batch_size_of(loader) or 1
+    overfits = bool(getattr(trainer, "overfit_batches", 0))
+    if overfits:
+        limit = min(limit, int(trainer.num_training_batches) * size)
+    if loader.batch_sampler is None:  # the data set hands out whole batches
+        count = limit if batches is None else min(batches, limit)
+        chosen: Any = np.linspace(0, limit, count, endpoint=False).astype(int).tolist()
+        source = DataLoader(loader.dataset, batch_size=None, sampler=chosen, collate_fn=loader.collate_fn)
+        batches = None
+    elif overfits:
+        source = DataLoader(Subset(loader.dataset, range(limit)), batch_size=size, collate_fn=loader.collate_fn)
+    else:
+        source = loader
+    if batches is not None:
+        samples = min(max(min(batches, limit // size), 1) * size, limit)
+
+    def transfer(batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    return DataPass(
+        source,
+        samples=samples,
+        per_class=per_class,
+        seed=seed,
+        transfer=transfer,
+        memory_limit=memory_limit,
+        rank=trainer.global_rank if is_shared else 0,
+        world_size=trainer.world_size if is_shared else 1,
+    )
+
+
+def data_at_cut(
+    trainer: Trainer, module: LightningModule, subject: Subject, batch: Any, amount: Mapping[str, int]
+) -> DataPass:
+    """What a criterion looks at when a cut is due: samples of the training data, or a batch where it cannot be read.
+
+    Args:
+        trainer: The run.
+        module: The network.
+        subject: How it is run.
+        batch: The training batch at hand.
+        amount: How much data, see `Criterion.amount`.
+    """
+    loss = step_loss(subject) if subject.optional else None
+    inputs = inputs_of(module, batch, subject)
+    at_hand = DataPass([batch]).using(loss=loss, inputs=inputs)
+    if not is_readable(trainer):
+        return at_hand
+    counts: Any = {**amount}
+    if "batches" in counts:  # each process its own
+        counts["batches"] *= trainer.world_size
+    data = training_data(trainer, module, **counts).using(loss=loss, inputs=inputs)
+    try:
+        with warnings.catch_warnings():  # a criterion's numbers are what it looks at if it is there
+            warnings.filterwarnings("ignore", "expected .* samples")
+            len(data)
+    except ValueError as error:
+        if "per_class" not in amount:
+            raise
+        warnings.warn(f"scores are taken on a single batch: {error}", stacklevel=2)
+        return at_hand
+    return data
+
+
+def step_loss(subject: Subject) -> Callable[[nn.Module, Batch], Tensor]:
+    """The loss of a training step, on a copy of the module that is ready for it."""
+    (step,) = subject.optional
+
+    def loss(copy: nn.Module, batch: Batch) -> Tensor:
+        result = getattr(copy, step.method)(batch.raw, *step.args[1:])
+        found = result.get("loss") if isinstance(result, Mapping) else result
+        if isinstance(found, Tensor):
+            return found
+        raise ValueError(
+            f"expected a `training_step` that returns a loss, got {type(result).__name__}. Choose another criterion "
+            "(SNIP or Taylor observe any training, manual optimization too)."
+        )
+
+    return loss
+
+
+def is_readable(trainer: Trainer) -> bool:
+    """Whether samples of the training data can be read by their position."""
+    loader = trainer.train_dataloader
+    dataset = getattr(loader, "dataset", None)
+    return isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+
+
+def require_readable(trainer: Trainer, reader: str) -> DataLoader[Any]:
+    """The training loader.
+
+    Args:
+        trainer: The run.
+        reader: Who reads, for the text.
+
+    Raises:
+        ValueError: If samples cannot be read by their position.
+    """
+    loader: Any = trainer.train_dataloader
+    if is_readable(trainer):
+        return loader  # type: ignore[no-any-return]
+    dataset = getattr(loader, "dataset", None)
+    what = type(loader).__name__ + (f" over {type(dataset).__name__}" if dataset is not None else "")
+    raise ValueError(
+        f"{reader} reads some training batches again: expected one DataLoader over a data set with a length as "
+        f"training data, got {what}. Leave it out of `extensions`, or train from such a loader."
+    )
