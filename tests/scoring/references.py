@@ -26,6 +26,7 @@ from lightning_prune.scoring import (
     BNScale,
     Contribution,
     Criterion,
+    DataPass,
     Fisher,
     GraSP,
     HRank,
@@ -292,6 +293,7 @@ def groups_of_units(criterion, evidence):
 def grasp(criterion, evidence):
     scores = []
     for x in evidence.inputs:
+        (x,) = next(iter(DataPass([x]))).args  # in its order, which dropout sees
         model = copy.deepcopy(evidence.model).train()
         weights = dict(model.named_parameters())
 
