@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -96,6 +96,8 @@ class XGBPruning(NetworkPruning):
             function of labels and predictions.
         samples: How many training samples are used, the same share of every class; all by default.
         per_class: Instead of ``samples``, how many of every class.
+        labels: Labels of a training batch, one per sample; by default the second of a pair ``(x, y)``.
+        inputs: What ``forward`` takes of a training batch; by default the first of a pair. See `DataPass`.
         held_back: Share of the samples that μ is measured on, in (0, 1).
         seed: Of the choice and split of samples.
         scores: A file that `lightning-prune score` has written; it has to fit network, samples and options. Files of
@@ -136,6 +138,8 @@ class XGBPruning(NetworkPruning):
         metric: Metric | None = None,
         samples: int | None = None,
         per_class: int | None = None,
+        labels: Callable[[Any], Any] | None = None,
+        inputs: Callable[[Any], Any] | None = None,
         held_back: float = 0.2,
         seed: int = 0,
         scores: str | None = None,
@@ -160,7 +164,12 @@ class XGBPruning(NetworkPruning):
         metric_function(metric, surrogate.task)
         self.options = ScoreOptions(mode, reduction, surrogate, metric, held_back, seed, memory_limit)
         self.depth, self.head = depth, head
+        if samples is not None and per_class is not None:
+            raise ValueError(
+                f"XGBPruning: expected `samples` or `per_class`, got both ({samples} and {per_class}). Leave one out."
+            )
         self.samples, self.per_class, self.scores = samples, per_class, scores
+        self._labels_of, self._inputs_of = labels, inputs
         #: Whether the fit ends when layers are scored: how `lightning-prune score` runs.
         self.only_score = False
         super().__init__(
@@ -322,6 +331,8 @@ class XGBPruning(NetworkPruning):
             samples=self.samples,
             per_class=self.per_class,
             seed=self.options.seed,
+            labels=self._labels_of,
+            inputs=self._inputs_of,
             memory_limit=self.options.memory_limit,
             transfer=transfer,
             rank=trainer.global_rank,

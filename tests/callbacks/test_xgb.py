@@ -429,6 +429,7 @@ def test_what_is_shown(measured: None, tmp_path: Path) -> None:
         ({"held_back": 1.0}, ValueError, r"expected `held_back` in \(0, 0.9\), got 1.0"),
         ({"depth": -0.1}, ValueError, 'expected `depth` to be None, "argmax" or a tolerance'),
         ({"depth": "best"}, ValueError, 'expected `depth` to be None, "argmax" or a tolerance'),
+        ({"samples": 100, "per_class": 10}, ValueError, "expected `samples` or `per_class`, got both"),
         ({"metric": "r2"}, ValueError, "expected a `metric` for classification"),
         ({"surrogate": "xgboost"}, TypeError, "expected `surrogate` to be an instance of Surrogate"),
         ({"budget": {"params": 2.0}}, ValueError, "budget"),
@@ -510,6 +511,22 @@ def test_data_without_labels(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(reference.images()[0]), batch_size=60)
     with pytest.raises(ValueError, match="labels"):
         fit(tmp_path, Own(), XGBPruning(surrogate=QUICK), data=data)
+
+
+def test_batches_of_another_form(tmp_path: Path) -> None:
+    """Where labels and inputs are is said by functions."""
+
+    class Mapped(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["image"], batch["kind"]), batch_idx)
+
+    x, y = reference.images()
+    data = DataLoader([{"image": image, "kind": label} for image, label in zip(x, y, strict=True)], batch_size=60)
+    module, plain = Mapped(), Module()
+    found = {"labels": lambda batch: batch["kind"], "inputs": lambda batch: batch["image"]}
+    fit(tmp_path / "1" / "run", module, XGBPruning(gain=0.9, surrogate=QUICK, extensions=[], **found), data=data)
+    fit(tmp_path / "2" / "run", plain, XGBPruning(gain=0.9, surrogate=QUICK, extensions=[]))
+    assert kept(module) == kept(plain)
 
 
 def test_beside_another_callback(tmp_path: Path) -> None:
