@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_prune import L1, GradualUnfreezing, OneShot, Scope, StructuredPruning
+from lightning_prune import L1, GradualUnfreezing, OneShot, Scope, StructuredPruning, XGBPruning
+from lightning_prune.scoring import XGBoost
 from lightning_prune.structure import Subject
 from lightning_prune.structure.backbone import Backbone
 from lightning_prune.structure.boundaries import find_boundaries
@@ -406,6 +407,30 @@ def test_a_new_head_trains_and_a_lost_tail_is_not_waited_for(only_trainable: boo
     for step in (1, 3, 5, 7):
         found, *_ = run(tmp_path / "steps" / f"step={step}.ckpt")
         assert [part for part in expected if not equal(found[part], expected[part])] == [], step
+
+
+def test_xgb_pruning_in_width_and_depth(tmp_path: Path) -> None:
+    """Algorithm 2 as a whole: scored and cut before the first batch, then unfrozen; a resume is the same run."""
+
+    def run(ckpt_path: Any = None, *others: Any) -> tuple[dict[str, Any], Any]:
+        model, unfreezing = make(Net, only_trainable=True), GradualUnfreezing(1, 0.5)
+        # Any depth is good enough: the network ends after its first layer.
+        trees = XGBPruning(gain=0.9, depth=1.0, surrogate=XGBoost(rounds=3, threads=1, early_stopping=None))
+        callbacks = [unfreezing, trees, *others]
+        done = fit(tmp_path, model, *callbacks, ckpt_path=ckpt_path, epochs=2, loader=data(samples=80, size=20))
+        return content(done, model, unfreezing), model
+
+    saver = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    expected, model = run(None, saver)
+    assert isinstance(model.third, nn.Identity)
+    assert expected["state"]["unfrozen"][0] == next(n for n in reversed(CONVS) if not _is_gone(model, n))
+    for step in (1, 3, 5, 7):
+        found, _ = run(tmp_path / "steps" / f"step={step}.ckpt")
+        assert [part for part in expected if not equal(found[part], expected[part])] == [], step
+
+
+def _is_gone(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.Identity)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
