@@ -25,9 +25,9 @@ from benchmarks.common import publish, quiet
 from lightning_prune import NeuralProbe, XGBoost, inspect
 from lightning_prune.models import ImageClassifier
 from lightning_prune.reporting import score_figure
-from lightning_prune.scoring import DataPass, Surrogate, Walk, pooled_features, stations_of
+from lightning_prune.scoring import DataPass, Station, Surrogate, Walk, pooled_features, stations_of
 from lightning_prune.scoring.surrogates import split_samples
-from lightning_prune.scoring.xgb import LayerScorer, score_layers_in_turn
+from lightning_prune.scoring.xgb import LayerScore, LayerScorer, score_layers_in_turn
 from tests.support import pretrained
 
 PIXELS = {"resnet20": 48, "lite0": 112}
@@ -73,6 +73,18 @@ def surrogates(tables: dict[Any, Tensor], labels: Any, parts: Any) -> dict[str, 
     return found
 
 
+class _Timed(LayerScorer):
+    """Adds up the time of the surrogates."""
+
+    seconds = 0.0
+
+    def score(self, station: Station, features: Tensor) -> LayerScore:
+        began = time.process_time()
+        found = super().score(station, features)
+        self.seconds += time.process_time() - began
+        return found
+
+
 def walks(model: nn.Module, data: DataPass, example: Tensor) -> dict[str, dict[str, float]]:
     """Forward work and seconds of layer-wise scoring, without its surrogates."""
     groups = inspect(model, example).structure.groups
@@ -82,22 +94,19 @@ def walks(model: nn.Module, data: DataPass, example: Tensor) -> dict[str, dict[s
     labels = data.labels.numpy()
     found = {}
     for name, plain in (("walk", False), ("from the input", True)):
-        scorer = LayerScorer(XGBoost(rounds=1, threads=1), labels, split_samples(labels, "classification"))
+        scorer = _Timed(XGBoost(rounds=1, threads=1), labels, split_samples(labels, "classification"))
         began = time.process_time()
         walk = Walk(model, data, stations, plain=plain)
-        seconds = 0.0
-
-        def features(visit: Any) -> Tensor:
-            nonlocal seconds
-            start = time.process_time()
-            table: Tensor = visit.features()
-            seconds += time.process_time() - start
-            return table
-
         prepared = time.process_time() - began
-        score_layers_in_turn(walk, order, groups, scorer, features, lambda group, _: range(0, group.width, 2))
-        passes = walk.macs / (len(data) * walk.forward_macs)
-        found[name] = {"passes": passes, "prepared": prepared, "seconds": seconds, "layers": len(stations)}
+        score_layers_in_turn(
+            walk, order, groups, scorer, lambda visit: visit.features(), lambda group, _: range(0, group.width, 2)
+        )
+        found[name] = {
+            "samples": len(data),
+            "passes": walk.macs / (len(data) * walk.forward_macs),
+            "prepared": prepared,
+            "seconds": time.process_time() - began - prepared - scorer.seconds,
+        }
     return found
 
 
@@ -116,12 +125,13 @@ def tables_of(rows: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "| network | layer-wise, forward work | passes | preparation, s | forward, s |",
-        "|---|---|---:|---:|---:|",
+        "| network | layer-wise, forward work | samples | passes | preparation, s | forward, s |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for name, row in rows.items():
         for kind, walk in row["walks"].items():
-            lines.append(f"| {name} | {kind} | {walk['passes']:.2f} | {walk['prepared']:.1f} | {walk['seconds']:.1f} |")
+            numbers = f"{walk['passes']:.2f} | {walk['prepared']:.1f} | {walk['seconds']:.1f}"
+            lines.append(f"| {name} | {kind} | {walk['samples']} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -131,6 +141,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--network", nargs="+", default=["resnet20"], choices=list(PIXELS))
     parser.add_argument("--per_class", type=int, default=300)
+    parser.add_argument("--walked", type=int, default=100, help="samples of layer-wise scoring")
     arguments = parser.parse_args()
     quiet()
     rows: dict[str, Any] = {}
@@ -148,7 +159,7 @@ def main() -> None:
             "samples": len(data),
             "features": seconds,
             "surrogates": found,
-            "walks": walks(model, data, x[:2]),
+            "walks": walks(model, DataPass((x, labels), samples=arguments.walked, batch_size=50), x[:2]),
         }
         curves |= {f"{name}, {kind}": [(layer, mu) for layer, mu, _ in row] for kind, row in found.items()}
         print(tables_of(rows), flush=True)
