@@ -27,6 +27,7 @@ def training_data(
     samples: int | None = None,
     per_class: int | None = None,
     seed: int = 0,
+    labels: Callable[[Any], Any] | None = None,
     memory_limit: int = 2**30,
     is_shared: bool = True,
 ) -> DataPass:
@@ -42,6 +43,7 @@ def training_data(
         samples: Instead, how many samples; all by default.
         per_class: Or how many of every class.
         seed: Of the choice and the order.
+        labels: Labels of a batch, see `DataPass`.
         memory_limit: Bytes of samples in memory.
         is_shared: Give each process a part of the samples; else all of them to each.
 
@@ -76,6 +78,7 @@ def training_data(
         samples=samples,
         per_class=per_class,
         seed=seed,
+        labels=labels,
         transfer=transfer,
         memory_limit=memory_limit,
         rank=trainer.global_rank if is_shared else 0,

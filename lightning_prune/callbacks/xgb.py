@@ -19,6 +19,8 @@ from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, table_of
+from lightning_prune.callbacks.subjects import inputs_of
+from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import (
     Amount,
     CutPoint,
@@ -97,7 +99,7 @@ class XGBPruning(NetworkPruning):
         samples: How many training samples are used, the same share of every class; all by default.
         per_class: Instead of ``samples``, how many of every class.
         labels: Labels of a training batch, one per sample; by default the second of a pair ``(x, y)``.
-        inputs: What ``forward`` takes of a training batch; by default the first of a pair. See `DataPass`.
+        inputs: What ``forward`` takes of a training batch; by default found by trying. See `DataPass`.
         held_back: Share of the samples that μ is measured on, in (0, 1).
         seed: Of the choice and split of samples.
         scores: A file that `lightning-prune score` has written; it has to fit network, samples and options. Files of
@@ -187,6 +189,7 @@ class XGBPruning(NetworkPruning):
         self._scored: Scored | None = None
         self._ends: tuple[Boundary, ...] = ()
         self._selected: tuple[str, ...] = ()
+        self._inputs: Callable[[Any], Any] | None = None  # what `forward` takes of a batch, found by trying
 
     @property
     def scored(self) -> Scored | None:
@@ -220,11 +223,13 @@ class XGBPruning(NetworkPruning):
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
     ) -> tuple[CutPoint, ...]:
-        if self._last_done >= 0:  # what it was to look at may be gone
+        if self._last_done >= 0 and not self.only_score:  # what it was to look at may be gone
             return self._moments(trainer, 0.5)
+        assert self._subject is not None
+        if self._inputs_of is None:
+            self._inputs = inputs_of(module, batch, self._subject)
         self._selected = select(structure, self.layers, self.ignore)[0]
         if self.depth is not None:
-            assert self._subject is not None
             self._ends = find_boundaries(self._subject, self.head)
         fraction = 0.5
         if not self.amount.is_local:
@@ -320,21 +325,13 @@ class XGBPruning(NetworkPruning):
         return metric_name(self.options.metric, self.options.surrogate.task)
 
     def _data(self, trainer: Trainer, module: LightningModule) -> DataPass:
-        def transfer(batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-        loader: Any = trainer.train_dataloader
-        return DataPass(
-            loader,
+        data = training_data(
+            trainer,
+            module,
             samples=self.samples,
             per_class=self.per_class,
             seed=self.options.seed,
             labels=self._labels_of,
-            inputs=self._inputs_of,
             memory_limit=self.options.memory_limit,
-            transfer=transfer,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
         )
+        return data.using(inputs=self._inputs_of or self._inputs)
