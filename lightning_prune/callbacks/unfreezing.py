@@ -151,6 +151,10 @@ class GradualUnfreezing(Callback):
         for names in self._groups:
             add_group(trainer, {name: present[name] for name in names if name in present})
         self._refuse_optimizers(trainer)
+        if any(isinstance(one, ScheduledPruning) for one in _callbacks(trainer)):
+            # What prunes at the first batch is to find the weights as they are without this callback; frozen ones are
+            # not masked, for example.
+            self._apply(lifted=True)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,11 +171,11 @@ class GradualUnfreezing(Callback):
         if is_changed:
             self._look(pl_module)
             self._refuse_network(pl_module)
-            self._apply_in(trainer, pl_module)
         if not self._is_checked:
             self._refuse_short(trainer)
-            self._is_checked = True
-            is_changed = True
+            self._is_checked = is_changed = True
+        if is_changed:
+            self._apply_in(trainer, pl_module)
         due = self._due(trainer, batch_idx)
         if due:
             self._thaw(trainer, pl_module, due)
@@ -231,18 +235,22 @@ class GradualUnfreezing(Callback):
     def _is_frozen(self, layer: ConvolutionalLayer, owner: nn.Module) -> bool:
         return layer.name not in self._thawed and not (self.train_bn and is_norm(owner))
 
-    def _wanted(self) -> Iterator[tuple[nn.Parameter, bool]]:
+    def _wanted(self, *, lifted: bool = False) -> Iterator[tuple[nn.Parameter, bool]]:
         """Every parameter of the backbone, and whether it trains now."""
         for layer in self._backbone.layers:
             for owner_name, owner in layer.modules.items():
                 for own, parameter in owner._parameters.items():
                     if parameter is not None:
                         by_user = self._frozen_by_user[f"{owner_name}.{own}"]
-                        yield parameter, not (by_user or self._is_frozen(layer, owner))
+                        yield parameter, not by_user and (lifted or not self._is_frozen(layer, owner))
 
-    def _apply(self) -> None:
-        """Freeze and unfreeze parameters."""
-        for parameter, trains in self._wanted():
+    def _apply(self, *, lifted: bool = False) -> None:
+        """Freeze and unfreeze parameters.
+
+        Args:
+            lifted: Freeze only what the user has frozen.
+        """
+        for parameter, trains in self._wanted(lifted=lifted):
             parameter.requires_grad_(trains)
             if not trains:
                 parameter.grad = None  # an optimizer would go on stepping by it
@@ -291,8 +299,8 @@ class GradualUnfreezing(Callback):
 
     def _release(self) -> None:
         """Nothing stays frozen by this callback; what it remembers stays, for a checkpoint that is saved later."""
+        self._apply(lifted=True)
         thawed, self._thawed = self._thawed, [*self._thawed, *self.frozen]
-        self._apply()
         self._set_modes()
         self._thawed = thawed
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_prune import L1, GradualUnfreezing, OneShot, Scope, StructuredPruning, XGBPruning
+from lightning_prune import L1, GradualUnfreezing, MagnitudePruning, OneShot, Scope, StructuredPruning, XGBPruning
 from lightning_prune.scoring import XGBoost
 from lightning_prune.structure import Subject
 from lightning_prune.structure.backbone import Backbone
@@ -348,6 +348,27 @@ def test_a_short_run_is_refused_before_anything_is_scored(tmp_path: Path) -> Non
 
     with pytest.raises(ValueError, match="at least 4 epochs"):
         fit(tmp_path, make(Net), pruning(criterion=Asked()), GradualUnfreezing(1, 1), epochs=3)
+
+
+@pytest.mark.parametrize("only_trainable", [False, True])
+def test_masks_are_laid_before_the_freeze_and_kept(only_trainable: bool, tmp_path: Path) -> None:
+    """Also of layers that are frozen at that time, and after they are unfrozen; a resume is the same run."""
+
+    def run(ckpt_path: Any = None, *others: Any) -> tuple[dict[str, Any], Any, Log]:
+        model, unfreezing, log = make(Net, only_trainable=only_trainable), GradualUnfreezing(1, 1), Log()
+        masks = MagnitudePruning(0.5, schedule=OneShot(at=0), scope="local", layers=CONVS)
+        done = fit(tmp_path, model, unfreezing, masks, log, *others, epochs=5, ckpt_path=ckpt_path)
+        return content(done, model, unfreezing), model, log
+
+    saver = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    expected, model, log = run(None, saver)
+    for name in CONVS:
+        zeros = float((model.get_submodule(name).weight == 0).float().mean())
+        assert zeros == pytest.approx(0.5, abs=0.02), name
+    assert [len(moved) for moved in log.moved[1:]] == [1] * 7 + [2] * 4 + [3] * 4 + [4] * 4
+    for step in (2, 10):
+        found, *_ = run(tmp_path / "steps" / f"step={step}.ckpt")
+        assert [part for part in expected if not equal(found[part], expected[part])] == [], step
 
 
 class Branched(Net):
