@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from benchmarks.common import publish, quiet
 from lightning_prune import NeuralProbe, XGBoost, inspect
 from lightning_prune.models import ImageClassifier
-from lightning_prune.reporting import score_figure
 from lightning_prune.scoring import DataPass, Station, Surrogate, Walk, pooled_features, stations_of
 from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.scoring.xgb import LayerScore, LayerScorer, score_layers_in_turn
@@ -110,6 +110,27 @@ def walks(model: nn.Module, data: DataPass, example: Tensor) -> dict[str, dict[s
     return found
 
 
+def backbone(layers: list[Any]) -> list[Any]:
+    """All layers but the classifier."""
+    return [layer for layer in layers if layer[0].rpartition(".")[2] not in ("linear", "classifier")]
+
+
+def figure_of(rows: dict[str, Any]) -> Any:
+    """μ* over the layers, a panel per network."""
+    figure = Figure(figsize=(11, 4), dpi=130)
+    figure.set_layout_engine("constrained")
+    for axes, (name, row) in zip(figure.subplots(1, len(rows), squeeze=False).flat, rows.items(), strict=True):
+        for kind, scored in row["surrogates"].items():
+            scores = [layer[1] for layer in backbone(scored)]
+            best = max(scores)
+            label = f"{kind}: best μ {best:.2f} in layer {scores.index(best) + 1}"
+            axes.plot(range(1, len(scores) + 1), [score / best for score in scores], "o-", ms=3, lw=1, label=label)
+        axes.set(title=name, xlabel="layer, in the order of execution", ylabel="μ* = μ / max μ", ylim=(0.4, 1.02))
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
 def tables_of(rows: dict[str, Any]) -> str:
     """The tables of all networks."""
     lines = [
@@ -117,7 +138,8 @@ def tables_of(rows: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---|---:|---:|---|",
     ]
     for name, row in rows.items():
-        for kind, layers in row["surrogates"].items():
+        for kind, scored in row["surrogates"].items():
+            layers = backbone(scored)
             best = max(layers, key=lambda layer: layer[1])
             lines.append(
                 f"| {name} | {row['samples']} | {len(layers)} | {row['features']:.1f} | {kind} "
@@ -145,11 +167,10 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     rows: dict[str, Any] = {}
-    curves = {}
     for name in arguments.network:
         x, labels = images(arguments.root, PIXELS[name], arguments.per_class)
         model, data = network(name), DataPass((x, labels), batch_size=100)
-        stations = [station for station in stations_of(model, next(iter(data))) if "linear" not in station.layer]
+        stations = stations_of(model, next(iter(data)))
         began = time.process_time()
         tables = pooled_features(model, data, stations)
         seconds = time.process_time() - began
@@ -161,9 +182,8 @@ def main() -> None:
             "surrogates": found,
             "walks": walks(model, DataPass((x, labels), samples=arguments.walked, batch_size=50), x[:2]),
         }
-        curves |= {f"{name}, {kind}": [(layer, mu) for layer, mu, _ in row] for kind, row in found.items()}
         print(tables_of(rows), flush=True)
-    publish("xgb", {"rows": rows}, tables_of(rows), score_figure(curves))
+    publish("xgb", {"rows": rows}, tables_of(rows), figure_of(rows))
 
 
 if __name__ == "__main__":
