@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -307,6 +307,29 @@ def test_compiled_networks_train_what_is_unfrozen(tmp_path: Path) -> None:
     model, log = make(Net), Log()
     fit(tmp_path, torch.compile(model, backend="eager"), GradualUnfreezing(1, 1), log, epochs=5)
     assert [len(moved) for moved in log.moved[1:]] == [1] * 7 + [2] * 4 + [3] * 4 + [4] * 4
+
+
+def test_a_rehearsal_only_freezes(tmp_path: Path) -> None:
+    model, log = make(Net, only_trainable=True), Log()
+    fit(tmp_path, model, GradualUnfreezing(1, 1), log, fast_dev_run=True)
+    assert log.moved == [("head",)]
+
+
+def test_other_stages_change_nothing(tmp_path: Path) -> None:
+    model, unfreezing = make(Net), GradualUnfreezing(1, 1)
+    trainer(tmp_path, unfreezing).validate(model, data(), verbose=False)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert unfreezing.frozen == ()
+
+
+def test_the_learning_rates_of_all_groups_are_logged(tmp_path: Path) -> None:
+    curves, model = Curves(), make(Net, only_trainable=True, schedule="cosine")
+    monitor = LearningRateMonitor("step")
+    fit(tmp_path, model, GradualUnfreezing(1, 0.5), monitor, logger=curves, epochs=4, log_every_n_steps=1)
+    rates = [row for _, row in curves.rows if "lr-SGD/pg1" in row]
+    assert len({key for row in rates for key in row if key.startswith("lr-SGD/pg")}) == 4
+    assert all(len({round(value, 12) for key, value in row.items() if key.startswith("lr-")}) == 1 for row in rates)
 
 
 # -- with pruning -----------------------------------------------------------------------------------------------------
