@@ -23,7 +23,7 @@ from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, Subject, rehearse, trace
+from lightning_prune.structure import Call, Structure, StructureError, Subject, Tracing
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -147,8 +147,8 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         first = next(iter(asked.data))
         example = dict(first.kwargs) or first.args
     subject = subject_for(model, example)
-    structure, call, scope = trace(subject), subject.calls[0], asked.scope
-    history = history_of(model)
+    tracing, call, scope = Tracing(subject), subject.calls[0], asked.scope
+    structure, history = tracing.structure, history_of(model)
     if scope.min_width == 0:
         structure = with_flow(structure, subject, history.vanished if history is not None else ())
     if asked.target.quantity == "latency":
@@ -171,7 +171,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
-        rehearse(subject, structure, plan.kept)
+        tracing.rehearse(plan.kept)
         contents = _repaired(asked, subject, structure, plan)
         info = {name: value for repair in asked.repairs for name, value in repair.info.items()}
         with (

@@ -7,13 +7,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group, Member, Structure
 
-__all__ = ["Criterion", "ObservingCriterion", "bundles_of", "crossings", "score_groups", "unit_rows", "unit_weights"]
+__all__ = [
+    "Criterion",
+    "ObservingCriterion",
+    "bundles_of",
+    "crossings",
+    "score_groups",
+    "unit_members",
+    "unit_rows",
+    "unit_weights",
+]
 
 
 class Criterion(ABC):
@@ -140,9 +150,15 @@ def bundles_of(
 
 
 def unit_rows(tensor: Tensor, member: Member) -> Tensor:
-    """A member's slices, one row per unit: shape ``(width, k · elements of a slice)``, at least float32."""
-    index = torch.as_tensor(member.index, device=tensor.device)
-    rows = tensor.detach().movedim(member.dim, 0)[index].flatten(1)
+    """A member's slices, one row per unit: shape ``(width, k · elements of a slice)``, at least float32.
+
+    Not to be written to: it may be a view of the tensor.
+    """
+    slices = tensor.detach().movedim(member.dim, 0)
+    if member.index.size != len(slices) or (member.index.ravel() != np.arange(len(slices))).any():
+        slices = slices[torch.as_tensor(member.index.ravel(), device=tensor.device)]
+    # Rows in one piece: the sum of a row must not depend on its place. Of a producer's weight that is a view.
+    rows = slices.reshape(len(member.index), -1).contiguous()
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -175,10 +191,15 @@ def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If no weight produces or takes the group's units.
     """
+    return torch.cat(unit_members(group, tensors), dim=1)
+
+
+def unit_members(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The parts of :func:`unit_weights`, one of shape ``(width, n)`` per weight; views where that is possible."""
     for role in ("out", "in"):
         members = [member for member in group.members if member.role == role]
         if members:
-            return torch.cat([unit_rows(tensors[m.tensor], m) for m in members], dim=1)
+            return [unit_rows(tensors[m.tensor], m) for m in members]
     raise ValueError(
         f"group '{group.name}': expected a weight that produces its units or takes them as input, got only "
         f"{', '.join(m.tensor for m in group.members)}. Exclude the layer from pruning."

@@ -1,6 +1,6 @@
 """What can be removed together, what must stay and why, and what it all costs."""
 
-from lightning_prune.structure.analysis import StructureError, Subject, rehearse, trace
+from lightning_prune.structure.analysis import StructureError, Subject, Tracing, rehearse, trace
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.layers import loosen, refresh
@@ -20,6 +20,7 @@ __all__ = [
     "StructureError",
     "Subject",
     "Term",
+    "Tracing",
     "loosen",
     "refresh",
     "rehearse",

@@ -28,7 +28,7 @@ from lightning_prune.structure.tracing import (
     output_tensors,
 )
 
-__all__ = ["StructureError", "Subject", "rehearse", "trace"]
+__all__ = ["StructureError", "Subject", "Tracing", "rehearse", "trace"]
 
 #: Kinds of copies, the cheapest first.
 _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
@@ -82,10 +82,39 @@ def trace(subject: Subject, *, trial: bool = True) -> Structure:
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
-    if _batch_size(subject.calls[0]) == 0:
-        raise StructureError("expected an example of at least one sample, got an empty batch")
-    with torch.inference_mode(False):
-        return _Analysis(subject).best(trial=trial).structure()
+    return Tracing(subject, trial=trial).structure
+
+
+class Tracing:
+    """A network that was traced (see :func:`trace`), and its rehearsals as long as it does not change.
+
+    Args:
+        subject: The network and how it is run.
+        trial: Try a cut of every group.
+
+    Attributes:
+        structure: What was found.
+
+    Raises:
+        StructureError: If the network cannot be copied or its forward pass fails on the example.
+    """
+
+    def __init__(self, subject: Subject, *, trial: bool = True) -> None:
+        if _batch_size(subject.calls[0]) == 0:
+            raise StructureError("expected an example of at least one sample, got an empty batch")
+        with torch.inference_mode(False):
+            self._analysis = _Analysis(subject).best(trial=trial)
+            self.structure = self._analysis.structure()
+
+    def rehearse(self, kept: Mapping[str, Iterable[int]]) -> None:
+        """Do what :func:`rehearse` does; the network is traced again only if something speaks against the cut.
+
+        This trace compares the lengths of axes as well, which may differ where nothing else does.
+        """
+        try:
+            _rehearse(lambda: self._analysis, self.structure, kept)
+        except StructureError:
+            rehearse(self._analysis.subject, self.structure, kept)
 
 
 def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
@@ -104,6 +133,18 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
     Raises:
         StructureError: If a narrower network is not the masked one; the text names the groups to leave out.
     """
+
+    def analysis() -> _Analysis:
+        found = _Analysis(subject)
+        # Of a network that was cut before, axes of length 1 have lost what couples them; the structure knows it.
+        found.tracer.compares_lengths = False
+        found.follow(structure)
+        return found
+
+    _rehearse(analysis, structure, kept)
+
+
+def _rehearse(analyse: Callable[[], _Analysis], structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
     units = {name: tuple(rows) for name, rows in kept.items()}
     narrower = {
         name: rows if len(rows) > 1 else tuple(sorted((*rows, int(rows[0] == 0))))
@@ -116,12 +157,9 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
         return
     with torch.inference_mode(False):
         try:
-            analysis = _Analysis(subject)
-            # Of a network that was cut before, axes of length 1 have lost what couples them; the structure knows it.
-            analysis.tracer.compares_lengths = False
-            analysis.follow(structure)
+            analysis = analyse()
         except StructureError as error:  # training may leave in a module what cannot be copied
-            warnings.warn(f"A cut was not rehearsed: {error}", stacklevel=2)
+            warnings.warn(f"A cut was not rehearsed: {error}", stacklevel=3)
             return
         # What is coupled was settled by the trial, and what cannot run at all shows in the cut itself.
         failure = analysis._compare(structure.axes(narrower), follow=False)
@@ -135,7 +173,7 @@ def rehearse(subject: Subject, structure: Structure, kept: Mapping[str, Iterable
         if reason is None:
             return
     raise StructureError(
-        f"{type(subject.model).__name__} works otherwise at the widths of this cut "
+        f"{type(analysis.subject.model).__name__} works otherwise at the widths of this cut "
         f"({', '.join(f'{g.name}: {len(units[g.name])}' for g in suspects)}): {reason}. Nothing has changed. "
         "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
     )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.structure import Subject, rehearse, trace
+from lightning_prune.structure import Subject, Tracing, rehearse
 from tests.support.counting import counting
 from tests.support.cutting import draw, masked, settle, shrunk
 
@@ -295,10 +295,13 @@ def check(drawn):
     torch.manual_seed(seed)
     model = settle(RandomNet(steps, end)).eval()
     x = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    tracing = Tracing(Subject.of(model, x))
+    structure = tracing.structure
     event(f"groups: {min(len(structure.groups), 5)}")
-    for _ in range(2):  # a second cut with what `take` says after the first
+    for number in range(2):  # a second cut with what `take` says after the first
         kept = draw(structure, seed)
+        if number == 0:
+            tracing.rehearse(kept)
         rehearse(Subject.of(model, x), structure, kept)
         axes = structure.axes(kept)
         small = shrunk(model, axes)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
-from lightning_prune.scoring.criterion import Criterion, unit_weights
+from lightning_prune.scoring.criterion import Criterion, unit_members
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group
 
@@ -25,4 +26,4 @@ class L1(Criterion):
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Absolute sums, shape ``(width,)``."""
-        return unit_weights(group, tensors).abs().sum(1)
+        return torch.stack([torch.linalg.vector_norm(rows, 1, dim=1) for rows in unit_members(group, tensors)]).sum(0)

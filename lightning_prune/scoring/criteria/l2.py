@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
-from lightning_prune.scoring.criterion import Criterion, unit_weights
+from lightning_prune.scoring.criterion import Criterion, unit_members
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group
 
@@ -26,4 +27,6 @@ class L2(Criterion):
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Euclidean norms, shape ``(width,)``."""
-        return unit_weights(group, tensors).square().sum(1).sqrt()
+        norms = [torch.linalg.vector_norm(rows, dim=1) for rows in unit_members(group, tensors)]
+        score: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return score
