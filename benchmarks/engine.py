@@ -1,6 +1,7 @@
 """The structural engine on other people's networks, on pretrained ones, and beside Torch-Pruning.
 
-``python -m benchmarks.engine compare`` measures analysis and cut of both, one after the other in one process (needs
+``python -m benchmarks.engine prune`` times `lightning_prune.prune` as a user calls it beside Torch-Pruning, and
+``python -m benchmarks.engine compare`` analysis and cut of both alone; one after the other in one process (both need
 ``pip install torch-pruning==1.6.1``). ``python -m benchmarks.engine survey`` cuts half of every group of every
 torchvision network and of some more, and checks it (needs ``timm`` and ``transformers`` for those families).
 ``python -m benchmarks.engine pictures`` draws what is found in two of them. ``python -m benchmarks.engine pretrained``
@@ -28,9 +29,12 @@ from benchmarks.drawn import draw_networks
 from benchmarks.pretrained import pretrained
 from benchmarks.survey import half, survey, torchvision_model
 from benchmarks.wrong import wrong
+from lightning_prune import prune
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import cut
+
+Method = Callable[[nn.Module, Tensor], None]
 
 COMPARED = ("resnet18", "resnet50", "densenet121", "vgg16_bn")
 
@@ -46,20 +50,28 @@ def ours(model: nn.Module, x: Tensor) -> None:
 
 def theirs(model: nn.Module, x: Tensor) -> None:
     """The same with Torch-Pruning."""
+    _torch_pruning(model, x, "RandomImportance")
+
+
+def called(model: nn.Module, x: Tensor) -> None:
+    """What a user calls: half of the units of every group by L1, checked, with a report."""
+    prune(model, x, pruning_ratio=0.5)
+
+
+def called_theirs(model: nn.Module, x: Tensor) -> None:
+    """What a user of Torch-Pruning calls; it has neither check nor report."""
+    _torch_pruning(model, x, "MagnitudeImportance", p=1)
+
+
+def _torch_pruning(model: nn.Module, x: Tensor, importance: str, **options: Any) -> None:
     import torch_pruning
 
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        x,
-        importance=torch_pruning.importance.RandomImportance(),
-        pruning_ratio=0.5,
-        ignored_layers=[last],
-    )
-    pruner.step()
+    how = getattr(torch_pruning.importance, importance)(**options)
+    torch_pruning.pruner.BasePruner(model, x, importance=how, pruning_ratio=0.5, ignored_layers=[last]).step()
 
 
-def seconds(method: Callable[[nn.Module, Tensor], None], name: str) -> float:
+def seconds(method: Method, name: str) -> float:
     """Processor time, on one thread, of one analysis and cut of a fresh network: other processes do not count."""
     model, x = torchvision_model(name).eval(), torch.randn(1, 3, 224, 224)
     gc.collect()
@@ -68,19 +80,22 @@ def seconds(method: Callable[[nn.Module, Tensor], None], name: str) -> float:
     return time.process_time() - start
 
 
-def compare(repeats: int) -> tuple[dict[str, Any], str]:
+def compare(repeats: int, mine_of: Method, rival_of: Method, what: str) -> tuple[dict[str, Any], str]:
     """Both in turn, several times; the median of each and of their ratios."""
     rows = {}
     torch.set_num_threads(1)
     for name in COMPARED:
-        seconds(ours, name), seconds(theirs, name)  # what is imported and cached at first use is no matter of either
-        pairs = [(seconds(ours, name), seconds(theirs, name)) for _ in range(repeats)]
+        (
+            seconds(mine_of, name),
+            seconds(rival_of, name),
+        )  # what is imported and cached at first use is no matter of either
+        pairs = [(seconds(mine_of, name), seconds(rival_of, name)) for _ in range(repeats)]
         mine, rival = (median(side) for side in zip(*pairs, strict=True))
         rows[name] = {"ours": mine, "torch_pruning": rival, "ratio": median(a / b for a, b in pairs), "pairs": pairs}
         print(name, {key: round(value, 3) for key, value in rows[name].items() if key != "pairs"}, flush=True)
     lines = ["| network | lightning_prune (s) | Torch-Pruning 1.6.1 (s) | ratio |", "|---|---|---|---|"]
     lines += [f"| {n} | {r['ours']:.3f} | {r['torch_pruning']:.3f} | {r['ratio']:.3f} |" for n, r in rows.items()]
-    text = f"Analysis and cut of half of every group: processor time, one thread, median of {repeats} runs, in turn."
+    text = f"{what}: processor time, one thread, median of {repeats} runs, in turn."
     return {"rows": rows, "threads": torch.get_num_threads()}, "\n".join([text, "", *lines])
 
 
@@ -94,7 +109,7 @@ def pictures() -> None:
 def main() -> None:
     """Run, print, and write to ``docs/evidence/engine``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("compare", "pictures", "pretrained", "random", "survey", "wrong"))
+    parser.add_argument("what", choices=("compare", "pictures", "pretrained", "prune", "random", "survey", "wrong"))
     parser.add_argument(
         "names", nargs="*", help="networks or families to survey, depths of pretrained ones; default: all"
     )
@@ -108,7 +123,10 @@ def main() -> None:
         pictures()
         return
     work = {
-        "compare": lambda: compare(options.repeats),
+        "compare": lambda: compare(options.repeats, ours, theirs, "Analysis and cut of half of every group"),
+        "prune": lambda: compare(
+            options.repeats, called, called_theirs, "Half of the units of every group, by L1, as called"
+        ),
         "pretrained": lambda: pretrained([int(depth) for depth in options.names]),
         "random": lambda: draw_networks(options.count, options.first, options.minutes),
         "survey": lambda: survey(options.names),
