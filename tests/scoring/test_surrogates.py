@@ -57,7 +57,8 @@ kinds = pytest.mark.parametrize(
 
 
 def test_every_surrogate_is_tested() -> None:
-    assert {type(make()) for make in SURROGATES} == set(Surrogate.__subclasses__())
+    own = {kind for kind in Surrogate.__subclasses__() if kind.__module__.startswith("lightning_prune.")}
+    assert {type(make()) for make in SURROGATES} == own
 
 
 @kinds
