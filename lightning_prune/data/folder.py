@@ -28,7 +28,7 @@ class ImageFolder(ImageData):
         root: The folder.
         size: Height and width of the images after resizing the shorter side and cropping the centre.
         batch_size: Images in a batch.
-        val_share: Share of the training images that is held out for validation, in (0, 1).
+        val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random.
         seed: Seed of the validation split, the order and the augmentation.

@@ -24,7 +24,7 @@ class Shapes(ImageData):
         count: Number of images.
         size: Height and width in pixels.
         batch_size: Images in a batch.
-        val_share: Share of the training images that is held out for validation, in (0, 1).
+        val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only; ``None`` for all.
         seed: Seed of the validation split and the order.
 

@@ -54,7 +54,8 @@ class ImageData(LightningDataModule):
 
     Args:
         batch_size: Images in a batch.
-        val_share: Share of the training images that is held out for validation, in (0, 1).
+        val_share: Share of the training images that is held out for validation, in [0, 1). With 0 all of them train and
+            the test images are validated on, as in papers that select on the test set; say so with such results.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
@@ -73,8 +74,8 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if not 0 < val_share < 1:
-            raise ValueError(f"{name}: expected `val_share` between 0 and 1, got {val_share}. Use 0.1 for a tenth.")
+        if not 0 <= val_share < 1:
+            raise ValueError(f"{name}: expected `val_share` in [0, 1), got {val_share}. Use 0.1 for a tenth.")
         if batch_size < 1:
             raise ValueError(f"{name}: expected `batch_size` of at least 1, got {batch_size}.")
         if train_limit is not None and train_limit < 1:
@@ -103,7 +104,7 @@ class ImageData(LightningDataModule):
         if self._splits:
             return
         train, test = self.load()
-        train, val = train.split(self.val_share, self.split_seed)
+        train, val = train.split(self.val_share, self.split_seed) if self.val_share else (train, test)
         if self.train_limit is not None:
             train = train.take(torch.arange(min(self.train_limit, len(train))))
         for part, images in (("training", train), ("validation", val), ("the test", test)):

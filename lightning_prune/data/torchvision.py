@@ -23,7 +23,7 @@ class _Torchvision(ImageData, ABC):
         root: Folder that holds the set in torchvision's layout. If it is left out, the environment variable
             ``LIGHTNING_PRUNE_DATA`` names it; without either, the set is downloaded once into the user's cache folder.
         batch_size: Images in a batch.
-        val_share: Share of the training images that is held out for validation, in (0, 1).
+        val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.

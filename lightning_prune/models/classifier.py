@@ -15,9 +15,14 @@ __all__ = ["Classifier"]
 
 Stage = Literal["train", "val", "test"]
 
+# Up to so many, the best five say little.
+_FEW_CLASSES = 10
+
 
 class Classifier(LightningModule):
     """Trains by cross entropy and logs ``{train,val,test}_loss`` and ``_acc`` once an epoch.
+
+    With more than ten classes ``val_acc_top5`` and ``test_acc_top5`` are logged as well.
 
     Subclasses build their layers and write ``forward``, which gives logits of shape ``(batch, classes)``.
 
@@ -52,6 +57,9 @@ class Classifier(LightningModule):
         self.accuracies = nn.ModuleDict(
             {f"{stage}_acc": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
         )
+        if classes > _FEW_CLASSES:
+            for stage in ("val", "test"):
+                self.accuracies[f"{stage}_acc_top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The cross entropy of one batch."""
@@ -81,8 +89,11 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        accuracy = cast(MulticlassAccuracy, self.accuracies[f"{stage}_acc"])
-        accuracy(logits, labels)
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        for name in (f"{stage}_acc", f"{stage}_acc_top5"):
+            if name in self.accuracies:
+                accuracy = cast(MulticlassAccuracy, self.accuracies[name])
+                accuracy(logits, labels)
+                shown = name == f"{stage}_acc"
+                self.log(name, accuracy, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
         return loss

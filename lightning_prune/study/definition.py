@@ -218,7 +218,8 @@ def _name(entry: Mapping[str, Any], method: Config) -> str:
     kind, criterion = method["class_path"].rpartition(".")[2], get(method, "criterion")
     words += [kind] if kind != "StructuredPruning" else []
     if criterion is not None:
-        words.append(criterion if isinstance(criterion, str) else criterion["class_path"].rpartition(".")[2])
+        path = criterion if isinstance(criterion, str) else str(criterion["class_path"])
+        words += [] if path.rpartition(".")[2] == "L1" else [path.rpartition(".")[2]]
     pipeline = entry.get("pipeline", "scratch")
     words += (
         [f"{pipeline} {entry.get('epoch', 1)}" if pipeline == "rewind" else pipeline] if pipeline != "scratch" else []

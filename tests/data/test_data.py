@@ -86,8 +86,24 @@ def test_train_limit_keeps_the_validation_images() -> None:
     assert len(labels(ready(Numbered(train_limit=10_000)).train_dataloader())) == 36
 
 
+def test_without_held_out_images_the_test_images_are_validated_on() -> None:
+    data = ready(Numbered(val_share=0))
+    assert len(data._splits["train"]) == len(data.load()[0])
+    assert torch.equal(data._splits["val"].labels, data._splits["test"].labels)
+
+
+def test_seeds_can_share_a_split() -> None:
+    one, other = (ready(Numbered(val_share=0.25, seed=seed, split_seed=5)) for seed in (0, 1))
+    assert torch.equal(one._splits["val"].labels, other._splits["val"].labels)
+    orders = [torch.cat([labels for _, labels in data.train_dataloader()]) for data in (one, other)]
+    assert not torch.equal(*orders)
+    assert torch.equal(*(order.sort().values for order in orders))
+    with pytest.raises(ValueError, match="`split_seed` of at least 0"):
+        Numbered(split_seed=-1)
+
+
 @pytest.mark.parametrize(
-    "setting", [{"val_share": 0}, {"val_share": 1.0}, {"batch_size": 0}, {"train_limit": 0}, {"seed": -1}]
+    "setting", [{"val_share": -0.1}, {"val_share": 1.0}, {"batch_size": 0}, {"train_limit": 0}, {"seed": -1}]
 )
 def test_bad_settings(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"Numbered: expected `{next(iter(setting))}`"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -21,9 +21,26 @@ __all__ = ["L1"]
 class L1(Criterion):
     r"""Sum of absolute weights that produce the unit, :math:`\sum_i |w_i|` (Li et al., 2017).
 
-    Coupled producers (a residual sum) add up.
+    Coupled producers (a residual sum, an expansion and the depthwise convolution behind it) add up.
+
+    Args:
+        producers: ``"all"`` of a group, or only the ``"first"`` in the order of execution: the expansion convolution of
+            MobileNetV2's blocks (Matthiesen, 2023).
+
+    Raises:
+        ValueError: For another word.
     """
+
+    producers: Literal["all", "first"] = "all"
+
+    def __post_init__(self) -> None:
+        if self.producers not in ("all", "first"):
+            raise ValueError(f'L1: expected `producers` to be "all" or "first", got {self.producers!r}.')
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Absolute sums, shape ``(width,)``."""
+        if self.producers == "first":
+            # Without producers the inputs speak for the units, as with all.
+            own = tuple(member for member in group.members if member.role == "out" and member.layer == group.name)
+            group = replace(group, members=own or group.members)
         return torch.stack([torch.linalg.vector_norm(rows, 1, dim=1) for rows in unit_members(group, tensors)]).sum(0)
