@@ -64,11 +64,11 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is not done yet, and write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", type=Path, help="a file with the runs that are done, which is written to")
+    parser.add_argument("--work", type=Path, help="a file with the runs that are done, which is written to")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet()
-    found = rows(arguments.resume)
+    found = rows(arguments.work)
     publish("replace", {"rows": found}, table(found))
 
 
