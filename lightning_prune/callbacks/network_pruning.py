@@ -191,7 +191,8 @@ class NetworkPruning(ScheduledPruning):
             contents = self._extensions.contents(context, repairs, axes, drops)
         contents = from_first(trainer, contents)
         rehearse(subject, structure, plan.kept)
-        after = change.keep(structure, plan.kept, decision.info)
+        notes = {name: number for repair in repairs for name, number in repair.info.items()}
+        after = change.keep(structure, plan.kept, {**decision.info, **notes})
         change.install(contents)
         if any(repair.restarts for repair in repairs):
             change.forget()

@@ -11,8 +11,8 @@ from torchmetrics import Metric
 
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.planning import CutPoint
-from lightning_prune.surgery import Edit
-from lightning_prune.surgery.edits import carry
+from lightning_prune.surgery import Edit, Replace, carry, history_of
+from lightning_prune.surgery.depth import within
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["RewindSnapshot"]
@@ -59,7 +59,7 @@ class RewindSnapshot:
             self.weights = {name: t.detach().to("cpu", copy=True) for name, t in _weights_of(module).items()}
 
     def after_cut(self, edits: Iterable[Edit]) -> RewindSnapshot:
-        """The same without what a cut has removed."""
+        """The same without what a cut has removed; modules that it has put in the place of others were not there."""
         after = RewindSnapshot(self.epoch, self.asker)
         if self.weights is not None:
             after.weights = reduce(lambda weights, edit: carry(edit, weights), edits, self.weights)
@@ -79,8 +79,12 @@ class RewindSnapshot:
         return self.weights
 
     def _compare(self, weights: Mapping[str, Tensor], module: LightningModule) -> None:
+        history = history_of(module)
+        edits = () if history is None else history.edits
+        new = [name for edit in edits if isinstance(edit, Replace) for name in edit.modules]
         # A layer that gives a constant has no inputs left, and nothing is kept of its weight.
-        expected = {name: tensor.shape for name, tensor in _weights_of(module).items() if tensor.numel()}
+        present = {name: tensor for name, tensor in _weights_of(module).items() if tensor.numel()}
+        expected = {name: tensor.shape for name, tensor in present.items() if name in weights or not within(name, new)}
         found = {name: tensor.shape for name, tensor in weights.items()}
         if found != expected:
             wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))

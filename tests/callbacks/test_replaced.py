@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 
 from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.surgery import history_of, tensors
+from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
+from lightning_prune.structure import Subject, trace
+from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction
 from tests.callbacks.networks import make, trainer, weights
 from tests.callbacks.ranked import share
-from tests.callbacks.replaced import AT, Deep, resumed, same, state_of, train
+from tests.callbacks.replaced import AT, HEAD, Deep, resumed, same, state_of, train
 from tests.support import ranks
 
 #: Names after the replacement, as `configure_optimizers` gives them.
@@ -125,6 +128,29 @@ def test_averaged_weights_get_the_new_head_and_resume(tmp_path: Path) -> None:
             ckpt_path=tmp_path / "steps" / f"step={step}.ckpt",
         )  # fmt: skip
         assert [part for part in expected if not same(again[part], expected[part])] == []
+
+
+def test_weights_to_go_back_to_follow_a_replacement() -> None:
+    """What is new was not there at that epoch; what is damaged is still found."""
+    model = make(Deep)
+    run: Any = SimpleNamespace(lightning_module=model, current_epoch=0)
+    snapshot = RewindSnapshot(0, "Rewind(0)")
+    snapshot.begin_epoch(run, model)
+    before = weights(model)
+    subject = Subject.of(model, model.example_input_array)
+    modules = {"second": LayerSpec("Identity"), "third": LayerSpec("Identity"), "head": HEAD}
+    with transaction(model, run=lambda: model(model.example_input_array)) as change:
+        structure = change.replace(modules, lambda: trace(subject), trace(subject))
+        change.keep(structure, {"first": (0, 3, 4)})
+    history = history_of(model)
+    assert history is not None
+    snapshot = snapshot.after_cut(history.edits)
+    snapshot.require(run, ())
+    rows = [0, 3, 4]
+    assert same(snapshot.get(), {name: before[name][rows] for name in ("first.weight", "first.bias")})
+    snapshot.get().pop("first.bias")
+    with pytest.raises(ValueError, match=r"got others for first\.bias"):
+        snapshot.require(run, ())
 
 
 # PyTorch's compiler asks every input for its gradient.

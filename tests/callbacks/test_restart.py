@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_prune import LinearSchedule, OneShot, ReestimateBatchNorm, Reinitialise, Rewind, StructuredPruning
-from lightning_prune.surgery import take
+from lightning_prune.surgery import history_of, take
 from tests.callbacks.small import Saver, Small, loaders, trainer
 
 
@@ -92,6 +92,13 @@ def test_new_weights_are_the_same_every_time(tmp_path):
     assert all(torch.equal(value, second.states[2][name]) for name, value in first.states[2].items())
     assert first.states[2]["0.bias"].eq(0).all()
     assert first.momenta[2] == 0
+
+
+@pytest.mark.parametrize("rule", ["he", "own"])
+def test_the_history_remembers_that_weights_were_drawn(rule, tmp_path):
+    model, _ = fit(tmp_path, pruning(tmp_path, Reinitialise(rule=rule)))
+    plain = history_of(model).to_plain()
+    assert [edit["info"][f"reinitialised/{rule}"] for edit in plain["edits"]] == [1]
 
 
 def test_norms_are_estimated_on_the_weights_gone_back_to(tmp_path):
