@@ -9,6 +9,7 @@ from lightning_prune.callbacks.magnitude import MagnitudePruning
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
+from lightning_prune.callbacks.spvr import SPvRPruning
 from lightning_prune.callbacks.structured import StructuredPruning
 from lightning_prune.callbacks.subjects import inspect
 from lightning_prune.callbacks.unfreezing import GradualUnfreezing
@@ -25,6 +26,7 @@ __all__ = [
     "NetworkSlimming",
     "Rewind",
     "Rollback",
+    "SPvRPruning",
     "SaveEachSize",
     "StructuredPruning",
     "XGBPruning",

@@ -30,6 +30,7 @@ __all__ = [
     "all_or_none",
     "from_first",
     "gathered",
+    "holds_everywhere",
     "in_exception",
     "made_on_first",
     "measured_on_first",
@@ -156,6 +157,11 @@ def gathered(rows: Tensor) -> Tensor:
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
+
+
+def holds_everywhere(mine: bool) -> bool:
+    """Whether something holds in every process, by whether it holds in this one."""
+    return _failures(int(not mine)) == 0
 
 
 @contextmanager

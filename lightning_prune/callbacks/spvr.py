@@ -1,0 +1,355 @@
+"""SPvR: groups of units are ranked by what masking them changes, and the least go, whole layers among them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune.callbacks.extensions.extension import CutExtension
+from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
+from lightning_prune.callbacks.processes import gathered, holds_everywhere, made_on_first
+from lightning_prune.callbacks.ranking_display import RankingProgress
+from lightning_prune.callbacks.training_data import training_data
+from lightning_prune.planning import CutPoint, NoEffectWarning, Original, Plan, Schedule, Target, select
+from lightning_prune.planning.ranked import RankedPlan, Removal, by_stage, in_order, plan_ranked
+from lightning_prune.scoring import DataPass, SPvR, stations_of
+from lightning_prune.scoring.spvr import Task, class_scores, score_tensor
+from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
+from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
+from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.structure import Structure, StructureError, Subject
+from lightning_prune.structure.bypass import Bypasses, find_bypasses
+from lightning_prune.structure.flow import with_flow
+from lightning_prune.structure.stages import stages_of
+from lightning_prune.surgery import Reinitialise, Repair, Transaction, history_of
+from lightning_prune.surgery.bypassing import bypassed
+
+__all__ = ["Coupling", "SPvRPruning"]
+
+#: What is ranked where layers are coupled: all of it as one, or each layer by itself.
+Coupling = Literal["group", "stage"]
+
+
+@dataclass(frozen=True)
+class _Vanishing(Decision):
+    """What is to be done, with the groups that vanish from chains."""
+
+    bypassed: tuple[str, ...] = ()
+
+
+@final
+class SPvRPruning(NetworkPruning):
+    """Ranks groups of units by what masking them changes, and removes the least until a parameter budget holds.
+
+    A. Hassan, J. H. Paik and S. Khare, "SPvR: Structured Pruning via Ranking" (2025). Units of a layer whose
+    activations correlate form groups; each group is masked alone, and its importance is the number of predictions that
+    change plus the change of the predicted class's probability, summed over samples. The groups of the whole network
+    are sorted by that number as it is, and the least go. No layer keeps a minimum: one that loses all its groups is
+    taken out, with its norm and activation, and with its pooling or stride if its whole stage goes; what read it reads
+    what it read. Then all weights are drawn anew, the optimizer begins anew, and the small network trains from scratch.
+
+    It acts once: before the first training batch, or at the moment of its schedule. The layers that read the network's
+    input keep their best group, and so does a layer that the network cannot do without (a change of the size of a map
+    that later layers count on, say); the report says which. In a network that is ranked the module's ``forward`` has to
+    return class scores.
+
+    Args:
+        budget: Parameters that remain: ``{"params": 0.1}`` or 0.1 for a tenth, ``{"params": 50_000}`` for a count. What
+            is left is never above it, and less than one group of units below.
+        group_size: Units of a group, d. The paper has 2 for CIFAR-10, 4 for TinyImageNet, 8 for ImageNet.
+        samples_per_class: Training samples of every class that masked networks are run on; of dense prediction, images
+            that contain the class. The paper has 50, and 20 for ImageNet.
+        reinit: Draw all weights anew by each module's own rule, ``reset_parameters``; a `Reinitialise` for another rule
+            or seed; ``False`` to keep them and fine-tune. Then layers of a chain keep their best group.
+        coupling: ``"group"``: what can only shrink together (the layers that add to one residual stream) is masked and
+            ranked as one. ``"stage"``: every layer is ranked by itself, behind its norm and before the sum; when one of
+            its groups is next, every layer of its stage, inner ones included, loses its own least (the paper's appendix
+            B). That is for weights that are drawn anew, since only widths follow from it.
+        task: What the outputs are scores of; found out by default, see `lightning_prune.scoring.spvr.class_scores`.
+        normalized: Whether the outputs are probabilities already; found out by default.
+        schedule: When it acts; at once by default. It has one moment.
+        layers: Only these layers: names, globs, or names of modules that contain them.
+        ignore: Not these layers.
+        seed: Of the choice of samples.
+        reset_monitors: See `StructuredPruning`.
+        dirpath: Folder for the report; by default the logger's folder.
+        extensions: What goes with the cut, see `StructuredPruning`; with ``reinit`` no repairs.
+        memory_limit: Bytes of activations and samples that are kept in memory; the others go to temporary files.
+
+    Raises:
+        ValueError: At once for settings that are out of range; before the first training step for a budget below the
+            smallest network that can be reached, outputs that are no class scores, and fewer samples than classes.
+
+    Example:
+        >>> from lightning_prune import SPvRPruning
+        >>> callback = SPvRPruning(budget={"params": 0.1}, group_size=2)
+    """
+
+    acts_once = True
+    _aim: ClassVar[str] = "target"
+
+    def __init__(
+        self,
+        budget: float | int | dict[str, float | int],
+        group_size: int = 4,
+        samples_per_class: int = 50,
+        reinit: bool | Reinitialise = True,
+        coupling: Coupling = "group",
+        task: Task | None = None,
+        normalized: bool | None = None,
+        schedule: Schedule | None = None,
+        layers: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        seed: int = 0,
+        reset_monitors: bool = True,
+        dirpath: str | None = None,
+        extensions: list[Repair | CutExtension] | None = None,
+        memory_limit: int = 2**30,
+    ) -> None:
+        self.target = Target.of(None, budget)
+        if self.target.quantity != "params":
+            raise ValueError(
+                f'SPvRPruning: expected a budget of parameters, {{"params": 0.1}}, got one of {self.target.quantity}. '
+                "For other budgets give `StructuredPruning` the criterion `SPvR()`."
+            )
+        SPvR(group_size, samples_per_class, task, normalized)  # its own checks
+        if coupling not in get_args(Coupling):
+            raise ValueError(f'SPvRPruning: expected `coupling` of "group" or "stage", got {coupling!r}.')
+        self.reinit = Reinitialise(rule="own") if reinit is True else None if reinit is False else reinit
+        if self.reinit is not None and not isinstance(self.reinit, Reinitialise):
+            raise TypeError(f"SPvRPruning: expected `reinit` of True, False or a Reinitialise, got {reinit!r}.")
+        if coupling == "stage" and self.reinit is None:
+            raise ValueError(
+                'SPvRPruning: expected `reinit` with coupling="stage": every layer of a stage loses units of its own, '
+                'so that their weights no longer fit to each other. Give `reinit=True`, or coupling="group".'
+            )
+        self.coupling, self.samples_per_class, self.seed = coupling, samples_per_class, seed
+        self.options = RankingOptions("prediction_change", group_size, task, normalized, memory_limit=memory_limit)
+        super().__init__(
+            schedule,
+            layers,
+            ignore,
+            reset_monitors,
+            dirpath,
+            extensions,
+        )
+        repairs = [type(one).__name__ for one in self.extensions if isinstance(one, Repair)]
+        if repairs and self.reinit is not None:
+            raise ValueError(
+                f"SPvRPruning: expected no repair with `reinit`, which draws all weights anew, got {repairs[0]}. Leave "
+                "it out, or give `reinit=False`."
+            )
+
+    @override
+    def _unprepare(self) -> None:
+        super()._unprepare()
+        self._bypasses = Bypasses({}, {})
+        self._selected: tuple[str, ...] = ()
+        self._ranking: Ranking | None = None
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """What was found in this fit: groups of units and their importances; None before."""
+        return self._ranking
+
+    @property
+    @override
+    def own_groups(self) -> tuple[str, ...]:
+        return self._selected
+
+    @property
+    @override
+    def removes_layers(self) -> bool:
+        return True
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "target": self.target,
+            "group_size": self.options.group_size,
+            "samples_per_class": self.samples_per_class,
+            "reinit": repr(self.reinit),
+            "coupling": self.coupling,
+            "seed": self.seed,
+        }
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    @override
+    def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
+        history = history_of(subject.model)
+        return with_flow(super()._traced(trainer, subject), subject, history.vanished if history is not None else ())
+
+    @override
+    def _check(
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+    ) -> tuple[CutPoint, ...]:
+        assert self._subject is not None
+        self._selected = select(structure, self.layers, self.ignore)[0]
+        if self.reinit is not None:
+            self._bypasses = _among(find_bypasses(structure, self._subject), self._selected)
+        if self._last_done < 0:
+            data = self._data(trainer, module)
+            self._require_scores(trainer, module, data)
+            self._selected = self._scorable(module, data, structure)
+            self._require_feasible(structure, original)
+        timeline = self._moments(trainer)
+        if timeline and self._last_done < 0 and structure.cost.params(structure.widths) <= self._limit(original):
+            self._warn_of_no_effect()
+            return ()
+        return timeline
+
+    @override
+    def _reached(self) -> int:
+        return self._last_done  # it acts once, whatever the network's size
+
+    def _data(self, trainer: Trainer, module: LightningModule) -> DataPass:
+        return training_data(
+            trainer,
+            module,
+            per_class=self.samples_per_class,
+            seed=self.seed,
+            memory_limit=self.options.memory_limit,
+        )
+
+    def _require_scores(self, trainer: Trainer, module: LightningModule, data: DataPass) -> None:
+        """Refuse outputs that are no class scores, by a first batch."""
+        batch = next(iter(data))
+        with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            outputs = score_tensor(module(*batch.args, **batch.kwargs))
+        reading = class_scores(outputs, batch.labels, self.options.task, self.options.normalized)
+        classes = outputs.shape[1] if reading.task == "multiclass" else 2
+        if data.total < classes:
+            raise ValueError(
+                f"SPvRPruning: expected a sample or more for each of the {classes} classes, got {data.total} in all. "
+                "Train on more data."
+            )
+
+    def _sites(self, module: nn.Module, data: DataPass, structure: Structure) -> tuple[dict[str, Site], dict[str, str]]:
+        """Where units are masked, and the groups for which there is no place, with the reason."""
+        groups = [structure.group(name) for name in self._selected]
+        batch = next(iter(data))
+        if self.coupling == "group":
+            return sites_of_groups(module, groups, stations_of(module, batch, point="input"))
+        sites, refused = sites_of_layers(groups, stations_of(module, batch))
+        lost = {group.name: refused[layer] for group in groups for layer in group.producers if layer in refused}
+        return {name: site for name, site in sites.items() if not _in_any(name, lost, structure)}, lost
+
+    def _scorable(self, module: LightningModule, data: DataPass, structure: Structure) -> tuple[str, ...]:
+        """The selected groups without those that cannot be masked; an error if the user named one of these."""
+        _, lost = self._sites(module, data, structure)
+        left = tuple(name for name in self._selected if name not in lost)
+        reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
+        if lost and (self.layers is not None or not left):
+            raise StructureError(f"SPvRPruning cannot rank {reasons}. Choose other `layers`.")
+        if lost:
+            warnings.warn(f"SPvRPruning cannot rank, so these stay as they are: {reasons}", stacklevel=2)
+        return left
+
+    def _limit(self, original: Original) -> int:
+        """Parameters that may be left."""
+        remaining = self.target.remaining
+        if isinstance(remaining, int):
+            return remaining
+        assert isinstance(remaining, float)
+        return math.floor(remaining * original.params + 1e-9)
+
+    def _require_feasible(self, structure: Structure, original: Original) -> None:
+        """Refuse a budget below what is left when everything goes, in whatever order."""
+        size = self.options.group_size
+        removals = [
+            {name: tuple(range(first, min(first + size, structure.widths[name])))}
+            for name in self._selected
+            for first in range(0, structure.widths[name], size)
+        ]
+        plan_ranked(structure, removals, self._limit(original), self._bypasses)
+
+    # -- the cut ------------------------------------------------------------------------------------------------------
+
+    @override
+    def _decide(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> Decision | None:
+        structure = self._structure
+        assert structure is not None
+        data = self._data(trainer, module)
+        sites, _ = self._sites(module, data, structure)
+        folder = self.session.writer(self, trainer).folder().parent / "rankings"
+        with RankingProgress(trainer) as bar, trainer.precision_plugin.forward_context():
+            ranking = rank(
+                module,
+                data,
+                sites,
+                self.options,
+                folder=folder,
+                progress=bar.see,
+                gather=gathered,
+                agree=holds_everywhere,
+            )
+        self._ranking = ranking
+        limit = self._limit(self._original)
+        removals = self._removals(structure, ranking)
+        plan = made_on_first(trainer, lambda: plan_ranked(structure, removals, limit, self._bypasses))
+        if not plan.kept and not plan.bypassed:
+            self._warn_of_no_effect()
+            return None
+        self.report.notes += [f"The best group of {name} stays: {why}." for name, why in plan.stays.items()]
+        return self._decision(structure, ranking, plan)
+
+    def _warn_of_no_effect(self) -> None:
+        warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
+
+    def _removals(self, structure: Structure, ranking: Ranking) -> Iterable[Removal]:
+        if self.coupling == "group":
+            return in_order(ranking.bundles, {name: ranking.unit_scores(name) for name in ranking.bundles})
+        stages = {
+            stream: [name for name in inner if name in self._selected]
+            for stream, inner in stages_of(structure).items()
+            if stream in self._selected
+        }
+        scores = {name: found.tolist() for name, found in ranking.scores.items()}
+        return by_stage(structure, stages, ranking.bundles, scores)
+
+    def _decision(self, structure: Structure, ranking: Ranking, plan: RankedPlan) -> Decision:
+        widths = structure.widths
+        kept = Plan(plan.kept, {name: widths[name] for name in plan.kept})
+        info = dict(self.reinit.info) if self.reinit is not None else {}
+        numbers = {
+            "pruning/ranking/macs": float(ranking.macs),
+            "pruning/ranking/macs_naive": float(ranking.macs_naive),
+            "pruning/ranking/seconds": ranking.seconds,
+            "pruning/ranking/groups": float(sum(map(len, ranking.bundles.values()))),
+        }
+        scores = {name: ranking.unit_scores(name) for name in ranking.bundles}
+        return _Vanishing(kept, info, numbers, scores, plan.bypassed)
+
+    @override
+    def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
+        structure = super()._change(change, trainer, module, decision)
+        if isinstance(decision, _Vanishing) and decision.bypassed:
+            specs = bypassed(module, self._bypasses, decision.bypassed, structure.widths)
+            structure = change.replace(specs, self._retrace(trainer), structure, info=decision.info)
+        if self.reinit is not None:
+            assert self._subject is not None
+            copy = self._subject.copy("real").module
+            change.install(self.reinit.after(copy, lambda *_: None))
+            change.forget()
+        return structure
+
+
+def _among(bypasses: Bypasses, selected: Iterable[str]) -> Bypasses:
+    """Those that take along selected groups only."""
+    names = set(selected)
+    groups = {name: found for name, found in bypasses.groups.items() if {name, *found.along} <= names}
+    return Bypasses(groups, {pool: stage for pool, stage in bypasses.pools.items() if stage <= groups.keys()})
+
+
+def _in_any(layer: str, groups: Mapping[str, str], structure: Structure) -> bool:
+    return any(layer in structure.group(name).producers for name in groups)

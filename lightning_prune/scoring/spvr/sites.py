@@ -1,0 +1,124 @@
+"""Where units are masked: at the inputs of all layers that read them, or behind one of the layers that give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.scoring.statistics import is_linear_layer, unit_inputs
+from lightning_prune.scoring.walk import Station
+from lightning_prune.structure.graph import Group
+from lightning_prune.structure.layers import canonical, named
+
+__all__ = ["Site", "sites_of_groups", "sites_of_layers"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Places at which the same units are masked at once.
+
+    Attributes:
+        name: Name of the group or layer whose units they are.
+        width: Number of units.
+        channels: Per station, in the order of execution, the channels that each unit is: shape ``(width, k)``.
+    """
+
+    name: str
+    width: int
+    channels: Mapping[Station, Tensor]
+
+    @property
+    def first(self) -> Station:
+        """Where a forward pass comes by first."""
+        return next(iter(self.channels))
+
+    def masks(self, station: Station, bundles: Sequence[Sequence[int]], total: int) -> Tensor:
+        """A row for each bundle, 0 at its channels: ``(bundles, total)``.
+
+        Args:
+            station: One of the stations.
+            bundles: Units that are masked together.
+            total: Channels at the station.
+        """
+        masks = torch.ones(len(bundles), total)
+        for row, units in zip(masks, bundles, strict=True):
+            row[self.channels[station][list(units)].flatten()] = 0
+        return masks
+
+
+def sites_of_groups(
+    model: nn.Module, groups: Iterable[Group], stations: Sequence[Station]
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """Where the units of groups enter layers, so that masking is what removing them would be.
+
+    Args:
+        model: The network.
+        groups: What can be removed together.
+        stations: Every station of the network, in the order of execution.
+
+    Returns:
+        Sites by group, and why other groups cannot be masked.
+    """
+    readers = _readers(model)
+    tensors = named(model)
+    sites, refused = {}, {}
+    for group in groups:
+        channels: dict[str, Tensor] = {}
+        closed = [] if any(member.role == "in" for member in group.members) else ["no layer"]
+        for member in (member for member in group.members if member.role == "in"):
+            taken = tensors.get(member.tensor)
+            layers = readers.get(id(taken), {})
+            closed += [] if layers else [member.layer]
+            for name, layer in layers.items():
+                inputs = unit_inputs(layer, member)
+                if inputs is not None:  # else they go through it each by itself, to the next layer
+                    channels[name] = torch.cat([channels[name], inputs], 1) if name in channels else inputs
+        called = {station.layer for station in stations if station.point == "input"}
+        closed += [layer for layer in channels if layer not in called]
+        if closed:
+            refused[group.name] = f"its units enter {', '.join(closed)}, which is no plain layer that is called"
+        else:
+            at = [station for station in stations if station.point == "input" and station.layer in channels]
+            sites[group.name] = Site(group.name, group.width, {station: channels[station.layer] for station in at})
+    return sites, refused
+
+
+def _readers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """Plain layers by the identity of their weight, which tied ones share, and by name."""
+    readers: dict[int, dict[str, nn.Module]] = {}
+    for name, layer in model.named_modules():
+        weight = layer._parameters.get("weight") if is_linear_layer(layer) else None
+        if weight is not None:
+            readers.setdefault(id(weight), {})[canonical(name)] = layer
+    return readers
+
+
+def sites_of_layers(groups: Iterable[Group], stations: Sequence[Station]) -> tuple[dict[str, Site], dict[str, str]]:
+    """Where the units of each layer are what it gives, after its norm and activation and before any sum.
+
+    Args:
+        groups: What can be removed together.
+        stations: Every station of the network, in the order of execution.
+
+    Returns:
+        Sites by layer, and why other layers cannot be masked.
+    """
+    behind: dict[str, list[Station]] = {}
+    for station in stations:
+        if station.point == "activation":
+            behind.setdefault(station.layer, []).append(station)
+    sites, refused = {}, {}
+    for group in groups:
+        for member in group.members:
+            if member.role != "out" or member.layer in sites:
+                continue
+            layer = canonical(member.layer)
+            if layer in behind:
+                channels = torch.as_tensor(member.index)
+                sites[layer] = Site(layer, group.width, dict.fromkeys(behind[layer], channels))
+            else:
+                refused[layer] = "it is no plain Linear, Conv or ConvTranspose that is called"
+    return sites, refused

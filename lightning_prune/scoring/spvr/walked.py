@@ -1,0 +1,207 @@
+"""The same importances from a walk: every group starts where it is masked, not at the network's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.spvr.grouping import correlation, group_units
+from lightning_prune.scoring.spvr.importance import MEASURES, Measure
+from lightning_prune.scoring.spvr.outputs import ClassScores, Task, class_scores, score_tensor
+from lightning_prune.scoring.spvr.sites import Site
+from lightning_prune.scoring.walk import Here, Visit, Walk
+from lightning_prune.scoring.walk.plain import Change, Place, marked
+
+__all__ = ["Ranking", "RankingOptions", "rank"]
+
+# Numbers of masked outputs that are held at once: 64 MiB in float32.
+_HELD = 2**24
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """What a ranking depends on, besides network and samples.
+
+    Attributes:
+        measure: What masking changes.
+        group_size: Units of a group, d.
+        task: What the outputs are scores of; found out if None.
+        normalized: Whether the outputs are probabilities; found out if None.
+        fast: Compute layers behind as differences, skip samples whose masked units are all 0, and run several variants
+            as one batch: equal up to rounding.
+        plain: Run the whole network with hooks for every group: the oracle.
+        memory_limit: Bytes of activations that are kept in memory.
+    """
+
+    measure: Measure = "prediction_change"
+    group_size: int = 4
+    task: Task | None = None
+    normalized: bool | None = None
+    fast: bool = True
+    plain: bool = False
+    memory_limit: int = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Groups of units, and what masking each of them changes.
+
+    Attributes:
+        bundles: Units that were masked together, by site.
+        scores: A number for each bundle, in float64 on the CPU, by site.
+        samples: Samples of this process that were looked at.
+        macs: Multiply-accumulates spent on this process (1 MAC = 2 FLOPs).
+        macs_naive: Those of one pass to begin with and one full forward pass for each bundle.
+        seconds: Time that it took.
+    """
+
+    bundles: Mapping[str, list[tuple[int, ...]]]
+    scores: Mapping[str, Tensor]
+    samples: int
+    macs: int
+    macs_naive: int
+    seconds: float = field(compare=False, default=0.0)
+
+    def unit_scores(self, name: str) -> Tensor:
+        """Every unit's number, that of its bundle: shape ``(width,)``."""
+        found = torch.empty(sum(map(len, self.bundles[name])), dtype=torch.float64)
+        for units, score in zip(self.bundles[name], self.scores[name], strict=True):
+            found[list(units)] = score
+        return found
+
+
+def rank(
+    model: nn.Module,
+    data: DataPass,
+    sites: Mapping[str, Site],
+    options: RankingOptions,
+    *,
+    folder: str | Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    agree: Callable[[bool], bool] = bool,
+) -> Ranking:
+    """Group the units of all sites by one pass over the samples, and mask one group after the other.
+
+    Args:
+        model: The network; left as it is.
+        data: The samples; under several processes each has its own.
+        sites: Where units are masked, by name.
+        options: What is measured and how.
+        folder: Where finished sites are written down: a ranking that was killed goes on from there.
+        progress: Called with the site that is finished, the groups of units done, and their number.
+        gather: Rows of all processes, from those of this one.
+        agree: Whether something holds on all processes, by what holds on this one.
+    """
+    began = perf_counter()
+    stations = list(dict.fromkeys(site.first for site in sites.values()))
+    walk = Walk(
+        model,
+        data,
+        stations,
+        memory_limit=options.memory_limit,
+        folder=folder,
+        options=repr(options),
+        plain=options.plain,
+        agree=agree,
+    )
+    outputs, features = _first_pass(model, data, sites, walk.places)
+    reading = class_scores(outputs, _labels(data), options.task, options.normalized)
+    bundles = {
+        name: group_units(torch.stack([correlation(gather(x)) for x in found]).mean(0), options.group_size)
+        for name, found in features.items()
+    }
+    most = max(1, _HELD // max(outputs[: data.batch_size].numel(), 1))
+    scores: dict[str, Tensor] = {}
+    done, count = 0, sum(map(len, bundles.values()))
+    for visit in walk:
+        here = [site for site in sites.values() if site.first == visit.station]
+        found = visit.once(
+            lambda visit=visit, here=here: {  # type: ignore[misc]
+                site.name: gather(_importance(visit, site, bundles[site.name], reading, options, most)[None]).sum(0)
+                for site in here
+            }
+        )
+        scores |= found
+        for site in here:
+            done += len(bundles[site.name])
+            progress(site.name, done, count)
+    first_pass = len(data) * walk.forward_macs
+    naive = (count + 1) * first_pass
+    return Ranking(bundles, scores, len(data), walk.macs + first_pass, naive, perf_counter() - began)
+
+
+def _importance(
+    visit: Visit,
+    site: Site,
+    bundles: Sequence[Sequence[int]],
+    reading: ClassScores,
+    options: RankingOptions,
+    most: int,
+) -> Tensor:
+    """Sums over samples, one for each bundle."""
+    found = torch.zeros(len(bundles), dtype=torch.float64)
+    places = visit.walk.places
+    masks = {station: site.masks(station, bundles, places[station].channels) for station in site.channels}
+    for here in visit:
+        whole = reading.log_probabilities(score_tensor(here.output))
+        for first in range(0, len(bundles), most):
+            part = slice(first, first + most)
+            outputs = _outputs(here, masks, site.first, part, fast=options.fast)
+            changes = [MEASURES[options.measure](whole, reading.log_probabilities(one)) for one in outputs]
+            found[part] += torch.stack(changes).to("cpu", torch.float64).sum(1)
+    return found
+
+
+def _outputs(here: Here, masks: Mapping[Any, Tensor], first: Any, part: slice, *, fast: bool) -> Tensor:
+    also = {station: mask[part] for station, mask in masks.items() if station != first}
+    return score_tensor(here.rest_masked(masks[first][part], also or None, delta=fast, skip=fast))
+
+
+def _first_pass(
+    model: nn.Module, data: DataPass, sites: Mapping[str, Site], places: Mapping[Any, Place]
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Outputs of all samples, and at every station of a site one number per sample and unit.
+
+    Single numbers are taken as they are, of maps the sums of absolute values (eq. 4).
+    """
+    wanted: dict[Any, list[Site]] = {}
+    for site in sites.values():
+        for station in site.channels:
+            wanted.setdefault(station, []).append(site)
+    rows: dict[tuple[str, Any], list[Tensor]] = {}
+    outputs: list[Tensor] = []
+
+    def see(place: Place) -> Change:
+        def change(value: Tensor) -> Tensor:
+            by_channel = value.movedim(place.dim, 1)
+            for site in wanted[place.station]:
+                x = by_channel[:, site.channels[place.station].to(value.device)].flatten(2)
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                pooled = x[..., 0] if x.shape[2] == 1 else x.abs().sum(2)
+                rows.setdefault((site.name, place.station), []).append(pooled.cpu())
+            return value
+
+        return change
+
+    def call(network: nn.Module, batch: Batch) -> Any:
+        with marked(network, {places[station]: see(places[station]) for station in wanted}):
+            return network(*batch.args, **batch.kwargs)
+
+    data.run(model, lambda _, result: outputs.append(score_tensor(result)), call=call)
+    features = {name: [torch.cat(rows[name, station]) for station in site.channels] for name, site in sites.items()}
+    return torch.cat(outputs), features
+
+
+def _labels(data: DataPass) -> Tensor | None:
+    """Of all samples; None where a batch has none."""
+    labels = [batch.labels for batch in data]
+    known = [found for found in labels if found is not None]
+    return torch.cat(known) if known and len(known) == len(labels) else None
