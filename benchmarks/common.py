@@ -1,7 +1,12 @@
-"""What benchmarks share: a quiet fit, where and with what it ran, and how sure a mean is."""
+"""What benchmarks share: a quiet fit, where and with what it ran, stored rows, and how sure a mean is.
+
+A benchmark computes all that its command asks for. With ``--resume`` it takes what is stored, of the same settings, and
+computes the rest; each row says where it was computed (`here`).
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -9,10 +14,12 @@ import logging
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,8 +30,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_prune.reporting import versions
 
 __all__ = [
-    *("EVIDENCE", "command", "fill", "interval", "machine", "publish", "quiet", "quiet_fit", "resumed", "shown"),
-    *("signed", "summary"),
+    *("EVIDENCE", "add_resume", "command", "computed", "fill", "here", "interval", "machine", "publish", "quiet"),
+    *("quiet_fit", "shown", "signed", "stored", "summary"),
 ]
 
 #: Where every benchmark leaves its output.
@@ -43,9 +50,40 @@ def machine() -> dict[str, Any]:
     return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
 
 
+@cache
+def here() -> dict[str, Any]:
+    """Machine, versions and commit, for the rows that are computed here; ``-dirty`` where files differ from it."""
+    folder = Path(__file__).parent
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return {**machine(), "commit": found.stdout.strip() or None}
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark go on where it was stopped."""
+    parser.add_argument("--resume", action="store_true", help="take what is stored and compute the rest")
+
+
+def stored(file: Path, settings: Mapping[str, Any], *, resume: bool, rows: str = "rows") -> list[dict[str, Any]]:
+    """What a resumed benchmark goes on from: the rows of a file; of one that begins anew, none.
+
+    Raises:
+        ValueError: If the rows are of other settings.
+    """
+    if not resume or not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found.get("settings") != settings:
+        raise ValueError(
+            f"--resume: expected rows of {settings} in {file.name}, got those of {found.get('settings')}. Give those "
+            "settings, or leave `--resume` out to compute everything."
+        )
+    return list(found[rows])
+
+
 def command(module: str) -> str:
-    """The command that was run, without the places of the data and of what is done so far."""
-    arguments = list(sys.argv[1:])
+    """The command that was run, without the places of the data and of what is done so far, nor ``--resume``."""
+    arguments = [word for word in sys.argv[1:] if word != "--resume"]
     for place in ("--root", "--work"):
         while place in arguments:
             at = arguments.index(place)
@@ -104,16 +142,33 @@ def signed(values: Sequence[float], digits: int = 2) -> str:
     return shown(values, digits, "+")
 
 
-def resumed(
-    jobs: Iterable[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]], file: Path
+def computed(
+    jobs: Iterable[dict[str, Any]],
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    file: Path,
+    *,
+    resume: bool,
+    leftovers: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The row of every job: from the lines of a file, or run and added to them."""
+    """The row of every job, run and added to the lines of a file; with `resume`, those that are there are taken.
+
+    Args:
+        jobs: What names a row.
+        run: Computes the rest of it.
+        file: Its folder is for what is done so far.
+        resume: Go on. Else what an earlier run has left is set aside (``rows.jsonl.before``).
+        leftovers: Patterns of other files in that folder that jobs share (a trained network, say).
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for left in (file, *(found for pattern in leftovers for found in file.parent.glob(pattern))):
+            if left.is_file():
+                left.replace(left.with_name(f"{left.name}.before"))
     done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
     for job in jobs:
         row = next((row for row in done if job.items() <= row.items()), None)
         if row is None:
-            row = {**job, **run(job)}
+            row = {**job, **run(job), "at": here()}
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
             print(*job.values(), f"{row['accuracy']:.2f}", flush=True)

@@ -24,7 +24,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.common import EVIDENCE, command, fill, machine, quiet, quiet_fit, shown, summary
+from benchmarks.common import (
+    EVIDENCE,
+    add_resume,
+    command,
+    fill,
+    here,
+    machine,
+    quiet,
+    quiet_fit,
+    shown,
+    stored,
+    summary,
+)
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, data
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -453,7 +465,7 @@ def added(results: Sequence[dict[str, Any]], run: Mapping[str, Any], task: Task)
     """The results with one run more."""
     by_seed = {result["seed"]: result for result in results}
     mine = by_seed.setdefault(run["seed"], {"seed": run["seed"], "runs": {}, "one_shot": {}, "seconds": 0.0})
-    runs = {**mine["runs"], run["label"]: run["run"]}
+    runs = {**mine["runs"], run["label"]: {**run["run"], "at": here()}}
     mine["runs"] = {label: runs[label] for label in labels(task) if label in runs}
     mine["one_shot"] = run.get("one_shot", mine["one_shot"])
     mine["seconds"] = round(mine["seconds"] + run["seconds"], 1)
@@ -461,7 +473,7 @@ def added(results: Sequence[dict[str, Any]], run: Mapping[str, Any], task: Task)
 
 
 def main() -> None:
-    """Run what is not there yet, writing after each run."""
+    """Run every seed, writing after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=list(TASKS), default="MNIST")
     parser.add_argument("--root", help="folder of the set, in torchvision's layout")
@@ -469,7 +481,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of every network (MLP: 32, CNN: 20)")
     parser.add_argument("--batch-size", type=int, help="images in a batch (MLP: 500, CNN: 128)")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run later; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run later; `--resume` goes on")
+    add_resume(parser)
     given = parser.parse_args()
     task = TASKS[given.data]
     epochs, batch_size = given.epochs or task.epochs, given.batch_size or task.batch_size
@@ -477,7 +490,7 @@ def main() -> None:
     if task.precision != "32-true":
         settings["precision"] = task.precision
     folder = EVIDENCE / given.data.lower()
-    results = stored(folder, settings)
+    results = stored(folder / "results.json", settings, resume=given.resume, rows="seeds")
     done = {(result["seed"], label) for result in results for label in result["runs"]}
     missing = [(seed, label) for seed in range(given.seeds) for label in labels(task) if (seed, label) not in done]
     ends = time.monotonic() + 60 * given.minutes
@@ -496,13 +509,6 @@ def main() -> None:
                     waiting.cancel()
     write(results, settings, folder)
     print(f"{len(missing)} runs were missing; the tables are in {folder.name}/README.md")
-
-
-def stored(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was run before, with the same settings."""
-    file = folder / "results.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return list(found["seeds"]) if found.get("settings") == settings else []
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The inner width of every residual block shrinks by the same share; criteria only
 right after the cut, after BatchNorm's statistics were estimated again, and after ridge regression of the consumers as
 well, over several draws of the training batches that criteria observe and repairs see. Torch-Pruning's L1, Taylor and
 BatchNorm importance choose in the same run, at the same widths, from the same batches. ``--finetune EPOCHS`` trains
-some of the cut networks: the same batches in the same order for each. Stopped and started again, it goes on where it
+some of the cut networks: the same batches in the same order for each. With ``--resume`` it goes on where it
 was. Needs CIFAR-10 under ``--root`` or ``LIGHTNING_PRUNE_DATA``, and Torch-Pruning (1.6.1).
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, fill, machine, signed
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here, machine, signed, stored
 from benchmarks.repair import BATCH, calibration
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
@@ -201,20 +201,14 @@ def line() -> str:
 class Pages:
     """Rows on disk, and what is drawn of them."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any], show: Callable[[Pages], None]) -> None:
+    def __init__(self, name: str, settings: Mapping[str, Any], show: Callable[[Pages], None], *, resume: bool) -> None:
         self.file, self.settings, self.show = EVIDENCE / "criteria" / f"{name}.json", settings, show
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        found = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-        if found.get("settings", settings) != settings:
-            raise ValueError(
-                f"{self.file}: expected rows of {settings}, got those of {found['settings']}. Move the file away to "
-                "start anew."
-            )
-        self.rows: list[Row] = found.get("rows", [])
+        self.rows: list[Row] = stored(self.file, settings, resume=resume)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows and draw anew."""
-        self.rows += rows
+        self.rows += [{**row, "at": here()} for row in rows]
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
         facts = json.dumps({"settings": self.settings, "command": line(), "machine": machine()})
         self.file.write_text(f'{facts[:-1]},\n "rows": [\n  {lines}\n ]}}\n', encoding="utf-8")
@@ -310,7 +304,7 @@ def run(given: argparse.Namespace, weights: Path, train: ImageTensors, test: Ima
     print(f"ResNet-{depth}: {bench.dense} % dense", flush=True)
     title = f"ResNet-{depth}, MACs ÷ {given.divide:g}"
     settings = {name: getattr(given, name) for name in ("divide", "observe", "batches")}
-    pages = Pages(f"resnet{depth}", {**settings, "test": len(test)}, show_cuts(title, bench.dense))
+    pages = Pages(f"resnet{depth}", {**settings, "test": len(test)}, show_cuts(title, bench.dense), resume=given.resume)
     names = [*sorted(criteria.__all__), *(PREFIX + name for name in THEIRS)]
     names.sort(key=lambda name: name.removeprefix(PREFIX) not in THEIRS)  # a run that is stopped has what is compared
     done = {(row["criterion"], row["draw"]) for row in pages.rows}
@@ -321,7 +315,7 @@ def run(given: argparse.Namespace, weights: Path, train: ImageTensors, test: Ima
                 print(pages.rows[-len(STATES) :], flush=True)
     if given.finetune:
         settings |= {"test": len(test), "epochs": given.finetune}
-        pages = Pages(f"resnet{depth}-finetuned", settings, show_training(title, bench.dense))
+        pages = Pages(f"resnet{depth}-finetuned", settings, show_training(title, bench.dense), resume=given.resume)
         done = {row["criterion"] for row in pages.rows}
         for label in given.finetuned:
             if label not in done:
@@ -346,6 +340,7 @@ def main() -> None:
         metavar="NAME",
         help="criteria whose networks are trained, NAME+ridge: after repair",
     )
+    add_resume(parser)
     given = parser.parse_args()
     source = CIFAR10(root=given.root)
     train, test = (normalised(part, source) for part in source.load())

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from benchmarks.common import EVIDENCE
+from benchmarks.common import EVIDENCE, here
 from tests.support.random_networks import KINDS, check, networks
 
 __all__ = ["draw_networks"]
@@ -18,21 +18,25 @@ __all__ = ["draw_networks"]
 PIECE = 100
 
 
-def draw_networks(count: int, first: int, minutes: float) -> tuple[dict[str, Any], str]:
+def draw_networks(count: int, first: int, minutes: float, *, resume: bool) -> tuple[dict[str, Any], str]:
     """Draw, cut and compare networks, a hundred with each seed; what is found is added to ``random.jsonl``.
 
     Args:
         count: How many.
         first: The first seed.
-        minutes: When to stop, done or not; a later call goes on from another first seed.
+        minutes: When to stop, done or not.
+        resume: Add to what is stored, seeds that are there excepted; else it is begun anew.
     """
     lines = EVIDENCE / "engine" / "random.jsonl"
     lines.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        lines.unlink(missing_ok=True)
+    done = {json.loads(line)["seed"] for line in lines.read_text("utf-8").splitlines()} if lines.is_file() else set()
     start = time.monotonic()
-    for number in range(first, first + -(-count // PIECE)):
+    for number in sorted({*range(first, first + -(-count // PIECE))} - done):
         if time.monotonic() - start > 60 * minutes:
             break
-        piece = _piece(number)
+        piece = {**_piece(number), "at": here()}
         with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(piece) + "\n")
         print(piece, flush=True)

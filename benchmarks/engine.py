@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import EVIDENCE, command, machine
+from benchmarks.common import EVIDENCE, add_resume, command, machine
 from benchmarks.drawn import draw_networks
 from benchmarks.pretrained import pretrained
 from benchmarks.survey import half, survey, torchvision_model
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="random networks to draw")
     parser.add_argument("--first", type=int, default=0, help="their first seed")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop drawing")
+    add_resume(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.what == "pictures":
@@ -128,12 +129,12 @@ def main() -> None:
             options.repeats, called, called_theirs, "Half of the units of every group, by L1, as called"
         ),
         "pretrained": lambda: pretrained([int(depth) for depth in options.names]),
-        "random": lambda: draw_networks(options.count, options.first, options.minutes),
-        "survey": lambda: survey(options.names),
+        "random": lambda: draw_networks(options.count, options.first, options.minutes, resume=options.resume),
+        "survey": lambda: survey(options.names, resume=options.resume),
         "wrong": wrong,
     }
     result, table = work[options.what]()
-    # A survey is made in pieces, whose rows are kept together.
+    # With `--resume` these are made in pieces, whose rows are kept together.
     pieces = options.what in ("random", "survey")
     line = f"python -m benchmarks.engine {options.what}" if pieces else command("benchmarks.engine")
     result = {"command": line, "machine": machine(), **result}

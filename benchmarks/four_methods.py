@@ -3,7 +3,7 @@
 The network of Batra et al. (2024), four convolutions of three filters each, is trained on CIFAR-10, pruned once by each
 method and amount, and fine-tuned. Accuracy right after the cut and after fine-tuning, speed-up and size on disk are
 drawn against sparsity, beside the unpruned network that was trained on equally long. Some points are fine-tuned at the
-report's own rate as well. A stopped run goes on where it was: what is done lies in ``--work``. Needs the set under
+report's own rate as well. A stopped run goes on with ``--resume``: what is done lies in ``--work``. Needs the set under
 ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from benchmarks.common import interval, publish, quiet, quiet_fit, resumed, shown, signed
+from benchmarks.common import add_resume, computed, interval, publish, quiet, quiet_fit, shown, signed
 from lightning_prune import L2, HybridPruning, Kernel, MagnitudePruning, OneShot, Scope, StructuredPruning
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.extras import require
@@ -318,7 +318,7 @@ def tables(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is not done yet, and write docs/evidence/four_methods."""
+    """Run all jobs, and write docs/evidence/four_methods."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=3)
@@ -326,9 +326,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--report-epochs", type=int, default=20, help="of fine-tuning at the report's rate; 0: none")
     parser.add_argument("--work", type=Path, default=Path("runs/four_methods"), help="what is done so far")
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
-    rows = list(resumed(jobs(given), partial(run, given), given.work / "rows.jsonl"))
+    rows = list(
+        computed(
+            jobs(given), partial(run, given), given.work / "rows.jsonl", resume=given.resume, leftovers=["dense-*.pt"]
+        )
+    )
     facts = {"seeds": given.seeds, "dense epochs": given.dense_epochs, "epochs": given.epochs, "rows": rows}
     publish("four_methods", facts, tables(rows, facts), figure(rows))
 

@@ -2,8 +2,8 @@
 
 The MLP 784-128-64-10 on Fashion-MNIST. First, zeros at the end of every epoch of a run that is stopped and resumed
 from its checkpoint, in what ``torch.export`` makes of it, and in an average of the weights; then test accuracy at
-several sparsities, beside the dense network trained as long, over seeds. Stopped and started again, it goes on after
-the last whole seed. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+several sparsities, beside the dense network trained as long, over seeds. With ``--resume`` it goes on after the
+last whole seed. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet, signed
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here, interval, machine, quiet, signed, stored
 from lightning_prune import NM, HybridPruning, MagnitudePruning, OneShot
 from lightning_prune.data import FashionMNIST, ImageData
 from lightning_prune.extras import require
@@ -128,16 +128,22 @@ def tables(result: dict[str, Any]) -> str:
     for name, parts in result["zeros"].items():
         found = [parts["before"][-1], parts["after"][0], parts["after"][-1], parts["exported"], parts["average"]]
         lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in found)} |")
-    dense = result["accuracies"]["dense"]
+    accuracies = by_variant(result["rows"])
+    dense = accuracies["dense"]
     lines += ["", "| | test accuracy, % | minus dense, paired |", "|---|---:|---:|"]
-    for name, values in result["accuracies"].items():
+    for name, values in accuracies.items():
         mean, half = interval(values)
         paired = signed([a - b for a, b in zip(values, dense, strict=True)]) if name != "dense" else "–"
         lines.append(f"| {name} | {mean:.2f} ± {half:.2f} | {paired} |")
-    seeds, epochs = result["seeds"], result["epochs"]
+    seeds, epochs = len(dense), result["settings"]["epochs"]
     lines += ["", f"{seeds} seeds, {epochs} epochs, last epoch. ± is the 95 % interval of the mean.", ""]
     lines += [f"`{result['command']}` on {result['machine']['processor']}; {result['machine']['versions']}"]
     return "\n".join(lines)
+
+
+def by_variant(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Accuracies of all seeds."""
+    return {name: [row["accuracy"][name] for row in rows if "accuracy" in row] for name in ("dense", *VARIANTS)}
 
 
 def main() -> None:
@@ -146,31 +152,35 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
     data = FashionMNIST(root=given.root, batch_size=512)
     home = EVIDENCE / "masks"
     home.mkdir(parents=True, exist_ok=True)
-    file = home / "masks.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    result = found if found.get("epochs") == given.epochs else {"epochs": given.epochs}
-    accuracies = result.setdefault("accuracies", {"dense": [], **{name: [] for name in VARIANTS}})
+    file, epochs = home / "masks.json", given.epochs
+    result = {"settings": {"epochs": epochs}, "command": command("benchmarks.masks"), "machine": machine()}
+    rows = stored(file, result["settings"], resume=given.resume)
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append({**row, "at": here()})
+        file.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
-        folder, epochs = Path(name), given.epochs
-        if "zeros" not in result:
-            result["zeros"] = {
-                label: resumed(data, make, epochs // 2, folder / label) for label, make in RIVALS.items()
-            }
-        for seed in range(len(accuracies["dense"]), given.seeds):
-            row = {"dense": train(data, seed, epochs, folder)[1]}
-            row |= {variant: train(data, seed, epochs, folder, make())[1] for variant, make in VARIANTS.items()}
-            for variant, value in row.items():
-                accuracies[variant].append(value)
-            result |= {"seeds": seed + 1, "command": command("benchmarks.masks"), "machine": machine()}
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    figure(result["zeros"], accuracies, home / "masks.png")
-    fill(home / "README.md", tables(result))
+        folder = Path(name)
+        for label, make in RIVALS.items():
+            if not any(row.get("zeros") == label for row in rows):
+                keep({"zeros": label, **resumed(data, make, epochs // 2, folder / label)})
+        for seed in range(given.seeds):
+            if not any(row.get("seed") == seed for row in rows):
+                accuracy = {"dense": train(data, seed, epochs, folder)[1]}
+                accuracy |= {
+                    variant: train(data, seed, epochs, folder, make())[1] for variant, make in VARIANTS.items()
+                }
+                keep({"seed": seed, "accuracy": accuracy})
+    zeros = {row["zeros"]: row for row in rows if "zeros" in row}
+    figure(zeros, by_variant(rows), home / "masks.png")
+    fill(home / "README.md", tables({**result, "rows": rows, "zeros": zeros}))
 
 
 if __name__ == "__main__":

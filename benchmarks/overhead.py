@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, command, fill, machine, quiet, quiet_fit
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here, machine, quiet, quiet_fit
 from lightning_prune import L1, Contribution, OneShot, StructuredPruning
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
@@ -389,16 +389,20 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 class Results:
-    """What was measured, written after every part; parts that are not measured again stay."""
+    """What was measured, written after every part, each with where that was."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, resume: bool) -> None:
         self.folder = EVIDENCE / "overhead"
         self.threads = threads
         self.file = self.folder / "results.json"
-        self.parts: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.parts: dict[str, Any] = json.loads(self.file.read_text()) if resume and self.file.is_file() else {}
+
+    def has(self, part: str, name: str) -> bool:
+        return name in self.parts.get(part, {})
 
     def keep(self, part: str, name: str, value: Any) -> None:
         self.parts.setdefault(part, {})[name] = value
+        self.parts.setdefault("at", {}).setdefault(part, {})[name] = here()
         self.parts["machine"] = machine() | {"threads": self.threads, "clock": _clock[0]}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.parts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -407,7 +411,7 @@ class Results:
 
 
 def main() -> None:
-    """Measure the parts asked for, keep the others as they were."""
+    """Measure the parts asked for; with ``--resume`` those that are stored stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     known = ("import", "cut", "half", "formulas", "statistics")
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
@@ -416,14 +420,15 @@ def main() -> None:
     parser.add_argument("--slow-rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    add_resume(parser)
     given = parser.parse_args()
     _clock[0] = given.clock
     quiet(given.threads)
-    results = Results(given.threads)
+    results = Results(given.threads, resume=given.resume)
     print(command("benchmarks.overhead"), json.dumps(machine()), flush=True)
     for part in given.parts:
         for name, measure in work(part, given.rounds, given.slow_rounds).items():
-            if given.only in name:
+            if given.only in name and not results.has(part, name):
                 results.keep(part, name, measure())
     print(tables(results.parts))
 

@@ -2,8 +2,8 @@
 
 The contribution paper's CNN, trained here for some epochs, or with ``--weights`` a pretrained ResNet-20 loses 10, 30
 and 50 % of its units at once (the ResNet those of the inner width of every block). Needs CIFAR-10 under ``--root`` or
-``LIGHTNING_PRUNE_DATA``. Repairs see training images only. A seed draws their batches, and trains the CNN; what was
-measured before with the same settings is not measured again.
+``LIGHTNING_PRUNE_DATA``. Repairs see training images only. A seed draws their batches, and trains the CNN; with
+``--resume``, seeds that were measured with the same settings are not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, machine, shown, summary
+from benchmarks.common import EVIDENCE, add_resume, command, here, machine, shown, stored, summary
 from lightning_prune import L1, Contribution
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
@@ -199,13 +199,6 @@ def write(rows: Sequence[Row], settings: Mapping[str, Any], line: str, folder: P
     draw(rows).savefig(folder / f"{name}.png")
 
 
-def stored(folder: Path, name: str, settings: Mapping[str, Any]) -> list[Row]:
-    """The rows of an earlier run with these settings."""
-    file = folder / f"{name}.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return list(found["rows"]) if found.get("settings") == settings else []
-
-
 def main() -> None:
     """One network, writing after each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -215,6 +208,7 @@ def main() -> None:
     parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
     parser.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH} that repairs see")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    add_resume(parser)
     given = parser.parse_args()
     source = CIFAR10(root=given.root)
     images, test = (normalised(part, source) for part in source.load())
@@ -224,10 +218,10 @@ def main() -> None:
     if given.weights is None:
         settings, name = settings | {"epochs": given.epochs}, "cnn"
     line = command("benchmarks.repair").replace(str(given.weights), getattr(given.weights, "name", ""))
-    rows = stored(folder, name, settings)
+    rows = stored(folder / f"{name}.json", settings, resume=given.resume)
     for seed in sorted({*range(given.seeds)} - {row["seed"] for row in rows}):
         for row in network(given, images, test, seed):
-            rows.append(row)
+            rows.append({**row, "at": here()})
             print(row, flush=True)
         write(rows, settings, line, folder, name)
     print(table(rows))

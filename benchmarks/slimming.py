@@ -4,7 +4,8 @@ The network of four convolutions, wider and with batch normalisation, is trained
 the scales and without; then one threshold over all scales cuts it, and training goes on. The learning rate falls along
 a cosine over the whole run. Drawn are the scales right before the cut, and accuracy against the share of filters
 removed, beside the unpruned network that goes on as long. All shares of a seed are cut from one checkpoint. A stopped
-run goes on where it was: what is done lies in ``--work``. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+run goes on with ``--resume``: what is done lies in ``--work``. Needs the set under ``--root`` or
+``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
-from benchmarks.common import publish, quiet, quiet_fit, resumed, shown, signed
+from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, shown, signed
 from benchmarks.four_methods import Right, accuracy, loaded
 from lightning_prune import NetworkSlimming, OneShot, ScaleL1
 from lightning_prune.data import CIFAR10
@@ -187,16 +188,25 @@ def tables(rows: Sequence[Row], facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is not done yet, and write docs/evidence/slimming."""
+    """Run all jobs, and write docs/evidence/slimming."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10, help="before the cut")
     parser.add_argument("--after", type=int, default=3, help="epochs after the cut")
     parser.add_argument("--work", type=Path, default=Path("runs/slimming"), help="what is done so far")
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
-    rows = list(resumed(jobs(given), partial(run, given), given.work / "rows.jsonl"))
+    rows = list(
+        computed(
+            jobs(given),
+            partial(run, given),
+            given.work / "rows.jsonl",
+            resume=given.resume,
+            leftovers=["sparse-*.ckpt"],
+        )
+    )
     settings = {"epochs": given.epochs, "after": given.after, "strength": STRENGTH}
     facts = {"seeds": given.seeds, **settings, "rows": rows}
     publish("slimming", facts, tables(rows, facts), figure(rows))

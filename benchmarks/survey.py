@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import EVIDENCE, fill
+from benchmarks.common import EVIDENCE, fill, here
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Axes, Call, Frozen, Structure, Subject, trace
 from lightning_prune.surgery import cut, mask
@@ -319,15 +319,18 @@ def out_of_reach(structure: Structure, parameters: Sequence[str]) -> dict[str, f
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def survey(names: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Every network, or those named (a family's name stands for its networks); earlier results of others stay."""
-    rows: dict[str, Any] = json.loads(PAGE.read_text(encoding="utf-8"))["rows"] if PAGE.is_file() else {}
+def survey(names: Sequence[str], *, resume: bool) -> tuple[dict[str, Any], str]:
+    """Every network, or those named (a family's name stands for its networks).
+
+    With `resume`, what is stored stays, and of all networks those that are missing are run.
+    """
+    rows: dict[str, Any] = json.loads(PAGE.read_text(encoding="utf-8"))["rows"] if resume and PAGE.is_file() else {}
     families = catalogue()
     for family, members in families.items():
         for name in members:
-            if names and name not in names and family not in names:
+            if (name in rows) if not names else name not in names and family not in names:
                 continue
-            rows[name] = _apart(name, family)
+            rows[name] = {**_apart(name, family), "at": here()}
             print(name, json.dumps(rows[name]), flush=True)
     order = [name for members in families.values() for name in members if name in rows]
     rows = {name: rows[name] for name in order}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +28,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from benchmarks.common import publish, quiet, resumed, shown, signed
+from benchmarks.common import add_resume, computed, publish, quiet, shown, signed
 from lightning_prune import (
     L1,
     GradualUnfreezing,
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--e-u", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--table", action="store_true", help="train nothing")
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
     shared = {"pixels": given.pixels, "e_f": given.e_f, "e_u": given.e_u, "lr": given.lr}
@@ -222,7 +224,8 @@ def main() -> None:
     ]
     file = given.work / "rows.jsonl"
     if not given.table:
-        list(resumed(jobs, lambda job: train(job, given.root, given.work), file))
+        run = partial(train, root=given.root, work=given.work)
+        list(computed(jobs, run, file, resume=given.resume, leftovers=["runs/*/last.ckpt"]))
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     rows = [row for row in rows if shared.items() <= row.items()]
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]

@@ -20,7 +20,19 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import EVIDENCE, command, fill, interval, machine, quiet, quiet_fit, signed
+from benchmarks.common import (
+    EVIDENCE,
+    add_resume,
+    command,
+    fill,
+    here,
+    interval,
+    machine,
+    quiet,
+    quiet_fit,
+    signed,
+    stored,
+)
 from benchmarks.contribution import LOOKS, Held
 from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruning, prune
 from lightning_prune.data import FashionMNIST
@@ -237,35 +249,29 @@ def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], fol
 
 
 def main() -> None:
-    """Run the seeds that are not there yet, writing after each."""
+    """Run every seed, writing after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of the set, in torchvision's layout")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--batches", type=int, default=75, help="of 64 images, drawn anew in each of 14 epochs")
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
     folder = EVIDENCE / "vae"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": EPOCHS, "batches": given.batches, "batch_size": BATCH_SIZE}
-    results = stored(folder, settings)
+    results = stored(folder / "results.json", settings, resume=given.resume, rows="runs")
     there = {(r["seed"], r["beta"]) for r in results}
     sets = FashionMNIST(root=given.root, normalize=False).load()
     for seed in range(given.seeds):
         for beta in [beta for beta in BETAS if (seed, beta) not in there]:
             result, pictures = one_seed(Held(sets, BATCH_SIZE, 1 / 6, seed), given.batches, beta, seed)
-            results = sorted([*results, result], key=lambda r: (r["seed"], r["beta"]))
+            results = sorted([*results, {**result, "at": here()}], key=lambda r: (r["seed"], r["beta"]))
             print(f"seed {seed}, beta {beta:g}: {result['seconds']} s", flush=True)
             if seed == 0:
                 draw_reconstructions(pictures, beta, folder / f"reconstructions-beta-{beta:g}.png")
             write(results, settings, folder)
     print(json.dumps(machine()), *tables(results), sep="\n")
-
-
-def stored(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was run before, with the same settings."""
-    file = folder / "results.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return list(found["runs"]) if found.get("settings") == settings else []
 
 
 if __name__ == "__main__":
