@@ -193,17 +193,18 @@ class SPvRPruning(NetworkPruning):
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
     ) -> tuple[CutPoint, ...]:
+        if self._last_done >= 0:  # what it was to look at may be gone
+            return self._moments(trainer)
         assert self._subject is not None
         self._selected = select(structure, self.layers, self.ignore)[0]
         if self.reinit is not None:
             self._bypasses = _among(find_bypasses(structure, self._subject), self._selected)
-        if self._last_done < 0:
-            data = self._data(trainer, module)
-            self._require_scores(trainer, module, data)
-            self._selected = self._scorable(module, data, structure)
-            self._require_feasible(structure, original)
+        data = self._data(trainer, module)
+        self._require_scores(trainer, module, data)
+        self._selected = self._scorable(module, data, structure)
+        self._require_feasible(structure, original)
         timeline = self._moments(trainer)
-        if timeline and self._last_done < 0 and structure.cost.params(structure.widths) <= self._limit(original):
+        if timeline and structure.cost.params(structure.widths) <= self._limit(original):
             self._warn_of_no_effect()
             return ()
         return timeline

@@ -235,6 +235,18 @@ def test_resumed_runs_end_as_one_that_never_stopped(tmp_path: Path) -> None:
         assert torch.equal(loaded.get_parameter(name), weight), name
 
 
+def test_a_run_is_resumed_whose_only_layer_has_vanished(tmp_path: Path) -> None:
+    """What `layers` names is no longer there, and nothing is looked for again."""
+    settings: dict[str, Any] = {"budget": {"params": 1000}, "group_size": 8, "layers": ["net.7"]}
+    module, again = Chain(), Chain()
+    run = fit(tmp_path / "a", module, spvr(**settings), epochs=1)
+    assert isinstance(module.net[7], nn.Identity)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    fit(tmp_path / "b", again, spvr(**settings), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert isinstance(again.net[7], nn.Identity)
+    assert params(again) == params(module)
+
+
 def test_a_killed_ranking_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = Chain()
     fit(tmp_path / "a" / "1", undisturbed, spvr(budget=0.3))

@@ -61,7 +61,16 @@ def test_the_digits_recipe_halves_the_network(words: list[str], capsys: pytest.C
     assert [w.shape for w in best.parameters()] == [w.shape for w in small.parameters()]
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE - {"digits_mlp_contribution", "digits_cnn_xgb"}))
+def test_the_spvr_recipe_meets_its_budget(in_tmp: Path) -> None:
+    words = ["--trainer.max_epochs=3", "--trainer.callbacks.schedule.at=2", "--trainer.callbacks.samples_per_class=5"]
+    main(["fit", "--config=digits_cnn_spvr", *words, *QUIET])
+    small = load(CNNClassifier, "runs/digits_cnn_spvr/001")
+    left = sum(parameter.numel() for parameter in small.parameters())
+    assert 0.05 * 15_562 < left <= 0.1 * 15_562
+    assert list(Path("runs/digits_cnn_spvr/rankings").glob("*/*.pt")), "what was ranked is written down"
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE - {"digits_mlp_contribution", "digits_cnn_spvr", "digits_cnn_xgb"}))
 def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
     write_mnist(in_tmp)
