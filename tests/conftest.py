@@ -35,6 +35,14 @@ def _same_random_numbers() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _settings_of_torch_stay() -> Iterator[None]:
+    """``Trainer(deterministic=True)`` sets the whole process, in which some operators then fail."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this machine may be connected to (W&B talks to a process of its own)."""
     connect = socket.socket.connect

@@ -64,7 +64,10 @@ def transaction(
     Example:
         Half of a layer goes, then the head is replaced and the network traced again:
 
+        >>> import torch
+        >>> from torch import nn
         >>> from lightning_prune.structure import Subject, trace
+        >>> from lightning_prune.surgery import spec_of, transaction
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> example = torch.zeros(1, 4)
         >>> subject = Subject.of(net, example)
