@@ -64,7 +64,7 @@ class DataPass:
 
     Args:
         batches: Batches as a training loop gets them: a `DataLoader`, a list, any iterable that ends; or one batch of
-            tensors ``(x, y)``.
+            tensors ``(x, y)`` or a mapping of them.
         samples: How many, the same share of every class where the labels are classes; all by default.
         per_class: Instead of ``samples``, how many of every class. For labels of more than one dimension (a
             segmentation) as many samples as show the class.
@@ -117,8 +117,10 @@ class DataPass:
             raise ValueError(
                 f"DataPass: expected `samples` or `per_class`, got both ({samples} and {per_class}). Leave one out."
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"DataPass: expected `rank` in [0, {world_size}), got {rank}.")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+            raise ValueError(f"DataPass: expected `rank` to be an int in [0, {world_size}), got {rank!r}.")
+        _require_kinds(batches=batches, seed=seed, memory_limit=memory_limit)
+        _require_callable(labels=labels, inputs=inputs, loss=loss, transfer=transfer, progress=progress)
         self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.loss = loss
@@ -198,8 +200,8 @@ class DataPass:
         Raises:
             ValueError: If one of the parts would be empty.
         """
-        if not 0 < held_back < 1:
-            raise ValueError(f"DataPass.split: expected `held_back` between 0 and 1, got {held_back}.")
+        if not isinstance(held_back, (int, float)) or not 0 < held_back < 1:
+            raise ValueError(f"DataPass.split: expected `held_back` between 0 and 1, got {held_back!r}.")
         order, rng = self._order, np.random.default_rng(self.seed if seed is None else seed)
         count = round(held_back * len(order))
         if not 0 < count < len(order):
@@ -330,12 +332,13 @@ class DataPass:
         if self._labels is None and not _is_pair(raw):
             return None
         found = raw[1] if self._labels is None else self._labels(raw)
-        labels = found if isinstance(found, Tensor) else torch.as_tensor(found)
+        labels = _as_tensor(found)
         length = batch_length(raw)
         if labels.ndim == 0 or len(labels) != length:
             raise ValueError(
                 f"DataPass: expected a label for each of the {length} samples of a batch, got a tensor of shape "
-                f"{tuple(labels.shape)}. Give `labels=`, a function of a batch that returns them."
+                f"{tuple(labels.shape)}. Give batches, not single samples, or `labels=`, a function of a batch that "
+                "returns them."
             )
         return labels
 
@@ -346,7 +349,7 @@ class DataPass:
         found = self._all_labels
         if not found or len({found[number].shape for number in numbers}) > 1:
             return None
-        return torch.stack([found[number] for number in numbers])
+        return torch.stack([found[number] for number in numbers]) if numbers else torch.stack(found[:1])[:0]
 
 
 def _forward(model: nn.Module, batch: Batch) -> Any:
@@ -358,10 +361,44 @@ def _is_pair(raw: Any) -> bool:
 
 
 def _is_batch(batches: Any) -> bool:
-    """Whether it is a single batch: a tensor, or a tuple that starts with one."""
-    return isinstance(batches, Tensor) or (
+    """Whether it is a single batch: a tensor, a mapping, or a tuple that starts with a tensor."""
+    return isinstance(batches, (Tensor, Mapping)) or (
         isinstance(batches, tuple) and bool(batches) and isinstance(batches[0], Tensor)
     )
+
+
+def _as_tensor(labels: Any) -> Tensor:
+    if isinstance(labels, Tensor):
+        return labels
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"DataPass: expected labels that are numbers, got {type(labels).__name__} ({error}). Give `labels=`, a "
+            "function of a batch that returns a number for each sample."
+        ) from error
+
+
+def _require_kinds(*, batches: object, seed: object, memory_limit: object) -> None:
+    if isinstance(batches, str) or not (_is_batch(batches) or hasattr(batches, "__iter__") or _has_items(batches)):
+        raise ValueError(
+            "DataPass: expected `batches` to be a DataLoader, a list of batches or one batch `(x, y)`, got "
+            f"{type(batches).__name__}."
+        )
+    for name, value in (("seed", seed), ("memory_limit", memory_limit)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"DataPass: expected `{name}` to be an int of at least 0, got {value!r}.")
+
+
+def _has_items(batches: object) -> bool:
+    """Whether it can be gone through by position, as a data set or a sequence of batches."""
+    return hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+
+
+def _require_callable(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"DataPass: expected `{name}` to be a function, got {function!r}.")
 
 
 def _require_positive(**counts: int | None) -> None:

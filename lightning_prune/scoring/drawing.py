@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def class_members(labels: Tensor | None) -> dict[int, Indices]:
             f"expected labels that are classes (integers), got {got}. Give `labels=`, a function of a batch that "
             "returns them, or choose by `samples=`."
         )
-    flat = labels.reshape(len(labels), -1).cpu().numpy()
+    flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).cpu().numpy()
     classes = [int(label) for label in np.unique(flat) if label >= 0]
     return {label: np.flatnonzero((flat == label).any(1)) for label in classes}
 

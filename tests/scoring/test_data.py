@@ -204,12 +204,53 @@ def test_classes_of_masks_are_those_that_an_image_shows():
         ({"per_class": -1}, "`per_class` to be an int of at least 1, got -1"),
         ({"samples": 3, "per_class": 1}, "`samples` or `per_class`, got both"),
         ({"batch_size": 1.5}, "`batch_size` to be an int"),
-        ({"rank": 2, "world_size": 2}, r"`rank` in \[0, 2\), got 2"),
+        ({"rank": 2, "world_size": 2}, r"`rank` to be an int in \[0, 2\), got 2"),
+        ({"rank": 0.5}, r"`rank` to be an int in \[0, 1\), got 0.5"),
+        ({"seed": -1}, "`seed` to be an int of at least 0, got -1"),
+        ({"seed": None}, "`seed` to be an int of at least 0, got None"),
+        ({"memory_limit": "1"}, "`memory_limit` to be an int of at least 0, got '1'"),
+        ({"labels": "y"}, "`labels` to be a function, got 'y'"),
+        ({"inputs": 3}, "`inputs` to be a function, got 3"),
+        ({"loss": 3}, "`loss` to be a function, got 3"),
     ],
 )
 def test_settings_out_of_range(settings, text):
     with pytest.raises(ValueError, match=text):
         DataPass(loader(), **settings)
+
+
+@pytest.mark.parametrize("batches", [None, 5, "abc", torch.nn.Linear(2, 2)])
+def test_what_gives_no_batches(batches):
+    with pytest.raises(ValueError, match="`batches` to be a DataLoader, a list of batches or one batch"):
+        DataPass(batches)
+
+
+def test_one_batch_that_is_a_mapping():
+    x, y = torch.randn(6, 2), torch.arange(6) % 2
+    data = DataPass({"input": x, "y": y}, labels=lambda batch: batch["y"])
+    assert data.classes == {0: 3, 1: 3}
+    assert [batch.kwargs.keys() for batch in data] == [{"input", "y"}]
+
+
+def test_labels_that_are_words():
+    with pytest.raises(ValueError, match=r"labels that are numbers, got list .*Give `labels=`"):
+        len(DataPass([(torch.randn(2, 3), ["cat", "dog"])]))
+
+
+def test_single_samples_in_place_of_batches():
+    with pytest.raises(ValueError, match="Give batches, not single samples"):
+        len(DataPass([(torch.randn(3), torch.tensor(1))]))
+
+
+@pytest.mark.parametrize("held_back", [None, "a", 0, 1.0, float("nan")])
+def test_a_share_held_back_that_is_none(held_back):
+    with pytest.raises(ValueError, match="`held_back` between 0 and 1"):
+        DataPass(loader()).split(held_back)
+
+
+def test_a_process_without_a_sample():
+    data = DataPass((torch.randn(1, 3), torch.tensor([2])), rank=1, world_size=2)
+    assert (len(data), list(data), data.labels.shape, data.classes) == (0, [], (0,), {})
 
 
 def test_no_samples():
