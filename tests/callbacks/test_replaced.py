@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction
@@ -165,3 +166,31 @@ def test_a_compiled_network_does_the_same(tmp_path: Path) -> None:
     for name, tensor in expected["weights"].items():
         torch.testing.assert_close(tensors.named(model)[name].detach(), tensor, rtol=1e-10, atol=1e-12)
     assert model.head[0].in_features == 6
+
+
+class ByName(Deep):
+    """An optimizer that was given named parameters."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.named_parameters(), lr=0.01)
+
+
+class Before(Callback):
+    """What `Rollback` keeps before the replacement."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == AT:
+            self.kept, self.groups = snapshot(trainer, pl_module), trainer.optimizers[0].state_dict()["param_groups"]
+
+
+def test_a_rollback_outlives_a_replacement(tmp_path: Path) -> None:
+    """Weights, and state and names of the optimizer go back."""
+    before = Before()
+    _, run, model = train(tmp_path, "adamw", before, model=make(ByName))
+    go_back(before.kept, run, model)
+    assert history_of(model) is None
+    assert same(weights(model), before.kept["weights"])
+    found = run.optimizers[0].state_dict()
+    assert found["param_groups"][0]["params"] == before.groups[0]["params"]
+    assert found["param_groups"][0]["param_names"] == before.groups[0]["param_names"]
+    assert same(found["state"], before.kept["optimizers"][0])

@@ -204,6 +204,8 @@ def go_back(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> 
         for group, names in zip(optimizer.param_groups, groups, strict=True):
             if None not in names:
                 group["params"] = [parameters[name] for name in names]
+                if "param_names" in group:
+                    group["param_names"] = list(names)
     for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
         optimizer.load_state_dict({"state": _copied(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
