@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.scoring.undisturbed import own_random_state
-from lightning_prune.structure.layers import canonical
+from lightning_prune.structure.layers import canonical, tensors
 from lightning_prune.surgery.change import Change, CutError, whole, writable
 from lightning_prune.surgery.depth import layer, put, within
 from lightning_prune.surgery.masks import without_masks
@@ -53,7 +53,7 @@ def exchange(
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
     refuse(optimizers)
     require_modules(models, specs)
-    before = _parameters(models[0])
+    before = _parameters(models[0], tied=True)
     with writable(), whole(change):
         with own_random_state(seed):
             new = {name: _build(spec, models[0], name) for name, spec in specs.items()}
@@ -68,7 +68,8 @@ def require_modules(models: Iterable[nn.Module], names: Collection[str]) -> None
     """Refuse to replace what is no module of all these networks.
 
     Raises:
-        CutError: If a network has no such module, or one of them is part of another one.
+        CutError: If a network has no such module, one of them is part of another one, or the network uses a layer of it
+            elsewhere too.
     """
     networks = tuple(models)
     for name in names:
@@ -77,10 +78,33 @@ def require_modules(models: Iterable[nn.Module], names: Collection[str]) -> None
                 f"Cannot replace {name or 'the network itself'!r}: expected modules inside of the network, none of "
                 "them part of another one. Nothing has changed."
             )
-        if any(layer(model, name) is None for model in networks):
+        if any(not _has(model, name) for model in networks):
             raise CutError(
                 f"Cannot replace {name!r}: the network (or one of its copies) has no such module. Nothing has changed."
             )
+    for name, other in _used_elsewhere(networks[0], names):
+        raise CutError(
+            f"Cannot replace {name!r}: expected layers that stand in one place each, but {other!r} shares one with it. "
+            "Give each place a layer of its own. Nothing has changed."
+        )
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(canonical(prefix) == name for prefix, _ in model.named_modules(remove_duplicate=False))
+
+
+def _used_elsewhere(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Two places by name, one of them replaced, where the network has the same layer with tensors."""
+    known: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if tensors(module):
+            place = canonical(prefix)
+            # Within one module that goes whole, a layer may stand several times.
+            known.setdefault(id(module), set()).add(next((name for name in names if within(place, [name])), place))
+    for places in known.values():
+        if len(places) > 1 and places & set(names):
+            name = min(places & set(names))
+            yield name, min(places - {name})
 
 
 def _build(spec: LayerSpec, model: nn.Module, name: str) -> nn.Module:
@@ -90,8 +114,9 @@ def _build(spec: LayerSpec, model: nn.Module, name: str) -> nn.Module:
     return spec.build(like.device, like.dtype).train(old.training)
 
 
-def _parameters(model: nn.Module) -> Named:
-    return [(canonical(name), parameter) for name, parameter in model.named_parameters()]
+def _parameters(model: nn.Module, *, tied: bool = False) -> Named:
+    """Parameters by name in the order of ``model.parameters()``; ``tied`` ones on request under each of their names."""
+    return [(canonical(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=not tied)]
 
 
 def _step_instead(

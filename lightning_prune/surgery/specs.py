@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,14 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 _SEQUENTIAL = "Sequential"
 
+#: Options that are not whole numbers or sizes; PyTorch checks few of them before the layer runs.
+_SWITCHES = (
+    *("bias", "affine", "track_running_stats", "elementwise_affine", "inplace"),
+    *("return_indices", "ceil_mode", "count_include_pad"),
+)
+_NUMBERS = ("eps", "momentum", "p", "alpha", "negative_slope")
+_WORDS = ("padding", "padding_mode", "approximate")
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -78,6 +87,8 @@ class LayerSpec:
     layers: tuple[LayerSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        _require_types(self.kind, self.options, self.layers)
+        object.__setattr__(self, "layers", tuple(self.layers))
         if self.kind == _SEQUENTIAL:
             if self.options:
                 raise ValueError(f"expected no options of a Sequential, got {', '.join(self.options)}")
@@ -193,11 +204,37 @@ def _read(module: nn.Module, name: str) -> Any:
     return value is not None if name == "bias" else value
 
 
+def _require_types(kind: object, options: object, layers: object) -> None:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"expected the options of a {kind} by name, got {type(options).__name__}")
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"expected the layers of a {kind} as a sequence of LayerSpec, got {type(layers).__name__}")
+    for layer in layers:
+        if not isinstance(layer, LayerSpec):
+            raise ValueError(f"expected the layers of a {kind} to be LayerSpec, got a {type(layer).__name__}")
+
+
 def _option(name: str, value: object) -> Option:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        if not all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in value):
-            raise ValueError(f"expected {name!r} to hold whole numbers, got {value!r}")
+        if name in (*_SWITCHES, *_NUMBERS) or not all(item is None or type(item) is int for item in value):
+            raise ValueError(f"expected {name!r} to be {_expected(name)}, got {value!r}")
         return tuple(value)
-    if value is not None and type(value) not in (int, float, bool, str):
-        raise ValueError(f"expected {name!r} to be a plain number, word or size, got {type(value).__name__}")
+    fits = (
+        type(value) is bool
+        if name in _SWITCHES
+        else type(value) is int
+        or value is None
+        or (name in _NUMBERS and isinstance(value, float) and math.isfinite(value))
+        or (name in _WORDS and isinstance(value, str))
+    )
+    if not fits:
+        raise ValueError(f"expected {name!r} to be {_expected(name)}, got {value!r} ({type(value).__name__})")
     return value  # type: ignore[return-value]  # checked above
+
+
+def _expected(name: str) -> str:
+    if name in _SWITCHES:
+        return "True or False"
+    if name in _NUMBERS:
+        return "a finite number"
+    return "a whole number, a size or a word" if name in _WORDS else "a whole number or a size"

@@ -162,10 +162,11 @@ class Transaction(Change):
             The structure after it, which later cuts take.
 
         Raises:
+            TypeError: If ``modules`` is not a mapping of names to `LayerSpec`; nothing was done.
             CutError: If there is no such module; everything was taken back.
             StructureError: If the network cannot be traced; at the end of the context everything is taken back.
         """
-        modules = {canonical(name): spec for name, spec in modules.items()}
+        modules = _specs(modules)
         require_modules(self._networks, modules)
         edits, histories = {}, {}
         for network in self._networks:
@@ -247,6 +248,18 @@ class Transaction(Change):
         for network, history in histories.items():
             self.set_attributes(network, {ATTRIBUTE: history})
         self._is_checked = False
+
+
+def _specs(modules: object) -> dict[str, LayerSpec]:
+    items = list(modules.items()) if isinstance(modules, Mapping) else []
+    wrong = [found for name, found in items if not (isinstance(name, str) and isinstance(found, LayerSpec))]
+    if wrong or not isinstance(modules, Mapping):
+        raise TypeError(
+            "expected a `LayerSpec` by the name of each module, got "
+            f"{type(wrong[0] if wrong else modules).__name__}. Describe a layer by `spec_of(layer)`, or build a "
+            '`LayerSpec("Linear", {"in_features": 8, "out_features": 3})`. Nothing has changed.'
+        )
+    return {canonical(name): spec for name, spec in items}
 
 
 @contextmanager

@@ -100,9 +100,16 @@ def test_other_modules_are_refused(module: nn.Module) -> None:
     [
         ("Linear", {"in_features": 0, "out_features": 3}, "at least one element"),
         ("Linear", {"in_features": 3}, "cannot be built"),
-        ("Linear", {"in_features": 3.5, "out_features": 2}, "cannot be built"),
-        ("Linear", {"in_features": "3", "out_features": 2}, "cannot be built"),
-        ("Linear", {"in_features": torch.tensor(3), "out_features": 2}, "plain number"),
+        ("Linear", {"in_features": 3.5, "out_features": 2}, r"'in_features' to be a whole number or a size, got 3.5"),
+        ("Linear", {"in_features": "3", "out_features": 2}, "'in_features' to be a whole number or a size, got '3'"),
+        ("Linear", {"in_features": True, "out_features": 2}, "whole number or a size, got True"),
+        ("Linear", {"in_features": torch.tensor(3), "out_features": 2}, "whole number or a size, got tensor"),
+        ("Linear", None, "options of a Linear by name, got NoneType"),
+        ("BatchNorm2d", {"num_features": 3, "eps": "x"}, "'eps' to be a finite number, got 'x'"),
+        ("Dropout", {"p": float("nan")}, "'p' to be a finite number, got nan"),
+        ("MaxPool2d", {"kernel_size": "x"}, "'kernel_size' to be a whole number or a size, got 'x'"),
+        ("ReLU", {"inplace": 3}, "'inplace' to be True or False, got 3"),
+        ("LeakyReLU", {"negative_slope": [1, 2]}, "'negative_slope' to be a finite number"),
         ("Linear", {"in_features": 3, "out_features": 2, "device": "cuda"}, "expected options of a Linear"),
         ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}, "cannot be built"),
         ("Sequential", {"layers": 3}, "no options"),
@@ -113,6 +120,12 @@ def test_other_modules_are_refused(module: nn.Module) -> None:
 def test_what_cannot_be_built(kind: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         LayerSpec(kind, options)
+
+
+@pytest.mark.parametrize("layers", ["ab", 3, (nn.ReLU(),)])
+def test_a_sequence_of_something_else_is_refused(layers: Any) -> None:
+    with pytest.raises(ValueError, match="layers of a Sequential"):
+        LayerSpec("Sequential", layers=layers)
 
 
 @pytest.mark.parametrize(

@@ -487,7 +487,7 @@ class TestRefused:
             (("modules", "11", "kind"), 3, "expected 'kind' to be a str"),
             (("modules", "11", "options", "in_features"), -1, "cannot be built"),
             (("modules", "11", "options", "in_features"), 0, "at least one element"),
-            (("modules", "11", "options", "in_features"), [[1]], "whole numbers"),
+            (("modules", "11", "options", "in_features"), [[1]], "whole number or a size"),
             (("modules", "11", "options", "depth"), 1, "expected options of a Linear"),
             (("modules", "11"), [], "to be a dict"),
             (("modules", "11.x"), {"kind": "Identity", "options": {}}, "part of another"),
@@ -586,3 +586,60 @@ def test_masks_of_what_is_replaced_go() -> None:
     attach(model, None)
     conform(model, {}, None)
     assert np.all([mask.any().item() is False for mask in masks_of(model).values()])
+
+
+class Tied(nn.Module):
+    """Two equal-shaped layers with one weight, or one layer in two places."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.third.weight = self.second.weight
+        self.third = self.second if whole else self.third
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(x).relu()).relu()).relu())  # type: ignore[no-any-return]
+
+    def by_kind(self) -> AdamW:
+        parameters = list(self.parameters())
+        return AdamW([{"params": [p for p in parameters if (p.ndim > 1) is matrix]} for matrix in (True, False)])
+
+
+@pytest.mark.parametrize("name", ["second", "third"])
+def test_a_tied_weight_that_is_replaced_has_its_group_and_place(name: str) -> None:
+    """The group of the weight that it was tied to, not that of its module's bias: state loads by position."""
+    model, x = Tied(), torch.randn(5, 6, dtype=torch.float64)
+    optimizer, subject = model.by_kind(), Subject.of(model, x)
+    model(x).square().sum().backward()
+    optimizer.step()
+    with transaction(model, [optimizer], run=lambda: model(x)) as change:
+        spec = LayerSpec("Linear", {"in_features": 8, "out_features": 8})
+        change.replace({name: spec}, lambda: trace(subject), trace(subject))
+    again = load(Tied(), checkpoint_of(model))
+    names = [{id(p): name for name, p in network.named_parameters()} for network in (model, again)]
+    found, expected = (
+        [[known[id(p)] for p in group["params"]] for group in one.param_groups]
+        for known, one in zip(names, (optimizer, again.by_kind()), strict=True)  # type: ignore[operator]
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("names", [["second"], ["third"], ["second", "third"]])
+def test_a_layer_in_two_places_is_not_replaced(names: list[str], photograph: Any, same: Any) -> None:
+    """The other place would keep the old one, and after widening they would no longer be one."""
+    model, x = Tied(whole=True), torch.randn(5, 6, dtype=torch.float64)
+    subject, before = Subject.of(model, x), photograph(model)
+    with pytest.raises(CutError, match=r"one place each, but .* shares one"), transaction(model) as change:
+        change.replace(dict.fromkeys(names, IDENTITY), lambda: trace(subject), trace(subject))
+    assert same(before, photograph(model))
+
+
+@pytest.mark.parametrize("modules", [None, "11", {"11": nn.Linear(4, 3)}, {"11": "Identity"}, {11: IDENTITY}])
+def test_what_is_no_description_of_a_layer(modules: Any, photograph: Any, same: Any) -> None:
+    model = chain()
+    subject, before = Subject.of(model, images()), photograph(model)
+    with pytest.raises(TypeError, match="expected a `LayerSpec` by the name of each module"), transaction(model) as c:
+        c.replace(modules, lambda: trace(subject), trace(subject))
+    assert same(before, photograph(model))
