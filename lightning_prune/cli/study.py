@@ -17,6 +17,7 @@ from lightning_prune.study.progress import Progress
 from lightning_prune.study.report import page
 from lightning_prune.study.runner import check, retry_failed, rows, run_study
 from lightning_prune.study.table import read_table, write_table
+from lightning_prune.study.transfer import export_study, import_study
 
 __all__ = ["main"]
 
@@ -26,9 +27,10 @@ def main(words: Sequence[str]) -> None:
     parser = ArgumentParser("lightning-prune study", description="The hyperparameter performance space of a network.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     start = verbs.add_parser("run", help="run what is not finished yet")
-    export = verbs.add_parser("export", help="write the table of all finished runs")
+    export = verbs.add_parser("export", help="write the table of all finished runs, and the architectures")
+    take = verbs.add_parser("import", help="take over what `export` wrote, to go on with it")
     report = verbs.add_parser("report", help="write tables, pictures and a page of what is finished")
-    for verb in (start, export, report):
+    for verb in (start, export, take, report):
         verb.add_argument("file", help="a study.yaml, or the name of a study that comes with the package")
         verb.add_argument("--folder", type=Path, help="where its runs are (default: runs/<name of the file>)")
     start.add_argument(
@@ -43,7 +45,8 @@ def main(words: Sequence[str]) -> None:
     )
     report.add_argument("--table", type=Path, help="read this table instead of the folder's runs")
     report.add_argument("--out", type=Path, help="where to write (default: report in the folder)")
-    export.add_argument("--table", type=Path, help="the file to write (default: table.csv in the folder)")
+    export.add_argument("--out", type=Path, help="folder to write to (default: export in the folder)")
+    take.add_argument("source", type=Path, help="folder that `export` wrote")
     given = parser.parse_args(words)
     file = Path(given.file) if Path(given.file).is_file() else recipes.study(given.file)
     study, folder = load(file, recipes.path), given.folder or Path("runs") / file.stem
@@ -54,10 +57,10 @@ def main(words: Sequence[str]) -> None:
         written = page(study, analyse(found, study.axes), file.stem, given.accept)
         for each in written.write(given.out or folder / "report", "report"):
             print(each)
+    elif given.verb == "import":
+        print(f"{import_study(study, given.source, folder)} runs taken over")
     else:
-        table = given.table or folder / "table.csv"
-        write_table(rows(study, folder), study.axes, table)
-        print(table)
+        export_study(study, folder, given.out or folder / "export")
 
 
 def _run(study: Study, folder: Path, given: Namespace) -> None:

@@ -174,15 +174,16 @@ class Analysis:
             float(np.mean([len(risk.absolute) for risk in risks])),
         )
 
-    def edges(self) -> list[str]:
-        """Where a 1.0-ROI still touches the edge of the grid, in words."""
-        found = []
+    def edges(self) -> dict[str, list[str]]:
+        """Sides of the grid that a 1.0-ROI still touches, in words, with the variants whose region does."""
+        found: dict[str, list[str]] = {}
         low, high = self.positions.min(axis=0), self.positions.max(axis=0)
         for space in self.spaces:
             for side, axis in enumerate(self.axes):
                 at = np.concatenate([points[:, side] for _, points in self._regions(space, WIDE)])
                 ends = [word for word, edge in (("lowest", low), ("highest", high)) if (at == edge[side]).any()]
-                found += [f"{space.name}: {word} {axis.name}" for word in ends]
+                for word in ends:
+                    found.setdefault(f"{word} {axis.name}", []).append(space.name)
         return found
 
     def _regions(self, space: Space, threshold: float) -> list[tuple[int, FloatArray]]:

@@ -53,6 +53,7 @@ def spaces_figure(
         for axes in (above, below):
             if line is not None:
                 axes.plot(line[:, 0], line[:, 1], "--", color="#D55E00", lw=1.2)
+        below.locator_params(nbins=5)
         above.set_title(space.name, fontsize="medium")
         below.set_xlabel(_label(analysis.axes[0]))
     for row in panels:

@@ -13,7 +13,7 @@ from lightning_prune.study.axes import Axis
 from lightning_prune.study.definition import Study
 from lightning_prune.study.plots import grid_figure, risk_figure, spaces_figure
 from lightning_prune.study.recipe import Config, get
-from lightning_prune.study.statistics import Interval
+from lightning_prune.study.statistics import FEWEST, Interval
 
 __all__ = ["page", "recommendations", "tables"]
 
@@ -67,6 +67,8 @@ def recommendations(analysis: Analysis, accept: float) -> list[str]:
         risk = analysis.risk(space)
         mean = risk.mean if risk.crossed is None else risk.crossed
         kind = "one seed" if risk.crossed is None else "cross-fitted"
+        if risk.configurations < FEWEST:
+            kind += f", only {risk.configurations:g} configurations, so that this says little"
         if mean <= accept:
             advice = "keep the unpruned network's hyperparameters"
         else:
@@ -106,8 +108,12 @@ def _summary(study: Study, analysis: Analysis) -> str:
         text += " Selected on test: the accuracies are those of the test images, which also chose the best points."
     edges = analysis.edges()
     if edges:
-        text += f" A 1.0-ROI touches the edge of the grid, so that ellipses may be cut short ({'; '.join(edges)})."
+        text += f" A 1.0-ROI touches the edge of the grid, so that ellipses may be cut short ({_sides(edges)})."
     return text
+
+
+def _sides(edges: dict[str, list[str]]) -> str:
+    return "; ".join(f"{side}: {', '.join(names)}" for side, names in edges.items())
 
 
 def _overview(analysis: Analysis) -> Grid:

@@ -23,7 +23,7 @@ from lightning_prune.study.store import Store
 from lightning_prune.study.table import Row
 from lightning_prune.study.training import Task, Train
 
-__all__ = ["Failure", "check", "extent_of", "failures", "retry_failed", "rows", "run_study"]
+__all__ = ["Failure", "check", "extent_of", "failures", "identity", "retry_failed", "rows", "run_study"]
 
 # The threshold of the region that the grid has to hold, as a share.
 _ROI = 0.01
@@ -59,7 +59,7 @@ def run_study(study: Study, folder: Path, train: Train, launcher: Launcher, prog
         ValueError: If the folder holds another study.
     """
     store = Store(folder)
-    store.claim(_identity(study))
+    store.claim(identity(study))
     for stage in _stages(study, store):
         todo = [cell for cell in stage if _is_due(store, cell)]
         progress.stage(len(stage), len(stage) - len(todo))
@@ -150,7 +150,7 @@ def retry_failed(study: Study, folder: Path) -> int:
     return len(failed)
 
 
-def _identity(study: Study) -> dict[str, Any]:
+def identity(study: Study) -> dict[str, Any]:
     """What a study cannot change: more variants, seeds and points do not make it another one."""
     axes = [{"key": axis.key, "prior": axis.prior, "step": axis.step, "scale": axis.scale} for axis in study.axes]
     return {"recipe": study.recipe, "axes": axes, "metric": study.metric}

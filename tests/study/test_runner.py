@@ -12,6 +12,7 @@ from lightning_prune.study.configurations import cells, cut_of, prior, run
 from lightning_prune.study.progress import Progress
 from lightning_prune.study.runner import extent_of, failures, retry_failed, rows, run_study
 from lightning_prune.study.store import DamagedWarning, Store
+from lightning_prune.study.transfer import export_study, import_study
 from tests.study.surfaces import Inline, Surface, hill, silent, study
 
 QUIET = Progress(silent)
@@ -206,3 +207,17 @@ def test_two_studies_in_one_folder_are_refused(tmp_path: Path) -> None:
     more = study(variants=[{"remaining": 0.5}], seeds=[0, 1], points=5)
     assert run_study(more, tmp_path, Surface(hill), Inline(), QUIET) == [], "a study may become larger"
     assert len(rows(more, tmp_path)) == 2 * 2 * 25
+
+
+def test_a_study_goes_on_from_its_exported_files(tmp_path: Path) -> None:
+    found = study(variants=[{"remaining": 0.5}], seeds=[0, 1])
+    run_study(found, tmp_path / "first", Surface(hill), Inline(), QUIET)
+    export_study(found, tmp_path / "first", tmp_path / "files")
+    assert len(list((tmp_path / "files" / "architectures").iterdir())) == 1
+    surface = Surface(hill)
+    assert import_study(found, tmp_path / "files", tmp_path / "second") == 35
+    run_study(found, tmp_path / "second", surface, Inline(), QUIET)
+    assert len(surface.calls) == 1, "only the run whose weights others start from"
+    assert rows(found, tmp_path / "second") == rows(found, tmp_path / "first")
+    with pytest.raises(ValueError, match="got a run that it does not have: unpruned"):
+        import_study(study(set={"trainer.max_epochs": 7}), tmp_path / "files", tmp_path / "third")
