@@ -76,7 +76,8 @@ def sensitivity(
 
     original, dense = Original.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
-    for name in track(selected, "Sensitivity", transient=True, disable=not Console().is_terminal):
+    # Without a terminal no bar at all: a disabled one still prints an empty line before rich 14.3.
+    for name in track(selected, "Sensitivity", transient=True) if Console().is_terminal else selected:
         values: list[float] = []
         for share in shares:
             target = Target("units", {name: 1 - share})

@@ -162,13 +162,6 @@ def test_a_table_larger_than_memory(weight: Any, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_of_an_older_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels = table()
-    monkeypatch.delattr(xgboost, "ExtMemQuantileDMatrix")
-    with pytest.raises(ValueError, match="expected version 3 or newer for `memory_limit`"):
-        XGBoost(memory_limit=2**10).fit(features, labels, split_samples(labels, "classification"))
-
-
 def test_other_parameters_win() -> None:
     features, labels = table()
     parts = split_samples(labels, "classification")

@@ -133,11 +133,6 @@ class XGBoost(Surrogate):
         table: dict[str, Any] = {"max_bin": self.max_bin, "nthread": self.threads or 0, "ref": ref}
         if self.memory_limit is None or features.nbytes <= self.memory_limit:
             return xgboost.QuantileDMatrix(features, labels, weight=weights, **table)
-        if not hasattr(xgboost, "ExtMemQuantileDMatrix"):
-            raise ValueError(
-                f"XGBoost: expected version 3 or newer for `memory_limit`, got {xgboost.__version__}. Update xgboost, "
-                "or leave `memory_limit` out."
-            )
         rows = max(self.memory_limit // (4 * features.shape[1]), 1)
         parts = [slice(start, start + rows) for start in range(0, len(features), rows)]
 
