@@ -257,6 +257,58 @@ def test_the_rest_costs_what_lies_behind():
         moved = walk.macs
 
 
+def test_most_channels_masked_are_the_share_of_the_others():
+    """Three of four masked cost one of four, all of them nothing; where a norm makes other numbers of 0, no less."""
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
+    norm = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)
+    masks = torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    layer = 3 * 6 * 6 * 4 * 5 * 9  # of three samples
+    for model, share in (
+        (nn.Sequential(*chain, *ends), (1 + 0 + 1) / 4),
+        (nn.Sequential(*norm, *ends), (3 + 4 + 1) / 4),
+    ):
+        model = model.double().eval()
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.bias.data.uniform_(0.5, 1)
+        walk = Walk(model, DataPass([torch.randn(3, 2, 6, 6, dtype=torch.float64)]), [Station("0", "output")])
+        (visit,) = walk
+        (here,) = visit
+        here.rest_masked(masks[2:], delta=True)  # what the layer gives unmasked is known then
+        before = walk.macs
+        torch.testing.assert_close(here.rest_masked(masks, delta=True), here.rest_masked(masks), rtol=1e-12, atol=1e-12)
+        assert walk.macs - before == layer * share + layer * 3 + 2 * 3 * 3 * 10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_a_first_pass_has_run_is_not_run_again(name):
+    """Values and outputs are the same bit by bit, and moving costs no multiply-accumulates while nothing is masked."""
+    model, data = build(name), DataPass(raw_batches(name))
+    alone, after = walk_of(model, data), walk_of(model, data)
+    values = {station: [] for station in after.stations}
+    for output, found in after.first_pass(after.stations):
+        assert all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(output))
+        for station, value in found.items():
+            values[station].append(value.clone())
+    whole = after.macs
+    assert whole == len(data) * after.forward_macs
+    for one, other in zip(alone, after, strict=True):
+        for a, b, value in zip(one, other, values[other.station], strict=True):
+            assert torch.equal(a.value, b.value)
+            assert torch.equal(b.value, value)
+        assert after.macs == whole
+    masked = [walk_of(model, data), walk_of(model, data)]
+    list(masked[1].first_pass([]))
+    found, expected = outputs(masked[1]), outputs(masked[0])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    small = walk_of(model, data, memory_limit=0)
+    list(small.first_pass([]))
+    list(small)
+    assert small.macs > whole  # nothing is kept
+
+
 def test_samples_without_anything_to_mask_are_not_run():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()

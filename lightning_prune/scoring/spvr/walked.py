@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.spvr.grouping import correlation, group_units
 from lightning_prune.scoring.spvr.importance import MEASURES, Measure
 from lightning_prune.scoring.spvr.outputs import ClassScores, Task, class_scores, score_tensor
 from lightning_prune.scoring.spvr.sites import Site
-from lightning_prune.scoring.walk import Here, Visit, Walk
-from lightning_prune.scoring.walk.plain import Change, Place, marked
+from lightning_prune.scoring.walk import Here, Station, Visit, Walk
 
 __all__ = ["Ranking", "RankingOptions", "rank"]
 
@@ -112,20 +111,22 @@ def rank(
         plain=options.plain,
         agree=agree,
     )
-    outputs, features = _first_pass(model, data, sites, walk.places)
-    reading = class_scores(outputs, _labels(data), options.task, options.normalized)
+    outputs, features = _first_pass(walk, sites)
+    reading = class_scores(torch.cat([*map(score_tensor, outputs)]), _labels(data), options.task, options.normalized)
     bundles = {
         name: group_units(torch.stack([correlation(gather(x)) for x in found]).mean(0), options.group_size)
         for name, found in features.items()
     }
-    most = max(1, _HELD // max(outputs[: data.batch_size].numel(), 1))
+    most = max(1, _HELD // max(score_tensor(outputs[0]).numel(), 1))
     scores: dict[str, Tensor] = {}
     done, count = 0, sum(map(len, bundles.values()))
     for visit in walk:
         here = [site for site in sites.values() if site.first == visit.station]
         found = visit.once(
             lambda visit=visit, here=here: {  # type: ignore[misc]
-                site.name: gather(_importance(visit, site, bundles[site.name], reading, options, most)[None]).sum(0)
+                site.name: gather(
+                    _importance(visit, site, bundles[site.name], outputs, reading, options, most)[None]
+                ).sum(0)
                 for site in here
             }
         )
@@ -133,15 +134,15 @@ def rank(
         for site in here:
             done += len(bundles[site.name])
             progress(site.name, done, count)
-    first_pass = len(data) * walk.forward_macs
-    naive = (count + 1) * first_pass
-    return Ranking(bundles, scores, len(data), walk.macs + first_pass, naive, perf_counter() - began)
+    naive = (count + 1) * len(data) * walk.forward_macs
+    return Ranking(bundles, scores, len(data), walk.macs, naive, perf_counter() - began)
 
 
 def _importance(
     visit: Visit,
     site: Site,
     bundles: Sequence[Sequence[int]],
+    unmasked: Sequence[Any],
     reading: ClassScores,
     options: RankingOptions,
     most: int,
@@ -150,54 +151,40 @@ def _importance(
     found = torch.zeros(len(bundles), dtype=torch.float64)
     places = visit.walk.places
     masks = {station: site.masks(station, bundles, places[station].channels) for station in site.channels}
-    for here in visit:
-        whole = reading.log_probabilities(score_tensor(here.output))
+    for here, output in zip(visit, unmasked, strict=True):
+        whole = reading.log_probabilities(score_tensor(output))
         for first in range(0, len(bundles), most):
             part = slice(first, first + most)
-            outputs = _outputs(here, masks, site.first, part, fast=options.fast)
+            outputs = _outputs(here, masks, site.first, part, output, fast=options.fast)
             changes = [MEASURES[options.measure](whole, reading.log_probabilities(one)) for one in outputs]
             found[part] += torch.stack(changes).to("cpu", torch.float64).sum(1)
     return found
 
 
-def _outputs(here: Here, masks: Mapping[Any, Tensor], first: Any, part: slice, *, fast: bool) -> Tensor:
+def _outputs(here: Here, masks: Mapping[Any, Tensor], first: Any, part: slice, unmasked: Any, *, fast: bool) -> Tensor:
     also = {station: mask[part] for station, mask in masks.items() if station != first}
-    return score_tensor(here.rest_masked(masks[first][part], also or None, delta=fast, skip=fast))
+    return score_tensor(here.rest_masked(masks[first][part], also or None, delta=fast, skip=fast, output=unmasked))
 
 
-def _first_pass(
-    model: nn.Module, data: DataPass, sites: Mapping[str, Site], places: Mapping[Any, Place]
-) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """Outputs of all samples, and at every station of a site one number per sample and unit.
+def _first_pass(walk: Walk, sites: Mapping[str, Site]) -> tuple[list[Any], dict[str, list[Tensor]]]:
+    """What the network gives batch by batch, and at every station of a site one number per sample and unit.
 
     Single numbers are taken as they are, of maps the sums of absolute values (eq. 4).
     """
-    wanted: dict[Any, list[Site]] = {}
-    for site in sites.values():
-        for station in site.channels:
-            wanted.setdefault(station, []).append(site)
-    rows: dict[tuple[str, Any], list[Tensor]] = {}
-    outputs: list[Tensor] = []
-
-    def see(place: Place) -> Change:
-        def change(value: Tensor) -> Tensor:
-            by_channel = value.movedim(place.dim, 1)
-            for site in wanted[place.station]:
-                x = by_channel[:, site.channels[place.station].to(value.device)].flatten(2)
+    stations = list(dict.fromkeys(station for site in sites.values() for station in site.channels))
+    rows: dict[tuple[str, Station], list[Tensor]] = {}
+    outputs: list[Any] = []
+    for output, values in walk.first_pass(stations):
+        outputs.append(output)
+        for name, site in sites.items():
+            for station, channels in site.channels.items():
+                value = values[station].movedim(walk.places[station].dim, 1)
+                x = value[:, channels.to(value.device)].flatten(2)
                 x = x.to(torch.promote_types(x.dtype, torch.float32))
                 pooled = x[..., 0] if x.shape[2] == 1 else x.abs().sum(2)
-                rows.setdefault((site.name, place.station), []).append(pooled.cpu())
-            return value
-
-        return change
-
-    def call(network: nn.Module, batch: Batch) -> Any:
-        with marked(network, {places[station]: see(places[station]) for station in wanted}):
-            return network(*batch.args, **batch.kwargs)
-
-    data.run(model, lambda _, result: outputs.append(score_tensor(result)), call=call)
+                rows.setdefault((name, station), []).append(pooled.cpu())
     features = {name: [torch.cat(rows[name, station]) for station in site.channels] for name, site in sites.items()}
-    return torch.cat(outputs), features
+    return outputs, features
 
 
 def _labels(data: DataPass) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""Layers behind a station as a difference: what they gave, less the share of the channels that are masked."""
+"""Layers behind a station by their changed channels: what they gave, less the share of those that are masked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -12,7 +12,7 @@ from lightning_prune.scoring.walk.chains import CHANNELWISE, operator_name
 from lightning_prune.scoring.walk.program import Program
 from lightning_prune.scoring.walk.recording import Step, Value
 
-__all__ = ["Delta", "Shares"]
+__all__ = ["Delta", "Partial", "Shares"]
 
 
 class Shares(NamedTuple):
@@ -98,65 +98,107 @@ class Delta:
         outs = {self.program.steps[index].outs[0] for index in self.layers}
         return {*self.layers.values(), *(out for out in outs if out is not None)}
 
-    def instead(self, dense: Mapping[int, Tensor], shares: Shares) -> dict[int, Callable[..., Tensor]]:
+    def instead(self, dense: Mapping[int, Tensor], shares: Shares) -> dict[int, Partial]:
         """By position of a layer's operator, what takes its place: a function of its arguments.
 
         Args:
             dense: What is ``wanted``.
             shares: The rows of the run.
         """
-        found: dict[int, Callable[..., Tensor]] = {}
+        found: dict[int, Partial] = {}
         for index, number in self.layers.items():
             step = self.program.steps[index]
             out = step.outs[0]
             assert out is not None
-            found[index] = _Difference(step, dense[number], dense[out], shares)
+            found[index] = Partial(step, dense[number], dense[out], shares)
         return found
 
-    def macs(self, shares: Shares) -> tuple[int, int]:
-        """Multiply-accumulates of the layers for these rows: as differences and whole."""
-        spent = whole = 0
-        for index, number in self.layers.items():
-            step = self.program.steps[index]
-            channels = self.program.shapes[number][1]
-            for rows, masked in zip(shares.rows, shares.channels, strict=True):
-                spent += step.macs * rows * len(masked) // (2 * channels)
-                whole += step.macs * rows // 2
-        return spent, whole
 
+@final
+class Partial:
+    """One layer's operator, variant by variant, over few of its input channels.
 
-class _Difference:
-    """One layer's operator."""
+    Where at most half of the channels are masked, it is what the layer gave less their share. Where more are, and they
+    are 0 when they enter the layer, it is the share of the others.
+
+    Args:
+        step: The operator.
+        entered: What entered the layer in the unmasked network.
+        gave: What it gave there.
+        shares: The rows of the run.
+
+    Attributes:
+        macs_saved: Multiply-accumulates less than the whole operator takes, so far.
+    """
 
     def __init__(self, step: Step, entered: Tensor, gave: Tensor, shares: Shares) -> None:
         self.step, self.entered, self.gave, self.shares = step, entered, gave, shares
+        self.macs_saved = 0
 
     def __call__(self, *args: Any) -> Tensor:
-        out = self.gave.index_select(0, self.shares.samples)
-        position = 1 if operator_name(self.step) == "addmm" else 0
-        x, first = args[position], 0
+        """What the operator gives for these arguments."""
+        x, first = args[self._position], 0
+        channels_all = x.shape[1]
+        parts = []
         for rows, channels in zip(self.shares.rows, self.shares.channels, strict=True):
             last = first + rows
-            if rows and len(channels):
-                here, samples = x[first:last].index_select(1, channels), self.shares.samples[first:last]
-                before = self.entered.index_select(0, samples).index_select(1, channels)
-                self._add(out[first:last], here, before, channels, args)
+            if rows:
+                here, samples = x[first:last], self.shares.samples[first:last]
+                by_others = 2 * len(channels) > channels_all and not self._by_channel
+                by_others = by_others and not here.index_select(1, channels).any()
+                part = self._of_others(here, channels, args) if by_others else self._less(here, samples, channels, args)
+                parts.append(part)
+                used = channels_all - len(channels) if by_others else len(channels)
+                self.macs_saved += self.step.macs * rows * (channels_all - used) // (2 * channels_all)
             first = last
-        return out
+        return torch.cat(parts)
 
-    def _add(self, out: Tensor, x: Tensor, before: Tensor, channels: Tensor, args: tuple[Any, ...]) -> None:
-        if operator_name(self.step) in ("addmm", "mm"):
-            out.add_((x - before) @ args[-1].index_select(0, channels))
-            return
-        weight, stride, padding, dilation, groups = args[1], args[3], args[4], args[5], args[8]
-        settings = stride, padding, dilation, False, [0] * len(stride)
+    @property
+    def _is_product(self) -> bool:
+        return operator_name(self.step) in ("addmm", "mm")
+
+    @property
+    def _position(self) -> int:
+        return 1 if operator_name(self.step) == "addmm" else 0
+
+    @property
+    def _by_channel(self) -> bool:
+        """Whether the layer has a channel a group."""
+        return not self._is_product and self.step.args[8] != 1
+
+    def _of_others(self, x: Tensor, channels: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """The layer over the channels that are not masked."""
+        kept = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        kept[channels] = False
+        (others,) = kept.nonzero(as_tuple=True)
+        if self._is_product:
+            out: Tensor = x.index_select(1, others) @ args[-1].index_select(0, others)
+            return torch.add(out, args[0]) if len(args) > 2 else out
+        weight, bias = args[1], args[2]
+        if not len(others):
+            out = x.new_zeros(len(x), *self.gave.shape[1:])
+            return out if bias is None else out + bias.reshape(-1, *[1] * (out.dim() - 2))
+        return self._convolved(x.index_select(1, others), weight.index_select(1, others), bias, args, 1)
+
+    def _less(self, x: Tensor, samples: Tensor, channels: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """What the layer gave, and the share of what has changed."""
+        out = self.gave.index_select(0, samples)
+        if not len(channels):
+            return out
+        change = x.index_select(1, channels) - self.entered.index_select(0, samples).index_select(1, channels)
+        if self._is_product:
+            return out.add_(change @ args[-1].index_select(0, channels))
+        weight, groups = args[1], args[8]
         if groups == 1:
-            part = weight.index_select(1, channels)
-            out.add_(torch.ops.aten.convolution.default(x - before, part, None, *settings, 1))
-            return
+            return out.add_(self._convolved(change, weight.index_select(1, channels), None, args, 1))
         # One channel a group: only the outputs of the masked ones change.
         each = len(weight) // groups
         outs = (channels[:, None] * each + torch.arange(each, device=channels.device)).flatten()
-        part = weight.index_select(0, outs)
-        change = torch.ops.aten.convolution.default(x - before, part, None, *settings, len(channels))
-        out.index_add_(1, outs, change)
+        part = self._convolved(change, weight.index_select(0, outs), None, args, len(channels))
+        return out.index_add_(1, outs, part)
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...], groups: int) -> Tensor:
+        stride, padding, dilation = args[3:6]
+        settings = stride, padding, dilation, False, [0] * len(stride)
+        found: Tensor = torch.ops.aten.convolution.default(x, weight, bias, *settings, groups)
+        return found

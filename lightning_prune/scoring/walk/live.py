@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.scoring.data import Batch
 from lightning_prune.scoring.spool import Spool, Stored
-from lightning_prune.scoring.walk.delta import Delta, Shares
+from lightning_prune.scoring.walk.delta import Delta, Partial, Shares
+from lightning_prune.scoring.walk.kept import Kept
 from lightning_prune.scoring.walk.plain import Place
 from lightning_prune.scoring.walk.program import Context, NotReplayable, Program, Work, take_rows, weights_of
 from lightning_prune.scoring.walk.recording import Given, leaves
@@ -70,6 +71,7 @@ class Live:
         self.limit, self.most_rows = limit, most_rows
         self.macs = 0
         self.spool = Spool(limit)
+        self._kept = Kept(program, self.spool)
         self._live: dict[int, dict[int, Stored]] = {}
         self._at: dict[int, Station] = {}
         self._here: _Here | None = None
@@ -97,6 +99,17 @@ class Live:
                 stored.free()
         self._live, self._at, self._here = {}, {}, None
 
+    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:
+        """What the network gives and has at stations; its layers need not run again while nothing is masked."""
+        program = self.program
+        seen = {station: program.value_at(program.at[station]) for station in stations}
+        work = program.work(range(len(program.steps)), [*program.outputs, *seen.values()])
+        context = self._context(batch, {})
+        self._kept.forget(number)
+        found = program.run(work, {}, context, instead=self._kept.recorders(number))
+        self.macs += program.macs(work.steps, len(batch))
+        return program.output_of(found, context), {station: found[number] for station, number in seen.items()}
+
     def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None:
         """Go on to a station; what no later step reads is freed."""
         program, live, before = self.program, self._live.get(number, {}), self._at.get(number)
@@ -109,8 +122,8 @@ class Live:
             values[own] = scaled(values[own], masks[before], self.dims[before])
             live.pop(own).free()
         context = self._context(batch, {name: mask for name, mask in masks.items() if name != station})
-        values = program.run(work, values, context)
-        self.macs += program.macs(work.steps, len(batch))
+        values = self._ran(work, values, context, number)
+        self._kept.forget(number, up_to=stop)
         wanted = program.live(stop)
         for name in live.keys() - wanted:
             live.pop(name).free()
@@ -147,6 +160,15 @@ class Live:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _ran(
+        self, work: Work, values: Mapping[int, Tensor], context: Context, number: int, *, out_of_order: bool = False
+    ) -> dict[int, Tensor]:
+        """Values of a whole batch behind work of which nothing is known yet, or some from a first pass."""
+        known = {} if context.masks else self._kept.known(number, work.steps)
+        found = self.program.run(work, values, context, out_of_order=out_of_order, instead=known)
+        self.macs += self.program.macs((index for index in work.steps if index not in known), context.samples)
+        return found
+
     def _chunk(self, here: _Here, asked: Variants, part: slice) -> Any:
         """Outputs of the samples that have to be run, variant by variant; None if there are none."""
         alive, several = asked.alive[part].to(asked.value.device), asked.several[part].to(asked.value.device)
@@ -161,16 +183,15 @@ class Live:
         rows = {station: mask[part].to(several.device)[variant] for station, mask in asked.also.items()}
         inputs = [_rows(leaf, sample, here.samples) for leaf in here.inputs] if self._reads_inputs(work) else []
         context = Context(weights_of(self.model), inputs, len(sample), product(asked.masks, rows), self.dims)
-        self.macs += program.macs(work.steps, len(sample))
-        instead = None
+        instead: dict[int, Partial] = {}
         if asked.delta and asked.dim == 1:
             channels = [(mask == 0).nonzero()[:, 0] for mask in several]
             shares = Shares(alive.sum(1).tolist(), channels, sample)
             delta = self._delta(start, marks)
             instead = delta.instead(self._dense(here, asked, delta), shares)
-            spent, whole = delta.macs(shares)
-            self.macs += spent - whole
-        return program.output_of(program.run(work, values, context, instead=instead), context)
+        found = program.run(work, values, context, instead=instead)
+        self.macs += program.macs(work.steps, len(sample)) - sum(layer.macs_saved for layer in instead.values())
+        return program.output_of(found, context)
 
     def _at_batch(self, number: int, batch: Batch) -> _Here:
         """What is known of the batch, as long as it is the same one."""
@@ -192,8 +213,7 @@ class Live:
             work = program.work(between, rest.needs - {own})
             live = {number: stored.get() for number, stored in self._live[here.number].items()}
             context = Context(weights_of(self.model), here.inputs, here.samples, masks, self.dims)
-            here.sides[marks] = program.run(work, live, context, out_of_order=True)
-            self.macs += program.macs(work.steps, here.samples)
+            here.sides[marks] = self._ran(work, live, context, here.number, out_of_order=True)
         return here.sides[marks]
 
     def _dense(self, here: _Here, asked: Variants, delta: Delta) -> dict[int, Tensor]:
@@ -203,9 +223,8 @@ class Live:
             work = program.work(program.dependents(self._marks(asked.also) | {start}), delta.wanted)
             values = {**self._beside(here, start, asked.masks, asked.also), program.value_at(start): asked.value}
             context = Context(weights_of(self.model), here.inputs, here.samples, asked.masks, self.dims)
-            found = program.run(work, values, context, out_of_order=True)
+            found = self._ran(work, values, context, here.number, out_of_order=True)
             here.dense = {number: found[number] for number in delta.wanted}
-            self.macs += program.macs(work.steps, here.samples)
         return here.dense
 
     def _marks(self, also: Masks) -> frozenset[int]:

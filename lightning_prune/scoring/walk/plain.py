@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -209,6 +209,17 @@ class Plain:
 
     def start(self) -> None:
         """A walk begins: nothing is kept from batch to batch."""
+
+    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:  # noqa: ARG002
+        """What the network gives and has at stations."""
+        found: dict[Station, Tensor] = {}
+
+        def see(station: Station, value: Tensor) -> Tensor:
+            found[station] = value.clone()
+            return value
+
+        self.macs += len(batch) * self.forward_macs
+        return self._run(batch, {self.places[station]: partial(see, station) for station in stations}), found
 
     def move(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> None:
         """Go on to a station: there is nothing to be moved."""

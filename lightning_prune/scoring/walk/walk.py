@@ -55,6 +55,8 @@ class _Engine(Protocol):
 
     def start(self) -> None: ...
 
+    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]: ...
+
     def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None: ...
 
     def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor: ...
@@ -210,6 +212,23 @@ class Walk:
     def macs_naive(self) -> int:
         """Those of running the network from its input once for every station."""
         return len(self.stations) * len(self.data) * self.forward_macs
+
+    def first_pass(self, stations: Sequence[Station]) -> Iterator[tuple[Any, dict[Station, Tensor]]]:
+        """Run the whole network once, and look at it before the walk stops anywhere.
+
+        What layers give is kept while half of ``memory_limit`` is free, and the walk that follows does not run them
+        again on unmasked samples. Their weights must not be exchanged in between.
+
+        Args:
+            stations: What is looked at; any of the network's.
+
+        Yields:
+            For every batch, what the network gives, and what each of the stations has.
+        """
+        for number, batch in enumerate(self.data):
+            with self.quiet():
+                found = self._engine.through(number, batch, stations)
+            yield found
 
     def __iter__(self) -> Iterator[Visit]:
         """Go to one station after the other; each walk begins at the inputs, without masks."""
@@ -368,7 +387,9 @@ class Here:
         with visit.walk.quiet():
             return visit.engine.rest(self.number, self.batch, visit.station, value, visit.masks, also or {})
 
-    def rest_masked(self, masks: Tensor, also: Masks | None = None, *, delta: bool = False, skip: bool = False) -> Any:
+    def rest_masked(
+        self, masks: Tensor, also: Masks | None = None, *, delta: bool = False, skip: bool = False, output: Any = None
+    ) -> Any:
         """What the network gives with some channels masked, in several variants.
 
         Several variants are run as one batch, which may round otherwise than one after the other.
@@ -377,9 +398,12 @@ class Here:
             masks: One number per variant and channel, ``(variants, channels)``; 0 takes a channel out.
             also: Masks of the same variants at later stations, ``(variants, channels there)``.
             delta: Compute convolutions and linear layers behind as what they gave less the share of the masked
-                channels (of masks of 0 and 1): faster, and equal up to rounding.
-            skip: Let samples whose masked channels are all 0 have ``self.output``: exact. With ``also`` every sample is
-                run, since what is at later stations is not looked at.
+                channels, or as the share of the others where these are fewer (of masks of 0 and 1): faster, and equal
+                up to rounding.
+            skip: Let samples whose masked channels are all 0 have the output as it is: exact. With ``also`` every
+                sample is run, since what is at later stations is not looked at.
+            output: What the network gives with the value as it is, where it is known from a pass before; else ``skip``
+                takes ``self.output``.
 
         Returns:
             The network's output with one more dimension in front of every tensor, the variants.
@@ -396,7 +420,10 @@ class Here:
         alive = torch.ones(len(masks), len(self.batch), dtype=torch.bool)
         if skip and not also:
             alive = self._alive(masks)
-        output = None if alive.all() else self.output
+        if alive.all():
+            output = None
+        elif output is None:
+            output = self.output
         asked = Variants(
             *(self.number, self.batch, visit.station, visit.place.dim, value, masks),
             *(visit.masks, also or {}, alive, output, delta),
