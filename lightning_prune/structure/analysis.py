@@ -608,6 +608,7 @@ class _Analysis:
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)
         tracer.units, tracer.compares_lengths = self.tracer.units, self.tracer.compares_lengths
+        tracer.whole_groups = dict(self.tracer.whole_groups)
         return tracer
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> _Failure:

@@ -414,10 +414,12 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
     by_group = rows.reshape(groups, -1)
     given_by_group = given.reshape(groups, -1)
     per_row_group, per_inner = by_group.shape[1], len(inner)
-    # Groups that a trial cut made as thin as one channel; `inner` was frozen where whole groups go.
     roots = t.atoms.find(by_group)
-    thin = (roots == roots[0]).all() and (t.atoms.reason[inner] < 0).all()
-    if (per_row_group == 1 or per_inner == 1) and not thin:  # whole groups
+    # Of a network that was cut before, groups as thin as one channel are known by what its structure unites.
+    whole = (per_row_group == 1 or per_inner == 1) and not (roots == roots[0]).all()
+    if w.source is not None:  # a trial cut makes groups as thin, too: there the first trace has decided
+        whole = t.whole_groups.setdefault(w.source[0], whole)
+    if whole:
         t.freeze([inner], f"the channels inside a group of {where}")
         t.atoms.unite(by_group[:, 1:].ravel(), np.repeat(by_group[:, 0], per_row_group - 1))
         t.atoms.unite(given_by_group.ravel(), np.repeat(by_group[:, 0], given_by_group.shape[1]))

@@ -129,6 +129,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         expected: The script of the first trace, which a trial must follow.
         units: Number of the atoms of parameters and buffers; those born later are constants.
         choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
+        whole_groups: Of grouped convolutions by the name of the weight: whether whole groups go, as the first trace met
+            them.
         splits: The splits that were met, with the parts that could keep them and the units.
         decisions: The part chosen at each split of a run, and the lengths of the others.
         views: The old and new dimensions that belong together in each view of a run, None where they stay.
@@ -158,6 +160,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.compares_lengths = True
         self.units = len(atoms)
         self.choices: Mapping[SplitKey, int] = {}
+        self.whole_groups: dict[str, bool] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
         self.decisions: list[Decision] = []
         self.views: list[Blocks | None] = []

@@ -17,6 +17,8 @@ EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "150"))
 
 # Cut to one unit of each, the second convolution's input has lost what couples it: the rehearsal called that a number.
 @example(([("grouped", 1, 1), ("shuffle", 0, 0), ("grouped", 1, 2)], "pool", 0))
+# Cut to one channel in a group, of which a slice freezes another: the rehearsal took the groups for depthwise ones.
+@example(([("transposed", 1, 1), ("from_end", 0, 0), ("kernel", 1, 0)], "pool", 1))
 @settings(max_examples=EXAMPLES)
 @given(networks)
 def test_random_networks(drawn):
