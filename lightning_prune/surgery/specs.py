@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,57 +10,11 @@ import torch
 from torch import nn
 
 from lightning_prune.surgery import plain
+from lightning_prune.surgery.options import KINDS, Option, require_options
 
-__all__ = ["KINDS", "LayerSpec", "spec_of"]
-
-#: What an option of a layer can be: a number, a switch, a word, nothing, or a size per dimension.
-Option = int | float | bool | str | tuple[int, ...] | None
-
-_CONVOLUTION = (
-    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    *("bias", "padding_mode"),
-)
-_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
-_AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-
-#: The options of every layer that can be described, by the name of its class in ``torch.nn``; besides, `Sequential`.
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "Identity": (),
-    "Linear": ("in_features", "out_features", "bias"),
-    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _CONVOLUTION),
-    **dict.fromkeys(
-        ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (*_CONVOLUTION, "output_padding")
-    ),
-    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), _BATCH_NORM),
-    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine", "bias"),
-    "GroupNorm": ("num_groups", "num_channels", "eps", "affine"),
-    **dict.fromkeys(("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Hardswish", "Hardsigmoid"), ("inplace",)),
-    **dict.fromkeys(("Sigmoid", "Tanh", "Softsign"), ()),
-    "GELU": ("approximate",),
-    "LeakyReLU": ("negative_slope", "inplace"),
-    "ELU": ("alpha", "inplace"),
-    "PReLU": ("num_parameters",),
-    **dict.fromkeys(("Softmax", "LogSoftmax"), ("dim",)),
-    **dict.fromkeys(("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"), ("p", "inplace")),
-    "Flatten": ("start_dim", "end_dim"),
-    **dict.fromkeys(
-        (f"Adaptive{kind}Pool{dims}d" for kind in ("Avg", "Max") for dims in (1, 2, 3)), ("output_size",)
-    ),
-    **dict.fromkeys(("MaxPool1d", "MaxPool2d", "MaxPool3d"), _MAX_POOL),
-    "AvgPool1d": _AVERAGE_POOL,
-    **dict.fromkeys(("AvgPool2d", "AvgPool3d"), (*_AVERAGE_POOL, "divisor_override")),
-}  # fmt: skip
+__all__ = ["LayerSpec", "spec_of"]
 
 _SEQUENTIAL = "Sequential"
-
-#: Options that are not whole numbers or sizes; PyTorch checks few of them before the layer runs.
-_SWITCHES = (
-    *("bias", "affine", "track_running_stats", "elementwise_affine", "inplace"),
-    *("return_indices", "ceil_mode", "count_include_pad"),
-)
-_NUMBERS = ("eps", "momentum", "p", "alpha", "negative_slope")
-_WORDS = ("padding", "padding_mode", "approximate")
 
 
 @dataclass(frozen=True)
@@ -75,7 +27,8 @@ class LayerSpec:
         layers: Of a ``"Sequential"``, its layers in order.
 
     Raises:
-        ValueError: For a kind or an option that is not known, or options that the class does not accept.
+        ValueError: For a kind or an option that is not known, or a value that makes no layer: a padding wider than half
+            of a pooling's kernel, say. The text names layer, option and value.
 
     Example:
         >>> LayerSpec("Linear", {"in_features": 4, "out_features": 2}).build()
@@ -97,22 +50,14 @@ class LayerSpec:
             raise ValueError(f"expected a layer of a known kind ({', '.join(KINDS)}, Sequential), got {self.kind!r}")
         if self.layers:
             raise ValueError(f"expected layers inside of a Sequential only, got some in a {self.kind}")
-        unknown = [name for name in self.options if name not in KINDS[self.kind]]
-        if unknown:
-            known = ", ".join(KINDS[self.kind]) or "none"
-            raise ValueError(f"expected options of a {self.kind} ({known}), got {', '.join(map(repr, unknown))}")
-        given = {name: _option(name, value) for name, value in self.options.items()}
+        given = {name: _as_tuple(value) for name, value in self.options.items()}
+        require_options(self.kind, given)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a tensor without elements cannot be drawn: it is refused below
-                module = _make(self.kind, given, "meta")
+            module = _make(self.kind, given, "meta")
         except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{self} cannot be built ({type(error).__name__}: {error})") from error
-        empty = [name for name, parameter in module.named_parameters() if not parameter.numel()]
-        if empty:
-            raise ValueError(f"expected tensors with at least one element in {self}, but {', '.join(empty)} has none")
         # All of them are written down: a later version of PyTorch may have other defaults.
-        object.__setattr__(self, "options", {name: _option(name, _read(module, name)) for name in KINDS[self.kind]})
+        object.__setattr__(self, "options", {name: _as_tuple(_read(module, name)) for name in KINDS[self.kind]})
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """The layer, its weights drawn as the class draws them.
@@ -214,27 +159,6 @@ def _require_types(kind: object, options: object, layers: object) -> None:
             raise ValueError(f"expected the layers of a {kind} to be LayerSpec, got a {type(layer).__name__}")
 
 
-def _option(name: str, value: object) -> Option:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if name in (*_SWITCHES, *_NUMBERS) or not all(item is None or type(item) is int for item in value):
-            raise ValueError(f"expected {name!r} to be {_expected(name)}, got {value!r}")
-        return tuple(value)
-    fits = (
-        type(value) is bool
-        if name in _SWITCHES
-        else type(value) is int
-        or value is None
-        or (name in _NUMBERS and isinstance(value, float) and math.isfinite(value))
-        or (name in _WORDS and isinstance(value, str))
-    )
-    if not fits:
-        raise ValueError(f"expected {name!r} to be {_expected(name)}, got {value!r} ({type(value).__name__})")
-    return value  # type: ignore[return-value]  # checked above
-
-
-def _expected(name: str) -> str:
-    if name in _SWITCHES:
-        return "True or False"
-    if name in _NUMBERS:
-        return "a finite number"
-    return "a whole number, a size or a word" if name in _WORDS else "a whole number or a size"
+def _as_tuple(value: Any) -> Any:
+    """A size as it is kept; lists are what plain data have."""
+    return tuple(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_prune.surgery import HistoryError, LayerSpec, spec_of
-from lightning_prune.surgery.specs import KINDS
+from lightning_prune.surgery.options import KINDS
 
 #: At least one layer of every kind, with options that are not the defaults.
 LAYERS: tuple[nn.Module, ...] = (
@@ -98,17 +98,68 @@ def test_other_modules_are_refused(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "text"),
     [
-        ("Linear", {"in_features": 0, "out_features": 3}, "at least one element"),
+        ("Linear", {"in_features": 0, "out_features": 3}, "Linear: expected 'in_features' .* at least 1, got 0"),
         ("Linear", {"in_features": 3}, "cannot be built"),
-        ("Linear", {"in_features": 3.5, "out_features": 2}, r"'in_features' to be a whole number or a size, got 3.5"),
-        ("Linear", {"in_features": "3", "out_features": 2}, "'in_features' to be a whole number or a size, got '3'"),
-        ("Linear", {"in_features": True, "out_features": 2}, "whole number or a size, got True"),
-        ("Linear", {"in_features": torch.tensor(3), "out_features": 2}, "whole number or a size, got tensor"),
+        (
+            "Linear",
+            {"in_features": 3.5, "out_features": 2},
+            "whole number of at least 1, got 3.5",
+        ),
+        ("Linear", {"in_features": "3", "out_features": 2}, "whole number of at least 1, got '3'"),
+        ("Linear", {"in_features": True, "out_features": 2}, "whole number of at least 1, got True"),
+        ("Linear", {"in_features": None, "out_features": 2}, "whole number of at least 1, got None"),
+        ("Linear", {"in_features": torch.tensor(3), "out_features": 2}, "whole number of at least 1, got tensor"),
         ("Linear", None, "options of a Linear by name, got NoneType"),
-        ("BatchNorm2d", {"num_features": 3, "eps": "x"}, "'eps' to be a finite number, got 'x'"),
-        ("Dropout", {"p": float("nan")}, "'p' to be a finite number, got nan"),
-        ("MaxPool2d", {"kernel_size": "x"}, "'kernel_size' to be a whole number or a size, got 'x'"),
-        ("ReLU", {"inplace": 3}, "'inplace' to be True or False, got 3"),
+        ("Linear", {3: 4}, "expected options of a Linear .*, got 3"),
+        (
+            "BatchNorm2d",
+            {"num_features": 3, "eps": "x"},
+            "BatchNorm2d: expected 'eps' .* got 'x'",
+        ),
+        ("BatchNorm2d", {"num_features": 3, "eps": -1e-5}, "'eps' to be a finite number of at least 0, got -1e-05"),
+        (
+            "BatchNorm2d",
+            {"num_features": 3, "momentum": 1.5},
+            r"'momentum' to be None or .* \[0, 1\], got 1.5",
+        ),
+        (
+            "BatchNorm2d",
+            {"num_features": -3, "affine": False},
+            "'num_features' .* got -3",
+        ),
+        ("LayerNorm", {"normalized_shape": []}, "'normalized_shape' to be a whole number of at least 1, or several"),
+        ("GroupNorm", {"num_groups": 2, "num_channels": 0, "affine": False}, "'num_channels' .* got 0"),
+        ("Dropout", {"p": float("nan")}, r"Dropout: expected 'p' to be a number in \[0, 1\], got nan"),
+        ("Dropout", {"p": -0.1}, r"'p' to be a number in \[0, 1\], got -0.1"),
+        ("Dropout", {"p": None}, r"'p' to be a number in \[0, 1\], got None"),
+        ("GELU", {"approximate": "x"}, "GELU: expected 'approximate' to be \"none\" or \"tanh\", got 'x'"),
+        ("ELU", {"alpha": None}, "'alpha' to be a finite number, got None"),
+        ("MaxPool2d", {"kernel_size": "x"}, "MaxPool2d: expected 'kernel_size' .* at least 1, .* got 'x'"),
+        ("MaxPool2d", {"kernel_size": 0}, "'kernel_size' .* at least 1, .* got 0"),
+        ("MaxPool2d", {"kernel_size": None}, "'kernel_size' .* at least 1, .* got None"),
+        ("MaxPool2d", {"kernel_size": (2, 2, 2)}, r"'kernel_size' .* one per dimension, got \(2, 2, 2\)"),
+        ("MaxPool2d", {"kernel_size": 2, "padding": -1}, "'padding' .* at least 0, .* got -1"),
+        ("MaxPool2d", {"kernel_size": 2, "padding": 2}, "'padding' .* half of the kernel, got 2 with 'kernel_size' 2"),
+        ("AvgPool1d", {"kernel_size": 2, "stride": 0}, "'stride' .* at least 1, .* got 0"),
+        ("AvgPool2d", {"kernel_size": 2, "divisor_override": 0}, "'divisor_override' .* at least 1, got 0"),
+        ("AdaptiveAvgPool2d", {"output_size": -1}, "AdaptiveAvgPool2d: expected 'output_size' .* got -1"),
+        ("AdaptiveAvgPool2d", {"output_size": (1, 1, 1)}, "'output_size' .* per dimension, got"),
+        ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": -3}, "'kernel_size' .* got -3"),
+        ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": (3,)}, "'kernel_size' .* per dimension"),
+        ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "padding": "x"}, "'padding' .* got 'x'"),
+        (
+            "Conv2d",
+            {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "padding_mode": "x"},
+            "'padding_mode' .* 'x'",
+        ),
+        (
+            "ConvTranspose1d",
+            {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "output_padding": 1, "stride": 1},
+            "'output_padding' to be smaller than the stride or the dilation, got 1 with 'stride' 1",
+        ),
+        ("Flatten", {"start_dim": 3, "end_dim": 1}, "'start_dim' to be no later than the end, got 3 with 'end_dim' 1"),
+        ("Softmax", {"dim": 0.5}, "'dim' to be None or a whole number, got 0.5"),
+        ("ReLU", {"inplace": 3}, "ReLU: expected 'inplace' to be True or False, got 3"),
         ("LeakyReLU", {"negative_slope": [1, 2]}, "'negative_slope' to be a finite number"),
         ("Linear", {"in_features": 3, "out_features": 2, "device": "cuda"}, "expected options of a Linear"),
         ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}, "cannot be built"),
