@@ -21,7 +21,7 @@ from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.scheduled import note_what_stays
 from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
-from lightning_prune.reporting import Cut, Report, Size, latency, size_on_disk, versions
+from lightning_prune.reporting import Cut, Report, Size, backbone_modules, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
 from lightning_prune.structure import Call, Structure, StructureError, Subject, Tracing
 from lightning_prune.structure.flow import with_flow
@@ -167,7 +167,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
-        report.pruned_before(Size.of(structure, original), present, number)
+        report.pruned_before(Size.of(structure, original, backbone_modules(model)), present, number)
     note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
@@ -185,7 +185,17 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
                 change.forget()
         if isinstance(model, LightningModule):
             keep_history(model)
-        report.cuts.append(Cut.of(Size.of(after), number, 0, 0, plan.before, plan.widths, perf_counter() - began))
+        report.cuts.append(
+            Cut.of(
+                Size.of(after, backbone=backbone_modules(model)),
+                number,
+                0,
+                0,
+                plan.before,
+                plan.widths,
+                perf_counter() - began,
+            )
+        )
     report.final = _size(subject, after, measure=asked.measure)
     return report
 
@@ -287,7 +297,8 @@ def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
 
 def _size(subject: Subject, structure: Structure, *, measure: bool) -> Size:
     milliseconds = latency(subject, batch_sizes=(1,)) if measure else {}
-    return replace(Size.of(structure), bytes=size_on_disk(subject.model), latency=milliseconds)
+    size = Size.of(structure, backbone=backbone_modules(subject.model))
+    return replace(size, bytes=size_on_disk(subject.model), latency=milliseconds)
 
 
 def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.compiled import is_compiled
+from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
@@ -255,7 +256,8 @@ class MaskPruning(ScheduledPruning):
         if self.report.dense is None:
             present = named(module)
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
-            dense = replace(Size.of(structure, original_of(module, structure)), widths=widths)
+            size = Size.of(structure, original_of(module, structure), backbone_in(trainer, module))
+            dense = replace(size, widths=widths)
             self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
         self._begin_report()
 
@@ -423,8 +425,12 @@ class MaskPruning(ScheduledPruning):
     def _size(self, module: LightningModule) -> Size:
         """Parameters that are not masked; MACs as they are, because a zero is multiplied like any other number."""
         assert self._structure is not None
-        size = Size.of(self._structure)
-        return replace(size, params=size.params - _count(masks_of(module)), widths=self._left(module))
+        masks, modules = masks_of(module), backbone_in(module.trainer, module)
+        size = Size.of(self._structure, backbone=modules)
+        params, backbone = size.params - _count(masks), size.backbone
+        if backbone is not None and modules is not None:
+            backbone -= _count({name: mask for name, mask in masks.items() if name.rpartition(".")[0] in modules})
+        return replace(size, params=params, backbone=backbone, widths=self._left(module))
 
     def _maskable(self, module: LightningModule) -> list[str]:
         """Names of the parameters that have or may get a mask."""

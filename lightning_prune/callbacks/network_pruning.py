@@ -17,6 +17,7 @@ from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.applied import Extensions
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
+from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import all_or_none, from_first
@@ -277,11 +278,12 @@ class NetworkPruning(ScheduledPruning):
         self._extensions.prepare(self._run(trainer, module))
         self._carry_over(self._reached)
         if self.report.dense is None:
-            dense = Size.of(structure, self._original)
+            backbone = backbone_in(trainer, module)
+            dense = Size.of(structure, self._original, backbone)
             if history is None:
                 self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
             else:
-                self.report.pruned_before(dense, Size.of(structure), len({edit.cut for edit in history.edits}))
+                self.report.pruned_before(dense, self._size(trainer), len({edit.cut for edit in history.edits}))
         self._begin_report()
 
     def _is_met(self) -> bool:
@@ -334,10 +336,10 @@ class NetworkPruning(ScheduledPruning):
             self._know(after)
             self._done, self._original = point.index, original_of(module, after)
             if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
-                self.report.dense = Size.of(after, self._original)
+                self.report.dense = Size.of(after, self._original, backbone_in(trainer, module))
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
-            cut = Cut.of(self._size(), point.index, epoch, step, *widths, seconds)
+            cut = Cut.of(self._size(trainer), point.index, epoch, step, *widths, seconds)
             self.report.cuts.append(cut)
             self._extensions.after_cut(edits)
             self.session.tell_others(self, trainer, module, CutMade(decision.plan, edits, cut))
@@ -360,7 +362,7 @@ class NetworkPruning(ScheduledPruning):
             self._is_prepared = False  # the session prepares it again
             return
         self._structure = self._structure.take(made.plan.kept)
-        size, cut = self._size(), made.cut
+        size, cut = self._size(trainer), made.cut
         self.report.cuts.append(Cut.of(size, cut.index, cut.epoch, cut.step, cut.before, cut.after, cut.seconds))
 
     @override
@@ -412,11 +414,12 @@ class NetworkPruning(ScheduledPruning):
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
         with as_written(module):
-            return showing.measure(self._subject, self._size())
+            return showing.measure(self._subject, self._size(showing.trainer))
 
-    def _size(self) -> Size:
+    def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None
-        return Size.of(self._structure)
+        assert self._subject is not None
+        return Size.of(self._structure, backbone=backbone_in(trainer, self._subject.model))
 
     def _run(self, trainer: Trainer, module: LightningModule) -> RunContext:
         assert self._subject is not None

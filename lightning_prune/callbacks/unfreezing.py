@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune.callbacks.compiled import forget_code
+from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.moments import is_rehearsal, run_length
 from lightning_prune.callbacks.optimizer_groups import add_group, without_optimizer
 from lightning_prune.callbacks.processes import unwrapped
@@ -31,7 +32,7 @@ _TOLERANCE = 1e-6
 
 
 @final
-class GradualUnfreezing(Callback):
+class GradualUnfreezing(NamesHead, Callback):
     """Trains the head of a pretrained network first, then its convolutional layers one by one from the last.
 
     Algorithm 2 of Ratajczyk & Horzyk, "Advancing ConvNet Architectures: A Novel XGB-based Pruning Algorithm for

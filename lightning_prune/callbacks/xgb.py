@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension
+from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed
@@ -54,7 +55,7 @@ class _Choice(Decision):
 
 
 @final
-class XGBPruning(NetworkPruning):
+class XGBPruning(NamesHead, NetworkPruning):
     """Removes units that a surrogate on their layer's features does not use.
 
     I. Ratajczyk and A. Horzyk, "Advancing ConvNet Architectures: A Novel XGB-Based Pruning Algorithm for Transfer

@@ -1,5 +1,6 @@
 """Showing what pruning did: plain values, tables, pages and figures."""
 
+from lightning_prune.reporting.backbone import backbone_modules
 from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.layer_scores import (
     LayerScores,
@@ -25,6 +26,7 @@ __all__ = [
     "Sensitivity",
     "Size",
     "SizeCheckpoint",
+    "backbone_modules",
     "importance_figure",
     "latency",
     "plain",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +50,7 @@ class Size:
         latency: Milliseconds per forward pass by batch size.
         memory: Bytes of the activations of one sample, see `CostModel.memory`.
         reckoned: Milliseconds of one sample by the table of latencies, if there is one.
+        backbone: Number of parameters of the backbone alone, where it is known which part that is.
     """
 
     params: int
@@ -59,12 +60,26 @@ class Size:
     latency: Mapping[int, float] = field(default_factory=dict)
     memory: int | None = None
     reckoned: float | None = None
+    backbone: int | None = None
 
     @classmethod
-    def of(cls, structure: Structure, original: Original | None = None) -> Size:
-        """What is known of a network without running it; of the dense network if its ``original`` size is given."""
-        now = original or Original.of(structure)
-        return cls(now.params, now.macs, dict(now.widths), memory=now.memory, reckoned=now.latency)
+    def of(
+        cls, structure: Structure, original: Original | None = None, backbone: Collection[str] | None = None
+    ) -> Size:
+        """What is known of a network without running it.
+
+        Args:
+            structure: Of the network as it is.
+            original: Size of the dense network, if that is wanted.
+            backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network stay
+                unknown where layers have gone.
+        """
+        now, cost = original or Original.of(structure), structure.cost
+        # With the parameters of a layer that has gone, the terms of those that are left do not add up.
+        is_whole = backbone is not None and cost.params(now.widths) == now.params
+        parameters = cost.params(now.widths, backbone) if is_whole else None
+        widths = dict(now.widths)
+        return cls(now.params, now.macs, widths, memory=now.memory, reckoned=now.latency, backbone=parameters)
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ class Cut:
         seconds: Time the cut took.
         memory: Bytes of the activations of one sample after it.
         reckoned: Milliseconds of one sample after it by the table of latencies, if there is one.
+        backbone: Parameters of the backbone alone after it, where they are known.
     """
 
     index: int
@@ -94,6 +110,7 @@ class Cut:
     seconds: float
     memory: int | None = None
     reckoned: float | None = None
+    backbone: int | None = None
 
     @classmethod
     def of(
@@ -107,9 +124,8 @@ class Cut:
         seconds: float,
     ) -> Cut:
         """The cut that has led to a network of this size."""
-        return cls(
-            index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds, size.memory, size.reckoned
-        )
+        what = (index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds)
+        return cls(*what, size.memory, size.reckoned, size.backbone)
 
 
 @dataclass(frozen=True)
@@ -225,7 +241,8 @@ class Report:
         if self.final or not self.cuts:
             return self.final or self.start or self.dense
         last = self.cuts[-1]
-        return Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
+        size = Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
+        return replace(size, backbone=last.backbone)
 
     @property
     def pruning_ratio(self) -> float:
@@ -288,6 +305,8 @@ class Report:
             numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
         else:
             numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+        if size.backbone is not None:
+            numbers["pruning/backbone_params"] = float(size.backbone)
         if size.memory is not None:
             numbers["pruning/memory"] = float(size.memory)
         if size.reckoned is not None:
@@ -389,6 +408,7 @@ class Report:
             return Grid("", (), ())
         rows = [
             ("parameters", count(dense.params), count(now.params), share(now.params, dense.params)),
+            *self._backbone(dense, now),
             ("MACs per sample", count(dense.macs), count(now.macs), share(now.macs, dense.macs)),
             ("activations per sample, KiB", kib(dense.memory), kib(now.memory), share(now.memory, dense.memory)),
             ("size on disk, KiB", kib(dense.bytes), kib(now.bytes), share(now.bytes, dense.bytes)),
@@ -414,6 +434,15 @@ class Report:
             legend.append(f"± = less than {100 * _NOISE:.0f} % apart, which timing does not tell from noise.")
         note = " ".join([*legend, *self.notes])
         return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=note)
+
+    @staticmethod
+    def _backbone(dense: Size, now: Size) -> list[tuple[str, str, str, str]]:
+        """The row of the backbone's parameters, where they are known; they may be known of one network only."""
+        old, new = dense.backbone, now.backbone
+        if old is None and new is None:
+            return []
+        before, after = (MISSING if one is None else count(one) for one in (old, new))
+        return [("parameters of the backbone", before, after, share(new, old))]
 
     def _cuts(self) -> Grid:
         metric = self.main_metric

@@ -133,9 +133,15 @@ class CostModel:
     memory_terms: tuple[Term, ...] = ()
     latency_table: LatencyTable | None = None
 
-    def params(self, widths: Mapping[str, int]) -> int:
-        """Number of parameters, trainable or not, buffers left out."""
-        return round(sum(term.value(widths) for term in self.parameters))
+    def params(self, widths: Mapping[str, int], layers: Collection[str] | None = None) -> int:
+        """Number of parameters, trainable or not, buffers left out.
+
+        Args:
+            widths: Units by group.
+            layers: Names of the modules whose own parameters are counted; by default all.
+        """
+        counted = (term for term in self.parameters if layers is None or term.layer in layers)
+        return round(sum(term.value(widths) for term in counted))
 
     def macs(self, widths: Mapping[str, int]) -> int:
         """Multiply-accumulates of one sample's forward pass."""

@@ -1,0 +1,39 @@
+"""Which modules are the backbone of a network, for figures of the backbone alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_prune.structure.backbone import Backbone
+from lightning_prune.structure.layers import canonical, tensors
+from lightning_prune.surgery import Replace, history_of
+from lightning_prune.surgery.depth import within
+
+__all__ = ["backbone_modules"]
+
+
+def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) -> frozenset[str] | None:
+    """The modules with parameters that belong to the backbone, by name; ``None`` where no head is known.
+
+    The head is a module that was replaced by a new head (a `Replace` with ``new_dense``), and what `Backbone` finds: by
+    the names of ``head``, else behind the last of several convolutions. A single convolution is taken for the patch
+    embedding of a transformer, behind which the network only begins.
+
+    Args:
+        model: The network.
+        head: Names or globs of the modules that are the head.
+    """
+    history = history_of(model)
+    edits = () if history is None else history.edits
+    new = {name for edit in edits if isinstance(edit, Replace) and edit.new_dense for name in edit.modules}
+    layers = Backbone.of(model, head).layers
+    if len(layers) > 1 or (layers and head is not None):
+        names = {name for layer in layers for name in layer.modules}
+    else:
+        names = {canonical(name) for name, module in model.named_modules() if tensors(module)}
+    names -= {name for name in names if within(name, new)}
+    behind = (module for name, module in model.named_modules() if canonical(name) not in names)
+    has_head = any(parameter is not None for module in behind for parameter in module._parameters.values())
+    return frozenset(names) if names and has_head else None
