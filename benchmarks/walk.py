@@ -1,9 +1,13 @@
 """What the walk wins, and whether it is exact: ``python -m benchmarks.walk``.
 
-Networks with random weights and statistics, random images. Equal: the rest of the network from every station gives the
-network's output bit by bit, in float32 and float64. Time: processor seconds of the rest of the network for groups of
-eight channels at every station, against one full forward pass for each group; every so many groups are run and stand
-for the others. Memory: anonymous memory of a process of its own that walks with a limit below its live tensors.
+Networks with random weights and statistics, random images. Rows are stored as they are computed; ``--resume`` goes on.
+
+- Turn: layer-wise scoring with every other unit masked, without its surrogates, against the straightforward one that
+  runs from the input to every layer: multiply-accumulates in passes, processor seconds, features bit by bit.
+- Exact: the rest of the network from some stations gives the network's output bit by bit, in float32 and float64.
+- Rest: processor seconds of the rest of the network for groups of eight channels at every station, against one full
+  forward pass for each group; some groups of a station are run and stand for the others.
+- Memory: anonymous memory of a process of its own that walks with a limit below its live tensors.
 """
 
 from __future__ import annotations
@@ -15,17 +19,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import publish, quiet
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here, quiet, stored
+from lightning_prune import XGBoost, inspect
 from lightning_prune.extras import require
 from lightning_prune.models import VGG16CIFAR, ResNetCIFAR, SegNet
-from lightning_prune.scoring import DataPass, Walk, stations_of
+from lightning_prune.scoring import DataPass, Station, Walk, stations_of
+from lightning_prune.scoring.surrogates import split_samples
+from lightning_prune.scoring.xgb import LayerScore, LayerScorer, score_layers_in_turn
 
 Row = dict[str, Any]
 GROUP = 8
@@ -43,10 +52,14 @@ EXACT: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "DenseNet-121": (_torchvision("densenet121"), 64),
     "EfficientNet-B0": (_torchvision("efficientnet_b0"), 64),
 }
+TURNS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: EXACT[name] for name in ("ResNet-20", "VGG16", "DenseNet-121", "EfficientNet-B0")},
+    "ResNet-56": (lambda: ResNetCIFAR(56), 32),
+}
 TIMED: dict[str, Callable[[], nn.Module]] = {
     "ResNet-20": lambda: ResNetCIFAR(20),
-    "ResNet-56": lambda: ResNetCIFAR(56),
     "VGG16": VGG16CIFAR,
+    "ResNet-56": lambda: ResNetCIFAR(56),
 }
 
 
@@ -60,47 +73,90 @@ def network(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def exact(name: str, dtype: torch.dtype, every: int) -> Row:
-    """The rest of the network from every so many-th station, on two batches."""
+class _Seen(LayerScorer):
+    """Keeps the features in place of fitting anything to them."""
+
+    def __init__(self, samples: int) -> None:
+        labels = np.arange(samples) % 2
+        super().__init__(XGBoost(), labels, split_samples(labels, "classification"))
+        self.tables: list[Tensor] = []
+
+    def score(self, station: Station, features: Tensor) -> LayerScore:
+        self.tables.append(features)
+        even = np.full(features.shape[1], 1 / features.shape[1])
+        return LayerScore(station, 0.0, even, even)
+
+
+def turn(name: str, images: int) -> Row:
+    """Layer-wise scoring with half of every layer gone, on the walk and from the input for every layer."""
+    make, size = TURNS[name]
+    model = network(make)
+    x = torch.randn(images, 3, size, size)
+    data = DataPass((x, torch.arange(images) % 2), batch_size=32)
+    groups = inspect(model, x[:2]).structure.groups
+    order = stations_of(model, next(iter(data)))
+    producers = {layer for group in groups for layer in group.producers}
+    stations = [station for station in order if station.layer in producers]
+    row: Row = {"images": images, "layers": len(stations)}
+    tables = []
+    for way, plain in (("walk", False), ("input", True)):
+        scorer, began = _Seen(images), time.process_time()
+        walk = Walk(model, data, stations, plain=plain)
+        prepared = time.process_time() - began
+        score_layers_in_turn(
+            walk, order, groups, scorer, lambda visit: visit.features(), lambda group, _: range(0, group.width, 2)
+        )
+        row[f"{way} seconds"] = time.process_time() - began - prepared
+        row[f"{way} passes"] = walk.macs / (images * walk.forward_macs)
+        row[f"{way} prepared"] = prepared
+        row["forward macs"] = walk.forward_macs
+        tables.append(scorer.tables)
+    row["equal"] = sum(map(torch.equal, *tables))
+    return row
+
+
+def exact(name: str, dtype: str, most: int) -> Row:
+    """The rest of the network from at most so many stations, on two batches."""
     make, size = EXACT[name]
-    model = network(make).to(dtype)
-    data = DataPass([torch.randn(6, 3, size, size, dtype=dtype)], batch_size=4)
+    model = network(make).to(getattr(torch, dtype))
+    data = DataPass([torch.randn(6, 3, size, size, dtype=getattr(torch, dtype))], batch_size=4)
     reference = copy.deepcopy(model)
     began = time.process_time()
-    walk = Walk(model, data, stations_of(model, next(iter(data)))[::every])
-    row: Row = {"network": name, "dtype": str(dtype)[6:], "stations": len(walk.stations)}
+    stations = stations_of(model, next(iter(data)))
+    walk = Walk(model, data, stations[:: -(-len(stations) // most)])
+    row: Row = {"stations": len(walk.stations), "of": len(stations)}
     row |= {"seconds to begin": time.process_time() - began, "equal": 0, "runs": 0}
     for visit in walk:
-        for here in visit:
+        for batch in visit:
             with torch.no_grad():
-                wanted: Tensor = reference(*here.batch.args)
+                wanted: Tensor = reference(*batch.batch.args)
             row["runs"] += 1
-            row["equal"] += int(torch.equal(here.output, wanted))
+            row["equal"] += int(torch.equal(batch.output, wanted))
     return row
 
 
 def timed(name: str, images: int, groups: int) -> Row:
-    """Seconds for all groups, from about so many at every station."""
+    """Seconds for all groups, from at most so many at every station."""
     model = network(TIMED[name])
     x = torch.randn(images, 3, 32, 32)
     data = DataPass([x])
     walk = Walk(model, data, stations_of(model, next(iter(data)))[:-1], most_rows=images)
     with torch.no_grad():
-        forward = min(_seconds(lambda: model(x)) for _ in range(5))
+        forward = min(_seconds(lambda: model(x)) for _ in range(3))
     ways: dict[str, dict[str, bool]] = {"rest": {}, "delta": {"delta": True}, "skip": {"delta": True, "skip": True}}
-    row: Row = {"network": name, "groups": 0, "forward": forward, **dict.fromkeys(ways, 0.0)}
+    row: Row = {"groups": 0, "forward": forward, **dict.fromkeys(ways, 0.0)}
     macs = dict.fromkeys(ways, 0.0)
     for visit in walk:
         masks = 1 - torch.eye(visit.channels).view(visit.channels, -1)
         masks = torch.stack([masks[i : i + GROUP].amin(0) for i in range(0, visit.channels, GROUP)])
         row["groups"] += len(masks)
-        step = max(1, len(masks) // groups)
+        step = -(-len(masks) // groups)
         part = masks[::step]
-        (here,) = visit
-        here.output  # noqa: B018
+        (batch,) = visit
+        batch.output  # noqa: B018
         for way, options in ways.items():
             before = walk.macs
-            row[way] += _seconds(lambda here=here, part=part, options=options: here.rest_masked(part, **options)) * (  # type: ignore[misc]
+            row[way] += _seconds(lambda batch=batch, part=part, options=options: batch.rest_masked(part, **options)) * (  # type: ignore[misc]
                 len(masks) / len(part)
             )
             macs[way] += (walk.macs - before) * len(masks) / len(part)
@@ -109,7 +165,7 @@ def timed(name: str, images: int, groups: int) -> Row:
 
 
 def remembered(limit: int, images: int) -> Row:
-    """The largest anonymous memory of a process that walks ResNet-20."""
+    """The largest growth of anonymous memory of a process that walks ResNet-20."""
     words = [sys.executable, "-m", "benchmarks.walk", "--memory", str(limit), "--images", str(images)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: Row = json.loads(done.stdout.splitlines()[-1])
@@ -131,14 +187,14 @@ def _remember(limit: int, images: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    held = 0
+    live = held = 0
     walk = Walk(model, data, stations, memory_limit=limit)
     for _ in walk:
         spool = walk._engine.spool  # type: ignore[attr-defined]
-        held = max(held, spool.in_memory + spool.on_disk)
+        live, held = max(live, spool.in_memory + spool.on_disk), max(held, spool.in_memory)
     done.set()
     watcher.join()
-    print(json.dumps({"limit": limit / 2**20, "live": held / 2**20, "peak": peak[0] - start}))
+    print(json.dumps({"live": live / 2**20, "held": held / 2**20, "peak": peak[0] - start}))
 
 
 def _anonymous() -> float:
@@ -153,42 +209,81 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def tables(found: dict[str, list[Row]]) -> str:
-    """Three tables."""
-    lines = ["| network | type | stations | runs equal bit by bit | seconds to begin |", "|---|---|---:|---:|---:|"]
-    line = "| {network} | {dtype} | {stations} | {equal} of {runs} | {seconds to begin:.1f} |"
-    lines += [line.format_map(row) for row in found["exact"]]
+def jobs(given: argparse.Namespace) -> Iterator[tuple[str, Row, Callable[[], Row]]]:
+    """The rows to compute, the most telling first: of which table, what names them, how."""
+    for name in TURNS:
+        yield "turn", {"network": name}, partial(turn, name, given.images)
+    for limit in (2**40, 64 * 2**20, 0):
+        yield "memory", {"bytes": limit}, partial(remembered, limit, 2560)
+    for name in EXACT:
+        for dtype in ("float32", "float64"):
+            yield "exact", {"network": name, "dtype": dtype}, partial(exact, name, dtype, given.stations)
+    for name in given.networks:
+        yield "rest", {"network": name}, partial(timed, name, given.images, given.groups)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Four tables."""
+    of = {kind: [row for row in rows if row["table"] == kind] for kind in ("turn", "exact", "rest", "memory")}
+    lines = ["| network | layers | layer-wise on the walk | from the input | seconds | preparation | equal tables |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    line = (
+        "| {network} | {layers} | {walk passes:.2f} passes | {input passes:.2f} passes "
+        "| {walk seconds:.1f} against {input seconds:.1f} | {walk prepared:.1f} | {equal} of {layers} |"
+    )
+    lines += [line.format_map(row) for row in of["turn"]]
+    lines += [
+        "",
+        "| network | type | stations | runs equal bit by bit | seconds to begin |",
+        "|---|---|---:|---:|---:|",
+    ]
+    line = "| {network} | {dtype} | {stations} of {of} | {equal} of {runs} | {seconds to begin:.1f} |"
+    lines += [line.format_map(row) for row in of["exact"]]
     lines += ["", "| network | groups | a full forward each (s) | rest | + delta | + skipping | in MACs |"]
     lines += ["|---|---:|---:|---:|---:|---:|---|"]
-    for row in found["timed"]:
+    for row in of["rest"]:
         naive = row["groups"] * row["forward"]
         ways = [f"{row[way]:.1f} s, 1/{naive / row[way]:.1f}" for way in ("rest", "delta", "skip")]
         macs = " · ".join(f"1/{row[f'{way} macs']:.2f}" for way in ("rest", "delta", "skip"))
         lines.append(f"| {row['network']} | {row['groups']} | {naive:.1f} | {' | '.join(ways)} | {macs} |")
-    lines += ["", "| limit (MiB) | live tensors (MiB) | largest growth of anonymous memory (MiB) |", "|---:|---:|---:|"]
-    lines += ["| {limit:.0f} | {live:.0f} | {peak:.0f} |".format_map(row) for row in found["memory"]]
+    lines += ["", "| limit (MiB) | live tensors (MiB) | of them in memory | growth of anonymous memory (MiB) |"]
+    lines += ["|---:|---:|---:|---:|"]
+    for row in of["memory"]:
+        limit = "none" if row["bytes"] == 2**40 else f"{row['bytes'] / 2**20:.0f}"
+        lines.append(f"| {limit} | {row['live']:.0f} | {row['held']:.0f} | {row['peak']:.0f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """All three, and their page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=128, help="images in the batch that is timed")
+    """All rows, and their page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64, help="images of the first and third table")
     parser.add_argument("--groups", type=int, default=4, help="groups that are run at every station")
-    parser.add_argument("--every", type=int, default=1, help="look at every so many-th station of the first table")
-    parser.add_argument("--networks", nargs="+", default=list(TIMED), choices=list(TIMED), help="that are timed")
+    parser.add_argument("--stations", type=int, default=10, help="stations of a network in the second table")
+    parser.add_argument("--networks", nargs="+", default=list(TIMED), choices=list(TIMED), help="of the third table")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
     if given.memory is not None:
         _remember(given.memory, given.images)
         return
-    found: dict[str, list[Row]] = {
-        "exact": [exact(name, dtype, given.every) for name in EXACT for dtype in (torch.float32, torch.float64)],
-        "timed": [timed(name, given.images, given.groups) for name in given.networks],
-        "memory": [remembered(limit, 2560) for limit in (2**40, 64 * 2**20, 0)],
-    }
-    publish("walk", found, tables(found))
+    folder = EVIDENCE / "walk"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(given, name) for name in ("images", "groups", "stations")}
+    rows = stored(folder / "results.json", settings, resume=given.resume)
+    for table, job, run in jobs(given):
+        named = {"table": table, **job}
+        if any(named.items() <= row.items() for row in rows):
+            continue
+        rows.append({**named, **run(), "at": here()})
+        print(rows[-1], flush=True)
+        said = {"command": command("benchmarks.walk"), "settings": settings, "rows": rows}
+        draft = folder / "results.json.new"
+        draft.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        draft.replace(folder / "results.json")
+        on = f"{here()['processor']}; {here()['versions']}"
+        fill(folder / "README.md", f"{tables(rows)}\n\n`{said['command']}` on {on}")
 
 
 if __name__ == "__main__":
