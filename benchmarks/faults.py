@@ -1,6 +1,8 @@
-"""Pruning runs that are killed at random moments and resumed: ``python -m benchmarks.faults``.
+"""Runs that are killed at random moments and resumed: ``python -m benchmarks.faults``.
 
-How they are killed, and what they are compared with, is in `tests/support/kills.py`.
+Pruning while training (``cuts``), scoring layers by boosted trees (``one_shot``, ``layer_wise``) and gradual unfreezing
+(``unfreezing``), in one process and in two. How they are killed, and what they are compared with, is in
+`tests/support/kills.py`. With ``--resume`` the campaigns that are stored are taken.
 """
 
 from __future__ import annotations
@@ -12,46 +14,62 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import EVIDENCE, command, fill, machine
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here
 from tests.support.kills import campaign
+from tests.support.transfer_kills import counts, transfer
+
+#: Kills in one process and in two, by what the run does.
+KILLS = {"cuts": (50, 10), "one_shot": (20, 6), "layer_wise": (20, 6), "unfreezing": (20, 6)}
 
 
 def tables(campaigns: dict[str, Any]) -> str:
-    """A line for each number of processes, and what was going on when they were killed."""
-    amid = {name: Counter(kill["amid"] for kill in found["kills"]) for name, found in campaigns.items()}
-    kinds = sorted({kind for counts in amid.values() for kind in counts})
-    lines = [
-        "| processes | kills | amid " + " | amid ".join(kinds) + " | runs | cuts a run | otherwise than undisturbed |"
-    ]
-    lines.append("|---|---|" + "---|" * len(kinds) + "---|---|---|")
+    """A line for each kind of run and number of processes, and what was going on when they were killed."""
+    lines = ["| run | processes | kills | amid | runs | otherwise than undisturbed | layers fitted again |"]
+    lines.append("|---|---:|---:|---|---:|---:|---|")
     for name, found in campaigns.items():
-        counts = " | ".join(str(amid[name][kind]) for kind in kinds)
+        amid = Counter(kill["amid"] for kill in found["kills"])
+        said = ", ".join(f"{kind} {times}" for kind, times in sorted(amid.items()))
+        fits = found.get("counted")
+        again = "–"
+        if fits:
+            again = f"{fits['fitted again']} ({fits['fits begun']} fits begun for {fits['layers']} layers)"
         lines.append(
-            f"| {found['processes']} | {len(found['kills'])} | {counts} | {found['runs']} | {found['cuts']} | "
-            f"{len(found['wrong'])} |"
+            f"| {name.partition(' ')[0]} | {found['processes']} | {len(found['kills'])} | {said} | {found['runs']} | "
+            f"{len(found['wrong'])} | {again} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Fifty kills of one process, ten of two."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, nargs="+", default=[50, 10], help="for each number of processes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    """All campaigns, each stored when it is through."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=list(KILLS), choices=list(KILLS))
+    parser.add_argument("--kills", type=int, nargs=2, help="in one process and in two, instead of the usual numbers")
     parser.add_argument("--seed", type=int, default=0)
+    add_resume(parser)
     given = parser.parse_args()
-    campaigns: dict[str, Any] = {}
     folder = EVIDENCE / "faults"
     folder.mkdir(parents=True, exist_ok=True)
-    for processes, kills in zip(given.processes, given.kills, strict=True):
-        with tempfile.TemporaryDirectory() as home:
-            campaigns[str(processes)] = campaign(Path(home), processes, kills, given.seed)
-        here = machine()
-        results = {"command": command("benchmarks.faults"), "machine": here, "campaigns": campaigns}
-        (folder / "kills.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        on = f"{here['processor']}; {here['versions']}"
-        fill(folder / "README.md", f"{tables(campaigns)}\n\nSeed {given.seed}. `{results['command']}` on {on}")
-        print(tables(campaigns), flush=True)
+    file = folder / "kills.json"
+    campaigns: dict[str, Any] = {}
+    if given.resume and file.is_file():
+        campaigns = json.loads(file.read_text(encoding="utf-8"))["campaigns"]
+    for name in given.runs:
+        for processes, kills in zip((1, 2), given.kills or KILLS[name], strict=True):
+            key = f"{name} {processes}"
+            if key in campaigns or not kills:
+                continue
+            with tempfile.TemporaryDirectory() as home:
+                special: dict[str, Any] = {}
+                if name != "cuts":
+                    special = {"work": transfer, "args": [name], "count": counts}
+                found = campaign(Path(home), processes, kills, given.seed, **special)
+            campaigns[key] = {**found, "at": here()}
+            results = {"command": command("benchmarks.faults"), "campaigns": campaigns}
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            on = f"{here()['processor']}; {here()['versions']}"
+            fill(folder / "README.md", f"{tables(campaigns)}\n\nSeed {given.seed}. `{results['command']}` on {on}")
+            print(tables(campaigns), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from lightning_prune.surgery import CutError, history_of, repair, shrink, verify
 from tests.callbacks.contents import attributes, content, differences, untimed
 from tests.callbacks.networks import BATCHES, Net, equal, fit, hooks, make, refit, samples, trainer, weights, widths
 from tests.support.kills import campaign
+from tests.support.transfer_kills import counts, transfer
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
@@ -319,3 +320,17 @@ def test_killed_runs_end_as_an_undisturbed_one(number: int, tmp_path: Path) -> N
     assert len(found["kills"]) == 3
     assert found["cuts"] == 12
     assert found["wrong"] == []
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("what", ["one_shot", "layer_wise", "unfreezing"])
+def test_killed_transfer_ends_as_an_undisturbed_one(what: str, number: int, tmp_path: Path) -> None:
+    """No surrogate is fitted to a layer that is written down."""
+    found = campaign(tmp_path, number, kills=3, seed=1, work=transfer, args=[what], count=counts)
+    assert len(found["kills"]) == 3
+    assert found["wrong"] == []
+    assert found["counted"]["layers"] == 5 * found["runs"]
+    assert found["counted"]["fitted again"] == 0
+    assert found["counted"]["layers"] <= found["counted"]["fits begun"] <= found["counted"]["layers"] + 3

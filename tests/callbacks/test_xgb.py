@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import sys
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ from tests.callbacks.xgb_runs import (
     in_processes,
     kept,
     loader,
-    slowly,
 )
 from tests.scoring import xgb_reference as reference
 from tests.support import ranks
@@ -324,33 +321,6 @@ def test_an_interruption_loses_one_layer_at_most(mode: Any, stop_at: int, tmp_pa
     assert kept(module) == kept(undisturbed)
     for name, weight in undisturbed.named_parameters():
         torch.testing.assert_close(module.get_parameter(name), weight, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_twenty_kills_while_layers_are_scored(tmp_path: Path) -> None:
-    """SIGKILL at random moments: every start goes on, and the end is that of a run that nobody disturbed."""
-    ranks.run(slowly, str(tmp_path / "alone" / "1"), str(tmp_path / "alone.log"))
-    expected = torch.load(tmp_path / "alone" / "1" / "end.pt", weights_only=False)
-    rng, kills, campaign = random.Random(0), 0, 0
-    while kills < 20:
-        campaign += 1
-        folder, log, before = tmp_path / f"campaign{campaign}", tmp_path / f"{campaign}.log", kills
-        for start in count(1):
-            (process,) = ranks.start(slowly, str(folder / str(start)), str(log))
-            process.join(rng.uniform(1.0, 6.0) if kills < 20 and start < 6 else None)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            kills += 1
-        assert process.exitcode == 0
-        begun = len(log.read_text().splitlines())
-        assert 4 <= begun <= 4 + kills - before, "a kill loses the layer that it meets, no more"
-        found = torch.load(folder / str(start) / "end.pt", weights_only=False)
-        assert found["kept"] == expected["kept"]
-        assert all(torch.equal(value, expected["state"][name]) for name, value in found["state"].items())
-        print(f"campaign {campaign}: {kills - before} kills, {begun} fits begun of 4 layers")
 
 
 def test_a_line_that_was_cut_short(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,33 +150,6 @@ class Counting(Surrogate):
 
 class Interrupted(BaseException):
     """As a signal would end the run."""
-
-
-def slowly(folder: str, log: str) -> None:
-    """A run whose surrogates take a while, and write down when they begin."""
-    quiet_processes()
-    pruning = XGBPruning("layer_wise", gain=0.9, depth="argmax", surrogate=Logged(log), extensions=[])
-    module = Deep()
-    fit(Path(folder), module, pruning)
-    torch.save({"kept": kept(module), "state": module.state_dict()}, Path(folder) / "end.pt")
-
-
-@dataclass(frozen=True)
-class Logged(Surrogate):
-    """Boosted trees that take their time, with a line in a file for each fit that begins."""
-
-    log: str = field(default="", repr=False)
-    task: Any = "classification"
-    importance: str = "gain"
-    seed: int = 0
-
-    importances = ("gain",)
-
-    def train(self, *tables: Any) -> Any:
-        with Path(self.log).open("a") as file:
-            file.write("begun\n")
-        time.sleep(0.3)
-        return QUICK.train(*tables)
 
 
 def quiet_processes() -> None:

@@ -12,7 +12,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lightning_prune.callbacks import showing
 from lightning_prune.surgery import history_of
 from tests.support.ranks import PROCESSES, start, wait
 
-__all__ = ["campaign"]
+__all__ = ["Checkpoints", "Loader", "campaign", "tell"]
 
 EPOCHS, BATCHES, BATCH = 20, 5, 8
 #: Twelve cuts, in the middle of epochs and at their ends.
@@ -109,7 +110,12 @@ def train(folder: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    tell(trainer, pruning, folder / f"moment {rank}")
+    tells = {
+        "the analysis": (pruning, "_prepare"),
+        "a cut": (pruning, "_cut"),
+        "a checkpoint": (trainer, "save_checkpoint"),
+    }
+    tell(folder / f"moment {rank}", tells)
     trainer.fit(model, Loader(data, batch_size=BATCH // processes), ckpt_path="last")
     history = history_of(model)
     if rank == 0 and history is not None:
@@ -123,26 +129,36 @@ def train(folder: Path) -> None:
         os.replace(folder / "result.tmp", folder / "result.pt")
 
 
-def tell(trainer: Trainer, pruning: ContributionPruning, file: Path) -> None:
-    """Keep a file with what is being done, for who finds it after a kill."""
+def tell(file: Path, works: Mapping[str, tuple[Any, str]]) -> None:
+    """Keep a file with what is being done, for who finds it after a kill.
+
+    Args:
+        file: Where.
+        works: By its name, an object and the method of it that does that.
+    """
     handle = os.open(file, os.O_WRONLY | os.O_CREAT)
+    doing = ["a step"]
+
+    def say() -> None:
+        os.pwrite(handle, f"{doing[-1]:<16}".encode(), 0)
 
     def told(name: str, owner: Any, method: str) -> None:
         work = getattr(owner, method)
 
         def tells(*args: Any, **kwargs: Any) -> Any:
-            os.pwrite(handle, f"{name:<12}".encode(), 0)
+            doing.append(name)
+            say()
             try:
                 return work(*args, **kwargs)
             finally:
-                os.pwrite(handle, b"a step      ", 0)
+                doing.pop()
+                say()
 
         vars(owner)[method] = tells
 
-    os.pwrite(handle, b"the start   ", 0)
-    told("the analysis", pruning, "_prepare")
-    told("a cut", pruning, "_cut")
-    told("a checkpoint", trainer, "save_checkpoint")
+    os.pwrite(handle, f"{'the start':<16}".encode(), 0)
+    for name, (owner, method) in works.items():
+        told(name, owner, method)
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -156,43 +172,66 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def campaign(home: Path, processes: int, kills: int, seed: int) -> dict[str, Any]:
+def campaign(
+    home: Path,
+    processes: int,
+    kills: int,
+    seed: int,
+    work: Callable[..., None] = train,
+    args: Sequence[Any] = (),
+    count: Callable[[Path], Mapping[str, int]] = lambda _: {},
+) -> dict[str, Any]:
     """Kill runs until ``kills`` are made and the last run is through.
 
+    Args:
+        home: Folder for all runs.
+        processes: Of a run.
+        kills: How many.
+        seed: Of the moments.
+        work: One start of a run, ``work(folder, *args)``.
+        args: Plain data.
+        count: What to add up over the runs, of the folder of each.
+
     Returns:
-        What was killed when, how many runs that were, and names of those that ended otherwise than the undisturbed.
+        What was killed when, how many runs that were, names of those that ended otherwise than the undisturbed, and
+        what was counted.
     """
-    moments, expected = random.Random(seed), home / "undisturbed"
-    expected.mkdir(parents=True)
-    began = time.monotonic()
-    codes = wait(start(train, expected, processes=processes))
-    seconds = time.monotonic() - began
-    if any(codes):
-        raise RuntimeError(f"the undisturbed run failed with exit codes {codes}")
+    moments, expected = random.Random(seed), home / "undisturbed" / "run"
+    # The first start of all imports; the second one tells how long a run takes.
+    for folder in (home / "first" / "run", expected):
+        folder.mkdir(parents=True)
+        began = time.monotonic()
+        codes = wait(start(work, folder, *args, processes=processes), 600)
+        seconds = time.monotonic() - began
+        if any(codes):
+            raise RuntimeError(f"the undisturbed run failed with exit codes {codes}")
     done: list[dict[str, Any]] = []
     wrong: list[str] = []
+    counted: Counter[str] = Counter()
     runs = 0
     while len(done) < kills:
-        folder = home / f"run {runs}"
-        folder.mkdir()
+        folder = home / f"run {runs}" / "run"  # beside no other: scores are taken from there
+        folder.mkdir(parents=True)
         while not (folder / "result.pt").is_file():
-            crew = start(train, folder, processes=processes)
-            after = moments.uniform(0, 0.6 * seconds) if len(done) < kills else 600
+            crew = start(work, folder, *args, processes=processes)
+            after = moments.uniform(0, 0.9 * seconds) if len(done) < kills else 600
             victims = moments.choice([crew, crew[:1], crew[1:]]) if processes > 1 else crew
             if is_killed(crew, victims, after):
                 done.append(found(folder, crew, victims, after))
-        result, wanted = torch.load(folder / "result.pt"), torch.load(expected / "result.pt")
+        result, wanted = (torch.load(run / "result.pt", weights_only=False) for run in (folder, expected))
         parts = [part for part in wanted if not equal(result[part], wanted[part])]
         if parts:
-            wrong.append(f"{folder.name}: {', '.join(parts)}")
+            wrong.append(f"{folder.parent.name}: {', '.join(parts)}")
+        counted.update(count(folder))
         runs += 1
-    cuts = len(torch.load(expected / "result.pt")["report"])
+    cuts = len(torch.load(expected / "result.pt", weights_only=False)["report"])
     return {
         "processes": processes,
         "runs": runs,
         "cuts": cuts,
         "seconds": round(seconds, 2),
         "wrong": wrong,
+        "counted": dict(counted),
         "kills": done,
     }
 
