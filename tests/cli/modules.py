@@ -27,3 +27,31 @@ class Mine(LightningModule):
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 '''
+
+
+REGRESSOR = '''
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class Regressor(LightningModule):
+    """Reads a digit as a number: a convolution, a hidden layer, one output."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(12 * 16, 24), nn.ReLU(), nn.Linear(24, 1))
+
+    def forward(self, x):
+        return self.head(self.features(x)).squeeze(1)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1].float())
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_mse", nn.functional.mse_loss(self(batch[0]), batch[1].float()))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.003)
+'''

@@ -12,6 +12,7 @@ from lightning_prune.callbacks import score_display, showing
 from lightning_prune.cli import main, verbs
 from lightning_prune.models import CNNClassifier
 from lightning_prune.scoring.score_file import read_scores
+from tests.cli.modules import REGRESSOR
 
 WORDS = ["--config=digits_cnn_xgb", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 AT_ONCE = ["--trainer.callbacks.schedule.at=0", "--trainer.callbacks.samples=300", "--trainer.max_epochs=2"]
@@ -81,3 +82,66 @@ def test_without_the_callback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["score", "--config=digits_mlp_contribution", *WORDS[1:]])
     assert "score: expected one `XGBPruning` among `trainer.callbacks`, got 0" in capsys.readouterr().err
+
+
+RUN = """
+model: {model}
+data:
+  class_path: Digits
+  init_args: {{batch_size: 64, val_share: 0.2}}
+trainer:
+  max_epochs: 4
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {{filename: last}}
+    - class_path: XGBPruning
+      init_args:
+        pruning_ratio: 0.5
+        samples: 600
+        schedule: {{class_path: OneShot, init_args: {{at: 2}}}}
+        surrogate: {surrogate}
+"""
+
+CNN = "{class_path: CNNClassifier, init_args: {input_shape: [1, 8, 8], channels: [8, 12], hidden: [24, 16], optimizer: adam}}"
+
+
+@pytest.mark.parametrize(
+    ("model", "surrogate", "metric"),
+    [
+        ("my_module.Regressor", "{class_path: XGBoost, init_args: {task: regression, rounds: 20}}", "r2"),
+        (
+            CNN,
+            "{class_path: SklearnEstimator, init_args: {estimator: sklearn.ensemble.ExtraTreesClassifier, "
+            "params: {n_estimators: 20}}}",
+            "accuracy",
+        ),
+        (
+            "my_module.Regressor",
+            "{class_path: SklearnEstimator, init_args: {estimator: sklearn.linear_model.Ridge, task: regression}}",
+            "r2",
+        ),
+        # The tables of 420 samples and 8 to 24 channels are at least 13 KiB: XGBoost reads them part by part.
+        (CNN, "{class_path: XGBoost, init_args: {rounds: 10, memory_limit: 10000}}", "accuracy"),
+        (CNN, "{class_path: NeuralProbe, init_args: {epochs: 5}}", "accuracy"),
+    ],
+    ids=["regression", "scikit-learn", "regression by scikit-learn", "external memory", "probe"],
+)
+def test_surrogates_by_configuration(
+    model: str, surrogate: str, metric: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit on digits from a file: half of every layer goes, and what is found tells more than chance."""
+    (in_tmp / "my_module.py").write_text(REGRESSOR)
+    monkeypatch.syspath_prepend(str(in_tmp))
+    (in_tmp / "run.yaml").write_text(RUN.format(model=model, surrogate=surrogate))
+    main(["fit", "--config=run.yaml"])
+    run = Path("runs/run/001")
+    report = lightning_prune.reporting.Report.from_plain(json.loads((run / "report.json").read_text()))
+    assert report.config["metric"] == metric
+    assert all(row.kept == row.channels // 2 for row in report.scored)
+    assert len(report.scored) >= 2
+    assert max(row.score for row in report.scored) > 0.3
+    assert report.size is not None
+    assert report.dense is not None
+    assert report.size.params < 0.6 * report.dense.params
