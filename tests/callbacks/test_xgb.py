@@ -37,8 +37,8 @@ from tests.callbacks.xgb_runs import (
     kept,
     loader,
 )
-from tests.scoring import xgb_reference as reference
 from tests.support import ranks
+from tests.support import xgb_reference as reference
 
 
 @pytest.fixture(autouse=True)

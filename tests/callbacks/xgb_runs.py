@@ -19,7 +19,7 @@ from lightning_prune.callbacks import score_display, showing
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of
 from tests.callbacks.small import trainer
-from tests.scoring import xgb_reference as reference
+from tests.support import xgb_reference as reference
 from tests.support.ranks import PROCESSES
 
 #: Small and quick; the naive reference has the defaults.

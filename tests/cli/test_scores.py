@@ -104,7 +104,10 @@ trainer:
         surrogate: {surrogate}
 """
 
-CNN = "{class_path: CNNClassifier, init_args: {input_shape: [1, 8, 8], channels: [8, 12], hidden: [24, 16], optimizer: adam}}"
+CNN = (
+    "{class_path: CNNClassifier, init_args: "
+    "{input_shape: [1, 8, 8], channels: [8, 12], hidden: [24, 16], optimizer: adam}}"
+)
 
 
 @pytest.mark.parametrize(

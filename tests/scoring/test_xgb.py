@@ -24,7 +24,7 @@ from lightning_prune.scoring.xgb import (
     unscorable,
     use_of_groups,
 )
-from tests.scoring.xgb_reference import NETWORKS, images, naive, network
+from tests.support.xgb_reference import NETWORKS, images, naive, network
 
 RULES = [("threshold", 0.1), ("quantile", 0.4), ("gain", 0.9), ("pruning_ratio", 0.5)]
 

@@ -25,7 +25,7 @@ from lightning_prune import GradualUnfreezing, OneShot, XGBoost, XGBPruning
 from lightning_prune.callbacks import score_display, showing
 from lightning_prune.scoring.xgb import LayerScore, LayerScorer
 from lightning_prune.surgery import history_of
-from tests.scoring import xgb_reference as reference
+from tests.support import xgb_reference as reference
 from tests.support.kills import Checkpoints, Loader, tell
 from tests.support.ranks import PROCESSES
 
