@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError, SealedAtoms
@@ -102,6 +103,7 @@ class Tracing:
     def __init__(self, subject: Subject, *, trial: bool = True) -> None:
         if _batch_size(subject.calls[0]) == 0:
             raise StructureError("expected an example of at least one sample, got an empty batch")
+        _require_names(subject.model)
         with torch.inference_mode(False):
             self._analysis = _Analysis(subject).best(trial=trial)
             self.structure = self._analysis.structure()
@@ -177,6 +179,17 @@ def _rehearse(analyse: Callable[[], _Analysis], structure: Structure, kept: Mapp
         f"({', '.join(f'{g.name}: {len(units[g.name])}' for g in suspects)}): {reason}. Nothing has changed. "
         "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
     )
+
+
+def _require_names(model: nn.Module) -> None:
+    """Refuse an attribute with the name that `torch.compile` gives to the module inside: names are read without it."""
+    for prefix, module in model.named_modules():
+        if "_orig_mod" in module._modules and not isinstance(module, OptimizedModule):
+            where = f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
+            raise StructureError(
+                f"{where}: expected no attribute `_orig_mod`, which is the name that `torch.compile` gives to the "
+                "module that it stands around. Give the attribute another name."
+            )
 
 
 @dataclass(frozen=True)

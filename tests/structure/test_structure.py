@@ -652,3 +652,22 @@ def test_a_layer_says_its_new_widths(wide, narrow):
     assert repr(wide) == repr(narrow)
     own = {name: value for name, value in vars(narrow).items() if isinstance(value, int | tuple)}
     assert {name: vars(wide)[name] for name in own} == own
+
+
+def test_a_module_with_the_name_that_compiling_gives_is_refused():
+    """Its names would read like those of the module around it."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+            self._orig_mod = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self._orig_mod(x) @ self.weight
+
+    model = nn.Sequential(nn.Linear(4, 4), Around(), nn.Linear(4, 2))
+    with pytest.raises(StructureError, match=r"1 \(Around\): expected no attribute `_orig_mod`"):
+        trace(Subject.of(model, torch.zeros(1, 4)))
+    compiled = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert trace(Subject.of(compiled, torch.zeros(1, 4))).widths == {"0": 4, "1": 4}
