@@ -70,7 +70,7 @@ def load_from_checkpoint(
         keep_history(self)
         own = before or super(model_class, self).on_load_checkpoint.__func__
         own(self, checkpoint)
-        load_from(checkpoint, self)
+        load_from(checkpoint, self, strict=self.strict_loading if strict is None else strict)
         load_masks_from(checkpoint, self)
 
     # Lightning builds the instance, calls this hook on it and then loads the weights: there is no other way in between,
@@ -106,5 +106,5 @@ def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     type(module).on_load_checkpoint(module, checkpoint)
     copies = () if module._trainer is None else averages(module.trainer)
     for network in (module, *copies):
-        load_from(checkpoint, network)
+        load_from(checkpoint, network, strict=module.strict_loading)
         load_masks_from(checkpoint, network)

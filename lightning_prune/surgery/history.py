@@ -32,6 +32,7 @@ from lightning_prune.surgery.edits import (
     write_edit,
 )
 from lightning_prune.surgery.masks import attach_masks
+from lightning_prune.surgery.names import missing_or_unexpected
 from lightning_prune.surgery.plain import HistoryError
 from lightning_prune.surgery.tensors import blank, canonical, named, non_persistent
 
@@ -405,17 +406,17 @@ def save_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
         checkpoint[KEY] = history.to_plain()
 
 
-def load_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *, strict: bool = False) -> None:
     """Give ``model`` the widths of ``checkpoint``, ready for its ``state_dict`` to be loaded; see :func:`conform`.
 
     Raises:
         HistoryError: If the checkpoint's history is damaged, or the checkpoint is of another architecture.
     """
     history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None
-    conform(model, checkpoint["state_dict"], history)
+    conform(model, checkpoint["state_dict"], history, strict=strict)
 
 
-def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | None) -> None:
+def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool = False) -> None:
     """Make a network as narrow or wide as a checkpoint, ready for ``load_state_dict``.
 
     Only tensors that the checkpoint's or the network's own history names change their shape. If the network was cut
@@ -426,6 +427,8 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
         model: A dense network, or a pruned one with its history attached. It gets the checkpoint's history.
         state_dict: The checkpoint's weights, named as in ``model.state_dict()``.
         history: The checkpoint's history; ``None`` if it is of a dense network.
+        strict: Whether the weights will be loaded strictly: then a tensor too many or too few is an error, too. An edit
+            that is missing in a history shows in it.
 
     Raises:
         HistoryError: If the checkpoint is of another architecture; the text names the first tensors that differ.
@@ -436,11 +439,15 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
     if mine is None and history is None:
         return
     problems = list(_differences(model, mine, history, state_dict))
+    if strict and not problems:
+        gone = {} if mine is None else mine.dense.layers
+        problems = list(missing_or_unexpected(model, gone, () if history is None else history.steps, state_dict))
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise HistoryError(
             f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
-            "Build the network with the arguments it had when the checkpoint was written."
+            "Build the network with the arguments it had when the checkpoint was written. If it has them, the file's "
+            "pruning history was damaged: take another checkpoint."
         )
     if mine is not None and history is not None and _same(mine, history):
         attach(model, replace(history, dense=mine.dense))

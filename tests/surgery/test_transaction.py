@@ -485,9 +485,9 @@ class TestRefused:
         [
             (("modules", "11", "kind"), "Evil", "known kind"),
             (("modules", "11", "kind"), 3, "expected 'kind' to be a str"),
-            (("modules", "11", "options", "in_features"), -1, "cannot be built"),
-            (("modules", "11", "options", "in_features"), 0, "at least one element"),
-            (("modules", "11", "options", "in_features"), [[1]], "whole number or a size"),
+            (("modules", "11", "options", "in_features"), -1, "Linear: expected 'in_features' .* at least 1, got -1"),
+            (("modules", "11", "options", "in_features"), 0, "'in_features' .* at least 1, got 0"),
+            (("modules", "11", "options", "in_features"), [[1]], "a whole number of at least 1, got"),
             (("modules", "11", "options", "depth"), 1, "expected options of a Linear"),
             (("modules", "11"), [], "to be a dict"),
             (("modules", "11.x"), {"kind": "Identity", "options": {}}, "part of another"),
@@ -533,6 +533,55 @@ class TestRefused:
         with pytest.raises(HistoryError, match=f"(?s)another architecture.*{text}"):
             load_from(checkpoint, fresh)
         assert same(photograph(fresh), before)
+
+    @pytest.mark.parametrize("cut", [True, False])
+    @pytest.mark.parametrize("what", ["deleted", "another head", "an identity"])
+    @pytest.mark.parametrize("live", ["dense", "truncated"])
+    def test_a_replacement_that_is_not_in_the_history(
+        self, cut: bool, what: str, live: str, photograph: Any, same: Any
+    ) -> None:
+        model, fresh = chain(), chain()
+        truncate(model, cut=cut)
+        if live == "truncated":
+            truncate(fresh)
+        checkpoint = checkpoint_of(model)
+        edits = checkpoint[KEY]["edits"]
+        if what == "deleted":
+            del edits[0]
+        elif what == "an identity":
+            edits[0]["modules"]["11"] = IDENTITY.to_plain()
+        else:
+            edits[0]["modules"]["11"]["options"]["out_features"] = 4
+        before = photograph(fresh)
+        with pytest.raises(HistoryError, match="history"):
+            load_from(checkpoint, fresh, strict=True)
+        assert same(photograph(fresh), before)
+
+    def test_a_deleted_replacement_says_what_to_do(self) -> None:
+        model = chain()
+        truncate(model, cut=False)
+        checkpoint = checkpoint_of(model)
+        checkpoint[KEY]["edits"].clear()
+        text = r"6\.weight is missing in the checkpoint; .* and \d more.*history was damaged: take another checkpoint"
+        checkpoint["state_dict"]["11.weight"], checkpoint["state_dict"]["11.bias"] = torch.ones(3, 4), torch.ones(3)
+        with pytest.raises(HistoryError, match=f"(?s){text}"):
+            load_from(checkpoint, chain(), strict=True)
+        load_from(checkpoint, chain())  # as with `strict=False`
+
+    def test_what_a_module_loads_by_its_own_rules_is_left_to_it(self) -> None:
+        model, fresh = chain(), chain()
+        truncate(model, cut=False)
+        checkpoint = checkpoint_of(model)
+        weights = checkpoint["state_dict"]
+        weights["1.old"] = weights.pop("1.weight")
+
+        def renamed(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}old")
+
+        fresh[1].register_load_state_dict_pre_hook(renamed)
+        load_from(checkpoint, fresh, strict=True)
+        fresh.load_state_dict(weights)
+        assert_equal(model, fresh)
 
     def test_a_network_without_the_module(self) -> None:
         model = chain()
