@@ -7,32 +7,39 @@ Networks with random weights and statistics, random images. Rows are stored as t
 - Exact: the rest of the network from some stations gives the network's output bit by bit, in float32 and float64.
 - Rest: processor seconds of the rest of the network for groups of eight channels at every station, against one full
   forward pass for each group; some groups of a station are run and stand for the others.
-- Memory: anonymous memory of a process of its own that walks with a limit below its live tensors.
+- Memory: anonymous memory of a process of its own that walks, or scores layer by layer in a fit, with a limit below
+  what it has to store.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import EVIDENCE, add_resume, command, fill, here, quiet, stored
-from lightning_prune import XGBoost, inspect
+from benchmarks.common import EVIDENCE, add_resume, command, fill, here, quiet, quiet_fit, stored
+from lightning_prune import XGBoost, XGBPruning, inspect
 from lightning_prune.extras import require
 from lightning_prune.models import VGG16CIFAR, ResNetCIFAR, SegNet
 from lightning_prune.scoring import DataPass, Station, Walk, stations_of
+from lightning_prune.scoring.spool import Spool
 from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.scoring.xgb import LayerScore, LayerScorer, score_layers_in_turn
 
@@ -164,21 +171,17 @@ def timed(name: str, images: int, groups: int) -> Row:
     return row | {f"{way} macs": naive / spent for way, spent in macs.items()}
 
 
-def remembered(limit: int, images: int) -> Row:
-    """The largest growth of anonymous memory of a process that walks ResNet-20."""
-    words = [sys.executable, "-m", "benchmarks.walk", "--memory", str(limit), "--images", str(images)]
+def remembered(what: str, limit: int, images: int) -> Row:
+    """The largest growth of anonymous memory of a process that walks or scores ResNet-20."""
+    words = [sys.executable, "-m", "benchmarks.walk", "--memory", what, str(limit), "--images", str(images)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _remember(limit: int, images: int) -> None:
-    model = network(TIMED["ResNet-20"])
-    data = DataPass([torch.randn(128, 3, 32, 32) for _ in range(images // 128)])
-    stations = stations_of(model, next(iter(data)))[:8]
-    list(
-        zip(Walk(model, DataPass([torch.randn(128, 3, 32, 32)]), stations), stations, strict=True)
-    )  # libraries warm up
+def _remember(what: str, limit: int, images: int) -> None:
+    run = {"walk": _walked, "fit": _fitted}[what]
+    run(2**40, 128)  # libraries warm up
     peak, done, start = [_anonymous()], threading.Event(), _anonymous()
 
     def watch() -> None:
@@ -187,14 +190,63 @@ def _remember(limit: int, images: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    live = held = 0
-    walk = Walk(model, data, stations, memory_limit=limit)
-    for _ in walk:
-        spool = walk._engine.spool  # type: ignore[attr-defined]
-        live, held = max(live, spool.in_memory + spool.on_disk), max(held, spool.in_memory)
+    found = run(limit, images)
     done.set()
     watcher.join()
-    print(json.dumps({"live": live / 2**20, "held": held / 2**20, "peak": peak[0] - start}))
+    print(json.dumps({**found, "peak": peak[0] - start}))
+
+
+def _walked(limit: int, images: int) -> Row:
+    """Walk to the first eight stations."""
+    model = network(TIMED["ResNet-20"])
+    batches = [torch.randn(128, 3, 32, 32) for _ in range(images // 128)]
+    with _spooled() as most:
+        data = DataPass(batches, memory_limit=limit // 2)
+        stations = stations_of(model, next(iter(data)))[:8]
+        list(Walk(model, data, stations, memory_limit=limit - data.in_memory))
+    return most
+
+
+def _fitted(limit: int, images: int) -> Row:
+    """Score layer by layer in a fit."""
+    model = network(TIMED["ResNet-20"])
+    x = torch.randn(images, 3, 32, 32)
+    labels = (x[:, 0].mean((1, 2)) > 0).long()
+    pruning = XGBPruning(
+        "layer_wise",
+        pruning_ratio=0.5,
+        surrogate=XGBoost(rounds=3, threads=1),
+        samples=images,
+        extensions=[],
+        memory_limit=limit,
+    )
+    with _spooled() as most:
+        data = DataLoader(TensorDataset(x, labels), batch_size=128)
+        quiet_fit(cast(LightningModule, model), data, [pruning], max_epochs=1, limit_train_batches=1)
+    assert pruning.scored is not None
+    digest = hashlib.sha256(repr(pruning.scored.plan).encode()).hexdigest()
+    return {**most, "plan": digest[:12]}
+
+
+@contextmanager
+def _spooled() -> Iterator[Row]:
+    """The most bytes that all spools together have held in memory, and in memory and files, in MiB."""
+    spools: weakref.WeakSet[Spool] = weakref.WeakSet()
+    most: Row = {"held": 0.0, "live": 0.0}
+    put = Spool.put
+
+    def counted(spool: Spool, tensor: Tensor) -> Any:
+        spools.add(spool)
+        stored = put(spool, tensor)
+        held, on_disk = (sum(getattr(one, name) for one in spools) / 2**20 for name in ("in_memory", "on_disk"))
+        most["held"], most["live"] = max(most["held"], held), max(most["live"], held + on_disk)
+        return stored
+
+    Spool.put = counted  # type: ignore[method-assign]
+    try:
+        yield most
+    finally:
+        Spool.put = put  # type: ignore[method-assign]
 
 
 def _anonymous() -> float:
@@ -213,8 +265,9 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, Row, Callable[[], Row
     """The rows to compute, the most telling first: of which table, what names them, how."""
     for name in TURNS:
         yield "turn", {"network": name}, partial(turn, name, given.images)
-    for limit in (2**40, 64 * 2**20, 0):
-        yield "memory", {"bytes": limit}, partial(remembered, limit, 2560)
+    for what in ("walk", "fit"):
+        for limit in (2**40, 64 * 2**20, 0):
+            yield "memory", {"what": what, "bytes": limit}, partial(remembered, what, limit, 2560)
     for name in EXACT:
         for dtype in ("float32", "float64"):
             yield "exact", {"network": name, "dtype": dtype}, partial(exact, name, dtype, given.stations)
@@ -246,11 +299,12 @@ def tables(rows: Sequence[Row]) -> str:
         ways = [f"{row[way]:.1f} s, 1/{naive / row[way]:.1f}" for way in ("rest", "delta", "skip")]
         macs = " · ".join(f"1/{row[f'{way} macs']:.2f}" for way in ("rest", "delta", "skip"))
         lines.append(f"| {row['network']} | {row['groups']} | {naive:.1f} | {' | '.join(ways)} | {macs} |")
-    lines += ["", "| limit (MiB) | live tensors (MiB) | of them in memory | growth of anonymous memory (MiB) |"]
-    lines += ["|---:|---:|---:|---:|"]
+    lines += ["", "| run | limit (MiB) | stored (MiB) | of it in memory | growth of the process (MiB) | plan |"]
+    lines += ["|---|---:|---:|---:|---:|---|"]
     for row in of["memory"]:
         limit = "none" if row["bytes"] == 2**40 else f"{row['bytes'] / 2**20:.0f}"
-        lines.append(f"| {limit} | {row['live']:.0f} | {row['held']:.0f} | {row['peak']:.0f} |")
+        numbers = f"{row['live']:.0f} | {row['held']:.0f} | {row['peak']:.0f} | {row.get('plan', '–')}"
+        lines.append(f"| {row['what']} | {limit} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -261,12 +315,12 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4, help="groups that are run at every station")
     parser.add_argument("--stations", type=int, default=10, help="stations of a network in the second table")
     parser.add_argument("--networks", nargs="+", default=list(TIMED), choices=list(TIMED), help="of the third table")
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     add_resume(parser)
     given = parser.parse_args()
     quiet()
     if given.memory is not None:
-        _remember(given.memory, given.images)
+        _remember(given.memory[0], int(given.memory[1]), given.images)
         return
     folder = EVIDENCE / "walk"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lightning_prune.planning import Amount, Depth, Original, Plan, Target, best
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
 from lightning_prune.scoring.surrogates import Metric, metric_name, split_samples
-from lightning_prune.scoring.walk import Station, Walk, pooled_features, stations_of
+from lightning_prune.scoring.walk import Station, Walk, feature_tables, stations_of
 from lightning_prune.scoring.xgb import (
     LayerScore,
     LayerScorer,
@@ -58,7 +58,7 @@ class ScoreOptions:
         metric: What μ is.
         held_back: Share of the samples that μ is measured on.
         seed: Of the split of the samples.
-        memory_limit: Bytes of activations that are kept in memory.
+        memory_limit: Bytes of samples and activations together that are kept in memory.
     """
 
     mode: Mode
@@ -209,7 +209,7 @@ class ScoringRun:
         def decide(_: Group, found: Use) -> tuple[int, ...]:
             return amount.kept(found) or (best_unit(found),)
 
-        walk = Walk(self.module, self.data, stations, memory_limit=self.options.memory_limit)
+        walk = Walk(self.module, self.data, stations, memory_limit=self._memory_left)
         found = score_layers_in_turn(walk, self._order, groups, scorer, self._visited, decide)
         return found, walk.macs / (len(self.data) * walk.forward_macs), file
 
@@ -248,11 +248,18 @@ class ScoringRun:
 
     # -- features and surrogates --------------------------------------------------------------------------------------
 
-    def _features(self, stations: Sequence[Station]) -> Mapping[Station, Tensor]:
+    def _features(self, stations: Sequence[Station]) -> Iterator[tuple[Station, Tensor]]:
         self._passes = 1.0
         with self.trainer.precision_plugin.forward_context():
-            found = pooled_features(self.module, self.data, stations, self.options.reduction)
-        return {station: gathered(found[station]) for station in stations}
+            tables = feature_tables(
+                self.module, self.data, stations, self.options.reduction, memory_limit=self._memory_left
+            )
+        return ((station, gathered(table)) for station, table in tables)
+
+    @property
+    def _memory_left(self) -> int:
+        """Bytes for activations, of those that samples do not take."""
+        return max(self.options.memory_limit - self.data.in_memory, 0)
 
     def _visited(self, visit: Any) -> Tensor:
         with self.trainer.precision_plugin.forward_context():

@@ -112,7 +112,8 @@ class XGBPruning(NamesHead, NetworkPruning):
             own form.
         reset_monitors: See `StructuredPruning`.
         dirpath: Folder for report, scores and pictures; by default the logger's folder.
-        memory_limit: Bytes of activations and samples that are kept in memory; the others go to temporary files.
+        memory_limit: Bytes of samples, activations and features together that are kept in memory, samples at most half
+            of them; the others go to temporary files.
 
     Raises:
         ValueError: At once for settings that are out of range; before the first training step for all that depends on
@@ -333,6 +334,6 @@ class XGBPruning(NamesHead, NetworkPruning):
             per_class=self.per_class,
             seed=self.options.seed,
             labels=self._labels_of,
-            memory_limit=self.options.memory_limit,
+            memory_limit=self.options.memory_limit // 2,  # activations have what samples leave
         )
         return data.using(inputs=self._inputs_of or self._inputs)

@@ -151,6 +151,11 @@ class DataPass:
         return self._transfer is not None
 
     @property
+    def in_memory(self) -> int:
+        """Bytes of the samples that are kept in memory."""
+        return self._samples.spool.in_memory
+
+    @property
     def total(self) -> int:
         """Number of samples of all processes."""
         return len(self._order)

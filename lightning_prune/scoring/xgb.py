@@ -154,22 +154,22 @@ class LayerScorer:
 
 
 def score_layers(
-    scorer: LayerScorer, stations: Sequence[Station], features: Callable[[Sequence[Station]], Mapping[Station, Tensor]]
+    scorer: LayerScorer,
+    stations: Sequence[Station],
+    features: Callable[[Sequence[Station]], Iterable[tuple[Station, Tensor]]],
 ) -> dict[Station, LayerScore]:
     """Score all layers of the network as it is (the source's one-shot mode).
 
     Args:
         scorer: What scores a layer.
         stations: The layers, in the order of execution.
-        features: Features of several layers from one pass over all samples; not asked for if nothing is left to do.
+        features: Features of several layers, in their order, from one pass over all samples; not asked for if nothing
+            is left to do.
     """
     known = {station: scorer.recall(station) for station in stations}
     left = [station for station, found in known.items() if found is None]
-    tables = dict(features(left)) if left else {}
-    return {
-        station: scorer.score(station, tables.pop(station)) if found is None else found
-        for station, found in known.items()
-    }
+    new = {station: scorer.score(station, table) for station, table in (features(left) if left else ())}
+    return {station: new[station] if found is None else found for station, found in known.items()}
 
 
 def score_layers_in_turn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_prune.callbacks import score_display
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.scoring import DataPass
+from lightning_prune.scoring.spool import Spool
 from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.structure import StructureError
 from lightning_prune.surgery import history_of
@@ -167,6 +169,39 @@ def test_after_a_cut_the_network_trains_on_and_is_repaired(tmp_path: Path) -> No
         fit(tmp_path / name, module, XGBPruning(pruning_ratio=0.5, surrogate=QUICK, extensions=extensions))
         apart[name] = float((module.net.eval()(x) - dense).square().mean().detach())
     assert apart["ridge"] < 0.5 * apart["source"]
+
+
+# The samples are 123 kB, what is live at a convolution 740 kB and more, tables of all layers about 40 kB.
+@pytest.mark.parametrize(("mode", "limit"), [("one_shot", 40_000), ("layer_wise", 250_000)])
+@pytest.mark.parametrize("kind", ["Chain", "Residual", "Dense"])
+def test_a_memory_limit_is_kept(
+    kind: str, mode: Any, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples, activations and features together, counted in bytes; what is found is the same."""
+    spools = weakref.WeakSet[Spool]()
+    peak = {"in_memory": 0, "on_disk": 0}
+    put = Spool.put
+
+    def counted(spool: Spool, tensor: Tensor) -> Any:
+        spools.add(spool)
+        stored = put(spool, tensor)
+        for name in peak:
+            peak[name] = max(peak[name], sum(getattr(one, name) for one in spools))
+        return stored
+
+    found = {}
+    for name, settings in (("whole", {}), ("limited", {"memory_limit": limit})):
+        with monkeypatch.context() as patch:
+            if settings:
+                patch.setattr(Spool, "put", counted)
+            module = Module(kind, lr=0.0)
+            pruning = XGBPruning(mode, pruning_ratio=0.5, surrogate=QUICK, extensions=[], **settings)
+            fit(tmp_path / name / "run", module, pruning)
+        assert pruning.scored is not None
+        found[name] = kept(module), [one.importance.tolist() for one in pruning.scored.layers.values()]
+    assert found["limited"] == found["whole"]
+    assert limit // 4 < peak["in_memory"] <= limit
+    assert peak["on_disk"] > limit
 
 
 # -- depth ------------------------------------------------------------------------------------------------------------

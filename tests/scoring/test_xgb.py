@@ -40,7 +40,7 @@ def scored(net: Any, mode: str, amount: Amount, reduction: str = "avg", memory: 
     y = data.labels.numpy()
     scorer = LayerScorer(XGBoost(), y, split_samples(y, "classification"), memory=memory)
     if mode == "one_shot":
-        found = score_layers(scorer, stations, lambda left: pooled_features(net, data, left, reduction))
+        found = score_layers(scorer, stations, lambda left: pooled_features(net, data, left, reduction).items())
         plan, _ = plan_by_use(structure, use_of_groups(structure.groups, found), amount, Original.of(structure))
         return found, {g.name: list(plan.kept.get(g.name, range(g.width))) for g in structure.groups}
     kept: dict[str, list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.spool import Spool, Stored
 from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.scoring.walk.live import Live
 from lightning_prune.scoring.walk.notes import Notes, key_of
@@ -24,7 +26,7 @@ from lightning_prune.scoring.walk.station import Point, Station, is_layer, poole
 from lightning_prune.scoring.walk.variants import Variants
 from lightning_prune.structure.layers import canonical
 
-__all__ = ["Here", "Visit", "Walk", "WalkProgress", "pooled_features", "stations_of"]
+__all__ = ["Here", "Visit", "Walk", "WalkProgress", "feature_tables", "pooled_features", "stations_of"]
 
 Masks = Mapping[Station, Tensor]
 
@@ -93,7 +95,6 @@ def stations_of(
     return [station for station in found if station.layer in layers]
 
 
-@torch.no_grad()
 def pooled_features(
     model: nn.Module, data: DataPass, stations: Sequence[Station], reduction: str = "avg", *, absolute: bool = False
 ) -> dict[Station, Tensor]:
@@ -112,12 +113,37 @@ def pooled_features(
     Raises:
         ValueError: If a station is not in the network.
     """
+    return dict(feature_tables(model, data, stations, reduction, absolute=absolute, memory_limit=sys.maxsize))
+
+
+def feature_tables(
+    model: nn.Module,
+    data: DataPass,
+    stations: Sequence[Station],
+    reduction: str = "avg",
+    *,
+    absolute: bool = False,
+    memory_limit: int,
+) -> Iterator[tuple[Station, Tensor]]:
+    """The same, handed out a station at a time, in the order given, so that not all tables have to be in memory.
+
+    The forward pass is run at once.
+
+    Args:
+        model: See `pooled_features`.
+        data: See there.
+        stations: See there.
+        reduction: See there.
+        absolute: See there.
+        memory_limit: Bytes of tables that are kept in memory; the others wait in temporary files.
+    """
     places = _select(_places(model, next(iter(data)))[0], stations)
-    tables: dict[Station, list[Tensor]] = {place.station: [] for place in places}
+    spool = Spool(memory_limit)
+    tables: dict[Station, list[Stored]] = {place.station: [] for place in places}
 
     def see(place: Place) -> Change:
         def change(value: Tensor) -> Tensor:
-            tables[place.station].append(pooled(value, place.dim, reduction, absolute).cpu())
+            tables[place.station].append(spool.put(pooled(value, place.dim, reduction, absolute).cpu()))
             return value
 
         return change
@@ -127,7 +153,15 @@ def pooled_features(
             return model(*batch.args, **batch.kwargs)
 
     data.run(model, call=call)
-    return {station: torch.cat(tables[station]) for station in stations}
+
+    def handed_out() -> Iterator[tuple[Station, Tensor]]:
+        for station in stations:
+            parts = tables.pop(station)
+            yield station, torch.cat([part.get() for part in parts])
+            for part in parts:
+                part.free()
+
+    return handed_out()
 
 
 @final
