@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,6 +48,18 @@ def test_two_processes_do_the_same_and_resume(tmp_path: Path) -> None:
     alone, *_ = train(tmp_path / "one")
     for name, tensor in alone["weights"].items():
         torch.testing.assert_close(found["expected"]["weights"][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+class Averages(Callback):
+    """Averaged weights before the replacement and right after it."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == AT:
+            self.before = weights(averages(trainer)[0])
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (AT, 0):
+            self.after, self.live = weights(averages(trainer)[0]), weights(pl_module)
 
 
 class Seen(Callback):
@@ -118,17 +130,32 @@ def test_every_checkpoint_loads_without_a_callback_and_widens(tmp_path: Path) ->
     assert same(weights(model), weights(reference))
 
 
-def test_averaged_weights_get_the_new_head_and_resume(tmp_path: Path) -> None:
-    expected, run, model = train(tmp_path, "adamw", EMAWeightAveraging(decay=0.8))
+AVERAGING: dict[str, Any] = {
+    "ema": lambda: EMAWeightAveraging(decay=0.8),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.filterwarnings("ignore:Swapping scheduler `StepLR` for `SWALR`")
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_averaged_weights_get_the_new_head_and_resume(kind: str, tmp_path: Path) -> None:
+    ends = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    seen = Averages()
+    expected, run, model = train(tmp_path, "adamw", AVERAGING[kind](), ends, seen)
     (average,) = averages(run)
     assert weights(average).keys() == weights(model).keys()
     assert isinstance(average.third, nn.Identity)
-    for step in (3, 5, 9):
-        again, *_ = train(
-            tmp_path / f"again {step}", "adamw", EMAWeightAveraging(decay=0.8),
-            ckpt_path=tmp_path / "steps" / f"step={step}.ckpt",
-        )  # fmt: skip
-        assert [part for part in expected if not same(again[part], expected[part])] == []
+    # What stays is averaged on; the new head begins as in the network.
+    rows = torch.arange(1, 12, 2)
+    assert torch.equal(seen.after["first.weight"], seen.before["first.weight"][rows])
+    assert all(torch.equal(seen.after[name], seen.live[name]) for name in seen.live if name.startswith("head"))
+    # From many steps Lightning's SWA, once begun, does not go on as if never stopped, without a replacement neither.
+    steps = [f"steps/step={step}" for step in ((3,) if kind == "swa" else (3, 5, 9))]
+    for file in (*steps, "ends/epoch=0", "ends/epoch=1"):
+        again, *_ = train(tmp_path / f"again {file}", "adamw", AVERAGING[kind](), ckpt_path=tmp_path / f"{file}.ckpt")
+        assert [part for part in expected if not same(again[part], expected[part])] == [], file
 
 
 def test_weights_to_go_back_to_follow_a_replacement() -> None:
