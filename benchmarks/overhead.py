@@ -36,7 +36,7 @@ from lightning_prune.models import CNNClassifier, MLPClassifier
 from lightning_prune.planning import Original, Scope, Target, make_plan
 from lightning_prune.scoring import contributions_of, score_groups
 from lightning_prune.structure import Structure, Subject, trace
-from lightning_prune.surgery import cut_and_check
+from lightning_prune.surgery import transaction
 from lightning_prune.surgery.tensors import named
 
 # As many steps as lie between two observed batches by default, so that a block holds exactly one of them.
@@ -246,8 +246,13 @@ def time_cut(
     scores = timed("scores", lambda: score_groups(L1(), structure.groups, tensors, None))
     target, original = Target.of(0.5), Original.of(structure)
     plan = timed("plan", lambda: make_plan(structure, scores, target, 1.0, Scope(), original))
-    axes = timed("axes", lambda: structure.axes(plan.kept))
-    timed("surgery, migration, check", lambda: cut_and_check(model, axes, [optimizer], (), lambda: model(images)))
+    timed("axes", lambda: structure.axes(plan.kept))
+
+    def surgery() -> None:
+        with transaction(model, [optimizer], run=lambda: model(images)) as change:
+            change.keep(structure, plan.kept)
+
+    timed("surgery, migration, check", surgery)
     timed("structure after", lambda: structure.take(plan.kept))
     times["whole cut"] = sum(times.values())
     timed("for scale: a training step of the narrow network", lambda: a_step(model, optimizer, images))

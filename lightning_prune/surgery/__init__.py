@@ -40,7 +40,7 @@ from lightning_prune.surgery.repair import (
     repaired,
 )
 from lightning_prune.surgery.restart import Reinitialise, StoredWeights
-from lightning_prune.surgery.shrink import cut, cut_and_check, forget, mask
+from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
 from lightning_prune.surgery.transaction import Transaction, transaction
@@ -78,7 +78,6 @@ __all__ = [
     "check",
     "conform",
     "cut",
-    "cut_and_check",
     "dead_units",
     "edits_of",
     "forget",

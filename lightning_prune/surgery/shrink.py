@@ -19,9 +19,8 @@ from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
 from lightning_prune.surgery.tensors import canonical, named, take, zero
-from lightning_prune.surgery.verify import verify
 
-__all__ = ["cut", "cut_and_check", "forget", "mask", "shrink"]
+__all__ = ["cut", "forget", "mask", "shrink"]
 
 
 def cut(
@@ -119,40 +118,6 @@ def forget(change: Change, optimizers: Iterable[Optimizer]) -> None:
     """Clear the state of optimizers, as part of a ``change``: they step as if for the first time."""
     for optimizer in map(unwrap, optimizers):
         change.replace_entries(optimizer.state, {})
-
-
-def cut_and_check(
-    model: nn.Module,
-    axes: Axes,
-    optimizers: Iterable[Optimizer],
-    copies: Iterable[nn.Module],
-    run: Callable[[], Any],
-    drops: Mapping[str, str] | None = None,
-) -> Change:
-    """:func:`cut`, then a run forward and backward; undone whole if anything fails.
-
-    Args:
-        model: The network.
-        axes: What to keep.
-        optimizers: Every optimizer that steps one of its parameters.
-        copies: Modules of the same structure that are cut alike.
-        run: A forward pass of the network on an example, in the mode and precision that training uses.
-        drops: Layers that are taken out whole.
-
-    Raises:
-        CutError: If the cut or the check fails; the text says why, and the network is as it was.
-    """
-    change = Change()
-    try:
-        shrink(change, model, axes, optimizers, copies, drops)
-        verify(change, run, model)
-        return change
-    except Exception as error:
-        change.undo()
-        raise CutError(f"The cut failed and was taken back, nothing has changed: {error}") from error
-    except BaseException:
-        change.undo()
-        raise
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Transaction(Change):
             cut = 0 if history is None else len({edit.cut for edit in history.edits})
         self.when = (epoch, step, cut)
         self._run = run
-        self._is_checked = True
+        self._checked = 0  # steps of the change that a run of the network has passed
 
     def keep(
         self, structure: Structure, kept: Mapping[str, tuple[int, ...]], info: Mapping[str, float] | None = None
@@ -189,7 +189,6 @@ class Transaction(Change):
         """
         if contents:
             install(self, self.model, contents)
-            self._is_checked = False
 
     def mask(self, masks: Masks) -> None:
         """Set weights to zero for good: in the network, which keeps the masks, its copies and the optimizers' state.
@@ -210,7 +209,6 @@ class Transaction(Change):
         everywhere = [(named(network)[name], mask) for network in self._networks for name, mask in masks.items()]
         for tensor, mask in (*everywhere, *remembered):
             self.overwrite(tensor, tensor.detach().masked_fill(mask.to(tensor.device), 0))
-        self._is_checked = False
 
     def forget(self) -> None:
         """Clear the state of the optimizers: they step as if for the first time."""
@@ -222,10 +220,10 @@ class Transaction(Change):
         Raises:
             CutError: If it fails, or outputs or gradients are no longer finite.
         """
-        if self._run is not None and not self._is_checked:
+        if self._run is not None and len(self._done) > self._checked:
             with _as_cut_error():
                 verify(self, self._run, self.model)
-        self._is_checked = True
+        self._checked = len(self._done)
 
     @property
     def _networks(self) -> tuple[nn.Module, ...]:
@@ -247,7 +245,6 @@ class Transaction(Change):
     def _attach(self, histories: Mapping[nn.Module, History]) -> None:
         for network, history in histories.items():
             self.set_attributes(network, {ATTRIBUTE: history})
-        self._is_checked = False
 
 
 def _specs(modules: object) -> dict[str, LayerSpec]:

@@ -33,11 +33,11 @@ from lightning_prune import (
 from lightning_prune.models import MLPClassifier
 from lightning_prune.scoring import Criterion
 from lightning_prune.structure import Subject, trace
-from lightning_prune.surgery import cut_and_check
 from tests.callbacks import ranked
 from tests.callbacks.contents import pruning_callbacks
 from tests.callbacks.networks import Net, make
 from tests.support import ranks
+from tests.support.surgery import cut_and_check
 
 pytestmark = pytest.mark.ddp
 

@@ -25,7 +25,6 @@ from lightning_prune.surgery import (
     Ridge,
     attach,
     cut,
-    cut_and_check,
     edits_of,
     history_of,
     install,
@@ -34,6 +33,7 @@ from lightning_prune.surgery import (
     replay,
     save_into,
 )
+from tests.support.surgery import cut_and_check
 
 
 class Bottleneck(nn.Module):

@@ -9,8 +9,9 @@ from torch import nn, optim
 from lightning_prune.surgery.edits import Keep
 from lightning_prune.surgery.history import History, attach, conform
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, UnsliceableStateError, migrate, refuse, unwrap
-from lightning_prune.surgery.shrink import cut, cut_and_check, mask
+from lightning_prune.surgery.shrink import cut, mask
 from lightning_prune.surgery.tensors import take
+from tests.support.surgery import cut_and_check
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 

@@ -16,9 +16,10 @@ from lightning_prune.surgery import change as change_room
 from lightning_prune.surgery import shrink, verify
 from lightning_prune.surgery.change import CutError
 from lightning_prune.surgery.optimizers import OptimizerRefusedError
-from lightning_prune.surgery.shrink import cut, cut_and_check, mask
+from lightning_prune.surgery.shrink import cut, mask
 from lightning_prune.surgery.tensors import named, take
 from lightning_prune.surgery.verify import check
+from tests.support.surgery import cut_and_check
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
