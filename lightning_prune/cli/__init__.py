@@ -37,6 +37,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
             study.main(words[1:])
             return
+        if words[:1] == ["compare"]:
+            from lightning_prune.cli import compare
+
+            compare.main(words[1:])
+            return
         from lightning_prune.cli.verbs import run
 
         run(recipes.resolve(words))

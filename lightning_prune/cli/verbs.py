@@ -30,11 +30,12 @@ import lightning_prune.scoring.criteria
 from lightning_prune.cli import runs
 from lightning_prune.data import ImageData
 
-__all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "run"]
+__all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 
 _DESCRIPTION = (
     "Network pruning while Lightning trains. `lightning-prune recipes` lists, shows and copies the experiments that "
-    "come with the package; `--config` takes their names as well as files."
+    "come with the package; `--config` takes their names as well as files. `lightning-prune compare` shows finished "
+    "runs side by side, and `lightning-prune study` runs a grid of hyperparameters."
 )
 
 
@@ -58,12 +59,7 @@ class PruningTrainer(Trainer):
         """
         if ckpt_path is not None:
             model = lightning_prune.load_from_checkpoint(type(model), ckpt_path)
-        example = None
-        if model.example_input_array is None and datamodule is not None:
-            datamodule.prepare_data()
-            datamodule.setup("fit")
-            example = next(iter(datamodule.train_dataloader()))
-        rich.print(lightning_prune.inspect(model, example))
+        rich.print(lightning_prune.inspect(model, example_of(model, datamodule)))
 
     def score(
         self,
@@ -200,6 +196,15 @@ class PruningCLI(LightningCLI):
         # Other ranks follow rank zero, which was there first if it started them.
         self._made = rank_zero_only(runs.new)(parent)
         return self._made or runs.latest(parent) or parent
+
+
+def example_of(model: LightningModule, datamodule: LightningDataModule | None) -> Any:
+    """The first training batch, where a model has no ``example_input_array`` and there is data."""
+    if model.example_input_array is not None or datamodule is None:
+        return None
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return next(iter(datamodule.train_dataloader()))
 
 
 def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:

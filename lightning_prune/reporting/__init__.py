@@ -1,6 +1,8 @@
 """Showing what pruning did: plain values, tables, pages and figures."""
 
 from lightning_prune.reporting.backbone import backbone_modules
+from lightning_prune.reporting.comparison import ComparedNetwork, Comparison
+from lightning_prune.reporting.comparison_figure import comparison_figure
 from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.layer_scores import (
     LayerScores,
@@ -16,6 +18,8 @@ from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.typed import require
 
 __all__ = [
+    "ComparedNetwork",
+    "Comparison",
     "Cut",
     "Inspection",
     "LayerScores",
@@ -27,6 +31,7 @@ __all__ = [
     "Size",
     "SizeCheckpoint",
     "backbone_modules",
+    "comparison_figure",
     "importance_figure",
     "latency",
     "plain",
