@@ -3,12 +3,13 @@
 Small runs on the digits, two workers. SIGKILL goes to the launcher, to a worker, or to all processes at once, at a
 random moment after work has begun; then the same command is given again. In the end the table has to be that of a study
 that nobody disturbed, and no finished cell may have been touched again. The kills that were made are kept in the
-working folder: called again, it goes on.
+working folder: called again, it goes on. Interrupted, it takes the study along.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,25 @@ seed_keys: [data.seed]
 LONGEST = 8.0
 
 
-def start(work: Path, name: str) -> subprocess.Popen[bytes]:
-    """The study's command in a session of its own."""
+@contextlib.contextmanager
+def started(work: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The study's command in a session of its own, which does not outlive the block."""
     code = "import sys; from lightning_prune.cli import main; main(sys.argv[1:])"
     words = ["study", "run", str(work / "study.yaml"), "--folder", str(work / name), "--workers", "2"]
     log = (work / f"{name}.log").open("ab")
-    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log, start_new_session=True)
+    launcher = subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield launcher
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def ended(work: Path, name: str) -> int:
+    """The exit status of the study's command, run to its end."""
+    with started(work, name) as launcher:
+        return launcher.wait()
 
 
 def finished(folder: Path) -> dict[str, int]:
@@ -80,20 +95,17 @@ def disturb(work: Path, kills: list[dict[str, Any]], wanted: int, draw: random.R
     """Kill until there were enough kills, then let the study end."""
     folder = work / "disturbed"
     while len(kills) < wanted:
-        launcher = start(work, "disturbed")
-        for _ in range(2):  # three deaths of the same cell's worker in one life would give that cell up
-            if not strike(launcher, folder, kills, draw):
-                break
-            (work / "kills.json").write_text(json.dumps(kills))
-            print(len(kills), kills[-1], len(finished(folder)), "cells", flush=True)
-            if kills[-1]["what"] != "a worker" or len(kills) == wanted:
-                break
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
+        with started(work, "disturbed") as launcher:
+            for _ in range(2):  # three deaths of the same cell's worker in one life would give that cell up
+                if not strike(launcher, folder, kills, draw):
+                    break
+                (work / "kills.json").write_text(json.dumps(kills))
+                print(len(kills), kills[-1]["what"], len(finished(folder)), "cells", flush=True)
+                if kills[-1]["what"] != "a worker" or len(kills) == wanted:
+                    break
         if launcher.returncode == 0 and len(kills) < wanted:
             raise SystemExit(f"the study ended after {len(kills)} kills: make it larger")
-    if start(work, "disturbed").wait():
+    if ended(work, "disturbed"):
         raise SystemExit(f"the study failed, see {work / 'disturbed.log'}")
 
 
@@ -154,7 +166,7 @@ def main() -> None:
     (work / "study.yaml").write_text(DEFINITION)
     kills = json.loads((work / "kills.json").read_text()) if (work / "kills.json").is_file() else []
     disturb(work, kills, given.kills, random.Random(given.seed + len(kills)))
-    if not (work / "undisturbed" / "table.csv").is_file() and start(work, "undisturbed").wait():
+    if not (work / "undisturbed" / "table.csv").is_file() and ended(work, "undisturbed"):
         raise SystemExit(f"the undisturbed study failed, see {work / 'undisturbed.log'}")
     text, facts = verdict(work, kills)
     facts |= {"command": command("benchmarks.study_kills"), "seed": given.seed, "machine": machine()}
