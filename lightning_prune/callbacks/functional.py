@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
-from lightning_prune.callbacks.scheduled import note_what_stays
+from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
+from lightning_prune.callbacks.scheduled import note_what_stays, require_names
 from lightning_prune.callbacks.subjects import require_network, subject_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, backbone_modules, latency, size_on_disk, versions
@@ -112,21 +113,58 @@ def prune(
         raise ValueError(
             f"prune: expected a {type(model).__name__} with weights, got one on the meta device. Load it first."
         )
-    for extension in extensions:
-        if not isinstance(extension, Repair):
-            raise TypeError(
-                f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}, which goes with the "
-                "cuts of a run. Use it with a callback."
-            )
+    repairs = _repairs(extensions)
+    _require_settings(loss, measure, (layers, ignore))
     passes = None if data is None else _ready(data, model, loss)
-    steppers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    steppers = _optimizers(optimizers)
     refuse(steppers)
     _require_own(model, steppers)
     forget_code(model)
     with as_written(model):
         written = model._orig_mod if isinstance(model, OptimizedModule) else model
-        cut = _Cut(target, criterion, scope, (layers, ignore), passes, tuple(extensions), measure)
+        cut = _Cut(target, criterion, scope, (layers, ignore), passes, repairs, measure)
         return _prune(written, example, cut, steppers)
+
+
+def _repairs(extensions: object) -> tuple[Repair, ...]:
+    """The extensions, if they are repairs that can go together."""
+    if not isinstance(extensions, Sequence) or isinstance(extensions, str):
+        raise TypeError(
+            f"prune: expected `extensions` to be a list, got {extensions!r}. Give `extensions=[Ridge()]`, say."
+        )
+    for extension in extensions:
+        if isinstance(extension, CutExtension):
+            raise TypeError(
+                f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}, which goes with the "
+                "cuts of a run. Use it with a callback."
+            )
+        if not isinstance(extension, Repair):
+            raise TypeError(f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}.")
+    require_one_restart("prune", extensions)
+    return tuple(extensions)
+
+
+def _require_settings(loss: object, measure: object, names: tuple[object, ...]) -> None:
+    """Refuse settings of another type."""
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        raise TypeError(
+            f"prune: expected `loss` to be a function of outputs and labels, got {loss!r}. Give "
+            "`loss=torch.nn.functional.cross_entropy`, say."
+        )
+    if not isinstance(measure, bool):
+        raise TypeError(f"prune: expected `measure` to be True or False, got {measure!r}.")
+    for name, value in zip(("layers", "ignore"), names, strict=True):
+        require_names("prune", name, value)
+
+
+def _optimizers(optimizers: object) -> tuple[Optimizer, ...]:
+    if isinstance(optimizers, Optimizer):
+        return (optimizers,)
+    if not isinstance(optimizers, Iterable) or isinstance(optimizers, str):
+        raise TypeError(
+            f"prune: expected `optimizers` to be one or several optimizers of the network, got {optimizers!r}."
+        )
+    return tuple(optimizers)
 
 
 @dataclass(frozen=True)
@@ -242,7 +280,7 @@ def _observed(
         raw = {"args": call.args, "kwargs": dict(call.kwargs)}
         data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
     copy = subject.copy("real").module
-    statistic.collect(copy, data)
+    _collect(statistic, copy, data)
     lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
     kept = tuple(name for name in selected if name not in lost)
     reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
@@ -253,6 +291,19 @@ def _observed(
     if lost:
         warnings.warn(f"{type(criterion).__name__} cannot score, so these stay as they are: {reasons}", stacklevel=5)
     return statistic, kept
+
+
+def _collect(statistic: Statistic, model: nn.Module, data: DataPass) -> None:
+    """Let a statistic look at the data; a network or loss that fails on it is told from a fault in here."""
+    try:
+        statistic.collect(model, data)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"prune: the network or the loss fails on `data` ({type(error).__name__}: {error}). Nothing has changed. "
+            "Give batches of what `forward` takes, and a `loss(outputs, labels)` that gives one number."
+        ) from error
 
 
 def _repaired(asked: _Cut, subject: Subject, structure: Structure, plan: Plan) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
-from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, names_or_none
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.subjects import call_on, subject_of
@@ -91,7 +91,7 @@ class MaskPruning(ScheduledPruning):
         self.sparsity = self._checked(sparsity)
         self.pool: Pool = self.granularity.pool or pool
         for name, names in (("layers", layers), ("ignore", ignore)):
-            names_or_none(self, name, names)
+            require_names(type(self).__name__, name, names)
         self.layers = layers
         self.ignore = ignore
         self.rewind = rewind

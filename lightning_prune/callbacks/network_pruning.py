@@ -15,13 +15,13 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.applied import Extensions
-from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext, require_one_restart
 from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import all_or_none, from_first
-from lightning_prune.callbacks.scheduled import ScheduledPruning, names_or_none
+from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores
 from lightning_prune.callbacks.subjects import subject_of
@@ -88,7 +88,7 @@ class NetworkPruning(ScheduledPruning):
         extensions: list[Repair | CutExtension] | None,
     ) -> None:
         for name, names in (("layers", layers), ("ignore", ignore)):
-            names_or_none(self, name, names)
+            require_names(type(self).__name__, name, names)
         self.layers = layers
         self.ignore = ignore
         self.extensions = self._checked(extensions)
@@ -108,6 +108,7 @@ class NetworkPruning(ScheduledPruning):
                     f"{type(self).__name__}: expected repairs and cut extensions in `extensions`, got {one!r}. Give "
                     "instances such as `Ridge()` or `Rollback()`."
                 )
+        require_one_restart(type(self).__name__, extensions or ())
         return tuple(extensions or ())
 
     @override
@@ -275,7 +276,8 @@ class NetworkPruning(ScheduledPruning):
             self._done = self._reached() if history is not None and trainer.global_step > 0 else -1
         if self._timeline and self._done < 0 and history is not None and self._is_met():
             self._timeline = ()
-        self._extensions.prepare(self._run(trainer, module))
+        if self.pending or not self._timeline:
+            self._extensions.prepare(self._run(trainer, module))
         self._carry_over(self._reached)
         if self.report.dense is None:
             backbone = backbone_in(trainer, module)
@@ -391,6 +393,7 @@ class NetworkPruning(ScheduledPruning):
         forget_code(module)
         try:
             extension.take_back(self._run(trainer, module))
+            self._extensions.after_take_back()
             self.report.cuts.pop()
             self.report.notes.append(note)
             self._know(self._retrace(trainer)())

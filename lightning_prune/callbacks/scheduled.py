@@ -23,7 +23,7 @@ from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, 
 from lightning_prune.reporting import Report, Size, plain, require, versions
 from lightning_prune.surgery import refuse
 
-__all__ = ["ScheduledPruning", "instance_of", "names_or_none", "note_what_stays"]
+__all__ = ["ScheduledPruning", "instance_of", "note_what_stays", "require_names"]
 
 # How a note begins that is true of a fit, but perhaps not of a longer one that resumes it.
 _MISSED = "The target was not reached: "
@@ -413,15 +413,20 @@ def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
         warnings.warn(note, NoEffectWarning, stacklevel=3)
 
 
-def names_or_none(callback: Callback, name: str, value: object) -> None:
+def require_names(asker: str, name: str, value: object) -> None:
     """Refuse what is neither a name of layers, nor several, nor nothing.
 
+    Args:
+        asker: Who takes the argument, for the text.
+        name: Of the argument.
+        value: What came.
+
     Raises:
-        TypeError: If ``value`` is something else.
+        TypeError: If it is something else.
     """
     several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(isinstance(one, str) for one in several):
         raise TypeError(
-            f"{type(callback).__name__}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
+            f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
             "`inspect(model)` shows the names."
         )

@@ -14,7 +14,7 @@ from typing_extensions import Unpack, override
 
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.structured import StructuredOptions, StructuredPruning
-from lightning_prune.planning import NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
+from lightning_prune.planning import AtStart, NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
 from lightning_prune.scoring import BNScale, Criterion
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import Penalty, ScaleL1
@@ -68,6 +68,11 @@ class NetworkSlimming(StructuredPruning):
     ) -> None:
         self.penalty = ScaleL1() if penalty is None else penalty
         instance_of(self, "penalty", self.penalty, Penalty, "ScaleL1()")
+        if isinstance(schedule, AtStart):
+            raise ValueError(
+                f"{type(self).__name__}: expected a schedule that leaves time to pull units to zero, got AtStart(), "
+                "which cuts before the first step. Give `OneShot(0.6)`, or take `StructuredPruning`."
+            )
         self._hooks: list[RemovableHandle] = []
         super().__init__(
             pruning_ratio=pruning_ratio,

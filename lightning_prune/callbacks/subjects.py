@@ -57,7 +57,7 @@ def subject_for(model: nn.Module, example: Any = None) -> Subject:
     if isinstance(example, (tuple, list)):
         example = _Arguments(example)  # meant as arguments; a training batch is a later guess
     if isinstance(model, LightningModule):
-        return subject_of(model, example, step=False)
+        return subject_of(model, example, step=False, own_example=example is None)
     return Subject(model, _forward_calls(model, example, None))
 
 
@@ -84,6 +84,7 @@ def subject_of(
     batch: Any = None,
     *,
     step: bool = True,
+    own_example: bool = True,
     convert: Callable[[Any], Any] = lambda example: example,
 ) -> Subject:
     """A LightningModule as a subject of tracing.
@@ -92,13 +93,15 @@ def subject_of(
         module: The network.
         batch: A training batch, for the example (where there is no ``example_input_array``) and the training step.
         step: Trace ``training_step`` too.
+        own_example: Take the module's ``example_input_array``, if it has one, rather than a part of the batch.
         convert: Gives the module's own example the type that training has; the batch has it already.
 
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
     """
     prepare, memo = _Standins(module), _kept_off(module)
-    calls = _forward_calls(module, batch, convert(module.example_input_array), memo=memo, prepare=prepare)
+    example = convert(module.example_input_array) if own_example else None
+    calls = _forward_calls(module, batch, example, memo=memo, prepare=prepare)
     optional: tuple[Call, ...] = ()
     if step and batch is not None and is_overridden("training_step", module):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)

@@ -74,3 +74,20 @@ def test_one_instance_serves_many_runs(extension: Any, tmp_path: Path) -> None:
         # Lightning does not validate the epoch again that a checkpoint ends.
         found = differences(content(run, model, callback), ends[0])
         assert {*found} <= {"report", "attribute _measured"}, (epoch, found)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "kind", "text"),
+    [
+        ([Ridge], TypeError, "got <class"),
+        ([None], TypeError, "got None"),
+        (Ridge(), TypeError, "expected `extensions` to be a list"),
+        ({"a": Ridge()}, TypeError, "expected `extensions` to be a list"),
+        ([Rewind(0), Reinitialise()], ValueError, "at most one of `extensions` that decides on all weights"),
+        ([Rewind(0), Rewind(1)], ValueError, "at most one of `extensions` that decides on all weights"),
+    ],
+    ids=str,
+)
+def test_what_are_no_extensions(extensions: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=f"StructuredPruning: .*{text}"):
+        StructuredPruning(0.5, extensions=extensions)

@@ -457,3 +457,49 @@ def test_layers_that_cannot_be_scored_stay() -> None:
         prune(net, pruning_ratio=0.5, criterion=APoZ(), data=data, layers="first")
     with pytest.warns(UserWarning, match="APoZ cannot score, so these stay as they are: first"):
         assert prune(net, pruning_ratio=0.5, criterion=APoZ(), data=data).widths == {"first": 6, "second": 3}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
+        ({"loss": "ce"}, TypeError, "expected `loss` to be a function of outputs and labels, got 'ce'"),
+        ({"loss": nn.CrossEntropyLoss}, TypeError, "expected `loss` to be a function .*, got <class"),
+        ({"loss": lambda outputs: outputs.sum()}, ValueError, r"the loss fails on `data` \(TypeError"),
+        ({"data": [(torch.zeros(4, 5), torch.zeros(4))]}, ValueError, r"the network .* fails on `data` \(RuntimeError"),
+        ({"data": 3}, ValueError, "expected `batches` to be a DataLoader"),
+        ({"data": []}, ValueError, "expected at least one sample"),
+        ({"extensions": Ridge()}, TypeError, "expected `extensions` to be a list, got Ridge"),
+        ({"extensions": None}, TypeError, "expected `extensions` to be a list, got None"),
+        ({"extensions": "ridge"}, TypeError, "expected `extensions` to be a list, got 'ridge'"),
+        ({"extensions": [Ridge]}, TypeError, r"repairs such as `Ridge\(\)`, got <class"),
+        (
+            {"extensions": [Reinitialise(), Reinitialise(seed=1)]},
+            ValueError,
+            "at most one of `extensions` that decides",
+        ),
+        ({"measure": None}, TypeError, "expected `measure` to be True or False, got None"),
+        ({"optimizers": torch.optim.SGD}, TypeError, "expected `optimizers` to be one or several optimizers"),
+        ({"optimizers": "adam"}, TypeError, "expected `optimizers` to be one or several optimizers"),
+        ({"layers": 3}, TypeError, "prune: expected `layers` to be a layer's name"),
+        ({"ignore": [3]}, TypeError, "prune: expected `ignore` to be a layer's name"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_change_nothing(wrong: dict[str, Any], kind: type[Exception], text: str) -> None:
+    module = Small()
+    before = copy.deepcopy(module.state_dict())
+    data = [(torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    given: dict[str, Any] = {"criterion": Taylor(), "data": data, "loss": nn.functional.cross_entropy, **wrong}
+    with pytest.raises(kind, match=f"(?s){text}"):
+        prune(module, torch.zeros(1, 6, dtype=torch.float64), pruning_ratio=0.5, **given)
+    assert history_of(module) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_the_example_that_is_given_counts() -> None:
+    """Not the module's own, which may be of another type or shape."""
+    module = Small()
+    module.example_input_array = torch.zeros(1, 6)  # of another type than the network
+    with pytest.raises(StructureError, match="must have the same dtype"):
+        prune(module, pruning_ratio=0.5)
+    assert prune(module, torch.zeros(1, 6, dtype=torch.float64), pruning_ratio=0.5).widths == {"net.0": 4, "net.2": 4}

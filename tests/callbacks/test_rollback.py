@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_prune import StructuredPruning
+from lightning_prune import Rewind, StructuredPruning
 from lightning_prune.callbacks.extensions.rollback import Rollback, go_back, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
@@ -203,7 +204,32 @@ def test_the_monitor_that_is_named_counts() -> None:
     assert Rollback(epochs=2, monitor="train_loss").verdict(made, 4) == "recovered"
 
 
-@pytest.mark.parametrize("given", [{"epochs": 0}, {"tolerance": -0.1}, {"tolerance": math.nan}])
+@pytest.mark.parametrize(
+    "given", [{"epochs": 0}, {"epochs": 1.5}, {"epochs": "2"}, {"tolerance": -0.1}, {"tolerance": math.nan}]
+)
 def test_numbers_out_of_range(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"Rollback: expected `{next(iter(given))}` of at least"):
+    with pytest.raises(ValueError, match=f"Rollback: expected `{next(iter(given))}` .*of at least"):
         Rollback(**given)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "others", [[Rollback(epochs=2)], [Rollback(epochs=3, monitor="val_acc")], [Rewind(0)]], ids=repr
+)
+def test_what_else_goes_with_a_cut_follows_when_it_is_taken_back(others: list[Any], tmp_path: Path) -> None:
+    """And a run that is resumed after it goes on alike."""
+
+    def run(*more: Callback, ckpt: Path | None = None) -> tuple[StructuredPruning, Small]:
+        cuts, module = Explicit(((1, 0.5), (2, 0.75), (3, 1.0))), Small(bad_epochs=99)
+        callback = StructuredPruning(0.5, schedule=cuts, extensions=[*others, Rollback(epochs=2)])
+        trainer(tmp_path, 6, callback, *more, enable_checkpointing=bool(more)).fit(module, *loaders(), ckpt_path=ckpt)
+        return callback, module
+
+    saver = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
+    with pytest.warns(UserWarning, match="Cut 1 was taken back"):
+        callback, module = run(saver)
+    assert callback.report.cuts == []
+    assert len(callback.report.notes) == 1
+    for epoch in (3, 4):  # it was taken back at the start of epoch 3
+        _, again = run(ckpt=tmp_path / "ends" / f"epoch={epoch}.ckpt")
+        assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_prune import L2, GroupLasso, GrowingL2, HalfSpace, NetworkSlimming, OneShot, ScaleL1
+from lightning_prune import L2, AtStart, GroupLasso, GrowingL2, HalfSpace, NetworkSlimming, OneShot, ScaleL1
 from lightning_prune.planning import NoEffectWarning
 from tests.callbacks.small import Saver, Small, loaders, trainer
 
@@ -177,3 +177,8 @@ def test_frozen_scales_are_told(tmp_path):
 def test_a_penalty_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"expected `penalty` to be an instance of Penalty, got 0\.1"):
         NetworkSlimming(0.5, penalty=0.1)
+
+
+def test_a_cut_before_there_was_time_to_pull_is_refused():
+    with pytest.raises(ValueError, match=r"leaves time to pull units to zero, got AtStart\(\)"):
+        NetworkSlimming(0.5, schedule=AtStart())

@@ -78,6 +78,11 @@ class Extensions:
         for part in self.parts:
             part.after_cut(edits)
 
+    def after_take_back(self) -> None:
+        """Call the hook of each."""
+        for part in self.parts:
+            part.after_take_back()
+
     def on_train_end(self, run: RunContext) -> None:
         """Call the hook of each."""
         for part in self.parts:

@@ -14,7 +14,7 @@ from lightning_prune.reporting import Report
 from lightning_prune.structure import Subject
 from lightning_prune.surgery import Edit, Repair
 
-__all__ = ["CutExtension", "RunContext"]
+__all__ = ["CutExtension", "RunContext", "require_one_restart"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class CutExtension:
 
     Attributes:
         is_exclusive: Whether no second pruning callback may be in the run.
+        restarts: Whether it decides on all weights that a cut leaves, so that only one such part can be there.
     """
 
     is_exclusive: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     @property
     def waits(self) -> bool:
@@ -83,6 +85,9 @@ class CutExtension:
     def take_back(self, run: RunContext) -> None:
         """Bring network and optimizers back to before the last cut, after `judge` has asked for it."""
 
+    def after_take_back(self) -> None:
+        """Act when the last cut has been taken back, by this extension or another one; no other cut is made."""
+
     def on_train_end(self, run: RunContext) -> None:
         """Act when the training is over, before the report is written."""
 
@@ -96,3 +101,17 @@ class CutExtension:
         Raises:
             TypeError: If a value is of another type.
         """
+
+
+def require_one_restart(asker: str, extensions: Sequence[Repair | CutExtension]) -> None:
+    """Refuse extensions of which several decide on all weights.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    several = [one for one in extensions if one.restarts]
+    if len(several) > 1:
+        raise ValueError(
+            f"{asker}: expected at most one of `extensions` that decides on all weights, got "
+            f"{', '.join(map(repr, several))}. The last of them would count: leave the others out."
+        )

@@ -30,6 +30,8 @@ class Rewind(CutExtension):
         epoch: Epochs trained before the weights are kept, at least 0 and not after the first cut.
     """
 
+    restarts = True
+
     epoch: int = 0
     _snapshot: RewindSnapshot = field(init=False, repr=False, compare=False)
 
@@ -53,6 +55,10 @@ class Rewind(CutExtension):
     @override
     def after_cut(self, edits: Sequence[Edit]) -> None:
         self._snapshot = self._snapshot.after_cut(edits)
+
+    @override
+    def after_take_back(self) -> None:
+        self._snapshot = RewindSnapshot(self.epoch, repr(self))  # narrower than the network is again
 
     @override
     def state(self) -> dict[str, Any]:
