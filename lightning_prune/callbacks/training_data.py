@@ -50,7 +50,7 @@ def training_data(
     Raises:
         ValueError: If the training data is not one loader over a data set with a length.
     """
-    loader = require_readable(trainer, "this run")
+    loader = require_readable(trainer, "this run", "Train from such a loader.")
     limit = loader.dataset.__len__()  # type: ignore[attr-defined]
     size = batch_size_of(loader) or 1
     overfits = bool(getattr(trainer, "overfit_batches", 0))
@@ -143,12 +143,15 @@ def is_readable(trainer: Trainer) -> bool:
     return isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
 
 
-def require_readable(trainer: Trainer, reader: str) -> DataLoader[Any]:
+def require_readable(
+    trainer: Trainer, reader: str, remedy: str = "Leave it out of `extensions`, or train from such a loader."
+) -> DataLoader[Any]:
     """The training loader.
 
     Args:
         trainer: The run.
         reader: Who reads, for the text.
+        remedy: What to do, for the text.
 
     Raises:
         ValueError: If samples cannot be read by their position.
@@ -160,5 +163,5 @@ def require_readable(trainer: Trainer, reader: str) -> DataLoader[Any]:
     what = type(loader).__name__ + (f" over {type(dataset).__name__}" if dataset is not None else "")
     raise ValueError(
         f"{reader} reads some training batches again: expected one DataLoader over a data set with a length as "
-        f"training data, got {what}. Leave it out of `extensions`, or train from such a loader."
+        f"training data, got {what}. {remedy}"
     )

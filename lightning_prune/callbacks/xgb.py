@@ -21,7 +21,7 @@ from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, table_of
 from lightning_prune.callbacks.subjects import inputs_of
-from lightning_prune.callbacks.training_data import training_data
+from lightning_prune.callbacks.training_data import require_readable, training_data
 from lightning_prune.planning import (
     Amount,
     CutPoint,
@@ -37,7 +37,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.scoring import DataPass, Surrogate, XGBoost
-from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name
+from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name, require_labels
 from lightning_prune.scoring.xgb import log_importance
 from lightning_prune.structure import Structure, StructureError
 from lightning_prune.structure.boundaries import Boundary, find_boundaries
@@ -228,6 +228,7 @@ class XGBPruning(NamesHead, NetworkPruning):
         if self._last_done >= 0 and not self.only_score:  # what it was to look at may be gone
             return self._moments(trainer, 0.5)
         assert self._subject is not None
+        self._check_data(trainer, batch)
         if self._inputs_of is None:
             self._inputs = inputs_of(module, batch, self._subject)
         self._selected = select(structure, self.layers, self.ignore)[0]
@@ -240,6 +241,14 @@ class XGBPruning(NamesHead, NetworkPruning):
                 feasible(structure, target, Scope("global", normalize="none"), self._selected, original)
             fraction = target.fraction(original, original.among(self._selected, structure))
         return self._moments(trainer, fraction)
+
+    def _check_data(self, trainer: Trainer, batch: Any) -> None:
+        """Refuse what scoring would refuse when it is due, which may be many epochs later."""
+        surrogate = self.options.surrogate
+        surrogate.require_packages()
+        require_readable(trainer, type(self).__name__, "Train from such a loader.")
+        labels = DataPass([batch], labels=self._labels_of).labels
+        require_labels(labels.detach().cpu().numpy(), surrogate.task)
 
     @override
     def _reached(self) -> int:

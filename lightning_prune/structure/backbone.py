@@ -102,6 +102,13 @@ class Backbone:
         return dict(_parameters(self.head))
 
 
+def unmatched(model: nn.Module, head: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Those names and globs of a head that no module of a network has."""
+    patterns = () if head is None else (head,) if isinstance(head, str) else tuple(head)
+    names = [canonical(name) for name, _ in model.named_modules() if name]
+    return tuple(pattern for pattern in patterns if not any(_inside(name, (pattern,)) for name in names))
+
+
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with parameters or buffers of its own, by canonical name, in the order of registration."""
     for name, module in model.named_modules():

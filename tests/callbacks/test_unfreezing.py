@@ -548,7 +548,12 @@ class Training(Callback):
         (Net, GradualUnfreezing(1, 1), {"epochs": 3}, r"at least 4 epochs.*3 convolutional layers\), got max_epochs=3"),
         (Net, GradualUnfreezing(1, 0.5), {"epochs": -1, "max_steps": 9}, "at least 2.5 epochs.*got max_steps=9"),
         (Net, GradualUnfreezing(1, 1, head="*"), {}, "expected convolutions to unfreeze"),
-        (Net, GradualUnfreezing(1, 1, head="nothing"), {}, "expected something to train behind"),
+        (
+            Net,
+            GradualUnfreezing(1, 1, head="nothing"),
+            {},
+            "expected names of modules as `head`, got 'nothing'. The outermost",
+        ),
         (
             Net,
             GradualUnfreezing(1.5, 1),

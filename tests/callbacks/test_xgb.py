@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune
 from lightning_prune import NeuralProbe, OneShot, Ridge, SklearnEstimator, StructuredPruning, XGBoost, XGBPruning
@@ -477,6 +477,62 @@ def test_without_xgboost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "xgboost", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-prune\[xgb\]"'):
         fit(tmp_path / "1", Module(), XGBPruning())
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (None, ModuleNotFoundError, r'pip install "lightning-prune\[xgb\]"'),
+        (torch.linspace(0, 1, 240), ValueError, "expected whole numbers as classes"),
+        (
+            torch.full((240, 3), 1 / 3, dtype=torch.float64),
+            ValueError,
+            r"expected one label per sample, shape \(n,\), got \(60, 3\)",
+        ),
+    ],
+    ids=["no xgboost", "numbers", "one-hot"],
+)
+def test_what_a_later_cut_would_refuse_is_refused_at_once(
+    labels: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the epochs before it."""
+    if labels is None:
+        monkeypatch.setitem(sys.modules, "xgboost", None)
+    module = Regressor() if labels is not None and labels.ndim == 1 else Module()
+    with pytest.raises(error, match=message):
+        fit(tmp_path, module, XGBPruning(schedule=OneShot(5)), data=loader(labels=labels), epochs=9)
+    assert module.global_step == 0
+
+
+def test_a_stream_of_data(tmp_path: Path) -> None:
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(zip(*reference.images(), strict=True))
+
+    with pytest.raises(ValueError, match=r"XGBPruning reads some .* got DataLoader over Stream\. Train from such"):
+        fit(tmp_path, Module(), XGBPruning(surrogate=QUICK), data=DataLoader(Stream(), batch_size=60))
+
+
+class Branches(Module):
+    """Two branches that meet behind their last convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = nn.Module(), nn.Linear(8, 3)
+        for name in ("left", "right"):
+            self.add_module(name, nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.cat([self.left(x), self.right(x)], 1).mean((2, 3)))
+        return out
+
+
+def test_a_network_of_parallel_branches_has_no_depth(tmp_path: Path) -> None:
+    with pytest.raises(StructureError, match=r"expected a backbone that is a chain .* Leave `depth` out"):
+        fit(tmp_path / "1", Branches(), XGBPruning(depth="argmax", surrogate=QUICK))
+    with pytest.raises(StructureError, match=r"expected names of modules as `head`, got 'tail'\. The outermost are n"):
+        fit(tmp_path / "2", Deep(), XGBPruning(depth="argmax", head="tail", surrogate=QUICK))
 
 
 class Bare(Module):

@@ -282,7 +282,7 @@ def test_bad_tables(make: Callable[..., Surrogate], importance: Any) -> None:
     surrogate, parts = make(importance=importance), split_samples(labels, "classification")
     broken = features.copy()
     broken[5, 2] = np.nan
-    with pytest.raises(FloatingPointError, match=r"1 of 300 samples in 1 of 6 channels .*sample 5, channel 2"):
+    with pytest.raises(FloatingPointError, match=r"1 of 300 samples in 1 of 6 channels .*channel 2"):
         surrogate.fit(broken, labels, parts)
     with pytest.raises(ValueError, match=r"expected features of shape \(300, width\).*got \(299, 6\)"):
         surrogate.fit(features[:-1], labels, parts)
@@ -327,3 +327,20 @@ def test_without_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xgboost", None)
     with pytest.raises(ModuleNotFoundError, match=r'`xgboost` is needed here.*"lightning-prune\[xgb\]"'):
         XGBoost().fit(features, labels, split_samples(labels, "classification"))
+
+
+@pytest.mark.parametrize("memory_limit", [None, 1000])
+def test_the_device_reaches_xgboost(memory_limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a parameter of the training; without a GPU it is trained on the CPU here."""
+    features, labels = table()
+    parts = split_samples(labels, "classification")
+    train, devices = xgboost.train, []
+
+    def on_cpu(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        devices.append(params["device"])
+        return train({**params, "device": "cpu"}, *args, **kwargs)
+
+    monkeypatch.setattr(xgboost, "train", on_cpu)
+    for device in ("cuda", "cuda:1"):
+        XGBoost(device=device, rounds=2, memory_limit=memory_limit).fit(features, labels, parts)
+    assert devices == ["cuda", "cuda:1"]

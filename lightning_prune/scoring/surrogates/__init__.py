@@ -3,7 +3,7 @@
 from lightning_prune.scoring.surrogates.boosting import XGBoost
 from lightning_prune.scoring.surrogates.estimator import SklearnEstimator
 from lightning_prune.scoring.surrogates.metrics import Metric, metric_function, metric_name
-from lightning_prune.scoring.surrogates.parts import Parts, split_samples
+from lightning_prune.scoring.surrogates.parts import Parts, require_labels, split_samples
 from lightning_prune.scoring.surrogates.probe import NeuralProbe
 from lightning_prune.scoring.surrogates.surrogate import Fitted, Surrogate, Trained
 
@@ -18,5 +18,6 @@ __all__ = [
     "XGBoost",
     "metric_function",
     "metric_name",
+    "require_labels",
     "split_samples",
 ]

@@ -75,6 +75,7 @@ class XGBoost(Surrogate):
     params: Mapping[str, Any] | None = None
 
     importances: ClassVar[tuple[str, ...]] = ("gain", "weight", "permutation")
+    packages: ClassVar[tuple[str, ...]] = ("xgboost",)
 
     def __post_init__(self) -> None:
         self._check()

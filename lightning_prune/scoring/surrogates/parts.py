@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_prune.scoring.surrogates.metrics import Task
 
-__all__ = ["Parts", "class_indices", "split_samples"]
+__all__ = ["Parts", "class_indices", "require_labels", "split_samples"]
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -79,12 +79,23 @@ def class_indices(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], Inde
     return classes, indices.reshape(-1).astype(np.int64)
 
 
-def _strata(labels: npt.NDArray[Any], task: Task) -> list[IndexArray]:
+def require_labels(labels: npt.NDArray[Any], task: Task) -> None:
+    """Check the labels of some samples, whatever others there are.
+
+    Raises:
+        ValueError: If they are not one per sample, or, for classification, no whole numbers.
+    """
     if labels.ndim != 1:
         raise ValueError(
             f"expected one label per sample, shape (n,), got {labels.shape}. Give a function that takes them out of a "
             "batch as `labels`."
         )
+    if task == "classification":
+        class_indices(labels)
+
+
+def _strata(labels: npt.NDArray[Any], task: Task) -> list[IndexArray]:
+    require_labels(labels, task)
     if task == "regression":
         if len(labels) < 3:
             raise ValueError(f"expected at least 3 samples, got {len(labels)}")

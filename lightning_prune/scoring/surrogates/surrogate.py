@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from lightning_prune.extras import require
 from lightning_prune.scoring.surrogates.metrics import Metric, MetricFunction, Task, metric_function
 from lightning_prune.scoring.surrogates.parts import Parts, class_indices
 
@@ -59,6 +60,7 @@ class Surrogate(ABC):
 
     Attributes:
         task: ``"classification"`` or ``"regression"``.
+        packages: Optional packages that it needs.
         importance: How the use of a feature is measured; ``"permutation"`` is known to all of them: how much the metric
             on the held-back part falls when the feature is shuffled, the mean of five shuffles, at least 0.
     """
@@ -67,6 +69,7 @@ class Surrogate(ABC):
     importance: str
     seed: int
     importances: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def _check(self) -> None:
         name = type(self).__name__
@@ -75,6 +78,15 @@ class Surrogate(ABC):
         if self.importance not in self.importances:
             known = ", ".join(f'"{one}"' for one in self.importances)
             raise ValueError(f"{name}: expected `importance` of {known}, got {self.importance!r}")
+
+    def require_packages(self) -> None:
+        """Import the optional packages that it needs.
+
+        Raises:
+            ModuleNotFoundError: If one is not installed; the text says how to install it.
+        """
+        for package in self.packages:
+            require(package, extra="xgb")
 
     @abstractmethod
     def train(
@@ -167,8 +179,8 @@ def _check_features(features: npt.NDArray[Any], samples: int) -> None:
         rows, columns = np.nonzero(bad)
         raise FloatingPointError(
             f"expected finite features, got NaN or infinity for {len(np.unique(rows))} of {samples} samples in "
-            f"{len(np.unique(columns))} of {features.shape[1]} channels (the first: sample {rows[0]}, channel "
-            f"{columns[0]}). Look for NaN or infinite weights, statistics of norms or inputs."
+            f"{len(np.unique(columns))} of {features.shape[1]} channels (the first: channel {columns[0]}). Look for "
+            "NaN or infinite weights, statistics of norms, and inputs (few samples, many channels)."
         )
 
 
