@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 __all__ = ["Batch", "ImageData", "ImageTensors", "ShuffledByEpoch", "crop_and_mirror"]
@@ -142,21 +141,27 @@ class ImageData(LightningDataModule):
     def _augmented(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         epoch = self.trainer.current_epoch if self.trainer else 0
         # The first index tells the batches of an epoch apart, on every rank.
-        return crop_and_mirror(images, _generator(self.seed, epoch, indices[0]))
+        return crop_and_mirror(images, _generator(self.seed, epoch, indices[0]), fill=self._black)
+
+    @property
+    def _black(self) -> Tensor | float:
+        """What a pixel of 0 is after the normalisation, one value or one for each channel."""
+        return 0.0
 
 
-def crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+def crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int = 4, fill: Tensor | float = 0.0) -> Tensor:
     """CIFAR's usual augmentation: a random crop of the padded image, mirrored half of the time.
-
-    The padding is 0, which is the mean colour of normalised images.
 
     Args:
         images: ``(batch, channels, height, width)``.
         generator: Source of all random numbers.
         padding: Pixels added on each side before the crop.
+        fill: Their value, one or one for each channel. 0 is the mean colour of normalised images.
     """
     count, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
+    padded = images.new_empty(count, channels, height + 2 * padding, width + 2 * padding)
+    padded[:] = torch.as_tensor(fill, dtype=images.dtype).view(-1, 1, 1)
+    padded[:, :, padding : padding + height, padding : padding + width] = images
     down, right = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
     mirror = torch.rand(count, 1, generator=generator) < 0.5
     rows = down + torch.arange(height)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_prune.data.tensors import ImageData, ImageTensors
 from lightning_prune.extras import require
@@ -25,7 +27,8 @@ class _Torchvision(ImageData, ABC):
         batch_size: Images in a batch.
         val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
-        augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
+        augment: Crop training images at random, with 4 black pixels added on each side, and mirror them. Not for digits
+            and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
         normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels in [0, 1].
         size: Resize the images to this height and width; by default they stay as they are.
@@ -86,13 +89,23 @@ class _Torchvision(ImageData, ABC):
             ) from error
         pixels = torch.as_tensor(source.data)
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        mean, std = (torch.tensor(fact).view(1, -1, 1, 1) for fact in (self.mean, self.std))
+        mean, std = (fact.view(1, -1, 1, 1) for fact in self._normalisation)
         images = (pixels / 255 - mean) / std if self.normalize else pixels / 255
         if self.size is not None and self.size != images.shape[-1]:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         if self.rgb and images.shape[1] == 1:
             images = images.repeat(1, 3, 1, 1)
         return ImageTensors(images, torch.as_tensor(source.targets).long())
+
+    @property
+    @override
+    def _black(self) -> Tensor | float:
+        mean, std = self._normalisation
+        return -mean / std if self.normalize else 0.0
+
+    @property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean), torch.tensor(self.std)
 
     @property
     def _folder(self) -> Path:

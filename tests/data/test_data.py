@@ -115,13 +115,13 @@ def test_too_few_images() -> None:
         ready(Numbered(count=3, val_share=0.1))
 
 
-def naive_crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int) -> Tensor:
+def naive_crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int, fill: float) -> Tensor:
     shifts = torch.randint(0, 2 * padding + 1, (2, len(images), 1), generator=generator)
     mirrors = torch.rand(len(images), 1, generator=generator) < 0.5
     out = []
     for i, image in enumerate(images):
         y, x = int(shifts[0, i]), int(shifts[1, i])
-        crop = F.pad(image, (padding,) * 4)[:, y : y + image.shape[1], x : x + image.shape[2]]
+        crop = F.pad(image, (padding,) * 4, value=fill)[:, y : y + image.shape[1], x : x + image.shape[2]]
         out.append(crop.flip(2) if mirrors[i] else crop)
     return torch.stack(out)
 
@@ -132,8 +132,19 @@ def naive_crop_and_mirror(images: Tensor, generator: torch.Generator, padding: i
 def test_crop_and_mirror(count: int, channels: int, height: int, width: int, padding: int, seed: int) -> None:
     images = torch.arange(1.0, count * channels * height * width + 1).view(count, channels, height, width)
     first, second = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    changed = crop_and_mirror(images, first, padding)
-    assert torch.equal(changed, naive_crop_and_mirror(images, second, padding))
+    changed = crop_and_mirror(images, first, padding, fill=-2.0)
+    assert torch.equal(changed, naive_crop_and_mirror(images, second, padding, -2.0))
+
+
+def test_each_channel_has_its_own_padding() -> None:
+    """Seen through the normalisation that torchvision applies after the crop, padding is black, not the mean colour."""
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    pixels = torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    first, second = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    normalised = (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    changed = crop_and_mirror(normalised, first, 3, fill=-mean / std)
+    cropped_before = naive_crop_and_mirror(pixels, second, 3, 0.0)
+    torch.testing.assert_close(changed, (cropped_before - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
 
 
 def test_augmentation_is_for_training_only_and_follows_the_seed() -> None:
@@ -188,6 +199,9 @@ def test_cifar_files(kind: type[CIFAR10] | type[CIFAR100], tmp_path: Path, monke
     pixels = torch.from_numpy(content["data"][:8]).view(8, 3, 32, 32).float()
     mean, std = (torch.tensor(fact).view(1, 3, 1, 1) for fact in (kind.mean, kind.std))
     assert torch.allclose((images * std + mean) * 255, pixels, atol=1e-3)
+    augmented, _ = next(iter(ready(kind(root=str(tmp_path), augment=True)).train_dataloader()))
+    padding = ((augmented * std + mean).abs() < 1e-4).all(1)
+    assert padding.any(2).any(1).float().mean() > 0.9, "a crop of the image with black pixels around it"
 
 
 def test_root_comes_from_the_argument_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
