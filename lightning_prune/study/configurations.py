@@ -67,6 +67,9 @@ def run(study: Study, variant: Variant, point: Point, seed: int) -> Cell:
         config["trainer"]["callbacks"].append(callback)
         return Cell(_starting(config, seed), label)
     cut = cut_of(study, variant)
+    if variant.pipeline == "rewind" and variant.epoch == 0:
+        # All seeds go back to the weights that the training at the prior began with, as they do for a later epoch.
+        return Cell(_starting(config, study.seeds[0], architecture=cut.reference, dense=True), label, needs=(cut,))
     weights = _weights(study, variant)
     config = _starting(config, seed, architecture=cut.reference, weights=weights.reference if weights else None)
     return Cell(config, label, needs=(cut, *((weights,) if weights else ())))
@@ -145,8 +148,9 @@ def _at(study: Study, point: Point, seed: int) -> Config:
     return config
 
 
-def _starting(config: Config, seed: int, **files: str | None) -> Config:
-    start = {"class_path": _START, "init_args": {"seed": seed, **{name: file for name, file in files.items() if file}}}
+def _starting(config: Config, seed: int, **arguments: str | bool | None) -> Config:
+    given = {name: value for name, value in arguments.items() if value}
+    start = {"class_path": _START, "init_args": {"seed": seed, **given}}
     config["trainer"]["callbacks"].insert(0, start)
     return config
 

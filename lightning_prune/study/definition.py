@@ -41,7 +41,7 @@ class Variant:
             new weights. ``"finetune"``: it trains on from the weights that were kept. ``"rewind"``: from the weights
             that were kept, as they were after ``epoch`` epochs. ``"initialisation"``: every run cuts before its first
             step. ``"training"``: every run cuts when the method's own schedule says so.
-        epoch: Epochs of the training at the prior to rewind to, at least 1.
+        epoch: Epochs of the training at the prior to rewind to; 0 for the weights it began with.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Variant:
                 f"variants: {self.name}: expected a `pipeline` of {', '.join(get_args(Pipeline))}, got "
                 f"{self.pipeline!r}."
             )
-        if self.epoch < 1:
-            raise ValueError(f"variants: {self.name}: expected `epoch` of at least 1, got {self.epoch}.")
+        if self.epoch < 0:
+            raise ValueError(f"variants: {self.name}: expected `epoch` of at least 0, got {self.epoch}.")
 
     @property
     def callback(self) -> Config | None:

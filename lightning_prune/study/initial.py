@@ -23,10 +23,15 @@ class InitialNetwork(Callback):
         seed: Of new weights: normal with variance 2 / fan in (He et al., 2015), see `Reinitialise`.
         weights: Checkpoint of the dense network whose weights are taken instead.
         architecture: File with the history of the cut that the network is given; by default it stays dense.
+        dense: Draw the new weights for the dense network, of which those that are kept stay: a rewind to epoch 0. A
+            parameter that no layer of PyTorch's holds stays as the module was made.
     """
 
-    def __init__(self, seed: int = 0, weights: str | None = None, architecture: str | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, weights: str | None = None, architecture: str | None = None, dense: bool = False
+    ) -> None:
         self.seed = seed
+        self.dense = dense
         self.weights = weights
         self.architecture = architecture
 
@@ -36,11 +41,16 @@ class InitialNetwork(Callback):
             return
         if self.weights is not None:
             pl_module.load_state_dict(_read(self.weights)["state_dict"])
+        elif self.dense:
+            self._draw(pl_module)
         if self.architecture is not None:
             replay(pl_module, History.from_plain(_read(self.architecture)))
             keep_history(pl_module)
-        if self.weights is None:
-            Reinitialise(self.seed).after(pl_module, _no_batches)
+        if self.weights is None and not self.dense:
+            self._draw(pl_module)
+
+    def _draw(self, module: LightningModule) -> None:
+        Reinitialise(self.seed).after(module, _no_batches)
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -132,8 +132,8 @@ class _Recorder(Callback):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was last logged."""
-        return self.curve[-1] if self.curve else {}
+        """What was last logged that was a number, by its name."""
+        return {name: value for row in self.curve for name, value in row.items()}
 
     def result(self, judged: bool = True) -> Result:
         """The result of the run that has ended.
@@ -142,8 +142,10 @@ class _Recorder(Callback):
             judged: Whether the metric counts.
 
         Raises:
-            ValueError: If it does and was not logged.
+            ValueError: If it does and was not logged, or was never a number.
         """
+        if judged and self.diverged and self.metric not in self.metrics:
+            raise ValueError(f"{self.metric!r} was never a number: the run diverged in its first epoch.")
         if judged and self.metric not in self.metrics:
             raise ValueError(
                 f"expected the run to log {self.metric!r}, got {', '.join(sorted(self.metrics)) or 'nothing'}. Name "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from lightning_prune.cli import main, study, verbs
 from lightning_prune.models import CNNClassifier
 from lightning_prune.study import InitialNetwork
-from lightning_prune.study.configurations import run
+from lightning_prune.study.configurations import preparations, prior, run
 from lightning_prune.study.definition import load
 from lightning_prune.study.store import Store
 from lightning_prune.study.training import Task, work
@@ -117,6 +118,56 @@ def test_a_killed_run_is_resumed_and_comes_to_the_same(pipeline: str, monkeypatc
     assert len(one.curve) == 3
 
 
+@pytest.mark.slow
+def test_every_pipeline_is_run() -> None:
+    """Fine-tuning, rewinds to the beginning and to an epoch, and cuts within each run, each beside the prior."""
+    pipelines = (
+        "{remaining: 0.5, pipeline: [finetune, initialisation, training]}",
+        "{remaining: 0.5, pipeline: rewind, epoch: [0, 1]}",
+    )
+    text = DEFINITION.replace("- {remaining: 0.5}", "\n  - ".join(["", *pipelines])).replace(
+        "max_epochs: 1", "max_epochs: 2"
+    )
+    Path("small.yaml").write_text(text)
+    found, store = load(Path("small.yaml")), Store(Path("cells"))
+    weights, cuts = preparations(found)
+    for cell in (*weights, *cuts, *(run(found, variant, (0, 1), 0) for variant in found.variants[1:])):
+        work(Task(Path("cells"), cell, verbs.run, "val_acc"))
+        assert store.failure(cell) is None
+    trained = store.result(prior(found))
+    assert trained is not None
+    for variant in found.variants[1:]:
+        result = store.result(run(found, variant, (0, 1), 0))
+        assert result is not None
+        assert result.macs / trained.macs == pytest.approx(0.5, abs=0.1)
+        assert len(result.curve) == 2
+    names = [variant.name.removeprefix("50% uniform ") for variant in found.variants[1:]]
+    assert names == ["finetune", "initialisation", "training", "rewind 0", "rewind 1"]
+
+
+def test_the_last_number_of_a_run_that_diverged_counts() -> None:
+    """A metric that is no number in the end stands as it last was; a run in which it never was one has failed."""
+
+    class Logs:
+        def __init__(self, *accuracies: float) -> None:
+            self.accuracies = accuracies
+
+        def __call__(self, _: Any, callbacks: Any) -> None:
+            (recorder,) = callbacks
+            recorder.diverged = True
+            recorder.curve += [{"val_acc": a} if math.isfinite(a) else {"val_loss": 1.0} for a in self.accuracies]
+
+    found = load(Path("small.yaml"))
+    cells = [run(found, found.unpruned, (0, n), 0) for n in (0, 1)]
+    for cell, accuracies in zip(cells, [(0.5, math.nan), (math.nan, math.nan)], strict=True):
+        work(Task(Path("cells"), cell, Logs(*accuracies), "val_acc"))
+    store = Store(Path("cells"))
+    first = store.result(cells[0])
+    assert first is not None
+    assert (first.metrics["val_acc"], first.diverged) == (0.5, True)
+    assert "'val_acc' was never a number: the run diverged" in str(store.failure(cells[1]))
+
+
 def test_the_initial_network(tmp_path: Path) -> None:
     """New weights by seed, kept weights, and the kept units of both, equal to slices of the dense network."""
     dense, narrow = cut_network()
@@ -142,6 +193,11 @@ def test_the_initial_network(tmp_path: Path) -> None:
     )
     assert torch.equal(new.features[0].weight, again.features[0].weight)
     assert not torch.equal(new.features[0].weight, other.features[0].weight)
+    rewound, begun = started(architecture=files["architecture"], seed=3, dense=True), started(seed=3)
+    torch.save({"state_dict": begun.state_dict()}, tmp_path / "begun.ckpt")
+    sliced = started(architecture=files["architecture"], weights=str(tmp_path / "begun.ckpt"))
+    for name, tensor in sliced.state_dict().items():
+        assert torch.equal(rewound.state_dict()[name], tensor), "a rewind to epoch 0"
     spread = (2 / new.classifier[1].in_features) ** 0.5
     assert float(new.classifier[1].weight.detach().std()) == pytest.approx(spread, rel=0.2)
     InitialNetwork(seed=9).setup(None, new, "fit")  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def test_learning_rate_and_weight_decay_by_default() -> None:
         ({"grid": {"model.lr": {"step": "wide"}, "model.weight_decay": {}}}, "expected numbers"),
         ({"variants": [{"remaining": 1.5}]}, r"`remaining` in \(0, 1\]"),
         ({"variants": [{"remaining": 0.5, "pipeline": "never"}]}, "expected a `pipeline` of scratch, finetune"),
-        ({"variants": [{"remaining": 0.5, "pipeline": "rewind", "epoch": 0}]}, "`epoch` of at least 1"),
+        ({"variants": [{"remaining": 0.5, "pipeline": "rewind", "epoch": -1}]}, "`epoch` of at least 0"),
         ({"variants": [{"ratio": 0.5}]}, "variants: expected .* got ratio"),
         ({"variants": [{"remaining": 0.5}, {"remaining": 0.5}]}, "different names, got 50% uniform"),
         ({"variants": [{"remaining": 0.5, "method": {"init_args": {}}}]}, "`method` to be a callback"),
@@ -162,6 +162,13 @@ def test_what_is_prepared_for_each_pipeline() -> None:
     assert start(scratch) == {"seed": 0, "architecture": f"@{cut.key}"}
     assert start(finetune) == {"seed": 0, "architecture": f"@{cut.key}", "weights": f"@{trained.key}"}
     assert start(rewind) == {"seed": 0, "architecture": f"@{cut.key}", "weights": f"@{prior(found, 1).key}"}
+    (first,) = study(variants=[{"remaining": 0.5, "pipeline": "rewind", "epoch": 0}], seeds=[3, 4]).variants[1:]
+    again = run(study(seeds=[3, 4]), first, (1, 0), 4)
+    assert again.config["trainer"]["callbacks"][0]["init_args"]["seed"] == 3, (
+        "what the training at the prior began with"
+    )
+    assert again.config["trainer"]["callbacks"][0]["init_args"]["dense"] is True
+    assert first.name == "50% uniform rewind 0"
     for variant in (initialisation, training):
         assert start(variant) == {"seed": 0}
         assert (
