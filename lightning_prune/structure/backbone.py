@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.structure.layers import canonical, tensors
 
-__all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm"]
+__all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm", "unmatched"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 

@@ -66,9 +66,10 @@ def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -
     """
     strange = unmatched(subject.model, head)
     if strange:
+        outermost = ", ".join(name for name, _ in subject.model.named_children())
         raise StructureError(
             f"{type(subject.model).__name__}: expected names of modules as `head`, got "
-            f"{', '.join(map(repr, strange))}. The outermost are {', '.join(name for name, _ in subject.model.named_children())}."
+            f"{', '.join(map(repr, strange))}. The outermost are {outermost}."
         )
     trial = _Trial(subject, head)
     found: dict[tuple[str, ...], Boundary] = {}
