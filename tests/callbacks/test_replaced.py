@@ -21,7 +21,7 @@ from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction
 from tests.callbacks.networks import make, trainer, weights
 from tests.callbacks.ranked import share
-from tests.callbacks.replaced import AT, HEAD, Deep, resumed, same, state_of, train
+from tests.callbacks.replaced import AT, HEAD, Deep, ends, resumed, same, state_of, train
 from tests.support import ranks
 
 #: Names after the replacement, as `configure_optimizers` gives them.
@@ -48,6 +48,20 @@ def test_two_processes_do_the_same_and_resume(tmp_path: Path) -> None:
     alone, *_ = train(tmp_path / "one")
     for name, tensor in alone["weights"].items():
         torch.testing.assert_close(found["expected"]["weights"][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_resume_with_another_number_of_processes(step: int, tmp_path: Path) -> None:
+    """From before the replacement and from after it, from two processes to one and back."""
+    two, one = ranks.run(ends, tmp_path / "two", processes=2), ends(tmp_path / "one")
+    fewer = ends(tmp_path / "fewer", tmp_path / "two" / "steps" / f"step={step}.ckpt")
+    more = ranks.run(ends, tmp_path / "more", tmp_path / "one" / "steps" / f"step={step}.ckpt", processes=2)
+    for found in (two, fewer, more):
+        assert found["history"] == one["history"]
+        assert found["groups"] == one["groups"]
+        for part in ("weights", "state"):
+            torch.testing.assert_close(found[part], one[part], rtol=1e-8, atol=1e-10)
 
 
 class Averages(Callback):
