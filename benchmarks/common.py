@@ -179,7 +179,7 @@ def publish(name: str, facts: Mapping[str, Any], tables: str, figure: Any = None
     """Numbers, tables and picture of a benchmark, with the command and the machine, into its folder of evidence."""
     home = EVIDENCE / name
     home.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command(f"benchmarks.{name}"), "machine": machine(), **facts}
+    facts = {"command": command(f"benchmarks.{name}"), "machine": here(), **facts}
     (home / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     ran = f"`{facts['command']}` on {facts['machine']['processor']}; {facts['machine']['versions']}"
     fill(home / "README.md", f"{tables}\n\n{ran}")

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import publish, quiet
+from benchmarks.common import here, publish, quiet
 from tests.support.replacing import CASES, measure, measure_ranks
 
 
@@ -24,7 +24,7 @@ def run(case: str, processes: int) -> dict[str, Any]:
     """What one run of a case has shown."""
     with tempfile.TemporaryDirectory() as folder:
         found = measure(case, Path(folder)) if processes == 1 else measure_ranks(case, Path(folder), processes)
-    return {"case": case, "processes": processes, **found}
+    return {"case": case, "processes": processes, **found, "at": here()}
 
 
 def rows(file: Path | None) -> list[dict[str, Any]]:
