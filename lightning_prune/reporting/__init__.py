@@ -13,7 +13,8 @@ from lightning_prune.reporting.layer_scores import (
 )
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
 from lightning_prune.reporting.plots import report_figure, sizes_figure
-from lightning_prune.reporting.report import Cut, Measurement, Report, Size, SizeCheckpoint, plain
+from lightning_prune.reporting.record import Cut, Measurement, Size, SizeCheckpoint
+from lightning_prune.reporting.report import Report, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.typed import require
 

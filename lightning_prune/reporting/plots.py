@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_prune.reporting.report import Report, SizeCheckpoint
+    from lightning_prune.reporting.record import Record, SizeCheckpoint
 
 __all__ = ["report_figure", "sizes_figure"]
 
@@ -35,7 +35,7 @@ _LINE = 110
 _FEWEST_SLOTS = 4
 
 
-def report_figure(report: Report) -> Figure:
+def report_figure(report: Record) -> Figure:
     """Three panels: the main metric over the run, parameters and MACs that are left, widths before and after.
 
     Needs the extra ``plot``; no global state of matplotlib is touched. Save it with ``figure.savefig("report.png")``.
@@ -57,7 +57,7 @@ def report_figure(report: Report) -> Figure:
     return figure
 
 
-def sizes_figure(report: Report) -> Figure:
+def sizes_figure(report: Record) -> Figure:
     """The main metric against parameters and MACs left, a point per saved network; needs the extra ``plot``."""
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4.2), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
@@ -96,7 +96,7 @@ def _rises(drawn: Sequence[SizeCheckpoint], end: int) -> bool:
 class _Clock:
     """Where optimizer steps lie on the time axis: in epochs trained, or in steps where there was one epoch at most."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Record) -> None:
         # Metrics of an epoch arrive at its end; the last step seen in it is that end.
         ends = {row.epoch: row.step for row in report.history}
         self.in_epochs = len(ends) > 1
@@ -113,7 +113,7 @@ class _Clock:
         return np.interp(steps, self._steps, self._epochs)
 
 
-def _metric_panel(axes: Axes, report: Report, clock: _Clock) -> None:
+def _metric_panel(axes: Axes, report: Record, clock: _Clock) -> None:
     main = report.main_metric
     _frame(axes, clock, report, main or "metric")
     if main is None:
@@ -129,7 +129,7 @@ def _metric_panel(axes: Axes, report: Report, clock: _Clock) -> None:
     _legend(axes)
 
 
-def _size_panel(axes: Axes, report: Report, clock: _Clock) -> None:
+def _size_panel(axes: Axes, report: Record, clock: _Clock) -> None:
     _frame(axes, clock, report, "left of the dense network (%)")
     axes.set_ylim(0, 106)
     if report.dense is None:
@@ -145,7 +145,7 @@ def _size_panel(axes: Axes, report: Report, clock: _Clock) -> None:
     _legend(axes)
 
 
-def _width_panel(axes: Axes, report: Report) -> None:
+def _width_panel(axes: Axes, report: Record) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     dense = dict(report.dense.widths) if report.dense else {}
     if not dense:
@@ -173,7 +173,7 @@ def _width_panel(axes: Axes, report: Report) -> None:
     _legend(axes)
 
 
-def _frame(axes: Axes, clock: _Clock, report: Report, label: str) -> None:
+def _frame(axes: Axes, clock: _Clock, report: Record, label: str) -> None:
     marks = ", cuts dashed" if report.cuts else ""
     axes.set(xlabel=f"{clock.label}{marks}", ylabel=label, xlim=(0, clock.end * 1.02))
     axes.grid(alpha=0.25, lw=0.6)
@@ -195,7 +195,7 @@ def _note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
 
 
-def _headline(report: Report) -> str:
+def _headline(report: Record) -> str:
     dense, now = report.dense, report.size
     if dense is None or now is None:
         return "Pruning report"

@@ -1,0 +1,298 @@
+"""What a run tells about its pruning: sizes, cuts and metrics, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_prune.planning import Original
+from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
+from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, words_of_metric
+from lightning_prune.structure import Structure
+
+__all__ = ["Cut", "Measurement", "Record", "Size", "SizeCheckpoint"]
+
+# A metric with one of these words is better when it is lower.
+_LOWER_IS_BETTER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "nll", "bce", "kld")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network costs.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-accumulates of one sample's forward pass (1 MAC = 2 FLOPs).
+        widths: Units per group.
+        bytes: Size of the saved ``state_dict``.
+        latency: Milliseconds per forward pass by batch size.
+        memory: Bytes of the activations of one sample, see `CostModel.memory`.
+        reckoned: Milliseconds of one sample by the table of latencies, if there is one.
+        backbone: Number of parameters of the backbone alone, where it is known which part that is.
+    """
+
+    params: int
+    macs: int
+    widths: Mapping[str, int] = field(default_factory=dict)
+    bytes: int | None = None
+    latency: Mapping[int, float] = field(default_factory=dict)
+    memory: int | None = None
+    reckoned: float | None = None
+    backbone: int | None = None
+
+    @classmethod
+    def of(
+        cls, structure: Structure, original: Original | None = None, backbone: Collection[str] | None = None
+    ) -> Size:
+        """What is known of a network without running it.
+
+        Args:
+            structure: Of the network as it is.
+            original: Size of the dense network, if that is wanted.
+            backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network stay
+                unknown where layers have gone.
+        """
+        now, cost = original or Original.of(structure), structure.cost
+        # With the parameters of a layer that has gone, the terms of those that are left do not add up.
+        is_whole = backbone is not None and cost.params(now.widths) == now.params
+        parameters = cost.params(now.widths, backbone) if is_whole else None
+        widths = dict(now.widths)
+        return cls(now.params, now.macs, widths, memory=now.memory, reckoned=now.latency, backbone=parameters)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut, as it was made.
+
+    Attributes:
+        index: Number of the cut, from 0.
+        epoch: Epochs that had been trained.
+        step: Optimizer steps that had been trained.
+        before: Units before the cut, of the groups that changed.
+        after: Units after it, of the same groups.
+        params: Parameters after the cut.
+        macs: MACs of one sample after the cut.
+        seconds: Time the cut took.
+        memory: Bytes of the activations of one sample after it.
+        reckoned: Milliseconds of one sample after it by the table of latencies, if there is one.
+        backbone: Parameters of the backbone alone after it, where they are known.
+    """
+
+    index: int
+    epoch: int
+    step: int
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    params: int
+    macs: int
+    seconds: float
+    memory: int | None = None
+    reckoned: float | None = None
+    backbone: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        size: Size,
+        index: int,
+        epoch: int,
+        step: int,
+        before: Mapping[str, int],
+        after: Mapping[str, int],
+        seconds: float,
+    ) -> Cut:
+        """The cut that has led to a network of this size."""
+        what = (index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds)
+        return cls(*what, size.memory, size.reckoned, size.backbone)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Metrics as they stood after ``step`` optimizer steps, in the epoch that Lightning numbers ``epoch``."""
+
+    epoch: int
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SizeCheckpoint:
+    """A network of one size that was saved on the way from the dense one to the smallest.
+
+    Attributes:
+        file: Name of the checkpoint, relative to the report.
+        params: Its parameters.
+        macs: MACs of one sample.
+        epoch: Epochs that had been trained.
+        step: Optimizer steps that had been trained.
+        metric: The main metric, last measured at this size; ``None`` if it never was.
+    """
+
+    file: str
+    params: int
+    macs: int
+    epoch: int
+    step: int
+    metric: float | None = None
+
+
+@dataclass
+class Record:
+    """What is known of a run and its pruning; a `Report` shows it.
+
+    Attributes:
+        dense: The network before the first cut.
+        final: The network at the end.
+        cuts: Cuts in order.
+        history: Metrics in order of their steps.
+        config: The recipe, in plain values.
+        versions: Versions of the packages, see `versions`.
+        seed: Seed of the run.
+        metric: Name of the metric that counts; by default the first accuracy that was logged, else the first loss,
+            those of the validation before those of the training.
+        size_checkpoints: Networks that were saved at each size, if that was asked for.
+        notes: What else happened, in sentences.
+        start: The network when this report began, if it had been pruned before; ``dense`` is the one before that.
+        earlier: Cuts that had been made by then.
+        what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
+        scored: Layers that were scored by surrogates.
+        depths: Places at which the backbone could end, if these were scored.
+    """
+
+    dense: Size | None = None
+    final: Size | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    history: list[Measurement] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    metric: str | None = None
+    size_checkpoints: list[SizeCheckpoint] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    start: Size | None = None
+    earlier: int = 0
+    what: Literal["units", "weights"] = "units"
+    scored: list[ScoredLayer] = field(default_factory=list)
+    depths: list[ScoredDepth] = field(default_factory=list)
+
+    # collecting
+
+    def log(self, epoch: int, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add metrics; those of a known step join it (validation comes first, the end of the training's epoch later).
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Optimizer steps trained so far.
+            metrics: Numbers by name, as in ``trainer.callback_metrics``.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        if self.history and self.history[-1].step == step:
+            last = self.history.pop()
+            epoch, values = last.epoch, {**last.metrics, **values}  # at the very end Lightning counts one epoch more
+        self.history.append(Measurement(epoch, step, values))
+
+    def pruned_before(self, dense: Size, present: Size, cuts: int) -> None:
+        """Note that the network had been pruned when this report began.
+
+        Args:
+            dense: The network before its first cut; what is not known of it any more stays unknown.
+            present: The network as it is now.
+            cuts: Cuts that led from the one to the other.
+        """
+        self.dense, self.earlier = dense, cuts
+        self.start = replace(present, widths={name: present.widths.get(name, 0) for name in dense.widths})
+
+    # reading
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units per group as they are after the last cut."""
+        widths = dict(self.dense.widths) if self.dense else {}
+        widths |= self.start.widths if self.start else {}
+        for cut in self.cuts:
+            widths.update(cut.after)
+        return widths
+
+    @property
+    def size(self) -> Size | None:
+        """The network as it is now: at the end, after the last cut, or dense."""
+        if self.final or not self.cuts:
+            return self.final or self.start or self.dense
+        last = self.cuts[-1]
+        size = Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
+        return replace(size, backbone=last.backbone)
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the units (with masks: of the weights) that is removed, in [0, 1)."""
+        dense = sum(self.dense.widths.values()) if self.dense else 0
+        return 1 - sum(self.widths.values()) / dense if dense else 0.0
+
+    @property
+    def main_metric(self) -> str | None:
+        """Name of the metric that counts, ``None`` if nothing suitable was logged."""
+        names = list(dict.fromkeys(name for row in self.history for name in row.metrics))
+        if self.metric is not None:
+            return self.metric if self.metric in names else None
+        candidates = [name for name in names if not name.endswith("_step") and kind_of_metric(name) is not None]
+        return min(candidates, key=lambda name: (kind_of_metric(name), data_of_metric(name)), default=None)
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether more or less of the main metric is better, by its name."""
+        words = words_of_metric(self.main_metric or "")
+        return "min" if any(word in _LOWER_IS_BETTER for word in words) else "max"
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """Every value of a metric with its step."""
+        return [(row.step, row.metrics[name]) for row in self.history if name in row.metrics]
+
+    def between(self, first: int, last: float) -> list[float]:
+        """Values of the main metric that were measured after step ``first`` and not after step ``last``."""
+        return [value for step, value in self.values(self.main_metric or "") if first < step <= last]
+
+    def around(self, cut: Cut) -> tuple[float | None, float | None, float | None]:
+        """The main metric: last before a cut, first measured after it, last before the next cut (or the end)."""
+        following = [other.step for other in self.cuts[self.cuts.index(cut) + 1 :]]
+        before = self.between(-1, cut.step)
+        after = self.between(cut.step, following[0] if following else math.inf)
+        return before[-1] if before else None, after[0] if after else None, after[-1] if after else None
+
+    @property
+    def outcome(self) -> tuple[float | None, float | None, float | None]:
+        """The main metric before the first cut, best at the final size, and at the very end."""
+        before = self.between(-1, self.cuts[0].step if self.cuts else math.inf)
+        after = self.between(self.cuts[-1].step if self.cuts else -1, math.inf)
+        real = [value for value in after if not math.isnan(value)]
+        best = (max(real) if self.mode == "max" else min(real)) if real else None
+        return before[-1] if before else None, best, after[-1] if after else None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end."""
+        size = self.size
+        if size is None:
+            return {}
+        numbers = {
+            "pruning/params": float(size.params),
+            "pruning/macs": float(size.macs),
+            "pruning/ratio": self.pruning_ratio,
+        }
+        if self.what == "weights" and self.dense is not None:
+            numbers["pruning/sparsity"] = self.pruning_ratio
+            now = self.widths
+            numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
+        else:
+            numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+        if size.backbone is not None:
+            numbers["pruning/backbone_params"] = float(size.backbone)
+        if size.memory is not None:
+            numbers["pruning/memory"] = float(size.memory)
+        if size.reckoned is not None:
+            numbers["pruning/latency_ms"] = size.reckoned
+        if size.bytes is not None:
+            numbers["pruning/bytes"] = float(size.bytes)
+        return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}
