@@ -171,7 +171,7 @@ def computed(
             row = {**job, **run(job), "at": here()}
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
-            print(*job.values(), f"{row['accuracy']:.2f}", flush=True)
+            print(*job.values(), *(f"{row[key]:.2f}" for key in ("accuracy",) if key in row), flush=True)
         yield row
 
 

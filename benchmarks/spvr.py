@@ -1,0 +1,70 @@
+"""SPvR as the paper has it, and what its ranking costs here: ``python -m benchmarks.spvr --part macs --resume``.
+
+Every part is a table of `docs/evidence/spvr`; its rows are kept in ``--work`` and taken from there with ``--resume``.
+``--part page`` writes the page from what is there. The environment variable LIGHTNING_PRUNE_DATA names the folder of
+CIFAR-10, Fashion-MNIST and ``resnet_cifar10/resnet56-….th``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import spvr_pages
+from benchmarks.common import add_resume, computed, publish, quiet
+
+Row = dict[str, Any]
+Job = dict[str, Any]
+
+
+def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
+    """Jobs of every part, the most valuable first, and how the rest of a row is computed."""
+    from benchmarks import spvr_speed, spvr_tau  # each part imports what it needs
+
+    networks, sizes = [*spvr_speed.NETWORKS], (8, 32, 2)
+    speed: list[Job] = [{"network": name, "d": d} for d in sizes for name in networks]
+    return {
+        "macs": (speed, lambda job: spvr_speed.macs(job["network"], job["d"], work)),
+        "seconds": (speed, lambda job: spvr_speed.seconds(job["network"], job["d"], work)),
+        "tau": ([{"seed": seed} for seed in range(24)], lambda job: spvr_tau.kendall(job["seed"])),
+    }
+
+
+def rows(part: str, work: Path, *, resume: bool) -> Iterator[Row]:
+    """Rows of a part, computed where they are not there."""
+    jobs, run = parts(work)[part]
+    return computed(jobs, run, work / f"{part}.jsonl", resume=resume)
+
+
+def main() -> None:
+    """Compute a part, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/spvr"), help="folder of what is done so far")
+    parser.add_argument("--part", required=True, choices=["page", "vgg", *parts(Path())])
+    parser.add_argument("--steps", type=int, default=1170, help="of --part vgg: 1170 are three epochs")
+    parser.add_argument("--minutes", type=float, default=14, help="of --part vgg: how long at most")
+    add_resume(parser)
+    given = parser.parse_args()
+    quiet()
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.part == "vgg":
+        from benchmarks.spvr_networks import train_vgg16
+
+        print(train_vgg16(given.work, given.steps, given.minutes), "steps are done")
+    elif given.part == "page":
+        found = {part: stored_rows(given.work / f"{part}.jsonl") for part in parts(given.work)}
+        publish("spvr", found, spvr_pages.tables(found))
+    else:
+        list(rows(given.part, given.work, resume=given.resume))
+
+
+def stored_rows(file: Path) -> list[Row]:
+    """The rows of a part."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+if __name__ == "__main__":
+    main()
