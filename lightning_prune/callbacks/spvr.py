@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension
@@ -19,9 +20,10 @@ from lightning_prune.callbacks.processes import gathered, holds_everywhere, made
 from lightning_prune.callbacks.ranking_display import RankingProgress
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import CutPoint, NoEffectWarning, Original, Plan, Schedule, Target, select
-from lightning_prune.planning.ranked import RankedPlan, Removal, by_stage, in_order, plan_ranked
+from lightning_prune.planning.ranked import Ranked, RankedPlan, by_stage, in_order, plan_ranked
 from lightning_prune.scoring import DataPass, SPvR, stations_of
 from lightning_prune.scoring.spvr import Task, class_scores, score_tensor
+from lightning_prune.scoring.spvr.racing import Race, RaceKind, raced
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
 from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
 from lightning_prune.scoring.undisturbed import undisturbed
@@ -36,6 +38,15 @@ __all__ = ["Coupling", "SPvRPruning"]
 
 #: What is ranked where layers are coupled: all of it as one, or each layer by itself.
 Coupling = Literal["group", "stage"]
+
+
+_RACES: dict[RaceKind | None, list[str]] = {
+    "exact": ["The ranking was raced: scores of groups that stay may be of fewer samples."],
+    "statistical": [
+        "The ranking was raced statistically: scores are of fewer samples, and near the threshold groups may "
+        "have been taken for others."
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,10 @@ class SPvRPruning(NetworkPruning):
             ranked as one. ``"stage"``: every layer is ranked by itself, behind its norm and before the sum; when one of
             its groups is next, every layer of its stage, inner ones included, loses its own least (the paper's appendix
             B). That is for weights that are drawn anew, since only widths follow from it.
+        race: ``"exact"``: groups that are far from the budget's threshold are masked in fewer samples, and their scores
+            are lower bounds; the plan is that of the full ranking. ``"statistical"``: groups that go, too, for much
+            less; the plan is nearly always the same. None: all groups in all samples. See
+            `lightning_prune.scoring.spvr.racing.Race`.
         task: What the outputs are scores of; found out by default, see `lightning_prune.scoring.spvr.class_scores`.
         normalized: Whether the outputs are probabilities already; found out by default.
         schedule: When it acts; at once by default. It has one moment.
@@ -103,6 +118,7 @@ class SPvRPruning(NetworkPruning):
         samples_per_class: int = 50,
         reinit: bool | Reinitialise = True,
         coupling: Coupling = "group",
+        race: RaceKind | None = "exact",
         task: Task | None = None,
         normalized: bool | None = None,
         schedule: Schedule | None = None,
@@ -123,6 +139,9 @@ class SPvRPruning(NetworkPruning):
         SPvR(group_size, samples_per_class, task, normalized)  # its own checks
         if coupling not in get_args(Coupling):
             raise ValueError(f'SPvRPruning: expected `coupling` of "group" or "stage", got {coupling!r}.')
+        if race is not None and race not in get_args(RaceKind):
+            raise ValueError(f'SPvRPruning: expected `race` of "exact", "statistical" or None, got {race!r}.')
+        self.race = race
         self.reinit = Reinitialise(rule="own") if reinit is True else None if reinit is False else reinit
         if self.reinit is not None and not isinstance(self.reinit, Reinitialise):
             raise TypeError(f"SPvRPruning: expected `reinit` of True, False or a Reinitialise, got {reinit!r}.")
@@ -179,6 +198,7 @@ class SPvRPruning(NetworkPruning):
             "samples_per_class": self.samples_per_class,
             "reinit": repr(self.reinit),
             "coupling": self.coupling,
+            "race": self.race,
             "seed": self.seed,
         }
 
@@ -282,41 +302,61 @@ class SPvRPruning(NetworkPruning):
         assert structure is not None
         data = self._data(trainer, module)
         sites, _ = self._sites(module, data, structure)
-        folder = self.session.writer(self, trainer).folder().parent / "rankings"
-        with RankingProgress(trainer) as bar, trainer.precision_plugin.forward_context():
-            ranking = rank(
-                module,
-                data,
-                sites,
-                self.options,
-                folder=folder,
-                progress=bar.see,
-                gather=gathered,
-                agree=holds_everywhere,
-            )
-        self._ranking = ranking
         limit = self._limit(self._original)
-        removals = self._removals(structure, ranking)
+        ranking = self._ranked(trainer, module, data, sites, limit)
+        self._ranking = ranking
+        removals = [step.removal for step in self._steps(structure, ranking.bundles, ranking.scores)]
         plan = made_on_first(trainer, lambda: plan_ranked(structure, removals, limit, self._bypasses))
         if not plan.kept and not plan.bypassed:
             self._warn_of_no_effect()
             return None
+        self.report.notes += _RACES.get(self.race, [])
         self.report.notes += [f"The best group of {name} stays: {why}." for name, why in plan.stays.items()]
         return self._decision(structure, ranking, plan)
 
     def _warn_of_no_effect(self) -> None:
         warnings.warn(f"{self.target} holds already: nothing is left to remove", NoEffectWarning, stacklevel=2)
 
-    def _removals(self, structure: Structure, ranking: Ranking) -> Iterable[Removal]:
+    def _ranked(
+        self, trainer: Trainer, module: LightningModule, data: DataPass, sites: Mapping[str, Site], limit: int
+    ) -> Ranking:
+        folder = self.session.writer(self, trainer).folder().parent / "rankings"
+        with RankingProgress(trainer) as bar, trainer.precision_plugin.forward_context():
+            settings: dict[str, Any] = {"folder": folder, "progress": bar.see}
+            settings |= {"gather": gathered, "agree": holds_everywhere}
+            if self.race is None:
+                return rank(module, data, sites, self.options, **settings)
+            key = repr((limit, self.coupling, self._selected, sorted(self._bypasses.groups)))
+            race = Race(self.race, partial(self._decisive, limit), key)
+            return raced(module, data, sites, self.options, race, **settings)
+
+    def _decisive(
+        self, limit: int, bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Which bundles decide what goes, if these are their scores."""
+        assert self._structure is not None
+        steps = self._steps(self._structure, bundles, scores)
+        try:
+            count = plan_ranked(self._structure, (step.removal for step in steps), limit, self._bypasses).looked_at
+        except ValueError:  # in this order it cannot be reached
+            count = len(steps)
+        decisive = {name: torch.zeros(len(found), dtype=torch.bool) for name, found in bundles.items()}
+        for name, place in (entry for step in steps[:count] for entry in step.decisive):
+            decisive[name][place] = True
+        return decisive
+
+    def _steps(
+        self, structure: Structure, bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Tensor]
+    ) -> list[Ranked]:
+        numbers = {name: found.tolist() for name, found in scores.items()}
         if self.coupling == "group":
-            return in_order(ranking.bundles, {name: ranking.unit_scores(name) for name in ranking.bundles})
+            return in_order(bundles, numbers)
         stages = {
             stream: [name for name in inner if name in self._selected]
             for stream, inner in stages_of(structure).items()
             if stream in self._selected
         }
-        scores = {name: found.tolist() for name, found in ranking.scores.items()}
-        return by_stage(structure, stages, ranking.bundles, scores)
+        return by_stage(structure, stages, bundles, numbers)
 
     def _decision(self, structure: Structure, ranking: Ranking, plan: RankedPlan) -> Decision:
         widths = structure.widths

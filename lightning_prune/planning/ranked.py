@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from lightning_prune.structure.bypass import Bypasses, is_within
 from lightning_prune.structure.cost import CostModel
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.vanishing import Removal as Vanished
 
-__all__ = ["RankedPlan", "Removal", "by_stage", "in_order", "plan_ranked"]
+__all__ = ["Ranked", "RankedPlan", "Removal", "by_stage", "in_order", "plan_ranked"]
 
 BoolArray = npt.NDArray[np.bool_]
 #: Units that go at once, by group of the structure.
 Removal = Mapping[str, Sequence[int]]
+
+
+class Ranked(NamedTuple):
+    """Units that go at once.
+
+    Attributes:
+        removal: The units.
+        decisive: The bundles whose scores give the removal its place: ranked name, and position among its bundles. With
+            higher scores of other bundles it stays where it is.
+    """
+
+    removal: Removal
+    decisive: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -31,21 +43,31 @@ class RankedPlan:
         bypassed: Groups that vanish from a chain.
         params: Parameters that are left.
         stays: Why groups keep their last units although these would have gone.
+        looked_at: How many of the removals were looked at: those behind had no part.
+        params_before: Parameters before the last removal.
     """
 
     kept: Mapping[str, tuple[int, ...]]
     bypassed: tuple[str, ...] = ()
     params: int = 0
     stays: Mapping[str, str] = field(default_factory=dict)
+    looked_at: int = 0
+    params_before: int = 0
 
 
-def in_order(bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Tensor]) -> list[Removal]:
-    """Bundles of all groups from the lowest mean score to the highest; equal ones by group, then by first unit."""
-    keyed = []
-    for number, (name, found) in enumerate(bundles.items()):
-        values = np.asarray(scores[name], dtype=np.float64)
-        keyed += [(values[list(units)].mean(), number, min(units), {name: tuple(units)}) for units in found]
-    return [removal for *_, removal in sorted(keyed, key=lambda entry: entry[:3])]
+def in_order(bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Sequence[float]]) -> list[Ranked]:
+    """Bundles of all groups from the lowest score to the highest; equal ones by group, then by first unit.
+
+    Args:
+        bundles: Units that go together, by group.
+        scores: A number for each bundle, by group.
+    """
+    keyed = [
+        (float(score), number, min(units), Ranked({name: tuple(units)}, ((name, position),)))
+        for number, (name, found) in enumerate(bundles.items())
+        for position, (units, score) in enumerate(zip(found, scores[name], strict=True))
+    ]
+    return [ranked for *_, ranked in sorted(keyed, key=lambda entry: entry[:3])]
 
 
 def by_stage(
@@ -53,12 +75,12 @@ def by_stage(
     stages: Mapping[str, Sequence[str]],
     bundles: Mapping[str, Sequence[Sequence[int]]],
     scores: Mapping[str, Sequence[float]],
-) -> list[Removal]:
+) -> list[Ranked]:
     """Bundles of layers that are ranked one by one, where all layers of a stage lose as many.
 
     Whenever a bundle of a layer is next, every layer of its stage loses its own least one, so that streams stay as wide
     as each other (appendix B of SPvR); a layer with r times as many bundles loses r of them. Only widths follow from
-    that: of a stream, the units of its first layer are named.
+    that, for weights that are drawn anew: of every group the last units are named.
 
     Args:
         structure: Of the network.
@@ -67,26 +89,44 @@ def by_stage(
         scores: A number for each bundle, by layer.
     """
     inside = {name for groups in stages.values() for name in groups}
-    keyed: list[tuple[float, int, int, Removal]] = []
+    keyed: list[tuple[float, int, int, Ranked]] = []
     for number, group in enumerate(group for group in structure.groups if group.name not in inside):
         names = [group.name, *stages.get(group.name, ())]
         layers = {layer: name for name in names for layer in structure.group(name).producers if layer in bundles}
         ordered = {layer: _ordered(bundles[layer], scores[layer]) for layer in layers}
-        levels = min(map(len, ordered.values()), default=0)
-        for level in range(levels):
-            least, removal = math.inf, dict[str, list[int]]()
-            for layer, found in ordered.items():
-                first, last = (round(k * len(found) / levels) for k in (level, level + 1))
-                least = min([least, *(score for score, _ in found[first:last])])
-                if layer == next(iter(structure.group(layers[layer]).producers)):
-                    removal[layers[layer]] = [unit for _, units in found[first:last] for unit in units]
-            keyed.append((least, number, level, removal))
-    return [removal for *_, removal in sorted(keyed, key=lambda entry: entry[:3])]
+        left = {name: structure.group(name).width for name in layers.values()}
+        for level in range(min(map(len, ordered.values()), default=0)):
+            score, decisive = _next(ordered, level)
+            removal = {}
+            for name in left:
+                one = next(layer for layer in structure.group(name).producers if layer in layers)
+                count = sum(len(bundles[one][place]) for place in _share(ordered, one, level))
+                removal[name] = tuple(range(left[name] - count, left[name]))
+                left[name] -= count
+            keyed.append((score, number, level, Ranked(removal, decisive)))
+    return [ranked for *_, ranked in sorted(keyed, key=lambda entry: entry[:3])]
 
 
-def _ordered(bundles: Sequence[Sequence[int]], scores: Sequence[float]) -> list[tuple[float, Sequence[int]]]:
-    pairs = sorted(zip(scores, bundles, strict=True), key=lambda pair: (pair[0], min(pair[1])))
-    return [(float(score), units) for score, units in pairs]
+def _next(ordered: Mapping[str, Sequence[tuple[float, int]]], level: int) -> tuple[float, tuple[tuple[str, int], ...]]:
+    """The least score of all layers at a level, and the bundles that decide it."""
+    levels = min(map(len, ordered.values()))
+    firsts = {layer: round(level * len(found) / levels) for layer, found in ordered.items()}
+    least = min(firsts, key=lambda layer: ordered[layer][firsts[layer]][0])
+    found = ordered[least][: firsts[least] + 1]
+    return found[-1][0], tuple((least, place) for _, place in found)
+
+
+def _share(ordered: Mapping[str, Sequence[tuple[float, int]]], layer: str, level: int) -> list[int]:
+    """Positions of the bundles that a layer loses at a level."""
+    levels, found = min(map(len, ordered.values())), ordered[layer]
+    first, last = (round(k * len(found) / levels) for k in (level, level + 1))
+    return [place for _, place in found[first:last]]
+
+
+def _ordered(bundles: Sequence[Sequence[int]], scores: Sequence[float]) -> list[tuple[float, int]]:
+    """Scores and positions of a layer's bundles, from the least."""
+    keyed = [(float(score), min(units), i) for i, (score, units) in enumerate(zip(scores, bundles, strict=True))]
+    return [(score, place) for score, _, place in sorted(keyed)]
 
 
 def plan_ranked(
@@ -109,12 +149,14 @@ def plan_ranked(
         ValueError: If more parameters are left at the end.
     """
     state = _State(structure, bypasses or Bypasses({}, {}))
-    params = state.params()
+    params = before = state.params()
+    looked_at = 0
     for removal in removals:
         if params <= limit:
             break
+        looked_at += 1
         if state.remove(removal):
-            params = state.params()
+            before, params = params, state.params()
     if params > limit:
         why = "; ".join(f"{name}: {reason}" for name, reason in state.stays.items())
         raise ValueError(
@@ -122,7 +164,7 @@ def plan_ranked(
             + (f" What stays: {why}." if why else "")
             + " Give a larger budget, or free more layers; an int is a count, a float a share."
         )
-    return state.plan(params)
+    return replace(state.plan(params), looked_at=looked_at, params_before=before)
 
 
 class _State:

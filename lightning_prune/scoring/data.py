@@ -145,6 +145,28 @@ class DataPass:
         for group in self._groups:
             yield self._batch(self._samples.batch(group))
 
+    def batch(self, number: int) -> Batch:
+        """One of the batches, by its position."""
+        return self._batch(self._samples.batch(self._groups[number]))
+
+    @property
+    def batch_count(self) -> int:
+        """Number of batches of this process."""
+        return len(self._groups)
+
+    def rearranged(self, order: Sequence[int], batch_size: int) -> DataPass:
+        """Some or all of this process's samples in another order, for this process alone.
+
+        Args:
+            order: Their positions in the order of the batches.
+            batch_size: Samples in a batch.
+        """
+        _require_positive(batch_size=batch_size)
+        mine = [number for group in self._groups for number in group]
+        other = self._part([mine[position] for position in order])
+        other.rank, other.world_size, other._batch_size = 0, 1, batch_size
+        return other
+
     @property
     def has_transfer(self) -> bool:
         """Whether batches are transferred before they are handed out."""

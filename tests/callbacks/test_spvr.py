@@ -247,9 +247,10 @@ def test_a_run_is_resumed_whose_only_layer_has_vanished(tmp_path: Path) -> None:
     assert params(again) == params(module)
 
 
-def test_a_killed_ranking_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("race", "ranking"), [(None, "rank"), ("exact", "raced"), ("statistical", "raced")])
+def test_a_killed_ranking_goes_on(race: Any, ranking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = Chain()
-    fit(tmp_path / "a" / "1", undisturbed, spvr(budget=0.3))
+    fit(tmp_path / "a" / "1", undisturbed, spvr(budget=0.3, race=race))
     see, seen = callback_file.RankingProgress.see, []
 
     def stop(self: Any, name: str, done: int, total: int) -> None:
@@ -260,17 +261,37 @@ def test_a_killed_ranking_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(callback_file.RankingProgress, "see", stop)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "b" / "1", Chain(), spvr(budget=0.3))
+        fit(tmp_path / "b" / "1", Chain(), spvr(budget=0.3, race=race))
     macs = []
-    rank = callback_file.rank
-    monkeypatch.setattr(callback_file, "rank", lambda *a, **k: (found := rank(*a, **k), macs.append(found.macs))[0])
+    rank = getattr(callback_file, ranking)
+    monkeypatch.setattr(callback_file, ranking, lambda *a, **k: (found := rank(*a, **k), macs.append(found.macs))[0])
     module, fresh = Chain(), Chain()
-    fit(tmp_path / "b" / "2", module, spvr(budget=0.3))
-    fit(tmp_path / "c" / "1", fresh, spvr(budget=0.3))
+    fit(tmp_path / "b" / "2", module, spvr(budget=0.3, race=race))
+    fit(tmp_path / "c" / "1", fresh, spvr(budget=0.3, race=race))
     assert macs[0] < macs[1]
     for name, weight in undisturbed.named_parameters():
         assert torch.equal(module.get_parameter(name), weight), name
         assert torch.equal(fresh.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("coupling", ["group", "stage"])
+@pytest.mark.parametrize("budget", [0.8, 0.5, 0.1])
+def test_an_exact_race_removes_what_the_full_ranking_removes(coupling: Any, budget: float, tmp_path: Path) -> None:
+    found = {}
+    for race in (None, "exact"):
+        torch.manual_seed(0)
+        module = ResNetCIFAR(8, 3, 8, shortcut="projection").double()
+        module.example_input_array = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+        pruning = spvr(budget=budget, coupling=coupling, race=race)
+        fit(tmp_path / str(race), module, pruning, data=images(), max_steps=1)
+        history = history_of(module)
+        assert history is not None
+        assert pruning.ranking is not None
+        kept = [getattr(edit, "kept", None) for edit in history.edits]
+        found[race] = kept, params(module), pruning.ranking.complete
+    assert found["exact"][:2] == found[None][:2]
+    assert found[None][2] is None
+    assert found["exact"][2] is not None
 
 
 def test_a_fast_dev_run_checks_and_changes_nothing(tmp_path: Path) -> None:
@@ -309,6 +330,7 @@ def test_as_a_criterion_groups_go_whole(tmp_path: Path) -> None:
         ({"budget": 0.1, "group_size": 0}, ValueError, "`group_size` to be at least 1, got 0"),
         ({"budget": 0.1, "samples_per_class": 0}, ValueError, "`samples_per_class` to be at least 1, got 0"),
         ({"budget": 0.1, "coupling": "layer"}, ValueError, '`coupling` of "group" or "stage", got \'layer\''),
+        ({"budget": 0.1, "race": "fast"}, ValueError, '`race` of "exact", "statistical" or None, got \'fast\''),
         ({"budget": 0.1, "coupling": "stage", "reinit": False}, ValueError, "expected `reinit` with coupling"),
         ({"budget": 0.1, "reinit": "he"}, TypeError, "`reinit` of True, False or a Reinitialise, got 'he'"),
         ({"budget": 0.1, "extensions": [Ridge()]}, ValueError, "expected no repair with `reinit`.* got Ridge"),

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,9 +36,7 @@ def draw(structure, seed, size):
     for name, width in structure.widths.items():
         order = rng.permutation(width).tolist()
         bundles[name] = [order[i : i + size] for i in range(0, width, size)]
-        scores[name] = torch.zeros(width, dtype=torch.float64)
-        for units in bundles[name]:
-            scores[name][units] = float(rng.integers(0, 5))
+        scores[name] = [float(rng.integers(0, 5)) for _ in bundles[name]]
     return bundles, scores
 
 
@@ -52,9 +49,9 @@ def test_the_least_go_until_the_budget_holds(mlp, widths, seed, size, percent):
     bundles, scores = draw(structure, seed, size)
     limit = params_of(widths) * percent // 100
     queue = sorted(
-        (float(scores[name][units[0]]), number, min(units), name, units)
+        (score, number, min(units), name, units)
         for number, (name, found) in enumerate(bundles.items())
-        for units in found
+        for units, score in zip(found, scores[name], strict=True)
     )
     left = {name: set(range(width)) for name, width in structure.widths.items()}
     sizes = [params_of(widths)]
@@ -65,13 +62,14 @@ def test_the_least_go_until_the_budget_holds(mlp, widths, seed, size, percent):
             continue  # what reads the input stays
         left[name] -= set(units)
         sizes.append(params_of([len(units) for units in left.values()]))
-    removals = in_order(bundles, scores)
+    removals = [step.removal for step in in_order(bundles, scores)]
     if sizes[-1] > limit:
         with pytest.raises(ValueError, match=f"smallest network that is left has {sizes[-1]}"):
             plan_ranked(structure, removals, limit, chain_of(structure))
         return
     plan = plan_ranked(structure, removals, limit, chain_of(structure))
     assert plan.params == sizes[-1] <= limit
+    assert plan.params_before == (sizes[-2] if len(sizes) > 1 else sizes[0])
     assert set(plan.bypassed) == {name for name, units in left.items() if not units}
     assert {name: plan.kept.get(name, tuple(range(structure.widths[name]))) for name in left if left[name]} == {
         name: tuple(sorted(units)) for name, units in left.items() if units
@@ -81,14 +79,14 @@ def test_the_least_go_until_the_budget_holds(mlp, widths, seed, size, percent):
 def test_nothing_vanishes_without_a_way_around_it(mlp):
     structure = mlp([4, 4])
     bundles = {"net.0": [(0, 1), (2, 3)], "net.2": [(0, 1), (2, 3)]}
-    scores = {"net.0": torch.tensor([3.0, 3, 4, 4]), "net.2": torch.tensor([1.0, 1, 2, 2])}
-    plan = plan_ranked(structure, in_order(bundles, scores), params_of([2, 2]))
+    removals = [step.removal for step in in_order(bundles, {"net.0": [3.0, 4.0], "net.2": [1.0, 2.0]})]
+    plan = plan_ranked(structure, removals, params_of([2, 2]))
     assert (plan.kept, plan.bypassed) == ({"net.0": (2, 3), "net.2": (2, 3)}, ())
     assert plan.stays == {"net.2": "it would leave no path through it"}
     with pytest.raises(
         ValueError, match=r"budget of 20 params .* has 31\. What stays: .*net.2: it would leave no path"
     ):
-        plan_ranked(structure, in_order(bundles, scores), 20)
+        plan_ranked(structure, removals, 20)
 
 
 def test_several_layers_can_lose_units_at_once(mlp):
@@ -110,14 +108,19 @@ def test_every_layer_of_a_stage_loses_as_many(resnet_like):
         "layer1.1.conv2": [4.0, 2.0],
         "layer2.0.conv1": [2.5, 3.5],
     }
-    removals = by_stage(resnet_like, stages, bundles, scores)
-    found = [{name: (min(units), len(units)) for name, units in removal.items()} for removal in removals]
-    assert found == [
-        # 2.0 is the least; the stream's units are those of the first layer that produces it
-        {"layer1.0.conv2": (8, 8), "layer1.0.conv1": (0, 8), "layer1.1.conv1": (8, 8)},
-        {"layer2.0.conv1": (0, 16)},
+    steps = by_stage(resnet_like, stages, bundles, scores)
+    found = [{name: (min(units), len(units)) for name, units in step.removal.items()} for step in steps]
+    assert found == [  # 2.0 is the least; of every group the last units are named
+        {"layer1.0.conv2": (8, 8), "layer1.0.conv1": (8, 8), "layer1.1.conv1": (8, 8)},
         {"layer2.0.conv1": (16, 16)},
-        {"layer1.0.conv2": (0, 8), "layer1.0.conv1": (8, 8), "layer1.1.conv1": (0, 8)},
+        {"layer2.0.conv1": (0, 16)},
+        {"layer1.0.conv2": (0, 8), "layer1.0.conv1": (0, 8), "layer1.1.conv1": (0, 8)},
+    ]
+    assert [step.decisive for step in steps] == [
+        (("layer1.1.conv2", 1),),
+        (("layer2.0.conv1", 0),),
+        (("layer2.0.conv1", 0), ("layer2.0.conv1", 1)),
+        (("layer1.1.conv2", 1), ("layer1.1.conv2", 0)),
     ]
 
 
@@ -125,10 +128,10 @@ def test_a_layer_with_more_bundles_loses_more_at_once(resnet_like):
     stages = {"layer1.0.conv2": ("layer1.0.conv1",)}
     bundles = {"layer1.0.conv1": [[i, i + 1] for i in range(0, 16, 2)], "layer1.0.conv2": [range(0, 8), range(8, 16)]}
     scores = {"layer1.0.conv1": [float(i) for i in range(8)], "layer1.0.conv2": [1.0, 2.0]}
-    removals = by_stage(resnet_like, stages, bundles, scores)
-    assert [{name: sorted(units) for name, units in removal.items()} for removal in removals] == [
-        {"layer1.0.conv2": [*range(0, 8)], "layer1.0.conv1": [*range(0, 8)]},
+    steps = by_stage(resnet_like, stages, bundles, scores)
+    assert [{name: sorted(units) for name, units in step.removal.items()} for step in steps] == [
         {"layer1.0.conv2": [*range(8, 16)], "layer1.0.conv1": [*range(8, 16)]},
+        {"layer1.0.conv2": [*range(0, 8)], "layer1.0.conv1": [*range(0, 8)]},
     ]
 
 

@@ -18,7 +18,7 @@ from lightning_prune.scoring.spvr.outputs import ClassScores, Task, class_scores
 from lightning_prune.scoring.spvr.sites import Site
 from lightning_prune.scoring.walk import Here, Station, Visit, Walk
 
-__all__ = ["Ranking", "RankingOptions", "rank"]
+__all__ = ["Masking", "Ranking", "RankingOptions", "first_stations", "prepared", "rank"]
 
 # Numbers of masked outputs that are held at once: 64 MiB in float32.
 _HELD = 2**24
@@ -59,6 +59,8 @@ class Ranking:
         macs: Multiply-accumulates spent on this process (1 MAC = 2 FLOPs).
         macs_naive: Those of one pass to begin with and one full forward pass for each bundle.
         seconds: Time that it took.
+        complete: Which bundles were masked in all samples, by site; None if all were. The scores of the others are sums
+            over fewer samples, in a race.
     """
 
     bundles: Mapping[str, list[tuple[int, ...]]]
@@ -67,6 +69,7 @@ class Ranking:
     macs: int
     macs_naive: int
     seconds: float = field(compare=False, default=0.0)
+    complete: Mapping[str, Tensor] | None = None
 
     def unit_scores(self, name: str) -> Tensor:
         """Every unit's number, that of its bundle: shape ``(width,)``."""
@@ -100,34 +103,25 @@ def rank(
         agree: Whether something holds on all processes, by what holds on this one.
     """
     began = perf_counter()
-    stations = list(dict.fromkeys(site.first for site in sites.values()))
     walk = Walk(
         model,
         data,
-        stations,
+        first_stations(sites),
         memory_limit=options.memory_limit,
         folder=folder,
         options=repr(options),
         plain=options.plain,
         agree=agree,
     )
-    outputs, features = _first_pass(walk, sites)
-    reading = class_scores(torch.cat([*map(score_tensor, outputs)]), _labels(data), options.task, options.normalized)
-    bundles = {
-        name: group_units(torch.stack([correlation(gather(x)) for x in found]).mean(0), options.group_size)
-        for name, found in features.items()
-    }
-    most = max(1, _HELD // max(score_tensor(outputs[0]).numel(), 1))
+    masking, outputs = prepared(walk, sites, options, gather)
+    bundles = masking.bundles
     scores: dict[str, Tensor] = {}
     done, count = 0, sum(map(len, bundles.values()))
     for visit in walk:
         here = [site for site in sites.values() if site.first == visit.station]
         found = visit.once(
             lambda visit=visit, here=here: {  # type: ignore[misc]
-                site.name: gather(
-                    _importance(visit, site, bundles[site.name], outputs, reading, options, most)[None]
-                ).sum(0)
-                for site in here
+                site.name: gather(_importance(visit, site, outputs, masking)[None]).sum(0) for site in here
             }
         )
         scores |= found
@@ -138,32 +132,72 @@ def rank(
     return Ranking(bundles, scores, len(data), walk.macs, naive, perf_counter() - began)
 
 
-def _importance(
-    visit: Visit,
-    site: Site,
-    bundles: Sequence[Sequence[int]],
-    unmasked: Sequence[Any],
-    reading: ClassScores,
-    options: RankingOptions,
-    most: int,
-) -> Tensor:
+def first_stations(sites: Mapping[str, Site]) -> list[Station]:
+    """Where walks stop."""
+    return list(dict.fromkeys(site.first for site in sites.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """What masked networks are compared with, and how.
+
+    Attributes:
+        bundles: Units that are masked together, by site.
+        reading: How outputs are read.
+        options: What is measured and how.
+        most: Bundles whose outputs are held at once.
+    """
+
+    bundles: Mapping[str, list[tuple[int, ...]]]
+    reading: ClassScores
+    options: RankingOptions
+    most: int
+
+    def changes(self, here: Here, site: Site, bundles: Sequence[Sequence[int]], unmasked: Any) -> Tensor:
+        """What masking some of a site's bundles changes for every sample of a batch.
+
+        Args:
+            here: The batch at the site's first station.
+            site: Where.
+            bundles: Units that are masked together.
+            unmasked: What the network gives as it is.
+
+        Returns:
+            Shape ``(bundles, samples)``, in float64 on the CPU.
+        """
+        measure, fast, places = MEASURES[self.options.measure], self.options.fast, here.visit.walk.places
+        whole = self.reading.log_probabilities(score_tensor(unmasked))
+        found = []
+        for first in range(0, len(bundles), self.most):
+            part = bundles[first : first + self.most]
+            masks = {station: site.masks(station, part, places[station].channels) for station in site.channels}
+            own = masks.pop(site.first)
+            outputs = score_tensor(here.rest_masked(own, masks or None, delta=fast, skip=fast, output=unmasked))
+            found += [measure(whole, self.reading.log_probabilities(one)) for one in outputs]
+        return torch.stack(found).to("cpu", torch.float64)
+
+
+def prepared(
+    walk: Walk, sites: Mapping[str, Site], options: RankingOptions, gather: Callable[[Tensor], Tensor]
+) -> tuple[Masking, list[Any]]:
+    """Group the units of all sites by one pass over the samples; also what the network gives, batch by batch."""
+    outputs, features = _first_pass(walk, sites)
+    scores = torch.cat([*map(score_tensor, outputs)])
+    reading = class_scores(scores, _labels(walk.data), options.task, options.normalized)
+    bundles = {
+        name: group_units(torch.stack([correlation(gather(x)) for x in found]).mean(0), options.group_size)
+        for name, found in features.items()
+    }
+    return Masking(bundles, reading, options, max(1, _HELD // max(score_tensor(outputs[0]).numel(), 1))), outputs
+
+
+def _importance(visit: Visit, site: Site, unmasked: Sequence[Any], masking: Masking) -> Tensor:
     """Sums over samples, one for each bundle."""
-    found = torch.zeros(len(bundles), dtype=torch.float64)
-    places = visit.walk.places
-    masks = {station: site.masks(station, bundles, places[station].channels) for station in site.channels}
-    for here, output in zip(visit, unmasked, strict=True):
-        whole = reading.log_probabilities(score_tensor(output))
-        for first in range(0, len(bundles), most):
-            part = slice(first, first + most)
-            outputs = _outputs(here, masks, site.first, part, output, fast=options.fast)
-            changes = [MEASURES[options.measure](whole, reading.log_probabilities(one)) for one in outputs]
-            found[part] += torch.stack(changes).to("cpu", torch.float64).sum(1)
-    return found
-
-
-def _outputs(here: Here, masks: Mapping[Any, Tensor], first: Any, part: slice, unmasked: Any, *, fast: bool) -> Tensor:
-    also = {station: mask[part] for station, mask in masks.items() if station != first}
-    return score_tensor(here.rest_masked(masks[first][part], also or None, delta=fast, skip=fast, output=unmasked))
+    bundles = masking.bundles[site.name]
+    changes = (
+        masking.changes(here, site, bundles, output).sum(1) for here, output in zip(visit, unmasked, strict=True)
+    )
+    return torch.stack([*changes]).sum(0)
 
 
 def _first_pass(walk: Walk, sites: Mapping[str, Site]) -> tuple[list[Any], dict[str, list[Tensor]]]:

@@ -266,20 +266,33 @@ class Walk:
 
     def __iter__(self) -> Iterator[Visit]:
         """Go to one station after the other; each walk begins at the inputs, without masks."""
+        return self.visits()
+
+    def visits(self, batches: Sequence[int] | None = None) -> Iterator[Visit]:
+        """The same, with some of the batches.
+
+        Args:
+            batches: Their positions; all by default.
+        """
         self._masks.clear()
         self._engine.start()
         began = perf_counter()
         for index, station in enumerate(self.stations):
             with self.quiet():
-                for number, batch in enumerate(self.data):
+                for number, batch in self._batches(batches):
                     self._engine.move(number, batch, station, self._masks)
-            visit = Visit(self, index, self._engine, self._masks)
+            visit = Visit(self, index, self._engine, self._masks, batches)
             yield visit
             self._masks |= visit.later
             if self._progress is not None:
                 seconds, done = perf_counter() - began, index + 1
                 left = seconds / done * (len(self.stations) - done)
                 self._progress(WalkProgress(station, index, len(self.stations), seconds, left))
+
+    def _batches(self, numbers: Sequence[int] | None) -> Iterator[tuple[int, Batch]]:
+        if numbers is None:
+            return enumerate(self.data)
+        return ((number, self.data.batch(number)) for number in numbers)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -311,7 +324,10 @@ class Walk:
 class Visit:
     """All samples at one station: iterates over the batches there."""
 
-    def __init__(self, walk: Walk, index: int, engine: _Engine, masks: Masks) -> None:
+    def __init__(
+        self, walk: Walk, index: int, engine: _Engine, masks: Masks, batches: Sequence[int] | None = None
+    ) -> None:
+        self.batches = batches
         self.walk, self.index, self.station = walk, index, walk.stations[index]
         self.place = walk.places[self.station]
         self.engine, self.masks = engine, dict(masks)
@@ -324,7 +340,7 @@ class Visit:
 
     def __iter__(self) -> Iterator[Here]:
         """One batch after the other, in the order of the data."""
-        for number, batch in enumerate(self.walk.data):
+        for number, batch in self.walk._batches(self.batches):
             yield Here(self, number, batch)
 
     def features(self, reduction: str = "avg", *, absolute: bool = False) -> Tensor:
