@@ -7,6 +7,7 @@ import uuid
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from os import PathLike, fspath
 from typing import Any, ClassVar
 
 import torch
@@ -54,8 +55,12 @@ class ScheduledPruning(Participant):
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
         instance_of(self, "schedule", self.schedule, Schedule, "LinearSchedule()` or `Explicit(((3, 0.5), (5, 1.0)))")
+        if not isinstance(reset_monitors, bool):
+            raise TypeError(f"{type(self).__name__}: expected `reset_monitors` to be a bool, got {reset_monitors!r}.")
+        if dirpath is not None and not isinstance(dirpath, str | PathLike):
+            raise TypeError(f"{type(self).__name__}: expected `dirpath` to be the path of a folder, got {dirpath!r}.")
         self.reset_monitors = reset_monitors
-        self.dirpath = dirpath
+        self.dirpath = None if dirpath is None else fspath(dirpath)
         self._is_fit = True
         self.session = Session([self])  # until a run begins
         bring_home()

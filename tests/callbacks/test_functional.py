@@ -303,6 +303,12 @@ def test_an_argument_of_a_wrong_type_is_named(argument: dict[str, Any]) -> None:
         StructuredPruning(pruning_ratio=0.5, **argument)
 
 
+@pytest.mark.parametrize("argument", [{"dirpath": 3}, {"reset_monitors": "no"}, {"layers": 3}, {"ignore": [None]}])
+def test_a_setting_of_a_wrong_type_is_named(argument: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"StructuredPruning: expected `{next(iter(argument))}` to be"):
+        StructuredPruning(pruning_ratio=0.5, **argument)
+
+
 def test_moments_alone_are_no_schedule() -> None:
     with pytest.raises(TypeError, match=r"got \[3, 5\].* `Explicit\(\(\(3, 0.5\), \(5, 1.0\)\)\)`"):
         StructuredPruning(pruning_ratio=0.5, schedule=[3, 5])  # type: ignore[arg-type]
