@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps import utils
 
 from lightning_prune.cli import main, study
 from lightning_prune.reporting.grid import Grid
@@ -21,8 +22,6 @@ from lightning_prune.study.store import Store
 from lightning_prune.study.sweep import cell_at, log_page
 from tests.study.definitions import DEFINITION
 from tests.support import wandb_files
-
-utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +115,6 @@ def test_settings_of_slurm(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["ray"], ["slurm", "--cluster=local"]])
 def test_other_launchers_give_the_same_rows(launcher: list[str]) -> None:
-    pytest.importorskip("ray" if launcher[0] == "ray" else "submitit")
     main(["study", "run", "small.yaml", "--folder=here"])
     main(["study", "run", "small.yaml", "--folder=there", "--launcher", *launcher])
     here, there = (
