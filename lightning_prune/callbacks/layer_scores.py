@@ -297,11 +297,17 @@ class ScoringRun:
             if not known.fits and other == self.table:
                 raise ValueError(
                     f"`scores`: expected a table of this network, these samples and options, got {other}, in which "
-                    f"{', '.join(known.difference)} differ. Score again, or leave it out."
+                    f"{_differences(known.difference)}. Score again, or leave it out."
                 )
             if known.fits and own.take(known):
                 rank_zero_info(f"Scores of layers that {other} holds are taken from there.")
         return own
+
+
+def _differences(found: Mapping[str, tuple[str | None, str]]) -> str:
+    """What differs between a table and a run, as text."""
+    digests = {"network": "the network's weights or shapes differ", "samples": "the training samples differ"}
+    return "; ".join(digests.get(name, f"{name} is {theirs}, here {ours}") for name, (theirs, ours) in found.items())
 
 
 class _Shared:

@@ -80,16 +80,20 @@ def table_of(scored: Scored, groups: Iterable[Group], metric: str) -> LayerScore
 
 
 def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[int]]:
-    """Channels of every layer's output that stay, ascending."""
+    """Channels of every layer's output that stay, ascending; those that no group has cannot go."""
+    widths = {station.layer: len(found.importance) for station, found in scored.layers.items()}
+    tail = scored.end.tail if scored.end is not None else ()
     kept: dict[str, set[int]] = {}
-    end = scored.end
     for group in groups:
-        units = list(scored.plan.kept.get(group.name, range(group.width)))
+        gone = np.setdiff1d(np.arange(group.width), scored.plan.kept.get(group.name, range(group.width)))
         for layer, members in unit_axes(group).items():
-            found = kept.setdefault(layer, set())
-            if end is None or not any(layer == name or layer.startswith(f"{name}.") for name in end.tail):
-                for member in members:
-                    found.update(np.unique(member.index[units]).tolist())
+            if layer not in widths:
+                continue
+            left = kept.setdefault(layer, set(range(widths[layer])))
+            if any(layer == name or layer.startswith(f"{name}.") for name in tail):
+                left.clear()
+            for member in members:
+                left.difference_update(np.unique(member.index[gone]).tolist())
     return {layer: sorted(channels) for layer, channels in kept.items()}
 
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.extensions.extension import CutExtension
 from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
+from lightning_prune.callbacks.moments import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
@@ -260,6 +261,14 @@ class XGBPruning(NamesHead, NetworkPruning):
     def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         """Cut if that is due; where only scores are asked for, score and end the fit."""
         if self.only_score:
+            first = self._timeline[0] if self._timeline and self._last_done < 0 else None
+            if first is not None and now(trainer, first) < first.at:
+                warnings.warn(
+                    f"the network is scored as it is now, and {self.schedule!r} prunes it after further training, when "
+                    "its scores are others. To choose an amount for that moment give `ckpt_path` of a checkpoint that "
+                    "was saved then",
+                    stacklevel=2,
+                )
             self._score(trainer, module)
             raise _TunerExitException
         super().act(trainer, module, batch_idx)

@@ -395,7 +395,9 @@ def test_scores_serve_every_amount_but_only_their_network(tmp_path: Path) -> Non
     other = Module()
     with torch.no_grad():
         other.net.c1.weight[0, 0, 0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"`scores`: expected a table of this network.* in which network differ"):
+    with pytest.raises(
+        ValueError, match=r"`scores`: expected a table of this network.* the network's weights or shapes differ\. Score"
+    ):
         fit(tmp_path / "4", other, XGBPruning(surrogate=Counting(fits), gain=0.9, scores=str(file)))
     assert len(fits) == 3
 
@@ -404,6 +406,18 @@ def test_a_file_that_holds_no_scores(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match=r"expected a file with scores of layers, got .*other\.jsonl"):
         fit(tmp_path / "run", Module(), XGBPruning(surrogate=QUICK, scores=str(tmp_path / "other.jsonl")))
+
+
+def test_channels_that_no_group_has_stay(tmp_path: Path) -> None:
+    """Zeros are concatenated to the stream of such a residual network: half of the channels behind cannot go."""
+    x, labels = torch.randn(96, 3, 16, 16, dtype=torch.float64), torch.arange(96) % 3
+    x[labels == 1, 0] += 1
+    module = Classifier(ResNetCIFAR(8, 3).double())
+    pruning = XGBPruning(pruning_ratio=0.5, surrogate=QUICK, extensions=[])
+    fit(tmp_path, module, pruning, data=DataLoader(TensorDataset(x, labels), batch_size=32))
+    layers = {name: layer.out_channels for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)}
+    assert {row.layer: row.kept for row in pruning.report.scored} == layers
+    assert len(set(layers.values())) > 2
 
 
 def test_what_is_shown(measured: None, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,34 @@ def test_scores_of_a_checkpoint_serve_the_run_that_goes_on(monkeypatch: pytest.M
     monkeypatch.setattr(lightning_prune.XGBoost, "train", twice)
     main(["fit", *resumed])
     assert (run / file.name).read_text() == file.read_text()
+
+
+def test_scores_before_the_moment_of_the_schedule() -> None:
+    """The recipe prunes at half time, when scores are others."""
+    with pytest.warns(UserWarning, match="scored as it is now, and OneShot.* prunes it after further training"):
+        main(["score", *WORDS, "--trainer.callbacks.samples=300"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("reduction=max", "reduction is avg, here max"),
+        ("samples=290", "the training samples differ"),
+        ("surrogate=NeuralProbe", r"surrogate is XGBoost\(.*, here NeuralProbe\("),
+        ("held_back=0.3", "held_back is 0.2, here 0.3"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(changed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["score", *WORDS, *AT_ONCE])
+    (file,) = Path("runs/digits_cnn_xgb/001").glob("scores-*.jsonl")
+    taken = f"--trainer.callbacks.scores={file}"
+    with pytest.raises(SystemExit):
+        main(["fit", *WORDS, *AT_ONCE, "--name=other", taken, f"--trainer.callbacks.{changed}"])
+    assert re.search(rf"expected a table of this network, .*{message}.* Score again, or leave it out", _flat(capsys))
+
+
+def _flat(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_without_the_callback(capsys: pytest.CaptureFixture[str]) -> None:
