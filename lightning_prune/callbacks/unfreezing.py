@@ -150,7 +150,9 @@ class GradualUnfreezing(NamesHead, Callback):
         self._apply_in(trainer, pl_module)
         present = self._parameters(layer.name for layer in self._backbone.layers)
         for names in self._groups:
-            add_group(trainer, {name: present[name] for name in names if name in present})
+            group = {name: present[name] for name in names if name in present}
+            self._refuse_given(trainer, group)
+            add_group(trainer, group)
         self._refuse_optimizers(trainer)
         if any(isinstance(one, ScheduledPruning) for one in _callbacks(trainer)):
             # What prunes at the first batch is to find the weights as they are without this callback; frozen ones are
@@ -324,6 +326,16 @@ class GradualUnfreezing(NamesHead, Callback):
             raise ValueError(
                 f"GradualUnfreezing: expected something to train behind the last convolution {last!r}, found nothing. "
                 'Name the classifier, for example head="net.classifier".'
+            )
+
+    def _refuse_given(self, trainer: Trainer, group: Mapping[str, nn.Parameter]) -> None:
+        """Refuse an optimizer that has from the beginning what the checkpoint's got later."""
+        given = group.keys() - without_optimizer(trainer, group).keys()
+        if given:
+            raise ValueError(
+                "GradualUnfreezing: expected `configure_optimizers` to give the parameters that require gradients, as "
+                f"in the run that saved the checkpoint, got {min(given)} from the beginning. Resume with the "
+                "`configure_optimizers` of that run."
             )
 
     def _refuse_optimizers(self, trainer: Trainer) -> None:

@@ -218,27 +218,77 @@ RUNS: dict[str, dict[str, Any]] = {
     "only trainable": {"only_trainable": True},
     "adamw": {"only_trainable": True, "optimizer": "adamw", "schedule": "cosine"},
     "one cycle": {"only_trainable": True, "schedule": "one cycle"},
+    "two optimizers": {"kind": "Halves"},
+    "accumulated": {"only_trainable": True, "run": {"accumulate_grad_batches": 2, "epochs": 8}},
+    "clipped in bf16": {"only_trainable": True, "run": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
+    "stopped by steps": {"optimizer": "adamw", "schedule": "cosine", "run": {"epochs": 9, "max_steps": 16}},
 }
 
 
+class Halves(Net):
+    """The backbone has an optimizer of its own; both are stepped by hand."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        head = list(self.head.parameters())
+        rest = [p for p in self.parameters() if all(p is not one for one in head)]
+        return [torch.optim.SGD(rest, 0.05, momentum=0.9), torch.optim.Adam(head, 0.01)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        for one in optimizers:
+            one.zero_grad()
+        self.manual_backward(loss)
+        for one in optimizers:
+            one.step()
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.parametrize("kind", RUNS)
 def test_resuming_equals_never_having_stopped(kind: str, tmp_path: Path) -> None:
     """Bit by bit, from every step, in the middle of an epoch as well as at its end."""
-    settings = RUNS[kind]
+    settings = {**RUNS[kind]}
+    options, net = settings.pop("run", {}), {"Halves": Halves}.get(settings.pop("kind", ""), Net)
 
     def callback() -> GradualUnfreezing:
         return GradualUnfreezing(0.75, 0.75)
 
     saver = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     ends = ModelCheckpoint(tmp_path / "ends", filename="{epoch}", save_top_k=-1)
-    model, unfreezing = make(Net, **settings), callback()
-    expected = content(fit(tmp_path, model, unfreezing, saver, ends), model, unfreezing)
+    model, unfreezing = make(net, **settings), callback()
+    expected = content(fit(tmp_path, model, unfreezing, saver, ends, **options), model, unfreezing)
     assert expected["state"]["unfrozen"] == ["third", "second", "first"]
-    files = [tmp_path / "steps" / f"step={step}.ckpt" for step in (1, 3, 6, 7, 12, 13)]
-    for file in (*files, *((tmp_path / "ends" / f"epoch={epoch}.ckpt") for epoch in (0, 2))):
-        model, unfreezing = make(Net, **settings), callback()
-        found = content(fit(tmp_path, model, unfreezing, ckpt_path=file), model, unfreezing)
+    each = 2 if net is Halves else 1  # both optimizers' steps count
+    files = [tmp_path / "steps" / f"step={each * step}.ckpt" for step in (1, 3, 6, 7, 12, 13)]
+    if "max_steps" not in options:  # with them Lightning's own run is another one after an epoch's end
+        files += [tmp_path / "ends" / f"epoch={epoch}.ckpt" for epoch in (0, 2)]
+    for file in files:
+        model, unfreezing = make(net, **settings), callback()
+        found = content(fit(tmp_path, model, unfreezing, ckpt_path=file, **options), model, unfreezing)
         assert [part for part in expected if not equal(found[part], expected[part])] == [], file.name
+
+
+def test_a_resume_with_another_pace(tmp_path: Path) -> None:
+    """What is unfrozen stays so; the next layer is due by the new numbers, counted from the beginning of the run."""
+    saver = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path, make(Net, only_trainable=True), GradualUnfreezing(0.5, 0.5), saver)
+    for e_u, numbers in ((1.25, [2] * 7 + [3] * 5 + [4] * 8), (0.25, [4] * 15)):
+        log, unfreezing = Log(), GradualUnfreezing(0.5, e_u)
+        model = make(Net, only_trainable=True)
+        epochs = (5 + len(numbers)) // BATCHES
+        run = fit(tmp_path, model, unfreezing, log, epochs=epochs, ckpt_path=tmp_path / "steps" / "step=5.ckpt")
+        assert [len(moved) for moved in log.moved] == numbers[: len(log.moved)]
+        assert len(log.moved) == epochs * BATCHES - 5
+        assert len(run.optimizers[0].param_groups) == 4
+
+
+def test_a_resume_with_another_kind_of_optimizer(tmp_path: Path) -> None:
+    run = fit(tmp_path, make(Net, only_trainable=True), GradualUnfreezing(0.5, 0.5))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"as in the run that saved the checkpoint, got .* from the beginning"):
+        fit(tmp_path, make(Net), GradualUnfreezing(0.5, 0.5), epochs=6, ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_a_checkpoint_saved_after_the_fit_goes_on(tmp_path: Path) -> None:
