@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -338,7 +338,9 @@ class NetworkPruning(ScheduledPruning):
             self._know(after)
             self._done, self._original = point.index, original_of(module, after)
             if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
-                self.report.dense = Size.of(after, self._original, backbone_in(trainer, module))
+                layers = {} if self.report.dense is None else self.report.dense.layers
+                dense = Size.of(after, self._original, backbone_in(trainer, module))
+                self.report.dense = replace(dense, layers=layers)
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
             cut = Cut.of(self._size(trainer), point.index, epoch, step, *widths, seconds)

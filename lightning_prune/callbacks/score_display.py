@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,11 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_prune.callbacks.layer_scores import Scored
-from lightning_prune.reporting import LayerScores, ScoredDepth, importance_figure, score_figure
+from lightning_prune.planning import dividing_threshold, widths_at
+from lightning_prune.reporting import (
+    LayerScores,
+    ScoredDepth,
+    SizeAtThreshold,
+    importance_figure,
+    score_figure,
+    threshold_figure,
+)
 from lightning_prune.scoring.xgb import LayerScore, unit_axes
+from lightning_prune.structure import Structure
+from lightning_prune.structure.bypass import is_within
 from lightning_prune.structure.graph import Group
 
-__all__ = ["ScoreProgress", "show_scores", "table_of"]
+__all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
+
+# Thresholds that are worth a row: 1, 2, 5 times a power of ten.
+_SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 2, 5))
 
 # Columns of a table that goes to a file or a pipe.
 _FILE_WIDTH = 120
@@ -61,13 +74,23 @@ class ScoreProgress:
         self._bar.update(self._task, total=layers, advance=1, description=description)
 
 
-def table_of(scored: Scored, groups: Iterable[Group], metric: str) -> LayerScores:
+def table_of(
+    scored: Scored,
+    groups: Sequence[Group],
+    metric: str,
+    threshold: float | None = None,
+    sizes: Sequence[SizeAtThreshold] = (),
+    whole: str = "the network",
+) -> LayerScores:
     """The tables of what was found.
 
     Args:
         scored: What was found.
         groups: Those that were scored.
         metric: Name of the metric that μ is.
+        threshold: ρ, if it is one for all layers; else what divides each group as it was decided.
+        sizes: What other thresholds would leave, see `sizes_at_thresholds`.
+        whole: What the parameters of these are those of.
     """
     layers = [found for station, found in scored.layers.items() if station.point == "activation"]
     depths = [
@@ -76,7 +99,46 @@ def table_of(scored: Scored, groups: Iterable[Group], metric: str) -> LayerScore
         )
         for end, score in scored.depths
     ]
-    return LayerScores(layers, _kept_channels(scored, groups), metric, depths)
+    thresholds = _thresholds(scored, groups, threshold)
+    return LayerScores(layers, _kept_channels(scored, groups), metric, depths, thresholds, sizes, whole)
+
+
+def sizes_at_thresholds(scored: Scored, structure: Structure, backbone: Iterable[str] | None) -> list[SizeAtThreshold]:
+    """What every threshold of a series would leave, at the depth that was chosen; from scores alone.
+
+    Args:
+        scored: What was found, all layers on the same network.
+        structure: The network as it is, before the cut.
+        backbone: Its modules, whose parameters are counted; all of them where that is not known.
+    """
+    tail = () if scored.end is None else scored.end.tail
+    modules = {term.layer for term in structure.cost.parameters} if backbone is None else set(backbone)
+    left = {name for name in modules if not is_within(name, tail)}
+    used = [use.importance[use.importance > 0] for use in scored.use.values()]
+    found = np.concatenate([np.empty(0), *used])
+    if not len(found):
+        return []
+    of_units = sum(len(use.importance) for use in scored.use.values())
+    of_params = structure.cost.params(structure.widths, modules)
+    rows = []
+    for threshold in (0.0, *(rho for rho in _SERIES if found.min() <= rho < found.max())):
+        widths = widths_at(structure, scored.use, threshold)
+        units, params = sum(widths[name] for name in scored.use), structure.cost.params(widths, left)
+        rows.append(SizeAtThreshold(threshold, units, params, of_units, of_params))
+    return rows
+
+
+def _thresholds(scored: Scored, groups: Iterable[Group], threshold: float | None) -> dict[str, float]:
+    """ρ by layer, where one above 0 divides the channels that stay from those that go."""
+    found: dict[str, float] = {}
+    for group in groups:
+        use, kept = scored.use.get(group.name), scored.plan.kept.get(group.name)
+        rho = threshold
+        if rho is None and use is not None and kept is not None:
+            rho = dividing_threshold(use, kept)
+        if rho:
+            found |= dict.fromkeys(unit_axes(group), rho)
+    return found
 
 
 def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[int]]:
@@ -98,14 +160,14 @@ def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[in
 
 
 def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: float | None, *, prints: bool) -> None:
-    """Write ``scores.md`` with its pictures, give these to W&B, and print the table if asked for.
+    """Write ``scores.md`` with its pictures, give these and their numbers to W&B, and print the table if asked for.
 
     Args:
         trainer: The run.
         table: What was found.
         folder: Where files go.
         threshold: ρ, if it is one for all layers.
-        prints: Whether the table is printed.
+        prints: Whether the table is printed: of a run that only scores.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -121,8 +183,19 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
         console.print(f"Scores: {folder}", soft_wrap=True)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            for path in pictures:
-                logger.log_image(f"pruning/{path.stem}", [str(path)])
+            _to_wandb(logger, table, pictures)
+
+
+def _to_wandb(logger: WandbLogger, table: LayerScores, pictures: Iterable[Path]) -> None:
+    """Every picture, the tables of the page, and the numbers behind the histograms."""
+    for path in pictures:
+        logger.log_image(f"pruning/{path.stem}", [str(path)])
+    for grid in table.grids():
+        logger.log_table(
+            f"pruning/scored/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows]
+        )
+    columns = ["layer", "channel", "importance I", "Λ = ln(I + 1e-16)", "decided"]
+    logger.log_table("pruning/scored/Channels", columns=columns, data=[list(row) for row in table.channels()])
 
 
 def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list[Path]:
@@ -130,9 +203,11 @@ def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list
     if table.depths:
         curves = {f"held-back {table.metric} behind": [(depth.name, depth.score) for depth in table.depths]}
     figures: dict[str, Any] = {
-        "importances.png": lambda: importance_figure(table.layers, table.kept, threshold),
+        "importances.png": lambda: importance_figure(table.layers, table.kept, table.thresholds),
         "scores.png": lambda: score_figure(curves),
     }
+    if len(table.sizes) > 1:
+        figures["thresholds.png"] = lambda: threshold_figure(table.sizes, table.whole, threshold)
     written = []
     for name, draw in figures.items():
         try:

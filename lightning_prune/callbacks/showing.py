@@ -22,7 +22,16 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.extras import require
-from lightning_prune.reporting import Report, Size, latency, report_figure, size_on_disk, sizes_figure
+from lightning_prune.reporting import (
+    Report,
+    Size,
+    latency,
+    layer_parameters,
+    over_depth_figure,
+    report_figure,
+    size_on_disk,
+    sizes_figure,
+)
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Subject
 
@@ -181,7 +190,7 @@ class Showing:
         return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
     def measure(self, subject: Subject, size: Size) -> Size:
-        """The size with bytes on disk and latency (of a copy of the network), of the first process."""
+        """The size with parameters layer by layer, bytes on disk and latency (of a copy), of the first process."""
         if not self.trainer.is_global_zero:
             return size
         try:
@@ -194,7 +203,8 @@ class Showing:
                 stacklevel=2,
             )
             milliseconds = {}
-        return replace(size, bytes=size_on_disk(subject.model), latency=milliseconds)
+        model = subject.model
+        return replace(size, bytes=size_on_disk(model), latency=milliseconds, layers=layer_parameters(model))
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """Print the table, write the files, hand the results to the loggers.
@@ -210,7 +220,9 @@ class Showing:
         self.report.to_json(folder / "report.json")
         picture = self._picture(folder / "report.png", report_figure)
         sizes = self._picture(folder / "sizes.png", sizes_figure) if self.report.size_checkpoints else None
-        page = self.report.to_markdown(picture.name if picture else None, sizes.name if sizes else None)
+        depth = self._picture(folder / "depth.png", _depth_figure) if self.report.shows_depth else None
+        pictures = [picture, sizes, depth]
+        page = self.report.to_markdown(*(path.name if path else None for path in pictures))
         (folder / "report.md").write_text(page, encoding="utf-8")
         console = Console()
         if not console.is_terminal:
@@ -223,8 +235,7 @@ class Showing:
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                pictures = [path for path in (picture, sizes) if path]
-                _to_wandb(logger, self.name, self.report, numbers, pictures)
+                _to_wandb(logger, self.name, self.report, numbers, [path for path in pictures if path])
 
     def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:
         try:
@@ -234,6 +245,11 @@ class Showing:
             return None
         figure.savefig(path)
         return path
+
+
+def _depth_figure(report: Report) -> Any:
+    sizes = [size.layers if size else {} for size in (report.dense, report.final)]
+    return over_depth_figure(*sizes)
 
 
 def _numbered(number: int) -> str:

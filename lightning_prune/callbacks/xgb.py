@@ -14,13 +14,13 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension
-from lightning_prune.callbacks.heads import NamesHead
+from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
 from lightning_prune.callbacks.moments import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed
 from lightning_prune.callbacks.scheduled import instance_of
-from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, table_of
+from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.subjects import inputs_of
 from lightning_prune.callbacks.training_data import require_readable, training_data
 from lightning_prune.planning import (
@@ -37,6 +37,7 @@ from lightning_prune.planning import (
     require_depth,
     select,
 )
+from lightning_prune.reporting import SizeAtThreshold
 from lightning_prune.scoring import DataPass, Surrogate, XGBoost
 from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name, require_labels
 from lightning_prune.scoring.xgb import log_importance
@@ -323,12 +324,20 @@ class XGBPruning(NamesHead, NetworkPruning):
             groups = [group for group in groups if group.name not in lost]
             scored = run.run(groups, self.amount, self._ends, self.depth)
         self._scored = scored
-        table = table_of(scored, groups, self._metric)
+        threshold = self.amount.value if self.amount.rule == "threshold" else None
+        table = table_of(scored, groups, self._metric, threshold, *self._sizes(trainer, module, scored))
         self.report.scored[:], self.report.depths[:] = table.rows, table.depths
         if trainer.is_global_zero:
-            threshold = self.amount.value if self.amount.rule == "threshold" else None
             show_scores(trainer, table, folder, threshold, prints=self.only_score)
         return scored
+
+    def _sizes(self, trainer: Trainer, module: LightningModule, scored: Scored) -> tuple[list[SizeAtThreshold], str]:
+        """What other thresholds would leave of what; layer-wise, where each needs a walk of its own, nothing."""
+        assert self._structure is not None
+        backbone = backbone_in(trainer, module)
+        one_shot = self.options.mode == "one_shot"
+        sizes = sizes_at_thresholds(scored, self._structure, backbone) if one_shot else []
+        return sizes, "the network" if backbone is None else "the backbone"
 
     def _without(self, lost: Mapping[str, str]) -> tuple[str, ...]:
         """The selected groups without those that cannot be scored; an error if the user named one of these."""

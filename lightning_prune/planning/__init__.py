@@ -1,6 +1,6 @@
 """How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
 
-from lightning_prune.planning.amount import Amount, best_unit, plan_by_use
+from lightning_prune.planning.amount import Amount, best_unit, dividing_threshold, plan_by_use, widths_at
 from lightning_prune.planning.depth import Depth, best_depth, require_depth
 from lightning_prune.planning.granularity import (
     NM,
@@ -57,6 +57,7 @@ __all__ = [
     "best_depth",
     "best_unit",
     "choose_masks",
+    "dividing_threshold",
     "due",
     "feasible",
     "make_plan",
@@ -65,4 +66,5 @@ __all__ = [
     "require_depth",
     "select",
     "staying",
+    "widths_at",
 ]

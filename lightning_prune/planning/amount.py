@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from lightning_prune.planning.target import Original, Target
 from lightning_prune.scoring.xgb import Use
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["Amount", "Rule", "best_unit", "plan_by_use"]
+__all__ = ["Amount", "Rule", "best_unit", "dividing_threshold", "plan_by_use", "widths_at"]
 
 #: What an amount is given as.
 Rule = Literal["threshold", "quantile", "gain", "pruning_ratio", "budget"]
@@ -131,6 +131,36 @@ def plan_by_use(
     units |= {name: (best_unit(use[name]),) for name in emptied}
     kept = {name: rows for name, rows in units.items() if len(rows) < len(use[name].importance)}
     return Plan(kept, {name: len(use[name].importance) for name in kept}), emptied
+
+
+def widths_at(structure: Structure, use: Mapping[str, Use], threshold: float) -> dict[str, int]:
+    """Units of every group if those with an importance of at most ρ go; a group keeps its best one.
+
+    Args:
+        structure: The network as it is now.
+        use: Per group that may be pruned; all others stay.
+        threshold: ρ.
+    """
+    left = {name: max(int(_above(one, threshold).sum()), 1) for name, one in use.items()}
+    return {**structure.widths, **left}
+
+
+def dividing_threshold(use: Use, kept: Sequence[int]) -> float | None:
+    """The ρ that divides a group as it was decided: the largest importance of the units that go.
+
+    Args:
+        use: Of the group.
+        kept: Units that stay.
+
+    Returns:
+        None where nothing goes, or where the order is another than that of importances (by the gain, say).
+    """
+    stays = np.zeros(len(use.importance), dtype=np.bool_)
+    stays[list(kept)] = True
+    if stays.all():
+        return None
+    threshold = float(use.importance[~stays].max())
+    return threshold if not stays.any() or use.importance[stays].min() >= threshold else None
 
 
 def best_unit(use: Use) -> int:

@@ -1,6 +1,6 @@
 """Showing what pruning did: plain values, tables, pages and figures."""
 
-from lightning_prune.reporting.backbone import backbone_modules
+from lightning_prune.reporting.backbone import backbone_modules, layer_parameters
 from lightning_prune.reporting.comparison import ComparedNetwork, Comparison
 from lightning_prune.reporting.comparison_figure import comparison_figure
 from lightning_prune.reporting.inspection import Inspection
@@ -12,10 +12,12 @@ from lightning_prune.reporting.layer_scores import (
     score_figure,
 )
 from lightning_prune.reporting.measure import latency, size_on_disk, versions
+from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
 from lightning_prune.reporting.plots import report_figure, sizes_figure
 from lightning_prune.reporting.record import Cut, Measurement, Size, SizeCheckpoint
 from lightning_prune.reporting.report import Report, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
+from lightning_prune.reporting.thresholds import SizeAtThreshold, threshold_figure, thresholds_grid
 from lightning_prune.reporting.typed import require
 
 __all__ = [
@@ -30,16 +32,22 @@ __all__ = [
     "ScoredLayer",
     "Sensitivity",
     "Size",
+    "SizeAtThreshold",
     "SizeCheckpoint",
     "backbone_modules",
     "comparison_figure",
     "importance_figure",
     "latency",
+    "layer_parameters",
+    "over_depth_figure",
+    "over_depth_grid",
     "plain",
     "report_figure",
     "require",
     "score_figure",
     "size_on_disk",
     "sizes_figure",
+    "threshold_figure",
+    "thresholds_grid",
     "versions",
 ]

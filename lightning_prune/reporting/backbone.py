@@ -11,7 +11,7 @@ from lightning_prune.structure.layers import canonical, tensors
 from lightning_prune.surgery import Replace, history_of
 from lightning_prune.surgery.depth import within
 
-__all__ = ["backbone_modules"]
+__all__ = ["backbone_modules", "layer_parameters"]
 
 
 def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) -> frozenset[str] | None:
@@ -37,3 +37,17 @@ def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) 
     behind = (module for name, module in model.named_modules() if canonical(name) not in names)
     has_head = any(parameter is not None for module in behind for parameter in module._parameters.values())
     return frozenset(names) if names and has_head else None
+
+
+def layer_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of every convolutional layer of a backbone (see `Backbone`), the first one first.
+
+    A parameter that several layers share counts at the first of them.
+    """
+    seen: set[nn.Parameter] = set()
+    counts = {}
+    for layer in Backbone.of(model).layers:
+        own = set(layer.parameters.values()) - seen
+        counts[layer.name] = sum(parameter.numel() for parameter in own)
+        seen |= own
+    return counts

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lightning_prune.extras import require
 from lightning_prune.reporting.grid import MISSING, Grid, Shown, count, number, share
+from lightning_prune.reporting.thresholds import SizeAtThreshold, thresholds_grid
 from lightning_prune.scoring.xgb import LayerScore, log_importance
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ class LayerScores(Shown):
         kept: Channels that stay, by layer.
         metric: Name of the metric that μ is.
         depths: Where the backbone can end, the shallowest first.
+        thresholds: ρ by layer, where one divides the channels that stay from those that go.
+        sizes: What other thresholds would leave, ascending.
+        whole: What the parameters of ``sizes`` are those of.
     """
 
     def __init__(
@@ -153,8 +157,12 @@ class LayerScores(Shown):
         kept: Mapping[str, Sequence[int]],
         metric: str,
         depths: Sequence[ScoredDepth] = (),
+        thresholds: Mapping[str, float] | None = None,
+        sizes: Sequence[SizeAtThreshold] = (),
+        whole: str = "the network",
     ) -> None:
         self.layers, self.kept, self.metric, self.depths = tuple(layers), dict(kept), metric, tuple(depths)
+        self.thresholds, self.sizes, self.whole = dict(thresholds or {}), tuple(sizes), whole
 
     @property
     def rows(self) -> list[ScoredLayer]:
@@ -162,9 +170,25 @@ class LayerScores(Shown):
         return [ScoredLayer.of(one, self._number_kept(one)) for one in self.layers]
 
     def grids(self) -> tuple[Grid, ...]:
-        """The table of layers, and that of depths if there is one."""
-        grids = (layers_grid(self.rows, self.metric), depths_grid(self.depths, self.metric))
+        """The table of layers, those of depths and of thresholds if there are any."""
+        grids = (
+            layers_grid(self.rows, self.metric),
+            depths_grid(self.depths, self.metric),
+            thresholds_grid(self.sizes, self.whole),
+        )
         return tuple(grid for grid in grids if grid.rows)
+
+    def channels(self) -> list[tuple[str, int, float, float, str]]:
+        """One row per channel: layer, channel, I, Λ, and whether it is kept or gone (empty if nothing was decided)."""
+        rows = []
+        for found in self.layers:
+            kept = self.kept.get(found.station.layer)
+            stays = None if kept is None else set(kept)
+            numbers = zip(found.importance.tolist(), log_importance(found.importance).tolist(), strict=True)
+            for channel, (importance, logarithm) in enumerate(numbers):
+                word = "" if stays is None else "kept" if channel in stays else "gone"
+                rows.append((found.station.layer, channel, importance, logarithm, word))
+        return rows
 
     def _number_kept(self, found: LayerScore) -> int | None:
         kept = self.kept.get(found.station.layer)
@@ -172,14 +196,16 @@ class LayerScores(Shown):
 
 
 def importance_figure(
-    layers: Sequence[LayerScore], kept: Mapping[str, Sequence[int]], threshold: float | None = None
+    layers: Sequence[LayerScore],
+    kept: Mapping[str, Sequence[int]],
+    threshold: float | Mapping[str, float] | None = None,
 ) -> Figure:
     r"""Histograms of :math:`\Lambda = \ln(I + 10^{-16})`, a panel per layer; needs the extra ``plot``.
 
     Args:
         layers: Scores in the order of execution.
         kept: Channels that stay, by layer: others are drawn in another colour.
-        threshold: ρ, if there is one for all layers; it is marked.
+        threshold: ρ, for all layers or by layer, as far as there is one; it is marked.
     """
     step = -(-len(layers) // _MOST_PANELS)
     shown = list(layers)[::step] if layers else []
@@ -190,11 +216,15 @@ def importance_figure(
     figure.set_layout_engine("constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
     for axes, found in zip(panels, shown, strict=False):
-        _histogram(axes, found, kept.get(found.station.layer), threshold)
+        layer = found.station.layer
+        marked = threshold.get(layer) if isinstance(threshold, Mapping) else threshold
+        _histogram(axes, found, kept.get(layer), marked)
     for axes in list(figure.axes)[len(shown) :]:
         axes.set_visible(False)
     left_out = f" (every {step}. layer)" if step > 1 else ""
-    figure.suptitle(f"Λ = ln(I + 1e-16) of each layer's channels: kept blue, gone orange{left_out}", fontsize="large")
+    line = ", dashed: ln ρ" if threshold else ""
+    title = f"Λ = ln(I + 1e-16) of each layer's channels: kept blue, gone orange{line}{left_out}"
+    figure.suptitle(title, fontsize="large")
     return figure
 
 

@@ -33,6 +33,7 @@ class Size:
         memory: Bytes of the activations of one sample, see `CostModel.memory`.
         reckoned: Milliseconds of one sample by the table of latencies, if there is one.
         backbone: Number of parameters of the backbone alone, where it is known which part that is.
+        layers: Parameters of the convolutional layers of the backbone, the first one first, see `layer_parameters`.
     """
 
     params: int
@@ -43,6 +44,7 @@ class Size:
     memory: int | None = None
     reckoned: float | None = None
     backbone: int | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(

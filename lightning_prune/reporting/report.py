@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
+from lightning_prune.reporting.over_depth import over_depth_grid
 from lightning_prune.reporting.record import Cut, Measurement, Record, Size, SizeCheckpoint
 from lightning_prune.reporting.typed import require
 
@@ -92,7 +93,7 @@ class Report(Record):
     def grids(self) -> tuple[Grid, ...]:
         """The tables: what was won and lost, the cuts, the networks saved on the way, the widths, scores of layers."""
         metric = str(self.config.get("metric", "metric"))
-        scores = [layers_grid(self.scored, metric), depths_grid(self.depths, metric)]
+        scores = [layers_grid(self.scored, metric), depths_grid(self.depths, metric), self._over_depth()]
         grids = [self._summary(), self._cuts(), self._sizes(), self._widths(), *scores]
         return tuple(grid for grid in grids if grid.rows)
 
@@ -100,15 +101,17 @@ class Report(Record):
         """The tables for a terminal."""
         return as_rich(self.grids())
 
-    def to_markdown(self, picture: str | None = None, sizes: str | None = None) -> str:
+    def to_markdown(self, picture: str | None = None, sizes: str | None = None, depth: str | None = None) -> str:
         """The report as a page.
 
         Args:
             picture: Address of the figure, relative to the page.
             sizes: Address of the figure of metric against size.
+            depth: Address of the figure of parameters over depth.
         """
         parts = ["# Pruning report", *([f"![metrics, size and widths]({picture})"] if picture else [])]
         parts += [f"![metric against size]({sizes})"] if sizes else []
+        parts += [f"![parameters over depth]({depth})"] if depth else []
         parts += [grid.markdown() for grid in self.grids()]
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         seed = f"Seed {self.seed}. " if self.seed is not None else ""
@@ -188,6 +191,16 @@ class Report(Record):
                 "on (right after a cut nothing is measured); as last measured before the next cut or the end."
             )
         return Grid("Cuts", columns, tuple(rows), words=0, note=note)
+
+    @property
+    def shows_depth(self) -> bool:
+        """Whether it is told where in the backbone parameters are: of runs that score layers, with a backbone."""
+        return bool(self.scored and self.final and self.dense and len(self.dense.layers) > 1)
+
+    def _over_depth(self) -> Grid:
+        if not self.shows_depth or self.dense is None or self.final is None:
+            return Grid("", (), ())
+        return over_depth_grid(self.dense.layers, self.final.layers)
 
     def _sizes(self) -> Grid:
         whole = self.dense.params if self.dense else None

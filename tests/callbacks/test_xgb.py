@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -20,6 +21,7 @@ from lightning_prune import NeuralProbe, OneShot, Ridge, SklearnEstimator, Struc
 from lightning_prune.callbacks import score_display
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning import NoEffectWarning
+from lightning_prune.reporting import layer_parameters
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.spool import Spool
 from lightning_prune.scoring.surrogates import split_samples
@@ -39,7 +41,7 @@ from tests.callbacks.xgb_runs import (
     kept,
     loader,
 )
-from tests.support import ranks
+from tests.support import ranks, wandb_files
 from tests.support import xgb_reference as reference
 
 
@@ -423,15 +425,65 @@ def test_channels_that_no_group_has_stay(tmp_path: Path) -> None:
 def test_what_is_shown(measured: None, tmp_path: Path) -> None:
     pruning = XGBPruning(gain=0.9, surrogate=QUICK)
     fit(tmp_path, Module(), pruning)
-    assert {"scores.md", "scores.png", "importances.png", "report.md"} <= {path.name for path in tmp_path.iterdir()}
+    pictures = {"scores.png", "importances.png", "thresholds.png", "depth.png", "report.png"}
+    assert {"scores.md", "report.md", *pictures} <= {path.name for path in tmp_path.iterdir()}
     page = (tmp_path / "scores.md").read_text()
     assert "| net.c1 | 8 |" in page
     assert "![importances](importances.png)" in page
+    assert "![thresholds](thresholds.png)" in page
+    assert "**Sizes by threshold**" in page
+    assert "![parameters over depth](depth.png)" in (tmp_path / "report.md").read_text()
     assert "Layers" in str(pruning.report)
     again = lightning_prune.reporting.Report.from_plain(json.loads((tmp_path / "report.json").read_text()))
     assert again.scored == pruning.report.scored
     assert [row.layer for row in again.scored] == ["net.c1", "net.c2", "net.d1"]
     assert all(0 < row.score <= 1 and row.kept for row in again.scored)
+
+
+def test_wandb_gets_pictures_and_their_numbers(measured: None, tmp_path: Path) -> None:
+    import wandb
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    module = Module()
+    try:
+        fit(tmp_path, module, XGBPruning(gain=0.9, surrogate=QUICK), logger=logger)
+    finally:
+        wandb.finish()
+    (segment,) = wandb_files.segments(tmp_path)
+    logged = {name: value for row in wandb_files.rows(segment) for name, value in row.items()}
+    for picture in ("importances", "scores", "thresholds", "depth", "report"):
+        (file,) = logged[f"pruning/{picture}.filenames"]
+        assert (segment / "files" / file).stat().st_size > 5_000, picture
+    tables = {}
+    for table in ("scored/Layers", "scored/Sizes by threshold", "scored/Channels", "Parameters over depth"):
+        tables[table] = json.loads((segment / "files" / logged[f"pruning/{table}.path"]).read_text())["data"]
+        assert tables[table], table
+    decided = [row[4] for row in tables["scored/Channels"] if row[0] == "net.c1"]
+    assert decided.count("kept") == len(kept(module)["c1"])
+    assert len(decided) == 8
+
+
+@pytest.mark.parametrize("depth", [None, 0.5])
+def test_sizes_are_those_that_the_thresholds_lead_to(depth: float | None, tmp_path: Path) -> None:
+    """What the page of scores says of a threshold is what is left after a run with it."""
+    options: dict[str, Any] = {"depth": depth, "surrogate": QUICK, "layers": ["net.0", "net.3"]}
+    said = XGBPruning(threshold=0.0, **options)
+    said.only_score = True
+    first = Deep()
+    rows, _ = _scored_sizes(said, fit(tmp_path / "0", first, said), first)
+    row = next(row for row in rows if row.threshold > 0 and row.params < rows[0].params)
+    module, pruning = Deep(), XGBPruning(threshold=row.threshold, extensions=[], **options)
+    fit(tmp_path / "1", module, pruning)
+    layers = pruning.report.final and pruning.report.final.layers
+    assert layers
+    assert sum(layers.values()) == row.params
+    assert sum(layer_parameters(first).values()) == row.of_params
+    assert (len(layers) < len(layer_parameters(first))) == (depth is not None)
+
+
+def _scored_sizes(pruning: XGBPruning, run: Any, module: Any) -> Any:
+    assert pruning.scored is not None
+    return pruning._sizes(run, module, pruning.scored)
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import inspect
-from lightning_prune.planning import Amount, Original, plan_by_use
+from lightning_prune.planning import Amount, Original, dividing_threshold, plan_by_use, widths_at
 from lightning_prune.scoring.xgb import Use
 
 NUMBERS = np.array([0.0, 0.1, 0.4, 0.0, 0.2, 0.3])
@@ -119,3 +119,29 @@ def test_exactly_one() -> None:
 def test_out_of_range(rule: Any, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="expected"):
         Amount(rule, value)
+
+
+@given(shares, st.floats(0, 0.9), st.floats(0.01, 1))
+def test_the_threshold_that_divides(values: np.ndarray, ratio: float, gain: float) -> None:
+    """Applied as a threshold it keeps the same units, if importances differ; none where the order is another."""
+    use = Use(values, values[::-1])
+    kept = Amount("pruning_ratio", ratio).kept(use)
+    found = dividing_threshold(use, kept)
+    assert (found is None) == (len(kept) == len(values))
+    if found is not None and len(set(values.tolist())) == len(values) and found < 1:
+        assert Amount("threshold", found).kept(use) == kept
+    kept = Amount("gain", gain).kept(use)
+    found, gone = dividing_threshold(use, kept), np.setdiff1d(np.arange(len(values)), kept)
+    if found is None:
+        assert not len(gone) or values[list(kept)].min() < values[gone].max()
+
+
+def test_widths_at_a_threshold_are_those_of_its_plan() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    structure = inspect(model, torch.zeros(2, 4)).structure
+    first, second = (group.name for group in structure.groups)
+    use = {first: USE}
+    for threshold in (0.0, 0.2, 0.35, 0.9):
+        plan, _ = plan_by_use(structure, use, Amount("threshold", threshold), Original.of(structure))
+        assert widths_at(structure, use, threshold) == structure.take(plan.kept).widths
+    assert widths_at(structure, use, 0.9) == {first: 1, second: 5}

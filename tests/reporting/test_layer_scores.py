@@ -7,7 +7,19 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from lightning_prune.reporting import LayerScores, Report, ScoredDepth, ScoredLayer, importance_figure, score_figure
+from lightning_prune.reporting import (
+    LayerScores,
+    Report,
+    ScoredDepth,
+    ScoredLayer,
+    Size,
+    SizeAtThreshold,
+    importance_figure,
+    over_depth_figure,
+    over_depth_grid,
+    score_figure,
+    threshold_figure,
+)
 from lightning_prune.scoring import Station
 from lightning_prune.scoring.xgb import LayerScore
 
@@ -76,3 +88,53 @@ def test_scores_over_depth() -> None:
     assert list(trees.get_ydata()) == [0.5, 1]
     assert list(probe.get_ydata()) == [1, 1]
     figure.savefig(BytesIO())
+
+
+def test_thresholds_layer_by_layer() -> None:
+    figure = importance_figure(LAYERS, {}, {"second": 0.5})
+    assert [len(axes.lines) for axes in figure.axes if axes.get_visible()] == [0, 1, 0]
+    assert "dashed: ln ρ" in figure.get_suptitle()
+    assert "dashed" not in importance_figure(LAYERS, {}, {}).get_suptitle()
+
+
+def test_numbers_behind_the_histograms() -> None:
+    rows = LayerScores(LAYERS, {"first": [1]}, "accuracy").channels()
+    assert [row[:3] for row in rows[:3]] == [("first", 0, 0.0), ("first", 1, 0.6), ("first", 2, 0.4)]
+    assert [row[3] for row in rows[:2]] == pytest.approx([np.log(1e-16), np.log(0.6)])
+    assert [row[4] for row in rows] == ["gone", "kept", "gone", "gone", "", "", "", ""]
+
+
+SIZES = [SizeAtThreshold(0.0, 10, 900, 10, 1000), SizeAtThreshold(0.01, 6, 500, 10, 1000)]
+
+
+def test_sizes_by_threshold() -> None:
+    grid = LayerScores(LAYERS, {}, "accuracy", sizes=SIZES, whole="the backbone").grids()[-1]
+    assert grid.rows[1] == ("0.01", "6", "60.0 %", "500", "50.0 %")
+    assert "Parameters of the backbone." in grid.note
+    figure = threshold_figure(SIZES, "the backbone", threshold=0.02)
+    params, units, marked = figure.axes[0].lines
+    assert (list(params.get_xdata()), list(params.get_ydata()), list(units.get_ydata())) == ([0.01], [50], [60])
+    assert list(marked.get_xdata()) == [0.02, 0.02]
+    figure.savefig(BytesIO())
+
+
+def test_parameters_over_depth() -> None:
+    dense, pruned = {"a": 10, "b": 30, "c": 60}, {"a": 10, "b": 15}
+    rows = over_depth_grid(dense, pruned).rows
+    assert rows[1] == ("b", "30", "15", "40", "40.0 %", "25", "25.0 %")
+    assert rows[2] == ("c", "60", "0", "100", "100.0 %", "25", "25.0 %")
+    figure = over_depth_figure(dense, pruned)
+    before, after, _ = figure.axes[0].lines
+    assert (list(before.get_ydata()), list(after.get_ydata())) == ([10, 40, 100], [10, 25])
+    figure.savefig(BytesIO())
+
+
+def test_parameters_over_depth_are_part_of_a_report() -> None:
+    """Of runs that score layers; they survive storing."""
+    sizes = {"dense": Size(120, 0, layers={"a": 10, "b": 30}), "final": Size(60, 0, layers={"a": 5})}
+    report = Report(**sizes, scored=LayerScores(LAYERS, {}, "accuracy").rows)
+    again = Report.from_plain(report.to_plain())
+    assert again.dense == report.dense
+    assert again.grids()[-1].title == "Parameters over depth"
+    assert "![parameters over depth](depth.png)" in again.to_markdown(depth="depth.png")
+    assert not Report(**sizes).shows_depth

@@ -1,0 +1,79 @@
+"""How small a network gets with one threshold or another: what `lightning-prune score` tells before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_prune.extras import require
+from lightning_prune.reporting.grid import Grid, count, share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SizeAtThreshold", "threshold_figure", "thresholds_grid"]
+
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True)
+class SizeAtThreshold:
+    """What one threshold would leave.
+
+    Attributes:
+        threshold: ρ: units with an importance of at most this go.
+        units: Units of the scored groups that are left.
+        params: Parameters that are left.
+        of_units: Units of these groups before.
+        of_params: Parameters before.
+    """
+
+    threshold: float
+    units: int
+    params: int
+    of_units: int
+    of_params: int
+
+
+def thresholds_grid(rows: Sequence[SizeAtThreshold], what: str) -> Grid:
+    """The table of thresholds, the smallest first.
+
+    Args:
+        rows: What each of them leaves.
+        what: What the parameters are those of, such as ``"the backbone"``.
+    """
+    cells = tuple(
+        (f"{row.threshold:g}", count(row.units), share(row.units, row.of_units), count(row.params),
+         share(row.params, row.of_params))
+        for row in rows
+    )  # fmt: skip
+    columns = ("threshold ρ", "units", "of all", "parameters", "of all")
+    note = f"What is left where units with an importance of at most ρ go. Parameters of {what}."
+    return Grid("Sizes by threshold", columns, cells, words=0, note=note)
+
+
+def threshold_figure(rows: Sequence[SizeAtThreshold], what: str, threshold: float | None = None) -> Figure:
+    """Units and parameters that are left against ρ, with a logarithmic axis; needs the extra ``plot``.
+
+    Args:
+        rows: What each threshold leaves, ascending.
+        what: What the parameters are those of.
+        threshold: ρ of the run, if it has one; it is marked.
+    """
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(7, 4.2), dpi=130)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    drawn = [row for row in rows if row.threshold > 0]
+    for word, colour, line, left in (
+        (f"parameters of {what}", _BLUE, "o-", [100 * row.params / max(row.of_params, 1) for row in drawn]),
+        ("units", _ORANGE, "s--", [100 * row.units / max(row.of_units, 1) for row in drawn]),
+    ):
+        axes.plot([row.threshold for row in drawn], left, line, ms=4, color=colour, label=word)
+    if threshold:
+        axes.axvline(threshold, color="black", lw=1, ls="--", label=f"ρ = {threshold:g}")
+    axes.set(xscale="log", xlabel="threshold ρ", ylabel="left (%)", ylim=(0, 104))
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+    return figure
