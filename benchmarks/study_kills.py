@@ -40,7 +40,7 @@ recipe:
 grid:
   model.weight_decay: {prior: 1.0e-3, step: 0.5, points: 3}
   model.lr: {prior: 0.02, step: 0.5, points: 3}
-most: 4
+most: 3
 variants:
   - {remaining: 0.6, scope: [uniform, non-uniform]}
   - {remaining: 0.6, pipeline: training, method: {class_path: lightning_prune.StructuredPruning,

@@ -157,11 +157,14 @@ class Slurm(Launcher):
         submitit: Any = require("submitit", extra="slurm")
         executor = submitit.AutoExecutor(folder=self.logs, cluster=self.cluster)
         executor.update_parameters(**dict(self.parameters))
-        submitted = executor.map_array(_call, jobs)
-        places = {id(job): index for index, job in enumerate(submitted)}
-        for job in submitit.helpers.as_completed(submitted, poll_frequency=self.every):
-            error = job.exception()
-            yield places[id(job)], None if error is None else f"its job ended without a result ({error})"
+        # Without SLURM, submitit starts all at once: no more than there are cores.
+        together = (os.cpu_count() or 1) if self.cluster == "local" else max(len(jobs), 1)
+        for first in range(0, len(jobs), together):
+            submitted = executor.map_array(_call, jobs[first : first + together])
+            places = {id(job): index for index, job in enumerate(submitted, first)}
+            for job in submitit.helpers.as_completed(submitted, poll_frequency=self.every):
+                error = job.exception()
+                yield places[id(job)], None if error is None else f"its job ended without a result ({error})"
 
 
 def _call(job: Job) -> None:

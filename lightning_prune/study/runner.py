@@ -63,10 +63,12 @@ def run_study(study: Study, folder: Path, train: Train, launcher: Launcher, prog
     for stage in _stages(study, store):
         todo = [cell for cell in stage if _is_due(store, cell)]
         progress.stage(len(stage), len(stage) - len(todo))
-        for index, death in launcher.run([Task(folder, cell, train, study.metric) for cell in todo]):
+        for index, death in launcher.run([Task(folder.absolute(), cell, train, study.metric) for cell in todo]):
             cell = todo[index]
-            if death is not None and store.result(cell) is None:
-                store.fail(cell, death)
+            if death is not None:
+                with store.lock(cell):  # another launcher's worker may be at it
+                    if not store.finished(cell).is_dir():
+                        store.fail(cell, death)
             progress.ended(cell.label, store.result(cell), study.metric)
     return failures(study, folder)
 

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from filelock import FileLock
 
@@ -84,7 +85,7 @@ class Store:
             new.write_text(text, encoding="utf-8")
             new.replace(file)
         elif file.read_text(encoding="utf-8") != text:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = _identity(file)
             parts = ", ".join(key for key in identity if identity[key] != before.get(key))
             raise ValueError(
                 f"expected a folder of its own for this study, got {self.folder}, where another one is (its {parts} "
@@ -122,6 +123,8 @@ class Store:
             return self._read_before[key]
         except (OSError, ValueError, KeyError, TypeError) as error:
             with self.lock(cell):
+                if not place.is_dir():  # another process has seen it first
+                    return None
                 aside = _free(self.folder / "damaged" / cell.key)
                 place.rename(aside)
             warnings.warn(
@@ -167,7 +170,7 @@ class Store:
             "config": cell.config,
         }
         if cell.keep == "weights":
-            checkpoints(place)[-1].rename(place / WEIGHTS)
+            max(checkpoints(place), key=_steps).rename(place / WEIGHTS)
         for folder in place.glob("fit/*/checkpoints"):
             shutil.rmtree(folder)
         with (place / _RESULT).open("w", encoding="utf-8") as file:
@@ -221,6 +224,25 @@ def _is_whole(file: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, OSError, EOFError):
         return False
+
+
+def _steps(checkpoint: Path) -> int:
+    """Steps that were trained until a checkpoint: of two machines' clocks one may be slow."""
+    found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(found["global_step"])
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"expected the identity of a study in {file}, got a damaged file. Remove it if the folder is this study's; "
+            "finished runs stay."
+        )
+    return found
 
 
 def _kept(cell: Cell) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +59,19 @@ class Row:
 
 
 def write_table(rows: Iterable[Row], axes: Sequence[Axis], file: Path) -> None:
-    """Write a table as CSV, sorted by nothing but the order of ``rows``; an empty field is a missing value."""
-    with file.open("w", encoding="utf-8", newline="") as stream:
+    """Write a table as CSV, sorted by nothing but the order of ``rows``; an empty field is a missing value.
+
+    The file appears whole, or stays as it was.
+    """
+    new = file.with_suffix(f".{os.getpid()}")
+    with new.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([*_BEFORE, *(axis.key for axis in axes), *_AFTER])
         for row in rows:
             before = [getattr(row, name) for name in _BEFORE]
             after = [getattr(row, name) for name in _AFTER[:-1]]
             writer.writerow(["" if cell is None else cell for cell in (*before, *row.values, *after, FORMAT)])
+    new.replace(file)
 
 
 def read_table(file: Path, axes: Sequence[Axis]) -> list[Row]:

@@ -45,7 +45,7 @@ class Surface:
         (recorder,) = callbacks
         folder = Path(words[1].removeprefix("--config=")).parent / "fit" / "001" / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": {}}, folder / "last.ckpt")
+        torch.save({"state_dict": {}, "global_step": 1}, folder / "last.ckpt")
         start = get({"trainer": {"callbacks": config["trainer"]["callbacks"][:1]}}, "trainer.callbacks")[0]["init_args"]
         lr, decay = (float(np.log10(get(config, f"model.{name}"))) for name in ("lr", "weight_decay"))
         self.calls.append(config)

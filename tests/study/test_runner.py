@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_prune.study.configurations import cells, cut_of, prior, run
+from lightning_prune.study.launchers import Job
 from lightning_prune.study.progress import Progress
 from lightning_prune.study.runner import extent_of, failures, retry_failed, rows, run_study
 from lightning_prune.study.store import DamagedWarning, Store
@@ -221,3 +227,81 @@ def test_a_study_goes_on_from_its_exported_files(tmp_path: Path) -> None:
     assert rows(found, tmp_path / "second") == rows(found, tmp_path / "first")
     with pytest.raises(ValueError, match="got a run that it does not have: unpruned"):
         import_study(study(set={"trainer.max_epochs": 7}), tmp_path / "files", tmp_path / "third")
+
+
+def test_weights_are_those_of_the_last_step_whatever_the_clocks_say(tmp_path: Path) -> None:
+    class Two(Surface):
+        def __call__(self, words: Any, callbacks: Any) -> None:
+            super().__call__(words, callbacks)
+            folder = Path(words[1].removeprefix("--config=")).parent / "fit" / "001" / "checkpoints"
+            torch.save({"global_step": 9}, folder / "last-v1.ckpt")
+            os.utime(folder / "last-v1.ckpt", (0, 0))
+
+    found = study(variants=[{"remaining": 0.5}])
+    run_study(found, tmp_path, Two(hill), Inline(), QUIET)
+    kept = torch.load(Store(tmp_path).finished(prior(found)) / "weights.ckpt", weights_only=True)
+    assert kept["global_step"] == 9
+
+
+def test_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result cannot be written: the study stops, no cell is finished by it, and another call goes on."""
+    found, fsync = study(), os.fsync
+
+    def full(_: int) -> None:
+        if len(list((tmp_path / "cells").glob("*"))) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_study(found, tmp_path, Surface(hill), Inline(), QUIET)
+    assert len(rows(found, tmp_path)) == 3
+    monkeypatch.setattr(os, "fsync", fsync)
+    surface = Surface(hill)
+    assert run_study(found, tmp_path, surface, Inline(), QUIET) == []
+    assert (len(surface.calls), len(rows(found, tmp_path))) == (6, 9)
+
+
+def test_two_processes_see_the_same_damage(tmp_path: Path) -> None:
+    found = study()
+    run_study(found, tmp_path, Surface(hill), Inline(), QUIET)
+    cell = prior(found)
+    one, other = Store(tmp_path), Store(tmp_path)
+    (one.finished(cell) / "result.json").write_text("{")
+    lock = other.lock
+
+    def first(cell: Any) -> Any:
+        """The other process comes to the lock after this one has put the cell aside."""
+        with pytest.warns(DamagedWarning):
+            assert one.result(cell) is None
+        return lock(cell)
+
+    other.lock = first  # type: ignore[method-assign]
+    assert other.result(cell) is None
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def test_a_damaged_identity_is_named(tmp_path: Path) -> None:
+    run_study(study(), tmp_path, Surface(hill), Inline(), QUIET)
+    (tmp_path / "study.json").write_text("")
+    with pytest.raises(ValueError, match=r"study\.json, got a damaged file. Remove it"):
+        run_study(study(), tmp_path, Surface(hill), Inline(), QUIET)
+    (tmp_path / "study.json").unlink()
+    surface = Surface(hill)
+    run_study(study(), tmp_path, surface, Inline(), QUIET)
+    assert not surface.calls
+
+
+def test_two_launchers_at_once_share_the_cells(tmp_path: Path) -> None:
+    """Both are given every cell; a lock and a look let one of them train it."""
+    found, surface = study(variants=[{"remaining": 0.5}]), Surface(hill)
+
+    class Second(Inline):
+        def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str | None]]:
+            with ThreadPoolExecutor(2) as pool:
+                for index, job in enumerate(jobs):
+                    list(pool.map(lambda each: each(), [job, job]))
+                    yield index, None
+
+    run_study(found, tmp_path, surface, Second(), QUIET)
+    assert len(surface.calls) == 19
+    assert len(rows(found, tmp_path)) == 18
