@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.replacing import CASES, measure, measure_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
 
 def _check(found: dict[str, Any]) -> None:
