@@ -22,13 +22,24 @@ Job = dict[str, Any]
 
 def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
     """Jobs of every part, the most valuable first, and how the rest of a row is computed."""
-    from benchmarks import spvr_speed, spvr_tau  # each part imports what it needs
+    from benchmarks import spvr_budgets, spvr_race, spvr_speed, spvr_tau  # each part imports what it needs
 
     networks, sizes = [*spvr_speed.NETWORKS], (8, 32, 2)
+    races: list[Job] = [
+        {"plan": plan, "kept": share, "race": kind}
+        for plan in spvr_race.PLANS
+        for kind in ("exact", "statistical")
+        for share in spvr_race.SHARES
+    ]
+    budgets: list[Job] = [
+        {"network": name, "budget": share} for name in spvr_budgets.NETWORKS for share in spvr_budgets.SHARES
+    ]
     speed: list[Job] = [{"network": name, "d": d} for d in sizes for name in networks]
     return {
         "macs": (speed, lambda job: spvr_speed.macs(job["network"], job["d"], work)),
         "seconds": (speed, lambda job: spvr_speed.seconds(job["network"], job["d"], work)),
+        "race": (races, lambda job: spvr_race.race(job["kept"], job["race"])),
+        "budgets": (budgets, lambda job: spvr_budgets.cut(job["network"], job["budget"], work)),
         "tau": ([{"seed": seed} for seed in range(24)], lambda job: spvr_tau.kendall(job["seed"])),
     }
 

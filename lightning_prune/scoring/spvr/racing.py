@@ -25,7 +25,7 @@ RaceKind = Literal["exact", "statistical"]
 #: Bundles by site, and a number for each: which of them decide a plan, in the order of those numbers.
 Decides = Callable[[Mapping[str, Sequence[Sequence[int]]], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-_ROUNDS = 50  # parts that the samples are looked at in
+_PARTS = 50  # that the samples are looked at in, at most
 _WINDOW = 4  # parts by which the change of what is left is judged
 _DEVIATIONS = 3  # standard errors of that
 
@@ -34,7 +34,7 @@ _DEVIATIONS = 3  # standard errors of that
 class Race:
     """When groups need no further samples.
 
-    Samples are looked at in the order of the unmasked network's certainty, the least certain first, in 50 parts. Terms
+    Samples are looked at in the order of the unmasked network's certainty, the least certain first, in up to 50 parts. Terms
     are never negative, so what was summed up is a lower bound of a score, and after a part a group stays for good if it
     is above what the threshold of the plan can be expected to reach.
 
@@ -49,11 +49,13 @@ class Race:
         kind: Which.
         decides: Which bundles' scores decide the plan, by the bundles of each site and a number for each of them.
         key: Whatever else ``decides`` depends on, for a race that was killed.
+        samples: Samples of a part, at least: smaller parts decide earlier, and each of them costs some time.
     """
 
     kind: RaceKind
     decides: Decides
     key: str = ""
+    samples: int = 16
 
 
 def raced(
@@ -85,7 +87,7 @@ def raced(
     look = Walk(model, data, stations, plain=True)
     masking, outputs = prepared(look, sites, options, gather)
     order = _certainty(masking, outputs).argsort(stable=True).tolist()
-    hardest = data.rearranged(order, math.ceil(len(data) / _ROUNDS))
+    hardest = data.rearranged(order, max(race.samples, math.ceil(len(data) / _PARTS)))
     walk = Walk(
         model,
         hardest,

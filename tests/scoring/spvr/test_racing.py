@@ -56,7 +56,7 @@ def test_an_exact_race_decides_as_the_full_ranking(name, share):
     model, data, places, whole = full(name)
     count = round(share * sum(map(len, whole.bundles.values())))
     decides = least(count)
-    ranking = raced(model, data, places, OPTIONS, Race("exact", decides))
+    ranking = raced(model, data, places, OPTIONS, Race("exact", decides, samples=1))
     assert ranking.bundles == whole.bundles
     taken, expected = (decides(found.bundles, found.scores) for found in (ranking, whole))
     for site in places:
@@ -80,8 +80,8 @@ def test_races_cost_less():
     places, _ = sites(model, structure, data)
     options = RankingOptions(group_size=1)
     whole = rank(model, data, places, options)
-    exact = raced(model, data, places, options, Race("exact", least(10)))
-    statistical = raced(model, data, places, options, Race("statistical", least(10)))
+    exact = raced(model, data, places, options, Race("exact", least(10), samples=1))
+    statistical = raced(model, data, places, options, Race("statistical", least(10), samples=1))
     assert exact.macs < 0.8 * whole.macs
     assert statistical.macs < exact.macs
     assert not all(found.all() for found in exact.complete.values())
@@ -93,9 +93,8 @@ def test_what_lacks_in_the_end_is_completed():
     """The last samples alone show what a group is for: it has stayed until then, or gone, by what was expected."""
     model, data, places, whole = full("resnet")
     counts = iter([1] * 25 + [6] * 1000)  # the plan takes more than it seemed while samples were looked at
-    ranking = raced(
-        model, data, places, OPTIONS, Race("exact", lambda bundles, scores: least(next(counts))(bundles, scores))
-    )
+    race = Race("exact", lambda bundles, scores: least(next(counts))(bundles, scores), samples=1)
+    ranking = raced(model, data, places, OPTIONS, race)
     taken, expected = (least(6)(found.bundles, found.scores) for found in (ranking, whole))
     for site in places:
         assert torch.equal(taken[site], expected[site])
@@ -105,7 +104,7 @@ def test_what_lacks_in_the_end_is_completed():
 @pytest.mark.parametrize("kind", ["exact", "statistical"])
 def test_a_race_that_was_killed_goes_on(tmp_path, kind):
     model, data, places, _ = full("segnet")
-    race = Race(kind, least(3), "least 3")
+    race = Race(kind, least(3), "least 3", samples=1)
     whole, seen = raced(model, data, places, OPTIONS, race), []
 
     def stop(text, decided, total):
@@ -121,5 +120,5 @@ def test_a_race_that_was_killed_goes_on(tmp_path, kind):
     for site in places:
         assert torch.equal(again.scores[site], whole.scores[site])
         assert torch.equal(again.complete[site], whole.complete[site])
-    other = raced(model, data, places, OPTIONS, Race(kind, least(1), "least 1"), folder=tmp_path)
+    other = raced(model, data, places, OPTIONS, Race(kind, least(1), "least 1", samples=1), folder=tmp_path)
     assert not all(torch.equal(other.complete[site], whole.complete[site]) for site in places)

@@ -1,0 +1,74 @@
+"""What races win, and whether they decide as the full ranking: rows of `benchmarks.spvr`, part ``race``.
+
+Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), 20 training images
+of every class of CIFAR-10, in parts of four. The plan takes the least groups of all layers, each by itself, until a share
+of all channels' parameters is left (a layer's filters, and of inner layers what reads them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.spvr_networks import resnet56_projection
+from benchmarks.spvr_speed import Row, data_of
+from lightning_prune.scoring import DataPass, stations_of
+from lightning_prune.scoring.spvr.racing import Decides, Race, RaceKind, raced
+from lightning_prune.scoring.spvr.sites import Site, sites_of_layers
+from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
+from lightning_prune.structure import Subject, trace
+
+__all__ = ["PLANS", "SHARES", "race"]
+
+SHARES, PLANS = (0.7, 0.5, 0.3, 0.1), ("layers",)
+OPTIONS = RankingOptions(group_size=8)
+Bundles = Mapping[str, Sequence[Sequence[int]]]
+Scores = Mapping[str, Tensor]
+
+
+def race(share: float, kind: RaceKind) -> Row:
+    """Counted multiply-accumulates of a race, and the groups that it decides otherwise than the full ranking."""
+    model, data, sites, whole = _full()
+    decides = _layers(model, share)
+    found = raced(model, data, sites, OPTIONS, Race(kind, decides, samples=4))
+    mine, wanted = (decides(one.bundles, one.scores) for one in (found, whole))
+    groups = sum(map(len, wanted.values()))
+    row: Row = {"groups": groups, "ratio": found.macs_naive / found.macs, "full": whole.macs_naive / whole.macs}
+    row |= {"seconds": found.seconds, "seconds_full": whole.seconds}
+    return row | {
+        "decisive": sum(int(one.sum()) for one in wanted.values()) / groups,
+        "otherwise": sum(int((mine[name] != one).sum()) for name, one in wanted.items()) / groups,
+    }
+
+
+@cache
+def _full() -> tuple[nn.Module, DataPass, Mapping[str, Site], Ranking]:
+    model, data = resnet56_projection(), data_of(20)
+    batch = next(iter(data))
+    sites, _ = sites_of_layers(trace(Subject.of(model, batch.args[0][:2])).groups, stations_of(model, batch))
+    return model, data, sites, rank(model, data, sites, OPTIONS)
+
+
+def _layers(model: nn.Module, share: float) -> Decides:
+    weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    params = {name: weight[0].numel() for name, weight in weights.items()}
+    for name in params:
+        if name.endswith(".conv1"):
+            params[name] += weights[name.replace("conv1", "conv2")][:, 0].numel()
+
+    def decides(bundles: Bundles, scores: Scores) -> dict[str, Tensor]:
+        taken = {name: torch.zeros(len(found), dtype=torch.bool) for name, found in bundles.items()}
+        left = whole = sum(params[name] * sum(map(len, found)) for name, found in bundles.items())
+        keyed = ((float(score), k, i) for k, name in enumerate(bundles) for i, score in enumerate(scores[name]))
+        names = [*bundles]
+        for _, k, i in sorted(keyed):
+            if left <= share * whole:
+                break
+            taken[names[k]][i] = True
+            left -= params[names[k]] * len(bundles[names[k]][i])
+        return taken
+
+    return decides
