@@ -1,7 +1,7 @@
 """Budgets of parameters: what is left, in the form of the paper's appendix C, and its latency: part ``budgets``.
 
-VGG16-BN as far as it was trained, and ResNet-56 with projection shortcuts (the pretrained network's function), ranked in
-groups of four on five training images of every class of CIFAR-10, in a run of Lightning. The chain with
+VGG16-BN as far as it was trained, and ResNet-56 with projection shortcuts (the pretrained network's function), ranked
+in groups of four on two training images of every class of CIFAR-10, in a run of Lightning. The chain with
 ``coupling="group"``, the residual network with ``"stage"``.
 """
 
@@ -44,7 +44,7 @@ def cut(name: str, share: float, work: Path) -> Row:
     model, row = make(work), Row()
     whole = sum(p.numel() for p in model.parameters())
     if share < 1:
-        x, y = balanced(cifar10(train=True), 5)
+        x, y = balanced(cifar10(train=True), 2)
         plans: list[ranked.RankedPlan] = []
         planned = callback_file.plan_ranked
 
@@ -63,7 +63,7 @@ def cut(name: str, share: float, work: Path) -> Row:
         Showing.measure = lambda self, subject, size: size  # type: ignore[method-assign]
         callback_file.plan_ranked = watched  # type: ignore[assignment]
         try:
-            loader = DataLoader(TensorDataset(x, y), batch_size=25)
+            loader = DataLoader(TensorDataset(x, y), batch_size=20)
             quiet_fit(model, loader, [pruning], max_epochs=1, limit_train_batches=1)
         finally:
             callback_file.plan_ranked = planned

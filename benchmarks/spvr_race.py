@@ -1,8 +1,8 @@
 """What races win, and whether they decide as the full ranking: rows of `benchmarks.spvr`, part ``race``.
 
 Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), 20 training images
-of every class of CIFAR-10, in parts of four. The plan takes the least groups of all layers, each by itself, until a share
-of all channels' parameters is left (a layer's filters, and of inner layers what reads them).
+of every class of CIFAR-10, in parts of four. The plan takes the least groups of all layers, each by itself, until a
+share of all channels' parameters is left (a layer's filters, and of inner layers what reads them).
 """
 
 from __future__ import annotations

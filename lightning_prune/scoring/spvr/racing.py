@@ -34,9 +34,9 @@ _DEVIATIONS = 3  # standard errors of that
 class Race:
     """When groups need no further samples.
 
-    Samples are looked at in the order of the unmasked network's certainty, the least certain first, in up to 50 parts. Terms
-    are never negative, so what was summed up is a lower bound of a score, and after a part a group stays for good if it
-    is above what the threshold of the plan can be expected to reach.
+    Samples are looked at in the order of the unmasked network's certainty, the least certain first, in up to 50 parts.
+    Terms are never negative, so what was summed up is a lower bound of a score, and after a part a group stays for good
+    if it is above what the threshold of the plan can be expected to reach.
 
     ``"exact"``: groups that go are masked in all samples. In the end every score that decides the plan has to be
     complete; groups for which that was not expected are masked in the samples that they lack. So the plan is that of
