@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from PIL import Image
 
 import lightning_prune
 from lightning_prune.callbacks import showing
@@ -24,6 +26,7 @@ from tests.support.data_files import write_celeba, write_cifar, write_mnist
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]
 SHORT = ["--trainer.max_epochs=5", "--trainer.callbacks.schedule=OneShot"]
+FOLDER = ["--model.classes=2", "--data.batch_size=4"]
 # `<dataset>_<model>_<method>` is a whole experiment; `<dataset>_<model>` and `<method>` make one together.
 WHOLE, NETWORKS, METHODS = ({name for name in recipes.recipes() if name.count("_") == n} for n in (2, 1, 0))
 NETWORKS, METHODS = (
@@ -70,7 +73,51 @@ def test_the_spvr_recipe_meets_its_budget(in_tmp: Path) -> None:
     assert list(Path("runs/digits_cnn_spvr/rankings").glob("*/*.pt")), "what was ranked is written down"
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE - {"digits_mlp_contribution", "digits_cnn_spvr", "digits_cnn_xgb"}))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shapes_segnet_spvr", ["--data.count=60"]),
+        ("fashionmnist_cnn_spvr", []),
+        ("cifar10_vgg16_spvr", []),
+        pytest.param("cifar10_resnet56_spvr", [], marks=pytest.mark.slow),
+        pytest.param("cifar10_resnet34_spvr", [], marks=pytest.mark.slow),
+        pytest.param(
+            "tinyimagenet_resnet34_spvr", ["--model.classes=2", "--data.batch_size=4"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "imagenet_resnet50_spvr",
+            ["--model.classes=2", "--data.batch_size=4", "--data.size=64", "--model.pretrained=null"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_recipes_with_the_values_of_spvr_start(
+    name: str, words: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tiny files, through the checks before the first step, a batch of each stage."""
+    write_mnist(in_tmp, "FashionMNIST")
+    write_cifar(in_tmp, monkeypatch, train=100)
+    for part, kind in itertools.product(("train", "val"), ("a", "b")):
+        (in_tmp / "folder" / part / kind).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(in_tmp / "folder" / part / kind / f"{number}.png")
+    roots = {
+        "fashionmnist": in_tmp,
+        "cifar10": in_tmp,
+        "tinyimagenet": in_tmp / "folder",
+        "imagenet": in_tmp / "folder",
+    }
+    root = roots.get(name.partition("_")[0])
+    place = [] if root is None else [f"--data.root={root}"]
+    short = ["--trainer.fast_dev_run=true"]
+    short += [] if "shapes" in name else ["--trainer.callbacks.samples_per_class=1"]
+    main(["fit", f"--config={name}", *place, *words, *short, *QUIET])
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(name for name in WHOLE - {"digits_mlp_contribution", "digits_cnn_xgb"} if not name.endswith("_spvr")),
+)
 def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
     write_mnist(in_tmp)
