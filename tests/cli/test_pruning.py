@@ -92,7 +92,7 @@ def test_the_spvr_recipe_meets_its_budget(in_tmp: Path) -> None:
     ],
 )
 def test_recipes_with_the_values_of_spvr_start(
-    name: str, words: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, words: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On tiny files, through the checks before the first step, a batch of each stage."""
     write_mnist(in_tmp, "FashionMNIST")
@@ -112,6 +112,7 @@ def test_recipes_with_the_values_of_spvr_start(
     short = ["--trainer.fast_dev_run=true"]
     short += [] if "shapes" in name else ["--trainer.callbacks.samples_per_class=1"]
     main(["fit", f"--config={name}", *place, *words, *short, *QUIET])
+    assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
 
 
 @pytest.mark.parametrize(
