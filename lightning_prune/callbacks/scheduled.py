@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
 from lightning_prune.callbacks.session import CutMade, Participant, Session
@@ -55,10 +56,8 @@ class ScheduledPruning(Participant):
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
         instance_of(self, "schedule", self.schedule, Schedule, "LinearSchedule()` or `Explicit(((3, 0.5), (5, 1.0)))")
-        if not isinstance(reset_monitors, bool):
-            raise TypeError(f"{type(self).__name__}: expected `reset_monitors` to be a bool, got {reset_monitors!r}.")
-        if dirpath is not None and not isinstance(dirpath, str | PathLike):
-            raise TypeError(f"{type(self).__name__}: expected `dirpath` to be the path of a folder, got {dirpath!r}.")
+        require_type(type(self).__name__, "reset_monitors", reset_monitors, bool)
+        require_type(type(self).__name__, "dirpath", dirpath, str | PathLike | None)
         self.reset_monitors = reset_monitors
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._is_fit = True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.arguments import Settings
 from lightning_prune.scoring import unit_weights
 from lightning_prune.structure.graph import Group
 
@@ -93,7 +94,7 @@ class Part:
         return masks
 
 
-class Granularity(ABC):
+class Granularity(Settings, ABC):
     """What a mask takes together. Concrete ones are final frozen dataclasses of settings.
 
     Attributes:
@@ -178,6 +179,7 @@ class NM(WeightGranularity):
     pool: ClassVar[Pool | None] = "filter"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.n < self.m:
             raise ValueError(f"NM: expected 0 < n < m, got n={self.n}, m={self.m}. NM(2, 4) keeps two of each four.")
 

@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
 
+from lightning_prune.arguments import Settings
 from lightning_prune.extras import require
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class CutPoint:
     share: float
 
 
-class Schedule(ABC):
+class Schedule(Settings, ABC):
     """When cuts happen in a run, and how much of the target each one completes.
 
     A subclass is a frozen dataclass of settings. Moments are given as *float* = share of the run in [0, 1] or as *int*
@@ -217,6 +217,7 @@ class OneShot(Schedule):
     unit: Unit = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_moment("at", self.at)
 
     @property
@@ -277,13 +278,12 @@ class Spread(Schedule):
     unit: Unit = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_moment("start", self.start)
         _check_moment("end", self.end)
         _check_interval(self.every)
         if self.cuts is not None and self.every is not None:
             raise ValueError(f"expected `cuts` or `every`, got both: cuts={self.cuts}, every={self.every}")
-        if self.cuts is not None and not isinstance(self.cuts, Integral):
-            raise TypeError(f"expected `cuts` to be a whole number, got {self.cuts!r}")
         if self.cuts is not None and self.cuts < 1:
             raise ValueError(f"expected `cuts` of at least 1, got {self.cuts}")
         if type(self.start) is type(self.end) and self.end < self.start:
@@ -355,6 +355,7 @@ class Geometric(Schedule):
     unit: Unit = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.rate < 1:
             raise ValueError(
                 f"expected `rate` in (0, 1), the share of the current size one cut removes, got {self.rate}"
@@ -409,6 +410,7 @@ class Explicit(Schedule):
     unit: Unit = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         cuts = tuple((moment, float(share)) for moment, share in self.cuts)
         object.__setattr__(self, "cuts", cuts)  # lists, as they come from YAML, become comparable and hashable
         for moment, _ in cuts:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal
 
+from lightning_prune.arguments import Settings
 from lightning_prune.structure.graph import Group, Structure
 
 __all__ = ["Scope", "ScopeKind", "pick", "select"]
@@ -19,7 +19,7 @@ ScopeKind = Literal["local", "global", "erk"]
 
 
 @dataclass(frozen=True)
-class Scope:
+class Scope(Settings):
     """How the amount to remove is distributed over the groups.
 
     Attributes:
@@ -45,19 +45,10 @@ class Scope:
     normalize: Literal["mean", "none"] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ScopeKind):
-            raise ValueError(
-                'expected a scope of "local" (per layer), "global" (over all layers) or "erk" (wide layers lose most), '
-                f"got {self.kind!r}"
-            )
-        if self.normalize not in ("mean", "none", None):
-            raise ValueError(f'expected `normalize` of "mean" or "none", got {self.normalize!r}')
+        super().__post_init__()
         for name, least in (("min_width", 0), ("round_to", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise TypeError(f"expected `{name}` to be a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"expected `{name}` of at least {least}, got {value}")
+            if getattr(self, name) < least:
+                raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
 
     @classmethod
     def of(cls, scope: ScopeKind | Scope, *, comparable: bool = False) -> Scope:

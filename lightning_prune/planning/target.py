@@ -188,6 +188,11 @@ def _remaining(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
         return 1 - _ratio(ratio, "`pruning_ratio`")
     if not ratio:
         raise ValueError('expected `pruning_ratio` to name layers, got {}. Give {"layers.1": 0.5} or a number.')
+    unnamed = [name for name in ratio if not isinstance(name, str)]
+    if unnamed:
+        raise TypeError(
+            f"expected `pruning_ratio` to be a share for each layer's name or glob, got {unnamed[0]!r} as a name"
+        )
     # Of one layer all may go, where there is a way around it: `feasible` knows.
     return {name: 1 - _ratio(share, f"`pruning_ratio` of {name!r}", whole=True) for name, share in ratio.items()}
 

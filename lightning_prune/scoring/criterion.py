@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.arguments import Settings
 from lightning_prune.scoring.statistics import Statistic
 from lightning_prune.structure.graph import Group, Member, Structure
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-class Criterion(ABC):
+class Criterion(Settings, ABC):
     """How much each unit matters: the lowest are removed first.
 
     Concrete criteria are final frozen dataclasses, one paper per file, and hold settings only; what has to be observed
@@ -93,6 +94,7 @@ class ObservingCriterion(Criterion):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.every_n_batches < 1:
             raise ValueError(
                 f"{type(self).__name__}: expected `every_n_batches` to be 1 (every batch) or more, got "

@@ -15,6 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_prune.arguments import Settings
 from lightning_prune.scoring import crossings, norm_scales
 from lightning_prune.structure import Group, Member
 
@@ -23,7 +24,7 @@ __all__ = ["GroupLasso", "GrowingL2", "HalfSpace", "Penalty", "ScaleL1"]
 Parameters = Mapping[str, Tensor]
 
 
-class Penalty(ABC):
+class Penalty(Settings, ABC):
     """A pull on the units of groups during training."""
 
     @abstractmethod
@@ -41,7 +42,7 @@ class Penalty(ABC):
         """What ``after_step`` has to know of the weights before the step."""
         return {}
 
-    def after_step(  # noqa: B027
+    def after_step(
         self, groups: Iterable[Group], parameters: Parameters, step: int, before: Mapping[str, Tensor]
     ) -> None:
         """Correct the weights after a step, in place.
@@ -76,6 +77,7 @@ class ScaleL1(Penalty):
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least_zero(self, strength=self.strength)
 
     @torch.no_grad()
@@ -111,6 +113,7 @@ class GroupLasso(Penalty):
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least_zero(self, strength=self.strength)
 
     @torch.no_grad()
@@ -143,6 +146,7 @@ class GrowingL2(Penalty):
     ceiling: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share < 1:
             raise ValueError(f"GrowingL2: expected a `share` in (0, 1), got {self.share}.")
         if self.every < 1:
@@ -191,6 +195,7 @@ class HalfSpace(Penalty):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"HalfSpace: expected `epsilon` in [0, 1), got {self.epsilon}.")
         _at_least_zero(self, strength=self.strength, start=self.start)

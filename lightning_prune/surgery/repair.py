@@ -26,6 +26,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_prune.arguments import Settings
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.surgery.change import Change, CutError
@@ -42,7 +43,7 @@ Run = Callable[[nn.Module, int], None]
 _GOLDEN = 0.6180339887498949
 
 
-class Repair(ABC):
+class Repair(Settings, ABC):
     """What is changed in the layers that stay, right after a cut.
 
     Attributes:
@@ -142,6 +143,7 @@ class FoldMean(Repair):
     batches: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self)
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
@@ -179,6 +181,7 @@ class Ridge(Repair):
     max_inputs: int = 4096
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self)
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
@@ -209,6 +212,7 @@ class ReestimateBatchNorm(Repair):
     batches: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self)
 
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:

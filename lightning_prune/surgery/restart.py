@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,6 @@ class Reinitialise(Repair):
 
     batches = 0
     restarts = True
-
-    def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ValueError(f'Reinitialise: expected `rule` to be "he" or "own", got {self.rule!r}.')
 
     @property
     def info(self) -> dict[str, float]:

@@ -247,7 +247,7 @@ def test_bad_settings(make, message):
 
 @pytest.mark.parametrize("cuts", [2.5, "3"])
 def test_cuts_are_a_whole_number(cuts):
-    with pytest.raises(TypeError, match="expected `cuts` to be a whole number, got "):
+    with pytest.raises(TypeError, match="expected `cuts` to be a whole number or None, got "):
         Cubic(cuts=cuts)
 
 

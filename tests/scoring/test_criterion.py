@@ -30,13 +30,13 @@ from tests.scoring.networks import batches, network, structure_of, tensors_of, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lambda_avg": -1.0}, r"`lambda_avg` to be at least 0 and finite, got -1.0"),
-        ({"lambda_max": math.nan}, r"`lambda_max` to be at least 0 and finite, got nan"),
-        ({"lambda_max": math.inf}, r"`lambda_max` to be at least 0 and finite, got inf"),
+        ({"lambda_avg": -1.0}, r"`lambda_avg` to be at least 0, got -1.0"),
+        ({"lambda_max": math.nan}, r"`lambda_max` to be a finite number, got nan"),
+        ({"lambda_max": math.inf}, r"`lambda_max` to be a finite number, got inf"),
         ({"lambda_avg": 0, "lambda_max": 0}, r"above 0, got 0 for both.*criterion Random"),
-        ({"ratio": "relative"}, r"`ratio` 'absolute' or 'signed', got 'relative'"),
+        ({"ratio": "relative"}, r"`ratio` to be \"absolute\" or \"signed\", got 'relative'"),
         ({"every_n_batches": 0}, r"`every_n_batches` to be 1 \(every batch\) or more, got 0"),
-        ({"epsilon": 0.0}, r"`epsilon` above 0 and finite, got 0.0"),
+        ({"epsilon": 0.0}, r"`epsilon` above 0, got 0.0"),
         ({"lambda_max": 1.0, "positions": 0}, r"`positions` to be at least 1, .* got 0 and lambda_max=1.0"),
         ({"positions": 64}, r"`positions` .* beside a `lambda_max` above 0, got 64 and lambda_max=0.0"),
     ],

@@ -310,9 +310,9 @@ def test_bad_numbers_to_predict(make: Callable[..., Surrogate]) -> None:
         (lambda: XGBoost(rounds=0), "expected `rounds` of at least 1, got 0"),
         (lambda: XGBoost(colsample_bynode=0), r"expected `colsample_bynode` in \(0, 1\], got 0"),
         (lambda: XGBoost(task="regression", class_weight="balanced"), "expected no `class_weight` for regression"),
-        (lambda: XGBoost(class_weight="equal"), 'expected `class_weight` of "balanced" or None'),  # type: ignore[arg-type]
-        (lambda: XGBoost(task="ranking"), 'expected `task` of "classification" or "regression", got \'ranking\''),  # type: ignore[arg-type]
-        (lambda: NeuralProbe(importance="gain"), 'expected `importance` of "weight", "permutation"'),  # type: ignore[arg-type]
+        (lambda: XGBoost(class_weight="equal"), 'expected `class_weight` to be "balanced" or None'),  # type: ignore[arg-type]
+        (lambda: XGBoost(task="ranking"), 'expected `task` to be "classification" or "regression", got \'ranking\''),  # type: ignore[arg-type]
+        (lambda: NeuralProbe(importance="gain"), 'expected `importance` to be "weight" or "permutation"'),  # type: ignore[arg-type]
         (lambda: NeuralProbe(lr=0), "expected `lr` above 0"),
         (lambda: NeuralProbe(epochs=0), "expected `epochs` of at least 1"),
     ],

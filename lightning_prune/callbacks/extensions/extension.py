@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_prune.arguments import Settings
 from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
 from lightning_prune.structure import Subject
@@ -38,7 +39,7 @@ class RunContext:
     timeline: tuple[CutPoint, ...] = ()
 
 
-class CutExtension:
+class CutExtension(Settings):
     """Base of what a pruning callback does around its cuts, given to it in ``extensions=[...]``.
 
     Every hook does nothing by default. An instance holds settings; a run works on a copy of it, so that one instance

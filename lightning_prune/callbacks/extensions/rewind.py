@@ -36,8 +36,9 @@ class Rewind(CutExtension):
     _snapshot: RewindSnapshot = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.epoch, bool) or not isinstance(self.epoch, int) or self.epoch < 0:
-            raise ValueError(f"Rewind: expected `epoch` to be an int of at least 0, got {self.epoch!r}.")
+        super().__post_init__()
+        if self.epoch < 0:
+            raise ValueError(f"Rewind: expected `epoch` of at least 0, got {self.epoch}.")
         self._snapshot = RewindSnapshot(self.epoch, repr(self))
 
     @override

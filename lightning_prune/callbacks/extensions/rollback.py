@@ -53,9 +53,10 @@ class Rollback(CutExtension):
     _next: dict[str, Any] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(f"Rollback: expected `epochs` to be an int of at least 1, got {self.epochs!r}.")
-        if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ValueError(f"Rollback: expected `epochs` of at least 1, got {self.epochs}.")
+        if not self.tolerance >= 0:
             raise ValueError(f"Rollback: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
         self._kept = self._next = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -55,23 +54,21 @@ class Contribution(Criterion):
     positions: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lambda_avg", "lambda_max"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Contribution: expected `{name}` to be at least 0 and finite, got {value}.")
+            if getattr(self, name) < 0:
+                raise ValueError(f"Contribution: expected `{name}` to be at least 0, got {getattr(self, name)}.")
         if self.lambda_avg == self.lambda_max == 0:
             raise ValueError(
                 "Contribution: expected `lambda_avg` or `lambda_max` above 0, got 0 for both: all units would score "
                 "alike. Use the criterion Random to remove units at random."
             )
-        if self.ratio not in ("absolute", "signed"):
-            raise ValueError(f"Contribution: expected `ratio` 'absolute' or 'signed', got {self.ratio!r}.")
         if self.every_n_batches < 1:
             raise ValueError(
                 f"Contribution: expected `every_n_batches` to be 1 (every batch) or more, got {self.every_n_batches}."
             )
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"Contribution: expected `epsilon` above 0 and finite, got {self.epsilon}.")
+        if self.epsilon <= 0:
+            raise ValueError(f"Contribution: expected `epsilon` above 0, got {self.epsilon}.")
         if self.positions is not None and (self.positions < 1 or not self.lambda_max):
             raise ValueError(
                 "Contribution: expected `positions` to be at least 1, beside a `lambda_max` above 0, got "

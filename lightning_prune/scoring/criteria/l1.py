@@ -33,10 +33,6 @@ class L1(Criterion):
 
     producers: Literal["all", "first"] = "all"
 
-    def __post_init__(self) -> None:
-        if self.producers not in ("all", "first"):
-            raise ValueError(f'L1: expected `producers` to be "all" or "first", got {self.producers!r}.')
-
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Absolute sums, shape ``(width,)``."""
         if self.producers == "first":

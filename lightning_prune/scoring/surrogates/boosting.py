@@ -78,15 +78,13 @@ class XGBoost(Surrogate):
     packages: ClassVar[tuple[str, ...]] = ("xgboost",)
 
     def __post_init__(self) -> None:
-        self._check()
+        super().__post_init__()
         for name in ("rounds", "max_depth", "max_bin", "early_stopping", "threads", "memory_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"XGBoost: expected `{name}` of at least 1, got {value}")
         if not 0 < self.colsample_bynode <= 1:
             raise ValueError(f"XGBoost: expected `colsample_bynode` in (0, 1], got {self.colsample_bynode}")
-        if self.class_weight not in ("balanced", None):
-            raise ValueError(f'XGBoost: expected `class_weight` of "balanced" or None, got {self.class_weight!r}')
         if self.class_weight and self.task == "regression":
             raise ValueError("XGBoost: expected no `class_weight` for regression, which has no classes")
 

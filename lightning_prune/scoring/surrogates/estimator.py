@@ -52,7 +52,7 @@ class SklearnEstimator(Surrogate):
     importances: ClassVar[tuple[str, ...]] = ("own", "permutation")
 
     def __post_init__(self) -> None:
-        self._check()
+        super().__post_init__()
         if self.params is not None and not isinstance(self.estimator, str):
             raise ValueError(
                 f"SklearnEstimator: expected `params` with the name of a class only, got {dict(self.params)} with a "

@@ -59,7 +59,7 @@ class NeuralProbe(Surrogate):
     importances: ClassVar[tuple[str, ...]] = ("weight", "permutation")
 
     def __post_init__(self) -> None:
-        self._check()
+        super().__post_init__()
         for name, least in (("hidden", 0), ("epochs", 1), ("patience", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

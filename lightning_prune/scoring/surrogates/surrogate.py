@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_prune.arguments import Settings
 from lightning_prune.extras import require
 from lightning_prune.scoring.surrogates.metrics import Metric, MetricFunction, Task, metric_function
 from lightning_prune.scoring.surrogates.parts import Parts, class_indices
@@ -53,7 +54,7 @@ class Fitted:
     share: FloatArray
 
 
-class Surrogate(ABC):
+class Surrogate(Settings, ABC):
     """A small model in place of the rest of the network: from one layer's features to the labels.
 
     Concrete ones are final frozen dataclasses, and hold settings only.
@@ -71,10 +72,9 @@ class Surrogate(ABC):
     importances: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        if self.task not in get_args(Task):
-            raise ValueError(f'{name}: expected `task` of "classification" or "regression", got {self.task!r}')
         if self.importance not in self.importances:
             known = ", ".join(f'"{one}"' for one in self.importances)
             raise ValueError(f"{name}: expected `importance` of {known}, got {self.importance!r}")
