@@ -12,12 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune
-from lightning_prune import NeuralProbe, OneShot, Ridge, SklearnEstimator, StructuredPruning, XGBoost, XGBPruning
+from lightning_prune import (
+    NeuralProbe,
+    OneShot,
+    Rewind,
+    Ridge,
+    SklearnEstimator,
+    StructuredPruning,
+    XGBoost,
+    XGBPruning,
+)
 from lightning_prune.callbacks import score_display
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning import NoEffectWarning
@@ -280,6 +290,25 @@ def test_depth_and_a_budget(tmp_path: Path) -> None:
     pruning = XGBPruning(budget={"params": 0.1}, depth="argmax", surrogate=QUICK, extensions=[])
     fit(tmp_path, module, pruning)
     assert 0 < sum(p.numel() for p in module.parameters()) <= 0.1 * dense
+
+
+def test_a_network_cut_in_depth_is_rewound(tmp_path: Path) -> None:
+    """What is left of the backbone holds its first weights; the new head, which had none, its new ones."""
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                found.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+    found: dict[str, Tensor] = {}
+    module = Deep(0.1)
+    first = module.net[0].weight.detach().clone()
+    settings: dict[str, Any] = {"pruning_ratio": 0.5, "depth": 1.0, "surrogate": QUICK, "extensions": [Rewind(0)]}
+    fit(tmp_path, module, XGBPruning(schedule=OneShot(1), **settings), Look(), epochs=2)
+    units = kept(module)["0"]
+    assert torch.equal(found["net.0.weight"], first[units])
+    assert found["head.weight"].shape == (3, 3)
+    assert not torch.equal(module.net[0].weight, first[units])
 
 
 def test_a_run_that_was_cut_in_depth_goes_on(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning_prune.callbacks.extensions.extension import CutExtension, RunCont
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.reporting import require
 from lightning_prune.surgery import Edit, Repair, StoredWeights
+from lightning_prune.surgery.tensors import named
 
 __all__ = ["Rewind"]
 
@@ -51,7 +52,10 @@ class Rewind(CutExtension):
 
     @override
     def repairs(self, run: RunContext) -> tuple[Repair, ...]:
-        return (StoredWeights(self._snapshot.get()),)
+        present = {name: tensor.shape for name, tensor in named(run.module).items()}
+        # Not those of modules that the same cut has taken out or put others in the place of.
+        kept = {name: weight for name, weight in self._snapshot.get().items() if present.get(name) == weight.shape}
+        return (StoredWeights(kept),)
 
     @override
     def after_cut(self, edits: Sequence[Edit]) -> None:
