@@ -37,6 +37,7 @@ __all__ = [
     "merged",
     "on_first",
     "refuse_strategy",
+    "same_buffers",
     "same_everywhere",
     "several",
     "unwrapped",
@@ -117,6 +118,26 @@ def from_first(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tenso
         return contents
     plain = {name: content.cpu() for name, content in contents.items()}
     return trainer.strategy.broadcast(plain)
+
+
+@contextmanager
+def same_buffers(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within the context all processes have the first one's buffers: norms have seen other data in each.
+
+    Afterwards each has its own again.
+    """
+    if not several():
+        yield
+        return
+    buffers = dict(module.named_buffers())
+    own = {name: buffer.clone() for name, buffer in buffers.items()}
+    for name, content in from_first(trainer, buffers).items():
+        buffers[name].copy_(content)
+    try:
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.copy_(own[name])
 
 
 def made_on_first(trainer: Trainer, make: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
 from lightning_prune.callbacks.moments import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import agreed
+from lightning_prune.callbacks.processes import agreed, same_buffers
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.subjects import inputs_of
@@ -307,7 +307,7 @@ class XGBPruning(NamesHead, NetworkPruning):
         assert self._structure is not None
         groups = [self._structure.group(name) for name in self._selected]
         folder = self.session.writer(self, trainer).folder()
-        with ScoreProgress(trainer) as progress:
+        with same_buffers(trainer, module), ScoreProgress(trainer) as progress:
             run = ScoringRun(
                 trainer,
                 module,

@@ -108,6 +108,20 @@ def test_processes_decide_as_the_naive_method(kind: str, mode: str, tmp_path: Pa
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.ddp
+def test_processes_score_one_network(tmp_path: Path) -> None:
+    """Norms have other statistics in each process when it has trained; those of the first count, as in a checkpoint."""
+    settings = {"pruning_ratio": 0.5, "schedule": OneShot(1)}
+    found, units, _ = ranks.run(in_processes, str(tmp_path), "Chain", settings, 2, processes=2)
+    module = Module()
+    module.load_state_dict(torch.load(tmp_path / "ends" / "epoch=0.ckpt", weights_only=True)["state_dict"])
+    expected, stay = naive(module, "one_shot", "pruning_ratio", 0.5)
+    assert units == stay
+    for layer, one in expected.items():
+        for mine, other in zip(found[layer], (one.mu, one.importance, one.total), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
 def test_a_budget(mode: Any, tmp_path: Path) -> None:
     """What remains is at most the budget, and one unit more would be above it."""

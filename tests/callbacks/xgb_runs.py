@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,14 +111,15 @@ def kept(module: LightningModule) -> dict[str, list[int]]:
     return {name.removeprefix("net."): list(units) for edit in cuts for name, units in edit.kept.items()}
 
 
-def in_processes(folder: str, kind: str, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """A run as each of several processes makes it: scores, units kept, weights."""
+def in_processes(folder: str, kind: str, settings: dict[str, Any], epochs: int = 1) -> tuple[Any, Any, Any]:
+    """A run as each of several processes makes it: scores, units kept, weights. ``ends`` has a checkpoint an epoch."""
     quiet_processes()
-    pruning, module = XGBPruning(extensions=[], **settings), Deep() if kind == "Deep" else Module(kind)
+    pruning, module = XGBPruning(extensions=[], **settings), Deep() if kind == "Deep" else Module(kind, lr=0.1)
     several = {}
     if int(os.environ.get(PROCESSES, "1")) > 1:
         several = {"devices": int(os.environ[PROCESSES]), "strategy": DDPStrategy()}
-    fit(Path(folder), module, pruning, **several)
+    ends = ModelCheckpoint(Path(folder) / "ends", filename="{epoch}", save_top_k=-1)
+    fit(Path(folder), module, pruning, ends, epochs=epochs, enable_checkpointing=True, **several)
     assert pruning.scored is not None
     found = {station.layer.removeprefix("net."): one for station, one in pruning.scored.layers.items()}
     numbers = {layer: (one.score, one.importance, one.share) for layer, one in found.items()}
