@@ -26,9 +26,8 @@ def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
 
     networks, sizes = [*spvr_speed.NETWORKS], (8, 32, 2)
     races: list[Job] = [
-        {"plan": plan, "kept": share, "race": kind}
-        for plan in spvr_race.PLANS
-        for kind in ("exact", "statistical")
+        {"plan": "layers", "kept": share, "race": kind, "per_class": 10}
+        for kind in ("statistical", "exact")
         for share in spvr_race.SHARES
     ]
     budgets: list[Job] = [
@@ -38,7 +37,7 @@ def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
     return {
         "macs": (speed, lambda job: spvr_speed.macs(job["network"], job["d"], work)),
         "seconds": (speed, lambda job: spvr_speed.seconds(job["network"], job["d"], work)),
-        "race": (races, lambda job: spvr_race.race(job["kept"], job["race"])),
+        "race": (races, lambda job: spvr_race.race(job["kept"], job["race"], job["per_class"])),
         "budgets": (budgets, lambda job: spvr_budgets.cut(job["network"], job["budget"], work)),
         "tau": ([{"seed": seed} for seed in range(24)], lambda job: spvr_tau.kendall(job["seed"])),
     }

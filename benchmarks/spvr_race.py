@@ -1,7 +1,7 @@
 """What races win, and whether they decide as the full ranking: rows of `benchmarks.spvr`, part ``race``.
 
-Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), 20 training images
-of every class of CIFAR-10, in parts of four. The plan takes the least groups of all layers, each by itself, until a
+Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), ten or 20 training
+images of every class of CIFAR-10, in 50 parts. The plan takes the least groups of all layers, each by itself, until a
 share of all channels' parameters is left (a layer's filters, and of inner layers what reads them).
 """
 
@@ -21,19 +21,19 @@ from lightning_prune.scoring.spvr.sites import Site, sites_of_layers
 from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
 from lightning_prune.structure import Subject, trace
 
-__all__ = ["PLANS", "SHARES", "race"]
+__all__ = ["SHARES", "race"]
 
-SHARES, PLANS = (0.7, 0.5, 0.3, 0.1), ("layers",)
+SHARES = (0.7, 0.5, 0.3, 0.1)
 OPTIONS = RankingOptions(group_size=8)
 Bundles = Mapping[str, Sequence[Sequence[int]]]
 Scores = Mapping[str, Tensor]
 
 
-def race(share: float, kind: RaceKind) -> Row:
+def race(share: float, kind: RaceKind, per_class: int) -> Row:
     """Counted multiply-accumulates of a race, and the groups that it decides otherwise than the full ranking."""
-    model, data, sites, whole = _full()
+    model, data, sites, whole = _full(per_class)
     decides = _layers(model, share)
-    found = raced(model, data, sites, OPTIONS, Race(kind, decides, samples=4))
+    found = raced(model, data, sites, OPTIONS, Race(kind, decides, samples=1))
     mine, wanted = (decides(one.bundles, one.scores) for one in (found, whole))
     groups = sum(map(len, wanted.values()))
     row: Row = {"groups": groups, "ratio": found.macs_naive / found.macs, "full": whole.macs_naive / whole.macs}
@@ -45,8 +45,8 @@ def race(share: float, kind: RaceKind) -> Row:
 
 
 @cache
-def _full() -> tuple[nn.Module, DataPass, Mapping[str, Site], Ranking]:
-    model, data = resnet56_projection(), data_of(20)
+def _full(per_class: int) -> tuple[nn.Module, DataPass, Mapping[str, Site], Ranking]:
+    model, data = resnet56_projection(), data_of(per_class)
     batch = next(iter(data))
     sites, _ = sites_of_layers(trace(Subject.of(model, batch.args[0][:2])).groups, stations_of(model, batch))
     return model, data, sites, rank(model, data, sites, OPTIONS)
