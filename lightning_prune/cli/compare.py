@@ -186,7 +186,7 @@ def _folders(place: Path) -> list[Path]:
         place = place.parent
     if _is_run(place):
         return [place]
-    inside = sorted(folder for folder in place.glob("*") if _is_run(folder))
+    inside = sorted(folder for folder in (*place.glob("*"), *place.glob("cells/*")) if _is_run(folder))
     if not inside:
         raise FileNotFoundError(
             f"compare: expected the folder of a finished run ({_REPORT}, {_CELL} or {_CURVES} in it), or of several, "

@@ -88,8 +88,8 @@ class Store:
             before = _identity(file)
             parts = ", ".join(key for key in identity if identity[key] != before.get(key))
             raise ValueError(
-                f"expected a folder of its own for this study, got {self.folder}, where another one is (its {parts} "
-                "differ). Give another `--folder`; more variants, seeds and points can be added to a study, but its "
+                f"expected a folder of its own for this study, got {self.folder}, where another one is, with another "
+                f"{parts}. Give another `--folder`; more variants, seeds and points can be added to a study, but its "
                 "recipe, prior, steps and metric stay."
             )
 

@@ -78,8 +78,13 @@ def read_table(file: Path, axes: Sequence[Axis]) -> list[Row]:
     """Read what :func:`write_table` wrote.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If it is another table, or one of another version.
     """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"expected a study's table, got {file}, which does not exist. `lightning-prune study export` writes one."
+        )
     with file.open(encoding="utf-8", newline="") as stream:
         return list(_rows(csv.DictReader(stream), axes, file))
 

@@ -102,6 +102,7 @@ def test_cells_of_a_study(tmp_path: Path) -> None:
     assert comparison.settings == ["unpruned, lr 0.1"]
     assert [(each.metric, each.seed, each.macs) for each in comparison.networks] == [(0.5, 0, 20), (0.6, 1, 20)]
     assert compare(read_runs([tmp_path / "cells"])) == comparison
+    assert compare(read_runs([tmp_path])) == comparison, "the study's folder"
 
 
 def test_runs_of_one_name_are_called_by_what_differs(trained: Path, tmp_path: Path) -> None:

@@ -39,3 +39,8 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
     write_table(ROWS, AXES, file)
     with pytest.raises(ValueError, match="expected a study's table with the columns"):
         read_table(file, (AXES[1], AXES[0]))
+
+
+def test_a_table_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"which does not exist\. `lightning-prune study export` writes one"):
+        read_table(tmp_path / "table.csv", AXES)
