@@ -164,8 +164,8 @@ class XGBPruning(NamesHead, NetworkPruning):
             if value not in allowed:
                 known = " or ".join(f'"{one}"' for one in allowed)
                 raise ValueError(f"XGBPruning: expected `{name}` of {known}, got {value!r}")
-        if not 0 < held_back < 0.9:
-            raise ValueError(f"XGBPruning: expected `held_back` in (0, 0.9), got {held_back}. Give 0.2.")
+        if not isinstance(held_back, (int, float)) or not 0 < held_back < 0.9:
+            raise ValueError(f"XGBPruning: expected `held_back` in (0, 0.9), got {held_back!r}. Give 0.2.")
         require_depth(depth)
         metric_function(metric, surrogate.task)
         self.options = ScoreOptions(mode, reduction, surrogate, metric, held_back, seed, memory_limit)
@@ -174,6 +174,10 @@ class XGBPruning(NamesHead, NetworkPruning):
             raise ValueError(
                 f"XGBPruning: expected `samples` or `per_class`, got both ({samples} and {per_class}). Leave one out."
             )
+        # Its arguments are checked here, not when it is read.
+        DataPass(
+            [], samples=samples, per_class=per_class, seed=seed, labels=labels, inputs=inputs, memory_limit=memory_limit
+        )
         self.samples, self.per_class, self.scores = samples, per_class, scores
         self._labels_of, self._inputs_of = labels, inputs
         #: Whether the fit ends when layers are scored: how `lightning-prune score` runs.
