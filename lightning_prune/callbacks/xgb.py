@@ -257,6 +257,13 @@ class XGBPruning(NamesHead, NetworkPruning):
         require_labels(labels.detach().cpu().numpy(), surrogate.task)
 
     @override
+    def _said_of_another_target(self) -> str:
+        return (
+            f"XGBPruning: the run so far had another target, and {100 * self.report.pruning_ratio:.1f} % of the units "
+            "are gone. It acts once: nothing more is cut. For another size resume from a checkpoint of before the cut."
+        )
+
+    @override
     def _reached(self) -> int:
         return self._last_done  # it acts once, whatever was done to the network before
 

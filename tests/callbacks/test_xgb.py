@@ -365,6 +365,16 @@ def test_it_acts_once_whatever_is_resumed(tmp_path: Path) -> None:
     assert len({edit.cut for edit in history.edits}) == 1
 
 
+def test_another_amount_is_for_a_run_that_is_not_cut_yet(tmp_path: Path) -> None:
+    module, again = Module(), Module()
+    settings: dict[str, Any] = {"surrogate": QUICK, "extensions": []}
+    run = fit(tmp_path / "1", module, XGBPruning(pruning_ratio=0.25, **settings))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"had another target, and .* are gone\. It acts once: nothing more is cut"):
+        fit(tmp_path / "2", again, XGBPruning(gain=0.5, **settings), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert kept(again) == kept(module)
+
+
 def test_it_acts_after_a_checkpoint_was_restored(tmp_path: Path) -> None:
     """The weights that are scored are those of the checkpoint, which knows of no pruning."""
     trained, module = Module(lr=0.0), Module(lr=0.0)
