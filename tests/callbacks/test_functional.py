@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -489,7 +490,7 @@ def test_layers_that_cannot_be_scored_stay() -> None:
         ({"layers": 3}, TypeError, "prune: expected `layers` to be a layer's name"),
         ({"ignore": [3]}, TypeError, "prune: expected `ignore` to be a layer's name"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
 )
 def test_wrong_arguments_change_nothing(wrong: dict[str, Any], kind: type[Exception], text: str) -> None:
     module = Small()
