@@ -31,8 +31,8 @@ from lightning_prune.structure.graph import Group
 
 __all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
 
-# Thresholds that are worth a row: 1, 2, 5 times a power of ten.
-_SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 2, 5))
+# Thresholds that are worth a row: these times a power of ten.
+_SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 1.5, 2, 3, 5, 7))
 
 # Columns of a table that goes to a file or a pipe.
 _FILE_WIDTH = 120

@@ -60,7 +60,7 @@ def over_depth_figure(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Fi
     axes.axvline(len(dense) / 2 + 0.5, color="0.8", lw=1, zorder=0)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(ylabel="parameters so far (% of the dense backbone)", ylim=(0, 104))
+    axes.set(ylabel="parameters so far (% of dense)", ylim=(0, 104))
     if len(dense) <= _MOST_NAMES:
         axes.set_xticks(range(1, len(dense) + 1), list(dense), rotation=90, fontsize=7)
     axes.set_xlabel("convolution, in the order of registration; the line is at half of the depth")
