@@ -40,7 +40,7 @@ def training_data(
         trainer: The run.
         module: The network, whose hooks around a transfer are called.
         batches: Full batches of the loader's size.
-        samples: Instead, how many samples; all by default.
+        samples: Instead, how many samples at most; all by default.
         per_class: Or how many of every class.
         seed: Of the choice and the order.
         labels: Labels of a batch, see `DataPass`.
@@ -65,6 +65,8 @@ def training_data(
         source = DataLoader(Subset(loader.dataset, range(limit)), batch_size=size, collate_fn=loader.collate_fn)
     else:
         source = loader
+    if samples is not None and loader.batch_sampler is not None:
+        samples = min(samples, limit)
     if batches is not None:
         samples = min(max(min(batches, limit // size), 1) * size, limit)
 

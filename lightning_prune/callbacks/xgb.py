@@ -99,7 +99,7 @@ class XGBPruning(NamesHead, NetworkPruning):
             or `SklearnEstimator`.
         metric: What μ is: ``"accuracy"`` (default), ``"balanced_accuracy"``, ``"r2"`` (default for regression), or a
             function of labels and predictions.
-        samples: How many training samples are used, the same share of every class; all by default.
+        samples: How many training samples are used at most, the same share of every class; all by default.
         per_class: Instead of ``samples``, how many of every class.
         labels: Labels of a training batch, one per sample; by default the second of a pair ``(x, y)``.
         inputs: What ``forward`` takes of a training batch; by default found by trying. See `DataPass`.

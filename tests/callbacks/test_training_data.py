@@ -76,6 +76,14 @@ def test_batches_are_full_and_samples_come_once(tmp_path: Path, batches: int, to
     assert len(set(inputs_of(data)[:, 0].tolist())) == len(data)
 
 
+def test_samples_are_at_most_those_that_there_are(tmp_path: Path) -> None:
+    """One recipe serves large and small data sets, without a warning."""
+    loader = loaders(shuffle=True)[0]
+    data = read(tmp_path, loader, samples=10**6).data
+    assert data is not None
+    assert len(data) == len(loader.dataset)  # type: ignore[arg-type]
+
+
 def test_classes_and_processes(tmp_path: Path) -> None:
     data = read(tmp_path, loaders()[0], per_class=3).data
     assert data is not None
