@@ -53,6 +53,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "_pace",
         "report",
         "_subject",
+        "_data_at_cut",  # reads the run's own loader
         "_trained",
         "_structure",
         "_observation",
