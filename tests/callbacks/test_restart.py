@@ -134,7 +134,14 @@ def test_an_epoch_that_was_not_kept_is_refused(tmp_path):
         fit(tmp_path / "b", pruning(tmp_path / "b", Rewind(0)), ckpt_path=saver.path(0))
 
 
-@pytest.mark.parametrize("epoch", [-1, 0.5, True])
-def test_bad_epochs(epoch):
-    with pytest.raises(ValueError, match="expected `epoch` to be an int of at least 0"):
+@pytest.mark.parametrize(
+    ("epoch", "error", "text"),
+    [
+        (-1, ValueError, "of at least 0, got -1"),
+        (0.5, TypeError, "a whole number"),
+        (True, TypeError, "a whole number"),
+    ],
+)
+def test_bad_epochs(epoch, error, text):
+    with pytest.raises(error, match=f"Rewind: expected `epoch` .*{text}"):
         Rewind(epoch)
