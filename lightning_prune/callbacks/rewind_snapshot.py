@@ -11,8 +11,8 @@ from torchmetrics import Metric
 
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.planning import CutPoint
+from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery import Edit, Replace, carry, history_of
-from lightning_prune.surgery.depth import within
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["RewindSnapshot"]
@@ -84,7 +84,9 @@ class RewindSnapshot:
         new = [name for edit in edits if isinstance(edit, Replace) for name in edit.modules]
         # A layer that gives a constant has no inputs left, and nothing is kept of its weight.
         present = {name: tensor for name, tensor in _weights_of(module).items() if tensor.numel()}
-        expected = {name: tensor.shape for name, tensor in present.items() if name in weights or not within(name, new)}
+        expected = {
+            name: tensor.shape for name, tensor in present.items() if name in weights or not is_within(name, new)
+        }
         found = {name: tensor.shape for name, tensor in weights.items()}
         if found != expected:
             wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))

@@ -26,8 +26,8 @@ from lightning_prune.reporting import (
 )
 from lightning_prune.scoring.xgb import LayerScore, unit_axes
 from lightning_prune.structure import Structure
-from lightning_prune.structure.bypass import is_within
 from lightning_prune.structure.graph import Group
+from lightning_prune.structure.layers import is_within
 
 __all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
 
@@ -152,7 +152,7 @@ def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[in
             if layer not in widths:
                 continue
             left = kept.setdefault(layer, set(range(widths[layer])))
-            if any(layer == name or layer.startswith(f"{name}.") for name in tail):
+            if is_within(layer, tail):
                 left.clear()
             for member in members:
                 left.difference_update(np.unique(member.index[gone]).tolist())

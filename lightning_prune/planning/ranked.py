@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.structure.bypass import Bypasses, is_within
+from lightning_prune.structure.bypass import Bypasses
 from lightning_prune.structure.cost import CostModel
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.vanishing import Removal as Vanished
 
 __all__ = ["Ranked", "RankedPlan", "Removal", "by_stage", "in_order", "plan_ranked"]

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_prune.structure.backbone import Backbone
-from lightning_prune.structure.layers import canonical, tensors
+from lightning_prune.structure.layers import canonical, is_within, tensors
 from lightning_prune.surgery import Replace, history_of
-from lightning_prune.surgery.depth import within
 
 __all__ = ["backbone_modules", "layer_parameters"]
 
@@ -33,7 +32,7 @@ def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) 
         names = {name for layer in layers for name in layer.modules}
     else:
         names = {canonical(name) for name, module in model.named_modules() if tensors(module)}
-    names -= {name for name in names if within(name, new)}
+    names -= {name for name in names if is_within(name, new)}
     behind = (module for name, module in model.named_modules() if canonical(name) not in names)
     has_head = any(parameter is not None for module in behind for parameter in module._parameters.values())
     return frozenset(names) if names and has_head else None

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_prune.structure.layers import canonical, tensors
+from lightning_prune.structure.layers import canonical, is_within, tensors
 
 __all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm", "unmatched"]
 
@@ -135,7 +135,7 @@ def _up_to_the_norm(convolution: str, modules: Mapping[str, nn.Module]) -> dict[
     mine: dict[str, nn.Module] = {}
     is_behind = False
     for name, module in modules.items():
-        inside = name == convolution or name.startswith(f"{convolution}.")
+        inside = is_within(name, (convolution,))
         if is_behind and not inside and not is_norm(module):
             break
         mine[name] = module

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.flow import layer_kinds
 from lightning_prune.structure.graph import Group, Structure
-from lightning_prune.structure.layers import canonical
+from lightning_prune.structure.layers import canonical, is_within
 from lightning_prune.structure.stages import stages_of
 from lightning_prune.structure.tracing import output_tensors
 
-__all__ = ["Bypass", "Bypasses", "find_bypasses", "is_within"]
+__all__ = ["Bypass", "Bypasses", "find_bypasses"]
 
 _POOLS: tuple[type[nn.Module], ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -196,11 +196,6 @@ def _stages(trial: _Trial, owners: Mapping[str, str]) -> Iterator[tuple[str, fro
             found.add(owners[name])
         elif any(True for _ in trial.modules[name].parameters()):
             all_can = False
-
-
-def is_within(layer: str, modules: Iterable[str]) -> bool:
-    """Whether a layer is one of these modules or inside one of them."""
-    return any(layer == module or layer.startswith(f"{module}.") for module in modules)
 
 
 class _Trial:

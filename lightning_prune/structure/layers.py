@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["canonical", "loosen", "named", "refresh", "tensors"]
+__all__ = ["canonical", "is_within", "loosen", "named", "refresh", "tensors"]
 
 #: What ``torch.compile`` puts into the names of everything inside a compiled module.
 _COMPILED = "_orig_mod."
@@ -26,6 +26,11 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def canonical(name: str) -> str:
     """A qualified name as it reads without ``torch.compile``."""
     return f"{name}.".replace(_COMPILED, "").removesuffix(".")  # also of the compiled module itself
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module, parameter or buffer is one of these modules or inside one of them, by name."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def named(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_prune.structure.layers import tensors
+from lightning_prune.structure.layers import is_within, tensors
 from lightning_prune.structure.standins import stand_in
 from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.tensors import canonical, named
 
-__all__ = ["drop", "layer", "put", "restore", "stays", "templates", "within"]
+__all__ = ["drop", "layer", "put", "restore", "stays", "templates"]
 
 
 def layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -82,11 +82,11 @@ def templates(
         shapes: Dense shapes of the dense network's tensors that were cut, by name.
         attributes: Dense configuration of layers that were cut, by name.
     """
-    going = {name: found for name in names if not within(name, known) and (found := layer(model, name)) is not None}
+    going = {name: found for name in names if not is_within(name, known) and (found := layer(model, name)) is not None}
     staying = {
         id(tensor)
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if not within(canonical(prefix), going)
+        if not is_within(canonical(prefix), going)
         for tensor in tensors(module).values()
     }
     memo: dict[int, Any] = {}
@@ -102,7 +102,7 @@ def templates(
     for prefix in going:
         for path, module in bare[prefix].named_modules():
             vars(module).update(attributes.get(canonical(f"{prefix}.{path}" if path else prefix), {}))
-        for name in [name for name in known if within(name, [prefix])]:
+        for name in [name for name in known if is_within(name, [prefix])]:
             _put_into(bare[prefix], name.removeprefix(f"{prefix}."), bare.pop(name))
     return bare
 
@@ -123,11 +123,6 @@ def put(change: Change, model: nn.Module, name: str, module: nn.Module) -> None:
     """Let a module stand under a name at which another one stands now."""
     parent = _parent(model, name)
     change.replace_entries(parent._modules, {**parent._modules, name.rpartition(".")[2]: module})
-
-
-def within(name: str, modules: Collection[str]) -> bool:
-    """Whether a module, parameter or buffer is one of these modules or in one of them, by name."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _put_into(model: nn.Module, name: str, module: nn.Module) -> None:

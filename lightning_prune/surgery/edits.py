@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from lightning_prune.planning.target import Original
 from lightning_prune.structure.graph import Axes, IndexArray
+from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.standins import Kind
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.change import Change
-from lightning_prune.surgery.depth import stays, within
+from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.plain import HistoryError
 from lightning_prune.surgery.replacing import exchange
 from lightning_prune.surgery.shrink import shrink
@@ -155,7 +156,7 @@ def carry(edit: Edit, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: take(tensor, edit.axes.get(name, {})) for name, tensor in stored.items()}
     if isinstance(edit, Drop):
         return {name: tensor for name, tensor in stored.items() if stays(name, edit.modules)}
-    return {name: tensor for name, tensor in stored.items() if not within(name, edit.modules)}
+    return {name: tensor for name, tensor in stored.items() if not is_within(name, edit.modules)}
 
 
 @dataclass
@@ -187,7 +188,7 @@ class Known:
         for name, axes in edit.axes.items():
             for dim, kept in axes.items():
                 self.lengths[name][dim] = len(kept)
-            if not within(name, self.replaced):
+            if not is_within(name, self.replaced):
                 self.cut.add(name)
         self.units.update((group, len(kept)) for group, kept in edit.kept.items())
 
@@ -201,7 +202,7 @@ class Known:
         self.units.update(dict.fromkeys(edit.groups, 0))
 
     def _follow_replace(self, edit: Replace) -> None:
-        self.lengths = {name: now for name, now in self.lengths.items() if not within(name, edit.modules)}
+        self.lengths = {name: now for name, now in self.lengths.items() if not is_within(name, edit.modules)}
         for prefix, spec in edit.modules.items():
             self.lengths.update((f"{prefix}.{name}", list(shape)) for name, shape in spec.shapes.items())
         self.replaced |= edit.modules.keys()
@@ -324,7 +325,7 @@ def _read_drop(edit: dict[str, Any], known: Known) -> Drop:
 def _read_replace(edit: dict[str, Any]) -> Replace:
     modules = {name: LayerSpec.from_plain(spec) for name, spec in plain.items(edit, "modules", dict)}
     for name in modules:
-        if not name or within(name, modules.keys() - {name}):
+        if not name or is_within(name, modules.keys() - {name}):
             raise plain.damaged(f"an edit replaces {name!r}, which is the network or part of another such module")
     widths = dict(plain.items(edit, "widths", int))
     original = _read_original(plain.entry(edit, "original", dict))

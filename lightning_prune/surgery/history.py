@@ -15,10 +15,10 @@ from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
-from lightning_prune.structure.layers import tensors
+from lightning_prune.structure.layers import is_within, tensors
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.change import Change
-from lightning_prune.surgery.depth import layer, restore, templates, within
+from lightning_prune.surgery.depth import layer, restore, templates
 from lightning_prune.surgery.edits import (
     UPGRADE,
     Drop,
@@ -111,12 +111,12 @@ class Dense:
             shapes: Dense shapes of the dense network's tensors that were cut.
             replaced: Modules that were replaced before: what is in them is none of the dense network.
         """
-        names = [name for name in names if not within(name, replaced)]
+        names = [name for name in names if not is_within(name, replaced)]
         present = named(model)
         buffers = {
             name: present[name].detach().clone()
             for name in non_persistent(model)
-            if name in present and within(name, names) and not within(name, replaced)
+            if name in present and is_within(name, names) and not is_within(name, replaced)
         }
         layers = templates(model, names, self.layers, shapes, self.attributes)
         return replace(self, buffers={**buffers, **self.buffers}, layers=layers)
@@ -177,7 +177,7 @@ class History:
             for name in map(canonical, edit.modules):
                 if layer(model, name) is None:
                     raise HistoryError(f"Expected the name of a layer of the network, got {name!r}.")
-            shapes = {name: shape for name, shape in self.shapes.items() if not within(name, known.replaced)}
+            shapes = {name: shape for name, shape in self.shapes.items() if not is_within(name, known.replaced)}
             dense = self.dense.without(model, map(canonical, edit.modules), shapes, known.replaced)
         # What is written must be readable: better an error now than a lost checkpoint.
         edit = read_edit(write_edit(edit, {}), known)
@@ -205,7 +205,7 @@ class History:
             fresh = {
                 name: width
                 for name, width in structure.widths.items()
-                if within(name, last.modules) or units.get(name) != width
+                if is_within(name, last.modules) or units.get(name) != width
             }
             original = replace(last.original, widths={**last.original.widths, **fresh})
         edit = replace(last, widths=structure.widths, original=original, new_dense=new_dense)
@@ -506,9 +506,9 @@ def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], 
     present = named(model)
     modules = {canonical(prefix) for prefix, _ in model.named_modules(remove_duplicate=False)}
     for prefix, bare in mine.dense.layers.items() if mine is not None else ():
-        present = {name: tensor for name, tensor in present.items() if not within(name, [prefix])}
+        present = {name: tensor for name, tensor in present.items() if not is_within(name, [prefix])}
         present.update((f"{prefix}.{local}", tensor) for local, tensor in named(bare).items())
-        modules = {name for name in modules if not within(name, [prefix])} | {prefix}
+        modules = {name for name in modules if not is_within(name, [prefix])} | {prefix}
         modules |= {canonical(f"{prefix}.{local}") for local, _ in bare.named_modules(remove_duplicate=False) if local}
     return present, modules
 
@@ -569,10 +569,10 @@ def _follow_drop(step: Drop, keys: dict[str, object], shapes: dict[object, Shape
 
 
 def _follow_replace(step: Replace, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> None:
-    for name in [name for name in keys if within(name, step.modules)]:
+    for name in [name for name in keys if is_within(name, step.modules)]:
         del keys[name]
     for prefix, spec in step.modules.items():
-        modules -= {name for name in modules if within(name, [prefix])}
+        modules -= {name for name in modules if is_within(name, [prefix])}
         modules |= {prefix, *(f"{prefix}.{name}" for name, _ in spec.build("meta").named_modules() if name)}
         for name, shape in spec.shapes.items():
             full = f"{prefix}.{name}"

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.surgery.depth import stays, within
+from lightning_prune.structure.layers import is_within
+from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.edits import Drop, Edit, Replace
 from lightning_prune.surgery.tensors import canonical
 
@@ -34,7 +35,9 @@ def missing_or_unexpected(
     found = _tensors(state_dict)
     missing, unexpected = expected - found, found - expected
     for text, names in (("is missing in the checkpoint", missing), ("is not in the network", unexpected)):
-        yield from (f"{name} {text}" for name in sorted(names) if "" not in own_rules and not within(name, own_rules))
+        yield from (
+            f"{name} {text}" for name in sorted(names) if "" not in own_rules and not is_within(name, own_rules)
+        )
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> set[str]:
@@ -42,14 +45,14 @@ def _tensors(state_dict: Mapping[str, Any]) -> set[str]:
 
 
 def _dense(model: nn.Module, gone: Mapping[str, nn.Module]) -> set[str]:
-    names = {name for name in _tensors(model.state_dict()) if not within(name, gone)}
+    names = {name for name in _tensors(model.state_dict()) if not is_within(name, gone)}
     return names | {f"{prefix}.{name}" for prefix, module in gone.items() for name in _tensors(module.state_dict())}
 
 
 def _after(names: Set[str], steps: Iterable[Edit]) -> Set[str]:
     for step in steps:
         if isinstance(step, Replace):
-            names = {name for name in names if not within(name, step.modules)}
+            names = {name for name in names if not is_within(name, step.modules)}
             names |= {f"{prefix}.{name}" for prefix, spec in step.modules.items() for name in spec.shapes}
         elif isinstance(step, Drop):
             constants = [name for name, kind in step.modules.items() if kind == "constant"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.scoring.undisturbed import own_random_state
-from lightning_prune.structure.layers import canonical, tensors
+from lightning_prune.structure.layers import canonical, is_within, tensors
 from lightning_prune.surgery.change import Change, CutError, whole, writable
-from lightning_prune.surgery.depth import layer, put, within
+from lightning_prune.surgery.depth import layer, put
 from lightning_prune.surgery.masks import without_masks
 from lightning_prune.surgery.optimizers import refuse, unwrap
 from lightning_prune.surgery.specs import LayerSpec
@@ -73,7 +73,7 @@ def require_modules(models: Iterable[nn.Module], names: Collection[str]) -> None
     """
     networks = tuple(models)
     for name in names:
-        if not name or within(name, set(names) - {name}):
+        if not name or is_within(name, set(names) - {name}):
             raise CutError(
                 f"Cannot replace {name or 'the network itself'!r}: expected modules inside of the network, none of "
                 "them part of another one. Nothing has changed."
@@ -100,7 +100,7 @@ def _used_elsewhere(model: nn.Module, names: Collection[str]) -> Iterator[tuple[
         if tensors(module):
             place = canonical(prefix)
             # Within one module that goes whole, a layer may stand several times.
-            known.setdefault(id(module), set()).add(next((name for name in names if within(place, [name])), place))
+            known.setdefault(id(module), set()).add(next((name for name in names if is_within(place, [name])), place))
     for places in known.values():
         if len(places) > 1 and places & set(names):
             name = min(places & set(names))
@@ -148,9 +148,9 @@ def _homes(optimizers: Sequence[Optimizer], before: Named, after: Named, replace
     for position, (name, parameter) in enumerate(after):
         if id(parameter) in old:
             continue
-        module = next((module for module in replaced if within(name, [module])), "")
+        module = next((module for module in replaced if is_within(name, [module])), "")
         same_name = [p for other, p in before if other == name]
-        same_module = [p for other, p in before if within(other, [module])]
+        same_module = [p for other, p in before if is_within(other, [module])]
         earlier, later = [p for _, p in after[:position]][::-1], [p for _, p in after[position + 1 :]]
         nearest = (*same_name, *_alike_first(parameter, same_module), *_alike_first(parameter, earlier))
         for other in (*nearest, *_alike_first(parameter, later)):

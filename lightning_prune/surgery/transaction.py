@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery.change import Change, CutError
-from lightning_prune.surgery.depth import within
 from lightning_prune.surgery.edits import Replace, apply
 from lightning_prune.surgery.history import ATTRIBUTE, History, HistoryError, begun, edits_of, history_of
 from lightning_prune.surgery.masks import Masks, attach_masks
@@ -172,7 +172,7 @@ class Transaction(Change):
         for network in self._networks:
             history = self._history(network, structure, new_dense=new_dense)
             # Until the network is traced: what is known to stand.
-            widths = {g: width for g, width in history.widths_now.items() if width and not within(g, modules)}
+            widths = {g: width for g, width in history.widths_now.items() if width and not is_within(g, modules)}
             edits[network] = Replace(modules, widths, history.original, new_dense, *self.when, info or {})
             histories[network] = history.add(edits[network], network)
         with _as_cut_error():
