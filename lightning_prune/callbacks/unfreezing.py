@@ -19,7 +19,7 @@ from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.callbacks.showing import log_now
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.reporting import require
-from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, is_norm, unmatched
+from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, is_norm, objection_to_head
 from lightning_prune.surgery import history_of
 
 __all__ = ["GradualUnfreezing"]
@@ -310,12 +310,9 @@ class GradualUnfreezing(NamesHead, Callback):
     # -- errors -------------------------------------------------------------------------------------------------------
 
     def _refuse_network(self, module: LightningModule) -> None:
-        strange = unmatched(module, self.head)
-        if strange:
-            raise ValueError(
-                f"GradualUnfreezing: expected names of modules as `head`, got {', '.join(map(repr, strange))}. The "
-                f"outermost are {', '.join(name for name, _ in module.named_children())}."
-            )
+        objection = objection_to_head(module, self.head)
+        if objection:
+            raise ValueError(f"GradualUnfreezing: {objection}")
         if not self._backbone.layers:
             raise ValueError(
                 f"GradualUnfreezing: expected convolutions to unfreeze in {type(module).__name__}, found none outside "

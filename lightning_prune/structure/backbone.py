@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.structure.layers import canonical, is_within, tensors
 
-__all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm", "unmatched"]
+__all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm", "objection_to_head"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -102,11 +102,15 @@ class Backbone:
         return dict(_parameters(self.head))
 
 
-def unmatched(model: nn.Module, head: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Those names and globs of a head that no module of a network has."""
+def objection_to_head(model: nn.Module, head: str | Iterable[str] | None) -> str | None:
+    """In words, what is wrong with the names and globs of a head: that no module of the network has one of them."""
     patterns = () if head is None else (head,) if isinstance(head, str) else tuple(head)
     names = [canonical(name) for name, _ in model.named_modules() if name]
-    return tuple(pattern for pattern in patterns if not any(_inside(name, (pattern,)) for name in names))
+    strange = [pattern for pattern in patterns if not any(_inside(name, (pattern,)) for name in names)]
+    if not strange:
+        return None
+    outermost = ", ".join(name for name, _ in model.named_children())
+    return f"expected names of modules as `head`, got {', '.join(map(repr, strange))}. The outermost are {outermost}."
 
 
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

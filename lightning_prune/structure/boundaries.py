@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
 from lightning_prune.structure.analysis import StructureError, Subject
-from lightning_prune.structure.backbone import Backbone, is_convolution, unmatched
+from lightning_prune.structure.backbone import Backbone, is_convolution, objection_to_head
 from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import output_tensors
 
@@ -64,13 +64,9 @@ def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -
         StructureError: If the network is no chain: there is no such place, or no head behind it. If no module has a
             name that is given as ``head``.
     """
-    strange = unmatched(subject.model, head)
-    if strange:
-        outermost = ", ".join(name for name, _ in subject.model.named_children())
-        raise StructureError(
-            f"{type(subject.model).__name__}: expected names of modules as `head`, got "
-            f"{', '.join(map(repr, strange))}. The outermost are {outermost}."
-        )
+    objection = objection_to_head(subject.model, head)
+    if objection:
+        raise StructureError(f"{type(subject.model).__name__}: {objection}")
     trial = _Trial(subject, head)
     found: dict[tuple[str, ...], Boundary] = {}
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
