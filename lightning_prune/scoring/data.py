@@ -150,9 +150,9 @@ class DataPass:
         return self._batch(self._samples.batch(self._groups[number]))
 
     @property
-    def batch_count(self) -> int:
-        """Number of batches of this process."""
-        return len(self._groups)
+    def batch_sizes(self) -> list[int]:
+        """Samples in each batch of this process."""
+        return [len(group) for group in self._groups]
 
     def rearranged(self, order: Sequence[int], batch_size: int) -> DataPass:
         """Some or all of this process's samples in another order, for this process alone.

@@ -135,10 +135,9 @@ class _State:
         gather: Callable[[Tensor], Tensor],
     ) -> None:
         self.walk, self.sites, self.masking, self.race, self.gather = walk, sites, masking, race, gather
-        data = walk.data
-        most = int(gather(torch.tensor([[data.batch_count]])).max())
-        sizes = torch.zeros(most, dtype=torch.int64)
-        sizes[: data.batch_count] = torch.tensor([len(data.batch(number)) for number in range(data.batch_count)])
+        own = walk.data.batch_sizes
+        most = int(gather(torch.tensor([[len(own)]])).max())
+        sizes = torch.tensor(own + [0] * (most - len(own)))
         self.sizes = [int(size) for size in gather(sizes[None]).sum(0) if size]
         self.parts = len(self.sizes)
         self.outputs = [output for output, _ in walk.first_pass([])]
@@ -204,7 +203,7 @@ class _State:
     def _mask(self, chosen: Mapping[str, Tensor], parts: Sequence[int]) -> None:
         """Mask bundles in those of some parts in which they were not masked."""
         found = {name: torch.zeros(2, len(scores), dtype=torch.float64) for name, scores in self.scores.items()}
-        batches = [part for part in parts if part < self.walk.data.batch_count]
+        batches = [part for part in parts if part < len(self.walk.data.batch_sizes)]
         left = [name for name in self.sites if len(chosen.get(name, ()))]
         if batches and left:
             for visit in self.walk.visits(batches):
