@@ -24,6 +24,7 @@ from lightning_prune.reporting import (
     score_figure,
     threshold_figure,
 )
+from lightning_prune.reporting.grid import console_for
 from lightning_prune.scoring.xgb import LayerScore, unit_axes
 from lightning_prune.structure import Structure
 from lightning_prune.structure.graph import Group
@@ -33,9 +34,6 @@ __all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
 
 # Thresholds that are worth a row: these times a power of ten.
 _SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 1.5, 2, 3, 5, 7))
-
-# Columns of a table that goes to a file or a pipe.
-_FILE_WIDTH = 120
 
 
 class ScoreProgress:
@@ -177,8 +175,7 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
     page = "\n\n".join([*parts, *(grid.markdown() for grid in table.grids())])
     (folder / "scores.md").write_text(f"{page}\n", encoding="utf-8")
     if prints:
-        console = Console()
-        console = console if console.is_terminal else Console(width=_FILE_WIDTH)
+        console = console_for()
         console.print(table)
         console.print(f"Scores: {folder}", soft_wrap=True)
     for logger in trainer.loggers:

@@ -18,7 +18,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.extras import require
@@ -32,13 +31,11 @@ from lightning_prune.reporting import (
     size_on_disk,
     sizes_figure,
 )
+from lightning_prune.reporting.grid import console_for
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Subject
 
 __all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
-
-# Columns of a table that goes to a file or a pipe.
-_FILE_WIDTH = 120
 
 
 def log_now(trainer: Trainer, numbers: Mapping[str, float]) -> None:
@@ -224,9 +221,7 @@ class Showing:
         pictures = [picture, sizes, depth]
         page = self.report.to_markdown(*(path.name if path else None for path in pictures))
         (folder / "report.md").write_text(page, encoding="utf-8")
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_FILE_WIDTH)
+        console = console_for()
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
         kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

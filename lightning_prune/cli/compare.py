@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 
 import lightning_prune
 from lightning_prune.cli import runs
 from lightning_prune.cli.verbs import example_of
 from lightning_prune.reporting import ComparedNetwork, Comparison, Report, Size, comparison_figure
+from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page, Picture
 
 __all__ = ["FinishedRun", "compare", "main", "read_runs"]
@@ -76,8 +76,7 @@ def main(words: Sequence[str]) -> None:
     )
     given = parser.parse_args(words)
     comparison = compare(read_runs(given.runs), given.metric)
-    console = Console()
-    (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(comparison)
+    console_for(_FILE_WIDTH).print(comparison)
     for file in _page(comparison).write(given.out, "comparison"):
         print(file)
 
@@ -248,7 +247,7 @@ def _size(folder: Path, config: Mapping[str, Any]) -> Size:
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
     parts = {key: config[key] for key in ("model", "data") if config.get(key)}
     built = parser.instantiate_classes(parser.parse_object(parts))
-    model, checkpoint = built.model, _newest(folder.glob("checkpoints/*.ckpt"))
+    model, checkpoint = built.model, runs.newest(folder.glob("checkpoints/*.ckpt"))
     if checkpoint is not None:
         model = lightning_prune.load_from_checkpoint(type(model), checkpoint)
     found = lightning_prune.inspect(model, example_of(model, built.get("data")))
@@ -267,10 +266,6 @@ def _common(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _common(item) for key, item in value.items() if key not in _OWN}
     return [_common(item) for item in value] if isinstance(value, list) else value
-
-
-def _newest(files: Iterable[Path]) -> Path | None:
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def _text(file: Path) -> str | None:

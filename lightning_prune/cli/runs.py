@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-__all__ = ["CONFIG", "WANDB", "discard_empty", "last_checkpoint", "latest", "new", "of_checkpoint", "set_aside"]
+__all__ = [
+    "CONFIG",
+    "WANDB",
+    "discard_empty",
+    "last_checkpoint",
+    "latest",
+    "new",
+    "newest",
+    "of_checkpoint",
+    "set_aside",
+]
 
 #: The file that makes a folder a run: the whole configuration of its last start.
 CONFIG = "config.yaml"
@@ -42,8 +53,12 @@ def latest(parent: Path) -> Path | None:
 
 def last_checkpoint(parent: Path) -> Path | None:
     """The newest ``last.ckpt`` of any run under ``parent``; ``None`` if there is none."""
-    found = parent.glob("*/checkpoints/last*.ckpt")
-    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+    return newest(parent.glob("*/checkpoints/last*.ckpt"))
+
+
+def newest(files: Iterable[Path]) -> Path | None:
+    """The file that was written last; ``None`` if there is none."""
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def of_checkpoint(checkpoint: Path) -> Path | None:

@@ -11,10 +11,11 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.console import Group as RichGroup
     from rich.table import Table
 
-__all__ = ["Grid", "Shown", "as_rich", "as_text", "count", "kib", "number", "plural", "share"]
+__all__ = ["Grid", "Shown", "as_rich", "as_text", "console_for", "count", "kib", "number", "plural", "share"]
 
 #: What stands where a figure was not measured.
 MISSING = "–"
@@ -99,6 +100,14 @@ def as_rich(grids: Sequence[Grid]) -> RichGroup:
     from rich.text import Text
 
     return Group(*(part for grid in grids for part in (grid.rich(), Text(grid.note, style="dim"), "")))
+
+
+def console_for(width: int = _TEXT_WIDTH) -> Console:
+    """Where tables are printed: a terminal as it is, a file or a pipe with this many columns."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def as_text(grids: Sequence[Grid]) -> str:
