@@ -99,7 +99,7 @@ def _fits_one(value: object, hint: Any) -> bool:
         return callable(value)
     if issubclass(kind, Mapping):
         return isinstance(value, kind) and _each_fits(value, args[:1]) and _each_fits(value.values(), args[1:])
-    if issubclass(kind, Sequence) and kind is not str:
+    if issubclass(kind, Sequence):
         return _is_list(value, args)
     return isinstance(value, kind)
 
@@ -127,8 +127,8 @@ def _described_one(hint: Any) -> str:
         return _PLAIN[hint][0]
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        words = [f'"{word}"' if isinstance(word, str) else repr(word) for word in args]
-        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+        *words, last = (f'"{word}"' if isinstance(word, str) else repr(word) for word in args)
+        return f"{', '.join(words)} or {last}" if words else last
     kind = hint if origin is None else origin
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return f"a mapping of {_described(args[0])} to {_described(args[1])}" if args else "a mapping"
@@ -140,6 +140,10 @@ def _described_one(hint: Any) -> str:
     return f"an instance of {getattr(kind, '__name__', kind)}"
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 #: Annotations that stand for themselves: their words in a text, and what fits them.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     Any: ("anything", lambda _: True),
@@ -147,10 +151,6 @@ _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     types.NoneType: ("None", lambda value: value is None),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
-    float: ("a finite number", lambda value: _is_finite(value)),
+    float: ("a finite number", _is_finite),
     str: ("a string", lambda value: isinstance(value, str)),
 }
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

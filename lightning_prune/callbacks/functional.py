@@ -16,6 +16,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
@@ -114,7 +115,9 @@ def prune(
             f"prune: expected a {type(model).__name__} with weights, got one on the meta device. Load it first."
         )
     repairs = _repairs(extensions)
-    _require_settings(loss, measure, (layers, ignore))
+    _require_loss(loss)
+    require_type("prune", "measure", measure, bool)
+    require_names("prune", layers=layers, ignore=ignore)
     passes = None if data is None else _ready(data, model, loss)
     steppers = _optimizers(optimizers)
     refuse(steppers)
@@ -144,17 +147,13 @@ def _repairs(extensions: object) -> tuple[Repair, ...]:
     return tuple(extensions)
 
 
-def _require_settings(loss: object, measure: object, names: tuple[object, ...]) -> None:
-    """Refuse settings of another type."""
+def _require_loss(loss: object) -> None:
+    """Refuse what cannot be called with outputs and labels."""
     if loss is not None and (not callable(loss) or isinstance(loss, type)):
         raise TypeError(
             f"prune: expected `loss` to be a function of outputs and labels, got {loss!r}. Give "
             "`loss=torch.nn.functional.cross_entropy`, say."
         )
-    if not isinstance(measure, bool):
-        raise TypeError(f"prune: expected `measure` to be True or False, got {measure!r}.")
-    for name, value in zip(("layers", "ignore"), names, strict=True):
-        require_names("prune", name, value)
 
 
 def _optimizers(optimizers: object) -> tuple[Optimizer, ...]:

@@ -90,8 +90,7 @@ class MaskPruning(ScheduledPruning):
         instance_of(self, "granularity", self.granularity, Granularity, "Element()")
         self.sparsity = self._checked(sparsity)
         self.pool: Pool = self.granularity.pool or pool
-        for name, names in (("layers", layers), ("ignore", ignore)):
-            require_names(type(self).__name__, name, names)
+        require_names(type(self).__name__, layers=layers, ignore=ignore)
         self.layers = layers
         self.ignore = ignore
         self.rewind = rewind

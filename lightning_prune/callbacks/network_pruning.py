@@ -87,8 +87,7 @@ class NetworkPruning(ScheduledPruning):
         dirpath: str | None,
         extensions: list[Repair | CutExtension] | None,
     ) -> None:
-        for name, names in (("layers", layers), ("ignore", ignore)):
-            require_names(type(self).__name__, name, names)
+        require_names(type(self).__name__, layers=layers, ignore=ignore)
         self.layers = layers
         self.ignore = ignore
         self.extensions = self._checked(extensions)

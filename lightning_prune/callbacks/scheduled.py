@@ -417,20 +417,20 @@ def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
         warnings.warn(note, NoEffectWarning, stacklevel=3)
 
 
-def require_names(asker: str, name: str, value: object) -> None:
-    """Refuse what is neither a name of layers, nor several, nor nothing.
+def require_names(asker: str, **arguments: object) -> None:
+    """Refuse arguments that are neither a name of layers, nor several, nor nothing.
 
     Args:
-        asker: Who takes the argument, for the text.
-        name: Of the argument.
-        value: What came.
+        asker: Who takes them, for the text.
+        arguments: What came, by the argument's name.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If one is something else.
     """
-    several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-    if not all(isinstance(one, str) for one in several):
-        raise TypeError(
-            f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
-            "`inspect(model)` shows the names."
-        )
+    for name, value in arguments.items():
+        several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        if not all(isinstance(one, str) for one in several):
+            raise TypeError(
+                f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
+                "`inspect(model)` shows the names."
+            )
