@@ -31,7 +31,7 @@ from lightning_prune.reporting import versions
 
 __all__ = [
     *("EVIDENCE", "add_resume", "command", "computed", "fill", "here", "interval", "machine", "publish", "quiet"),
-    *("quiet_fit", "shown", "signed", "stored", "summary"),
+    *("quiet_fit", "rows_in", "shown", "signed", "stored", "summary"),
 ]
 
 #: Where every benchmark leaves its output.
@@ -164,7 +164,7 @@ def computed(
         for left in (file, *(found for pattern in leftovers for found in file.parent.glob(pattern))):
             if left.is_file():
                 left.replace(left.with_name(f"{left.name}.before"))
-    done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    done = rows_in(file) if file.is_file() else []
     for job in jobs:
         row = next((row for row in done if job.items() <= row.items()), None)
         if row is None:
@@ -173,6 +173,12 @@ def computed(
                 lines.write(json.dumps(row) + "\n")
             print(*job.values(), *(f"{row[key]:.2f}" for key in ("accuracy",) if key in row), flush=True)
         yield row
+
+
+def rows_in(file: Path, **settings: Any) -> list[dict[str, Any]]:
+    """The rows that `computed` has written, those with these settings."""
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [row for row in rows if settings.items() <= row.items()]
 
 
 def publish(name: str, facts: Mapping[str, Any], tables: str, figure: Any = None) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import here, publish, quiet
+from benchmarks.common import here, publish, quiet, rows_in
 from tests.support.replacing import CASES, measure, measure_ranks
 
 
@@ -29,7 +29,7 @@ def run(case: str, processes: int) -> dict[str, Any]:
 
 def rows(file: Path | None) -> list[dict[str, Any]]:
     """The rows of all cases: from the lines of a file, or run and added to them."""
-    done = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file and file.is_file() else []
+    done = rows_in(file) if file and file.is_file() else []
     found = []
     for case in CASES:
         for processes in (1, 2):

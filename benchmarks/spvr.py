@@ -8,13 +8,12 @@ CIFAR-10, Fashion-MNIST and ``resnet_cifar10/resnet56-….th``.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import spvr_pages
-from benchmarks.common import add_resume, computed, publish, quiet
+from benchmarks.common import add_resume, computed, publish, quiet, rows_in
 
 Row = dict[str, Any]
 Job = dict[str, Any]
@@ -73,7 +72,7 @@ def main() -> None:
 
 def stored_rows(file: Path) -> list[Row]:
     """The rows of a part."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    return rows_in(file) if file.is_file() else []
 
 
 if __name__ == "__main__":

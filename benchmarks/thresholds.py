@@ -9,7 +9,6 @@ all thresholds in one-shot mode; layer-wise each needs its own. A run that was s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import ceil
@@ -20,7 +19,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from matplotlib.figure import Figure
 
-from benchmarks.common import add_resume, computed, publish, quiet
+from benchmarks.common import add_resume, computed, publish, quiet, rows_in
 from lightning_prune import GradualUnfreezing, XGBPruning
 from lightning_prune.data import ImageFolder
 from lightning_prune.models import ResNetCIFAR, load_pretrained
@@ -136,8 +135,7 @@ def main() -> None:
     if not given.table:
         run = partial(train, root=given.root, work=given.work)
         list(computed(jobs, run, file, resume=given.resume))
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    rows = [row for row in rows if shared.items() <= row.items()]
+    rows = rows_in(file, **shared)
     publish("thresholds", {"rows": rows}, "\n".join(table(rows)), figure(rows))
 
 

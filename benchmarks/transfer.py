@@ -11,7 +11,6 @@ in ``--work``. Rows are named by ``--rows``; ``--table`` only writes the tables 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
@@ -29,7 +28,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from benchmarks.common import add_resume, computed, interval, publish, quiet, shown, signed
+from benchmarks.common import add_resume, computed, interval, publish, quiet, rows_in, shown, signed
 from lightning_prune import (
     L1,
     GradualUnfreezing,
@@ -310,8 +309,7 @@ def main() -> None:
     if not given.table:
         run = partial(train, root=given.root, work=given.work)
         list(computed(jobs, run, file, resume=given.resume, leftovers=["runs/*/last.ckpt"]))
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    rows = [row for row in rows if shared.items() <= row.items()]
+    rows = rows_in(file, **shared)
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     if given.table:
         tables = ["\n".join(table(rows, task)) for task in tasks]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule
 from lightning_prune.callbacks import showing
+from lightning_prune.callbacks.network_pruning import NetworkPruning
 from lightning_prune.surgery import history_of
 from tests.support.ranks import PROCESSES, start, wait
 
-__all__ = ["Checkpoints", "Loader", "campaign", "tell"]
+__all__ = ["Checkpoints", "Loader", "campaign", "one_start", "tell"]
 
 EPOCHS, BATCHES, BATCH = 20, 5, 8
 #: Twelve cuts, in the middle of epochs and at their ends.
@@ -87,36 +88,61 @@ class Checkpoints(ModelCheckpoint):
 
 def train(folder: Path) -> None:
     """One start of the run in ``folder``, in each of its processes; `result.pt` is there when it is through."""
+    x = torch.randn(BATCHES * BATCH, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    pruning = ContributionPruning(0.75, criterion=Contribution(every_n_batches=2), schedule=SCHEDULE)
+    works = {"the analysis": (pruning, "_prepare"), "a cut": (pruning, "_cut")}
+    samples = TensorDataset(x, x[:, :3].argmax(1))
+    one_start(folder, Net(), samples, pruning, works, batch_size=BATCH, epochs=EPOCHS, every=2)
+
+
+def one_start(
+    folder: Path,
+    model: LightningModule,
+    samples: TensorDataset,
+    pruning: NetworkPruning,
+    works: Mapping[str, tuple[Any, str]],
+    *,
+    batch_size: int,
+    epochs: int,
+    every: int,
+    others: Sequence[Callback] = (),
+    more: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """One start of a run in this process, from its last checkpoint; the first process leaves `result.pt` at the end.
+
+    Args:
+        folder: Of the run.
+        model: What is trained.
+        samples: All of them; each process has its share.
+        pruning: The callback that is tried.
+        works: What is told of, see `tell`; checkpoints are in any case.
+        batch_size: Of all processes together.
+        epochs: Of the run.
+        every: Steps from one checkpoint to the next.
+        others: Callbacks behind the pruning.
+        more: What else is compared at the end.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # The same for every start and no part of what is tried: neither latency nor picture is made.
     vars(showing)["latency"] = lambda *_, **__: {1: 1.0}
     showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
     processes, rank = int(os.environ.get(PROCESSES, "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCHES * BATCH, 16, generator=draw)
-    data = Subset(TensorDataset(x, x[:, :3].argmax(1)), range(rank, len(x), processes))
-    torch.manual_seed(0)
-    model = Net()
-    pruning = ContributionPruning(0.75, criterion=Contribution(every_n_batches=2), schedule=SCHEDULE)
     trainer = Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         accelerator="cpu",
         devices=processes,
         strategy="ddp" if processes > 1 else "auto",
         use_distributed_sampler=False,
         default_root_dir=folder,
-        callbacks=[pruning, Checkpoints(folder, every_n_train_steps=2, save_last=True)],
+        callbacks=[pruning, *others, Checkpoints(folder, every_n_train_steps=every, save_last=True)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    tells = {
-        "the analysis": (pruning, "_prepare"),
-        "a cut": (pruning, "_cut"),
-        "a checkpoint": (trainer, "save_checkpoint"),
-    }
-    tell(folder / f"moment {rank}", tells)
-    trainer.fit(model, Loader(data, batch_size=BATCH // processes), ckpt_path="last")
+    tell(folder / f"moment {rank}", {**works, "a checkpoint": (trainer, "save_checkpoint")})
+    data = Subset(samples, range(rank, len(samples), processes))
+    trainer.fit(model, Loader(data, batch_size=batch_size // processes), ckpt_path="last")
     history = history_of(model)
     if rank == 0 and history is not None:
         content = {
@@ -124,6 +150,7 @@ def train(folder: Path) -> None:
             "optimizer": trainer.optimizers[0].state_dict(),
             "history": history.to_plain(),
             "report": [(cut.index, cut.epoch, cut.step, cut.after) for cut in pruning.report.cuts],
+            **more(),
         }
         torch.save(content, folder / "result.tmp")
         os.replace(folder / "result.tmp", folder / "result.pt")

@@ -8,26 +8,22 @@ they are compared with, is in `tests/support/kills.py`.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_prune import GradualUnfreezing, OneShot, XGBoost, XGBPruning
-from lightning_prune.callbacks import score_display, showing
+from lightning_prune.callbacks import score_display
 from lightning_prune.scoring.xgb import LayerScore, LayerScorer
-from lightning_prune.surgery import history_of
 from tests.support import xgb_reference as reference
-from tests.support.kills import Checkpoints, Loader, tell
-from tests.support.ranks import PROCESSES
+from tests.support.kills import one_start
 
 __all__ = ["counts", "transfer"]
 
@@ -65,18 +61,11 @@ def transfer(folder: Path, what: What) -> None:
         what: ``"one_shot"`` and ``"layer_wise"``: layers are scored in the second of three epochs. ``"unfreezing"``:
             they are before the first batch, and unfrozen over the eight epochs that follow.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # The same for every start and no part of what is tried: neither latency nor picture is made.
-    vars(showing)["latency"] = lambda *_, **__: {1: 1.0}
-    showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
     score_display._pictures = lambda *_: []
-    processes, rank = int(os.environ.get(PROCESSES, "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    _watch(folder, 0.0 if what == "unfreezing" else 0.3)
-    x, labels = reference.images(BATCHES * BATCH)
-    data = Subset(TensorDataset(x, labels), range(rank, len(x), processes))
-    torch.manual_seed(0)
     unfreezes = what == "unfreezing"
-    model = Net(only_trainable=unfreezes)
+    _watch(folder, 0.0 if unfreezes else 0.3)
+    x, labels = reference.images(BATCHES * BATCH)
+    torch.manual_seed(0)
     pruning = XGBPruning(
         "one_shot" if unfreezes else what,
         gain=0.9,
@@ -85,38 +74,18 @@ def transfer(folder: Path, what: What) -> None:
         dirpath=str(folder),
     )
     unfreezing = GradualUnfreezing(0.75, 1.25)
-    trainer = Trainer(
-        max_epochs=8 if unfreezes else 3,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[pruning, *[unfreezing] * unfreezes, Checkpoints(folder, every_n_train_steps=1, save_last=True)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    one_start(
+        folder,
+        Net(only_trainable=unfreezes),
+        TensorDataset(x, labels),
+        pruning,
+        {"scoring": (pruning, "_score"), "a cut": (pruning, "_cut"), "unfreezing": (unfreezing, "_thaw")},
+        batch_size=BATCH,
+        epochs=8 if unfreezes else 3,
+        every=1,
+        others=[unfreezing] * unfreezes,
+        more=lambda: {"unfrozen": unfreezing.state_dict(), "scores": _scores(folder)},
     )
-    tells = {
-        "scoring": (pruning, "_score"),
-        "a cut": (pruning, "_cut"),
-        "unfreezing": (unfreezing, "_thaw"),
-        "a checkpoint": (trainer, "save_checkpoint"),
-    }
-    tell(folder / f"moment {rank}", tells)
-    trainer.fit(model, Loader(data, batch_size=BATCH // processes), ckpt_path="last")
-    history = history_of(model)
-    if rank == 0 and history is not None:
-        content = {
-            "weights": dict(model.state_dict()),
-            "optimizer": trainer.optimizers[0].state_dict(),
-            "history": history.to_plain(),
-            "unfrozen": unfreezing.state_dict(),
-            "scores": _scores(folder),
-            "report": [(cut.index, cut.epoch, cut.step, cut.after) for cut in pruning.report.cuts],
-        }
-        torch.save(content, folder / "result.tmp")
-        os.replace(folder / "result.tmp", folder / "result.pt")
 
 
 def counts(folder: Path) -> Mapping[str, int]:
