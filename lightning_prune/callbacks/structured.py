@@ -239,7 +239,7 @@ class StructuredPruning(NetworkPruning):
         return structure
 
     def _latency_table(self, trainer: Trainer, subject: Subject, structure: Structure) -> LatencyTable:
-        """What latencies are reckoned by, measured once on the first process: another table would be another plan."""
+        """What latencies are computed from, measured once on the first process: another table would be another plan."""
         if self._latency is None:
             with trainer.precision_plugin.forward_context():
                 self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))

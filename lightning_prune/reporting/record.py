@@ -31,7 +31,7 @@ class Size:
         bytes: Size of the saved ``state_dict``.
         latency: Milliseconds per forward pass by batch size.
         memory: Bytes of the activations of one sample, see `CostModel.memory`.
-        reckoned: Milliseconds of one sample by the table of latencies, if there is one.
+        table_latency: Milliseconds of one sample by the table of latencies, if there is one.
         backbone: Number of parameters of the backbone alone, where it is known which part that is.
         layers: Parameters of the convolutional layers of the backbone, the first one first, see `layer_parameters`.
     """
@@ -42,7 +42,7 @@ class Size:
     bytes: int | None = None
     latency: Mapping[int, float] = field(default_factory=dict)
     memory: int | None = None
-    reckoned: float | None = None
+    table_latency: float | None = None
     backbone: int | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ class Size:
         is_whole = backbone is not None and cost.params(now.widths) == now.params
         parameters = cost.params(now.widths, backbone) if is_whole else None
         widths = dict(now.widths)
-        return cls(now.params, now.macs, widths, memory=now.memory, reckoned=now.latency, backbone=parameters)
+        return cls(now.params, now.macs, widths, memory=now.memory, table_latency=now.latency, backbone=parameters)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Cut:
         macs: MACs of one sample after the cut.
         seconds: Time the cut took.
         memory: Bytes of the activations of one sample after it.
-        reckoned: Milliseconds of one sample after it by the table of latencies, if there is one.
+        table_latency: Milliseconds of one sample after it by the table of latencies, if there is one.
         backbone: Parameters of the backbone alone after it, where they are known.
     """
 
@@ -93,7 +93,7 @@ class Cut:
     macs: int
     seconds: float
     memory: int | None = None
-    reckoned: float | None = None
+    table_latency: float | None = None
     backbone: int | None = None
 
     @classmethod
@@ -109,7 +109,7 @@ class Cut:
     ) -> Cut:
         """The cut that has led to a network of this size."""
         what = (index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds)
-        return cls(*what, size.memory, size.reckoned, size.backbone)
+        return cls(*what, size.memory, size.table_latency, size.backbone)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Record:
         if self.final or not self.cuts:
             return self.final or self.start or self.dense
         last = self.cuts[-1]
-        size = Size(last.params, last.macs, self.widths, memory=last.memory, reckoned=last.reckoned)
+        size = Size(last.params, last.macs, self.widths, memory=last.memory, table_latency=last.table_latency)
         return replace(size, backbone=last.backbone)
 
     @property
@@ -293,8 +293,8 @@ class Record:
             numbers["pruning/backbone_params"] = float(size.backbone)
         if size.memory is not None:
             numbers["pruning/memory"] = float(size.memory)
-        if size.reckoned is not None:
-            numbers["pruning/latency_ms"] = size.reckoned
+        if size.table_latency is not None:
+            numbers["pruning/latency_ms"] = size.table_latency
         if size.bytes is not None:
             numbers["pruning/bytes"] = float(size.bytes)
         return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}

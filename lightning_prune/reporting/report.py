@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Report", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
-_FORMAT = 2
+_FORMAT = 3
 
 # Where each form has the checkpoints of each size.
-_SIZES = {1: "rungs", 2: "size_checkpoints"}
+_SIZES = {1: "rungs", 2: "size_checkpoints", 3: "size_checkpoints"}
 
 # Two medians of a latency that differ by less, as a share of the larger, are not told apart.
 _NOISE = 0.1
@@ -62,6 +62,8 @@ class Report(Record):
                 f"expected a report of format {_FORMAT} or older, got {stored['format']}. A newer "
                 f"lightning-prune wrote it: update this one."
             )
+        if stored["format"] < 3:
+            stored = _with_table_latency(stored)
         values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values["dense"], values["final"] = (_size(stored[name]) for name in ("dense", "final"))
         values["start"] = _size(stored.get("start"))
@@ -145,8 +147,8 @@ class Report(Record):
             old, new = dense.latency[batch], now.latency.get(batch)
             left = "±" if _is_noise(old, new) else share(new, old)
             rows.append((f"latency at batch {batch}, ms", number(old, 2), number(new, 2), left))
-        if dense.reckoned is not None:
-            old, new = dense.reckoned, now.reckoned
+        if dense.table_latency is not None:
+            old, new = dense.table_latency, now.table_latency
             rows.append(("latency by the table, ms", number(old), number(new), share(new, old)))
         before, best, last = self.outcome
         if self.main_metric:
@@ -231,6 +233,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored report with a size's latency by the table under its name of today; it was ``reckoned`` before."""
+
+    def renamed(size: Any) -> Any:
+        if not isinstance(size, Mapping):
+            return size
+        return {"table_latency" if name == "reckoned" else name: value for name, value in size.items()}
+
+    sizes = {name: renamed(stored[name]) for name in ("dense", "final", "start") if name in stored}
+    return {**stored, **sizes, "cuts": [renamed(cut) for cut in stored["cuts"]]}
 
 
 def _size(stored: Mapping[str, Any] | None) -> Size | None:

@@ -134,7 +134,7 @@ class History:
         edits: What was done, in order.
         dense: What it takes to widen the live network; not part of a checkpoint.
         memory: Bytes of the dense network's activations for one sample; ``None`` in files of version 1.
-        latency: What its latency is reckoned by, if that was measured: one table for all of the network's life.
+        latency: What its latency is computed from, if that was measured: one table for all of the network's life.
     """
 
     shapes: Mapping[str, Shape]

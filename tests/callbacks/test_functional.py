@@ -140,17 +140,17 @@ def test_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     report = prune(net, EXAMPLE, budget={"latency": 0.7})
     assert report.dense is not None
     assert report.final is not None
-    assert report.dense.reckoned == pytest.approx(4)  # the whole network, as planted: 4 elements
+    assert report.dense.table_latency == pytest.approx(4)  # the whole network, as planted: 4 elements
     whole = 8 * 16 + 12 + 4  # what its layers take alone is scaled to that
     left = net[0].out_channels * 16 + net[4].out_features + 4
-    assert report.final.reckoned == pytest.approx(4 * left / whole)
+    assert report.final.table_latency == pytest.approx(4 * left / whole)
     assert 0.7 * whole - 17 <= left <= 0.7 * whole
     # The table stays with the network: times of another machine are not compared with it.
     monkeypatch.setattr(latency, "median_seconds", lambda run, _: 9e-3 * run().numel())
     again = prune(net, EXAMPLE, budget={"latency": 0.5})
     assert again.final is not None
     left = net[0].out_channels * 16 + net[4].out_features + 4
-    assert again.final.reckoned == pytest.approx(4 * left / whole)
+    assert again.final.table_latency == pytest.approx(4 * left / whole)
     assert 0.5 * whole - 17 <= left <= 0.5 * whole
     assert "latency by the table" in str(again)
 

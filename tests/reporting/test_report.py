@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_prune.reporting import Measurement, Report, Size, SizeCheckpoint, plain
+from lightning_prune.reporting import Cut, Measurement, Report, Size, SizeCheckpoint, plain
 
 
 def test_metrics_of_one_step_are_one_measurement():
@@ -122,7 +122,7 @@ def test_round_trip_through_a_checkpoint(make_report):
 
 def test_a_newer_format_is_refused():
     stored = {**Report().to_plain(), "format": 99}
-    with pytest.raises(ValueError, match=r"format 2 or older, got 99.*update"):
+    with pytest.raises(ValueError, match=r"format 3 or older, got 99.*update"):
         Report.from_plain(stored)
 
 
@@ -241,3 +241,16 @@ def test_a_step_stays_in_its_epoch() -> None:
     report.log(4, 50, {"val_acc": 0.9})
     report.log(5, 50, {"train_acc": 0.8})
     assert [(row.epoch, dict(row.metrics)) for row in report.history] == [(4, {"val_acc": 0.9, "train_acc": 0.8})]
+
+
+def test_a_latency_by_the_table_had_another_name():
+    size = Size(10, 20, {"a": 2}, table_latency=1.5)
+    cut = Cut.of(size, 0, 1, 2, {"a": 4}, {"a": 2}, 0.1)
+    stored = Report(dense=size, start=size, cuts=[cut]).to_plain()
+    for old in (stored["dense"], stored["start"], *stored["cuts"]):
+        old["reckoned"] = old.pop("table_latency")
+    found = Report.from_plain({**stored, "format": 2})
+    assert found.dense == found.start == size
+    assert found.cuts == [cut]
+    assert found.size is not None
+    assert found.size.table_latency == 1.5
