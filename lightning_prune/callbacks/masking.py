@@ -72,7 +72,7 @@ class MaskPruning(ScheduledPruning):
     plain network. After every step of an optimizer it is zero again, with all that the optimizer remembers of it.
     """
 
-    _aim = "sparsity"
+    _aims = ("sparsity",)
 
     def __init__(
         self,

@@ -260,6 +260,17 @@ class NetworkPruning(ScheduledPruning):
     # -- before the first step ----------------------------------------------------------------------------------------
 
     @override
+    def _said_of_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:
+        if not self.acts_once:
+            return super()._said_of_other_aims(others)
+        differences = "; ".join(f"`{name}` was {then!r} and is {now!r}" for name, (then, now) in others.items())
+        gone = f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone"
+        return (
+            f"{type(self).__name__}: the run so far had other settings ({differences}), and {gone}. It acts once: "
+            "nothing more is cut. For a network of these settings resume from a checkpoint of before the cut."
+        )
+
+    @override
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         # `true` precisions have another default type, which tensors made in `forward` take.
         with trainer.precision_plugin.module_init_context():

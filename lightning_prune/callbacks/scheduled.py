@@ -50,8 +50,8 @@ class ScheduledPruning(Participant):
         dirpath: Folder for the report; by default the logger's folder.
     """
 
-    #: Which of the settings is the target.
-    _aim: ClassVar[str] = "target"
+    #: Settings by which it is decided what goes: a resumed run with others is told.
+    _aims: ClassVar[tuple[str, ...]] = ("target",)
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
@@ -316,9 +316,10 @@ class ScheduledPruning(Participant):
         made = before[: self._last_done + 1]
         if not now or not made:
             return
-        if plain(self.report.config.get(self._aim)) != plain(self._settings().get(self._aim)):
+        others = self._other_aims()
+        if others:
             self._done = reached()
-            warnings.warn(self._said_of_another_target(), stacklevel=2)
+            warnings.warn(self._said_of_other_aims(others), stacklevel=2)
             return
         if made == now[: len(made)]:
             return
@@ -332,7 +333,14 @@ class ScheduledPruning(Participant):
             stacklevel=2,
         )
 
-    def _said_of_another_target(self) -> str:
+    def _other_aims(self) -> dict[str, tuple[Any, Any]]:
+        """Settings by which it is decided what goes that are not those of the run so far: then and now."""
+        settings = self._settings()
+        pairs = {name: (plain(self.report.config.get(name)), plain(settings[name])) for name in self._aims}
+        return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+    def _said_of_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:  # noqa: ARG002
+        """What a run is told that is resumed with other aims."""
         so_far = f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone"
         goes_on = (
             "The cuts that go further are made, what is overdue at once: give a schedule with later moments to "

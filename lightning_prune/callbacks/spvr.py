@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -109,7 +109,7 @@ class SPvRPruning(NetworkPruning):
     """
 
     acts_once = True
-    _aim: ClassVar[str] = "target"
+    _aims = ("target", "group_size", "samples_per_class", "reinit", "coupling", "race", "seed", "layers", "ignore")
 
     def __init__(
         self,

@@ -127,7 +127,10 @@ class XGBPruning(NamesHead, NetworkPruning):
     """
 
     acts_once = True
-    _aim = "target"
+    _aims = (
+        *("target", "depth", "head", "mode", "reduction", "surrogate", "metric", "held_back", "seed"),
+        *("samples", "per_class", "layers", "ignore"),
+    )
 
     def __init__(
         self,
@@ -220,6 +223,7 @@ class XGBPruning(NamesHead, NetworkPruning):
             **super()._settings(),
             "target": self.amount,
             "depth": self.depth,
+            "head": self.head,
             **self.options.plain(),
             "samples": self.samples,
             "per_class": self.per_class,
@@ -257,11 +261,8 @@ class XGBPruning(NamesHead, NetworkPruning):
         require_labels(labels.detach().cpu().numpy(), surrogate.task)
 
     @override
-    def _said_of_another_target(self) -> str:
-        return (
-            f"XGBPruning: the run so far had another target, and {100 * self.report.pruning_ratio:.1f} % of the units "
-            "are gone. It acts once: nothing more is cut. For another size resume from a checkpoint of before the cut."
-        )
+    def _other_aims(self) -> dict[str, tuple[Any, Any]]:
+        return {} if self.only_score else super()._other_aims()  # nothing is to be cut
 
     @override
     def _reached(self) -> int:

@@ -365,13 +365,23 @@ def test_it_acts_once_whatever_is_resumed(tmp_path: Path) -> None:
     assert len({edit.cut for edit in history.edits}) == 1
 
 
-def test_another_amount_is_for_a_run_that_is_not_cut_yet(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("others", "text"),
+    [
+        ({"pruning_ratio": None, "gain": 0.5}, r"`target` was .*0\.25.* and is .*'gain'"),
+        ({"depth": 0.5}, "`depth` was None and is 0.5"),
+        ({"mode": "layer_wise"}, "`mode` was 'one_shot' and is 'layer_wise'"),
+        ({"surrogate": NeuralProbe()}, "`surrogate` was .*XGBoost.* and is .*NeuralProbe"),
+        ({"ignore": ["net.c1"]}, r"`ignore` was None and is \['net\.c1'\]"),
+    ],
+)
+def test_other_settings_are_for_a_run_that_is_not_cut_yet(others: dict[str, Any], text: str, tmp_path: Path) -> None:
     module, again = Module(), Module()
-    settings: dict[str, Any] = {"surrogate": QUICK, "extensions": []}
-    run = fit(tmp_path / "1", module, XGBPruning(pruning_ratio=0.25, **settings))
+    settings: dict[str, Any] = {"pruning_ratio": 0.25, "surrogate": QUICK, "extensions": []}
+    run = fit(tmp_path / "1", module, XGBPruning(**settings))
     run.save_checkpoint(tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match=r"had another target, and .* are gone\. It acts once: nothing more is cut"):
-        fit(tmp_path / "2", again, XGBPruning(gain=0.5, **settings), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=rf"had other settings \({text}.*% of the units are gone\. It acts once"):
+        fit(tmp_path / "2", again, XGBPruning(**settings | others), epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert kept(again) == kept(module)
 
 
