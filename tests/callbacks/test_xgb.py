@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,16 @@ def test_scores_of_other_options_are_not_taken(changed: dict[str, Any], tmp_path
     fit(tmp_path / "1", Module(), XGBPruning(surrogate=Counting(fits), gain=0.9))
     fit(tmp_path / "2", Module(), XGBPruning(surrogate=Counting(fits), **{"gain": 0.9, **changed}))
     assert len(fits) == 6
+
+
+def test_scores_serve_any_number_of_threads(tmp_path: Path) -> None:
+    """As a table that a machine with a GPU has made serves one without."""
+    fit(tmp_path / "1", Module(), XGBPruning(gain=0.9, surrogate=QUICK))
+    (file,) = (tmp_path / "1").glob("scores-*.jsonl")
+    again = XGBPruning(gain=0.9, surrogate=replace(QUICK, threads=2), scores=str(file))
+    fit(tmp_path / "2" / "run", Module(), again)
+    assert again.scored is not None
+    assert again.scored.passes == 0
 
 
 def test_scores_serve_every_amount_but_only_their_network(tmp_path: Path) -> None:
