@@ -21,12 +21,13 @@ Job = dict[str, Any]
 
 def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
     """Jobs of every part, the most valuable first, and how the rest of a row is computed."""
-    from benchmarks import spvr_budgets, spvr_race, spvr_speed, spvr_tau  # each part imports what it needs
+    from benchmarks import spvr_budgets, spvr_race, spvr_segnet, spvr_speed, spvr_tau  # each part imports what it needs
 
     networks, sizes = [*spvr_speed.NETWORKS], (8, 32, 2)
     races: list[Job] = [
-        {"plan": "layers", "kept": share, "race": kind, "per_class": 10}
-        for kind in ("statistical", "exact")
+        {"plan": "layers", "kept": share, "race": kind, "per_class": images, "samples": samples}
+        for images, samples in ((20, 16), (10, 1))
+        for kind in ("exact", "statistical")
         for share in spvr_race.SHARES
     ]
     budgets: list[Job] = [
@@ -36,8 +37,16 @@ def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
     return {
         "macs": (speed, lambda job: spvr_speed.macs(job["network"], job["d"], work)),
         "seconds": (speed, lambda job: spvr_speed.seconds(job["network"], job["d"], work)),
-        "race": (races, lambda job: spvr_race.race(job["kept"], job["race"], job["per_class"])),
+        "race": (races, lambda job: spvr_race.race(job["kept"], job["race"], job["per_class"], job["samples"])),
         "budgets": (budgets, lambda job: spvr_budgets.cut(job["network"], job["budget"], work)),
+        "latency": (
+            [{"network": name} for name in spvr_budgets.NETWORKS],
+            lambda job: spvr_budgets.latencies(job["network"], work),
+        ),
+        "segnet": (
+            [{"seed": seed, "method": method} for seed in spvr_segnet.SEEDS for method in spvr_segnet.METHODS],
+            lambda job: spvr_segnet.segment(job["method"], job["seed"], work),
+        ),
         "tau": ([{"seed": seed} for seed in range(24)], lambda job: spvr_tau.kendall(job["seed"])),
     }
 

@@ -20,6 +20,7 @@ def tables(found: dict[str, list[Row]]) -> str:
         "race": _races,
         "tau": _tau,
         "budgets": _budgets,
+        "latency": _latency,
     }
     return "\n\n".join("\n".join(make(found[part])) for part, make in makers.items() if found.get(part))
 
@@ -89,20 +90,36 @@ def _tau(rows: list[Row]) -> list[str]:
 
 
 def _budgets(rows: list[Row]) -> list[str]:
-    """What is left, and its latency."""
+    """What is left."""
     lines = [
         "### Budgets",
         "",
-        "| network | budget | parameters | of the budget | before the last group | what is left | latency, ms "
+        "| network | budget | parameters | of the budget | before the last group | convolutions | what is left "
         "| MB on disk |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     for row in rows:
-        low, middle, high = row["latency"]
         limit, before = row.get("limit", row["params"]), row.get("before_last", row["params"])
         lines.append(
             f"| {row['network']} | {row['budget']:.0%} | {row['params']:,} | {row['params'] / limit:.2%} "
-            f"| {before / limit:.2%} | {row['form']} | {middle:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['bytes'] / 1e6:.2f} |"
+            f"| {before / limit:.2%} | {row['layers']} | {row['form']} | {row['bytes'] / 1e6:.2f} |"
         )
+    return lines
+
+
+def _latency(rows: list[Row]) -> list[str]:
+    """Median and quartiles, on the clock and of the processor."""
+    lines = [
+        "### Latency with one image, milliseconds: median (quartiles) of 1500 runs, one thread",
+        "",
+        "| network | parameters left | parameters | processor time | on the clock | MB on disk |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        for case, found in row["cases"].items():
+            processor, clock = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*found[k]) for k in ("processor", "milliseconds"))
+            lines.append(
+                f"| {row['network']} | {case} | {found['params']:,} | {processor} | {clock} "
+                f"| {found['bytes'] / 1e6:.2f} |"
+            )
     return lines

@@ -1,6 +1,7 @@
 """Image sets as LightningDataModules, most of them held in memory as normalised tensors."""
 
 from lightning_prune.data.celeba import CelebA
+from lightning_prune.data.cityscapes import Cityscapes
 from lightning_prune.data.digits import Digits
 from lightning_prune.data.folder import ImageFolder
 from lightning_prune.data.shapes import Shapes
@@ -12,6 +13,7 @@ __all__ = [
     "CIFAR100",
     "MNIST",
     "CelebA",
+    "Cityscapes",
     "Digits",
     "FashionMNIST",
     "ImageData",

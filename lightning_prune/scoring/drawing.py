@@ -17,7 +17,13 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from lightning_prune.scoring.samples import Samples
 from lightning_prune.scoring.undisturbed import own_random_state
 
-__all__ = ["Choice", "batch_size_of", "choose", "class_members", "draw", "hold_back", "is_indexed", "targets_of"]
+__all__ = [
+    *("NO_CLASS", "Choice", "batch_size_of", "choose", "class_members", "draw", "hold_back", "is_indexed"),
+    "targets_of",
+]
+
+#: Label of pixels that belong to no class, by the convention of PASCAL VOC and Cityscapes.
+NO_CLASS = 255
 
 #: Positions of samples.
 Indices = npt.NDArray[np.int64]
@@ -130,7 +136,9 @@ def hold_back(total: int, labels: Tensor | None, count: int, rng: np.random.Gene
 
 
 def class_members(labels: Tensor | None) -> dict[int, Indices]:
-    """Positions of the samples of every class, in the order of the classes; negative labels are none.
+    """Positions of the samples of every class, in the order of the classes.
+
+    Negative labels are none, nor is 255 in labels of more than one dimension, which are pixels.
 
     Raises:
         ValueError: If the labels are no classes.
@@ -142,7 +150,8 @@ def class_members(labels: Tensor | None) -> dict[int, Indices]:
             "returns them, or choose by `samples=`."
         )
     flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).cpu().numpy()
-    classes = [int(label) for label in np.unique(flat) if label >= 0]
+    none = NO_CLASS if labels.ndim > 1 else -1
+    classes = [int(label) for label in np.unique(flat) if label >= 0 and label != none]
     return {label: np.flatnonzero((flat == label).any(1)) for label in classes}
 
 

@@ -26,6 +26,8 @@ __all__ = ["layer_kinds", "with_flow"]
 _BLIND = frozenset(
     f"{name}{like}" for name in ("zeros", "ones", "empty", "full", "rand", "randn") for like in ("_like",)
 ) | frozenset(f"new_{name}" for name in ("zeros", "ones", "empty", "full", "empty_strided"))
+#: Operators whose indices only say where numbers go: a network that keeps nothing but these has lost what it computes.
+_PLACED = frozenset({"max_unpool2d", "max_unpool3d"})
 
 Raw = tuple[int, bool, tuple[Any, ...]]
 
@@ -48,8 +50,8 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace != "prim":
             outputs = [self.raw(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-            reads = str(func._schema.name).removeprefix("aten::") not in _BLIND
-            self.ops.append((before, outputs, reads))
+            name = str(func._schema.name).removeprefix("aten::")
+            self.ops.append((before[:1] if name in _PLACED else before, outputs, name not in _BLIND))
         return out
 
 

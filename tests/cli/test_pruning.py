@@ -21,7 +21,7 @@ from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
 from tests.cli.modules import MODULE
-from tests.support.data_files import write_celeba, write_cifar, write_mnist
+from tests.support.data_files import write_celeba, write_cifar, write_cityscapes, write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--config=digits_mlp_contribution", "--data.train_limit=60", *QUIET]
@@ -77,6 +77,13 @@ def test_the_spvr_recipe_meets_its_budget(in_tmp: Path) -> None:
     ("name", "words"),
     [
         ("shapes_segnet_spvr", ["--data.count=60"]),
+        (
+            "cityscapes_segnet_spvr",
+            [
+                *("--model.stages=[[16,2],[16,2]]", "--model.input_shape=[3,16,32]", "--data.batch_size=4"),
+                *("--data.height=16", "--data.width=32", "--data.workers=0"),
+            ],
+        ),
         ("fashionmnist_cnn_spvr", []),
         ("cifar10_vgg16_spvr", []),
         pytest.param("cifar10_resnet56_spvr", [], marks=pytest.mark.slow),
@@ -97,6 +104,7 @@ def test_recipes_with_the_values_of_spvr_start(
     """On tiny files, through the checks before the first step, a batch of each stage."""
     write_mnist(in_tmp, "FashionMNIST")
     write_cifar(in_tmp, monkeypatch, train=100)
+    write_cityscapes(in_tmp)
     for part, kind in itertools.product(("train", "val"), ("a", "b")):
         (in_tmp / "folder" / part / kind).mkdir(parents=True)
         for number in range(10):
@@ -104,13 +112,14 @@ def test_recipes_with_the_values_of_spvr_start(
     roots = {
         "fashionmnist": in_tmp,
         "cifar10": in_tmp,
+        "cityscapes": in_tmp,
         "tinyimagenet": in_tmp / "folder",
         "imagenet": in_tmp / "folder",
     }
     root = roots.get(name.partition("_")[0])
     place = [] if root is None else [f"--data.root={root}"]
     short = ["--trainer.fast_dev_run=true"]
-    short += [] if "shapes" in name else ["--trainer.callbacks.samples_per_class=1"]
+    short += [] if "segnet" in name else ["--trainer.callbacks.samples_per_class=1"]
     main(["fit", f"--config={name}", *place, *words, *short, *QUIET])
     assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
 

@@ -21,6 +21,7 @@ from lightning_prune.data import (
     CIFAR100,
     MNIST,
     CelebA,
+    Cityscapes,
     Digits,
     FashionMNIST,
     ImageData,
@@ -29,7 +30,7 @@ from lightning_prune.data import (
 )
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.models import MLPClassifier
-from tests.support.data_files import write_celeba, write_cifar, write_mnist
+from tests.support.data_files import write_celeba, write_cifar, write_cityscapes, write_mnist
 
 
 class Numbered(ImageData):
@@ -344,6 +345,42 @@ def test_celeba_says_how_to_get_it(tmp_path: Path) -> None:
         CelebA(str(tmp_path)).setup("fit")
     with pytest.raises(ValueError, match="CelebA: expected `size` of at least 1, got 0"):
         CelebA(str(tmp_path), size=0)
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path, train=6, val=3)
+    data = Cityscapes(str(tmp_path), 16, 32, batch_size=2, workers=0)
+    data.setup("fit")
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.shape == (2, 3, 16, 32)
+    assert labels.shape == (2, 16, 32)
+    assert labels[0, 0].tolist() == [13] * 2 + [0] * 14 + [255] * 16  # the 19 classes of the benchmark
+
+    def numbers(loader: Any) -> list[int]:
+        red = torch.cat([images[:, 0, 8, 8] for images, _ in loader])
+        return ((red * 0.229 + 0.485) * 255 / 10).round().int().tolist()
+
+    assert numbers(data.val_dataloader()) == [0, 2, 1] == numbers(data.test_dataloader())  # by the names of cities
+    assert numbers(data.predict_dataloader()) == [0, 2, 1]
+    first, again, later = (data.train_dataloader() for _ in range(3))
+    later.sampler.set_epoch(1)
+    assert numbers(first) == numbers(again) != numbers(later)
+    assert sorted(numbers(later)) == [0, 1, 2, 3, 4, 5]
+    few = Cityscapes(str(tmp_path), 16, 32, train_limit=2, workers=0)
+    few.setup("fit")
+    assert sorted(numbers(few.train_dataloader())) == [0, 2]
+
+
+def test_cityscapes_says_how_to_get_it(tmp_path: Path) -> None:
+    lacks = r"leftImg8bit/train and gtFine/train.*under .*gtFine_trainvaltest.zip.*cityscapes-dataset.com.*`root`"
+    with pytest.raises(FileNotFoundError, match=lacks):
+        Cityscapes(str(tmp_path)).setup("fit")
+    for kind in ("leftImg8bit", "gtFine"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=lacks):
+        Cityscapes(str(tmp_path)).setup("fit")
+    with pytest.raises(ValueError, match="Cityscapes: expected `height` of at least 1, got 0"):
+        Cityscapes(str(tmp_path), height=0)
 
 
 class Seen(MLPClassifier.__base__):  # type: ignore[name-defined,misc]

@@ -190,6 +190,7 @@ def test_classes_of_masks_are_those_that_an_image_shows():
     masks[::2, 0, 0] = 1
     masks[5, 1, 1] = 2
     masks[6, 1, 1] = -1
+    masks[7, 1, 1] = 255
     data = DataPass((torch.rand(20, 3, 2, 2), masks), per_class=3)
     with pytest.warns(UserWarning, match=r"got fewer of: 2 \(1\)"):
         assert data.classes[1] >= 3

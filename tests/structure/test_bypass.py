@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.models import VGG16CIFAR, ResNetCIFAR
+from lightning_prune.models import VGG16CIFAR, ResNetCIFAR, SegNet
 from lightning_prune.structure import Subject, trace
 from lightning_prune.structure.bypass import find_bypasses
 from lightning_prune.structure.flow import with_flow
@@ -165,3 +165,16 @@ def test_a_stage_whose_layers_share_a_module_with_others_stays():
     structure = with_flow(trace(subject), subject)
     assert "project" in structure.widths
     assert not any(bypass.along for bypass in find_bypasses(structure, subject).groups.values())
+
+
+def test_places_of_maxima_are_no_way_around_a_layer():
+    """The decoder of SegNet unpools with the encoder's indices: they say where, not what."""
+    torch.manual_seed(0)
+    subject = Subject.of(SegNet(3, ((4, 2), (5, 2)), (3, 8, 8)), torch.randn(2, 3, 8, 8))
+    structure = with_flow(trace(subject), subject)
+    assert structure.flow is not None
+    for name in structure.widths:
+        assert "no other path leads around it" in structure.flow.without([name])
+    found = find_bypasses(structure, subject).groups
+    assert {"encoder.1.0", "encoder.1.3", "decoder.0.0", "decoder.1.0"} <= found.keys()
+    assert not {"encoder.0.0", "encoder.0.3"} & found.keys()  # they read the input, or are read at two sizes

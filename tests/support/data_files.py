@@ -73,3 +73,20 @@ def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[int, 
             (folder / file).write_text("\n".join(lines) + "\n")
             written.append((id_, hashlib.md5((folder / file).read_bytes()).hexdigest(), file))
     monkeypatch.setattr(dataset, "file_list", written)
+
+
+def write_cityscapes(root: Path, train: int = 20, val: int = 2) -> None:
+    """Pictures of one colour each, their number, in two cities; a car (26) on road (7), on the right nothing (1)."""
+    for part, count in (("train", train), ("val", val)):
+        for number in range(count):
+            name = f"{'ab'[number % 2]}_{number:06d}_000019"
+            image, label = (
+                root / kind / part / "ab"[number % 2] / f"{name}_{end}.png"
+                for kind, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"))
+            )
+            for file in (image, label):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 32), (10 * number, 0, 0)).save(image)
+            ids = np.full((32, 64), 7, dtype=np.uint8)
+            ids[:, 32:], ids[:4, :4] = 1, 26
+            Image.fromarray(ids).save(label)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.scoring.drawing import NO_CLASS
+
 __all__ = ["ClassScores", "Task", "class_scores", "score_tensor"]
 
 #: One class of several per sample (or pixel); one yes or no; several independent ones.
@@ -62,7 +64,7 @@ def class_scores(
 
     Args:
         outputs: Of the unmasked network, for all samples.
-        labels: Of the same samples, if there are any.
+        labels: Of the same samples, if there are any; pixels labelled 255 belong to no class.
         task: What the outputs are scores of.
         normalized: Whether they are probabilities already.
 
@@ -128,8 +130,11 @@ def _require_fit(outputs: Tensor, labels: Tensor | None, task: Task) -> None:
             "expected labels that name classes, got numbers with fractions. Importance by misclassification is not "
             "defined for regression: choose another criterion."
         )
-    if task == "multiclass" and labels.shape != outputs.shape and int(labels.max()) >= classes:
-        raise ValueError(f"expected labels below the {classes} classes of the outputs, got {int(labels.max())}")
+    if task == "multiclass" and labels.shape != outputs.shape:
+        named = labels if outputs.dim() == 2 else labels[labels != NO_CLASS]
+        highest = int(named.max()) if named.numel() else 0
+        if highest >= classes:
+            raise ValueError(f"expected labels below the {classes} classes of the outputs, got {highest}")
 
 
 def _is_normalized(outputs: Tensor, task: Task) -> bool:

@@ -50,7 +50,6 @@ class SklearnEstimator(Surrogate):
     seed: int = 0
 
     importances: ClassVar[tuple[str, ...]] = ("own", "permutation")
-    incidental: ClassVar[tuple[str, ...]] = ("n_jobs", "verbose")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,7 +57,6 @@ class NeuralProbe(Surrogate):
     seed: int = 0
 
     importances: ClassVar[tuple[str, ...]] = ("weight", "permutation")
-    incidental: ClassVar[tuple[str, ...]] = ("device",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

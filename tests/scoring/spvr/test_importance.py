@@ -8,6 +8,7 @@ import torch
 
 from lightning_prune.scoring.spvr import (
     MEASURES,
+    ClassScores,
     class_scores,
     kl_divergence,
     misclassification,
@@ -130,6 +131,8 @@ def test_the_scores_are_found_in_what_forward_returns():
         (torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), {}, "one label for each of the"),
         (torch.zeros(4, 1), torch.tensor([0.5, 1.0, 2.0, 3.0]), {}, "not defined for regression"),
         (torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), {}, "below the 3 classes of the outputs, got 3"),
+        (torch.zeros(4, 3), torch.tensor([0, 1, 2, 255]), {}, "below the 3 classes of the outputs, got 255"),
+        (torch.zeros(1, 3, 2), torch.tensor([[3, 255]]), {}, "below the 3 classes of the outputs, got 3"),
         (torch.zeros(4, 1), None, {"task": "multiclass"}, "two classes or more"),
         (torch.zeros(4, 3), None, {"task": "regression"}, "expected `task` to be one of"),
     ],
@@ -137,3 +140,8 @@ def test_the_scores_are_found_in_what_forward_returns():
 def test_what_is_no_class_score_is_refused(outputs, labels, how, message):
     with pytest.raises(ValueError, match=message):
         class_scores(outputs, labels, **how)
+
+
+def test_pixels_of_no_class_are_no_error():
+    reading = class_scores(torch.zeros(2, 3, 2), torch.tensor([[255, 2], [255, 255]]))
+    assert reading == ClassScores("multiclass", False)

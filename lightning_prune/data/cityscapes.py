@@ -1,0 +1,147 @@
+"""Cityscapes, read by torchvision: street scenes with the class of every pixel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+from lightning_prune.data.tensors import ShuffledByEpoch
+from lightning_prune.extras import require
+
+__all__ = ["Cityscapes"]
+
+#: Label of pixels that belong to no class.
+_IGNORED = 255
+# Of ImageNet, as pretrained encoders expect.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@final
+class Cityscapes(LightningDataModule):
+    """2,975 street scenes for training and 500 others, finely annotated with 19 classes (Cordts et al., 2016).
+
+    Images are resized and normalised; labels ``(height, width)`` are the benchmark's 19 training classes, and 255 for
+    pixels that belong to none of them. The official validation images are for validation and test: labels of the test
+    set are not public. The order of an epoch is a function of seed and epoch, so that a resumed run sees the same
+    batches.
+
+    The set is not downloaded: it needs an account. `FileNotFoundError` tells what to put where.
+
+    Args:
+        root: Folder that holds ``leftImg8bit`` and ``gtFine``; by default what the environment variable
+            ``LIGHTNING_PRUNE_DATA`` names, else the working folder.
+        height: Of the images, in pixels; they are 1024×2048.
+        width: Of the images, in pixels.
+        batch_size: Images in a batch.
+        train_limit: Train on the first so many training images only; ``None`` for all.
+        workers: Processes that read and resize images.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: For a number below 1.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        height: int = 256,
+        width: int = 512,
+        batch_size: int = 8,
+        train_limit: int | None = None,
+        workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {"height": height, "width": width, "batch_size": batch_size, "train_limit": train_limit}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"Cityscapes: expected `{name}` of at least 1, got {value}.")
+        self.root = Path(root or os.environ.get("LIGHTNING_PRUNE_DATA") or ".")
+        self.height, self.width = height, width
+        self.batch_size, self.train_limit = batch_size, train_limit
+        self.workers, self.seed = workers, seed
+        self._parts: dict[str, Subset[Any]] = {}
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Lists the images, whatever the stage; they are read when they are needed.
+
+        Raises:
+            FileNotFoundError: If the set is not there, or not whole.
+        """
+        if not self._parts:
+            self._parts = {"train": self._open("train", self.train_limit), "val": self._open("val", None)}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training images, shuffled."""
+        return self._loader("train", ShuffledByEpoch(len(self._parts["train"]), self.seed))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The official validation images in the order of their names."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The same images."""
+        return self._loader("val")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The same images."""
+        return self._loader("val")
+
+    def _open(self, part: str, limit: int | None) -> Subset[Any]:
+        dataset = require("torchvision.datasets", extra="vision").Cityscapes
+        table = torch.full((256,), _IGNORED)
+        for kind in dataset.classes:
+            if 0 <= kind.train_id < _IGNORED:
+                table[kind.id] = kind.train_id
+        try:
+            found = dataset(
+                str(self.root),
+                split=part,
+                target_type="semantic",
+                transforms=_Prepared(self.height, self.width, tuple(table.tolist())),
+            )
+        except RuntimeError as error:
+            raise self._missing(part) from error
+        if not len(found):
+            raise self._missing(part)
+        order = sorted(range(len(found)), key=found.images.__getitem__)  # folders are listed in any order
+        return Subset(found, order[:limit])
+
+    def _missing(self, part: str) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"Cityscapes: expected the folders leftImg8bit/{part} and gtFine/{part}, with a sub-folder for each city, "
+            f"under {self.root}, found them not or empty. Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
+            "from https://www.cityscapes-dataset.com, unpack them there, and name the folder by `root` or the "
+            "environment variable LIGHTNING_PRUNE_DATA."
+        )
+
+    def _loader(self, part: str, sampler: ShuffledByEpoch | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            self._parts[part],
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+
+class _Prepared(NamedTuple):
+    """Makes tensors of a picture and of the annotation that belongs to it."""
+
+    height: int
+    width: int
+    classes: tuple[int, ...]
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
+        tensor = require("torchvision.transforms.functional", extra="vision").pil_to_tensor
+        size, (mean, std) = (self.height, self.width), (torch.tensor(fact).view(3, 1, 1) for fact in (_MEAN, _STD))
+        pixels = F.interpolate(tensor(image)[None] / 255, size, mode="bilinear", antialias=True)[0]
+        labels = F.interpolate(tensor(target)[None].float(), size, mode="nearest-exact")[0, 0].long()
+        return (pixels - mean) / std, torch.tensor(self.classes)[labels]
