@@ -74,7 +74,7 @@ class ScoreOptions:
         return {
             "mode": self.mode,
             "reduction": self.reduction,
-            "surrogate": repr(self.surrogate),
+            "surrogate": self.surrogate.key,
             "metric": metric_name(self.metric, self.surrogate.task),
             "held_back": self.held_back,
             "seed": self.seed,

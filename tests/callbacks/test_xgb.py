@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import lightning_prune
 from lightning_prune import (
     NeuralProbe,
     OneShot,
+    ReestimateBatchNorm,
     Rewind,
     Ridge,
     SklearnEstimator,
@@ -50,6 +52,7 @@ from tests.callbacks.xgb_runs import (
     in_processes,
     kept,
     loader,
+    repaired,
 )
 from tests.support import ranks, wandb_files
 from tests.support import xgb_reference as reference
@@ -120,6 +123,27 @@ def test_processes_score_one_network(tmp_path: Path) -> None:
     for layer, one in expected.items():
         for mine, other in zip(found[layer], (one.mu, one.importance, one.total), strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("kind", "repairs", "depth"),
+    [
+        ("Chain", [Ridge(batches=2)], None),
+        ("Residual", [Ridge(batches=2), ReestimateBatchNorm(batches=2)], None),
+        ("Deep", [Ridge(batches=2)], "argmax"),
+    ],
+)
+def test_processes_repair_one_network(kind: str, repairs: Any, depth: Any, tmp_path: Path) -> None:
+    """All hold what one process alone makes of the checkpoint, which has the statistics of the first."""
+    first, second = ranks.run(repaired, str(tmp_path / "1"), kind, repairs, depth, processes=2)
+    checkpoint = str(tmp_path / "1" / "ends" / "epoch=0.ckpt")
+    (alone,) = ranks.run(repaired, str(tmp_path / "2"), kind, repairs, depth, checkpoint)
+    assert first.keys() == second.keys() == alone.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        if name not in ("head.weight", "head.bias"):  # drawn anew behind the cut in depth
+            torch.testing.assert_close(alone[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("mode", ["one_shot", "layer_wise"])
@@ -449,6 +473,16 @@ def test_scores_of_other_options_are_not_taken(changed: dict[str, Any], tmp_path
     fit(tmp_path / "1", Module(), XGBPruning(surrogate=Counting(fits), gain=0.9))
     fit(tmp_path / "2", Module(), XGBPruning(surrogate=Counting(fits), **{"gain": 0.9, **changed}))
     assert len(fits) == 6
+
+
+def test_scores_serve_any_number_of_threads(tmp_path: Path) -> None:
+    """As a table that a machine with a GPU has made serves one without."""
+    fit(tmp_path / "1", Module(), XGBPruning(gain=0.9, surrogate=QUICK))
+    (file,) = (tmp_path / "1").glob("scores-*.jsonl")
+    again = XGBPruning(gain=0.9, surrogate=replace(QUICK, threads=2), scores=str(file))
+    fit(tmp_path / "2" / "run", Module(), again)
+    assert again.scored is not None
+    assert again.scored.passes == 0
 
 
 def test_scores_serve_every_amount_but_only_their_network(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import XGBoost, XGBPruning
+from lightning_prune import OneShot, XGBoost, XGBPruning
 from lightning_prune.callbacks import score_display, showing
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of
@@ -124,6 +125,38 @@ def in_processes(folder: str, kind: str, settings: dict[str, Any], epochs: int =
     found = {station.layer.removeprefix("net."): one for station, one in pruning.scored.layers.items()}
     numbers = {layer: (one.score, one.importance, one.share) for layer, one in found.items()}
     return numbers, kept(module), {name: p.detach() for name, p in module.named_parameters()}
+
+
+class AfterTheCut(Callback):
+    """What the network holds when the cut has been made, before it trains on."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.found is None and history_of(pl_module) is not None:
+            self.found = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+
+
+def repaired(folder: str, kind: str, repairs: list[Any], depth: Any = None, ckpt: str | None = None) -> Any:
+    """What each of several processes holds after a cut at epoch 1, with its repairs; the run may begin there."""
+    quiet_processes()
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    settings: dict[str, Any] = {"pruning_ratio": 0.5, "depth": depth, "surrogate": QUICK, "schedule": OneShot(1)}
+    pruning, after = XGBPruning(extensions=repairs, **settings), AfterTheCut()
+    module = Deep(0.1) if kind == "Deep" else Module(kind, lr=0.1)
+    for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.momentum = 0.1
+    several: dict[str, Any] = {}
+    count = int(os.environ.get(PROCESSES, "1"))
+    if count > 1:
+        several = {"devices": count, "strategy": DDPStrategy()}
+    ends = ModelCheckpoint(Path(folder) / "ends", filename="{epoch}", save_top_k=-1)
+    fit(Path(folder), module, pruning, ends, after, epochs=2, enable_checkpointing=True, ckpt_path=ckpt, **several)
+    alike: list[Any] = [after.found] * count
+    if count > 1:
+        dist.all_gather_object(alike, after.found)
+    return alike
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,34 @@ kinds = pytest.mark.parametrize(
 def test_every_surrogate_is_tested() -> None:
     own = {kind for kind in Surrogate.__subclasses__() if kind.__module__.startswith("lightning_prune.")}
     assert {type(make()) for make in SURROGATES} == own
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (XGBoost(threads=1), XGBoost(threads=2, device="cuda")),
+        (XGBoost(params={"nthread": 1}), XGBoost()),
+        (XGBoost(params={"nthread": 1, "gamma": 2}), XGBoost(params={"gamma": 2})),
+        (NeuralProbe(), NeuralProbe(device="cuda")),
+        (
+            SklearnEstimator("sklearn.ensemble.RandomForestClassifier", {"n_estimators": 5, "n_jobs": 2}),
+            SklearnEstimator("sklearn.ensemble.RandomForestClassifier", {"n_estimators": 5}),
+        ),
+    ],
+)
+def test_where_it_is_fitted_is_no_part_of_what_scores_depend_on(one: Surrogate, other: Surrogate) -> None:
+    assert one.key == other.key
+    assert one.key != replace(one, seed=1).key
+
+
+def test_every_other_setting_is() -> None:
+    others: dict[str, Any] = {
+        **{"task": "regression", "rounds": 9, "max_depth": 2, "learning_rate": 0.1, "max_bin": 32},
+        **{"colsample_bynode": 0.5, "early_stopping": None, "class_weight": "balanced", "importance": "weight"},
+        **{"seed": 1, "memory_limit": 10, "params": {"gamma": 2}},
+    }
+    assert {*others, "threads", "device"} == {field.name for field in fields(XGBoost)}
+    assert len({XGBoost().key, *(XGBoost(**{name: value}).key for name, value in others.items())}) == len(others) + 1
 
 
 @kinds

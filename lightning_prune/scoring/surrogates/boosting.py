@@ -76,6 +76,7 @@ class XGBoost(Surrogate):
 
     importances: ClassVar[tuple[str, ...]] = ("gain", "weight", "permutation")
     packages: ClassVar[tuple[str, ...]] = ("xgboost",)
+    incidental: ClassVar[tuple[str, ...]] = ("threads", "device", "nthread", "n_jobs", "verbosity")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,6 +50,7 @@ class SklearnEstimator(Surrogate):
     seed: int = 0
 
     importances: ClassVar[tuple[str, ...]] = ("own", "permutation")
+    incidental: ClassVar[tuple[str, ...]] = ("n_jobs", "verbose")
 
     def __post_init__(self) -> None:
         super().__post_init__()

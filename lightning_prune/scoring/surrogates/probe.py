@@ -57,6 +57,7 @@ class NeuralProbe(Surrogate):
     seed: int = 0
 
     importances: ClassVar[tuple[str, ...]] = ("weight", "permutation")
+    incidental: ClassVar[tuple[str, ...]] = ("device",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

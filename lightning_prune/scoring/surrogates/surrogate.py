@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +64,7 @@ class Surrogate(Settings, ABC):
         packages: Optional packages that it needs.
         importance: How the use of a feature is measured; ``"permutation"`` is known to all of them: how much the metric
             on the held-back part falls when the feature is shuffled, the mean of five shuffles, at least 0.
+        incidental: Settings, also among ``params``, that only say where and how fast it is fitted.
     """
 
     task: Task
@@ -71,6 +72,7 @@ class Surrogate(Settings, ABC):
     seed: int
     importances: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
+    incidental: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +80,19 @@ class Surrogate(Settings, ABC):
         if self.importance not in self.importances:
             known = ", ".join(f'"{one}"' for one in self.importances)
             raise ValueError(f"{name}: expected `importance` of {known}, got {self.importance!r}")
+
+    @property
+    def key(self) -> str:
+        """All settings that scores depend on, as text: those of two surrogates are equal if these are."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.repr}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._telling(settings))})"
+
+    def _telling(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if name == "params" and value is not None:
+                yield name, dict(self._telling(value)) or None
+            elif name not in self.incidental:
+                yield name, value
 
     def require_packages(self) -> None:
         """Import the optional packages that it needs.
