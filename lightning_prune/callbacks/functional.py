@@ -34,6 +34,7 @@ from lightning_prune.surgery import (
     check,
     history_of,
     latency_table,
+    losses_of_plans,
     original_of,
     refuse,
     repaired,
@@ -73,7 +74,8 @@ def prune(
         budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
         criterion: How much each unit matters; by default `L1`. Most others look at ``data``: in eval mode, all of it.
-        scope: ``"local"``, ``"global"``, ``"erk"``, or a `Scope`.
+        scope: ``"local"``, ``"global"``, ``"erk"``, ``"random"``, or a `Scope`; the best of several draws is found on
+            ``data`` by its ``loss``.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
         data: Samples for criteria and repairs: a `DataPass`, or batches ``(x, y)`` as a `DataLoader` or a list gives
@@ -198,7 +200,8 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     feasible(structure, target, scope, selected, original, bundles)
     began = perf_counter()
     scores = score_groups(asked.criterion, groups, named(model), statistic)
-    plan = make_plan(structure, scores, target, 1.0, scope, original, bundles)
+    plans = [make_plan(structure, scores, target, 1.0, drawn, original, bundles) for drawn in scope.drawn]
+    plan = plans[0] if len(plans) == 1 else _best(asked, subject, structure, plans)
     with _runs_on_the_example(model, call):
         present = _size(subject, structure, measure=asked.measure)
     report, number = Report(dense=present, versions=versions()), 0
@@ -235,6 +238,19 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         )
     report.final = _size(subject, after, measure=asked.measure)
     return report
+
+
+def _best(asked: _Cut, subject: Subject, structure: Structure, plans: Sequence[Plan]) -> Plan:
+    """The plan whose network has the least loss, the first of equal ones."""
+    data = asked.data
+    if data is None or data.loss is None:
+        raise ValueError(
+            f"prune: expected `data=` and `loss=` to compare {len(plans)} draws, got no "
+            f"{'data' if data is None else 'loss'}. Give batches `(x, y)` and a loss, or `draws=1`."
+        )
+    with _told_as_of_the_data():
+        losses = losses_of_plans(subject.copy("real").module, structure, plans, data).tolist()
+    return plans[min(range(len(plans)), key=losses.__getitem__)]
 
 
 def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None) -> DataPass:
@@ -279,7 +295,8 @@ def _observed(
         raw = {"args": call.args, "kwargs": dict(call.kwargs)}
         data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
     copy = subject.copy("real").module
-    _collect(statistic, copy, data)
+    with _told_as_of_the_data():
+        statistic.collect(copy, data)
     lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
     kept = tuple(name for name in selected if name not in lost)
     reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
@@ -292,10 +309,11 @@ def _observed(
     return statistic, kept
 
 
-def _collect(statistic: Statistic, model: nn.Module, data: DataPass) -> None:
-    """Let a statistic look at the data; a network or loss that fails on it is told from a fault in here."""
+@contextmanager
+def _told_as_of_the_data() -> Iterator[None]:
+    """A network or loss that fails on the data is told from a fault in here."""
     try:
-        statistic.collect(model, data)
+        yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:

@@ -16,6 +16,8 @@ from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.processes import (
     agreed,
+    all_or_none,
+    gathered,
     measured_on_first,
     merged,
     on_first,
@@ -47,10 +49,13 @@ from lightning_prune.surgery import (
     Repair,
     history_of,
     latency_table,
+    losses_of_plans,
 )
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["StructuredOptions", "StructuredPruning"]
+
+_SAMPLES_OF_DRAWS = 1000
 
 
 class StructuredOptions(TypedDict, total=False):
@@ -84,7 +89,8 @@ class StructuredPruning(NetworkPruning):
         criterion: How much each unit matters; by default `L1`.
         schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores go, wherever they are),
-            ``"erk"`` (wide layers lose most), or a `Scope` with limits of the widths.
+            ``"erk"`` (wide layers lose most), ``"random"`` (a drawn allocation), or a `Scope` with limits of the
+            widths, such as the best of twenty draws, ``Scope("random", draws=20)``.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
@@ -135,6 +141,7 @@ class StructuredPruning(NetworkPruning):
     def _unprepare(self) -> None:
         super()._unprepare()
         self._data_at_cut: DataPass | None = None  # what a statistic with passes of its own looks at
+        self._data_of_draws: DataPass | None = None  # what drawn allocations are compared on
         self._resolved = self.target
         self._selected: tuple[str, ...] = ()
         self._observed: tuple[str, ...] = ()  # the same before it showed which of them cannot be scored
@@ -213,9 +220,23 @@ class StructuredPruning(NetworkPruning):
         self._data_at_cut = None
         if statistic is not None and statistic.collects:
             self._data_at_cut = data_at_cut(trainer, module, self._subject, batch, self.criterion.amount)
+        self._data_of_draws = self._for_draws(trainer, module, batch)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
         return timeline
+
+    def _for_draws(self, trainer: Trainer, module: LightningModule, batch: Any) -> DataPass | None:
+        """Samples with a loss, where several drawn allocations are to be compared."""
+        if self.scope.draws == 1:
+            return None
+        assert self._subject is not None
+        data = data_at_cut(trainer, module, self._subject, batch, {"samples": _SAMPLES_OF_DRAWS})
+        if data.loss is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a `training_step` that can be run, for its loss, to compare "
+                f"{self.scope.draws} draws, got none. Give the module one, or `draws=1`."
+            )
+        return data
 
     def _bundles(self, structure: Structure) -> Mapping[str, Sequence[Sequence[int]]]:
         """Units that the criterion lets go together only, as far as that is known before anything is observed."""
@@ -348,8 +369,25 @@ class StructuredPruning(NetworkPruning):
             scores = score_groups(self.criterion, groups, tensors, statistic)
             numbers = score_summary(scores, statistic)
             bundles = bundles_of(self.criterion, groups, statistic)
-        plan = make_plan(structure, scores, self._resolved, point.share, self.scope, self._original, bundles)
-        return agreed(trainer, plan), scores, numbers
+        plans = [
+            make_plan(structure, scores, self._resolved, point.share, scope, self._original, bundles)
+            for scope in self.scope.drawn
+        ]
+        plan, found = self._best(trainer, plans)
+        return agreed(trainer, plan), scores, {**numbers, **found}
+
+    def _best(self, trainer: Trainer, plans: Sequence[Plan]) -> tuple[Plan, dict[str, float]]:
+        """The plan whose network has the least loss, the first of equal ones, and numbers for loggers."""
+        data, structure = self._data_of_draws, self._structure
+        if data is None:
+            return plans[0], {}
+        assert structure is not None
+        assert self._subject is not None
+        with all_or_none(), trainer.precision_plugin.forward_context():
+            sums = losses_of_plans(self._subject.copy("real").module, structure, plans, data)
+        *losses, samples = gathered(torch.cat([sums, sums.new_tensor([len(data)])])[None]).sum(0).tolist()
+        best = min(range(len(plans)), key=losses.__getitem__)
+        return plans[best], {"pruning/draw": float(best), "pruning/draw_loss": losses[best] / samples}
 
     @override
     def _know(self, structure: Structure) -> None:

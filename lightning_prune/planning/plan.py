@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ def make_plan(
       the nearest unit (or multiple of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
     - Local, anything else: all groups shrink at the same pace, one unit or block at a time, until the budget holds.
     - ERK: groups keep shares proportional to their density, at most 1, until the budget holds.
+    - Random: the same with a drawn number as density, which depends on the seed and the group's name alone; of several
+      draws this makes the first.
     - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
       until the budget holds.
     - With ``min_width=0`` a group may lose its last unit if the network's outputs then still depend on its inputs;
@@ -350,14 +353,23 @@ def _rounded(wanted: float, step: int) -> int:
 def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
     """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds.
 
-    Under ``"erk"`` shares are relative to the densities, which are those of the dense network.
+    Under ``"erk"`` and ``"random"`` shares are relative to the densities, under ``"erk"`` those of the dense network.
     """
-    erk = scope.kind == "erk"
-    density = _densities(vanishing.structure, now, original) if erk else dict.fromkeys(now, 1.0)
+    density = dict.fromkeys(now, 1.0)
+    if scope.kind == "erk":
+        density = _densities(vanishing.structure, now, original)
+    elif scope.kind == "random":
+        density = {name: _drawn(scope.seed, name) for name in now}
     return {
         name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(ladder)])
         for name, ladder in vanishing.ladders.items()
     }
+
+
+def _drawn(seed: int, name: str) -> float:
+    """Uniform in (0, 1], the same in every process and at every cut."""
+    # `hash` of a string differs between processes
+    return 1 - float(np.random.default_rng([zlib.crc32(name.encode()), seed % 2**63]).random())
 
 
 def _densities(structure: Structure, names: Collection[str], original: Original) -> dict[str, float]:

@@ -15,7 +15,7 @@ from lightning_prune.structure.graph import Group, Structure
 __all__ = ["Scope", "ScopeKind", "pick", "select"]
 
 #: How the amount to remove is distributed.
-ScopeKind = Literal["local", "global", "erk"]
+ScopeKind = Literal["local", "global", "erk", "random"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Scope(Settings):
             wherever they are (non-uniform). ``"erk"``: what a group keeps is proportional to
             (fan in + fan out + kernel sizes) / (their product) of the weights that produce it, so that wide layers lose
             most (Erdős–Rényi kernel: Evci et al., 2020, there of single weights); `LAMP` under ``"global"`` is another
-            such allocation.
+            such allocation. ``"random"``: what a group keeps is proportional to a number that is drawn for it,
+            uniformly in (0, 1], and at most all (random channel pruning: Li et al., 2022).
         min_width: Units that every group keeps. With 0, groups may lose all of them where another path leads around
             (the branch of a residual block), and their layers are taken out of the network; elsewhere one unit stays.
         round_to: Channels and features after a cut are multiples of this (8 or 16 suit tensor cores), to the nearest
@@ -37,18 +38,28 @@ class Scope(Settings):
             their absolute values within the group, so that layers whose sums have more terms are not favoured;
             ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network). By
             default ``"none"`` for `LAMP` and `NetworkSlimming`, whose scores are made for that, else ``"mean"``.
+        draws: Of ``"random"``, how many allocations are drawn; the one with the least loss is taken. Each is cut out of
+            a copy of the network and run as it is on up to 1,000 samples of the training data, or on ``data`` of
+            `prune`. Li et al. fit the weights of each to the dense network's activations first.
+        seed: Of ``"random"``: another seed, other allocations.
     """
 
     kind: ScopeKind = "local"
     min_width: int = 1
     round_to: int = 1
     normalize: Literal["mean", "none"] | None = None
+    draws: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("min_width", 0), ("round_to", 1)):
+        for name, least in (("min_width", 0), ("round_to", 1), ("draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
+        if self.kind != "random" and (self.draws, self.seed) != (1, 0):
+            raise ValueError(
+                f'expected `draws` and `seed` with a scope of "random" only, got {self.kind!r}. Give kind="random".'
+            )
 
     @classmethod
     def of(cls, scope: ScopeKind | Scope, *, comparable: bool = False) -> Scope:
@@ -60,6 +71,11 @@ class Scope(Settings):
         """
         given = scope if isinstance(scope, Scope) else cls(scope)
         return replace(given, normalize="none") if comparable and given.normalize is None else given
+
+    @property
+    def drawn(self) -> tuple[Scope, ...]:
+        """Scopes with one draw each, which are to be compared; otherwise the scope itself."""
+        return tuple(replace(self, draws=1, seed=self.seed + number) for number in range(self.draws))
 
     def step(self, group: Group) -> int:
         """Units from one allowed width to the next: the channels of every layer that makes or takes them are even."""

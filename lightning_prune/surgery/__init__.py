@@ -17,6 +17,7 @@ from lightning_prune.surgery.history import (
     replay,
     save_into,
 )
+from lightning_prune.surgery.judged import losses_of_plans
 from lightning_prune.surgery.masks import (
     Masks,
     apply_masks,
@@ -86,6 +87,7 @@ __all__ = [
     "latency_table",
     "load_from",
     "load_masks_from",
+    "losses_of_plans",
     "mask",
     "maskable",
     "masks_of",

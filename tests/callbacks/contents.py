@@ -53,7 +53,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "_pace",
         "report",
         "_subject",
-        "_data_at_cut",  # reads the run's own loader
+        *("_data_at_cut", "_data_of_draws"),  # read the run's own loader
         "_trained",
         "_structure",
         "_observation",

@@ -27,6 +27,7 @@ from lightning_prune import (
     Ridge,
     Rollback,
     SaveEachSize,
+    Scope,
     StructuredPruning,
     inspect,
 )
@@ -68,7 +69,8 @@ def test_resuming_equals_never_having_stopped(processes: int, tmp_path: Path) ->
         for kind in pruning_callbacks()
         for optimizer in ("sgd", "adamw")
     ]
-    assert len(cases) >= 6
+    cases.append(("StructuredPruning", "sgd", {"scope": Scope("random", draws=4)}))
+    assert len(cases) >= 7
     assert ranks.run(ranked.resumed, tmp_path, *cases, processes=processes, elastic=True) == {}
 
 

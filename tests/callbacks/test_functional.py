@@ -25,6 +25,7 @@ from lightning_prune import (
     Reinitialise,
     Ridge,
     Rollback,
+    Scope,
     StructuredPruning,
     SynFlow,
     Taylor,
@@ -365,6 +366,30 @@ def test_scores_are_those_of_the_data() -> None:
     history = history_of(net)
     assert history is not None
     assert history.axes["4.weight"][0].tolist() == sorted(score.topk(6).indices.tolist())
+
+
+def test_of_random_allocations_the_one_with_the_least_loss_is_taken() -> None:
+    """By hand: every draw on a copy, and the loss of the whole data."""
+    net, batches = network(), labelled()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    found: list[tuple[float, dict[str, int]]] = []
+    for seed in range(7, 13):
+        drawn = copy.deepcopy(net)
+        report = prune(drawn, EXAMPLE, budget={"params": 0.4}, scope=Scope("random", seed=seed))
+        found.append((nn.functional.cross_entropy(drawn.eval()(x), y).item(), report.widths))
+    losses = sorted(loss for loss, _ in found)
+    assert losses[1] - losses[0] > 1e-4, "no near tie"
+    before = copy.deepcopy(net.state_dict())
+    scope, loss = Scope("random", draws=6, seed=7), nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="expected `data=` and `loss=` to compare 6 draws, got no data"):
+        prune(net, EXAMPLE, budget={"params": 0.4}, scope=scope)
+    with pytest.raises(ValueError, match="to compare 6 draws, got no loss"):
+        prune(net, EXAMPLE, budget={"params": 0.4}, scope=scope, data=batches)
+    with pytest.raises(ValueError, match="the network or the loss fails on `data`"):
+        prune(net, EXAMPLE, budget={"params": 0.4}, scope=scope, data=[(x, y.double())], loss=loss)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    report = prune(net, budget={"params": 0.4}, scope=scope, data=batches, loss=loss)
+    assert report.widths == min(found, key=lambda one: one[0])[1] != found[0][1]
 
 
 @pytest.mark.parametrize("repair", [Ridge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()], ids=repr)

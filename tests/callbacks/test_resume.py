@@ -21,6 +21,7 @@ from lightning_prune import (
     MagnitudePruning,
     OneShot,
     Random,
+    Scope,
     StructuredPruning,
     Taylor,
 )
@@ -35,6 +36,7 @@ PRUNERS: dict[str, Any] = {
     "l2": lambda **o: StructuredPruning(budget={"params": 0.5}, criterion=L2(), scope="global", **o),
     "memory": lambda **o: StructuredPruning(budget={"memory": 0.5}, **o),
     "random": lambda **o: StructuredPruning(0.5, criterion=Random(), **o),
+    "drawn": lambda **o: StructuredPruning(budget={"params": 0.5}, scope=Scope("random", draws=4), **o),
 }
 # Cuts before the epochs 2 and 4.
 SCHEDULE = LinearSchedule(start=2, end=4, cuts=2)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_prune import GraSP, KLDivergence, OneShot, StructuredPruning
+from lightning_prune import GraSP, KLDivergence, OneShot, Scope, StructuredPruning, prune
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.scoring import DataPass
 from tests.callbacks.small import Small, loaders, samples, trainer
@@ -159,6 +161,35 @@ def test_labels_that_are_no_classes_leave_a_single_batch(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="scores are taken on a single batch: .* labels that are classes"):
         trainer(tmp_path, 3, callback).fit(Regression(), loader, loader)
     assert callback.report.widths == {"net.0": 4, "net.2": 4}
+
+
+def test_draws_are_compared_by_the_training_steps_loss(tmp_path: Path) -> None:
+    """On the network as it is at the cut, without a trace: each allocation by hand, on all samples."""
+
+    class Seen(StructuredPruning):
+        def _decide(self, trainer: Any, module: Any, point: Any) -> Any:
+            self.found: list[tuple[float, dict[str, int]]] = []
+            x, y = samples()[:]
+            for seed in range(6):
+                drawn = nn.Sequential(OrderedDict(net=copy.deepcopy(module.net)))  # names decide what is drawn
+                report = prune(drawn, x, budget={"params": 0.5}, scope=Scope("random", seed=seed))
+                self.found.append((nn.functional.cross_entropy(drawn(x), y).item(), report.widths))
+            steps = module.steps
+            self.decision = super()._decide(trainer, module, point)
+            assert module.steps == steps
+            return self.decision
+
+    callback = Seen(budget={"params": 0.5}, scope=Scope("random", draws=6), schedule=OneShot(2))
+    module = Small()
+    trainer(tmp_path, 3, callback).fit(module, *loaders(shuffle=True))
+    loss, expected = min(callback.found, key=lambda one: one[0])
+    others = [other for other, found in callback.found if found != expected]
+    assert others
+    assert min(others) - loss > 1e-4, "no near tie"
+    assert callback.report.widths == expected
+    place = callback.found.index((loss, expected))
+    assert callback.decision.numbers["pruning/draw"] == place
+    assert callback.decision.numbers["pruning/draw_loss"] == pytest.approx(loss)
 
 
 def test_a_step_without_a_loss_is_named(tmp_path: Path) -> None:

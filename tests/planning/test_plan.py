@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ widths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 ratios = st.floats(0, 0.99)
 seeds = st.integers(0, 10**6)
 quantities = st.sampled_from(["units", "params", "macs", "memory", "latency"])
-kinds = st.sampled_from(["local", "global", "erk"])
+kinds = st.sampled_from(["local", "global", "erk", "random"])
 
 
 def draw_scores(structure, seed, levels=None):
@@ -128,16 +129,24 @@ def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, no
     assert {n: tuple(k) for n, k in kept.items() if len(k) < structure.widths[n]} == plan.kept
 
 
-@given(widths_lists, seeds, ratios)
-def test_erk_keeps_what_the_densities_say(mlp, widths, seed, ratio):
-    """Layer l keeps min(1, ε · (in + out) / (in · out)) of its units, with the largest ε that meets the budget."""
+def erk_densities(structure, widths, seed):
+    return Scope("erk"), [(i + o) / (i * o) for i, o in itertools.pairwise([7, *widths])]
+
+
+def random_densities(structure, widths, seed):
+    draws = (np.random.default_rng([zlib.crc32(name.encode()), seed]).random() for name in structure.widths)
+    return Scope("random", seed=seed), [1 - draw for draw in draws]
+
+
+@given(widths_lists, seeds, ratios, st.sampled_from([erk_densities, random_densities]))
+def test_erk_and_random_keep_what_the_densities_say(mlp, widths, seed, ratio, densities):
+    """Layer l keeps min(1, ε · density) of its units, with the largest ε that meets the budget."""
     structure = mlp(widths)
-    sizes = [7, *widths]
-    raw = [(i + o) / (i * o) for i, o in itertools.pairwise(sizes)]
+    scope, raw = densities(structure, widths, seed)
     target = Target("units", 1 - ratio)
-    if not reachable(structure, target, Scope("erk")):
+    if not reachable(structure, target, scope):
         return
-    plan = make_plan(structure, draw_scores(structure, seed), target, 1.0, Scope("erk"), Original.of(structure))
+    plan = make_plan(structure, draw_scores(structure, seed), target, 1.0, scope, Original.of(structure))
     found = list((structure.widths | plan.widths).values())
     limit = math.floor(sum(widths) * (1 - ratio) + 0.5 + 1e-9)
 
@@ -151,6 +160,15 @@ def test_erk_keeps_what_the_densities_say(mlp, widths, seed, ratio):
     # Several layers may step down at the same ε; the plan takes of these steps only as many as it needs.
     assert all(a <= b <= c for a, b, c in zip(kept(low), found, kept(high * (1 + 1e-9)), strict=True))
     assert sum(found) == limit or sum(kept(high * (1 + 1e-9))) > limit
+
+
+def test_another_seed_draws_another_allocation(mlp):
+    structure = mlp([40, 40, 40])
+    target, scores, scope = Target("units", 0.5), draw_scores(structure, 0), Scope("random", draws=20)
+    plans = [make_plan(structure, scores, target, 1.0, one, Original.of(structure)) for one in scope.drawn]
+    assert len({tuple(plan.widths.items()) for plan in plans}) == 20
+    assert plans[0] == make_plan(structure, scores, target, 1.0, scope, Original.of(structure))
+    assert plans[3] == make_plan(structure, scores, target, 1.0, Scope("random", seed=3), Original.of(structure))
 
 
 @given(widths_lists, seeds, ratios, ratios, quantities, kinds, st.sampled_from([1, 4]))
@@ -379,6 +397,6 @@ def test_ratios_per_layer_need_a_local_scope(mlp):
     assert feasible(structure, target, Scope(), selected) == 1
     with pytest.raises(ValueError, match=r"with a scope of 'global', got one per layer \(net.0\)"):
         feasible(structure, target, Scope("global"), selected)
-    for kind in ("global", "erk"):
+    for kind in ("global", "erk", "random"):
         with pytest.raises(ValueError, match=f"with a scope of '{kind}'"):
             make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope(kind), Original.of(structure))

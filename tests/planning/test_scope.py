@@ -65,10 +65,13 @@ def test_lamp_is_compared_as_it_is():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scope("layer"), """"local", "global" or "erk", got 'layer'"""),
+        (lambda: Scope("layer"), """"local", "global", "erk" or "random", got 'layer'"""),
         (lambda: Scope(min_width=-1), "`min_width` of at least 0, got -1"),
         (lambda: Scope(round_to=0), "`round_to` of at least 1, got 0"),
         (lambda: Scope(normalize="max"), "got 'max'"),
+        (lambda: Scope("random", draws=0), "`draws` of at least 1, got 0"),
+        (lambda: Scope("global", draws=3), "`draws` and `seed` with a scope of \"random\" only, got 'global'"),
+        (lambda: Scope(seed=1), "with a scope of \"random\" only, got 'local'"),
     ],
 )
 def test_bad_scope(make, message):
