@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import random
+import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -58,6 +59,9 @@ SplitKey = tuple[int, tuple[int, ...]]
 Decision = tuple[int | None, tuple[int, ...]]
 #: Types that hold no tensor and are their own copy.
 _CONSTANT = frozenset((bool, int, float, str, type(None)))
+
+#: A run under the tracer changes two classes of PyTorch for its time, so that threads run theirs one after the other.
+_TRACING = threading.RLock()
 
 # What may stand in an output, and holds tensors that are none of it.
 _HOLDS_NO_OUTPUT = (int, float, str, type(None), bytes, type, nn.Module, ModuleType, FunctionType, MethodType)
@@ -694,34 +698,31 @@ class FakeCopy:
         self.module.train(call.training)
         tracer.stack = self.stack
         tracer.meta = self.kind == "meta"
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            with ExitStack() as stack:
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
-                stack.enter_context(_log_held())
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(forked_rng())
-                args, kwargs = self._inputs((call.args, dict(call.kwargs)))
-                if self.mode is not None:
-                    stack.enter_context(self.mode)
-                tracer.constant = True
-                for name, tensor in self.named.items():
-                    tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
-                self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
-                stack.enter_context(_assignments_followed(tracer))
-                left = stack.enter_context(self._state_restored())
-                stack.enter_context(tracer)
-                out = getattr(self.module, call.method)(*args, **kwargs)
-                if call.method == "forward" and left():  # a second call may go on from there
-                    counting, tracer.counting = tracer.counting, False
-                    stack.callback(setattr, tracer, "counting", counting)
-                    out = out, self.module(*args, **kwargs)
-                return out
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+        with ExitStack() as stack:
+            stack.enter_context(_TRACING)
+            stack.enter_context(_fastpath_off())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
+            stack.enter_context(_log_held())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(forked_rng())
+            args, kwargs = self._inputs((call.args, dict(call.kwargs)))
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+            tracer.constant = True
+            for name, tensor in self.named.items():
+                tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
+            self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
+            stack.enter_context(_assignments_followed(tracer))
+            left = stack.enter_context(self._state_restored())
+            stack.enter_context(tracer)
+            out = getattr(self.module, call.method)(*args, **kwargs)
+            if call.method == "forward" and left():  # a second call may go on from there
+                counting, tracer.counting = tracer.counting, False
+                stack.callback(setattr, tracer, "counting", counting)
+                out = out, self.module(*args, **kwargs)
+            return out
 
     @contextmanager
     def _state_restored(self) -> Iterator[Callable[[], bool]]:
@@ -803,6 +804,17 @@ def _who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[
 
 
 @contextmanager
+def _fastpath_off() -> Iterator[None]:
+    """Attention by its parts: the fused kernel of whole encoder layers hides them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def _log_held() -> Iterator[None]:
     """Nothing in PyTorch's log of an operator that fails on tensors without content: the error says it."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -815,13 +827,18 @@ def _log_held() -> Iterator[None]:
 
 @contextmanager
 def _assignments_followed(tracer: Tracer) -> Iterator[None]:
-    """Tell the tracer of assignments to `data`, which reach no operator; at the end they are taken back."""
+    """Tell the tracer of assignments to `data`, which reach no operator; at the end they are taken back.
+
+    Those of other threads are none of its business.
+    """
     data: Any = torch._C.TensorBase.data
+    thread = threading.get_ident()
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def assign(tensor: torch.Tensor, given: torch.Tensor) -> None:
-        before.append((tensor, data.__get__(tensor)))
-        tracer.assigned(tensor, given)
+        if threading.get_ident() == thread:
+            before.append((tensor, data.__get__(tensor)))
+            tracer.assigned(tensor, given)
         data.__set__(tensor, given)
 
     torch.Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
