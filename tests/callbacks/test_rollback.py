@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -123,6 +124,27 @@ def test_a_run_that_was_interrupted_is_judged_as_one_that_was_not(tmp_path: Path
         assert torch.equal(second.state_dict()[name], tensor), name
     assert resumed.report.notes == callback.report.notes
     assert [c.index for c in resumed.report.cuts] == [c.index for c in callback.report.cuts]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("monitor", "every"), [(None, 1), ("val_acc", 1), ("val_acc", 2), ("val_f1", 1)])
+def test_a_checkpoint_of_the_last_batch_before_the_first_cut(monitor: str | None, every: int, tmp_path: Path) -> None:
+    """Lightning leaves out what such an epoch would have measured: the cut waits until it is measured, or could be."""
+    settings: dict[str, Any] = {"check_val_every_n_epoch": every, "enable_checkpointing": True}
+
+    def parts() -> Any:
+        cut = Explicit(((every, 1.0),))
+        pruning = StructuredPruning(0.5, schedule=cut, extensions=[Rollback(monitor=monitor)])
+        return pruning, Watch(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5 * every, save_top_k=-1)
+
+    with contextlib.suppress(ValueError):
+        trainer(tmp_path, 4 * every, *parts(), **settings).fit(Small(), *loaders())
+    pruning, watch, saver = parts()
+    run = trainer(tmp_path, 4 * every, pruning, watch, saver, **settings)
+    refused = pytest.raises(ValueError, match="expected `monitor` to name a metric that was logged before")
+    with refused if monitor == "val_f1" else contextlib.nullcontext():
+        run.fit(Small(), *loaders(), ckpt_path=tmp_path / f"step={5 * every}.ckpt")
+    assert watch.widths == [8] * every + ([] if monitor == "val_f1" else [4] * 2 * every)
 
 
 def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:

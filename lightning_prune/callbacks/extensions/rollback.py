@@ -32,7 +32,8 @@ class Rollback(CutExtension):
 
     Before each cut the network and the optimizers' state are kept in memory, and in checkpoints, until the cut is
     judged: at the start of every epoch, by the metric as last measured before the cut and as measured since. The next
-    cut waits for that. Learning rates and schedules go on as they are.
+    cut waits for that. Learning rates and schedules go on as they are. A cut also waits where a run is resumed from a
+    checkpoint of an epoch's last batch, whose metrics Lightning does not measure any more, until they are measured.
 
     Args:
         epochs: Epochs that a cut is given, at least 1.
@@ -51,6 +52,8 @@ class Rollback(CutExtension):
     _kept: dict[str, Any] | None = field(init=False, repr=False, compare=False)
     #: The same of a cut that may still fail.
     _next: dict[str, Any] | None = field(init=False, repr=False, compare=False)
+    #: The epoch until which a resumed run may lack the metric, and waits.
+    _blind_until: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,13 +62,25 @@ class Rollback(CutExtension):
         if not self.tolerance >= 0:
             raise ValueError(f"Rollback: expected `tolerance` of at least 0, got {self.tolerance}. It is a difference.")
         self._kept = self._next = None
+        self._blind_until = 0
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     @property
     @override
     def waits(self) -> bool:
-        return self._kept is not None
+        return self._kept is not None or self._blind_until > 0
+
+    @override
+    def prepare(self, run: RunContext) -> None:
+        if run.trainer.global_step > 0 and self.missing(run.report) is not None:
+            # The rest of the epoch in which the checkpoint was saved was left out, with what is measured there.
+            self._blind_until = run.trainer.current_epoch + (run.trainer.check_val_every_n_epoch or 1)
+
+    @override
+    def on_epoch_start(self, run: RunContext) -> None:
+        if self._blind_until and (run.trainer.current_epoch >= self._blind_until or self.missing(run.report) is None):
+            self._blind_until = 0
 
     @override
     def before_cut(self, run: RunContext) -> None:
