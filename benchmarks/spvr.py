@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import spvr_pages
-from benchmarks.common import add_resume, computed, publish, quiet, rows_in
+from benchmarks import spvr_pages, spvr_segnet
+from benchmarks.common import EVIDENCE, add_resume, computed, publish, quiet, rows_in
 
 Row = dict[str, Any]
 Job = dict[str, Any]
@@ -21,12 +21,11 @@ Job = dict[str, Any]
 
 def parts(work: Path) -> dict[str, tuple[list[Job], Callable[[Job], Row]]]:
     """Jobs of every part, the most valuable first, and how the rest of a row is computed."""
-    from benchmarks import spvr_budgets, spvr_race, spvr_segnet, spvr_speed, spvr_tau  # each part imports what it needs
+    from benchmarks import spvr_budgets, spvr_race, spvr_speed, spvr_tau  # each part imports what it needs
 
     networks, sizes = [*spvr_speed.NETWORKS], (8, 32, 2)
     races: list[Job] = [
-        {"plan": "layers", "kept": share, "race": kind, "per_class": images, "samples": samples}
-        for images, samples in ((20, 16), (10, 1))
+        {"plan": "layers", "kept": share, "race": kind, "per_class": 20, "samples": 16}
         for kind in ("exact", "statistical")
         for share in spvr_race.SHARES
     ]
@@ -75,6 +74,8 @@ def main() -> None:
     elif given.part == "page":
         found = {part: stored_rows(given.work / f"{part}.jsonl") for part in parts(given.work)}
         publish("spvr", found, spvr_pages.tables(found))
+        if (figure := spvr_segnet.picture(given.work)) is not None:
+            figure.savefig(EVIDENCE / "spvr" / "segnet.png")
     else:
         list(rows(given.part, given.work, resume=given.resume))
 

@@ -1,9 +1,9 @@
 """What races win, and whether they decide as the full ranking: rows of `benchmarks.spvr`, part ``race``.
 
-Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), ten or 20 training
-images of every class of CIFAR-10, in 50 parts; or as `SPvRPruning` runs them, with 16 images at least in a part. The
-plan takes the least groups of all layers, each by itself, until a share of all channels' parameters is left (a layer's
-filters, and of inner layers what reads them).
+Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), 20 training images
+of every class of CIFAR-10, at least 16 in a part, as `SPvRPruning` runs races. The plan takes the least groups of all
+layers, each by itself, until a share of all channels' parameters is left (a layer's filters, and of inner layers what
+reads them).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from time import process_time
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from benchmarks.common import quiet_fit
+from benchmarks.common import quiet_fit, shown
 from lightning_prune import L1, Random, Reinitialise, SPvRPruning, prune
 from lightning_prune.callbacks.showing import Showing
 from lightning_prune.data import Shapes
@@ -26,7 +27,7 @@ from lightning_prune.extras import require
 from lightning_prune.models import SegNet
 from lightning_prune.scoring import Criterion
 
-__all__ = ["METHODS", "SEEDS", "picture", "segment"]
+__all__ = ["METHODS", "SEEDS", "picture", "segment", "table"]
 
 Row = dict[str, Any]
 EPOCHS, BUDGET, CLASSES, LR = 40, 0.2, 4, 0.003
@@ -107,6 +108,33 @@ def _test(data: Shapes) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def _classes(model: SegNet, images: Tensor) -> Tensor:
     return torch.cat([model(part).argmax(1) for part in images.split(50)])
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Of the seeds in which all methods are there."""
+    by = {(row["method"], row["seed"]): row for row in rows}
+    seeds = [seed for seed in SEEDS if all((method, seed) in by for method in METHODS)]
+    lines = [
+        f"### Segmentation: intersection over union (IoU) in test images, %, 95 % intervals of {len(seeds)} seeds",
+        "",
+        "| network | parameters | mean IoU | minus dense | ground | disc | square | triangle | pixels right "
+        "| what is left, encoder → decoder, one seed |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for method in METHODS:
+        found = [by[method, seed] for seed in seeds]
+        gaps = [100 * (row["iou"] - by["dense", row["seed"]]["iou"]) for row in found]
+        cells = [
+            method,
+            " · ".join(sorted({f"{row['params']:,}" for row in found})),
+            shown([100 * row["iou"] for row in found], 1),
+            "" if method == "dense" else shown(gaps, 1, "+"),
+            *(f"{100 * fmean(row['each'][kind] for row in found):.1f}" for kind in range(CLASSES)),
+            f"{100 * fmean(row['accuracy'] for row in found):.1f}",
+            found[0]["form"].replace("|", "/"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def picture(work: Path) -> Any:

@@ -243,8 +243,13 @@ class SPvRPruning(NetworkPruning):
         )
 
     def _require_scores(self, trainer: Trainer, module: LightningModule, data: DataPass) -> None:
-        """Refuse outputs that are no class scores, by a first batch."""
-        batch = next(iter(data))
+        """Refuse outputs that are no class scores, by a first batch, and training data without classes."""
+        try:
+            batch = next(iter(data))
+        except ValueError as error:
+            raise ValueError(
+                f"SPvRPruning takes `samples_per_class` samples of every class from the training data: {error}"
+            ) from error
         with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
             outputs = score_tensor(module(*batch.args, **batch.kwargs))
         reading = class_scores(outputs, batch.labels, self.options.task, self.options.normalized)

@@ -138,11 +138,14 @@ def hold_back(total: int, labels: Tensor | None, count: int, rng: np.random.Gene
 def class_members(labels: Tensor | None) -> dict[int, Indices]:
     """Positions of the samples of every class, in the order of the classes.
 
-    Negative labels are none, nor is 255 in labels of more than one dimension, which are pixels.
+    Negative labels are none, nor is 255 in labels of more than one dimension, which are pixels. Floating-point labels
+    that are all 0 or 1, as ``binary_cross_entropy`` takes them, are two classes.
 
     Raises:
         ValueError: If the labels are no classes.
     """
+    if labels is not None and labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all()):
+        labels = labels.long()
     if labels is None or labels.is_floating_point() or labels.is_complex():
         got = "no labels" if labels is None else f"labels of type {labels.dtype}"
         raise ValueError(
@@ -152,6 +155,8 @@ def class_members(labels: Tensor | None) -> dict[int, Indices]:
     flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).cpu().numpy()
     none = NO_CLASS if labels.ndim > 1 else -1
     classes = [int(label) for label in np.unique(flat) if label >= 0 and label != none]
+    if not classes:
+        raise ValueError(f"expected labels that are classes, from 0 on, got none: {len(labels)} samples have no class.")
     return {label: np.flatnonzero((flat == label).any(1)) for label in classes}
 
 

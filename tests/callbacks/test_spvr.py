@@ -369,6 +369,41 @@ def test_data_without_labels_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, Unlabelled(), spvr(budget=0.3), data=data)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_yes_or_no_with_labels_of_floating_point(outputs: int, tmp_path: Path) -> None:
+    """As ``binary_cross_entropy_with_logits`` takes them, one or several in a sample."""
+
+    class Binary(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[-1] = nn.Linear(8, outputs).double()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    x, labels = torch.randn(16, 3, 8, 8, dtype=torch.float64), (torch.arange(16 * outputs) % 2).double()
+    module, pruning = Binary(), spvr(budget=0.4)
+    before = params(module)
+    fit(tmp_path, module, pruning, data=DataLoader(TensorDataset(x, labels.view(16, outputs)), batch_size=8))
+    assert params(module) <= 0.4 * before
+    assert pruning.ranking is not None
+
+
+def test_outputs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    class Diverged(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.nan
+
+    with pytest.raises(ValueError, match=r"got NaN or infinity .* Has its training diverged"):
+        fit(tmp_path, Diverged(), spvr(budget=0.3))
+
+
+def test_samples_of_no_class_are_refused(tmp_path: Path) -> None:
+    data = DataLoader(TensorDataset(torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.full((12,), -100)))
+    with pytest.raises(ValueError, match=r"takes `samples_per_class` samples .* 12 samples have no class"):
+        fit(tmp_path, Chain(), spvr(budget=0.3), data=data)
+
+
 def test_a_schedule_with_several_moments_is_refused(tmp_path: Path) -> None:
     pruning = spvr(budget=0.3, schedule=lightning_prune.LinearSchedule(cuts=2))
     with pytest.raises(ValueError, match="expected a `schedule` with one moment, got 2"):

@@ -69,7 +69,7 @@ def class_scores(
         normalized: Whether they are probabilities already.
 
     Raises:
-        ValueError: If the outputs are no scores of this task, or do not fit the labels.
+        ValueError: If the outputs are no scores of this task, or no numbers, or do not fit the labels.
     """
     if task is not None and task not in get_args(Task):
         raise ValueError(f"expected `task` to be one of {get_args(Task)} or None, got {task!r}")
@@ -77,6 +77,11 @@ def class_scores(
         raise ValueError(
             f"expected one or more scores per sample, got outputs of shape {tuple(outputs.shape)}. Does `forward` "
             "return a loss? It has to return what the classes are chosen by."
+        )
+    if not bool((outputs < torch.inf).all()):  # NaN included; -inf is a class that cannot be
+        raise ValueError(
+            "expected scores that are numbers, got NaN or infinity in the outputs of the network as it is. Has its "
+            "training diverged?"
         )
     found = task or _task(outputs, labels)
     if found == "multiclass" and (outputs.dim() < 2 or outputs.shape[1] < 2):

@@ -133,6 +133,8 @@ def test_the_scores_are_found_in_what_forward_returns():
         (torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), {}, "below the 3 classes of the outputs, got 3"),
         (torch.zeros(4, 3), torch.tensor([0, 1, 2, 255]), {}, "below the 3 classes of the outputs, got 255"),
         (torch.zeros(1, 3, 2), torch.tensor([[3, 255]]), {}, "below the 3 classes of the outputs, got 3"),
+        (torch.tensor([[0.0, torch.nan]]), None, {}, "expected scores that are numbers, got NaN or infinity"),
+        (torch.tensor([[0.0, torch.inf]]), None, {}, "expected scores that are numbers, got NaN or infinity"),
         (torch.zeros(4, 1), None, {"task": "multiclass"}, "two classes or more"),
         (torch.zeros(4, 3), None, {"task": "regression"}, "expected `task` to be one of"),
     ],
