@@ -13,9 +13,9 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import spvr_mobilenet
 from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, rows_in, shown, signed
 from lightning_prune import FPGM, L1, KLDivergence, Random, Reinitialise, Scope, SPvRPruning, Taylor, inspect, prune
 from lightning_prune.data import FashionMNIST, ImageTensors
@@ -236,16 +237,23 @@ def main() -> None:
     """Compute the rows of a part, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/spvr_accuracy"), help="folder of what is done so far")
-    parser.add_argument("--part", choices=["cnn", "page"], default="cnn")
+    parser.add_argument("--part", choices=["cnn", "mobilenet", "page"], default="cnn")
     add_resume(parser)
     given = parser.parse_args()
     quiet()
-    file = given.work / "cnn.jsonl"
-    if given.part == "cnn":
-        list(computed(jobs(), lambda job: fitted(job, given.work), file, resume=given.resume, leftovers=["cnn-*.pt"]))
-    else:
-        rows = rows_in(file)
-        publish("spvr_accuracy", {"rows": rows}, tables(rows))
+    files = {part: given.work / f"{part}.jsonl" for part in ("cnn", "mobilenet")}
+    if given.part == "page":
+        found = {part: rows_in(file) if file.is_file() else [] for part, file in files.items()}
+        made = [tables(found["cnn"]), spvr_mobilenet.tables(found["mobilenet"]) if found["mobilenet"] else ""]
+        publish("spvr_accuracy", found, "\n\n".join(filter(None, made)))
+        return
+    made_of: dict[str, tuple[list[Job], Callable[..., Row], str]] = {
+        "cnn": (jobs(), fitted, "cnn-*.pt"),
+        "mobilenet": (spvr_mobilenet.jobs(), spvr_mobilenet.fitted, "resnet-*.pt"),
+    }
+    wanted, run, leftovers = made_of[given.part]
+    file = files[given.part]
+    list(computed(wanted, partial(run, work=given.work), file, resume=given.resume, leftovers=[leftovers]))
 
 
 if __name__ == "__main__":
