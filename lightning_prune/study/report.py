@@ -203,7 +203,7 @@ def _interval(found: Interval) -> str:
 def _spaces_caption(line: bool) -> str:
     text = (
         "Above: contours of top-1, mean over seeds. The colours span the best 15 % of all observations of all "
-        "networks; points below are left out and interpolated. Below: every configuration, with the confidence ellipse "
+        "networks; points below have the lowest colour. Below: every configuration, with the confidence ellipse "
         "of each seed at two standard deviations, fitted to its 1.0-ROI (white) and 0.5-ROI (black)."
     )
     return text + (" Dashed: lr · wd / (B (1 − μ)) = 1e-6 (eq. 2.2)." if line else "")

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_prune.reporting.pages import Bullets, Page, Picture
 from lightning_prune.study.analysis import Analysis, analyse
 from lightning_prune.study.axes import points
-from lightning_prune.study.plots import fill_outside
+from lightning_prune.study.plots import spaces_figure
 from lightning_prune.study.report import page, recommendations, tables
 from lightning_prune.study.statistics import ellipse
 from lightning_prune.study.table import Row
 from tests.study.surfaces import study
+
+viridis = colormaps["viridis"]
 
 STUDY = study(
     points=7,
@@ -135,11 +139,26 @@ def test_an_empty_table_is_refused() -> None:
         analyse([], STUDY.axes)
 
 
-def test_points_outside_the_colours_are_interpolated() -> None:
-    table = np.array([[1.0, 0.0, 3.0], [2.0, np.nan, 2.0], [5.0, 4.0, 3.0]])
-    filled = fill_outside(table, lowest=1.0)
-    # Along the row 2 and along the column 4 (the nearest that is shown).
-    assert filled[0, 1] == pytest.approx((2.0 + 4.0) / 2)
-    assert filled[1, 1] == pytest.approx((2.0 + 4.0) / 2)
-    assert np.array_equal(np.delete(filled, [1, 4]), np.delete(table, [1, 4]))
-    assert (fill_outside(np.zeros((2, 2)), 1.0) == 1.0).all()
+def narrow(lr: float, decay: float, pruned: bool, seed: int) -> float:
+    """Good learning rates within half a power of ten of the prior, and none else."""
+    return 0.9 if abs(lr + 1) < 0.6 else 0.3
+
+
+def test_contours_are_dark_wherever_runs_were_bad() -> None:
+    analysis = analysed(narrow)
+    figure = spaces_figure(analysis)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    above = figure.axes[0]
+
+    def colour(decay: float, lr: float) -> list[int]:
+        x, y = above.transData.transform((decay, lr))
+        return pixels[pixels.shape[0] - 1 - int(y), int(x), :3].tolist()
+
+    darkest, brightest = ([round(255 * c) for c in viridis(v)[:3]] for v in (0.0, 1.0))
+    for decay, lr in analysis.positions:
+        inside = 0.98 * (decay + 3) - 3, 0.98 * (lr + 1) - 1 - 0.01  # off the frame and the white lines
+        if abs(lr + 1) > 0.6:
+            assert colour(*inside) == pytest.approx(darkest, abs=2)
+    assert colour(-3.2, -1.0) == pytest.approx(brightest, abs=40)
