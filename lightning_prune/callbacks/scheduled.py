@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 import warnings
@@ -375,6 +376,8 @@ class ScheduledPruning(Participant):
     def _begin_report(self) -> None:
         self.report.final = None
         self.report.versions = versions()
+        seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
+        self.report.seed = None if seed is None else int(seed)
         cuts = [[point.unit, point.at, point.share] for point in self._timeline]
         self.report.config = {"run": self.run_id, **self._settings(), "cuts": cuts}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.callbacks.processes import refuse_strategy
@@ -29,6 +30,13 @@ def refuse_surroundings(callback: Callback, trainer: Trainer, module: LightningM
             "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
         )
     refuse_strategy(name, trainer)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(other, ModelPruning) for other in callbacks):
+        raise ValueError(
+            f"{name}: expected no `ModelPruning` of Lightning beside it, which puts other parameters in place of the "
+            "weights. Mask with `MagnitudePruning(layers=...)` of this package instead, which goes with cuts of other "
+            "layers."
+        )
     inside = [path for path, part in module.named_modules() if isinstance(part, AveragedModel)]
     if inside:
         raise ValueError(

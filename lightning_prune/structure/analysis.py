@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError, SealedAtoms
@@ -104,6 +105,7 @@ class Tracing:
         if _batch_size(subject.calls[0]) == 0:
             raise StructureError("expected an example of at least one sample, got an empty batch")
         _require_names(subject.model)
+        _require_followable(subject.model)
         with torch.inference_mode(False):
             self._analysis = _Analysis(subject).best(trial=trial)
             self.structure = self._analysis.structure()
@@ -189,6 +191,23 @@ def _require_names(model: nn.Module) -> None:
             raise StructureError(
                 f"{where}: expected no attribute `_orig_mod`, which is the name that `torch.compile` gives to the "
                 "module that it stands around. Give the attribute another name."
+            )
+
+
+def _require_followable(model: nn.Module) -> None:
+    """Refuse modules whose parameters or whose code are not there."""
+    for prefix, module in model.named_modules():
+        where = f"{prefix or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StructureError(
+                f"{where}: expected modules in Python, got a ScriptModule, whose operators cannot be followed. Prune "
+                "the network that it was made from, and script that."
+            )
+        lazy = [name for name, parameter in module._parameters.items() if is_lazy(parameter)]
+        if lazy:
+            raise StructureError(
+                f"{where}: expected initialized parameters, got `{lazy[0]}` of a lazy layer. Run the network once on "
+                "an example before: `model(example)`."
             )
 
 

@@ -707,6 +707,8 @@ class FakeCopy:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(forked_rng())
+            if self.kind == "real":
+                stack.enter_context(_contents_restored(self.module.buffers()))
             args, kwargs = self._inputs((call.args, dict(call.kwargs)))
             if self.mode is not None:
                 stack.enter_context(self.mode)
@@ -801,6 +803,17 @@ def _who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[
         nn.Module.__getattr__ = original  # type: ignore[method-assign]
         for number, (module, _) in modules.items():
             vars(module).setdefault("training", modes[number])
+
+
+@contextmanager
+def _contents_restored(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Put back what a run writes into buffers: a count of batches may enter what the next run computes with."""
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, content in before:
+            buffer.copy_(content)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
@@ -127,6 +128,11 @@ def inside(folder: Path) -> None:
     model = make()
     model.average = torch.optim.swa_utils.AveragedModel(model.second)
     runs(folder, model=model)
+
+
+@companion("`ModelPruning`")
+def lightnings_masks(folder: Path) -> None:
+    runs(folder, ModelPruning("l1_unstructured", amount=0.5))
 
 
 class WithBackbone(Net):

@@ -246,3 +246,13 @@ def test_overhead_is_the_share_of_observed_steps(monkeypatch: pytest.MonkeyPatch
     assert pace.overhead() == pytest.approx(4 / 20)
     assert pace.overhead() == 0  # nothing since
     assert Pace(observed=[1.0]).overhead() is None
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_report_names_the_seed_of_the_run(seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if seed is not None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+    pruning = contribution()
+    fit(tmp_path, make(), pruning, epochs=4)
+    assert pruning.report.seed == seed

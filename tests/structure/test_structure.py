@@ -602,6 +602,28 @@ def test_an_example_without_tensors_is_named():
         trace(Subject.of(nn.Linear(4, 2), "text"))
 
 
+def test_a_lazy_layer_is_named():
+    with pytest.raises(StructureError, match=r"1 \(LazyLinear\): expected initialized parameters, got `weight`"):
+        trace(Subject.of(nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2)), torch.ones(2, 4)))
+
+
+def test_a_scripted_part_is_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of PyTorch deprecate it
+        scripted = torch.jit.script(nn.Linear(4, 3))
+    with pytest.raises(StructureError, match=r"0 \(RecursiveScriptModule\): expected modules in Python"):
+        trace(Subject.of(nn.Sequential(scripted, nn.Linear(3, 2)), torch.ones(2, 4)))
+
+
+def test_a_norm_that_averages_over_all_batches_can_be_cut():
+    """Its count of batches, which enters what it computes, is that of the network in every run."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 2))
+    model(torch.randn(5, 4))
+    structure = trace(Subject.of(model, torch.randn(3, 4)))
+    assert [(group.name, group.width) for group in structure.groups] == [("0", 6)]
+    assert model[1].num_batches_tracked == 1
+
+
 def test_a_network_that_cannot_be_copied_is_named():
     model = nn.Linear(4, 2)
     model.source = (number for number in range(3))
