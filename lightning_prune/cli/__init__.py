@@ -42,9 +42,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
             compare.main(words[1:])
             return
+        from lightning_prune.cli.options import placed
         from lightning_prune.cli.verbs import run
 
-        run(recipes.resolve(words))
+        run(placed(recipes.resolve(words)))
     except Exception as error:
         own = _own(error)
         if own is None or os.environ.get(_TRACEBACK):

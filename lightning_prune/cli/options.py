@@ -1,0 +1,120 @@
+"""Options of callbacks on the command line: they reach the callback that takes them, wherever it is in the list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["placed"]
+
+_LIST = "--trainer.callbacks"
+
+# Where short names of callbacks are looked up, as the parser does.
+_HOMES = ("lightning_prune", "lightning.pytorch.callbacks")
+
+
+def placed(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with options of callbacks behind the last callback of the list that takes them.
+
+    The parser gives ``--trainer.callbacks.NAME`` to the last callback of the list as it is then. Where the list comes
+    from a file, and an option is one of another callback only, the list is given anew, one callback after the other,
+    each with its options. Where all options are those of the last callback, or the command line changes the list
+    itself, nothing is changed.
+
+    Args:
+        words: With files after ``--config``.
+    """
+    found = _last_list(words)
+    if found is None:
+        return [*words]
+    end, callbacks = found
+    options, others = _split(words[end:])
+    takers = [_taker(name, callbacks) for name, _ in options]
+    last = len(callbacks) - 1
+    if any(_is_list(word) for word in others) or all(taker in (None, last) for taker in takers):
+        return [*words]
+    parts: list[str] = []
+    for place, callback in enumerate(callbacks):
+        one = callback if place else [callback]
+        parts += [f"{_LIST}{'+' if place else ''}={json.dumps(one)}"]
+        for (_, option), taker in zip(options, takers, strict=True):
+            if taker == place or (taker is None and place == last):  # which refuses it
+                parts += option
+    return [*words[:end], *parts, *others]
+
+
+def _last_list(words: Sequence[str]) -> tuple[int, list[Any]] | None:
+    """The callbacks of the last file that has some, and where the words behind it begin."""
+    found = None
+    for position, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-c") or not (equals or position + 1 < len(words)):
+            continue
+        callbacks = _callbacks(Path(value if equals else words[position + 1]))
+        if callbacks:
+            found = position + (1 if equals else 2), callbacks
+    return found
+
+
+def _callbacks(file: Path) -> list[Any]:
+    """The list of a file; none where it is another form, on which the parser has the word."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    return callbacks if isinstance(callbacks, list) else []
+
+
+def _split(words: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Options of callbacks, each with its name and its words, and all other words."""
+    options: list[tuple[str, list[str]]] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith(f"{_LIST}."):
+            name = word.removeprefix(f"{_LIST}.").partition("=")[0].partition(".")[0].rstrip("+")
+            options.append((name, [word] if "=" in word else [word, *_next(rest)]))
+        else:
+            others.append(word)
+    return options, others
+
+
+def _next(words: Iterator[str]) -> list[str]:
+    word = next(words, None)
+    return [] if word is None else [word]
+
+
+def _is_list(word: str) -> bool:
+    return word.partition("=")[0].rstrip("+") == _LIST
+
+
+def _taker(name: str, callbacks: Sequence[Any]) -> int | None:
+    """Which callback an option is for: the last one that has an argument of this name."""
+    return next((place for place in reversed(range(len(callbacks))) if name in _arguments(callbacks[place])), None)
+
+
+def _arguments(callback: Any) -> frozenset[str]:
+    """Names of the arguments of a callback in a list; none where its class is not found."""
+    path = callback.get("class_path") if isinstance(callback, Mapping) else callback
+    if not isinstance(path, str):
+        return frozenset()
+    home, _, name = path.rpartition(".")
+    found = (_class(module, name) for module in ((home,) if home else _HOMES))
+    kind = next((one for one in found if one is not None), None)
+    return frozenset() if kind is None else frozenset(signature(kind).parameters)
+
+
+def _class(module: str, name: str) -> type | None:
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else None
