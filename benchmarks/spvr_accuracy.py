@@ -3,7 +3,8 @@
 A small CNN is trained on some images of Fashion-MNIST, cut once to a share of its parameters, and trained on, with the
 weights that it has or from scratch (Tables 2 and 3 of the paper, reduced). All methods have the same network, samples,
 batches, epochs and learning rate. Controls: a network narrowed evenly, random groups, and no cut. ``--part mobilenet``
-compares a pruned ResNet with narrow MobileNets (Table 4), ``--part page`` writes the page. Rows are kept in ``--work``.
+compares a pruned ResNet with a narrow MobileNet (Table 4), ``--part groups`` is time and accuracy over the group size
+(Figure 2), ``--part page`` writes the page. Rows are kept in ``--work``.
 The environment variable LIGHTNING_PRUNE_DATA names the folder of Fashion-MNIST.
 """
 
@@ -17,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, final
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,12 +30,13 @@ from benchmarks import spvr_mobilenet
 from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, rows_in, shown, signed
 from lightning_prune import FPGM, L1, KLDivergence, Random, Reinitialise, Scope, SPvRPruning, Taylor, inspect, prune
 from lightning_prune.data import FashionMNIST, ImageTensors
+from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier
 from lightning_prune.scoring import Criterion, DataPass, Statistic
 from lightning_prune.structure import Group
 from tests.support.pretrained import accuracy
 
-__all__ = ["data_of", "main", "sizes", "test_accuracy"]
+__all__ = ["main"]
 
 Row = dict[str, Any]
 Job = dict[str, Any]
@@ -41,6 +44,7 @@ Job = dict[str, Any]
 IMAGES, BATCH, BEFORE, AFTER, LR = 5000, 128, 3, 5, 0.002
 GROUP, PER_CLASS, DRAWS = 2, 50, 20
 BUDGETS, SEEDS = (0.1, 0.02, 0.3), range(3)
+SIZES, SIZES_AT = (1, 2, 4, 8, 16), 0.02
 WEIGHTS = ("from scratch", "fine-tuned")
 #: What is random goes by a seed, and lies apart from the seeds of the training.
 SPVR, EVEN, GROUPS, RANDOM, TRAINED = "SPvR", "narrowed evenly", "random groups", "random, by loss", "random, an epoch"
@@ -167,22 +171,23 @@ def best_draw(seed: int, budget: float, work: Path) -> int:
 def fitted(job: Job, work: Path) -> Row:
     """A network cut and trained."""
     method, seed, is_new = job["method"], job["seed"], job["weights"] == WEIGHTS[0]
-    callbacks: list[Callback] = []
+    ranking: list[SPvRPruning] = []
     began = time.process_time()
     if method == SPVR:
         reinit = Reinitialise(rule="own", seed=seed) if is_new else False
-        callbacks = [SPvRPruning(job["budget"], GROUP, PER_CLASS, reinit, seed=seed)]
+        ranking = [SPvRPruning(job["budget"], job.get("group_size", GROUP), PER_CLASS, reinit, seed=seed)]
     if method in (SPVR, "unpruned"):
         model = trained(seed, work)
     else:
         model = copy.deepcopy(cut(method, job["budget"], seed, work))
     if is_new and method != SPVR:
         model = drawn_anew(model, seed)
-    quiet_fit(model, data_of(seed), callbacks, max_epochs=AFTER)
+    quiet_fit(model, data_of(seed), ranking, max_epochs=AFTER)
     return {
         "accuracy": test_accuracy(model),
         **sizes(model),
         "seconds": round(time.process_time() - began, 1),
+        "ranking_macs": ranking[0].ranking.macs if ranking and ranking[0].ranking else 0,
     }
 
 
@@ -191,13 +196,56 @@ def jobs() -> list[Job]:
     dense: list[Job] = [
         {"method": "unpruned", "budget": 1.0, "weights": weights, "seed": seed} for weights in WEIGHTS for seed in SEEDS
     ]
-    return dense + [
+    cut_ones: list[Job] = [
         {"method": method, "budget": budget, "weights": weights, "seed": seed}
         for budget in BUDGETS
         for weights in WEIGHTS
         for method in METHODS
         for seed in SEEDS
     ]
+    return dense + sorted(cut_ones, key=lambda job: (job["budget"] == BUDGETS[-1], job["method"] == TRAINED))
+
+
+def jobs_of_sizes() -> list[Job]:
+    """Group sizes of the same budget, from scratch."""
+    same: Job = {"method": SPVR, "budget": SIZES_AT, "weights": WEIGHTS[0]}
+    return [{**same, "group_size": size, "seed": seed} for size in SIZES for seed in SEEDS]
+
+
+def table_of_sizes(rows: Sequence[Row]) -> str:
+    """What a ranking costs, and what it is worth."""
+    lines = [
+        f"### Group size, {SIZES_AT:.0%} of the parameters, from scratch",
+        "",
+        "| d | multiply-accumulates of the ranking | share of those with d = 1 | accuracy, % | d = 2 − it, paired |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    by_size = {size: [row for row in rows if row["group_size"] == size] for size in SIZES}
+    spent = {size: sum(row["ranking_macs"] for row in mine) / len(mine) for size, mine in by_size.items()}
+    for size, mine in by_size.items():
+        pairs = zip(by_size[GROUP], mine, strict=True)
+        gap = "" if size == GROUP else signed([two["accuracy"] - row["accuracy"] for two, row in pairs])
+        cost = f"{spent[size]:.2e} | {spent[size] / spent[1]:.2f}"
+        lines.append(f"| {size} | {cost} | {shown([row['accuracy'] for row in mine])} | {gap} |")
+    return "\n".join(lines)
+
+
+def figure_of_sizes(rows: Sequence[Row]) -> Any:
+    """Accuracy of every seed, and the work of the ranking, over the group size."""
+    drawn = require("matplotlib.figure", extra="plot").Figure(figsize=(6, 3.6), dpi=140, layout="constrained")
+    left = drawn.subplots()
+    right = left.twinx()
+    sizes = [row["group_size"] for row in rows]
+    left.scatter(sizes, [row["accuracy"] for row in rows], color="#0072B2", s=14)
+    spent = [fmean(row["ranking_macs"] for row in rows if row["group_size"] == size) for size in SIZES]
+    right.plot(SIZES, spent, color="#D55E00", marker="s")
+    left.set_xscale("log", base=2)
+    left.set_xticks(SIZES, [str(size) for size in SIZES])
+    left.set_xlabel("units of a group, d")
+    left.set_ylabel("test accuracy, % (a point a seed)", color="#0072B2")
+    right.set_ylabel("multiply-accumulates of the ranking", color="#D55E00")
+    right.set_ylim(0)
+    return drawn
 
 
 def table(rows: Sequence[Row], budget: float, weights: str) -> list[str]:
@@ -237,23 +285,27 @@ def main() -> None:
     """Compute the rows of a part, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/spvr_accuracy"), help="folder of what is done so far")
-    parser.add_argument("--part", choices=["cnn", "mobilenet", "page"], default="cnn")
+    parser.add_argument("--part", choices=["cnn", "mobilenet", "groups", "page"], default="cnn")
     add_resume(parser)
     given = parser.parse_args()
     quiet()
-    files = {part: given.work / f"{part}.jsonl" for part in ("cnn", "mobilenet")}
-    if given.part == "page":
-        found = {part: rows_in(file) if file.is_file() else [] for part, file in files.items()}
-        made = [tables(found["cnn"]), spvr_mobilenet.tables(found["mobilenet"]) if found["mobilenet"] else ""]
-        publish("spvr_accuracy", found, "\n\n".join(filter(None, made)))
-        return
-    made_of: dict[str, tuple[list[Job], Callable[..., Row], str]] = {
-        "cnn": (jobs(), fitted, "cnn-*.pt"),
-        "mobilenet": (spvr_mobilenet.jobs(), spvr_mobilenet.fitted, "resnet-*.pt"),
+    made_of: dict[str, tuple[list[Job], Callable[..., Row], Callable[[Sequence[Row]], str]]] = {
+        "cnn": (jobs(), fitted, tables),
+        "mobilenet": (spvr_mobilenet.jobs(), spvr_mobilenet.fitted, spvr_mobilenet.tables),
+        "groups": (jobs_of_sizes(), fitted, table_of_sizes),
     }
-    wanted, run, leftovers = made_of[given.part]
+    files = {part: given.work / f"{part}.jsonl" for part in made_of}
+    if given.part == "page":
+        found = {part: rows_in(file) for part, file in files.items() if file.is_file()}
+        made = [made_of[part][2](rows) for part, rows in found.items()]
+        publish(
+            "spvr_accuracy", found, "\n\n".join(made), figure_of_sizes(found["groups"]) if "groups" in found else None
+        )
+        return
+    wanted, run, _ = made_of[given.part]
+    networks = {"mobilenet": ["resnet-*.pt"], "cnn": ["cnn-*.pt"]}.get(given.part, [])  # groups take those of cnn
     file = files[given.part]
-    list(computed(wanted, partial(run, work=given.work), file, resume=given.resume, leftovers=[leftovers]))
+    list(computed(wanted, partial(run, work=given.work), file, resume=given.resume, leftovers=networks))
 
 
 if __name__ == "__main__":
