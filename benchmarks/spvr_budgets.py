@@ -2,7 +2,7 @@
 
 Parts ``budgets`` and ``latency``. VGG16-BN as far as it was trained, and ResNet-56 with projection shortcuts (the
 pretrained network's function), ranked in groups of four on two training images of every class of CIFAR-10, in a run of
-Lightning. The chain with ``coupling="group"``, the residual network with ``"stage"``.
+Lightning. The chain with ``coupling="group"``, the residual network with ``"stage"`` and with ``"group"``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Row = dict[str, Any]
 NETWORKS: dict[str, tuple[Callable[[Path], Classifier], str]] = {
     "VGG16-BN": (vgg16, "group"),
     "ResNet-56": (lambda _: resnet56_projection(), "stage"),
+    "ResNet-56, streams as one": (lambda _: resnet56_projection(), "group"),
 }
 SHARES = (1.0, 0.3, 0.1, 0.05, 0.02)
 #: At the same number of parameters: criterion and scope.
