@@ -254,7 +254,7 @@ class SPvRPruning(NetworkPruning):
             outputs = score_tensor(module(*batch.args, **batch.kwargs))
         reading = class_scores(outputs, batch.labels, self.options.task, self.options.normalized)
         classes = outputs.shape[1] if reading.task == "multiclass" else 2
-        if data.total < classes:
+        if data.total < classes and outputs.dim() <= 2:  # an image that is segmented shows several
             raise ValueError(
                 f"SPvRPruning: expected a sample or more for each of the {classes} classes, got {data.total} in all. "
                 "Train on more data."

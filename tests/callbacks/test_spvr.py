@@ -181,8 +181,15 @@ def test_segmentation_networks(tmp_path: Path) -> None:
     whole = params(module)
     labels = torch.arange(12)[:, None, None].expand(12, 8, 8) % 3
     data = DataLoader(TensorDataset(torch.randn(12, 3, 8, 8), labels), batch_size=6)
+    few = spvr(budget=0.5, samples_per_class=1)
+    both = TensorDataset(
+        torch.randn(2, 3, 8, 8), torch.arange(2)[:, None, None].expand(2, 8, 8) % 3 + torch.eye(8).long()
+    )
+    fit(tmp_path, SegNet(3, ((8, 1), (12, 1)), (3, 8, 8)), few, data=DataLoader(both, batch_size=2))
+    assert few.ranking is not None
+    assert few.ranking.samples == 2  # two images that show three classes
     pruning = spvr(budget=0.5, samples_per_class=2)
-    fit(tmp_path, module, pruning, data=data)
+    fit(tmp_path / "more", module, pruning, data=data)
     assert params(module) <= 0.5 * whole
     assert pruning.ranking is not None
     assert pruning.ranking.samples == 6

@@ -81,7 +81,9 @@ def test_the_history_says_it_all():
     assert torch.equal(model.eval()(x), again.eval()(x))
 
 
-def test_a_stage_of_a_residual_network_goes_whole():
+@pytest.mark.parametrize("branch", [(0, 1), range(64)], ids=["some units", "a whole branch"])
+def test_a_stage_of_a_residual_network_goes_whole(branch):
+    """The layers behind read what it read, but for those of a branch that vanishes too."""
     torch.manual_seed(0)
     model = ResNetCIFAR(14, shortcut="projection")
     x = torch.randn(2, 3, 16, 16)
@@ -89,16 +91,17 @@ def test_a_stage_of_a_residual_network_goes_whole():
     structure = with_flow(trace(subject), subject)
     bypasses = find_bypasses(structure, subject)
     (stage,) = (name for name, bypass in bypasses.groups.items() if bypass.modules == ("layer2",))
-    removals = [{"layer3.0.conv1": (0, 1)}, {stage: range(32)}]
+    removals = [{"layer3.0.conv1": branch}, {stage: range(32)}]
+    block, left = model.layer3[0], 64 - len(branch)
     whole = sum(p.numel() for p in model.parameters())
-    layer2 = sum(p.numel() for p in model.layer2.parameters())
-    behind = 9 * 16 * (64 - 2) + 16 * 64  # what reads 16 channels instead of 32
-    limit = whole - layer2 - behind - 2 * (9 * 32 + 2 + 9 * 64)
-    plan = plan_ranked(structure, removals, limit, bypasses)
+    gone = sum(p.numel() for p in model.layer2.parameters()) + 16 * 64  # what reads 16 channels instead of 32
+    gone += 64 * (9 * (32 + 64) + 2) - left * (9 * (16 + 64) + 2)
+    plan = plan_ranked(structure, removals, whole - gone, bypasses)
     with transaction(model, run=lambda: model(x)) as change:
         after = change.keep(structure, plan.kept)
         change.replace(bypassed(model, bypasses, plan.bypassed, after.widths), lambda: trace(subject), after)
-    assert plan.params == limit == sum(p.numel() for p in model.parameters())
+    assert plan.params == whole - gone == sum(p.numel() for p in model.parameters())
     assert isinstance(model.layer2, nn.Identity)
-    assert (model.layer3[0].conv1.in_channels, model.layer3[0].shortcut[0].in_channels) == (16, 16)
+    assert block.shortcut[0].in_channels == 16
+    assert [tuple(p.shape) for p in block.conv1.parameters()] == ([(left, 16, 3, 3)] if left else [])
     assert model(x).shape == (2, 10)
