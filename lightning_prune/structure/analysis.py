@@ -348,7 +348,21 @@ class _Analysis:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
+    def _freeze_recurrent(self) -> None:
+        """Widths of recurrent layers are not followed through their kernels, which take whole sequences."""
+        for prefix, module in self.first.module.named_modules():
+            if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                continue
+            cell = isinstance(module, nn.RNNCellBase)
+            reason = f"`{prefix}` ({type(module).__name__}) is recurrent: its widths cannot be cut"
+            for name in module._parameters:
+                axes = self.labels.get(f"{prefix}.{name}" if prefix else name, ())
+                # The inputs of a cell are those of two linear layers.
+                for atoms in axes[:1] if cell and name.startswith("weight_ih") else axes:
+                    self.atoms.freeze(atoms, reason)
+
     def _trace(self) -> None:
+        self._freeze_recurrent()
         for number, call in enumerate(self.subject.calls):
             if self._is_known(call):
                 continue
