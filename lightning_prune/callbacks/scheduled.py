@@ -420,9 +420,8 @@ def instance_of(callback: Callback, name: str, value: object, kind: type, exampl
 
 
 def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
-    """Say, in the report too, which groups were to vanish and cannot, and why."""
-    for group, why in stays.items():
-        note = f"One unit of {group} stays: {why}."
+    """Say, in the report too, which groups keep more units than they were to, and why."""
+    for note in stays.values():
         if note not in report.notes:
             report.notes.append(note)
         warnings.warn(note, NoEffectWarning, stacklevel=3)

@@ -190,19 +190,31 @@ def feasible(
 def staying(
     structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original
 ) -> dict[str, str]:
-    """Groups of which the target leaves less than half a unit, but that keep one, and why.
+    """What to say of groups that keep more units than their share, because of the limits of the widths.
 
-    Takes what `feasible` takes, where a budget that cannot be met is an error: only shares of units can ask for this.
+    These are groups that keep a unit, of which less than half a one was to stay, and groups that stay wider by a unit
+    or more and are at their narrowest. Takes what `feasible` takes, where a budget that cannot be met is an error: only
+    shares of units can ask for this.
     """
     shares = _shares(target, scope, selected)
-    if scope.min_width > 0 or shares is None:
+    if shares is None:
         return {}
-    vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope)
+    now = {name: structure.widths[name] for name in selected}
+    vanishing = _Vanishing(structure, now, scope)
     left = {name: original.widths[name] * share for name, share in shares.items()}
     nearest = {name: _nearest(left[name], ladder, vanishing.steps[name]) for name, ladder in vanishing.ladders.items()}
     settled = vanishing.settle(nearest)
-    none_left = [name for name, step in vanishing.steps.items() if _rounded(left[name], step) == 0]
-    return {name: vanishing.why(name) for name in none_left if settled[name] > 0}
+    notes: dict[str, str] = {}
+    for name, step in vanishing.steps.items():
+        over = settled[name] - left[name]
+        if scope.min_width == 0 and settled[name] > 0 and _rounded(left[name], step) == 0:
+            notes[name] = f"One unit of {name} stays: {vanishing.why(name)}."
+        elif over >= 1 and (over > step / 2 or settled[name] == now[name]):
+            notes[name] = (
+                f"{name} keeps {settled[name]} of {original.widths[name]} units where {left[name]:.4g} were asked for: "
+                f"min_width={scope.min_width}, and units go {step} at a time (round_to={scope.round_to})."
+            )
+    return notes
 
 
 class _Vanishing:

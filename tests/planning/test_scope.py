@@ -1,5 +1,7 @@
 """Which layers may be pruned, by name, glob and prefix, and how narrow they may become."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import LAMP, NetworkSlimming, prune
+from lightning_prune import L1, LAMP, NetworkSlimming, prune
+from lightning_prune.planning import NoEffectWarning
 from lightning_prune.planning.scope import Scope, select
 from lightning_prune.structure.graph import Frozen, Group, Member, Structure
 
@@ -155,3 +158,23 @@ def test_nothing_prunable(mlp):
         select(Structure((), frozen, cost))
     with pytest.raises(ValueError, match="no layer with a width of its own"):
         select(Structure((), (), cost))
+
+
+@pytest.mark.parametrize(
+    ("limits", "widths", "told"),
+    [
+        ({"min_width": 12}, (8, 12), ["0 keeps 8 of 8 units where 4 were asked for", "2 keeps 12 of 16"]),
+        ({"round_to": 16}, (8, 16), ["0 keeps 8 of 8 units where 4 were asked for", "2 keeps 16 of 16"]),
+        ({"min_width": 4}, (4, 8), []),
+        ({"round_to": 3}, (3, 9), []),  # the nearest of its widths
+    ],
+)
+def test_a_share_that_the_limits_keep_from_being_reached_is_told(limits, widths, told):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", NoEffectWarning)
+        report = prune(model, torch.randn(3, 4), pruning_ratio=0.5, criterion=L1(), scope=Scope("local", **limits))
+    assert (model[0].out_features, model[2].out_features) == widths
+    notes = [note for note in report.notes if "asked for" in note]
+    assert [note.startswith(start) for note, start in zip(notes, told, strict=True)] == [True] * len(told)
+    assert [str(one.message) for one in seen] == notes
