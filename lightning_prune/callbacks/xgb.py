@@ -18,7 +18,7 @@ from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
 from lightning_prune.callbacks.moments import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import agreed, same_buffers
+from lightning_prune.callbacks.processes import agreed, made_on_first, same_buffers
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.subjects import inputs_of
@@ -120,6 +120,7 @@ class XGBPruning(NamesHead, NetworkPruning):
     Raises:
         ValueError: At once for settings that are out of range; before the first training step for all that depends on
             network, data and trainer.
+        FileNotFoundError: Before the first training step, if ``scores`` is no file.
 
     Example:
         >>> from lightning_prune import XGBPruning
@@ -259,6 +260,14 @@ class XGBPruning(NamesHead, NetworkPruning):
         require_readable(trainer, type(self).__name__, "Train from such a loader.")
         labels = DataPass([batch], labels=self._labels_of).labels
         require_labels(labels.detach().cpu().numpy(), surrogate.task)
+        made_on_first(trainer, self._require_table)  # which is the one that reads it
+
+    def _require_table(self) -> None:
+        if self.scores is not None and not Path(self.scores).is_file():
+            raise FileNotFoundError(
+                f"XGBPruning: expected `scores` to be a file that `lightning-prune score` has written, got "
+                f"{self.scores!r}, where there is none. Correct the path, or leave it out to score the layers."
+            )
 
     @override
     def _other_aims(self) -> dict[str, tuple[Any, Any]]:

@@ -507,6 +507,15 @@ def test_a_file_that_holds_no_scores(tmp_path: Path) -> None:
         fit(tmp_path / "run", Module(), XGBPruning(surrogate=QUICK, scores=str(tmp_path / "other.jsonl")))
 
 
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """Else all layers would be scored once more, in silence."""
+    pruning = XGBPruning(surrogate=QUICK, scores=str(tmp_path / "scores.jsonl"), schedule=OneShot(1))
+    with pytest.raises(
+        FileNotFoundError, match=r"expected `scores` to be a file .* got .*scores\.jsonl.*Correct the path"
+    ):
+        fit(tmp_path / "run", Module(), pruning, epochs=2)
+
+
 def test_channels_that_no_group_has_stay(tmp_path: Path) -> None:
     """Zeros are concatenated to the stream of such a residual network: half of the channels behind cannot go."""
     x, labels = torch.randn(96, 3, 16, 16, dtype=torch.float64), torch.arange(96) % 3
