@@ -28,12 +28,13 @@ def train(folder: Path, settings: dict[str, Any], die_after: int | None = None) 
     if die_after is not None:
         _die(die_after)
     processes = int(os.environ.get(PROCESSES, "1"))
-    module, pruning = Chain(), SPvRPruning(**{"budget": 0.3, "samples_per_class": 8, **settings})
+    settings = {"budget": 0.3, "samples_per_class": 8, **settings}
+    module, pruning = Chain(), SPvRPruning(**settings)
     how: dict[str, Any] = {"devices": 1}
     if processes > 1:
         how = {"devices": processes, "strategy": DDPStrategy()}
     run = trainer(folder, 1, pruning, **how)
-    run.fit(module, images())
+    run.fit(module, images(3 * settings["samples_per_class"]))
     ranking, history = pruning.ranking, history_of(module)
     assert ranking is not None
     assert history is not None

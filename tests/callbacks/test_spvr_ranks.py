@@ -45,8 +45,11 @@ def test_two_processes_share_the_work_and_find_what_one_finds(coupling: str, rac
 @pytest.mark.parametrize("race", RACES)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_ranking_that_was_killed_goes_on(processes: int, race: str | None, tmp_path: Path) -> None:
-    """SIGKILL at two places; the run behind ends bit by bit as one that was left alone, and masks less."""
-    settings = {"race": race}
+    """SIGKILL at two places; the run behind ends bit by bit as one that was left alone, and masks less.
+
+    Races look at the samples of a process in three parts, of 16.
+    """
+    settings = {"race": race, "samples_per_class": 32}
     expected = ranks.run(spvr_runs.train, tmp_path / "alone" / "run", settings, processes=processes)
     home = tmp_path / "killed"
     for number, after in enumerate((1, 2)):
