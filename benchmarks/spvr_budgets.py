@@ -90,7 +90,9 @@ def latencies(name: str, work: Path) -> Row:
 
     The networks take turns, so that other work on the machine meets them alike.
     """
-    models: dict[str, nn.Module] = {f"{share:.0%}, SPvR": pruned(name, share, work)[0] for share in SHARES}
+    models: dict[str, nn.Module] = {
+        f"{share:.0%}, SPvR" if share < 1 else "100%": pruned(name, share, work)[0] for share in SHARES
+    }
     for method, (criterion, scope) in OTHERS.items() if name != STREAMS else ():
         torch.manual_seed(0)
         model = NETWORKS[name][0](work)
