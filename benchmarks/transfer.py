@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import SGD
@@ -107,6 +108,10 @@ ROWS: dict[str, Callable[[], list[Callback]]] = {
         for share in (0.5, 0.8, 0.9)
     },
 }
+
+
+# Rows in which the task decides how much is left.
+BY_GAIN = ("one-shot, half", "one-shot, a third", "layer-wise", "one-shot with depth", "one-shot with depth, 2 %")
 
 
 class Tested(Callback):
@@ -251,12 +256,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def figure(rows: Sequence[dict[str, Any]]) -> Any:
     """Accuracy against size, a panel per task, with the Pareto frontier; then the size that each task is left with."""
-    drawn = Figure(figsize=(15, 4.6), dpi=130)
+    drawn = Figure(figsize=(16.5, 4.6), dpi=130)
     drawn.set_layout_engine("constrained")
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     panels = drawn.subplots(1, len(tasks) + 1, squeeze=False)[0]
     names = [name for name in ROWS if any(row["row"] == name for row in rows)]
-    colours = {name: f"C{place % 10}" for place, name in enumerate(names)}
+    colours = {name: colormaps["tab20"](place % 20) for place, name in enumerate(names)}
     for axes, task in zip(panels, tasks, strict=False):
         points = {name: mean for name in names if (mean := means(rows, task, name)) is not None}
         for name, (size, right) in points.items():
@@ -264,14 +269,13 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
             axes.plot(size, right, marker, ms=9, color=colours[name], label=name)
         axes.plot(*zip(*frontier(list(points.values())), strict=True), color="0.6", lw=1, zorder=0, label="frontier")
         axes.set(title=task, xlabel="parameters of the backbone, millions", ylabel="test accuracy, % (mean over seeds)")
-        axes.legend(fontsize="x-small", frameon=False)
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small", frameon=False)
     last, lefts = panels[-1], {name: [means(rows, task, name) for task in tasks] for name in names}
     for name, found in lefts.items():
-        if all(found) and name != "reference":
+        if all(found) and name in BY_GAIN:
             last.plot(tasks, [mean[0] for mean in found if mean], "o-", color=colours[name], label=name)
-    last.set(title="size against the task", ylabel="parameters of the backbone, millions")
-    if last.lines:
-        last.legend(fontsize="x-small", frameon=False)
+    last.set(title="size against the task, by one gain", ylabel="parameters of the backbone, millions")
     for axes in panels:
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
