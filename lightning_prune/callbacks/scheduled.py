@@ -337,7 +337,8 @@ class ScheduledPruning(Participant):
     def _other_aims(self) -> dict[str, tuple[Any, Any]]:
         """Settings by which it is decided what goes that are not those of the run so far: then and now."""
         settings = self._settings()
-        pairs = {name: (plain(self.report.config.get(name)), plain(settings[name])) for name in self._aims}
+        named = [name for name in self._aims if name in settings]  # a method of one's own may have no target
+        pairs = {name: (plain(self.report.config.get(name)), plain(settings[name])) for name in named}
         return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
     def _said_of_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:  # noqa: ARG002

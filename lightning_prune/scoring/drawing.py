@@ -155,7 +155,7 @@ def class_members(labels: Tensor | None) -> dict[int, Indices]:
     flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).cpu().numpy()
     none = NO_CLASS if labels.ndim > 1 else -1
     classes = [int(label) for label in np.unique(flat) if label >= 0 and label != none]
-    if not classes:
+    if not classes and len(labels):
         raise ValueError(f"expected labels that are classes, from 0 on, got none: {len(labels)} samples have no class.")
     return {label: np.flatnonzero((flat == label).any(1)) for label in classes}
 
