@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, final
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
-from lightning_prune.data.tensors import ShuffledByEpoch
+from lightning_prune.data.streamed import StreamedImages
 from lightning_prune.extras import require
 
 __all__ = ["CelebA"]
@@ -19,7 +18,7 @@ _FACE = 148
 
 
 @final
-class CelebA(LightningDataModule):
+class CelebA(StreamedImages):
     """202,599 faces of celebrities with 40 attributes (Liu et al., 2015), in the official three parts.
 
     The centre of each picture is cut out and resized; pixels are in [0, 1], as an autoencoder's loss expects. The order
@@ -47,14 +46,12 @@ class CelebA(LightningDataModule):
         workers: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, workers, seed)
         for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("train_limit", train_limit, 1)):
             if value is not None and value < least:
                 raise ValueError(f"CelebA: expected `{name}` of at least {least}, got {value}.")
         self.root = Path(root or os.environ.get("LIGHTNING_PRUNE_DATA") or ".")
-        self.size, self.batch_size, self.train_limit = size, batch_size, train_limit
-        self.workers, self.seed = workers, seed
-        self._parts: dict[str, Any] = {}
+        self.size, self.train_limit = size, train_limit
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Reads the lists of the three parts, whatever the stage; pictures are read when they are needed.
@@ -67,10 +64,6 @@ class CelebA(LightningDataModule):
             if self.train_limit is not None:
                 train = self._parts["train"]
                 self._parts["train"] = Subset(train, range(min(self.train_limit, len(train))))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training images with their attributes, shuffled."""
-        return self._loader("train", ShuffledByEpoch(len(self._parts["train"]), self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation images in the order of their numbers."""
@@ -100,12 +93,3 @@ class CelebA(LightningDataModule):
                 "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, unpack them there, and name the folder above by "
                 "`root` or the environment variable LIGHTNING_PRUNE_DATA."
             ) from error
-
-    def _loader(self, part: str, sampler: ShuffledByEpoch | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            self._parts[part],
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-        )

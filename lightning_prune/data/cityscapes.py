@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from lightning_prune.data.tensors import ShuffledByEpoch
+from lightning_prune.data.streamed import StreamedImages
 from lightning_prune.extras import require
 
 __all__ = ["Cityscapes"]
@@ -24,7 +23,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @final
-class Cityscapes(LightningDataModule):
+class Cityscapes(StreamedImages):
     """2,975 street scenes for training and 500 others, finely annotated with 19 classes (Cordts et al., 2016).
 
     Images are resized and normalised; labels ``(height, width)`` are the benchmark's 19 training classes, and 255 for
@@ -58,16 +57,14 @@ class Cityscapes(LightningDataModule):
         workers: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, workers, seed)
         counts = {"height": height, "width": width, "batch_size": batch_size, "train_limit": train_limit}
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"Cityscapes: expected `{name}` of at least 1, got {value}.")
         self.root = Path(root or os.environ.get("LIGHTNING_PRUNE_DATA") or ".")
         self.height, self.width = height, width
-        self.batch_size, self.train_limit = batch_size, train_limit
-        self.workers, self.seed = workers, seed
-        self._parts: dict[str, Subset[Any]] = {}
+        self.train_limit = train_limit
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Lists the images, whatever the stage; they are read when they are needed.
@@ -77,10 +74,6 @@ class Cityscapes(LightningDataModule):
         """
         if not self._parts:
             self._parts = {"train": self._open("train", self.train_limit), "val": self._open("val", None)}
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training images, shuffled."""
-        return self._loader("train", ShuffledByEpoch(len(self._parts["train"]), self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The official validation images in the order of their names."""
@@ -120,15 +113,6 @@ class Cityscapes(LightningDataModule):
             f"under {self.root}, found them not or empty. Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
             "from https://www.cityscapes-dataset.com, unpack them there, and name the folder by `root` or the "
             "environment variable LIGHTNING_PRUNE_DATA."
-        )
-
-    def _loader(self, part: str, sampler: ShuffledByEpoch | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            self._parts[part],
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
         )
 
 
