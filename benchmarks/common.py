@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_prune.reporting import versions
 
@@ -96,6 +97,14 @@ def quiet(threads: int = 1) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def trained_once(model: nn.Module, file: Path, train: Callable[[], None]) -> None:
+    """Give a network the weights of a file, which is written by training it where it is not there yet."""
+    if not file.is_file():
+        train()
+        torch.save(model.state_dict(), file)
+    model.load_state_dict(torch.load(file, weights_only=True))
 
 
 def quiet_fit(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import spvr_mobilenet
-from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, rows_in, shown, signed
+from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, rows_in, shown, signed, trained_once
 from lightning_prune import FPGM, L1, KLDivergence, Random, Reinitialise, Scope, SPvRPruning, Taylor, inspect, prune
 from lightning_prune.data import FashionMNIST, ImageTensors
 from lightning_prune.extras import require
@@ -108,10 +108,7 @@ def network(seed: int) -> CNNClassifier:
 def trained(seed: int, work: Path) -> CNNClassifier:
     """The dense network of a seed."""
     model, file = network(seed), work / f"cnn-{seed}.pt"
-    if not file.is_file():
-        quiet_fit(model, data_of(seed), max_epochs=BEFORE)
-        torch.save(model.state_dict(), file)
-    model.load_state_dict(torch.load(file, weights_only=True))
+    trained_once(model, file, lambda: quiet_fit(model, data_of(seed), max_epochs=BEFORE))
     return model
 
 

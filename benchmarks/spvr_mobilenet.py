@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from benchmarks.common import quiet_fit, shown, signed
+from benchmarks.common import quiet_fit, shown, signed, trained_once
 from lightning_prune import Reinitialise, Scope, SPvRPruning, inspect, prune
 from lightning_prune.data import FashionMNIST
 from lightning_prune.extras import require
@@ -80,10 +80,7 @@ def resnet(seed: int) -> ResNetCIFAR:
 def trained(seed: int, work: Path) -> ResNetCIFAR:
     """The dense network of a seed."""
     model, file = resnet(seed), work / f"resnet-{seed}.pt"
-    if not file.is_file():
-        quiet_fit(model, data_of(seed), max_epochs=BEFORE)
-        torch.save(model.state_dict(), file)
-    model.load_state_dict(torch.load(file, weights_only=True))
+    trained_once(model, file, lambda: quiet_fit(model, data_of(seed), max_epochs=BEFORE))
     return model
 
 
@@ -94,14 +91,14 @@ def fitted(job: Job, work: Path) -> Row:
     model: LightningModule = MobileNet()
     params, began = _params(model), time.process_time()
     callbacks: list[Callback] = []
-    anew = Reinitialise(rule="own", seed=seed)
+    reinitialise = Reinitialise(rule="own", seed=seed)
     if network in (EQUAL, FEWER):
         budget = params if network == EQUAL else round(params * 2 / 3)
         model = trained(seed, work)
-        callbacks = [SPvRPruning({"params": budget}, GROUP, PER_CLASS, reinit=anew, seed=seed)]
+        callbacks = [SPvRPruning({"params": budget}, GROUP, PER_CLASS, reinit=reinitialise, seed=seed)]
     elif network == EVEN:
         model = resnet(seed)
-        prune(model, budget={"params": params}, scope=Scope("local"), extensions=[anew])
+        prune(model, budget={"params": params}, scope=Scope("local"), extensions=[reinitialise])
     quiet_fit(model, data_of(seed), callbacks, max_epochs=AFTER)
     structure = inspect(model).structure
     return {
