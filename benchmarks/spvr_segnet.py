@@ -2,7 +2,7 @@
 
 The small SegNet of the recipe ``shapes_segnet_spvr`` and its drawn images (1,000, of which 200 are the test set). The
 dense network trains for 40 epochs, Adam with a cosine. A fifth of its parameters is left, by SPvR or by a control; all
-weights are drawn anew, and the small network trains for as many epochs, in the same way.
+weights are initialized again, and the small network trains for as many epochs, in the same way.
 """
 
 from __future__ import annotations

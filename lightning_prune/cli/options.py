@@ -23,7 +23,7 @@ def placed(words: Sequence[str]) -> list[str]:
     """The words of a command line, with options of callbacks behind the last callback of the list that takes them.
 
     The parser gives ``--trainer.callbacks.NAME`` to the last callback of the list as it is then. Where the list comes
-    from a file, and an option is one of another callback only, the list is given anew, one callback after the other,
+    from a file, and an option is one of another callback only, the list is passed again, one callback after the other,
     each with its options. Where all options are those of the last callback, or the command line changes the list
     itself, nothing is changed.
 

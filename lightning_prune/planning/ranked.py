@@ -81,7 +81,7 @@ def by_stage(
 
     Whenever a bundle of a layer is next, every layer of its stage loses its own least one, so that streams stay as wide
     as each other (appendix B of SPvR); a layer with r times as many bundles loses r of them. Only widths follow from
-    that, for weights that are drawn anew: a removal always lists the last units of a group.
+    that, for weights that are initialized again: a removal always lists the last units of a group.
 
     Args:
         structure: Of the network.

@@ -236,7 +236,7 @@ def plain(value: Any) -> Any:
 
 
 def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored report with a size's latency by the table under its name of today; it was ``reckoned`` before."""
+    """A stored report with a size's latency by the table as ``table_latency``; older versions wrote ``reckoned``."""
 
     def renamed(size: Any) -> Any:
         if not isinstance(size, Mapping):
