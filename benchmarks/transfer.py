@@ -52,10 +52,13 @@ from lightning_prune import (
     MagnitudePruning,
     OneShot,
     Random,
+    ReestimateBatchNorm,
     Ridge,
     StructuredPruning,
     XGBPruning,
 )
+from lightning_prune.callbacks.calibration import Calibration
+from lightning_prune.callbacks.subjects import subject_of
 from lightning_prune.data import ImageFolder
 from lightning_prune.models import ImageClassifier
 from lightning_prune.scoring import XGBoost
@@ -74,10 +77,10 @@ HALF, THIRD, TOLERANCE = 0.995, 0.95, 0.05
 STREAM = ["net.conv_stem", "net.blocks.0.0.conv_pw", "*.conv_pwl"]
 
 
-def xgb(**settings: Any) -> Callable[[], list[Callback]]:
+def xgb(*extensions: Any, **settings: Any) -> Callable[[], list[Callback]]:
     """Pruning by boosted trees: few, shallow ones on part of the images, which rank as well and take a tenth."""
-    surrogate = XGBoost(rounds=30, threads=1)
-    return lambda: [XGBPruning(samples=1000, surrogate=surrogate, ignore=STREAM, **settings)]
+    settings = {"surrogate": XGBoost(rounds=30, threads=1), "ignore": STREAM, "extensions": list(extensions), **settings}
+    return lambda: [XGBPruning(samples=1000, **settings)]
 
 
 def half(criterion: Any, *extensions: Any) -> Callable[[], list[Callback]]:
@@ -86,20 +89,34 @@ def half(criterion: Any, *extensions: Any) -> Callable[[], list[Callback]]:
     return lambda: [StructuredPruning(0.5, extensions=list(extensions), **options)]
 
 
+class DenseNorms(Callback):
+    """Re-estimates the batch norms of the network that is not cut, at the first batch, as a repair after a cut does."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step or batch_idx:
+            return
+        norms, subject = ReestimateBatchNorm(), subject_of(pl_module, batch)
+        images = Calibration(trainer, pl_module, subject, batches=norms.batches, reader="DenseNorms")
+        pl_module.load_state_dict(norms.after(images.copy(), images.run), strict=False)
+
+
 #: What is done at the first batch, in the order in which rows are worth their time.
 ROWS: dict[str, Callable[[], list[Callback]]] = {
     "reference": list,
-    "one-shot, half": xgb(gain=HALF),
-    "one-shot, a third": xgb(gain=THIRD),
-    "one-shot, half by a budget": xgb(budget=0.5),
-    "one-shot, half, as printed": xgb(gain=HALF, extensions=[]),
-    "layer-wise": xgb(mode="layer_wise", gain=HALF),
-    "one-shot with depth": xgb(gain=HALF, depth=TOLERANCE),
-    "one-shot with depth, 2 %": xgb(gain=HALF, depth=0.02),
-    "layer-wise with depth": xgb(mode="layer_wise", gain=HALF, depth=TOLERANCE),
-    "layer-wise, as printed": xgb(mode="layer_wise", gain=HALF, extensions=[]),
-    "one-shot with depth, as printed": xgb(gain=HALF, depth=TOLERANCE, extensions=[]),
-    "layer-wise with depth, as printed": xgb(mode="layer_wise", gain=HALF, depth=TOLERANCE, extensions=[]),
+    "reference, norms re-estimated": lambda: [DenseNorms()],
+    "one-shot, half": xgb(Ridge(), gain=HALF),
+    "one-shot, a third": xgb(Ridge(), gain=THIRD),
+    "one-shot, half by a budget": xgb(Ridge(), budget=0.5),
+    "one-shot, half by a budget, norms re-estimated": xgb(Ridge(), ReestimateBatchNorm(), budget=0.5),
+    "one-shot, a third by a budget": xgb(Ridge(), budget=1 / 3),
+    "one-shot, half, as printed": xgb(gain=HALF),
+    "layer-wise": xgb(Ridge(), mode="layer_wise", gain=HALF),
+    "one-shot with depth": xgb(Ridge(), gain=HALF, depth=TOLERANCE),
+    "one-shot with depth, 2 %": xgb(Ridge(), gain=HALF, depth=0.02),
+    "layer-wise with depth": xgb(Ridge(), mode="layer_wise", gain=HALF, depth=TOLERANCE),
+    "layer-wise, as printed": xgb(mode="layer_wise", gain=HALF),
+    "one-shot with depth, as printed": xgb(gain=HALF, depth=TOLERANCE),
+    "layer-wise with depth, as printed": xgb(mode="layer_wise", gain=HALF, depth=TOLERANCE),
     "L1, half of every layer": half(L1(), Ridge()),
     "L1, half of every layer, as printed": half(L1()),
     "random half": half(Random(), Ridge()),
