@@ -79,7 +79,7 @@ STREAM = ["net.conv_stem", "net.blocks.0.0.conv_pw", "*.conv_pwl"]
 
 def xgb(*extensions: Any, **settings: Any) -> Callable[[], list[Callback]]:
     """Pruning by boosted trees: few, shallow ones on part of the images, which rank as well and take a tenth."""
-    settings = {"surrogate": XGBoost(rounds=30, threads=1), "ignore": STREAM, "extensions": list(extensions), **settings}
+    settings |= {"surrogate": XGBoost(rounds=30, threads=1), "ignore": STREAM, "extensions": list(extensions)}
     return lambda: [XGBPruning(samples=1000, **settings)]
 
 
