@@ -81,7 +81,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def silent(model: nn.Module) -> Iterator[None]:
-    """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...)."""
+    """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...).
+
+    Those that are registered within the context run, and stay.
+    """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     registers = [getattr(module, kind) for module in model.modules() for kind in kinds]
     registers += [p._backward_hooks for p in model.parameters() if p._backward_hooks is not None]
@@ -94,8 +97,9 @@ def silent(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for register, hooks in zip(registers, saved, strict=True):
+            new = {key: hook for key, hook in register.items() if key not in hooks}
             register.clear()
-            register.update(hooks)
+            register.update({**hooks, **new})
 
 
 @contextmanager

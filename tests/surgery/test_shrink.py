@@ -357,6 +357,20 @@ class TestCheck:
         x = zoo["mlp"].example().requires_grad_()
         assert check(lambda: checkpoint(model, x, use_reentrant=True), model)
 
+    def test_hooks_that_the_run_registers_stay(self, zoo):
+        model, calls = zoo["mlp"].model(), []
+        model[0].register_forward_hook(lambda *_: calls.append("old"))
+
+        def run():
+            if not calls:
+                model[0].register_forward_hook(lambda *_: calls.append("new"))
+            return model(zoo["mlp"].example())
+
+        assert check(run, model)
+        assert calls == ["new"]
+        model(zoo["mlp"].example())
+        assert calls == ["new", "old", "new"]
+
     def test_hooks_by_which_torch_computes_stay(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old weight_norm is deprecated
