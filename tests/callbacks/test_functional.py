@@ -67,6 +67,15 @@ def test_what_remains_is_the_masked_network() -> None:
     torch.testing.assert_close(net.eval()(images), masked.eval()(images), rtol=1e-12, atol=1e-12)
 
 
+def test_layers_are_chosen_and_left_out() -> None:
+    for options, expected in (
+        ({"layers": "4"}, {"0": 8, "4": 6}),
+        ({"ignore": "4"}, {"0": 4, "4": 12}),
+        ({"layers": ["0", "4"], "ignore": ["0"]}, {"0": 8, "4": 6}),
+    ):
+        assert prune(network(), EXAMPLE, pruning_ratio=0.5, **options).widths == expected  # type: ignore[arg-type]
+
+
 def test_a_budget_counts_from_the_dense_network() -> None:
     net = network()
     dense = sum(p.numel() for p in net.parameters())
@@ -154,6 +163,21 @@ def test_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.final.table_latency == pytest.approx(4 * left / whole)
     assert 0.5 * whole - 17 <= left <= 0.5 * whole
     assert "latency by the table" in str(again)
+
+
+def test_a_table_of_latencies_stays_though_the_first_cut_needed_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    prune(net, EXAMPLE, pruning_ratio={"4": 0.25})
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 1e-3 * run().numel())
+    prune(net, EXAMPLE, budget={"latency": 0.8})
+    history = history_of(net)
+    assert history is not None
+    assert history.latency is not None
+    monkeypatch.delattr(latency, "median_seconds")
+    prune(net, EXAMPLE, budget={"latency": 0.6})
+    again = history_of(net)
+    assert again is not None
+    assert again.latency == history.latency
 
 
 class Counting(nn.Module):

@@ -33,10 +33,12 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks import masking
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.masking import MaskPruning
 from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity
 from lightning_prune.surgery import CutError, Transaction, history_of, masks_of, revived
+from lightning_prune.surgery.tensors import named
 from tests.callbacks.networks import BATCHES, Loader, Net, equal, fit, loader, make, refit, trainer, weights
 from tests.callbacks.test_compiled import IN_PLACE, Compiler, a_layer, the_module
 from tests.callbacks.test_resume import StopAt, StopError, alike, untimed
@@ -262,11 +264,22 @@ class Manual(Net):
         return torch.optim.SGD(lower, 0.1, 0.9, weight_decay=0.1), torch.optim.Adagrad(upper, 0.1, weight_decay=0.1)
 
 
-def test_manual_optimization_with_several_optimizers(tmp_path: Path) -> None:
-    model = make(Manual)
+class Mixing(Manual):
+    """Muon makes its step orthogonal: a weight moves whose own gradient and momentum are zero."""
+
+    def configure_optimizers(self) -> Any:
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim == 2]
+        others = [parameter for parameter in self.parameters() if parameter.ndim != 2]
+        return torch.optim.Muon(matrices, 0.02), torch.optim.SGD(others, 0.1)
+
+
+@pytest.mark.parametrize("kind", [Manual, Mixing])
+def test_manual_optimization_with_several_optimizers(kind: type[Manual], tmp_path: Path) -> None:
+    model = make(kind)
     mine = MagnitudePruning(0.6, schedule=LinearSchedule(start=2, end=4, cuts=2, unit="epoch"))
     fit(tmp_path, model, mine)
     assert masked_share(mine) == 115
+    assert not revived(model)
 
 
 def test_masked_weights_do_not_clip_the_others(tmp_path: Path) -> None:
@@ -311,8 +324,9 @@ def test_what_somebody_revives_is_named_and_zero_again(tmp_path: Path) -> None:
 
     model = make()
     with pytest.warns(UserWarning, match="zero at the end of epoch 4, got others: .* in second.weight"):
-        fit(tmp_path, model, MagnitudePruning(schedule=SCHEDULE), Vandal())
-    assert not revived(model)
+        run = fit(tmp_path, model, MagnitudePruning(schedule=SCHEDULE), Vandal(), EMAWeightAveraging(decay=0.9))
+    for network in (model, *averages(run)):
+        assert all((named(network)[name][mask] == 0).all() for name, mask in masks_of(model).items())
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])

@@ -97,6 +97,32 @@ def test_a_run_that_was_interrupted_repairs_as_one_that_was_not(tmp_path: Path) 
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+def test_random_numbers_of_a_repair_are_its_own(tmp_path: Path) -> None:
+    """Dropout in the batches that it reads drops the same, whatever was drawn before."""
+
+    class Dropping(Small):
+        def __init__(self) -> None:
+            super().__init__(norm=True)
+            self.net.insert(1, nn.Dropout(0.5))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    class Variances(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:  # right after the cut
+                found.append(pl_module.net[2].running_var.clone())
+
+    found: list[Tensor] = []
+    for seed in (3, 99):
+        module, repairs = Dropping(), [ReestimateBatchNorm(batches=2)]
+        callback = StructuredPruning(pruning_ratio=0.5, schedule=ONCE, extensions=repairs)
+        torch.manual_seed(seed)
+        trainer(tmp_path, 2, callback, Variances()).fit(module, *loaders())
+    assert len(found[0]) == 4
+    assert torch.equal(*found)
+
+
 class Broken(Repair):
     batches = 1
 

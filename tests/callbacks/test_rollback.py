@@ -82,6 +82,26 @@ def test_a_cut_that_does_not_recover_is_taken_back(tmp_path: Path) -> None:
     assert moved  # and it goes on training
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_what_monitors_remember_is_of_the_network_that_came_back(reset: bool, tmp_path: Path) -> None:
+    scores: list[float | None] = []
+    saver = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_acc", mode="max")
+
+    class Best(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                best = saver.best_model_score
+                scores.append(None if best is None else round(float(best), 4))
+
+    callback = StructuredPruning(
+        0.5, schedule=Explicit(((1, 1.0),)), extensions=[Rollback(epochs=2)], reset_monitors=reset
+    )
+    with pytest.warns(UserWarning, match="Cut 1 was taken back"):
+        trainer(tmp_path, 5, callback, Best(), saver, enable_checkpointing=True).fit(Small(bad_epochs=99), *loaders())
+    # Cut at epoch 1, taken back at epoch 3.
+    assert scores == ([None, None, 0.5, None, 0.9] if reset else [None, 0.9, 0.9, 0.9, 0.9])
+
+
 def test_a_cut_that_recovers_lets_the_next_one_come(tmp_path: Path) -> None:
     module = Small(bad_epochs=1)
     _, callback, watch = fit(tmp_path, module, 8, Rollback(epochs=3))

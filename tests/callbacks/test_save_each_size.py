@@ -51,6 +51,15 @@ def test_every_size_is_saved_as_it_was_before_the_next_cut(tmp_path: Path) -> No
     assert len(json.loads((tmp_path / "here" / "report.json").read_text())["size_checkpoints"]) == 3
 
 
+def test_a_size_that_was_not_measured_has_no_metric(tmp_path: Path) -> None:
+    """It has not that of the size before."""
+    callback = StructuredPruning(0.5, schedule=Explicit(((2, 0.5), (3, 1.0))), extensions=[SaveEachSize()])
+    trainer(tmp_path, 4, callback, check_val_every_n_epoch=2).fit(Small(), *loaders())
+    metrics = [saved.metric for saved in callback.report.size_checkpoints]
+    assert metrics[1] is None
+    assert [metrics[0], metrics[2]] == pytest.approx([0.9, 0.9])
+
+
 def test_saving_each_size_goes_on_after_a_resume(tmp_path: Path) -> None:
     def callback() -> StructuredPruning:
         cuts = Explicit(((1, 0.5), (3, 1.0)))

@@ -59,6 +59,11 @@ def test_it_is_measured_in_eval_mode_and_goes_on_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_layers_are_chosen_and_left_out():
+    assert list(sensitivity(network(), evaluate, X, shares=(0.5,), ignore="0").metrics) == ["2"]
+    assert list(sensitivity(network(), evaluate, X, shares=(0.5,), layers=["0", "2"], ignore=["2"]).metrics) == ["0"]
+
+
 def test_what_is_no_metric_or_criterion_is_named():
     with pytest.raises(TypeError, match="expected `evaluate` to return a number, got None"):
         sensitivity(network(), lambda _: None, X)

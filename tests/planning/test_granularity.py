@@ -124,6 +124,14 @@ def test_equal_scores_go_by_position() -> None:
     assert masks["w"].tolist() == [[True] * 4, [False] * 4]
 
 
+@pytest.mark.parametrize("pool", ["global", "local", "filter"])
+def test_half_a_cell_goes(pool: Any) -> None:
+    """An amount halfway between two numbers of cells takes the larger one, also where it is no exact binary number."""
+    for cells, amount, gone in ((4, 0.375, 2), (4, 0.125, 1), (5, 0.1, 1), (5, 0.3, 2), (5, 0.7, 4), (5, 0.2999, 1)):
+        parts = Element().parts([Weight("w", torch.arange(1.0, cells + 1)[None])], (), {})
+        assert choose_masks(parts, {}, amount, pool)["w"].tolist() == [[i < gone for i in range(cells)]]
+
+
 def test_infinite_weights_are_an_error() -> None:
     parts = Element().parts([Weight("w", torch.tensor([[1.0, torch.nan]]))], (), {})
     with pytest.raises(FloatingPointError, match="NaN or infinity in w"):

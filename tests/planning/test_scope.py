@@ -25,15 +25,25 @@ def test_ladder(width, min_width, round_to):
 
 
 @pytest.mark.parametrize(
-    ("makes", "takes", "step"), [(1, 1, 8), (4, 4, 2), (8, 8, 1), (1, 16, 8), (16, 1, 8), (6, 4, 4)]
+    ("makes", "takes", "round_to", "step"),
+    [
+        (1, 1, 8, 8),
+        (4, 4, 8, 2),
+        (8, 8, 8, 1),
+        (1, 16, 8, 8),
+        (16, 1, 8, 8),
+        (6, 4, 8, 4),
+        (2, 3, 6, 6),
+        (4, 9, 12, 12),
+    ],
 )
-def test_widths_are_rounded_in_channels(makes, takes, step):
+def test_widths_are_rounded_in_channels(makes, takes, round_to, step):
     members = (
         Member("a.weight", 0, "out", np.arange(5 * makes).reshape(5, makes)),
         Member("b.weight", 1, "in", np.arange(5 * takes).reshape(5, takes)),
     )
-    assert Scope(round_to=8).step(Group("a", 5, members)) == step
-    assert all(step * size % 8 == 0 for size in (makes, takes))
+    assert Scope(round_to=round_to).step(Group("a", 5, members)) == step
+    assert all(step * size % round_to == 0 for size in (makes, takes))
 
 
 def test_groups_of_a_group_norm_are_cut_to_multiples_of_channels():

@@ -1,0 +1,77 @@
+"""What only a trial cut shows, and what a trace leaves as it found it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structure import Subject, trace
+
+
+class Between(nn.Module):
+    """Two layers with any function between them."""
+
+    def __init__(self, width: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, width), nn.Linear(width, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.function(self.hidden(x).relu()))
+        return out
+
+
+X = torch.randn(5, 4)
+
+
+@pytest.mark.parametrize(("width", "least"), [(8, 6), (3, 3), (2, 2)])
+def test_about_half_of_the_units_are_cut(width: int, least: int) -> None:
+    def demanding(h: Tensor) -> Tensor:
+        if h.shape[1] < least:
+            raise ValueError("too narrow")
+        return h
+
+    structure = trace(Subject.of(Between(width, demanding), X))
+    assert not structure.groups
+    assert {frozen.tensor: frozen.reason for frozen in structure.frozen}["hidden.weight"] == (
+        "a trial cut failed: ValueError: too narrow"
+    )
+
+
+class Joined(nn.Module):
+    """Sums each unit and a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out, self.token = nn.Linear(4, 6), nn.Linear(2, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x).relu()
+        out: Tensor = self.out(torch.cat([h.unsqueeze(2), self.token.expand(h.shape).unsqueeze(2)], 2).sum(1))
+        return out
+
+
+def test_a_constant_that_is_as_wide_as_a_layer() -> None:
+    """The sum over the units is another when there are fewer tokens: a unit that is zero leaves its token."""
+    structure = trace(Subject.of(Joined(), X))
+    assert not structure.groups
+    reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
+    assert reasons["hidden.weight"] == "reduced over in `sum`"
+
+
+def test_random_numbers_of_the_network_are_drawn_without_a_trace() -> None:
+    def noisy(h: Tensor) -> Tensor:
+        return h * (random.random() + float(np.random.rand()) + float(torch.rand(())))
+
+    def states() -> list[str]:
+        return [str(random.getstate()), str(np.random.get_state()[1].tolist()), str(torch.get_rng_state().tolist())]
+
+    model = Between(6, noisy)
+    before = states()
+    trace(Subject.of(model, X))
+    assert states() == before
