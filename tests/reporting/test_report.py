@@ -61,11 +61,13 @@ def test_metric_before_a_cut_after_it_and_recovered(make_report):
     assert report.outcome == (0.7, 0.5, 0.5)
 
 
-def test_best_at_the_final_size_counts_only_the_final_size():
+@pytest.mark.parametrize("losses", [[9.0, 3.0, math.nan, 5.0], [math.nan, 9.0, 3.0, 5.0]], ids=str)
+@pytest.mark.parametrize(("name", "best"), [("val_loss", 3.0), ("val_acc", 9.0)])
+def test_best_at_the_final_size_is_a_number(losses, name, best):
     report = Report()
-    for step, loss in enumerate([9.0, 3.0, math.nan, 5.0]):
-        report.log(step, step, {"val_loss": loss})
-    assert report.outcome == (5.0, 3.0, 5.0)
+    for step, loss in enumerate(losses):
+        report.log(step, step, {name: loss})
+    assert report.outcome == (5.0, best, 5.0)
     assert Report().outcome == (None, None, None)
 
 

@@ -232,7 +232,7 @@ def apoz(criterion, evidence):
     return evidence.over_consumers(lambda a: (a != 0).double().mean())
 
 
-@reference(HRank(), HRank(every_n_batches=1, samples=100))
+@reference(HRank(), HRank(every_n_batches=1, samples=2))
 def hrank(criterion, evidence):
     few = copy.copy(evidence)
     few.batches = [({n: [x[: criterion.samples] for x in c] for n, c in calls.items()}, g) for calls, g in few.batches]

@@ -404,6 +404,20 @@ def test_a_run_is_the_same_every_time():
     assert torch.equal(*runs)
 
 
+def test_the_seed_is_also_of_what_running_draws():
+    """Where all samples are alike, their order tells nothing."""
+
+    def run(seed):
+        outputs = []
+        data = DataPass((torch.ones(8, 2), torch.zeros(8, dtype=torch.int64)), seed=seed)
+        data.run(model, lambda batch, output: outputs.append(output), keep_modes=True)
+        return torch.cat(outputs)
+
+    model = Restless()
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(0), run(1))
+
+
 def test_counts_and_progress():
     told = []
     data = DataPass(loader(20), progress=lambda done, total: told.append((done, total)))

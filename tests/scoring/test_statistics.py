@@ -282,15 +282,17 @@ def test_is_kept_in_double_precision_whatever_the_model_computes_in():
 @pytest.mark.parametrize("ratio", ["absolute", "signed"])
 def test_mixed_precision_computes_shares_in_single(ratio):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 3))
-    statistic, mixed = (traced(model, (3, 5, 5), ratio=ratio, lambda_max=1.0) for _ in range(2))
-    inputs = [torch.randn(6, 3, 5, 5)]
-    train(model, inputs, statistic)
+    statistic, seen = traced(model, (3, 5, 5), ratio=ratio), []
+    model[3].register_forward_hook(lambda _, args, output: seen.extend([args[0].detach(), output.detach()]))
     with torch.autocast("cpu", torch.bfloat16):
-        train(model, inputs, mixed)
-    assert float(mixed.average("0").sum()) == pytest.approx(1, rel=1e-3)
-    torch.testing.assert_close(
-        mixed.average("0"), statistic.average("0"), rtol=0.5 if ratio == "signed" else 0.02, atol=0.01
-    )
+        train(model, [torch.randn(6, 3, 5, 5)], statistic)
+    activation, output = seen
+    assert activation.dtype == output.dtype == torch.bfloat16
+    terms = activation.double()[:, None] * model[3].weight.detach().double()  # (passes, outputs, inputs)
+    terms = terms if ratio == "signed" else terms.abs()
+    z = terms.sum(2, keepdim=True)
+    expected = (terms / (z + 1e-6 * z.sign())).unflatten(2, (8, 9)).sum(3).mean((0, 1))
+    torch.testing.assert_close(statistic.average("0"), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_states_survive_a_file_and_go_on():

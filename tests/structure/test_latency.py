@@ -118,11 +118,21 @@ def test_more_units_never_take_less_time(monkeypatch):
     assert all(a <= b for a, b in itertools.pairwise(values))
 
 
-def test_real_times_are_positive_and_those_of_the_whole_network():
-    net = Net()
-    subject = Subject.of(net, torch.randn(1, 3, 8, 8))
+def test_real_times_are_those_of_the_whole_network(monkeypatch):
+    """What the table says of the network as it is has been measured, in milliseconds, whatever its layers take."""
+    measured, real = [], latency_module.median_seconds
+
+    def median_seconds(run, seconds):
+        measured.append((seconds, real(run, 1e-3)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(latency_module, "median_seconds", median_seconds)
+    net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
+    subject = Subject.of(net, torch.randn(1, 512))
     structure = trace(subject)
-    table = measure_latency(subject, structure)
-    assert table.fixed >= 0
-    assert table.per_byte >= 0
-    assert with_latency(structure, table).cost.latency(structure.widths) > 0
+    cost = with_latency(structure, measure_latency(subject, structure)).cost
+    whole, _ = (1e3 * time for seconds, time in measured if seconds == latency_module._WHOLE)
+    assert cost.latency(structure.widths) == pytest.approx(whole)
+    layers = [time for seconds, time in measured if seconds == latency_module._POINT]
+    assert min(layers) > 0
+    assert max(layers) > 1.2 * min(layers)  # a million products, and an eighth of them

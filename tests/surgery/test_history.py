@@ -23,6 +23,7 @@ from lightning_prune.surgery.history import (
     replay,
     save_into,
 )
+from lightning_prune.surgery.masks import attach_masks, masks_of
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import named
 
@@ -440,3 +441,24 @@ def test_numbers_of_an_unflatten_follow_there_and_back() -> None:
     twin = decoder()
     replay(twin, history)
     assert torch.equal(twin(x), narrow)
+
+
+@pytest.mark.parametrize("to", ["dense", "another"])
+def test_masks_go_when_a_network_is_widened(to) -> None:
+    """They are of the narrow one's weights; those of the checkpoint are loaded afterwards."""
+
+    def made():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def narrow(kept):
+        model = made()
+        structure = trace(Subject.of(model, torch.zeros(1, 4)))
+        (edit,) = edits_of(structure, {"0": kept}, epoch=0, step=0, cut=0)
+        replay(model, History.begin(structure).add(edit, model))
+        return model
+
+    model = narrow((0, 1))
+    attach_masks(model, {"0.weight": torch.eye(2, 4, dtype=torch.bool)})
+    load_from(_checkpoint(made() if to == "dense" else narrow((2, 4, 5))), model)
+    assert model[0].out_features == (6 if to == "dense" else 3)
+    assert not masks_of(model)
