@@ -27,7 +27,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.common import add_resume, computed, publish, quiet, quiet_fit, rows_in
-from lightning_prune import GradualUnfreezing, XGBPruning
+from lightning_prune import GradualUnfreezing, Ridge, XGBPruning
 from lightning_prune.data import FashionMNIST, ImageFolder
 from lightning_prune.models import ImageClassifier, ResNetCIFAR, load_pretrained
 from lightning_prune.reporting import layer_parameters
@@ -102,7 +102,8 @@ def train(job: dict[str, Any], root: Path, work: Path) -> dict[str, Any]:
     threshold = job["threshold"]
     pruning = XGBPruning(
         job["mode"], threshold=threshold or 0.0, depth="argmax", samples=1000,
-        surrogate=XGBoost(rounds=30, threads=1), dirpath=str(work / "runs" / "-".join(map(str, job.values()))),
+        surrogate=XGBoost(rounds=30, threads=1), extensions=[Ridge()],
+        dirpath=str(work / "runs" / "-".join(map(str, job.values()))),
     )  # fmt: skip
     callbacks = [*([] if threshold is None else [pruning]), GradualUnfreezing(E_F, e_u)]
     quiet_fit(model, data, callbacks, max_epochs=epochs)

@@ -53,17 +53,21 @@ from lightning_prune import (
     OneShot,
     Random,
     ReestimateBatchNorm,
+    ReestimateIfBetter,
     Ridge,
     StructuredPruning,
     XGBPruning,
 )
 from lightning_prune.callbacks.calibration import Calibration
+from lightning_prune.callbacks.extensions import RunContext
 from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.data import ImageFolder
 from lightning_prune.models import ImageClassifier
+from lightning_prune.reporting import Report
 from lightning_prune.scoring import XGBoost
 from lightning_prune.structure.backbone import Backbone
-from lightning_prune.surgery import masks_of
+from lightning_prune.surgery import Keep, Repair, history_of, masks_of
 
 TASKS: dict[str, list[str] | None] = {"flowers": None, "roses and tulips": ["roses", "tulips"]}
 # What the weights were trained with: (pixel − 127) / 128.
@@ -71,6 +75,8 @@ MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 AT_ONCE = OneShot(at=0)
 # The first seed of runs by which a setting is chosen: none of the table's.
 OTHER_SEEDS = 1000
+# Images that layers are scored by.
+SAMPLES = 1000
 # Shares of the gain that leave about half and a third of the backbone, and how far below the best μ it may end.
 HALF, THIRD, TOLERANCE = 0.995, 0.95, 0.05
 # Cut are the inner widths of the blocks and the last convolution; what is added up from block to block stays.
@@ -80,7 +86,7 @@ STREAM = ["net.conv_stem", "net.blocks.0.0.conv_pw", "*.conv_pwl"]
 def xgb(*extensions: Any, **settings: Any) -> Callable[[], list[Callback]]:
     """Pruning by boosted trees: few, shallow ones on part of the images, which rank as well and take a tenth."""
     settings |= {"surrogate": XGBoost(rounds=30, threads=1), "ignore": STREAM, "extensions": list(extensions)}
-    return lambda: [XGBPruning(samples=1000, **settings)]
+    return lambda: [XGBPruning(samples=SAMPLES, **settings)]
 
 
 def half(criterion: Any, *extensions: Any) -> Callable[[], list[Callback]]:
@@ -90,24 +96,46 @@ def half(criterion: Any, *extensions: Any) -> Callable[[], list[Callback]]:
 
 
 class DenseNorms(Callback):
-    """Re-estimates the batch norms of the network that is not cut, at the first batch, as a repair after a cut does."""
+    """Re-estimates the batch norms of the network that is not cut, at the first batch, as after a cut.
+
+    Args:
+        chooses: Only if samples that are held back say so.
+    """
+
+    def __init__(self, chooses: bool = False) -> None:
+        self.chooses = chooses
+        self.info: dict[str, float] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step or batch_idx:
             return
-        norms, subject = ReestimateBatchNorm(), subject_of(pl_module, batch)
+        subject = subject_of(pl_module, batch)
+        norms: Repair = ReestimateBatchNorm()
+        if self.chooses:
+            data = partial(training_data, trainer, pl_module, samples=SAMPLES)
+            run = RunContext(trainer, pl_module, subject, Report(), Path, (), lambda _: data())
+            (norms,) = ReestimateIfBetter().repairs(run)
         images = Calibration(trainer, pl_module, subject, batches=norms.batches, reader="DenseNorms")
         pl_module.load_state_dict(norms.after(images.copy(), images.run), strict=False)
+        self.info = dict(norms.info)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.info)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.info = dict(state_dict)
 
 
 #: What is done at the first batch, in the order in which rows are worth their time.
 ROWS: dict[str, Callable[[], list[Callback]]] = {
     "reference": list,
     "reference, norms re-estimated": lambda: [DenseNorms()],
+    "reference, norms chosen": lambda: [DenseNorms(chooses=True)],
     "one-shot, half": xgb(Ridge(), gain=HALF),
     "one-shot, a third": xgb(Ridge(), gain=THIRD),
     "one-shot, half by a budget": xgb(Ridge(), budget=0.5),
     "one-shot, half by a budget, norms re-estimated": xgb(Ridge(), ReestimateBatchNorm(), budget=0.5),
+    "one-shot, half by a budget, norms chosen": xgb(Ridge(), ReestimateIfBetter(), budget=0.5),
     "one-shot, a third by a budget": xgb(Ridge(), budget=1 / 3),
     "one-shot, half, as printed": xgb(gain=HALF),
     "layer-wise": xgb(Ridge(), mode="layer_wise", gain=HALF),
@@ -216,10 +244,21 @@ def train(job: dict[str, Any], root: str, work: Path) -> dict[str, Any]:
     last.unlink(missing_ok=True)
     best = max(tested.accuracies.values())
     final = tested.accuracies[str(epochs - 1)]
+    norms = norms_of(model, trainer)
+    if norms:
+        print(", ".join(f"{name} {number:.3f}" for name, number in norms.items()), flush=True)
     return {
         **sizes(model), "dense": dense["backbone"], "epochs": epochs, "accuracy": final, "best": best,
-        "seconds": round(tested.seconds, 1),
+        "seconds": round(tested.seconds, 1), **({"norms": norms} if norms else {}),
     }  # fmt: skip
+
+
+def norms_of(model: LightningModule, trainer: Trainer) -> dict[str, float]:
+    """Whether batch norms were re-estimated, and by which scores, where that was a choice."""
+    history = history_of(model)
+    infos = [edit.info for edit in history.edits if isinstance(edit, Keep)] if history is not None else []
+    infos += [one.info for one in trainer.callbacks if isinstance(one, DenseNorms)]
+    return {name: number for info in infos for name, number in info.items() if "norms" in name}
 
 
 def table(rows: Sequence[dict[str, Any]], task: str) -> Iterator[str]:

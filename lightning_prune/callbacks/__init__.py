@@ -2,7 +2,7 @@
 
 from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning
-from lightning_prune.callbacks.extensions import CutExtension, Rewind, Rollback, SaveEachSize
+from lightning_prune.callbacks.extensions import CutExtension, ReestimateIfBetter, Rewind, Rollback, SaveEachSize
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.hybrid import HybridPruning
 from lightning_prune.callbacks.magnitude import MagnitudePruning
@@ -24,6 +24,7 @@ __all__ = [
     "MagnitudePruning",
     "NetworkPruning",
     "NetworkSlimming",
+    "ReestimateIfBetter",
     "Rewind",
     "Rollback",
     "SPvRPruning",

@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -20,17 +21,22 @@ from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.monitors import reset_monitors
-from lightning_prune.callbacks.processes import all_or_none, from_first
+from lightning_prune.callbacks.processes import all_or_none, from_first, made_on_first
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.subjects import inputs_of, subject_of
+from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Size, require
+from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Structure, Subject, rehearse, trace
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of
 
 __all__ = ["Decision", "NetworkPruning"]
+
+# Samples by which extensions judge a cut, where the method itself looks at none.
+_JUDGED = 2000
 
 
 @dataclass(frozen=True)
@@ -191,8 +197,8 @@ class NetworkPruning(ScheduledPruning):
             repairs = self._extensions.repairs(context)
             contents = self._extensions.contents(context, repairs, axes, drops)
         contents = from_first(trainer, contents)
+        notes = made_on_first(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
         rehearse(subject, structure, plan.kept)
-        notes = {name: number for repair in repairs for name, number in repair.info.items()}
         after = change.keep(structure, plan.kept, {**decision.info, **notes})
         change.install(contents)
         if any(repair.restarts for repair in repairs):
@@ -439,7 +445,21 @@ class NetworkPruning(ScheduledPruning):
     def _run(self, trainer: Trainer, module: LightningModule) -> RunContext:
         assert self._subject is not None
         folder = self.session.writer(self, trainer).folder
-        return RunContext(trainer, module, self._subject, self.report, folder, self._timeline)
+        samples = partial(self._samples, trainer, module)
+        return RunContext(trainer, module, self._subject, self.report, folder, self._timeline, samples)
+
+    def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
+        """Samples of the training data that extensions judge a cut by, all of them in every process.
+
+        Args:
+            trainer: The run.
+            module: The network.
+            batches: So many batches only.
+        """
+        assert self._subject is not None
+        samples = _JUDGED if batches is None else None
+        data = training_data(trainer, module, batches=batches, samples=samples, is_shared=False)
+        return data.using(inputs=inputs_of(module, data.batch(0).raw, self._subject))
 
 
 def _changed(before: Structure, after: Structure) -> tuple[dict[str, int], dict[str, int]]:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
-from lightning_prune.callbacks.extensions.extension import CutExtension
+from lightning_prune.callbacks.extensions import CutExtension, ReestimateIfBetter
 from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
 from lightning_prune.callbacks.moments import now
@@ -38,7 +38,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.reporting import SizeAtThreshold
-from lightning_prune.scoring import DataPass, Surrogate, XGBoost
+from lightning_prune.scoring import DataPass, NeuralProbe, Surrogate, XGBoost
 from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name, require_labels
 from lightning_prune.scoring.xgb import log_importance
 from lightning_prune.structure import Structure, StructureError
@@ -73,8 +73,9 @@ class XGBPruning(NamesHead, NetworkPruning):
 
     Where the paper leaves a choice open: its parameters of XGBoost cannot be had, see `XGBoost` for ours; μ is measured
     on a share of the *training* data and early stopping by another, so that validation and test data stay untouched;
-    by default the layers that read what was cut are fitted again (`Ridge`): the paper freezes them as they are, which
-    ``extensions=[]`` does.
+    by default the layers that read what was cut are fitted again (`Ridge`), and batch norms are re-estimated where
+    samples that were held back say so (`ReestimateIfBetter`): the paper freezes the network as the cut has left it,
+    which ``extensions=[]`` does.
 
     Args:
         mode: ``"one_shot"``: all layers are scored on the network as it is. ``"layer_wise"``: one after the other, each
@@ -110,8 +111,8 @@ class XGBPruning(NamesHead, NetworkPruning):
         schedule: When it acts; at once by default. It has one moment.
         layers: Only these layers: names, globs, or names of modules that contain them.
         ignore: Not these layers.
-        extensions: What goes with the cut, see `StructuredPruning`; `Ridge` by default, an empty list for the paper's
-            own form.
+        extensions: What goes with the cut, see `StructuredPruning`; by default ``[Ridge(), ReestimateIfBetter()]``, on
+            the samples, task and split that layers are scored by. An empty list is the paper's own form.
         reset_monitors: See `StructuredPruning`.
         dirpath: Folder for report, scores and pictures; by default the logger's folder.
         memory_limit: Bytes of samples, activations and features together that are kept in memory, samples at most half
@@ -192,8 +193,13 @@ class XGBPruning(NamesHead, NetworkPruning):
             ignore,
             reset_monitors,
             dirpath,
-            [Ridge()] if extensions is None else extensions,
+            self._usual_extensions() if extensions is None else extensions,
         )
+
+    def _usual_extensions(self) -> list[Repair | CutExtension]:
+        options = self.options
+        probe = NeuralProbe(options.surrogate.task, hidden=0)
+        return [Ridge(), ReestimateIfBetter(probe=probe, held_back=options.held_back, seed=options.seed)]
 
     @override
     def _unprepare(self) -> None:
@@ -374,14 +380,22 @@ class XGBPruning(NamesHead, NetworkPruning):
     def _metric(self) -> str:
         return metric_name(self.options.metric, self.options.surrogate.task)
 
-    def _data(self, trainer: Trainer, module: LightningModule) -> DataPass:
+    @override
+    def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
+        return self._data(trainer, module, batches=batches, is_shared=False)
+
+    def _data(
+        self, trainer: Trainer, module: LightningModule, batches: int | None = None, is_shared: bool = True
+    ) -> DataPass:
         data = training_data(
             trainer,
             module,
-            samples=self.samples,
-            per_class=self.per_class,
+            batches=batches,
+            samples=self.samples if batches is None else None,
+            per_class=self.per_class if batches is None else None,
             seed=self.options.seed,
             labels=self._labels_of,
             memory_limit=self.options.memory_limit // 2,  # activations have what samples leave
+            is_shared=is_shared,
         )
         return data.using(inputs=self._inputs_of or self._inputs)

@@ -34,7 +34,7 @@ from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical, named, take
 
-__all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "install", "repaired"]
+__all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "batch_norms", "install", "repaired"]
 
 #: Runs the first n batches of some data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
@@ -217,11 +217,9 @@ class ReestimateBatchNorm(Repair):
 
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
         """The running statistics."""
-        norms = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
-        }
+        norms = batch_norms(model)
+        if not norms:
+            return {}
         sums: dict[str, list[Tensor]] = {name: [] for name in norms}
 
         def see(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -237,6 +235,15 @@ class ReestimateBatchNorm(Repair):
             contents[f"{prefix}running_mean"] = total[0] / total[2]
             contents[f"{prefix}running_var"] = total[1] / total[2]
         return contents
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch norms whose running statistics follow the training, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    }
 
 
 # -- layers that take removed units as input --------------------------------------------------------------------------

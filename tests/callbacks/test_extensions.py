@@ -16,6 +16,7 @@ from lightning_prune import (
     FoldMean,
     LinearSchedule,
     ReestimateBatchNorm,
+    ReestimateIfBetter,
     Reinitialise,
     Rewind,
     Ridge,
@@ -31,6 +32,7 @@ EPOCHS = 4
 EXTENSIONS = [
     FoldMean(batches=2),
     ReestimateBatchNorm(batches=2),
+    ReestimateIfBetter(batches=2),
     Reinitialise(),
     Rewind(1),
     Ridge(batches=2),

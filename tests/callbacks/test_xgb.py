@@ -23,6 +23,7 @@ from lightning_prune import (
     NeuralProbe,
     OneShot,
     ReestimateBatchNorm,
+    ReestimateIfBetter,
     Rewind,
     Ridge,
     SklearnEstimator,
@@ -131,6 +132,7 @@ def test_processes_score_one_network(tmp_path: Path) -> None:
     [
         ("Chain", [Ridge(batches=2)], None),
         ("Residual", [Ridge(batches=2), ReestimateBatchNorm(batches=2)], None),
+        ("Chain", [Ridge(batches=2), ReestimateIfBetter(batches=2)], None),
         ("Deep", [Ridge(batches=2)], "argmax"),
     ],
 )
@@ -163,7 +165,7 @@ def test_a_budget(mode: Any, tmp_path: Path) -> None:
 
 def test_the_network_as_it_is_by_default(tmp_path: Path) -> None:
     assert str(XGBPruning().amount) == "Amount(rule='gain', value=0.99)"
-    assert [type(one) for one in XGBPruning().extensions] == [Ridge]
+    assert [type(one) for one in XGBPruning().extensions] == [Ridge, ReestimateIfBetter]
     module = Module()
     pruning = XGBPruning(surrogate=QUICK)
     fit(tmp_path, module, pruning)

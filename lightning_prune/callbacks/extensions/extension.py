@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_prune.arguments import Settings
 from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
+from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Subject
 from lightning_prune.surgery import Edit, Repair
 
@@ -29,6 +30,8 @@ class RunContext:
         report: What was done and measured so far.
         folder: Gives the folder for files; all processes must call it.
         timeline: The cuts of the run, those already made included.
+        samples: Gives samples of the training data with their labels, the same in every process: those that the method
+            decides by, if it looks at labels. With a number so many batches only, to check them.
     """
 
     trainer: Trainer
@@ -36,7 +39,8 @@ class RunContext:
     subject: Subject
     report: Report
     folder: Callable[[], Path]
-    timeline: tuple[CutPoint, ...] = ()
+    timeline: tuple[CutPoint, ...]
+    samples: Callable[[int | None], DataPass]
 
 
 class CutExtension(Settings):

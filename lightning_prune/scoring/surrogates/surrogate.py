@@ -47,11 +47,13 @@ class Fitted:
         importance: I, how much each feature is used, shape ``(width,)``, with sum 1; all 0 if none is used.
         share: Each feature's share of everything that the surrogate has gained, shape ``(width,)``, with sum 1; all 0
             if none is used.
+        predictions: Of the held-back part: classes or numbers, shape ``(n,)``.
     """
 
     score: float
     importance: FloatArray
     share: FloatArray
+    predictions: npt.NDArray[Any]
 
 
 class Surrogate(Settings, ABC):
@@ -145,12 +147,14 @@ class Surrogate(Settings, ABC):
         def judged(predictions: npt.NDArray[Any]) -> float:
             return _judged(measure, classes, truth, predictions)
 
-        score = judged(trained.predict(held_back))
+        predicted = trained.predict(held_back)
+        score, predictions = judged(predicted), predicted if classes is None else classes[predicted]
         if self.importance == "permutation" or trained.importance is None:
             importance = _permuted(trained, held_back, judged, score, self.seed)
-            return Fitted(score, importance, importance)
+            return Fitted(score, importance, importance, predictions)
         importance = normalised(trained.importance)
-        return Fitted(score, importance, importance if trained.total is None else normalised(trained.total))
+        share = importance if trained.total is None else normalised(trained.total)
+        return Fitted(score, importance, share, predictions)
 
     def _encoded(self, labels: npt.NDArray[Any], parts: Parts) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any]]:
         """The classes, if any, and what is to be predicted."""
