@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.compiled import forget_code
+from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.session import Session
 from lightning_prune.structure import Subject
@@ -45,8 +45,8 @@ def live_transaction(
     call = subject.calls[0]
 
     def run() -> Any:
-        with trainer.precision_plugin.forward_context():
-            return module.forward(*call.args, **call.kwargs)
+        with trainer.precision_plugin.forward_context(), as_written(module):
+            return module(*call.args, **call.kwargs)
 
     when = {"epoch": trainer.current_epoch, "step": trainer.global_step, "cut": cut}
     forget_code(module)

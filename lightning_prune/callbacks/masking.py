@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune.callbacks.averages import averages, count_from, counts
-from lightning_prune.callbacks.compiled import is_compiled
+from lightning_prune.callbacks.compiled import as_written, is_compiled
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
@@ -397,8 +397,8 @@ class MaskPruning(ScheduledPruning):
             return []
 
         def run() -> Any:
-            with trainer.precision_plugin.forward_context():
-                return module.forward(*call.args, **call.kwargs)
+            with trainer.precision_plugin.forward_context(), as_written(module):
+                return module(*call.args, **call.kwargs)
 
         epoch, step = trainer.current_epoch, trainer.global_step
         with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class Subject:
         optional: Calls that may fail to be traced, which leaves a note (a ``training_step`` with side effects, say).
         memo: Objects of the network that a copy must not copy: ``{id(object): replacement}``.
         prepare: Makes a copy ready to run (replaces metrics and loggers).
+        with_hooks: Whether users' hooks that take part in what the network computes run on a copy.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Subject:
     optional: tuple[Call, ...] = ()
     memo: Mapping[int, Any] | None = None
     prepare: Callable[[nn.Module], None] | None = None
+    with_hooks: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Subject:
@@ -66,7 +68,7 @@ class Subject:
 
     def copy(self, kind: Kind) -> FakeCopy:
         """A copy of the network on tensors of this kind."""
-        return FakeCopy(self.model, self.memo, self.prepare, kind=kind)
+        return FakeCopy(self.model, self.memo, self.prepare, kind=kind, with_hooks=self.with_hooks)
 
 
 def trace(subject: Subject, *, trial: bool = True) -> Structure:
@@ -107,7 +109,7 @@ class Tracing:
         _require_names(subject.model)
         _require_followable(subject.model)
         with torch.inference_mode(False):
-            self._analysis = _Analysis(subject).best(trial=trial)
+            self._analysis = _analysed(subject, trial=trial)
             self.structure = self._analysis.structure()
 
     def rehearse(self, kept: Mapping[str, Iterable[int]]) -> None:
@@ -181,6 +183,22 @@ def _rehearse(analyse: Callable[[], _Analysis], structure: Structure, kept: Mapp
         f"({', '.join(f'{g.name}: {len(units[g.name])}' for g in suspects)}): {reason}. Nothing has changed. "
         "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
     )
+
+
+def _analysed(subject: Subject, *, trial: bool) -> _Analysis:
+    """The groups of a network; without its hooks if it cannot be followed with them."""
+    analysis = _Analysis(subject)
+    try:
+        return analysis.best(trial=trial)
+    except StructureError as error:
+        if not analysis.first.hooks:
+            raise
+        try:
+            without = _Analysis(replace(subject, with_hooks=False)).best(trial=trial)
+        except StructureError:
+            raise error from error.__cause__
+        without.notes.append(f"the network's hooks were left out, as it could not be followed with them: {error}")
+        return without
 
 
 def _require_names(model: nn.Module) -> None:
@@ -267,6 +285,7 @@ class _Analysis:
                 "Pruning runs a copy of the network on fake tensors; make `copy.deepcopy(model)` work, or keep what it "
                 "stumbles over outside of the module."
             ) from error
+        self.notes += self.first.notes
         self.labels = {
             name: tuple(self.atoms.fresh(n) for n in tensor.shape) for name, tensor in self.first.named.items()
         }
@@ -605,11 +624,11 @@ class _Analysis:
         tracer = self._second_tracer(atoms)
         for run in self.runs:
             call, copy = run.call, self._copy(run.kind)
-            if run.kind == "real":
-                run = self._masked(run, copy, axes)
-            tracer.decided, tracer.decided_views = run.decisions, run.views
-            tracer.expected = run.script
             try:
+                if run.kind == "real":
+                    run = self._masked(run, copy, axes)
+                tracer.decided, tracer.decided_views = run.decisions, run.views
+                tracer.expected = run.script
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
                 tracer.finish()

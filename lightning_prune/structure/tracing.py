@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError
+from lightning_prune.structure.hooks import REGISTERS, held_by, is_container, put_on, reachable, remembered, taking_part
 from lightning_prune.structure.layers import canonical, loosen, refresh, tensors
 from lightning_prune.structure.shapes import SHORTCUTS
 
@@ -568,11 +569,17 @@ class FakeCopy:
     """A copy of a network that runs without memory or arithmetic, and can be cut and restored cheaply.
 
     Args:
-        model: The network; left untouched, hooks and all.
+        model: The network; left untouched. Its forward hooks that take part in what it computes run on the copy, and
+            store what they store there; the others do not.
         memo: Objects of the network that the copy shall not copy: ``{id(object): replacement}``.
         prepare: Called with the copy, to replace what must not run on fake tensors (metrics, loggers).
         kind: ``"meta"`` is fastest; ``"fake"`` tensors also know their device, and constants mix with them;
             ``"real"`` ones are for steps whose operators depend on data.
+        with_hooks: Whether hooks run on the copy.
+
+    Attributes:
+        hooks: Those that do.
+        notes: Remarks about hooks that were left out.
     """
 
     def __init__(
@@ -582,6 +589,7 @@ class FakeCopy:
         prepare: Callable[[nn.Module], None] | None = None,
         *,
         kind: Kind = "fake",
+        with_hooks: bool = True,
     ) -> None:
         self.kind = kind
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
@@ -589,18 +597,22 @@ class FakeCopy:
         self.asked: set[type] | None = None
         self.watched = False
         self.named: dict[str, torch.Tensor] = {}
-        self.module = _copied(model, self._twins(model, memo or {}))
+        hooks, held = taking_part(model) if with_hooks else {}, held_by(model)
+        twins = self._twins(model, memo or {}, held)
+        self.module = _copied(model, twins)
+        self.hooks, self.notes = put_on(hooks, model, twins)
+        self._held = [twins[id(thing)] for thing in held if id(thing) in twins]
         if prepare is not None:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        self._homes: list[dict[str, Any]] = []
+        self._homes: list[dict[Any, Any]] = [thing for thing in self._held if isinstance(thing, dict)]
         for module in self.module.modules():
-            self._homes += vars(module), module._buffers
+            self._homes += vars(module), module._buffers, *(getattr(module, register) for register in REGISTERS)
             loosen(module)
             for name, tensor in tensors(module).items():
                 self._slots.setdefault(id(tensor), []).append((module, name))
 
-    def _twins(self, model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    def _twins(self, model: nn.Module, memo: Mapping[int, Any], held: Iterable[Any]) -> dict[int, Any]:
         """What stands in the copy for the tensors and hooks of the network: ``{id(object): stand-in}``."""
         twins = dict(memo)
         for prefix, module in model.named_modules():
@@ -611,9 +623,9 @@ class FakeCopy:
                     twin = self._twin(tensor)
                     twins[id(tensor)] = twin
                     self.named[canonical(f"{prefix}.{name}" if prefix else name)] = twin
-            for plain in vars(module).values():
-                if isinstance(plain, torch.Tensor):
-                    twins.setdefault(id(plain), self._own(plain))
+        for thing in held:
+            if isinstance(thing, torch.Tensor):
+                twins.setdefault(id(thing), self._own(thing))
         return twins
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -718,13 +730,23 @@ class FakeCopy:
             self.asked = stack.enter_context(_who_asks_for_the_mode(self.module, self.stack))
             stack.enter_context(_assignments_followed(tracer))
             left = stack.enter_context(self._state_restored())
+            stack.enter_context(remembered(self._stores()))
             stack.enter_context(tracer)
-            out = getattr(self.module, call.method)(*args, **kwargs)
+            run = self.module if call.method == "forward" else getattr(self.module, call.method)
+            out = run(*args, **kwargs)
             if call.method == "forward" and left():  # a second call may go on from there
                 counting, tracer.counting = tracer.counting, False
                 stack.callback(setattr, tracer, "counting", counting)
-                out = out, self.module(*args, **kwargs)
+                out = out, run(*args, **kwargs)
             return out
+
+    def _stores(self) -> list[Any]:
+        """What a run may store something in besides the attributes of modules."""
+        if not self.hooks:
+            return [thing for thing in self._held if is_container(thing) and not isinstance(thing, dict)]
+        own = {id(tensor) for tensor in self.named.values()}
+        found = reachable([*self.hooks, *self._held], into_modules=False)
+        return [thing for thing in found if not isinstance(thing, nn.Module) and id(thing) not in own]
 
     @contextmanager
     def _state_restored(self) -> Iterator[Callable[[], bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.structure.hooks import forgotten, taking_part
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.tensors import named
 
@@ -19,8 +20,9 @@ __all__ = ["check", "silent", "verify"]
 def check(run: Callable[[], Any], model: nn.Module) -> bool:
     """Run the network forward and backward once and leave no trace.
 
-    Random states, buffers and gradients are put back, the users' hooks stay silent. Where no output is differentiable
-    (a ``forward`` that returns classes) only the forward pass is run.
+    Random states, buffers and gradients are put back. Of the users' hooks those run that take part in what the network
+    computes, and what they store is put back, too. Where no output is differentiable (a ``forward`` that returns
+    classes) only the forward pass is run.
 
     Args:
         run: A forward pass; what it returns may be nested in lists, tuples, mappings and dataclasses.
@@ -69,21 +71,27 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     accelerators = {tensor.device for tensor in named(model).values() if tensor.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in accelerators), "cuda")
     devices = sorted(device.index or 0 for device in accelerators)
+    hooks = taking_part(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices, device_type=kind),
-        silent(model),
+        silent(model, hooks),
+        forgotten(hooks.values(), model),
         _contents_kept(model),
     ):
         yield
 
 
 @contextmanager
-def silent(model: nn.Module) -> Iterator[None]:
+def silent(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
     """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...).
 
     Those that are registered within the context run, and stay.
+
+    Args:
+        model: The network.
+        but: Numbers of other hooks that run.
     """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     registers = [getattr(module, kind) for module in model.modules() for kind in kinds]
@@ -92,7 +100,7 @@ def silent(model: nn.Module) -> Iterator[None]:
     saved = [dict(register) for register in registers]
     try:
         for register in registers:
-            for key in [key for key, hook in register.items() if not _is_of_torch(hook)]:
+            for key in [key for key, hook in register.items() if not (_is_of_torch(hook) or key in but)]:
                 del register[key]
         yield
     finally:

@@ -317,6 +317,25 @@ def test_users_hooks_see_no_fake_tensors(tmp_path: Path) -> None:
     assert hooks(model) == before
 
 
+def test_features_that_hooks_store_are_cut_with_their_layer(tmp_path: Path) -> None:
+    class Branching(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features: dict[str, Tensor] = {}
+            self.first.register_forward_hook(self.keep)
+
+        def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            self.features["first"] = output
+            self.log("samples", len(output))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(torch.relu(self.first(x)) + self.features["first"]))
+
+    model = make(Branching)
+    fit(tmp_path, model, contribution(OneShot(at=1)), epochs=3)
+    assert model.features["first"].shape[1] == model.first.out_features == 6
+
+
 def test_measuring_does_not_run_the_network(measured: None, tmp_path: Path) -> None:
     class Counting(Net):
         passes = 0

@@ -371,6 +371,32 @@ class TestCheck:
         model(zoo["mlp"].example())
         assert calls == ["new", "old", "new"]
 
+    def test_hooks_that_take_part_run_and_leave_nothing(self, zoo):
+        model, kept, calls = zoo["mlp"].model(), {}, 0
+        model.kept, before = kept, torch.ones(1)
+        model.before = before
+
+        def store(module, args, output):
+            nonlocal calls
+            calls += 1
+            kept["output"], module.output, model.before = output, output, output
+            return output / 0
+
+        model[0].register_forward_hook(store)
+        assert not check(lambda: model(zoo["mlp"].example()), model)  # seen only if the hook runs
+        assert (kept, calls, model.before) == ({}, 0, before)
+        assert not hasattr(model[0], "output")
+
+    def test_a_hook_that_fails(self, zoo):
+        model = zoo["mlp"].model()
+
+        def store(module, args, output):
+            module.output = output.view(3, 5, 7)
+
+        model[0].register_forward_hook(store)
+        with pytest.raises(CutError, match="shape"):
+            check(lambda: model(zoo["mlp"].example()), model)
+
     def test_hooks_by_which_torch_computes_stay(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the old weight_norm is deprecated
