@@ -64,12 +64,12 @@ def with_flow(structure: Structure, subject: Subject, gone: Collection[str] = ()
         gone: Groups that it had before they vanished.
     """
     with torch.inference_mode(False):
-        analysis = _Analysis(subject)
-        recorder = _Recorder(analysis)
-        runs = [_run(recorder, analysis, call) for call in subject.calls]
-        for call in subject.optional:
-            with suppress(Exception):  # `trace` has left a note about it
-                runs.append(_run(recorder, analysis, call))
+        try:
+            analysis, runs = _recorded(subject)
+        except Exception:
+            if not subject.with_hooks:
+                raise
+            analysis, runs = _recorded(replace(subject, with_hooks=False))  # as `trace` does, which leaves a note
     cover = _Covers(analysis, structure)
     passes = tuple(_pass(cover, *run) for run in runs)
     flow = _flow(cover, passes, analysis, structure, subject.model)
@@ -77,6 +77,16 @@ def with_flow(structure: Structure, subject: Subject, gone: Collection[str] = ()
 
 
 Run = tuple[list[tuple[list[Raw], list[Raw], bool]], set[int], list[Raw], dict[int, tuple[str, ...]], bool]
+
+
+def _recorded(subject: Subject) -> tuple[_Analysis, list[Run]]:
+    analysis = _Analysis(subject)
+    recorder = _Recorder(analysis)
+    runs = [_run(recorder, analysis, call) for call in subject.calls]
+    for call in subject.optional:
+        with suppress(Exception):  # `trace` has left a note about it
+            runs.append(_run(recorder, analysis, call))
+    return analysis, runs
 
 
 def _run(recorder: _Recorder, analysis: _Analysis, call: Call) -> Run:

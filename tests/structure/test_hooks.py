@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_prune.structure import StructureError, Subject, trace
+from lightning_prune.structure.flow import with_flow
 from tests.support.cutting import cut, half, named
 
 STORE: dict[str, torch.Tensor] = {}
@@ -338,5 +339,6 @@ def test_hooks_that_fail_on_a_copy_are_left_out_and_told():
     assert structure.widths == {"a": 6, "b": 6}
     (note,) = structure.notes
     assert "not the one I know" in note
+    assert with_flow(structure, Subject.of(net, torch.ones(2, 4))).flow is not None
     with pytest.raises(StructureError, match="mat1 and mat2"):
         trace(Subject.of(net, torch.ones(2, 5)))

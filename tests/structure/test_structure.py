@@ -526,6 +526,18 @@ def test_operators_that_depend_on_data_run_on_real_numbers():
     assert "extra.weight" in {m.tensor for m in structure.group("a").members}
 
 
+def test_a_network_that_fails_when_units_are_zero_freezes_them():
+    def forward(net, x):
+        hidden = net.a(x)
+        if 0 in hidden.detach().numpy():
+            raise RuntimeError("a dead unit")
+        return net.b(hidden)
+
+    structure = trace(Subject.of(Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), torch.ones(2, 4)))
+    assert structure.widths == {}
+    assert "a dead unit" in structure.frozen[0].reason
+
+
 def test_a_network_without_widths():
     structure = trace(Subject.of(nn.Linear(3, 2), torch.ones(2, 3)))
     assert structure.groups == ()
