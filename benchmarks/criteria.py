@@ -80,9 +80,9 @@ class Bench:
 
     def contents(self, axes: Axes, state: str, seed: int) -> dict[str, Tensor]:
         """What the repairs of a state write."""
-        _, run = calibration(self.train, self.given.batches, seed)
+        _, data = calibration(self.train, self.given.batches, seed)
         repairs = [kind(self.given.batches) for kind in STATES[state]]  # type: ignore[call-arg]
-        return repaired(copy.deepcopy(self.module).train(), axes, repairs, run)
+        return repaired(lambda: copy.deepcopy(self.module).train(), axes, repairs, data)
 
     def rows(self, name: str, seed: int) -> list[Row]:
         """One row per state of repair; every cut is undone."""

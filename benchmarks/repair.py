@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
-from lightning_prune.scoring import Criterion, score_groups
+from lightning_prune.scoring import Criterion, DataPass, score_groups
 from lightning_prune.structure import Structure, Subject, trace
 from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
@@ -70,18 +70,11 @@ def train(module: CNNClassifier, images: ImageTensors, epochs: int, seed: int) -
         print(f"epoch {epoch + 1} of {epochs}", flush=True)
 
 
-def calibration(
-    images: ImageTensors, batches: int, seed: int
-) -> tuple[list[Tensor], Callable[[torch.nn.Module, int], None]]:
-    """Batches drawn once from the training images, and how a repair runs them."""
+def calibration(images: ImageTensors, batches: int, seed: int) -> tuple[list[Tensor], DataPass]:
+    """Batches drawn once from the training images, and how a repair takes them."""
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: batches * BATCH]
     drawn = list(images.images[rows].split(BATCH))
-
-    def run(model: torch.nn.Module, n: int) -> None:
-        for batch in drawn[:n]:
-            model(batch)
-
-    return drawn, run
+    return drawn, DataPass(drawn)
 
 
 def scores_of(
@@ -113,7 +106,7 @@ def measure(
     module.eval()
     structure = trace(Subject.of(module, module.example_input_array))
     names, _ = select(structure, ignore=ignore)
-    drawn, run = calibration(train, batches, seed)
+    drawn, data = calibration(train, batches, seed)
     dense = accuracy(module, test)
     print(f"{name}: {dense} % dense", flush=True)
     for criterion, share in product((L1(), Contribution()), SHARES):
@@ -122,7 +115,7 @@ def measure(
         axes, after = structure.axes(plan.kept), structure.take(plan.kept)
         for label, chosen in repairs(batches).items():
             began = time.perf_counter()
-            contents = repaired(copy.deepcopy(module).train(), axes, chosen, run)
+            contents = repaired(lambda: copy.deepcopy(module).train(), axes, chosen, data)
             seconds = time.perf_counter() - began
             with cut(module, axes) as change:
                 install(change, module, contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -40,7 +41,10 @@ class Calibration:
         self.data: DataPass | None = None
         if reader is not None:
             require_readable(trainer, reader)
-            self.data = training_data(trainer, module, batches=batches, is_shared=False)
+            (step,) = subject.optional
+            rest = step.args[1:]
+            data = training_data(trainer, module, batches=batches, is_shared=False)
+            self.data = data.using(inputs=lambda raw: (raw, *rest), call=partial(_stepped, trainer, step.method))
 
     def copy(self) -> nn.Module:
         """A copy of the module without the user's hooks, ready to run."""
@@ -48,11 +52,11 @@ class Calibration:
 
     def run(self, copy: nn.Module, n: int) -> None:
         """Run the first ``n`` batches through a copy."""
-        (step,) = self.subject.optional
-
-        def call(copy: nn.Module, batch: Batch) -> Any:
-            with self.trainer.precision_plugin.forward_context():
-                return getattr(copy, step.method)(batch.raw, *step.args[1:])
-
         if self.data is not None:
-            self.data.run(copy, call=call, keep_modes=True, limit=n)
+            self.data.run(copy, keep_modes=True, limit=n)
+
+
+def _stepped(trainer: Trainer, method: str, copy: nn.Module, batch: Batch) -> Any:
+    """A training step of a copy."""
+    with trainer.precision_plugin.forward_context():
+        return getattr(copy, method)(*batch.args)

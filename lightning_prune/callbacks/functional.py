@@ -331,14 +331,12 @@ def _repaired(asked: _Cut, subject: Subject, structure: Structure, plan: Plan) -
     if readers and asked.data is None:
         raise ValueError(f"prune: expected `data=` for {readers[0]!r}, which reads batches of it, got none.")
 
-    def run(model: nn.Module, n: int) -> None:
-        if asked.data is not None:
-            asked.data.run(model, keep_modes=True, limit=n)
+    def copied() -> nn.Module:
+        copy: nn.Module = subject.copy("real").module
+        # It is not frozen: it is evaluated.
+        return copy if any(module.training for module in copy.modules()) else copy.train()
 
-    copy = subject.copy("real").module
-    if not any(module.training for module in copy.modules()):
-        copy.train()  # it is not frozen: it is evaluated
-    return repaired(copy, structure.axes(plan.kept), asked.repairs, run, structure.drops(plan.kept))
+    return repaired(copied, structure.axes(plan.kept), asked.repairs, asked.data, structure.drops(plan.kept))
 
 
 def _of_weights() -> list[str]:

@@ -16,7 +16,7 @@ from lightning_prune.scoring.drawing import Choice, batch_size_of, class_members
 from lightning_prune.scoring.samples import Samples, batch_length
 from lightning_prune.scoring.undisturbed import undisturbed
 
-__all__ = ["Batch", "DataPass"]
+__all__ = ["Batch", "DataPass", "Forward", "forward"]
 
 #: Arguments and keywords of ``forward``.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -54,6 +54,15 @@ class Batch:
         return Batch(args, kwargs, labels)
 
 
+#: How a network is run on a batch.
+Forward = Callable[[nn.Module, Batch], Any]
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """``model(*batch.args, **batch.kwargs)``."""
+    return model(*batch.args, **batch.kwargs)
+
+
 @final
 class DataPass:
     """Samples that are the same every time: iterates over batches as often as asked.
@@ -81,6 +90,7 @@ class DataPass:
         progress: Called with the samples done and their number after each batch of a `run`.
 
     Attributes:
+        call: How a network is run on a batch, `forward` unless `using` says otherwise.
         macs: Multiply-accumulates (1 MAC = 2 FLOPs) of all runs, as far as they told them.
 
     Raises:
@@ -124,6 +134,7 @@ class DataPass:
         self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.loss = loss
+        self.call: Forward = forward
         self.macs = 0
         self.progress = progress
         self._batches = [batches] if _is_batch(batches) else batches
@@ -246,13 +257,15 @@ class DataPass:
         loss: Callable[[nn.Module, Batch], Tensor] | None = None,
         inputs: Callable[[Any], Any] | None = None,
         transfer: Callable[[Any], Any] | None = None,
+        call: Forward | None = None,
     ) -> DataPass:
-        """The same samples with another loss, other inputs or another transfer; what is left out stays."""
+        """The same samples with another loss, other inputs, transfer or call; what is left out stays."""
         other = copy.copy(self)
         other.macs = 0
         other.loss = self.loss if loss is None else loss
         other._inputs = self._inputs if inputs is None else inputs
         other._transfer = self._transfer if transfer is None else transfer
+        other.call = self.call if call is None else call
         return other
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -273,7 +286,7 @@ class DataPass:
         Args:
             model: A network or a copy of it. Its hooks run.
             see: Called with each batch and what came out.
-            call: How a batch is run; by default ``model(*batch.args, **batch.kwargs)``.
+            call: How a batch is run; by default ``self.call``.
             keep_modes: Leave every module in the mode it is in, rather than eval mode.
             grad: Record gradients.
             limit: Run the first so many batches only.
@@ -282,7 +295,7 @@ class DataPass:
         Returns:
             The number of samples.
         """
-        call, done = _forward if call is None else call, 0
+        call, done = self.call if call is None else call, 0
         with undisturbed(model, keep_modes=keep_modes, seed=self.seed), torch.inference_mode(False):
             for index, batch in enumerate(self):
                 if limit is not None and index >= limit:
@@ -377,10 +390,6 @@ class DataPass:
         if not found or len({found[number].shape for number in numbers}) > 1:
             return None
         return torch.stack([found[number] for number in numbers]) if numbers else torch.stack(found[:1])[:0]
-
-
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    return model(*batch.args, **batch.kwargs)
 
 
 def _is_pair(raw: Any) -> bool:

@@ -32,11 +32,11 @@ from lightning_prune.surgery.masks import (
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
+from lightning_prune.surgery.refit import Ridge
 from lightning_prune.surgery.repair import (
     FoldMean,
     ReestimateBatchNorm,
     Repair,
-    Ridge,
     install,
     repaired,
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.scoring import unit_rows
+from lightning_prune.scoring import DataPass, unit_rows
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.surgery.repair import FoldMean, repaired
 from lightning_prune.surgery.tensors import named
@@ -55,6 +55,7 @@ def without_dead(
         Units kept by group, only of groups that change, and new contents by name, in the shapes after the cut.
     """
     expected = _outputs(model, run)
+    once = DataPass([torch.zeros(1)]).using(call=lambda copied, _: run(copied))
     widths = structure.widths
     kept = {name: np.arange(width) for name, width in widths.items()}
     contents: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ def without_dead(
             trial = copy.deepcopy(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a mean could not be folded: the outputs will tell
-                new = repaired(trial, axes, [FoldMean(batches=1)], lambda copied, _: _silently(run, copied))
+                new = repaired(iter([trial]).__next__, axes, [FoldMean(batches=1)], once)
             if not _same(expected, _outputs(trial, run)):
                 refused.add(name)
                 continue
@@ -86,10 +87,6 @@ def without_dead(
 def _outputs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Tensor]:
     with torch.no_grad():
         return [leaf for leaf in tree_leaves(run(model)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _silently(run: Callable[[nn.Module], object], model: nn.Module) -> None:
-    run(model)
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -7,9 +7,9 @@ network only takes them over. All sums are in float64.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from abc import ABC
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.arguments import Settings
+from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.surgery.change import Change, CutError
@@ -34,13 +34,13 @@ from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical, named, take
 
-__all__ = ["FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "batch_norms", "install", "repaired"]
+__all__ = [
+    *("FoldMean", "ReestimateBatchNorm", "Repair", "Run", "batch_norms", "double", "input_dim", "install"),
+    *("repaired", "require_positive", "tied_layers"),
+]
 
 #: Runs the first n batches of some data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
-
-# (√5 − 1) / 2: multiples of it spread evenly over [0, 1), whatever the period of what is sampled.
-_GOLDEN = 0.6180339887498949
 
 
 class Repair(Settings, ABC):
@@ -69,27 +69,55 @@ class Repair(Settings, ABC):
         """
         return {}
 
+    def between(
+        self,
+        dense: nn.Module,  # noqa: ARG002
+        narrow: nn.Module,  # noqa: ARG002
+        axes: Axes,  # noqa: ARG002
+        data: DataPass,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """New contents from the networks before and after the cut side by side.
+
+        Args:
+            dense: A copy of the network before the cut.
+            narrow: One after it, which may be changed: what it holds then is set from the contents.
+            axes: What the cut keeps.
+            data: Batches for both.
+        """
+        return {}
+
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents from the network after the cut (a copy, in the mode it trains in)."""
         return {}
 
 
 def repaired(
-    model: nn.Module, axes: Axes, repairs: Sequence[Repair], run: Run, drops: Mapping[str, str] | None = None
+    copied: Callable[[], nn.Module],
+    axes: Axes,
+    repairs: Sequence[Repair],
+    data: DataPass | None,
+    drops: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """What parameters and buffers hold after a cut and its repairs, by name, where the repairs change them.
 
     Args:
-        model: A copy of the network before the cut, which is cut by this.
+        copied: Gives a copy of the network before the cut, in the modes it trains in.
         axes: What is kept.
         repairs: In the order in which they happen; where two write the same tensor, the later one counts.
-        run: Runs batches through the network.
+        data: Batches that are run through the copies; None if no repair reads any.
         drops: Layers that the cut takes out whole (``structure.drops(kept)``).
 
     Raises:
         CutError: If a content is not finite.
+        ValueError: If a repair reads batches, and there are none.
     """
-    drops = drops or {}
+    drops, model = drops or {}, copied()
+    compares = [type(repair).between is not Repair.between for repair in repairs]
+    dense = copied().eval() if any(compares) else model
+
+    def run(model: nn.Module, n: int) -> None:
+        _required(data, repairs).run(model, keep_modes=True, limit=n)
+
     inputs = {f"{name}.weight": {1: np.empty(0, np.int64)} for name, kind in drops.items() if kind == "constant"}
     emptied = {**axes, **{name: {**axes.get(name, {}), **none} for name, none in inputs.items()}}
     modes = [(module, module.training) for module in model.modules()]
@@ -103,7 +131,10 @@ def repaired(
         cut(model, axes, drops=drops)
         contents = {name: take(new, axes.get(name, {})) for name, new in contents.items() if stays(name, drops)}
         _copy_into(model, contents)
-        for repair in repairs:
+        for repair, does_compare in zip(repairs, compares, strict=True):
+            if does_compare:
+                contents |= repair.between(dense, model, axes, _required(data, repairs))
+                _copy_into(model, contents)
             later = repair.after(model, run)
             _copy_into(model, later)
             contents |= later
@@ -111,6 +142,12 @@ def repaired(
     if broken:
         raise CutError(f"the repair gives NaN or infinity for {', '.join(broken)}")
     return contents
+
+
+def _required(data: DataPass | None, repairs: Sequence[Repair]) -> DataPass:
+    if data is None:
+        raise ValueError(f"expected batches of data for {', '.join(map(repr, repairs))}, got none")
+    return data
 
 
 def install(change: Change, model: nn.Module, contents: Mapping[str, Tensor]) -> None:
@@ -144,56 +181,12 @@ class FoldMean(Repair):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self)
+        require_positive(self)
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
         """The shifted biases."""
         observed = [_Mean(consumer) for consumer in _consumers(model, axes)]
         return _contents(model, observed, partial(run, model, self.batches), self)
-
-
-@final
-@dataclass(frozen=True)
-class Ridge(Repair):
-    r"""Refits the next layer's weights, so that from the inputs that stay it computes what it did from all of them.
-
-    With :math:`\Sigma` the covariance of the inputs, :math:`S` those that stay and :math:`R` those that go,
-    :math:`W_S \leftarrow W_S + W_R \Sigma_{RS} (\Sigma_{SS} + \lambda I)^{-1}`, and the bias takes the difference of
-    the means: least squares with a penalty :math:`\lambda \lVert W_S' - W_S \rVert^2`. Inputs that say nothing of each
-    other leave the weights as they are, which is `FoldMean`. :math:`\lambda` is relative to the mean variance of the
-    inputs that stay. The statistics of all layers are those of the network before the cut.
-
-    A convolution is a linear layer on its patches, of channels times kernel elements. Grouped and transposed
-    convolutions, layers with more than ``max_inputs`` inputs and those that lose all of them get `FoldMean` instead. A
-    layer without a bias that no batch norm follows is fitted without one, on second moments in place of covariances.
-
-    Args:
-        batches: Batches of training data that covariances are taken over; more than inputs divided by ``rows`` at
-            least.
-        strength: λ, above 0.
-        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
-        max_inputs: Largest number of inputs of a layer; the matrices take its square in memory.
-    """
-
-    batches: int = 32
-    strength: float = 0.01
-    rows: int = 1024
-    max_inputs: int = 4096
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_positive(self)
-
-    def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
-        """The refitted weights and shifted biases."""
-        observed = [self._observation(consumer) for consumer in _consumers(model, axes)]
-        return _contents(model, observed, partial(run, model, self.batches), self)
-
-    def _observation(self, consumer: _Consumer) -> _Mean | _Covariance:
-        layer: Any = consumer.layer
-        small = consumer.weight[0].numel() <= self.max_inputs and len(consumer.kept) > 0
-        plain = isinstance(layer, nn.Linear) or (layer.groups == 1 and not layer.transposed)
-        return _Covariance(consumer, self.strength, self.rows) if small and plain else _Mean(consumer)
 
 
 @final
@@ -213,7 +206,7 @@ class ReestimateBatchNorm(Repair):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self)
+        require_positive(self)
 
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
         """The running statistics."""
@@ -223,7 +216,7 @@ class ReestimateBatchNorm(Repair):
         sums: dict[str, list[Tensor]] = {name: [] for name in norms}
 
         def see(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-            values = _double(args[0]).transpose(0, 1).flatten(1)
+            values = double(args[0]).transpose(0, 1).flatten(1)
             seen = torch.stack([values.mean(1), values.var(1), torch.ones_like(values[:, 0])])
             sums[name] = [sums[name][0] + seen] if sums[name] else [seen]
 
@@ -269,7 +262,7 @@ class _Consumer:
     def weight(self) -> Tensor:
         """In float64, on the CPU."""
         weight: Tensor = self.layer.weight  # type: ignore[assignment]
-        return _double(weight.detach()).cpu()
+        return double(weight.detach()).cpu()
 
     def tensor(self, name: str) -> str:
         """Qualified name of one of the layer's tensors."""
@@ -284,15 +277,14 @@ class _Consumer:
 
 def _consumers(model: nn.Module, axes: Axes) -> list[_Consumer]:
     """Layers that lose inputs; those that cannot be told apart from others are named in a warning."""
-    shared = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
-    found, tied = [], []
+    shared, found, tied = tied_layers(model), [], []
     for name, layer in model.named_modules():
-        dim = _input_dim(layer)
+        dim = input_dim(layer)
         own = canonical(name)
         weight = f"{own}.weight" if own else "weight"
         if dim is None or dim not in axes.get(weight, {}):
             continue
-        if any(shared.count(id(p)) > 1 for p in layer._parameters.values() if p is not None):
+        if own in shared:
             tied.append(own)
         else:
             found.append(_Consumer(own, layer, dim, axes[weight][dim]))
@@ -301,7 +293,17 @@ def _consumers(model: nn.Module, axes: Axes) -> list[_Consumer]:
     return found
 
 
-def _input_dim(layer: Any) -> int | None:
+def tied_layers(model: nn.Module) -> set[str]:
+    """Canonical names of modules that share a parameter with another one."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {
+        canonical(name)
+        for name, module in model.named_modules()
+        if any(p is not None and owners[id(p)] > 1 for p in module._parameters.values())
+    }
+
+
+def input_dim(layer: Any) -> int | None:
     """Dimension of the weight that inputs lie on; None if calling the layer does not compute a plain linear map."""
     known = isinstance(layer, LINEAR_LAYERS) and not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not known or type(layer).forward not in [kind.forward for kind in LINEAR_LAYERS]:
@@ -328,7 +330,7 @@ class _Mean:
     def see(self, x: Tensor) -> None:
         """Add one call's inputs."""
         batch = self.consumer.batched(x)
-        mean = _double(batch).mean(0, keepdim=True).cpu()
+        mean = double(batch).mean(0, keepdim=True).cpu()
         if self._part is None:
             self._part = self._removed_part()
         # A linear map of the mean is the mean of the linear map: one sample is enough.
@@ -338,10 +340,11 @@ class _Mean:
         self.total = out * len(batch) + (0 if self.total is None else self.total)
         self.count += len(batch)
 
-    def fit(self, constant: bool) -> tuple[dict[str, Tensor], Tensor]:  # noqa: ARG002
-        """New contents of the layer's own weight (none) and what its outputs lose on average, shape ``(outputs,)``."""
+    @property
+    def lost(self) -> Tensor:
+        """What the outputs lose on average, shape ``(outputs,)``."""
         assert self.total is not None
-        return {}, self.total / self.count
+        return self.total / self.count
 
     def _removed_part(self) -> nn.Module:
         """The layer with the inputs that go alone: without the others, bias and hooks."""
@@ -352,58 +355,8 @@ class _Mean:
         return part
 
 
-@dataclass(eq=False)
-class _Covariance:
-    """First and second moments of a layer's inputs (of a convolution: its patches)."""
-
-    consumer: _Consumer
-    strength: float
-    rows: int
-    count: int = 0
-    total: Tensor | None = None
-    square: Tensor | None = None
-
-    def see(self, x: Tensor) -> None:
-        """Add one call's inputs."""
-        batch = self.consumer.batched(x)
-        if isinstance(self.consumer.layer, nn.Linear):
-            rows = batch[_spread(len(batch), self.rows).to(batch.device)]
-        else:
-            rows = _patches(self.consumer.layer, batch, self.rows)
-        rows = _double(rows)
-        self.total = rows.sum(0) + (0 if self.total is None else self.total)
-        self.square = rows.T @ rows + (0 if self.square is None else self.square)
-        self.count += len(rows)
-
-    def fit(self, constant: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The refitted weight and what the outputs lose on average, shape ``(outputs,)``.
-
-        Args:
-            constant: Whether a constant can be added to the outputs; else the fit goes without one.
-        """
-        assert self.total is not None
-        assert self.square is not None
-        whole = self.consumer.weight
-        weight = whole.flatten(1)
-        mean, moment = (self.total / self.count).cpu(), (self.square / self.count).cpu()
-        covariance = moment - mean.outer(mean) if constant else moment
-        stay = torch.zeros(whole.shape[1:], dtype=torch.bool)
-        stay[torch.from_numpy(self.consumer.kept)] = True
-        stay = stay.flatten()
-        inner, cross = covariance[stay][:, stay], covariance[~stay][:, stay]
-        scale = inner.diagonal().mean()
-        added = torch.zeros_like(weight[:, stay])
-        if scale > 0:
-            inner = inner + self.strength * scale * torch.eye(len(inner), dtype=inner.dtype)
-            added = torch.linalg.solve(inner, cross.T @ weight[:, ~stay].T).T
-        fitted = weight.clone()
-        fitted[:, stay] += added
-        lost = weight[:, ~stay] @ mean[~stay] - added @ mean[stay]
-        return {self.consumer.tensor("weight"): fitted.reshape(whole.shape)}, lost
-
-
 def _contents(
-    model: nn.Module, observed: Sequence[_Mean | _Covariance], run: Callable[[], None], repair: Repair
+    model: nn.Module, observed: Sequence[_Mean], run: Callable[[], None], repair: Repair
 ) -> dict[str, Tensor]:
     """Observe the run and give what the repair writes."""
     followers = _Followers(model)
@@ -418,22 +371,20 @@ def _contents(
             continue
         bias: Tensor | None = consumer.layer._parameters["bias"]
         norm = followers.of(consumer)
-        new, lost = observation.fit(constant=bias is not None or norm is not None)
-        contents |= new
         if bias is not None:
-            contents[consumer.tensor("bias")] = _double(bias.detach()).cpu() + lost
+            contents[consumer.tensor("bias")] = double(bias.detach()).cpu() + observation.lost
         elif norm is not None:
             # What no longer arrives must no longer be subtracted.
             mean = named(model)[norm]
-            contents[norm] = _double(mean).cpu() - lost
-        elif not new:
+            contents[norm] = double(mean).cpu() - observation.lost
+        else:
             problems.append(f"{consumer.name} has no bias, and no batch norm follows it directly")
     if problems:
         warnings.warn(f"{type(repair).__name__} leaves some layers as they are: {'; '.join(problems)}", stacklevel=5)
     return contents
 
 
-def _hook(observation: _Mean | _Covariance) -> RemovableHandle:
+def _hook(observation: _Mean) -> RemovableHandle:
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         if x.numel():
@@ -478,33 +429,7 @@ class _Followers:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _spread(total: int, wanted: int) -> Tensor:
-    """``wanted`` of the numbers below ``total``, evenly spread and without a period; all where there are no more."""
-    if total <= wanted:
-        return torch.arange(total)
-    places = np.arange(wanted) * _GOLDEN % 1
-    return torch.from_numpy(np.floor(places * total).astype(np.int64))
-
-
-def _patches(layer: Any, x: Tensor, rows: int) -> Tensor:
-    """What a convolution is applied to at some of its positions: shape ``(rows, channels · kernel elements)``."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    sizes = [(n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, layer.stride, strict=True)]
-    chosen = _spread(len(x) * math.prod(sizes), rows)
-    sample, *places = torch.unravel_index(chosen, (len(x), *sizes))
-    dims = len(sizes)
-    index: list[Any] = [sample.reshape(-1, *[1] * dims).to(x.device), slice(None)]
-    for dim, place in enumerate(places):
-        taps = place[:, None] * layer.stride[dim] + torch.arange(layer.kernel_size[dim]) * layer.dilation[dim]
-        shape = [-1 if d == dim else 1 for d in range(dims)]
-        index.append(taps.reshape(len(taps), *shape).to(x.device))
-    # Indices around a slice put their dimensions first: rows × kernel × channels.
-    return x[tuple(index)].movedim(-1, 1).flatten(1)
-
-
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)  # MPS has no float64
 
 
@@ -535,7 +460,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(content)
 
 
-def _require_positive(repair: Any) -> None:
+def require_positive(repair: Any) -> None:
     for name in repair.__dataclass_fields__:
         if getattr(repair, name) <= 0:
             raise ValueError(

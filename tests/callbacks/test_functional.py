@@ -427,10 +427,7 @@ def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:
     assert history is not None
     drops: dict[str, str] = {}
 
-    def run(model: nn.Module, n: int) -> None:
-        data.run(model, limit=n, keep_modes=True)
-
-    contents = repaired(copy.deepcopy(dense).train(), history.axes, [repair], run, drops)
+    contents = repaired(lambda: copy.deepcopy(dense).train(), history.axes, [repair], data, drops)
     assert contents
     state = net.state_dict()
     for name, content in contents.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.models import ResNetCIFAR
+from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Structure, Subject, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.surgery import (
@@ -284,7 +286,7 @@ def test_a_constant_is_what_the_layer_gave_on_average(name: str, repair: Repair)
     axes, drops = structure.axes(kept), structure.drops(kept)
     means = means_of(model, [layer for layer, kind in drops.items() if kind == "constant"], batches)
     old = {n: t.clone() for n, t in model.state_dict().items()}
-    contents = repaired(copy.deepcopy(model), axes, [repair], lambda copied, _: [*map(copied, batches)], drops)
+    contents = repaired(partial(copy.deepcopy, model), axes, [repair], DataPass(batches), drops)
     install(cut(model, axes, drops=drops), model, contents)
     expected = {}
     for layer, mean in means.items():
@@ -307,7 +309,7 @@ def test_a_constant_branch_goes_without_a_trace() -> None:
     structure = structure_of(model, x)
     kept = gone(structure, CASES["bottleneck"][2])
     axes, drops = structure.axes(kept), structure.drops(kept)
-    contents = repaired(copy.deepcopy(model), axes, [FoldMean()], lambda copied, _: copied(x), drops)
+    contents = repaired(partial(copy.deepcopy, model), axes, [FoldMean()], DataPass([x]), drops)
     change = cut(model, axes, drops=drops)
     assert (model(x) - expected).abs().max() > 1e-3
     install(change, model, contents)
@@ -319,7 +321,7 @@ def test_constants_start_anew_at_zero() -> None:
     structure = structure_of(model, x)
     kept = gone(structure, CASES["bottleneck"][2])
     axes, drops = structure.axes(kept), structure.drops(kept)
-    contents = repaired(copy.deepcopy(model), axes, [Reinitialise()], lambda *_: None, drops)
+    contents = repaired(partial(copy.deepcopy, model), axes, [Reinitialise()], None, drops)
     assert model[1].conv3.bias.any()
     install(cut(model, axes, drops=drops), model, contents)
     assert not model[1].conv3.bias.any()

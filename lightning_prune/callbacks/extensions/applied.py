@@ -71,7 +71,7 @@ class Extensions:
         if not repairs:
             return {}
         batches = self._calibration(run, repairs)
-        return repaired(batches.copy(), axes, repairs, batches.run, drops)
+        return repaired(batches.copy, axes, repairs, batches.data, drops)
 
     def after_cut(self, edits: Sequence[Edit]) -> None:
         """Call the hook of each."""

@@ -12,7 +12,7 @@ from torch.nn.modules import activation, batchnorm, instancenorm, normalization
 from lightning_prune.scoring.walk.recording import ModuleCall, Recording, Step, Value, leaves, map_places
 from lightning_prune.scoring.walk.station import Station, is_layer
 
-__all__ = ["CHANNELWISE", "Behind", "activations", "operator_name", "with_activations"]
+__all__ = ["BATCH_NORMS", "CHANNELWISE", "Behind", "activations", "operator_name", "readers_of", "with_activations"]
 
 _NORMS: tuple[type[nn.Module], ...] = (
     *(batchnorm._NormBase, instancenorm._InstanceNorm),
@@ -31,21 +31,21 @@ _UNARY = frozenset(
         *("square", "sqrt", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise"),
     )
 )
-_NORM_OPERATORS = frozenset(
+BATCH_NORMS = frozenset(
     (
         *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
         *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
-        *("native_group_norm", "native_layer_norm", "_fused_rms_norm"),
     )
 )
+_NORM_OPERATORS = BATCH_NORMS | {"native_group_norm", "native_layer_norm", "_fused_rms_norm"}
 #: Operators that are such a function with a plain number as the other argument.
 _WITH_NUMBER = frozenset(("add", "sub", "mul", "div", "pow"))
 #: Operators of which every channel depends on the same channel alone, where they keep the first two dimensions.
 CHANNELWISE = frozenset(
     (
         *_UNARY,
-        *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-        *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm", "add", "sub", "mul", "div", "clone"),
+        *BATCH_NORMS,
+        *("add", "sub", "mul", "div", "clone"),
         *("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_unpool2d", "upsample_nearest2d"),
         *("upsample_bilinear2d", "mean", "view", "_unsafe_view"),
     )
@@ -66,7 +66,7 @@ class Behind(NamedTuple):
 
 def activations(recording: Recording) -> dict[Station, Behind]:
     """The value after the norms and activations behind every call of a layer, as long as nothing else reads it."""
-    readers = _readers(recording)
+    readers = readers_of(recording)
     calls: dict[int, list[ModuleCall]] = {}
     for call in recording.calls:
         if call.entered is not None and isinstance(call.module, (*_NORMS, *_ACTIVATIONS)):
@@ -107,7 +107,7 @@ def with_activations(recording: Recording) -> Recording:
     return replace(recording, steps=steps, output=output, values=values)
 
 
-def _readers(recording: Recording) -> dict[int, list[int]]:
+def readers_of(recording: Recording) -> dict[int, list[int]]:
     """Which steps read each value; the output counts as a step behind the last."""
     readers: dict[int, list[int]] = {}
     for index, step in enumerate(recording.steps):
@@ -150,7 +150,7 @@ def _through_gate(recording: Recording, here: Behind, readers: Sequence[int]) ->
     if operator_name(product) != "mul" or len(factors) != 2 or here.value not in factors:
         return None
     other = factors[0] if factors[1] == here.value else factors[1]
-    wanted, own = other, _readers(recording)
+    wanted, own = other, readers_of(recording)
     for index in range(readers[1] - 1, readers[0] - 1, -1):
         step = recording.steps[index]
         if wanted in step.outs:

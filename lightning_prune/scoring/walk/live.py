@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.data import Batch, Forward, forward
 from lightning_prune.scoring.spool import Spool, Stored
 from lightning_prune.scoring.walk.delta import Delta, Partial, Shares
 from lightning_prune.scoring.walk.kept import Kept
@@ -78,13 +78,13 @@ class Live:
         self._works: dict[tuple[int, frozenset[int]], Work] = {}
         self._deltas: dict[tuple[int, frozenset[int]], Delta] = {}
 
-    def check(self, batch: Batch) -> None:
+    def check(self, batch: Batch, call: Forward = forward) -> None:
         """See whether the program gives what the network gives.
 
         Raises:
             NotReplayable: If not.
         """
-        wanted = self.model(*batch.args, **batch.kwargs)
+        wanted = call(self.model, batch)
         context = self._context(batch, {})
         work = self.program.work(range(len(self.program.steps)), self.program.outputs)
         found = self.program.output_of(self.program.run(work, {}, context), context)
@@ -135,6 +135,10 @@ class Live:
     def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor:  # noqa: ARG002
         """What the station has, before its own mask."""
         return self._live[number][self.program.value_at(self.program.at[station])].get().clone()
+
+    def other(self, number: int, value: int) -> Tensor | None:
+        """Another value that is live where a batch is."""
+        return self._live[number][value].get()
 
     def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks, also: Masks) -> Any:
         """What the network gives with another value at the station."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.data import Batch, Forward, forward
 from lightning_prune.scoring.walk.chains import activations
 from lightning_prune.scoring.walk.recording import Recording
 from lightning_prune.scoring.walk.station import Station, channel_dim, scaled
@@ -60,6 +60,8 @@ def places_of(recording: Recording, model: nn.Module, samples: int) -> list[Plac
 
     def add(station: Station, value: Tensor, after: int, behind: tuple[Any, ...] = ()) -> None:
         dim = channel_dim(layers[station.layer], value)
+        if dim >= value.dim():  # a metric's number, say
+            return
         found.append((after, Place(station, 0, dim, value.shape[dim], macs[after] // samples, behind)))
 
     for index, step in enumerate(recording.steps):
@@ -198,13 +200,14 @@ class Plain:
         model: The network.
         places: Its stations.
         macs: Multiply-accumulates of one sample's forward pass.
+        call: How the network is run.
 
     Attributes:
         macs: Multiply-accumulates so far.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[Station, Place], macs: int) -> None:
-        self.model, self.places, self.forward_macs = model, places, macs
+    def __init__(self, model: nn.Module, places: Mapping[Station, Place], macs: int, call: Forward = forward) -> None:
+        self.model, self.places, self.forward_macs, self._call = model, places, macs, call
         self.macs = 0
 
     def start(self) -> None:
@@ -238,6 +241,10 @@ class Plain:
             self.macs += len(batch) * self.places[station].macs
         return found[0]
 
+    def other(self, number: int, value: int) -> Tensor | None:  # noqa: ARG002
+        """Nothing is kept between stations."""
+        return None
+
     def rest(
         self,
         number: int,  # noqa: ARG002
@@ -263,4 +270,4 @@ class Plain:
 
     def _run(self, batch: Batch, changes: Mapping[Place, Change]) -> Any:
         with marked(self.model, changes):
-            return self.model(*batch.args, **batch.kwargs)
+            return self._call(self.model, batch)

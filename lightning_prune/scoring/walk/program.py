@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.data import Batch, Forward, forward
 from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.scoring.walk.chains import with_activations
 from lightning_prune.scoring.walk.recording import (
@@ -89,6 +89,7 @@ class Program:
     Args:
         model: The network, recorded in eval mode and left as it is.
         batch: Some samples.
+        call: How it is run.
 
     Attributes:
         steps: In the order of execution.
@@ -102,9 +103,9 @@ class Program:
         NotReplayable: With the reason.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, call: Forward = forward) -> None:
         # One of them twice: a mean over the samples, say, is another one then.
-        two, three = (_recorded(model, batch, rows) for rows in ([0, 1], [0, 1, 1]))
+        two, three = (_recorded(model, batch, rows, call) for rows in ([0, 1], [0, 1, 1]))
         if two.problems:
             raise NotReplayable("; ".join(dict.fromkeys(two.problems)))
         self.steps = [_merged(one, other) for one, other in _pairs(two, three)]
@@ -289,10 +290,10 @@ def take_rows(value: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
     return value.reshape(shape).index_select(rows.dim, numbers).flatten(rows.dim, rows.dim + 1)
 
 
-def _recorded(model: nn.Module, batch: Batch, rows: Sequence[int]) -> Recording:
+def _recorded(model: nn.Module, batch: Batch, rows: Sequence[int], call: Forward) -> Recording:
     part = batch.rows([row % len(batch) for row in rows])
     with undisturbed(model):
-        return with_activations(record(model, part.args, part.kwargs))
+        return with_activations(record(model, part, call))
 
 
 def _pairs(two: Recording, three: Recording) -> Iterable[tuple[Step, Step]]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from lightning_prune.scoring.data import Batch, Forward, forward
 from lightning_prune.scoring.walk.station import Station, is_layer
 from lightning_prune.structure.layers import canonical, named
 
@@ -133,11 +134,11 @@ class Recording:
     problems: list[str] = field(default_factory=list)
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
-    """Run a network once and write down what it does. Call it within `undisturbed`."""
-    recorder = _Recorder(model, (args, dict(kwargs)))
+def record(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording:
+    """Run a network once on a batch and write down what it does. Call it within `undisturbed`."""
+    recorder = _Recorder(model, (batch.args, dict(batch.kwargs)))
     with torch.no_grad(), _watched(model, recorder), recorder:
-        output = model(*args, **kwargs)
+        output = call(model, batch)
     recorder.recording.output = recorder.places(output)
     return recorder.recording
 

@@ -14,14 +14,15 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.data import Batch, DataPass, Forward, forward
 from lightning_prune.scoring.spool import Spool, Stored
 from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.walk.consumers import Consumer, ConsumerFinder
 from lightning_prune.scoring.walk.live import Live
 from lightning_prune.scoring.walk.notes import Notes, key_of
 from lightning_prune.scoring.walk.plain import Change, Place, Plain, marked, places_of
 from lightning_prune.scoring.walk.program import NotReplayable, Program
-from lightning_prune.scoring.walk.recording import record
+from lightning_prune.scoring.walk.recording import Recording, record
 from lightning_prune.scoring.walk.station import Point, Station, is_layer, pooled
 from lightning_prune.scoring.walk.variants import Variants
 from lightning_prune.structure.layers import canonical
@@ -63,13 +64,19 @@ class _Engine(Protocol):
 
     def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor: ...
 
+    def other(self, number: int, value: int) -> Tensor | None: ...
+
     def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks, also: Masks) -> Any: ...
 
     def variants(self, asked: Variants) -> Any: ...
 
 
 def stations_of(
-    model: nn.Module, batch: Batch, layers: Sequence[str] | None = None, point: Point = "activation"
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[str] | None = None,
+    point: Point = "activation",
+    call: Forward = forward,
 ) -> list[Station]:
     """Stations of convolutions and linear layers that are called as modules, in the order of execution.
 
@@ -78,11 +85,13 @@ def stations_of(
         batch: Some samples; the first two are run.
         layers: Only these layers; for ``"output"`` any modules that give one tensor.
         point: Where at the layer.
+        call: How the network is run on the batch.
 
     Raises:
         ValueError: If a layer is not among those that are called.
     """
-    found = [place.station for place in _places(model, batch)[0] if place.station.point == point]
+    places, _ = _places(_recorded(model, batch, call), model)
+    found = [place.station for place in places if place.station.point == point]
     if layers is None:
         modules = {canonical(name): module for name, module in model.named_modules()}
         return [station for station in found if is_layer(modules[station.layer])]
@@ -137,7 +146,7 @@ def feature_tables(
         absolute: See there.
         memory_limit: Bytes of tables that are kept in memory; the others wait in temporary files.
     """
-    places = _select(_places(model, next(iter(data)))[0], stations)
+    places = _select(_places(_recorded(model, next(iter(data)), data.call), model)[0], stations)
     spool = Spool(memory_limit)
     tables: dict[Station, list[Stored]] = {place.station: [] for place in places}
 
@@ -150,7 +159,7 @@ def feature_tables(
 
     def call(model: nn.Module, batch: Batch) -> Any:
         with marked(model, {place: see(place) for place in places}):
-            return model(*batch.args, **batch.kwargs)
+            return data.call(model, batch)
 
     data.run(model, call=call)
 
@@ -222,9 +231,11 @@ class Walk:
         most_rows: int = 256,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
-        places, forward_macs = _places(model, next(iter(data)))
+        recording = _recorded(model, next(iter(data)), data.call)
+        places, forward_macs = _places(recording, model)
         chosen = _select(places, stations)
         self.model, self.data, self.forward_macs = model, data, forward_macs
+        self._consumers = ConsumerFinder(recording)
         self.stations = [place.station for place in chosen]
         self.places = {place.station: place for place in places}
         self.agree = agree
@@ -232,7 +243,7 @@ class Walk:
         self._masks: dict[Station, Tensor] = {}
         self.is_plain = plain
         self._engine: _Engine = (
-            Plain(model, self.places, forward_macs) if plain else self._live(memory_limit, most_rows)
+            Plain(model, self.places, forward_macs, data.call) if plain else self._live(memory_limit, most_rows)
         )
         key = None if folder is None else key_of(model, data, self.stations, options)
         self.notes = None if folder is None or key is None else Notes(Path(folder) / key)
@@ -246,6 +257,10 @@ class Walk:
     def macs_naive(self) -> int:
         """Those of running the network from its input once for every station."""
         return len(self.stations) * len(self.data) * self.forward_macs
+
+    def consumer(self, layer: str) -> Consumer:
+        """What reads the output of a layer that is called once."""
+        return self._consumers.of(layer)
 
     def first_pass(self, stations: Sequence[Station]) -> Iterator[tuple[Any, dict[Station, Tensor]]]:
         """Run the whole network once, and look at it before the walk stops anywhere.
@@ -305,10 +320,10 @@ class Walk:
         """The engine that moves live tensors, or that of whole passes where the network cannot be taken apart."""
         first = next(iter(self.data))
         try:
-            program = Program(self.model, first)
+            program = Program(self.model, first, self.data.call)
             live = Live(self.model, program, self.places, memory_limit, most_rows)
             with undisturbed(self.model, seed=self.data.seed), torch.inference_mode(False), torch.no_grad():
-                live.check(first)
+                live.check(first, self.data.call)
             return live
         except NotReplayable as problem:
             self.is_plain = True
@@ -317,7 +332,7 @@ class Walk:
                 f"numbers: it cannot be run from a station on, because {problem}",
                 stacklevel=3,
             )
-            return Plain(self.model, self.places, self.forward_macs)
+            return Plain(self.model, self.places, self.forward_macs, self.data.call)
 
 
 @final
@@ -419,6 +434,13 @@ class Here:
         return self._value
 
     @property
+    def stream(self) -> Tensor | None:
+        """What the layer's output, or a norm of it, is added to, in its shape; None where that is not known yet."""
+        visit = self.visit
+        stream = visit.walk.consumer(visit.station.layer).stream
+        return None if stream is None else visit.engine.other(self.number, stream)
+
+    @property
     def output(self) -> Any:
         """What the network gives with the value as it is."""
         if self._output is None:
@@ -494,11 +516,14 @@ class Here:
                 raise ValueError(f"expected masks at stations behind {self.visit.station}, got one at {station}")
 
 
-def _places(model: nn.Module, batch: Batch) -> tuple[list[Place], int]:
-    """The stations of a network, and the multiply-accumulates of one sample's forward pass."""
-    rows = batch.rows([0, min(1, len(batch) - 1)])  # two: operators tell a batch of one apart from no batch at times
+def _recorded(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording:
+    """A forward pass of two samples: operators tell a batch of one apart from no batch at times."""
     with undisturbed(model):
-        recording = record(model, rows.args, rows.kwargs)
+        return record(model, batch.rows([0, min(1, len(batch) - 1)]), call)
+
+
+def _places(recording: Recording, model: nn.Module) -> tuple[list[Place], int]:
+    """The stations of a network, and the multiply-accumulates of one sample's forward pass."""
     return places_of(recording, model, 2), sum(step.macs for step in recording.steps) // 2
 
 

@@ -1,0 +1,295 @@
+"""Fitting the layers behind a cut again: from what the cut network gives them to what the dense one made of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_prune.scoring import DataPass
+from lightning_prune.scoring.walk import Here, Station, Walk, stations_of
+from lightning_prune.structure.graph import Axes
+from lightning_prune.surgery.repair import FoldMean, Repair, double, input_dim, require_positive, tied_layers
+from lightning_prune.surgery.tensors import canonical
+
+__all__ = ["Ridge"]
+
+# (√5 − 1) / 2: multiples of it spread evenly over [0, 1), whatever the period of what is sampled.
+_GOLDEN = 0.6180339887498949
+# A layer whose outputs differ by less, relative to the largest one, is left as it is.
+_UNCHANGED = 1e-4
+# γ/σ of a batch norm below which a stream is not made up for: the weights would have to be as much larger.
+_SMALLEST_GAIN = 1e-3
+
+
+@final
+@dataclass(frozen=True)
+class Ridge(Repair):
+    r"""Fits every layer behind a cut again, so that the cut network computes what the dense one did.
+
+    Layers are taken in the order of the forward pass. For each, :math:`x` are its inputs in the cut network, whose
+    earlier layers are fitted already, and :math:`y` its outputs in the dense one. Weights and bias become
+
+    .. math:: \arg\min_{W, b} \; \mathbb{E}\,\lVert W x + b - y \rVert^2 + \lambda \lVert W - W_0 \rVert^2
+
+    with the weights :math:`W_0` that the cut left: least squares on second moments, where :math:`\lambda` is relative
+    to the mean variance of the inputs. Where the outputs are added to a residual stream, directly or behind a batch
+    norm with scale :math:`\gamma` and deviation :math:`\sigma`, what the stream has lost so far is made up for:
+    :math:`y + (s_{dense} - s_{cut}) \, \sigma / \gamma`. A layer without a bias in front of a batch norm has its
+    constant subtracted from the norm's running mean; one with neither is fitted without a constant. Layers that give
+    what they gave stay as they are.
+
+    A convolution is a linear layer on its patches, of channels times kernel elements; grouped, depthwise and transposed
+    ones are fitted too. Layers with more than ``max_inputs`` inputs per group have only their constant fitted. Layers
+    that lose all inputs become the mean of what they gave (`FoldMean`). Layers that share a weight, that are called
+    several times or not as modules stay as they are.
+
+    Two walks, through the dense and the cut network, see all batches once (`Walk`); a network that cannot be walked is
+    run once for each layer, and its streams are not made up for.
+
+    Args:
+        batches: Batches of training data; more than inputs divided by ``rows`` at least.
+        strength: λ, above 0.
+        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
+        max_inputs: Largest number of inputs of a layer; the matrices take its square in memory.
+    """
+
+    batches: int = 32
+    strength: float = 0.01
+    rows: int = 1024
+    max_inputs: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self)
+
+    def before(self, model: nn.Module, axes: Axes, run: Any) -> dict[str, Tensor]:
+        """The shifted biases of layers that lose all inputs."""
+        emptied = {name: dims for name, dims in axes.items() if any(not len(kept) for kept in dims.values())}
+        return FoldMean(self.batches).before(model, emptied, run) if emptied else {}
+
+    def between(self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass) -> dict[str, Tensor]:
+        """The refitted weights, biases and running means; they are in the narrow network then."""
+        batches = range(min(self.batches, len(data.batch_sizes)))
+        modules = {canonical(name): module for name, module in narrow.named_modules()}
+        names, problems = _layers(dense, narrow, data)
+        contents: dict[str, Tensor] = {}
+        if names:
+            targets = Walk(dense, data, [Station(name, "output") for name in names])
+            inputs = Walk(narrow, data, [Station(name, "input") for name in names])
+            for given, taken in zip(targets.visits(batches), inputs.visits(batches), strict=True):
+                name = taken.station.layer
+                norm = inputs.consumer(name).norm
+                norm = norm if isinstance(modules.get(norm or ""), _BatchNorm) else None
+                fit = _Fit(name, modules, norm, axes, self)
+                for target, source in zip(given, taken, strict=True):
+                    fit.see(target, source)
+                contents |= fit.install()
+        if problems:
+            warnings.warn(f"Ridge leaves some layers as they are: {'; '.join(problems)}", stacklevel=5)
+        return contents
+
+
+def _layers(dense: nn.Module, narrow: nn.Module, data: DataPass) -> tuple[list[str], list[str]]:
+    """Layers that can be fitted, in the order of the forward pass, and why others cannot."""
+    there = {canonical(name) for name, layer in dense.named_modules() if input_dim(layer) is not None}
+    found = ((canonical(name), layer) for name, layer in narrow.named_modules())
+    linear = {name for name, layer in found if input_dim(layer) is not None and name in there}
+    shared = tied_layers(narrow)
+    calls = Counter(station.layer for station in stations_of(dense, data.batch(0), point="output", call=data.call))
+    once = [name for name, times in calls.items() if times == 1 and name in linear and name not in shared]
+    problems = [f"{name} shares a weight or bias with another layer" for name in sorted(linear & shared)]
+    problems += [f"{name} was never called as a module" for name in sorted(linear - shared - calls.keys())]
+    problems += [f"{name} is called {n} times" for name, n in calls.items() if n > 1 and name in linear - shared]
+    return once, problems
+
+
+class _Fit:
+    """Least squares for one layer, on sums over batches.
+
+    Args:
+        name: The layer.
+        modules: Those of the cut network, by name.
+        norm: Name of the batch norm that takes the layer's outputs, if one does.
+        axes: What the cut keeps.
+        ridge: The settings.
+    """
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], norm: str | None, axes: Axes, ridge: Ridge) -> None:
+        self.layer: Any = modules[name]
+        self.norm: Any = None if norm is None else modules[norm]
+        self.ridge = ridge
+        self.tensors = {part: _joined(name, part) for part in ("weight", "bias")}
+        if norm is not None:
+            self.tensors["mean"] = _joined(norm, "running_mean")
+        dims = {"bias": 0, "mean": 0, "weight": 1 if _is_transposed(self.layer) else 0}
+        found = [axes.get(self.tensors[part], {}).get(dim) for part, dim in dims.items() if part in self.tensors]
+        kept = next((positions for positions in found if positions is not None), None)
+        self.kept = slice(None) if kept is None else torch.from_numpy(np.array(kept))
+        self.weight = _as_matrices(self.layer)
+        self.is_constant_only = self.weight.shape[2] > ridge.max_inputs
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.largest = self.change = 0.0
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether a constant can be added to the outputs."""
+        return self.layer.bias is not None or self.norm is not None
+
+    def see(self, dense: Here, narrow: Here) -> None:
+        """Add a batch: what the dense network's layer gives, and what that of the cut one takes."""
+        outputs = self._positions(dense.value)
+        chosen = _spread(len(outputs), self.ridge.rows).to(outputs.device)
+        if not len(chosen):
+            return
+        wanted = double(outputs[chosen][:, self.kept])
+        if dense.stream is not None and narrow.stream is not None:
+            lost = double(self._positions(dense.stream)[chosen][:, self.kept])
+            wanted = wanted + (lost - double(self._positions(narrow.stream)[chosen])) * self._gain(wanted)
+        inputs = double(_rows(self.layer, narrow.value, dense.value, chosen))
+        groups, weight = len(self.weight), self.weight.to(inputs)
+        y, x = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (wanted, inputs))
+        given = x @ weight.mT
+        if self.layer.bias is not None:
+            given = given + double(self.layer.bias).reshape(groups, 1, -1)
+        self.largest = max(self.largest, float(y.abs().max()))
+        self.change = max(self.change, float((y - given).abs().max()))
+        self.count += len(chosen)
+        self._add(x=x.sum(1), y=y.sum(1))
+        if not self.is_constant_only:
+            self._add(xx=x.mT @ x, yx=y.mT @ x)
+
+    def install(self) -> dict[str, Tensor]:
+        """Fit, write the new contents into the cut network, and give them by name."""
+        if not self.count or self.change <= _UNCHANGED * self.largest:
+            return {}
+        found, weight = {}, self.weight
+        if not self.is_constant_only:
+            weight = self._solve()
+            found["weight"] = _from_matrices(self.layer, weight)
+        constant = (self._mean("y") - (weight @ self._mean("x")[:, :, None])[:, :, 0]).flatten()
+        if self.layer.bias is not None:
+            found["bias"] = constant
+        elif self.norm is not None:  # what is not added must not be subtracted
+            found["mean"] = double(self.norm.running_mean).cpu() - constant
+        with torch.no_grad():
+            for part, content in found.items():
+                tensor = self.norm.running_mean if part == "mean" else getattr(self.layer, part)
+                tensor.copy_(content)
+        return {self.tensors[part]: content for part, content in found.items()}
+
+    def _solve(self) -> Tensor:
+        """The weight of penalized least squares."""
+        square, cross = self._mean("xx"), self._mean("yx")
+        if self.has_constant:
+            x, y = self._mean("x"), self._mean("y")
+            square = square - x[:, :, None] * x[:, None]
+            cross = cross - y[:, :, None] * x[:, None]
+        scale = square.diagonal(dim1=1, dim2=2).mean(1)
+        strength = torch.where(scale > 0, self.ridge.strength * scale, 1.0)[:, None, None]
+        penalized = square + strength * torch.eye(square.shape[1], dtype=square.dtype)
+        solved: Tensor = torch.linalg.solve(penalized, (cross + strength * self.weight).mT)
+        return solved.mT
+
+    def _positions(self, value: Tensor) -> Tensor:
+        """Outputs (or a stream of their shape) as ``(samples · positions, channels)``."""
+        if isinstance(self.layer, nn.Linear):
+            return value.flatten(0, -2) if value.ndim > 1 else value[None]
+        return (value if value.ndim == self.layer.weight.ndim else value[None]).movedim(1, -1).flatten(0, -2)
+
+    def _gain(self, outputs: Tensor) -> Tensor | float:
+        """What a loss of the stream is to the layer's outputs: σ/γ of the norm in between."""
+        if self.norm is None:
+            return 1.0
+        deviation = (double(self.norm.running_var) + self.norm.eps).sqrt()
+        scale = torch.ones_like(deviation) if self.norm.weight is None else double(self.norm.weight.detach())
+        return torch.where(scale.abs() > _SMALLEST_GAIN * deviation, deviation / scale, 0.0).to(outputs)
+
+    def _add(self, **parts: Tensor) -> None:
+        for name, part in parts.items():
+            self.sums[name] = part + self.sums[name] if name in self.sums else part
+
+    def _mean(self, name: str) -> Tensor:
+        return (self.sums[name] / self.count).cpu()
+
+
+# -- layers as matrices -----------------------------------------------------------------------------------------------
+
+
+def _joined(module: str, tensor: str) -> str:
+    return f"{module}.{tensor}" if module else tensor
+
+
+def _is_transposed(layer: Any) -> bool:
+    return not isinstance(layer, nn.Linear) and layer.transposed
+
+
+def _as_matrices(layer: Any) -> Tensor:
+    """The weight as ``(groups, outputs, inputs · taps)``, in float64 on the CPU."""
+    weight = double(layer.weight.detach()).cpu()
+    if isinstance(layer, nn.Linear):
+        return weight[None]
+    if layer.transposed:  # a convolution with the taps in the other order
+        weight = weight.transpose(0, 1).flip(*range(2, weight.ndim))
+    return weight.reshape(layer.groups, len(weight) // layer.groups, -1)
+
+
+def _from_matrices(layer: Any, matrices: Tensor) -> Tensor:
+    """What `_as_matrices` has been given."""
+    shape = layer.weight.shape
+    if not _is_transposed(layer):
+        return matrices.reshape(shape)
+    return matrices.reshape(shape[1], shape[0], *shape[2:]).flip(*range(2, len(shape))).transpose(0, 1)
+
+
+def _rows(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
+    """What a layer is applied to at some of its output's positions: shape ``(rows, inputs · taps)``."""
+    if isinstance(layer, nn.Linear):
+        return (x.flatten(0, -2) if x.ndim > 1 else x[None])[chosen]
+    x, y = (value if value.ndim == layer.weight.ndim else value[None] for value in (x, y))
+    sizes, dims = y.shape[2:], y.ndim - 2
+    stride, dilation = layer.stride, layer.dilation
+    if layer.transposed:
+        x, stride = _spread_out(layer, x, sizes), (1,) * dims
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    sample, *places = torch.unravel_index(chosen, (len(y), *sizes))
+    index: list[Any] = [sample.reshape(-1, *[1] * dims), slice(None)]
+    for dim, place in enumerate(places):
+        taps = torch.arange(layer.kernel_size[dim], device=x.device) * dilation[dim]
+        shape = [-1 if d == dim else 1 for d in range(dims)]
+        index.append((place[:, None] * stride[dim] + taps).reshape(len(place), *shape))
+    # Indices around a slice put their dimensions first: rows × kernel × channels.
+    return x[tuple(index)].movedim(-1, 1).flatten(1)
+
+
+def _spread_out(layer: Any, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The inputs of a transposed convolution with zeros in between: what a convolution with stride 1 is applied to."""
+    lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
+    apart = x.new_zeros(*x.shape[:2], *lengths)
+    every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.stride))
+    apart[every] = x
+    padding: list[int] = []
+    for dim in reversed(range(len(sizes))):
+        reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1)
+        before = reach - layer.padding[dim]
+        padding += [before, sizes[dim] + reach - lengths[dim] - before]
+    return F.pad(apart, padding)
+
+
+def _spread(total: int, wanted: int) -> Tensor:
+    """``wanted`` of the numbers below ``total``, evenly spread and without a period; all where there are no more."""
+    if total <= wanted:
+        return torch.arange(total)
+    places = np.arange(wanted) * _GOLDEN % 1
+    return torch.from_numpy(np.floor(places * total).astype(np.int64))

@@ -1,0 +1,247 @@
+"""Layers fitted again in forward order, against a plain reference that runs whole networks."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_prune.scoring import DataPass
+from lightning_prune.structure import Subject, trace
+from lightning_prune.surgery import Ridge, cut, install, repaired
+from lightning_prune.surgery.refit import _as_matrices, _from_matrices, _rows, _spread
+
+LAYERS = [
+    (nn.Linear(3, 5), (7, 4, 3)),
+    (nn.Conv1d(3, 5, 4, stride=3, padding=2), (2, 3, 17)),
+    (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 3)), (2, 3, 8, 9)),
+    (nn.Conv2d(3, 5, 4, padding="same", padding_mode="reflect"), (2, 3, 8, 9)),
+    (nn.Conv2d(3, 5, 3, padding="valid", padding_mode="circular"), (2, 3, 8, 9)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 8, 9)),
+    (nn.Conv2d(4, 8, 3, groups=4, padding=1), (2, 4, 8, 9)),
+    (nn.Conv3d(3, 5, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 4, 5, 6)),
+    (nn.ConvTranspose1d(3, 5, 4, stride=3, padding=1, output_padding=2), (2, 3, 7)),
+    (nn.ConvTranspose2d(3, 5, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(2, 1)), (2, 3, 5, 6)),
+    (nn.ConvTranspose2d(3, 5, 2, padding=2), (2, 3, 6, 6)),
+]
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: str(value))
+def test_layers_are_linear_maps_of_their_rows(layer, shape):
+    layer, x = copy.deepcopy(layer).double(), torch.randn(shape)
+    y = layer(x).detach()
+    outputs = y.flatten(0, -2) if isinstance(layer, nn.Linear) else y.movedim(1, -1).flatten(0, -2)
+    weight = _as_matrices(layer)
+    rows = _rows(layer, x, y, torch.arange(len(outputs))).unflatten(1, (len(weight), -1))
+    found = torch.einsum("ngi,goi->ngo", rows, weight).flatten(1) + layer.bias.detach()
+    torch.testing.assert_close(found, outputs)
+    assert torch.equal(_from_matrices(layer, weight), layer.weight.detach())
+
+
+def test_fewer_rows_are_some_of_them_from_all_over_the_image():
+    some = _spread(4 * 32 * 32, 64)
+    assert len(some.unique()) == 64
+    for places in (some % 32, some // 32 % 32):  # an even step would fall into one column
+        assert len((places // 4).unique()) == 8
+    assert len((some // 1024).unique()) == 4
+
+
+class Block(nn.Module):
+    def __init__(self, width, shortcut=None, norm=True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, width, 3, padding=1, bias=not norm)
+        self.bn2 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+def residual(norm=True):
+    """Trained as little as its statistics need."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), Block(5, norm=norm),
+        Block(5, nn.Conv2d(5, 5, 1), norm=norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    )  # fmt: skip
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    for _ in range(30):
+        net(torch.randn(16, 2, 8, 8))
+    return net.eval()
+
+
+def batches(*shape, count=4, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for _ in range(count)]
+
+
+def axes_of(net, example, kept):
+    structure = trace(Subject.of(net, example))
+    return structure.axes({group.name: np.array(kept) for group in structure.groups if group.width == 6})
+
+
+def refitted(net, axes, data, ridge):
+    contents = repaired(partial(copy.deepcopy, net), axes, [ridge], data)
+    narrow = copy.deepcopy(net)
+    install(cut(narrow, axes), narrow, contents)
+    return narrow, contents
+
+
+def seen(net, name, x):
+    """Inputs and outputs of a layer."""
+    found = []
+    handle = net.get_submodule(name).register_forward_hook(lambda _, args, out: found.append((args[0], out)))
+    with torch.no_grad():
+        net(x)
+    handle.remove()
+    return found[0]
+
+
+def unfolded(conv, x):
+    return F.unfold(x, conv.kernel_size, padding=conv.padding, stride=conv.stride).transpose(1, 2).flatten(0, 1)
+
+
+def naive(dense, narrow, x, strength, norm=True):
+    """Layer by layer, each from the networks' inputs, as stacked least squares."""
+
+    def solve(inputs, weight, wanted):
+        mean_x, mean_y = inputs.mean(0), wanted.mean(0)
+        centred = inputs - mean_x
+        penalty = strength * centred.square().mean()
+        stacked = torch.cat([centred, (penalty * len(inputs)).sqrt() * torch.eye(inputs.shape[1])])
+        rest = torch.cat([wanted - mean_y - centred @ weight.T, torch.zeros(inputs.shape[1], len(weight))])
+        weight = weight + torch.linalg.lstsq(stacked, rest).solution.T
+        return weight, mean_y - weight @ mean_x
+
+    def fit(name, bn=None, stream=None):
+        layer = narrow.get_submodule(name)
+        given, (_, target) = seen(narrow, name, x)[0], seen(dense, name, x)
+        wanted = target.movedim(1, -1).flatten(0, -2) if target.ndim > 2 else target
+        if wanted.shape[1] != layer.weight.shape[0]:
+            wanted = wanted[:, kept]
+        if stream is not None:
+            lost = (stream(dense) - stream(narrow)).movedim(1, -1).flatten(0, -2)
+            if bn is not None:
+                module = narrow.get_submodule(bn)
+                lost = lost * (module.running_var + module.eps).sqrt() / module.weight
+            wanted = wanted + lost
+        rows = given if given.ndim == 2 else unfolded(layer, given)
+        with torch.no_grad():
+            weight, constant = solve(rows, layer.weight.flatten(1), wanted)
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(constant)
+            else:
+                narrow.get_submodule(bn).running_mean.sub_(constant)
+
+    kept = [0, 1, 4]
+    with torch.no_grad():
+        fit("3.conv2", "3.bn2" if norm else None, lambda net: seen(net, "3", x)[0])
+        fit("4.conv1", "4.bn1")
+        fit("4.conv2", "4.bn2" if norm else None)
+        branch = "4.bn2"
+        fit("4.shortcut", None, lambda net: seen(net, branch, x)[1])
+        fit("7")
+    return narrow
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_residual_network_is_fitted_in_forward_order(norm):
+    net, xs = residual(norm), batches(6, 2, 8, 8)
+    axes = axes_of(net, xs[0], [0, 1, 4])
+    narrow, contents = refitted(net, axes, DataPass(xs), Ridge(strength=0.05))
+    expected = copy.deepcopy(net)
+    cut(expected, axes)
+    naive(net, expected, torch.cat(xs), 0.05, norm)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(narrow.state_dict()[name], tensor, rtol=1e-6, atol=1e-8, msg=name)
+    before = ("0.", "1.", "3.conv1", "3.bn1")
+    assert not any(name.startswith(before) for name in contents)
+
+
+def test_it_brings_more_back_than_the_constants_alone():
+    net, xs = residual(), batches(64, 2, 8, 8, count=8)
+    axes = axes_of(net, xs[0], [0, 1, 4])
+    new = torch.cat(batches(64, 2, 8, 8, seed=11))
+    wanted = net(new)
+    errors = [(refitted(net, axes, DataPass(xs), ridge)[0](new) - wanted).square().mean() for ridge in
+              (Ridge(), Ridge(max_inputs=1))]  # fmt: skip
+    assert errors[0] < 0.6 * errors[1]
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.up = nn.Conv2d(2, 6, 1), nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.depth, self.last = nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x):
+        return self.depth(self.last(self.up(self.first(x).relu()).relu()).relu())
+
+
+def test_grouped_and_transposed_convolutions_are_fitted():
+    net, xs = Depthwise(), batches(8, 2, 5, 5)
+    structure = trace(Subject.of(net, xs[0]))
+    (group,) = (group for group in structure.groups if "first" in group.producers)
+    axes = structure.axes({group.name: np.array([1, 2, 5])})
+    narrow, contents = refitted(net, axes, DataPass(xs), Ridge(strength=1e-6))
+    assert {"up.weight", "last.weight", "depth.weight"} <= contents.keys()
+    x = torch.cat(xs)
+    inputs, targets = seen(narrow, "up", x)[0], seen(net, "up", x)[1]
+    weight = narrow.up.weight.detach().requires_grad_()
+    error = (F.conv_transpose2d(inputs, weight, narrow.up.bias.detach(), stride=2) - targets).square().mean()
+    (gradient,) = torch.autograd.grad(error, weight)
+    assert gradient.abs().max() < 1e-5 * error  # a minimum, as far as the penalty lets it
+
+
+def test_what_cannot_be_walked_is_run_whole():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+        def forward(self, x):
+            return self.net(x) * (1 if float(x.sum()) > 1e9 else 2)
+
+    net, xs = Reads(), batches(16, 4)
+    axes = axes_of(net, xs[0], [0, 2, 3])
+    with pytest.warns(UserWarning, match="run for every value"):
+        narrow, _ = refitted(net, axes, DataPass(xs), Ridge())
+    expected, _ = refitted(net.net, axes_of(net.net, xs[0], [0, 2, 3]), DataPass(xs), Ridge())
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(narrow.state_dict()[f"net.{name}"], tensor)
+
+
+def test_layers_called_twice_and_shared_weights_stay():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(self.middle(self.middle(self.first(x).relu())).relu())
+
+    net, xs = Twice(), batches(16, 4)
+    axes = {"first.weight": {0: np.array([0, 2])}, "first.bias": {0: np.array([0, 2])}}
+    axes |= {"middle.weight": {0: np.array([0, 2]), 1: np.array([0, 2])}, "middle.bias": {0: np.array([0, 2])}}
+    axes |= {"last.weight": {1: np.array([0, 2])}}
+    with pytest.warns(UserWarning, match="middle is called 2 times"):
+        _, contents = refitted(net, axes, DataPass(xs), Ridge())
+    assert contents.keys() == {"last.weight", "last.bias"}
