@@ -102,7 +102,8 @@ class Inspection(Shown):
         return Grid("What stays as it is", ("layer", "because", "width"), tuple(rows), words=2)
 
     def _notes(self) -> Grid:
-        return Grid("Remarks", ("",), tuple((note,) for note in self.structure.notes))
+        remarks = (*self.structure.notes, *self.structure.remarks)
+        return Grid("Remarks", ("",), tuple((remark,) for remark in remarks))
 
 
 def _channels(group: Group) -> int:

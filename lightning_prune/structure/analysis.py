@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +33,15 @@ from lightning_prune.structure.tracing import (
 
 __all__ = ["StructureError", "Subject", "Tracing", "rehearse", "trace"]
 
+_LOG = logging.getLogger("lightning_prune")
+#: Operators that all trials of a network together may run; then the search for the groups that fail ends.
+_MOST_OPERATORS = 500_000
+#: Trials that every network has, however many operators it runs.
+_LEAST_TRIALS = 64
+
 #: Kinds of copies, the cheapest first.
 _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
+_NAMES: dict[Kind, str] = {"meta": "the meta device", "fake": "fake tensors", "real": "real tensors"}
 
 
 class StructureError(ValueError):
@@ -296,6 +304,8 @@ class _Analysis:
         self.groups: list[Group] = []
         self.same_in_both_modes: list[Call] = []
         self.patterns: list[tuple[IndexArray, tuple[tuple[str, int], ...]]] = []
+        self.remarks: dict[str, None] = {}
+        self._trials = 0
 
     def _copy(self, kind: Kind) -> FakeCopy:
         if kind not in self.copies:
@@ -327,7 +337,9 @@ class _Analysis:
     def structure(self) -> Structure:
         """What was found, as values."""
         groups = self.groups
-        return Structure(tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes))
+        return Structure(
+            tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
+        )
 
     def follow(self, structure: Structure) -> None:
         """Trace with the units of a known structure, so that every split keeps apart what it keeps apart."""
@@ -422,12 +434,15 @@ class _Analysis:
             self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
             try:
                 out = self._copy(kind).run(self.tracer, call, self.labels)
-            except Exception:
+            except Exception as error:
                 self.tracer.forget()
                 self.tracer.macs, self.tracer.written = counted
                 # Tensors without content and devices may be too little for a network; real ones are slow.
                 if kind == _KINDS[-1]:
                     raise
+                dearer = _NAMES[_KINDS[_KINDS.index(kind) + 1]]
+                why = f"it does not run on {_NAMES[kind]} ({type(error).__name__}: {_first_line(error)})"
+                self.remarks[f"`{call.method}` was traced on {dearer}, which takes longer, as {why}"] = None
                 continue
             self._freeze_output(self.tracer, call, out)
             self.runs.append(_Run(call, kind, self.tracer.script, self.tracer.decisions, self.tracer.views))
@@ -570,7 +585,10 @@ class _Analysis:
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
         failed: set[str] = set()
         while candidates:
-            failing = self._failing(candidates, follow)
+            if not self._is_out_of_trials():
+                failing = self._failing(candidates, follow)
+            else:  # what has passed its trial goes on if all of it passes together
+                failing = self._undecided(candidates) if self._attempt(candidates, follow) else []
             if not failing:
                 break
             for group, reason in failing:
@@ -582,7 +600,12 @@ class _Analysis:
 
     def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
         """Groups whose cut fails, each with the reason: those at the operator that fails, or else found by halving."""
+        if self._is_out_of_trials():
+            return self._undecided(groups)
         failure = self._attempt(groups, follow)
+        self._trials += 1
+        if self._trials % 50 == 0:
+            _LOG.info("%d trial cuts, and the groups that fail are still being searched for", self._trials)
         if failure is None:
             return []
         if len(groups) == 1:
@@ -596,6 +619,18 @@ class _Analysis:
         found = self._failing(groups[:half], follow) + self._failing(groups[half:], follow)
         # Halves that work alone but not together: the later one gives way.
         return found or [(g, f"a trial cut failed together with others: {failure.reason}") for g in groups[half:]]
+
+    def _is_out_of_trials(self) -> bool:
+        operators = sum(len(run.script) for run in self.runs)
+        return self._trials >= max(_LEAST_TRIALS, _MOST_OPERATORS // max(operators, 1))
+
+    def _undecided(self, groups: list[Group]) -> list[tuple[Group, str]]:
+        """Groups that stay since there are no trials left."""
+        self.notes.append(
+            f"the search for what cannot be cut ended after {self._trials} trials: {', '.join(g.name for g in groups)} "
+            "stay undecided"
+        )
+        return [(group, f"undecided after {self._trials} trial cuts") for group in groups]
 
     def _suspects(self, groups: list[Group], failure: _Failure) -> list[Group]:
         """The groups at the operator that failed, or else at the nearest one before it that has any."""

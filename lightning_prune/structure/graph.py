@@ -141,7 +141,8 @@ class Structure:
         groups: What can shrink, in the order of execution.
         frozen: What cannot (output axes and bare parameters; one entry per axis), and why.
         cost: Parameters and MACs as a function of the widths.
-        notes: Remarks on how the structure was found (a step that could not be traced, say).
+        notes: What could not be followed (a step that could not be traced, say).
+        remarks: What made it take longer to find, and changes nothing of it.
         flow: What it takes to tell which groups may vanish (`with_flow`); without it, none may.
     """
 
@@ -149,6 +150,7 @@ class Structure:
     frozen: tuple[Frozen, ...]
     cost: CostModel
     notes: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = field(default=(), compare=False)
     flow: Flow | None = None
 
     @property

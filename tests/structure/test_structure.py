@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.structure import Call, StructureError, Subject, refresh, trace
+from lightning_prune.structure import Call, StructureError, Subject, analysis, refresh, trace
 from tests.support.architectures import CASES, Auxiliary, Net
 from tests.support.counting import counting
 from tests.support.cutting import cut, draw, half, masked, named, shrunk
@@ -524,6 +524,61 @@ def test_operators_that_depend_on_data_run_on_real_numbers():
     structure = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
     assert not structure.notes
     assert "extra.weight" in {m.tensor for m in structure.group("a").members}
+
+
+def scaled():
+    """Layers that multiply by their width, among others; sums keep the trial from seeing at which one it fails."""
+
+    def forward(net, x):
+        scale = sum(getattr(net, f"bad{i}")(x).shape[1] for i in range(6)) / 36
+        bad = [getattr(net, f"bad{i}")(x) for i in range(6)]
+        return net.last(net.good(x)) + sum(getattr(net, f"end{i}")(h * scale) for i, h in enumerate(bad))
+
+    bad = {f"bad{i}": nn.Linear(4, 6) for i in range(6)}
+    return Net(
+        forward, **bad, **{f"end{i}": nn.Linear(6, 2) for i in range(6)}, good=nn.Linear(4, 5), last=nn.Linear(5, 2)
+    )
+
+
+def test_the_search_for_groups_that_fail_ends(monkeypatch):
+    x = torch.ones(3, 4)
+    decided = trace(Subject.of(scaled(), x))
+    assert decided.widths == {"good": 5}
+    assert not decided.notes
+    monkeypatch.setattr(analysis, "_MOST_OPERATORS", 0)
+    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 2)
+    undecided = trace(Subject.of(scaled(), x))
+    assert set(undecided.widths) <= {"good"}
+    assert {axis.tensor for axis in undecided.frozen} >= {f"bad{i}.weight" for i in range(6)}
+    (note,) = undecided.notes
+    assert "ended after 2 trials" in note
+    assert any(axis.reason == "undecided after 2 trial cuts" for axis in undecided.frozen)
+
+
+def test_a_trial_beyond_the_budget_leaves_what_passes_together(monkeypatch):
+    monkeypatch.setattr(analysis, "_MOST_OPERATORS", 0)
+    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 0)
+
+    def forward(net, x):
+        bad = net.bad(x)
+        return net.last(net.good(x)) + net.end(bad / bad.shape[1])
+
+    layers = {"bad": nn.Linear(4, 6), "end": nn.Linear(6, 2), "good": nn.Linear(4, 5), "last": nn.Linear(5, 2)}
+    assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {}
+    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 1)
+    assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {"good": 5}
+
+
+def test_a_dearer_kind_of_tensors_leaves_a_remark():
+    x = torch.ones(2, 4)
+    net = Net(lambda net, x: net.b(net.a(x) * net.scale), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    net.scale = 1 + torch.arange(6.0)
+    assert not trace(Subject.of(net, x)).remarks
+    real = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
+    assert [remark.partition(",")[0] for remark in real.remarks] == [
+        "`counting_step` was traced on fake tensors",
+        "`counting_step` was traced on real tensors",
+    ]
 
 
 def test_a_network_that_fails_when_units_are_zero_freezes_them():
