@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_prune
 from lightning_prune.cli import runs
+from lightning_prune.cli.messages import OneLineParser
 from lightning_prune.cli.verbs import example_of
 from lightning_prune.reporting import ComparedNetwork, Comparison, Report, Size, comparison_figure
 from lightning_prune.reporting.grid import console_for
@@ -68,7 +68,7 @@ class FinishedRun:
 
 def main(words: Sequence[str]) -> None:
     """``lightning-prune compare RUNS...``."""
-    parser = ArgumentParser("lightning-prune compare", description="Finished runs side by side: a table and a picture.")
+    parser = OneLineParser("lightning-prune compare", description="Finished runs side by side: a table and a picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
     parser.add_argument("--metric", help="what they are judged by (default: the first one's accuracy or loss)")
     parser.add_argument(

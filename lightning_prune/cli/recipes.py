@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+
+import yaml
+
+from lightning_prune.cli.messages import OneLineParser, near
 
 __all__ = ["copy", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
 
@@ -33,13 +36,7 @@ def path(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is no such recipe; the message lists those that exist.
     """
-    known = recipes()
-    found = known.get(name.removesuffix(".yaml"))
-    if found is None:
-        raise FileNotFoundError(
-            f"expected a file or the name of a recipe, got {name!r}. The recipes are: {', '.join(known)}"
-        )
-    return found
+    return _named(name, "recipe", recipes())
 
 
 def study(name: str) -> Path:
@@ -51,12 +48,14 @@ def study(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is no such study; the message lists those that exist.
     """
-    known = {file.stem: file for file in sorted((folder() / "studies").glob("*.yaml"))}
+    return _named(name, "study", {file.stem: file for file in sorted((folder() / "studies").glob("*.yaml"))})
+
+
+def _named(name: str, kind: str, known: Mapping[str, Path]) -> Path:
     found = known.get(name.removesuffix(".yaml"))
     if found is None:
-        raise FileNotFoundError(
-            f"expected a file or the name of a study, got {name!r}. The studies are: {', '.join(known)}"
-        )
+        hint = near(name.removesuffix(".yaml"), known) or f" There are: {', '.join(known)}."
+        raise FileNotFoundError(f"expected a file or the name of a {kind}, got {name!r}.{hint}")
     return found
 
 
@@ -94,7 +93,8 @@ def resolve(words: Sequence[str]) -> list[str]:
     A file of that name in the working folder wins.
 
     Raises:
-        SystemExit: If a word after ``--config`` is neither a file nor a recipe.
+        FileNotFoundError: If a word after ``--config`` is neither a file nor a recipe.
+        ValueError: If a file is no YAML, or no mapping.
     """
     resolved: list[str] = []
     for position, word in enumerate(words):
@@ -110,7 +110,7 @@ def resolve(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     """``lightning-prune recipes list | show NAME | copy NAME [DEST]``."""
-    parser = ArgumentParser("lightning-prune recipes", description="The experiments that come with the package.")
+    parser = OneLineParser("lightning-prune recipes", description="The experiments that come with the package.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="names, and what each one does")
     show = verbs.add_parser("show", help="print a recipe")
@@ -119,15 +119,12 @@ def main(words: Sequence[str]) -> None:
         verb.add_argument("name", help="name of the recipe")
     take.add_argument("destination", nargs="?", default=".", type=Path, help="folder or new file (default: here)")
     given = parser.parse_args(words)
-    try:
-        if given.verb == "list":
-            _print_list()
-        elif given.verb == "show":
-            sys.stdout.write(path(given.name).read_text(encoding="utf-8"))
-        else:
-            sys.stdout.write(f"{copy(given.name, given.destination)}\n")
-    except (FileNotFoundError, FileExistsError) as error:
-        parser.error(str(error))
+    if given.verb == "list":
+        _print_list()
+    elif given.verb == "show":
+        sys.stdout.write(path(given.name).read_text(encoding="utf-8"))
+    else:
+        sys.stdout.write(f"{copy(given.name, given.destination)}\n")
 
 
 def _print_list() -> None:
@@ -138,9 +135,15 @@ def _print_list() -> None:
 
 
 def _file(value: str) -> str:
-    if Path(value).exists():
-        return value
+    file = Path(value) if Path(value).is_file() else path(value)
     try:
-        return str(path(value))
-    except FileNotFoundError as error:
-        sys.exit(f"lightning-prune: {error}")
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{file}, line {line}: expected YAML, got what is none: {error.problem}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: expected YAML, got what is none: {error}") from error
+    if not isinstance(found, Mapping):
+        got = "nothing" if found is None else repr(found)[:40]
+        raise ValueError(f"{file}: expected entries such as `model:` and `trainer:`, got {got}.")
+    return str(file)

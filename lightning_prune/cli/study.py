@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_prune.cli import recipes
+from lightning_prune.cli.messages import OneLineParser
 from lightning_prune.cli.verbs import run as train
 from lightning_prune.study.analysis import analyse
 from lightning_prune.study.definition import Study, load
@@ -42,8 +43,8 @@ def main(words: Sequence[str]) -> None:
     verbs[given.verb](study, folder, given)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("lightning-prune study", description="The hyperparameter performance space of a network.")
+def _parser() -> OneLineParser:
+    parser = OneLineParser("lightning-prune study", description="The hyperparameter performance space of a network.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     helps = {
         "run": "run what is not finished yet",
@@ -74,7 +75,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _add_launchers(parser: ArgumentParser) -> None:
+def _add_launchers(parser: OneLineParser) -> None:
     parser.add_argument(
         "--launcher", choices=("local", "ray", "slurm"), default="local", help="who runs (default: local)"
     )
@@ -139,7 +140,7 @@ def _sweep(study: Study, folder: Path, given: Namespace) -> None:
 
 
 def _cell(study: Study, folder: Path, given: Namespace, rest: Sequence[str]) -> None:
-    parser = ArgumentParser("lightning-prune study cell", allow_abbrev=False)
+    parser = OneLineParser("lightning-prune study cell", allow_abbrev=False)
     for axis in study.axes:
         parser.add_argument(f"--{axis.key}", type=float, required=True, dest=axis.key)
     cell = cell_at(study, given.variant, given.seed, vars(parser.parse_args(rest)))

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from rich.console import Group as RichGroup
     from rich.table import Table
 
-__all__ = ["Grid", "Shown", "as_rich", "as_text", "console_for", "count", "kib", "number", "plural", "share"]
+__all__ = [
+    "Grid",
+    "Shown",
+    "as_rich",
+    "as_text",
+    "console_for",
+    "count",
+    "kib",
+    "number",
+    "plural",
+    "share",
+    "short_count",
+]
 
 #: What stands where a figure was not measured.
 MISSING = "–"
@@ -126,6 +138,15 @@ def count(value: float) -> str:
         return f"{value:,.0f}"
     scale, prefix = (1e6, "M") if abs(value) < 1e9 else (1e9, "G") if abs(value) < 1e12 else (1e12, "T")
     return f"{value / scale:.3g} {prefix}"
+
+
+def short_count(value: float) -> str:
+    """A count for names of files, with two or three digits: 950, 1.2k, 12k, 123k, 1.2M."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit * 0.9995:
+            scaled = value / limit
+            return f"{scaled:.1f}{suffix}" if scaled < 9.95 else f"{scaled:.0f}{suffix}"
+    return f"{value:.0f}"
 
 
 def plural(n: int, noun: str) -> str:

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
-from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, words_of_metric
+from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, mode_of_metric
 from lightning_prune.structure import Structure
 
 __all__ = ["Cut", "Measurement", "Record", "Size", "SizeCheckpoint"]
-
-# A metric with one of these words is better when it is lower.
-_LOWER_IS_BETTER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "nll", "bce", "kld")
 
 
 @dataclass(frozen=True)
@@ -246,8 +243,7 @@ class Record:
     @property
     def mode(self) -> Literal["max", "min"]:
         """Whether more or less of the main metric is better, by its name."""
-        words = words_of_metric(self.main_metric or "")
-        return "min" if any(word in _LOWER_IS_BETTER for word in words) else "max"
+        return mode_of_metric(self.main_metric or "") or "max"
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """Every value of a metric with its step."""

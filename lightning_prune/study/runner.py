@@ -84,16 +84,15 @@ def check(study: Study, train: Train) -> None:
         with TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             file.write_text(yaml.safe_dump(cell.config), encoding="utf-8")
-            printed, errors = io.StringIO(), io.StringIO()
             try:
-                with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+                # It ends when it has printed.
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
                     train(["fit", f"--config={file}", "--print_config"], [])
-            except SystemExit as end:
-                if end.code:
-                    raise ValueError(
-                        f"the configuration of {variant.name!r} is refused by `fit`; look at `recipe`, `grid`, `set` "
-                        f"and `variants`:\n{errors.getvalue().strip()}"
-                    ) from None
+            except ValueError as error:
+                raise ValueError(
+                    f"the configuration of {variant.name!r} is refused by `fit`; look at `recipe`, `grid`, `set` and "
+                    f"`variants`: {error}"
+                ) from error
 
 
 def extent_of(study: Study, store: Store) -> Extent:

@@ -311,7 +311,10 @@ def test_inspect_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["--trainer.callbacks.pruning_ratio=1.5"], "pruning_ratio"),
         (["--trainer.callbacks.budget=0.5"], "pruning_ratio"),
         (["--trainer.callbacks=StructuredPruning", "--trainer.callbacks.criterion=taylr"], "Did you mean Taylor?"),
-        (["--trainer.callbacks.layers=nonsense"], "lightning-prune: layers='nonsense' fits no layer"),
+        (
+            ["--trainer.callbacks.layers=nonsense"],
+            "callbacks.layers: expected names of layers, got 'nonsense'",
+        ),
     ],
 )
 def test_bad_amounts_and_layers(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,13 +325,12 @@ def test_bad_amounts_and_layers(words: list[str], text: str, capsys: pytest.Capt
     assert not list(Path("runs").glob("*/*")), "an empty run"
 
 
-def test_errors_of_others_keep_their_traceback(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_code_keep_their_traceback(in_tmp: Path) -> None:
     (in_tmp / "broken.py").write_text(MODULE.replace("return torch", 'raise ValueError("mine") or torch'))
     with pytest.raises(ValueError, match="mine"):
         main(["fit", *DIGITS, *SHORT, "--model=broken.Mine"])
-    monkeypatch.setenv("LIGHTNING_PRUNE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="nonsense"):
-        main(["fit", *DIGITS, *SHORT, "--trainer.callbacks.layers=nonsense"])
+        main(["fit", *DIGITS, *SHORT, "--trainer.callbacks.layers=nonsense", "--debug"])
 
 
 @pytest.mark.parametrize(("name", "cause"), [("odd", "KeyError('never raised')"), ("odder", "error")])

@@ -25,6 +25,7 @@ def test_names_and_first_lines(name: str) -> None:
         "model",
         "data",
         "trainer",
+        "checkpoint",
         "optimizer",
         "lr_scheduler",
     }
@@ -72,7 +73,7 @@ def test_unknown_recipe(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["recipes", verb, "nonsense"])
     error = capsys.readouterr().err
-    assert "got 'nonsense'. The recipes are: " in error
+    assert "got 'nonsense'. There are: " in error
     assert "digits_mlp_contribution" in error
 
 
@@ -84,11 +85,11 @@ def test_resolve_after_config_only(in_tmp: Path) -> None:
 
 
 def test_a_file_wins_over_a_recipe(in_tmp: Path) -> None:
-    Path("digits_mlp_contribution.yaml").touch()
+    Path("digits_mlp_contribution.yaml").write_text("model: MLPClassifier\n")
     words = ["fit", "--config", "digits_mlp_contribution.yaml"]
     assert recipes.resolve(words) == words
 
 
 def test_neither_file_nor_recipe() -> None:
-    with pytest.raises(SystemExit, match="expected a file or the name of a recipe, got 'nonsense'"):
-        main(["fit", "--config", "nonsense"])
+    with pytest.raises(FileNotFoundError, match="expected a file or the name of a recipe, got 'nonsense'"):
+        recipes.resolve(["fit", "--config", "nonsense"])

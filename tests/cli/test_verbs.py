@@ -89,7 +89,7 @@ def test_a_resumed_run_goes_on_in_its_folder(ckpt: str) -> None:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_foreign_checkpoint_starts_a_new_folder() -> None:
     main(["fit", *MODEL, *QUICK, *QUIET])
-    (found,) = Path("runs").rglob("*.ckpt")
+    (found,) = Path("runs").rglob("last.ckpt")
     foreign = found.rename("foreign.ckpt")
     main(["fit", *MODEL, *QUICK, *QUIET, f"--ckpt_path={foreign}", "--trainer.max_epochs=2"])
     assert epochs("runs/MLPClassifier/002") == {1}
@@ -101,7 +101,7 @@ def test_the_other_verbs_leave_the_run_alone(verb: str, capsys: pytest.CaptureFi
     main(["fit", *MODEL, *QUICK, *QUIET, "--name=first"])
     run = Path("runs/first/001")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    (checkpoint,) = run.rglob("*.ckpt")
+    (checkpoint,) = run.rglob("last.ckpt")
     for number in ("001", "002"):
         main([verb, f"--config={run}/config.yaml", f"--ckpt_path={checkpoint}", *QUIET])
         assert (run / verb / number / "config.yaml").is_file()

@@ -35,6 +35,11 @@ def test_metrics_of_one_step_are_one_measurement():
         (["train_acc_step", "train_acc_epoch"], "train_acc_epoch", "max"),
         (["loss_bce"], "loss_bce", "min"),
         (["lr", "perplexity"], None, "max"),
+        (["lr", "train_mse", "val_mse"], "val_mse", "min"),
+        (["val_f1"], "val_f1", "max"),
+        (["train_loss", "val_f1"], "val_f1", "max"),
+        (["val_loss", "val_f1"], "val_loss", "min"),
+        (["val_distance"], None, "max"),
         ([], None, "max"),
     ],
 )
