@@ -47,6 +47,8 @@ class Cityscapes(StreamedImages):
         ValueError: For a number below 1.
     """
 
+    num_classes = 19
+
     def __init__(
         self,
         root: str | None = None,

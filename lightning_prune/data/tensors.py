@@ -13,6 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_prune.scoring.drawing import NO_CLASS
+
 __all__ = ["Batch", "ImageData", "ImageTensors", "ShuffledByEpoch", "crop_and_mirror"]
 
 #: Images ``(batch, channels, height, width)`` and labels ``(batch,)``.
@@ -114,6 +116,12 @@ class ImageData(LightningDataModule):
                     "Give more images, or hold out another share."
                 )
         self._splits = {"train": train, "val": val, "test": test}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: one more than the largest label, 255 of pixels left out. Known after `setup`."""
+        labels = [part.labels for part in self._splits.values()]
+        return 1 + max(int(one[one != NO_CLASS].max() if one.ndim > 1 else one.max()) for one in labels)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images, shuffled, and augmented if asked for."""

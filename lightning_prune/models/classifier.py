@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "refuse_more_classes"]
 
 Stage = Literal["train", "val", "test"]
 
@@ -51,6 +51,7 @@ class Classifier(LightningModule):
                 f"{type(self).__name__}: expected `momentum` with optimizer='sgd' only, got momentum={momentum} with "
                 f"optimizer={optimizer!r}. Leave `momentum` out or choose 'sgd'."
             )
+        self.classes = classes
         self.optimizer_name = optimizer
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.example_input_array = torch.zeros(2, *input_shape)
@@ -60,6 +61,14 @@ class Classifier(LightningModule):
         if classes > _FEW_CLASSES:
             for stage in ("val", "test"):
                 self.accuracies[f"{stage}_acc_top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Refuses data of more classes than the network has.
+
+        Raises:
+            ValueError: If the data module says its ``num_classes``, and they are more.
+        """
+        refuse_more_classes(self, self.classes)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The cross entropy of one batch."""
@@ -97,3 +106,22 @@ class Classifier(LightningModule):
                 shown = name == f"{stage}_acc"
                 self.log(name, accuracy, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(labels))
         return loss
+
+
+def refuse_more_classes(module: LightningModule, classes: int) -> None:
+    """Refuse data of more classes than a network has; of data modules that do not say how many, nothing is known.
+
+    Args:
+        module: The network, in a run.
+        classes: What it has.
+
+    Raises:
+        ValueError: With the number that is needed.
+    """
+    data = getattr(module.trainer, "datamodule", None)
+    found = getattr(data, "num_classes", None)
+    if isinstance(found, int) and found > classes:
+        raise ValueError(
+            f"{type(module).__name__}: expected at least the {found} classes of {type(data).__name__}, got {classes}. "
+            f"Give `--model.classes={found}` (to an MLP as the last of its `sizes`), or leave classes out of the data."
+        )

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from lightning_prune.models.classifier import refuse_more_classes
+
 __all__ = ["SegNet"]
 
 #: Label of pixels that belong to no class.
@@ -82,6 +84,14 @@ class SegNet(LightningModule):
             x = stage(self.unpool(x, indices.pop()))
         logits: Tensor = self.head(x)
         return logits
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Refuses data of more classes than the network has.
+
+        Raises:
+            ValueError: If the data module says its ``num_classes``, and they are more.
+        """
+        refuse_more_classes(self, self.head.out_channels)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The cross entropy of one batch."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_prune.data import Digits, Shapes
+from lightning_prune.data.tensors import ImageData
 from lightning_prune.models import (
     VGG16CIFAR,
     CNNClassifier,
@@ -19,6 +21,7 @@ from lightning_prune.models import (
     MLPClassifier,
     MobileNetV2CIFAR,
     ResNetCIFAR,
+    SegNet,
 )
 from lightning_prune.scoring import L1, score_groups
 from lightning_prune.structure import Subject, trace
@@ -246,3 +249,33 @@ def test_the_best_five_of_many_classes_are_logged() -> None:
     assert logged["val_acc_top5"] == pytest.approx(float(right.float().mean()))
     (few,) = trainer.validate(MLPClassifier([4, 8, 10]), DataLoader(TensorDataset(images, labels % 10)), verbose=False)
     assert set(few) == {"val_loss", "val_acc"}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "text"),
+    [
+        (MLPClassifier([64, 9]), Digits(), r"MLPClassifier: expected at least the 10 classes of Digits, got 9\. Give "),
+        (SegNet(3, [(4, 1)], (3, 32, 32)), Shapes(20), "SegNet: expected at least the 4 classes of Shapes, got 3"),
+    ],
+    ids=["classes", "classes of pixels"],
+)
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_more_classes_in_the_data_are_refused(model: LightningModule, data: ImageData, text: str, verb: str) -> None:
+    """Before anything runs, the sanity check included."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    with pytest.raises(ValueError, match=text):
+        getattr(trainer, verb)(model, data)
+
+
+def test_fewer_classes_in_the_data_are_not() -> None:
+    trainer = Trainer(accelerator="cpu", fast_dev_run=True, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(MLPClassifier([64, 12]), Digits())
+    assert trainer.global_step == 1
+
+
+def test_pixels_of_no_class_are_none() -> None:
+    data = Shapes(20)
+    data.setup("fit")
+    data._splits["train"].labels[:, 0] = 255
+    assert data.num_classes == 4
