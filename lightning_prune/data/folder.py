@@ -25,7 +25,7 @@ class ImageFolder(ImageData):
     Memory: 12·size² bytes an image, 0.2 MB at 128 pixels.
 
     Args:
-        root: The folder.
+        root: The folder; it has to be given.
         size: Height and width of the images after resizing the shorter side and cropping the centre.
         batch_size: Images in a batch.
         val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
@@ -40,7 +40,7 @@ class ImageFolder(ImageData):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         size: int = 128,
         batch_size: int = 128,
         val_share: float = 0.1,
@@ -53,6 +53,11 @@ class ImageFolder(ImageData):
         cache: str | None = None,
     ) -> None:
         super().__init__(batch_size, val_share, train_limit, augment, seed)
+        if root is None:
+            raise ValueError(
+                "ImageFolder: expected `root`, a folder with one sub-folder of images per class, got none. Give "
+                "`--data.root FOLDER`."
+            )
         if size < 1:
             raise ValueError(f"ImageFolder: expected `size` of at least 1 pixel, got {size}.")
         if min(std) <= 0:

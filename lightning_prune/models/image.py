@@ -96,10 +96,11 @@ def _of_torchvision(name: str, classes: int, pooling: Pooling, pretrained: str |
     known = {"DEFAULT", *models.get_model_weights(name).__members__}
     if pretrained is None or os.path.exists(pretrained) or pretrained.upper() not in known:
         return net, pretrained
+    weights = models.get_model_weights(name)[pretrained.upper()]
     try:
-        return net, models.get_model_weights(name)[pretrained.upper()].get_state_dict(progress=False, check_hash=True)
+        return net, weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
-        raise _no_download(name) from error
+        raise _no_download(name, weights.url) from error
 
 
 def _pool(net: Any, classes: int, pooling: Pooling) -> None:
@@ -116,8 +117,8 @@ def _require_known(name: str, is_known: bool, where: str) -> None:
         raise ValueError(f"ImageClassifier: expected a network that `{where}` lists, got {name!r}.")
 
 
-def _no_download(name: str) -> FileNotFoundError:
+def _no_download(name: str, file: str = "their file") -> FileNotFoundError:
     return FileNotFoundError(
-        f"ImageClassifier: the weights of {name} cannot be downloaded. Get their file elsewhere, and give its path as "
-        "`pretrained`."
+        f"ImageClassifier: the weights of {name} cannot be downloaded. Get {file} on another machine, and give the "
+        "path of the copy as `pretrained` (`--model.pretrained FILE`); `null` starts without."
     )

@@ -248,6 +248,8 @@ def test_image_folder(tmp_path: Path) -> None:
             assert torch.allclose(red, classes.float(), atol=1e-5)
             seen += len(classes)
     assert seen == 20
+    with pytest.raises(ValueError, match=r"expected `root`, a folder .*, got none. Give `--data.root FOLDER`"):
+        ImageFolder()
     with pytest.raises(FileNotFoundError, match="expected a folder with one sub-folder of images per class"):
         ready(ImageFolder(str(tmp_path / "nowhere")))
 

@@ -191,7 +191,8 @@ def test_where_nothing_can_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> Non
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fails)
-    with pytest.raises(FileNotFoundError, match="weights of resnet18 cannot be downloaded"):
+    said = r"weights of resnet18 cannot be downloaded. Get https://\S+resnet18\S+pth on .*--model.pretrained FILE"
+    with pytest.raises(FileNotFoundError, match=said):
         ImageClassifier("torchvision.resnet18", 3, pretrained="default")
     monkeypatch.setattr(timm, "create_model", fails)
     with pytest.raises(FileNotFoundError, match="weights of resnet18 cannot be downloaded"):
