@@ -215,8 +215,7 @@ class MaskPruning(ScheduledPruning):
         self._groups = tuple(self._structure.group(group.name) for group in self._groups)
         if self._kept is not None:
             self._kept = self._kept.after_cut(made.edits)
-        for network in (module, *averages(trainer)):
-            apply_masks(network, masks_of(module))  # a repair writes whole weights
+        apply_masks(module, masks_of(module))  # a repair writes whole weights; averaged copies keep theirs
         self._watch(module)
         changed = {name: count for name, count in self._left(module).items() if count != before[name]}
         size, when = self._size(module), (made.cut.index, made.cut.epoch, made.cut.step)

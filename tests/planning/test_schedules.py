@@ -89,8 +89,12 @@ class TestContract:
 
     def test_plot(self, cls):
         (axes,) = cls().plot().axes
-        assert axes.lines[0].get_ydata()[0] == 100
-        assert axes.lines[0].get_ydata()[-1] == pytest.approx(50)
+        line, dots = axes.lines
+        assert line.get_ydata()[0] == 100
+        assert line.get_ydata()[-1] == pytest.approx(50)
+        points = cls().timeline(RunLength(100), 0.5)
+        assert list(dots.get_xdata()) == [point.at for point in points]
+        assert list(dots.get_ydata()) == pytest.approx([100 - 50 * point.share for point in points])
 
 
 @pytest.mark.parametrize("run", [RunLength(1), RunLength(5, 40, 10), RunLength(None, 40), RunLength(None)], ids=repr)
@@ -230,6 +234,7 @@ def test_a_run_of_one_moment_leaves_no_room():
         (lambda: LinearSchedule(cuts=3, every=3), "`cuts` or `every`, got both"),
         (lambda: Cubic(every=0), "`every` of at least 1 epoch or step, got 0"),
         (lambda: Cubic(every=0.0), r"`every` in \(0, 1\]"),
+        (lambda: Cubic(every=1.5), r"`every` in \(0, 1\]"),
         (lambda: Geometric(rate=10), r"`rate` in \(0, 1\), .*, got 10"),
         (lambda: Geometric(end=2.0), "`end` in"),
         (lambda: Explicit(()), r"a last one of 1, got \[\]"),
