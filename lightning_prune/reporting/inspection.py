@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from lightning_prune.structure.graph import Group, Structure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Inspection"]
+__all__ = ["Inspection", "reached"]
 
 # Long residual stages couple dozens of layers; the first ones tell which stage it is.
 _NAMES_SHOWN = 3
@@ -47,8 +47,7 @@ class Inspection(Shown):
     @property
     def reachable(self) -> float:
         """Share of the parameters that lie on at least one prunable axis, in [0, 1]."""
-        fixed = self.structure.cost.params(dict.fromkeys(self.structure.widths, 0))
-        return 1 - fixed / self.params if self.params else 0.0
+        return self.structure.reachable["params"]
 
     @property
     def summary(self) -> str:
@@ -57,7 +56,7 @@ class Inspection(Shown):
         return (
             f"{count(self.params)} parameters, {count(self.macs)} MACs per sample (1 MAC = 2 FLOPs). "
             f"{units} in {plural(len(self.structure.groups), 'group')} can be pruned; "
-            f"{100 * self.reachable:.1f} % of the parameters lie on them."
+            f"{reached(self.structure.reachable)} lie on them."
         )
 
     def grids(self) -> tuple[Grid, ...]:
@@ -104,6 +103,11 @@ class Inspection(Shown):
     def _notes(self) -> Grid:
         remarks = (*self.structure.notes, *self.structure.remarks)
         return Grid("Remarks", ("",), tuple((remark,) for remark in remarks))
+
+
+def reached(shares: Mapping[str, float]) -> str:
+    """Shares of parameters and MACs in words, see `Structure.reachable`."""
+    return f"{100 * shares['params']:.1f} % of the parameters and {100 * shares['macs']:.1f} % of the MACs"
 
 
 def _channels(group: Group) -> int:

@@ -31,6 +31,8 @@ class Size:
         table_latency: Milliseconds of one sample by the table of latencies, if there is one.
         backbone: Number of parameters of the backbone alone, where it is known which part that is.
         layers: Parameters of the convolutional layers of the backbone, the first one first, see `layer_parameters`.
+        reachable: Shares of ``"params"`` and ``"macs"`` that lie on what can be pruned, where they are known; see
+            `Structure.reachable`.
     """
 
     params: int
@@ -42,6 +44,7 @@ class Size:
     table_latency: float | None = None
     backbone: int | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
+    reachable: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -59,8 +62,9 @@ class Size:
         # With the parameters of a layer that has gone, the terms of those that are left do not add up.
         is_whole = backbone is not None and cost.params(now.widths) == now.params
         parameters = cost.params(now.widths, backbone) if is_whole else None
-        widths = dict(now.widths)
-        return cls(now.params, now.macs, widths, memory=now.memory, table_latency=now.latency, backbone=parameters)
+        size = cls(now.params, now.macs, dict(now.widths), memory=now.memory, table_latency=now.latency)
+        reachable = structure.reachable if now.widths == structure.widths else {}
+        return replace(size, backbone=parameters, reachable=reachable)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.reporting.inspection import reached
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
 from lightning_prune.reporting.over_depth import over_depth_grid
 from lightning_prune.reporting.record import Cut, Measurement, Record, Size, SizeCheckpoint
@@ -160,6 +161,8 @@ class Report(Record):
         cuts = plural(self.earlier + len(self.cuts), "cut")
         gone = f"{100 * self.pruning_ratio:.1f} % of the {self.what} are gone, in {cuts}{before_this}."
         legend = [gone, "1 MAC = 2 FLOPs."]
+        if dense.reachable and self.what == "units":
+            legend.insert(1, f"What can be pruned holds {reached(dense.reachable)}.")
         if any(row[-1] == "±" for row in rows):
             legend.append(f"± = less than {100 * _NOISE:.0f} % apart, which timing does not tell from noise.")
         note = " ".join([*legend, *self.notes])

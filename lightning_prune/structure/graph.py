@@ -163,6 +163,13 @@ class Structure:
         """Names of the groups that have lost all their units, as far as is known."""
         return frozenset() if self.flow is None else self.flow.removal.groups
 
+    @property
+    def reachable(self) -> dict[str, float]:
+        """Shares of the parameters and MACs that lie on an axis of a group, in [0, 1]: ``"params"`` and ``"macs"``."""
+        none = dict.fromkeys(self.widths, 0)
+        costs = {"params": self.cost.params, "macs": self.cost.macs}
+        return {name: 1 - cost(none) / (cost(self.widths) or 1) if self.groups else 0.0 for name, cost in costs.items()}
+
     def group(self, name: str) -> Group:
         """The group called ``name``.
 

@@ -1,10 +1,12 @@
 """What can be pruned, shown before anything is."""
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.reporting import Inspection
+from lightning_prune.planning import Original
+from lightning_prune.reporting import Inspection, Report, Size
 from lightning_prune.structure import Subject, trace
 
 
@@ -36,6 +38,31 @@ def test_totals():
     assert inspected.macs == 5 * 8 + 5 * 64 + 8 * 16 + 16 * 3
     assert inspected.units == 24
     assert inspected.reachable == 1 - 3 / inspected.params  # all but the bias of the head
+    assert "of the parameters and 100.0 % of the MACs lie on them" in inspected.summary
+
+
+def test_what_a_recurrent_layer_holds_cannot_be_reached():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.hidden, self.head = nn.LSTM(4, 32, batch_first=True), nn.Linear(32, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.hidden(self.lstm(x)[0]).relu())
+
+    structure = trace(Subject.of(Recurrent(), torch.zeros(2, 5, 4)))
+    assert structure.widths == {"hidden": 8}
+    ours, lstm = 32 * 8 + 8 * 2, 4 * 32 * (4 + 32)
+    assert structure.reachable == {
+        "params": pytest.approx((ours + 8) / (ours + 8 + 2 + lstm + 8 * 32)),
+        "macs": pytest.approx(ours / (ours + lstm)),
+    }
+    assert "5.4 % of the parameters and 5.6 % of the MACs" in " ".join(str(Inspection(structure)).split())
+    size = Size.of(structure)
+    assert size.reachable == structure.reachable
+    report = " ".join(str(Report(dense=size, final=size)).split())
+    assert "What can be pruned holds 5.4 % of the parameters and 5.6 % of the MACs." in report
+    assert not Size.of(structure.take({"hidden": (0, 1)}), Original.of(structure)).reachable
 
 
 def test_table_names_couplings_widths_and_reasons():
