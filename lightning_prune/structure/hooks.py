@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from logging import Logger
+from operator import is_
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ReferenceType, ref
@@ -31,7 +32,7 @@ _LIBRARIES = frozenset(
 )
 _CONTAINERS = (dict, list, set, deque)
 #: Types of attributes that most modules have, and that store nothing.
-_PLAIN = frozenset((bool, int, float, str, type(None), tuple, type, FunctionType, BuiltinFunctionType))
+_PLAIN = frozenset((bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType))
 _ATOMS = (
     bool,
     int,
@@ -114,7 +115,12 @@ def put_on(
 
 def held_by(model: nn.Module) -> list[Any]:
     """Containers, objects and tensors in the attributes of a network's modules."""
-    values = [v for m in model.modules() for name, v in vars(m).items() if name not in _OWN and type(v) not in _PLAIN]
+    values = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if not (type(value) in _PLAIN or name in _OWN or (type(value) is tuple and {*map(type, value)} <= _PLAIN))
+    ]
     return [thing for thing in reachable(values, into_modules=False) if not isinstance(thing, nn.Module)]
 
 
@@ -407,14 +413,22 @@ def _way_back(thing: Any) -> Callable[[], None]:
         around = thing.__globals__
         outside = {s.argval: around[s.argval] for s in steps if s.opname == "STORE_GLOBAL" and s.argval in around}
         return lambda: around.update(outside)
+    if _is_of_library(type(thing)):
+        return lambda: None
     own = thing if isinstance(thing, _CONTAINERS) else getattr(thing, "__dict__", {})
     items = dict(own) if isinstance(own, dict) else list(own)
 
     def back() -> None:
+        if len(own) == len(items) and all(map(is_, _flat(own), _flat(items))):
+            return
         own.clear()
         (own.extend if isinstance(own, (list, deque)) else own.update)(items)
 
     return back
+
+
+def _flat(own: Any) -> list[Any]:
+    return [*own.keys(), *own.values()] if isinstance(own, dict) else list(own)
 
 
 def _write(tensor: torch.Tensor, content: torch.Tensor) -> None:

@@ -111,6 +111,18 @@ def by_the_module_it_gets(net):
     net.a.register_forward_hook(store)
 
 
+class ReadsAPair(Branch):
+    def stored(self):
+        return self.f["a"][1]
+
+
+def by_a_pair(net):
+    def store(module, args, output):
+        net.f["a"] = net.a.pair = (args[0], output)
+
+    net.a.register_forward_hook(store)
+
+
 class ReadsAGlobal(Branch):
     def stored(self):
         return STORE["a"]
@@ -152,6 +164,7 @@ WAYS = [
     (ReadsItsStore, by_an_object),
     (ReadsItsStore, by_a_method_of_an_object),
     (ReadsAnAttribute, by_the_module_it_gets),
+    (ReadsAPair, by_a_pair),
     (ReadsAGlobal, by_a_global),
     (Branch, by_a_global_network),
     (ReadsAList, by_appending),
