@@ -208,6 +208,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     if history is not None:
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(Size.of(structure, original, backbone_modules(model)), present, number)
+    report.notes += structure.notes
     note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:

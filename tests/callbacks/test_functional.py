@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -556,3 +557,31 @@ def test_the_example_that_is_given_counts() -> None:
     with pytest.raises(StructureError, match="must have the same dtype"):
         prune(module, pruning_ratio=0.5)
     assert prune(module, torch.zeros(1, 6, dtype=torch.float64), pruning_ratio=0.5).widths == {"net.0": 4, "net.2": 4}
+
+
+def test_a_feature_that_a_hook_stores_is_cut_too_and_one_that_cannot_be_copied_is_told() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.side = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+            self.stored: dict[str, Tensor] = {}
+            self.a.register_forward_hook(lambda module, args, output: self.stored.update(a=output))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu()) + self.side(self.stored["a"])
+
+    class Locked:
+        def __init__(self, network: nn.Module) -> None:
+            self.network, self.lock = network, threading.Lock()
+
+        def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            return
+
+    net = Branching()
+    net.b.register_forward_hook(Locked(net))
+    report = prune(net, torch.zeros(2, 4), pruning_ratio=0.5)
+    assert (net.a.out_features, net.b.in_features, net.side.in_features) == (4, 4, 4)
+    assert not net.stored
+    assert net(torch.zeros(2, 4)).shape == (2, 2)
+    (note,) = report.notes
+    assert "a hook of `b` was left out" in note
