@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
 
 from lightning_prune.cli.messages import OneLineParser, near
 
-__all__ = ["copy", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
+__all__ = ["copy", "described", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
+
+# Columns of a terminal that is a file.
+_FILE_WIDTH = 250
 
 
 def folder() -> Path:
@@ -109,17 +114,17 @@ def resolve(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> None:
-    """``lightning-prune recipes list | show NAME | copy NAME [DEST]``."""
+    """``lightning-prune recipes [list] | show NAME | copy NAME [DEST]``."""
     parser = OneLineParser("lightning-prune recipes", description="The experiments that come with the package.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="names, and what each one does")
+    verbs = parser.add_subparsers(dest="verb")
+    verbs.add_parser("list", help="their names, data, how long they take, and what they show (the default)")
     show = verbs.add_parser("show", help="print a recipe")
     take = verbs.add_parser("copy", help="copy a recipe to edit it")
     for verb in (show, take):
         verb.add_argument("name", help="name of the recipe")
     take.add_argument("destination", nargs="?", default=".", type=Path, help="folder or new file (default: here)")
     given = parser.parse_args(words)
-    if given.verb == "list":
+    if given.verb in (None, "list"):
         _print_list()
     elif given.verb == "show":
         sys.stdout.write(path(given.name).read_text(encoding="utf-8"))
@@ -127,11 +132,27 @@ def main(words: Sequence[str]) -> None:
         sys.stdout.write(f"{copy(given.name, given.destination)}\n")
 
 
+def described(recipe: Path) -> tuple[str, str, str]:
+    """What the head of a recipe says: its data or what it goes with, how long it takes, and what it shows."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    head = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    data, _, rest = head.partition(": ")
+    what = re.split(r"(?<=\.) ", rest)[0]
+    time = re.search(r"(?:^|[.,] )((?:[Hh]alf )?[\w½]+(?: of)? (?:seconds|minutes?|hours?))\b|for a (GPU)", rest, re.I)
+    return data, (time[1] or f"a {time[2]}").lower().replace("gpu", "GPU") if time else "–", what
+
+
 def _print_list() -> None:
-    known = recipes()
-    width = max(map(len, known), default=0)
-    for name, file in known.items():
-        sys.stdout.write(f"{name:<{width}}  {summary(file)}\n")
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "data", "time, two cores", "what is shown", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, file in recipes().items():
+        table.add_row(name, *described(file))
+    console = Console()
+    # A file or a pipe gets a line for each.
+    (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(table)
 
 
 def _file(value: str) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import rich
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,7 +32,9 @@ import lightning_prune.models
 import lightning_prune.planning
 import lightning_prune.scoring.criteria
 from lightning_prune.cli import runs
+from lightning_prune.cli.bar import SizeProgressBar
 from lightning_prune.cli.checkpoints import BestCheckpoint, with_checkpoints
+from lightning_prune.cli.help import ShortHelp
 from lightning_prune.cli.messages import near, of_parser
 from lightning_prune.data import ImageData
 
@@ -39,7 +43,8 @@ __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 _DESCRIPTION = (
     "Network pruning while Lightning trains. `lightning-prune recipes` lists, shows and copies the experiments that "
     "come with the package; `--config` takes their names as well as files. `lightning-prune compare` shows finished "
-    "runs side by side, and `lightning-prune study` runs a grid of hyperparameters."
+    "runs side by side, and `lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; "
+    "`--debug` shows the traceback of an error."
 )
 
 
@@ -144,7 +149,10 @@ class PruningCLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # Abbreviations are mistyped names: `--trainer.max_epoch` is said to be unknown, not taken for the nearest.
-        return super().init_parser(**kwargs, exit_on_error=False, allow_abbrev=False)
+        parser = super().init_parser(**kwargs, exit_on_error=False, allow_abbrev=False, add_help=False)
+        parser.add_argument("-h", "--help", action=ShortHelp, help="Show the options that matter first and exit.")
+        parser.add_argument("--help-all", action="help", help="Show all options and exit.")
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -195,6 +203,9 @@ class PruningCLI(LightningCLI):
         if self.subcommand != "inspect":
             built = self._get(self.config_init, "trainer"), self._get(self.config_init, "checkpoint")
             kwargs["callbacks"] = with_checkpoints(*built)
+        if config.enable_progress_bar is not False and "callbacks" in kwargs:
+            has_own = any(isinstance(one, ProgressBar) for one in kwargs["callbacks"])
+            kwargs["callbacks"] += [] if has_own else [SizeProgressBar()]
         trainer = super().instantiate_trainer(**kwargs)
         if folder:
             _continue_wandb(trainer.loggers, folder)
@@ -218,6 +229,22 @@ class PruningCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 rank_zero_only(runs.set_aside)(Path(logger.log_dir) / "metrics.csv")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Writes what the network says of the data into the run's folder, and where."""
+        found = self.trainer.predict(**kwargs)
+        if found is None or self._made is None:
+            return
+        batches: list[Any] = found
+        if batches and all(isinstance(batch, torch.Tensor) and batch.ndim for batch in batches):
+            kept: Any = torch.cat(batches)
+            what = f"a tensor of {' × '.join(map(str, kept.shape))}"
+        else:
+            kept, what = batches, f"a list of {len(batches)} batches"
+        several = self.trainer.world_size > 1
+        file = self._made / (f"predictions-{self.trainer.global_rank}.pt" if several else "predictions.pt")
+        torch.save(kept, file)
+        print(f"Predictions: {file}, {what} in the order of the data. torch.load reads it.")
 
     def _folder(self) -> Path:
         config = self.config[self.subcommand]
@@ -263,7 +290,7 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
-            parser_kwargs={"description": _DESCRIPTION},
+            parser_kwargs={"description": _DESCRIPTION, "prog": "lightning-prune"},
         )
 
 

@@ -278,9 +278,9 @@ class Record:
         size = self.size
         if size is None:
             return {}
-        numbers = {
-            "pruning/params": float(size.params),
-            "pruning/macs": float(size.macs),
+        numbers: dict[str, float] = {
+            "pruning/params": size.params,
+            "pruning/macs": size.macs,
             "pruning/ratio": self.pruning_ratio,
         }
         if self.what == "weights" and self.dense is not None:
@@ -288,13 +288,13 @@ class Record:
             now = self.widths
             numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
         else:
-            numbers |= {f"pruning/width/{name}": float(width) for name, width in self.widths.items()}
+            numbers |= {f"pruning/width/{name}": width for name, width in self.widths.items()}
         if size.backbone is not None:
-            numbers["pruning/backbone_params"] = float(size.backbone)
+            numbers["pruning/backbone_params"] = size.backbone
         if size.memory is not None:
-            numbers["pruning/memory"] = float(size.memory)
+            numbers["pruning/memory"] = size.memory
         if size.table_latency is not None:
             numbers["pruning/latency_ms"] = size.table_latency
         if size.bytes is not None:
-            numbers["pruning/bytes"] = float(size.bytes)
+            numbers["pruning/bytes"] = size.bytes
         return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -39,11 +41,66 @@ def test_inside_an_installed_package_they_lie_in_it(tmp_path: Path, monkeypatch:
     assert recipes.recipes() == {"a_b_c": package / "recipes" / "a_b_c.yaml"}
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["recipes", "list"])
-    lines = capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "list"]])
+def test_list(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each, with its data, its time and what it shows."""
+    main(words)
+    _, head, _, *lines = (line.strip() for line in capsys.readouterr().out.rstrip().splitlines())
+    assert re.split("  +", head) == ["recipe", "data", "time, two cores", "what is shown"]
     assert [line.split()[0] for line in lines] == list(recipes.recipes())
-    assert "Digits (no download)" in next(line for line in lines if line.startswith("digits_mlp"))
+    row = re.split("  +", next(line for line in lines if line.startswith("digits_mlp")))
+    assert row[1:] == [
+        *("Digits (no download)", "half a minute", "an MLP loses half of its hidden neurons while it trains.")
+    ]
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_what_a_recipe_says_of_itself(name: str) -> None:
+    data, time, what = recipes.described(recipes.path(name))
+    assert re.match(r"[A-Z][\w-]+", data)
+    assert re.fullmatch(r"–|a GPU|(a|half an?|some|four|ten) (minutes?|hours?)", time), time
+    assert what.endswith(".")
+    assert "download" not in time
+
+
+AT_HAND = [name for name in recipes.recipes() if name.startswith(("digits_", "shapes_"))]
+REAL = [
+    *("mnist_mlp_contribution", "fashionmnist_mlp_contribution", "fashionmnist_mlp_magnitude", "fashionmnist_cnn_spvr"),
+    *(
+        "fashionmnist_vae_contribution",
+        "cifar10_cnn_contribution",
+        "cifar10_fourconv",
+        "cifar10_resnet",
+        "cifar10_vgg16",
+    ),
+    *("cifar10_mobilenetv2", "cifar10_vgg16_spvr", "cifar10_resnet56_spvr", "cifar10_resnet34_spvr"),
+]
+ROOT = os.environ.get("LIGHTNING_PRUNE_DATA")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *AT_HAND,
+        *(
+            pytest.param(name, marks=(pytest.mark.slow, pytest.mark.skipif(not ROOT, reason="no LIGHTNING_PRUNE_DATA")))
+            for name in REAL
+        ),
+    ],
+)
+def test_two_steps(name: str, in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two steps, and two of the validation, on the data themselves; nothing is written."""
+    words = [f"--data.root={ROOT}"] if name in REAL else []
+    main(["fit", f"--config={name}", *words, "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false"])
+    assert "`max_steps=2` reached" in caplog.text
+    assert not Path("runs").exists()
+
+
+def test_every_recipe_with_data_of_its_own_is_among_them() -> None:
+    """Other data, or weights, are in no test."""
+    sets = ("digits_", "shapes_", "mnist_", "fashionmnist_", "cifar10_")
+    theirs = {name for name in recipes.recipes() if name.startswith(sets) and "resnet20" not in name}
+    assert theirs == {*AT_HAND, *REAL}
 
 
 @pytest.mark.parametrize("name", ["digits_mlp_contribution", "digits_mlp_contribution.yaml"])

@@ -106,7 +106,10 @@ def test_the_other_verbs_leave_the_run_alone(verb: str, capsys: pytest.CaptureFi
         main([verb, f"--config={run}/config.yaml", f"--ckpt_path={checkpoint}", *QUIET])
         assert (run / verb / number / "config.yaml").is_file()
     assert {file: file.read_bytes() for file in before} == before
-    if verb != "predict":
+    if verb == "predict":
+        assert f"Predictions: {run}/predict/002/predictions.pt, a tensor of 359 in the order" in capsys.readouterr().out
+        assert torch.load(run / "predict/002/predictions.pt", weights_only=True).shape == (359,)
+    else:
         assert f"{verb[:4].replace('vali', 'val')}_acc" in capsys.readouterr().out
 
 

@@ -1,0 +1,83 @@
+"""``--help`` of the commands that train: the options that matter first, all of them with ``--help-all``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, _HelpAction
+from collections.abc import Sequence
+from textwrap import indent, wrap
+from typing import Any
+
+from typing_extensions import override
+
+__all__ = ["FIRST", "ShortHelp"]
+
+#: Options that ``--help`` lists, by what they are for.
+FIRST = {
+    "What is run": {
+        "--config": "a recipe (`lightning-prune recipes`) or a file; of several, later ones win",
+        "--model": "class of the network: ours (MLPClassifier) or yours (my_package.MyModule); --model.ARGUMENT",
+        "--data": "class of the data: Digits, MNIST, ImageFolder, ... or yours; --data.ARGUMENT",
+        "--optimizer": "SGD, AdamW, ... in place of the network's own; --optimizer.lr",
+        "--lr_scheduler": "CosineAnnealingLR, ...; --lr_scheduler.T_max",
+        "--seed_everything": "seed of all random numbers (default: 0)",
+    },
+    "What is pruned": {
+        "--trainer.callbacks": "callbacks; += adds one (+=ContributionPruning), and its arguments follow: "
+        "--trainer.callbacks.pruning_ratio 0.5, .schedule Cubic, .criterion Taylor, .layers, .ignore",
+    },
+    "How it trains": {
+        "--trainer.max_epochs": "epochs",
+        "--trainer.max_steps": "steps at most",
+        "--trainer.accelerator": "auto, cpu, gpu",
+        "--trainer.devices": "how many of them",
+        "--trainer.strategy": "ddp, ... for several",
+        "--trainer.precision": "32, bf16-mixed, 16-mixed",
+        "--trainer.accumulate_grad_batches": "batches of one step",
+        "--trainer.fast_dev_run": "true: one batch of everything, nothing is written",
+    },
+    "What it leaves": {
+        "--name": "name of the folder (default: that of the configuration)",
+        "--trainer.default_root_dir": "where such folders are (default: runs)",
+        "--trainer.logger": "loggers in place of metrics.csv and W&B; false for none",
+        "--checkpoint.monitor": "metric of the best checkpoint (default: the accuracy or loss that is logged)",
+        "--ckpt_path": "checkpoint to go on from; last for the newest of this name",
+    },
+}
+
+_WIDTH, _COLUMN = 110, 38
+
+
+class ShortHelp(_HelpAction):
+    """Prints the options of `FIRST` where a parser has them, and else its whole help."""
+
+    @override
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        options = {option for action in parser._actions for option in action.option_strings}
+        if "--trainer.callbacks" in options:
+            print(_short(parser, len(options)))
+        else:
+            parser.print_help()
+        parser.exit()
+
+
+def _short(parser: ArgumentParser, options: int) -> str:
+    command = parser.prog.split()[-1]
+    lines = [f"usage: lightning-prune {command} --config RECIPE [--OPTION VALUE ...]", "", parser.description or ""]
+    for title, known in FIRST.items():
+        lines += ["", f"{title}:"]
+        for option, text in known.items():
+            first, *rest = wrap(text, _WIDTH - _COLUMN)
+            lines += [f"  {option:<{_COLUMN - 2}}{first}", *(indent(line, " " * _COLUMN) for line in rest)]
+    lines += [
+        "",
+        f"--help-all lists all {options} options, --model.help CLASS and --data.help CLASS those of a class,",
+        "--trainer.callbacks.help CLASS those of a callback. --print_config prints the configuration and ends,",
+        "--debug shows the traceback of an error.",
+    ]
+    return "\n".join(lines)

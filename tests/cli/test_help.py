@@ -1,0 +1,42 @@
+"""Help: twenty options that matter, and all of them on request."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_prune.cli import main
+from lightning_prune.cli.help import FIRST
+
+OPTIONS = [option for known in FIRST.values() for option in known]
+
+
+def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_twenty_options_come_first(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(["fit", word], capsys)
+    assert text.startswith("usage: lightning-prune fit --config RECIPE")
+    assert len(OPTIONS) == 20
+    for option in OPTIONS:
+        assert f"\n  {option} " in text
+    assert len(text.splitlines()) < 50
+    assert "--help-all" in text
+
+
+def test_all_options_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(["fit", "--help-all"], capsys)
+    for option in (*OPTIONS, "--trainer.barebones", "--model.help", "--print_config"):
+        assert f"  {option}" in text or f", {option} " in text, option
+    assert len(text.splitlines()) > 300
+
+
+def test_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(["--help"], capsys)
+    assert text.startswith("usage: lightning-prune ")
+    for command in ("fit", "validate", "test", "predict", "inspect", "score", "recipes", "compare", "study"):
+        assert command in text
