@@ -26,6 +26,8 @@ __all__ = ["Ridge"]
 _GOLDEN = 0.6180339887498949
 # A layer whose outputs differ by less, relative to the largest one, is left as it is.
 _UNCHANGED = 1e-4
+# Rows for each input that a weight is fitted on at least: fewer do not determine it, and it grows large.
+_ROWS_PER_INPUT = 4
 # γ/σ of a batch norm below which a stream is not made up for: the weights would have to be as much larger.
 _SMALLEST_GAIN = 1e-3
 
@@ -48,15 +50,16 @@ class Ridge(Repair):
     what they gave stay as they are.
 
     A convolution is a linear layer on its patches, of channels times kernel elements; grouped, depthwise and transposed
-    ones are fitted too. Layers with more than ``max_inputs`` inputs per group have only their constant fitted. Layers
-    that lose all inputs become the mean of what they gave (`FoldMean`). Layers that share a weight, that are called
-    several times or not as modules stay as they are.
+    ones are fitted too. Layers with more than ``max_inputs`` inputs per group, or with fewer than four rows (patches,
+    tokens, samples) for each input, have only their constant fitted. Layers that lose all inputs become the mean of
+    what they gave (`FoldMean`). Layers that share a weight, that are called several times or not as modules stay as
+    they are.
 
     Two walks, through the dense and the cut network, see all batches once (`Walk`); a network that cannot be walked is
     run once for each layer, and its streams are not made up for.
 
     Args:
-        batches: Batches of training data; more than inputs divided by ``rows`` at least.
+        batches: Batches of training data.
         strength: λ, above 0.
         rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
         max_inputs: Largest number of inputs of a layer; the matrices take its square in memory.
@@ -173,7 +176,7 @@ class _Fit:
         if not self.count or self.change <= _UNCHANGED * self.largest:
             return {}
         found, weight = {}, self.weight
-        if not self.is_constant_only:
+        if not self.is_constant_only and self.count >= _ROWS_PER_INPUT * self.weight.shape[2]:
             weight = self._solve()
             found["weight"] = _from_matrices(self.layer, weight)
         constant = (self._mean("y") - (weight @ self._mean("x")[:, :, None])[:, :, 0]).flatten()

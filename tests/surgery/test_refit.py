@@ -245,3 +245,11 @@ def test_layers_called_twice_and_shared_weights_stay():
     with pytest.warns(UserWarning, match="middle is called 2 times"):
         _, contents = refitted(net, axes, DataPass(xs), Ridge())
     assert contents.keys() == {"last.weight", "last.bias"}
+
+
+@pytest.mark.parametrize(("samples", "is_fitted"), [(23, False), (24, True)])
+def test_a_weight_that_the_rows_do_not_determine_stays(samples, is_fitted):
+    net = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
+    axes = {"0.weight": {0: np.arange(6)}, "0.bias": {0: np.arange(6)}, "2.weight": {1: np.arange(6)}}
+    _, contents = refitted(net, axes, DataPass(batches(samples, 4, count=1)), Ridge())
+    assert contents.keys() == ({"2.weight", "2.bias"} if is_fitted else {"2.bias"})
