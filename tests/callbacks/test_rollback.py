@@ -167,6 +167,24 @@ def test_a_checkpoint_of_the_last_batch_before_the_first_cut(monitor: str | None
     assert watch.widths == [8] * every + ([] if monitor == "val_f1" else [4] * 2 * every)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended before")
+def test_a_run_that_is_resumed_in_its_first_epoch_waits_for_the_metric(tmp_path: Path) -> None:
+    """Of what was measured before nothing is known, but at the end of the epoch there is something."""
+
+    def parts() -> Any:
+        pruning = StructuredPruning(
+            0.5, schedule=Explicit(((3, 1.0),), "step"), extensions=[Rollback(monitor="val_acc")]
+        )
+        return pruning, Watch(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+
+    with pytest.raises(ValueError, match="expected `monitor` to name a metric that was logged before"):
+        trainer(tmp_path, 2, *parts(), enable_checkpointing=True).fit(Small(), *loaders())
+    pruning, watch, saver = parts()
+    run = trainer(tmp_path, 3, pruning, watch, saver, enable_checkpointing=True)
+    run.fit(Small(), *loaders(), ckpt_path=tmp_path / "step=2.ckpt")
+    assert watch.widths[-2:] == [4, 4]
+
+
 def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="before its last cut had recovered .val_acc 0.9 before it, 0.5 at best since"):
         _, _, watch = fit(tmp_path, Small(bad_epochs=99), 4, Rollback(epochs=5))

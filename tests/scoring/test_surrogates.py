@@ -180,12 +180,23 @@ def test_class_weights() -> None:
 
 @pytest.mark.parametrize("weight", [None, "balanced"])
 def test_a_table_larger_than_memory(weight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read part by part, it is as good, finds the same features, and leaves no files."""
+    """Read part by part, each within the limit, it is as good, finds the same features, and leaves no files."""
+    read, sizes = xgboost.ExtMemQuantileDMatrix, list[int]()
+
+    def watched(parts: Any, **options: Any) -> Any:
+        while parts.next(lambda data, **_: sizes.append(data.nbytes)):
+            pass
+        parts.reset()
+        return read(parts, **options)
+
+    monkeypatch.setattr(xgboost, "ExtMemQuantileDMatrix", watched)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     features, labels = table()
     parts = split_samples(labels, "classification")
     whole = XGBoost(rounds=20, class_weight=weight).fit(features, labels, parts)
     paged = XGBoost(rounds=20, class_weight=weight, memory_limit=2**10).fit(features, labels, parts)
+    assert len(sizes) > 2
+    assert max(sizes) <= 2**10
     assert paged.score == pytest.approx(whole.score, abs=0.05)
     np.testing.assert_allclose(paged.share, whole.share, atol=0.05)
     assert not list(tmp_path.iterdir())
@@ -223,6 +234,9 @@ def test_a_linear_estimator_a_pipeline_and_one_that_knows_nothing_of_its_feature
         assert set(np.argsort(fitted.importance)[-2:]) == set(TELLING)
     assert not hasattr(logistic, "coef_"), "the estimator that was given is not fitted itself"
     np.testing.assert_allclose(found["logistic"], found["scaled"], atol=0.1)
+    alone = sklearn.pipeline.make_pipeline(logistic)  # nothing has scaled what it sees
+    wide = [SklearnEstimator(estimator).fit(3 * features, labels, parts).importance for estimator in (logistic, alone)]
+    np.testing.assert_allclose(*wide)
 
 
 def test_estimators_of_any_other_thing_are_refused() -> None:

@@ -460,6 +460,13 @@ class TestChecked:
             change.keep(structure, {"0": (0, 1)})
             change.install({"0.weight": torch.zeros(2, 3, 3, 3)})
         assert calls == [2]
+        with transaction(model, run=run):
+            pass
+        assert calls == [2]
+        with transaction(model, run=run) as change:
+            change.keep(trace(subject), {"0": (1,)})
+            change.verify()
+        assert calls == [2, 1]
 
 
 class TestRefused:
