@@ -605,7 +605,7 @@ class FakeCopy:
         if prepare is not None:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        self._homes: list[dict[Any, Any]] = [thing for thing in self._held if isinstance(thing, dict)]
+        self._homes: list[dict[Any, Any]] = []
         for module in self.module.modules():
             self._homes += vars(module), module._buffers, *(getattr(module, register) for register in REGISTERS)
             loosen(module)
@@ -743,7 +743,7 @@ class FakeCopy:
     def _stores(self) -> list[Any]:
         """What a run may store something in besides the attributes of modules."""
         if not self.hooks:
-            return [thing for thing in self._held if is_container(thing) and not isinstance(thing, dict)]
+            return [thing for thing in self._held if is_container(thing)]
         own = {id(tensor) for tensor in self.named.values()}
         found = reachable([*self.hooks, *self._held], into_modules=False)
         return [thing for thing in found if not isinstance(thing, nn.Module) and id(thing) not in own]
