@@ -26,6 +26,7 @@ from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores
 from lightning_prune.callbacks.subjects import inputs_of, subject_of
+from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Size, require
@@ -195,7 +196,8 @@ class NetworkPruning(ScheduledPruning):
         axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         with all_or_none():
             repairs = self._extensions.repairs(context)
-            contents = self._extensions.contents(context, repairs, axes, drops)
+            with telling(trainer, "Repairing the weights that stay"):
+                contents = self._extensions.contents(context, repairs, axes, drops)
         contents = from_first(trainer, contents)
         notes = made_on_first(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
         rehearse(subject, structure, plan.kept)
@@ -279,7 +281,7 @@ class NetworkPruning(ScheduledPruning):
     @override
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         # `true` precisions have another default type, which tensors made in `forward` take.
-        with trainer.precision_plugin.module_init_context():
+        with trainer.precision_plugin.module_init_context(), telling(trainer, "Tracing the network"):
             subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
             structure = self._traced(trainer, subject)
         for note in structure.notes:

@@ -25,6 +25,7 @@ from lightning_prune.callbacks.processes import (
 from lightning_prune.callbacks.scheduled import instance_of, note_what_stays
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import score_summary
+from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
     CutPoint,
@@ -262,7 +263,8 @@ class StructuredPruning(NetworkPruning):
     def _latency_table(self, trainer: Trainer, subject: Subject, structure: Structure) -> LatencyTable:
         """What latencies are computed from, measured once on the first process: another table would be another plan."""
         if self._latency is None:
-            with trainer.precision_plugin.forward_context():
+            saying = telling(trainer, "Measuring the latency of each layer at several widths")
+            with trainer.precision_plugin.forward_context(), saying:
                 self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
         return self._latency
 
