@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.surgery import load_from, load_masks_from, save_into, save_masks_into
+from lightning_prune.surgery import load_from, save_into, save_masks_into
 
-__all__ = ["keep_history", "load_from_checkpoint"]
+__all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint"]
 
 Module = TypeVar("Module", bound=LightningModule)
 
 # One load at a time: it borrows a hook of the class.
 _loading = RLock()
+
+
+class StatefulCallback(Callback):
+    """A callback whose state in a checkpoint is checked before the network changes."""
+
+    def snapshot_state(self) -> Callable[[], None]:
+        """Return a function that brings the callback back to what it knows now."""
+        return partial(vars(self).update, dict(vars(self)))
 
 
 def keep_history(module: LightningModule) -> None:
@@ -71,7 +82,6 @@ def load_from_checkpoint(
         own = before or super(model_class, self).on_load_checkpoint.__func__
         own(self, checkpoint)
         load_from(checkpoint, self, strict=self.strict_loading if strict is None else strict)
-        load_masks_from(checkpoint, self)
 
     # Lightning builds the instance, calls this hook on it and then loads the weights: there is no other way in between,
     # and a subclass of our own would not be the class that the checkpoint of a LightningCLI asks for.
@@ -104,7 +114,22 @@ def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     # The user's hook may still build layers that the checkpoint asks for.
     type(module).on_load_checkpoint(module, checkpoint)
-    copies = () if module._trainer is None else averages(module.trainer)
-    for network in (module, *copies):
-        load_from(checkpoint, network, strict=module.strict_loading)
-        load_masks_from(checkpoint, network)
+    copies: tuple[nn.Module, ...] = ()
+    if module._trainer is not None:
+        _check_states(module.trainer, checkpoint)
+        copies = averages(module.trainer)
+    load_from(checkpoint, module, *copies, strict=module.strict_loading)
+
+
+def _check_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse a damaged state of a callback: Lightning loads it when the network has changed already."""
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StatefulCallback) and callback.state_key in states:
+            back = callback.snapshot_state()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # they come when it is loaded
+                    callback.load_state_dict(states[callback.state_key])
+            finally:
+                back()

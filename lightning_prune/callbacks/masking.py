@@ -176,7 +176,7 @@ class MaskPruning(ScheduledPruning):
     def _restore(self, state: Mapping[str, Any]) -> None:
         require(state["kept"], dict[str, Tensor] | None, "kept")
         if self._kept is not None:
-            self._kept.weights = state["kept"]
+            self._kept = self._kept.holding(state["kept"])
 
     @override
     def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:

@@ -60,10 +60,15 @@ class RewindSnapshot:
 
     def after_cut(self, edits: Iterable[Edit]) -> RewindSnapshot:
         """The same without what a cut has removed; modules that it has put in the place of others were not there."""
-        after = RewindSnapshot(self.epoch, self.asker)
-        if self.weights is not None:
-            after.weights = reduce(lambda weights, edit: carry(edit, weights), edits, self.weights)
-        return after
+        if self.weights is None:
+            return self
+        return self.holding(reduce(lambda weights, edit: carry(edit, weights), edits, self.weights))
+
+    def holding(self, weights: dict[str, Tensor] | None) -> RewindSnapshot:
+        """Another one that keeps these weights."""
+        other = RewindSnapshot(self.epoch, self.asker)
+        other.weights = weights
+        return other
 
     def get(self) -> dict[str, Tensor]:
         """The weights by name.
@@ -85,15 +90,19 @@ class RewindSnapshot:
         # A layer that gives a constant has no inputs left, and nothing is kept of its weight.
         present = {name: tensor for name, tensor in _weights_of(module).items() if tensor.numel()}
         expected = {
-            name: tensor.shape for name, tensor in present.items() if name in weights or not is_within(name, new)
+            name: _form(tensor) for name, tensor in present.items() if name in weights or not is_within(name, new)
         }
-        found = {name: tensor.shape for name, tensor in weights.items()}
+        found = {name: _form(tensor) for name, tensor in weights.items()}
         if found != expected:
             wrong = ", ".join(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
             raise ValueError(
                 f"{self.asker}: expected the weights that it goes back to in the shapes of the network, got others for "
                 f"{wrong}. The checkpoint is damaged: resume from another one."
             )
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.is_floating_point(), tensor.is_complex()
 
 
 def _weights_of(module: LightningModule) -> dict[str, Tensor]:

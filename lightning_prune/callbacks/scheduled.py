@@ -7,9 +7,9 @@ import re
 import uuid
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -251,16 +251,16 @@ class ScheduledPruning(Participant):
                 f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
                 "It was written by another version of lightning-prune: install that one, or resume without the state."
             )
+        back = self.snapshot_state()
         try:
             require(state_dict["run"], str, "run")
-            require(state_dict["done"], int | None, "done")
             self.report = Report.from_plain(state_dict["report"])
-            require(self.report.config.get("order"), list[str] | None, "order")
-            for unit, at, share in self.report.config.get("cuts") or ():
-                require([at, share], list[float], f"the cuts by {unit}s")
+            _require_config(self.report.config)
+            _require_done(state_dict["done"], self.report.config.get("cuts") or [])
             self._restore(state_dict)
             self.run_id, self._done = state_dict["run"], state_dict["done"]
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            back()
             raise ValueError(
                 f"the {type(self).__name__} state in the checkpoint is damaged ({type(error).__name__}: {error}). "
                 "Resume from another checkpoint."
@@ -445,3 +445,24 @@ def require_names(asker: str, **arguments: object) -> None:
                 f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
                 "`inspect(model)` shows the names."
             )
+
+
+def _require_config(config: Mapping[str, Any]) -> None:
+    """Refuse a recipe in a checkpoint that no run can have written, as far as a resumed run reads it."""
+    require(config.get("order"), list[str] | None, "order")
+    require(config.get("criterion"), str | None, "criterion")
+    require(config.get("cuts"), list[list[Any]] | None, "cuts")
+    for unit, at, share in config.get("cuts") or ():
+        require(unit, Literal["epoch", "step"], "the unit of a cut")
+        require(at, int, "the moment of a cut")
+        require(share, float, "the share of a cut")
+        if not 0 <= share <= 1:
+            raise ValueError(f"expected the share of a cut to be in [0, 1], got {share}")
+
+
+def _require_done(done: object, cuts: Sequence[Any]) -> None:
+    """Refuse a number of the last cut that was made, which is -1 before the first, that no run can have written."""
+    if done is not None and done != -1:
+        require(done, int, "done")
+        if cuts and done >= len(cuts):  # type: ignore[operator]
+            raise ValueError(f"expected `done` to be one of {len(cuts)} cuts, got {done}")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lightning_prune.callbacks.checkpoints import StatefulCallback
 from lightning_prune.callbacks.compiled import as_written
 from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Showing
@@ -40,7 +41,7 @@ class CutMade:
         return any(isinstance(edit, Replace) for edit in self.edits)
 
 
-class Participant(Callback, ABC):
+class Participant(StatefulCallback, ABC):
     """What a session asks of a pruning callback.
 
     Attributes:
@@ -93,10 +94,6 @@ class Participant(Callback, ABC):
     @abstractmethod
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
         """Follow a cut that another callback has made."""
-
-    @abstractmethod
-    def snapshot_state(self) -> Callable[[], None]:
-        """Return a function that brings the callback back to what it knows now."""
 
 
 class Session:

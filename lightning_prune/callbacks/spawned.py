@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.reporting import Report
-from lightning_prune.surgery import load_from, load_masks_from, save_into, save_masks_into
+from lightning_prune.surgery import load_from, save_into, save_masks_into
 
 __all__ = ["bring_home"]
 
@@ -57,7 +57,6 @@ def _recover(self: _MultiProcessingLauncher, worker_output: _WorkerOutput, train
         module = trainer.lightning_module
         keep_history(module)
         load_from({**found, "state_dict": {}}, module)
-        load_masks_from(found, module)
         for callback, _ in _reports(trainer):
             if callback.state_key in found["reports"]:
                 vars(callback)["report"] = Report.from_plain(found["reports"][callback.state_key])

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
+from lightning_prune.callbacks.checkpoints import StatefulCallback, keep_history
 from lightning_prune.callbacks.compiled import forget_code
 from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.moments import is_rehearsal, run_length
@@ -32,7 +33,7 @@ _TOLERANCE = 1e-6
 
 
 @final
-class GradualUnfreezing(NamesHead, Callback):
+class GradualUnfreezing(NamesHead, StatefulCallback):
     """Trains the head of a pretrained network first, then its convolutional layers one by one from the last.
 
     Algorithm 2 of Ratajczyk & Horzyk, "Advancing ConvNet Architectures: A Novel XGB-based Pruning Algorithm for
@@ -105,6 +106,7 @@ class GradualUnfreezing(NamesHead, Callback):
             return
         self._begin()
         refuse_surroundings(self, trainer, pl_module)
+        keep_history(pl_module)
         _act_after_pruning(self, trainer)
         self.freeze_before_training(pl_module)
 

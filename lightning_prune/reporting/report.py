@@ -57,6 +57,7 @@ class Report(Record):
         Raises:
             ValueError: If a newer version of this package wrote it.
             TypeError: If a value is of another type.
+            ValueError: If a number is impossible.
         """
         if stored["format"] > _FORMAT:
             raise ValueError(
@@ -75,6 +76,9 @@ class Report(Record):
         values["depths"] = [ScoredDepth(**row) for row in stored.get("depths", [])]
         report = cls(**values)
         require(report, cls, "report")
+        empty = [name for name, width in (report.dense.widths if report.dense else {}).items() if width < 1]
+        if empty:
+            raise ValueError(f"expected a dense network with units, got none of {empty[0]!r}")
         return report
 
     def to_json(self, path: str | Path) -> None:

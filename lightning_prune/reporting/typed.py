@@ -7,6 +7,9 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+from torch import Tensor
+
 __all__ = ["require"]
 
 
@@ -15,12 +18,13 @@ def require(found: object, kind: Any, what: str) -> None:
 
     Args:
         found: The value.
-        kind: A type, also ``X | None``, ``list[X]``, ``dict[X, Y]``, a ``Literal`` or a dataclass. An int is a float,
-            a truth value is no number.
+        kind: A type, also ``X | None``, ``list[X]``, ``dict[X, Y]``, a ``Literal`` or a dataclass. An int counts
+            something: it is not negative and has at most 63 bits. Any int is a float; a truth value is no number.
         what: Name of the value, for the error.
 
     Raises:
         TypeError: If it is another one; the text names the part.
+        ValueError: If it counts something, and cannot.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -29,6 +33,10 @@ def require(found: object, kind: Any, what: str) -> None:
         (kind,) = (option for option in inner if option is not NoneType)
     if not _is(found, kind):
         raise TypeError(f"expected {what} to be {getattr(kind, '__name__', kind)}, got {type(found).__name__}")
+    if isinstance(found, Tensor) and (found.is_meta or found.layout is not torch.strided):
+        raise TypeError(f"expected {what} to be a dense tensor with values, got {found.layout} on {found.device}")
+    if kind is int and not 0 <= found < 2**63:  # type: ignore[operator]
+        raise ValueError(f"expected {what} to be a count, got {found}")
     for part, its_kind, name in _parts(found, kind, what):
         require(part, its_kind, name)
 

@@ -278,8 +278,8 @@ class Statistic(Metric):
         Raises:
             ValueError: If the states are not those of this structure.
         """
-        expected = {key: tuple(getattr(self, key).shape) for key in self._states}
-        found = {k: tuple(value.shape) if isinstance(value, Tensor) else None for k, value in state_dict.items()}
+        expected = {key: _form(getattr(self, key)) for key in self._states}
+        found = {key: _form(value) if isinstance(value, Tensor) else None for key, value in state_dict.items()}
         if expected != found:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise ValueError(
@@ -546,3 +546,11 @@ def per_unit(layer: nn.Module, activation: Tensor, inputs: Tensor) -> Tensor:
     if x.dim() == (1 if dense else layer.get_parameter("weight").dim() - 1):
         x = x[None]
     return (x.movedim(-1, 1) if dense else x)[:, inputs]
+
+
+def _form(state: Tensor) -> tuple[int | str, ...]:
+    """What two states have in common of which one can take the place of the other."""
+    kind = "real" if state.is_floating_point() else "complex" if state.is_complex() else "whole"
+    readable = state.layout is torch.strided and not state.is_meta
+    negative = kind == "whole" and readable and bool((state < 0).any())  # these are counts
+    return (*state.shape, f"{'' if readable else 'un'}readable {'negative' if negative else kind} numbers")

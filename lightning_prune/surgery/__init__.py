@@ -8,13 +8,10 @@ from lightning_prune.surgery.history import (
     HistoryError,
     attach,
     begun,
-    conform,
     edits_of,
     history_of,
     latency_table,
-    load_from,
     original_of,
-    replay,
     save_into,
 )
 from lightning_prune.surgery.judged import losses_of_plans
@@ -22,7 +19,6 @@ from lightning_prune.surgery.masks import (
     Masks,
     apply_masks,
     attach_masks,
-    load_masks_from,
     maskable,
     masks_of,
     revived,
@@ -41,6 +37,7 @@ from lightning_prune.surgery.repair import (
     repaired,
 )
 from lightning_prune.surgery.restart import Reinitialise, StoredWeights
+from lightning_prune.surgery.restore import conform, load_from, replay
 from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
@@ -86,7 +83,6 @@ __all__ = [
     "install",
     "latency_table",
     "load_from",
-    "load_masks_from",
     "losses_of_plans",
     "mask",
     "maskable",

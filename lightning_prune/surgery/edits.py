@@ -327,23 +327,23 @@ def _read_replace(edit: dict[str, Any]) -> Replace:
     for name in modules:
         if not name or is_within(name, modules.keys() - {name}):
             raise plain.damaged(f"an edit replaces {name!r}, which is the network or part of another such module")
-    widths = dict(plain.items(edit, "widths", int))
+    widths = plain.counts(edit, "widths")
     original = _read_original(plain.entry(edit, "original", dict))
     for group, width in widths.items():
-        if not 1 <= width <= original.widths.get(group, 0):
+        if width > original.widths.get(group, 0):
             raise plain.damaged(f"a group {group!r} has {width} units, of a dense {original.widths.get(group)}")
     return Replace(modules, widths, original, plain.entry(edit, "new_dense", bool), *_when(edit), _info(edit))
 
 
 def _read_original(found: dict[str, Any]) -> Original:
-    params, macs, memory = (plain.entry(found, key, int) for key in ("params", "macs", "memory"))
+    params, macs, memory = (plain.count(found, key) for key in ("params", "macs", "memory"))
     latency = plain.number(found["latency"], "latency") if "latency" in found else None
-    return Original(params, macs, dict(plain.items(found, "widths", int)), memory, latency)
+    return Original(params, macs, plain.counts(found, "widths"), memory, latency)
 
 
 def _when(edit: dict[str, Any]) -> tuple[int, int, int]:
-    epoch, step, cut = (plain.entry(edit, key, int) for key in ("epoch", "step", "cut"))
-    return epoch, step, cut
+    # What is removed at the end of a run without cuts has the place before the first.
+    return plain.count(edit, "epoch"), plain.count(edit, "step"), plain.count(edit, "cut", least=-1)
 
 
 def _info(edit: dict[str, Any]) -> dict[str, int | float]:

@@ -5,6 +5,7 @@ A mask is true where a weight is masked. The network stays plain: a masked weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -29,10 +30,11 @@ __all__ = [
     "Masks",
     "apply_masks",
     "attach_masks",
-    "load_masks_from",
+    "attach_read",
     "maskable",
     "masks_of",
     "narrowed",
+    "read_masks",
     "revived",
     "save_masks_into",
     "without_masks",
@@ -139,39 +141,49 @@ def save_masks_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> N
         checkpoint[MASKS_KEY] = {"version": _VERSION, "masks": packed}
 
 
-def load_masks_from(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
-    """Give ``model``, which has the widths of ``checkpoint`` already, its masks; none if the checkpoint has none.
+def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks in a checkpoint, by name, on the CPU.
 
     Raises:
-        HistoryError: If the masks are damaged, of a newer version or of another architecture; nothing has changed.
+        HistoryError: If they are damaged or of a newer version.
     """
     if MASKS_KEY not in checkpoint:
-        attach_masks(model, {})
-        return
+        return {}
     top = plain.value(checkpoint[MASKS_KEY], dict, "the masks")
-    version = plain.entry(top, "version", int)
+    version = plain.count(top, "version", least=1)
     if version > _VERSION:
         raise HistoryError(
             f"The masks have version {version}, {_VERSION} is the last known. They were written by a newer "
             "lightning_prune: `pip install --upgrade lightning-prune`."
         )
-    present, masks = named(model), {}
+    masks = {}
     for name, packed in plain.items(top, "masks", dict):
         shape = plain.shape(plain.entry(packed, "shape", list), name)
-        bits = plain.entry(packed, "bits", Tensor)
-        here = tuple(present[name].shape) if name in present else None
-        if here != shape:
-            raise HistoryError(
-                f"The checkpoint has a mask of shape {list(shape)} for {name!r}, which is "
-                f"{list(here) if here else 'missing'} here. Build the network with the arguments it had when the "
-                "checkpoint was written."
-            )
-        count = int(np.prod(shape))
+        bits = plain.array(plain.entry(packed, "bits", Tensor), f"the mask of {name!r}")
+        count = math.prod(shape)
         if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
             raise plain.damaged(f"expected {-(-count // 8)} bytes of mask for {name!r}")
         flat = np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)
-        masks[name] = torch.from_numpy(flat).view(shape).to(present[name].device)
-    attach_masks(model, masks)
+        masks[name] = torch.from_numpy(flat).view(shape)
+    return masks
+
+
+def attach_read(model: nn.Module, masks: Masks) -> None:
+    """Keep the masks of a checkpoint with ``model``, which has the widths of the checkpoint already.
+
+    Raises:
+        HistoryError: If they are of another architecture; nothing has changed.
+    """
+    present = named(model)
+    for name, mask in masks.items():
+        here = present.get(name)
+        if here is None or here.shape != mask.shape:
+            raise HistoryError(
+                f"The checkpoint has a mask of shape {list(mask.shape)} for {name!r}, which is "
+                f"{'missing' if here is None else list(here.shape)} here. Nothing has changed. Build the network with "
+                "the arguments it had when the checkpoint was written."
+            )
+    attach_masks(model, {name: mask.to(present[name].device) for name, mask in masks.items()})
 
 
 # -- which weights -----------------------------------------------------------------------------------------------------

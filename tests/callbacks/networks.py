@@ -169,8 +169,8 @@ def equal(one: Any, other: Any) -> bool:
             isinstance(other, dict) and one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
         )
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other or (one != one and other != other))  # NaN is NaN
 
 
 class Curves(Logger):

@@ -213,9 +213,9 @@ def test_masks_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     fit(tmp_path, make(), MagnitudePruning(schedule=SCHEDULE), ModelCheckpoint(tmp_path, filename="c"))
     file = torch.load(tmp_path / "c.ckpt", weights_only=True)
     masks = file["lightning_prune_masks"]["masks"]
-    masks["first.weight"]["shape"] = [3, 3]
+    masks["first.weight"]["shape"] = [6, 12]
     torch.save(file, tmp_path / "c.ckpt")
-    with pytest.raises(ValueError, match=r"mask of shape \[3, 3\] for 'first.weight', which is \[12, 6\] here"):
+    with pytest.raises(ValueError, match=r"mask of shape \[6, 12\] for 'first.weight', which is \[12, 6\] here"):
         load_from_checkpoint(Net, tmp_path / "c.ckpt")
     file["lightning_prune_masks"]["version"] = 99
     torch.save(file, tmp_path / "c.ckpt")

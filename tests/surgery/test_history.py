@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import zipfile
 from pathlib import Path
 
@@ -10,20 +11,19 @@ from torch import nn
 
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import history as history_module
+from lightning_prune.surgery import restore as restore_module
 from lightning_prune.surgery.edits import Keep
 from lightning_prune.surgery.history import (
     KEY,
     History,
     HistoryError,
     attach,
-    conform,
     edits_of,
     history_of,
-    load_from,
-    replay,
     save_into,
 )
 from lightning_prune.surgery.masks import attach_masks, masks_of
+from lightning_prune.surgery.restore import conform, load_from, replay
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import named
 
@@ -266,7 +266,7 @@ def test_a_failure_while_loading_changes_nothing(net, stage, fatal, photograph, 
     narrow, _ = _prune(net, net.model())[-1], _prune(net, model, 1, start=4)
     before, history = photograph(model), history_of(model)
     calls = 0
-    original = getattr(history_module, stage)
+    original = getattr(restore_module, stage)
 
     def failing(*args, **options):
         nonlocal calls
@@ -275,7 +275,7 @@ def test_a_failure_while_loading_changes_nothing(net, stage, fatal, photograph, 
             raise fatal("planted")
         return original(*args, **options)
 
-    monkeypatch.setattr(history_module, stage, failing)
+    monkeypatch.setattr(restore_module, stage, failing)
     with pytest.raises(fatal, match="planted"):
         load_from(narrow, model)
     assert same(photograph(model), before)
@@ -352,7 +352,15 @@ class TestPlain:
             (("version",), None, "it has no 'version'"),
             (("version",), "1", "expected 'version' to be a int, got str"),
             (("version",), 4, "version 4, 3 is the last known.*upgrade"),
+            (("version",), 0, "expected 'version' to be at least 1"),
             (("original",), None, "it has no 'original'"),
+            (("original", "params"), -5, "expected 'params' to be at least 0"),
+            (("original", "macs"), 10**40, "expected 'macs' to be at least 0 and at most"),
+            (("original", "widths", "0"), 0, r"expected widths\['0'\] to be at least 1"),
+            (("original", "shapes", "0.bias"), [10**40], "not the shape of a tensor"),
+            (("original", "memory"), -1, "expected 'memory' to be at least 0"),
+            (("original", "latency"), {"fixed": 1.0, "per_byte": "x", "layers": []}, "table of latencies is none"),
+            (("original", "latency"), {"fixed": math.nan, "per_byte": 0.0, "layers": []}, "that are no numbers"),
             (("original", "params"), 1.5, "expected 'params' to be a int"),
             (("original", "params"), True, "expected 'params' to be a int, got bool"),
             (("original", "widths", "0"), "8", "widths"),
@@ -379,6 +387,15 @@ class TestPlain:
             (("edits", 0, "axes", "0.bias", 0), torch.tensor([1, 0]), "ascending"),
             (("edits", 0, "axes", "0.bias", 0), torch.tensor([-1, 0]), "ascending"),
             (("edits", 0, "axes", "0.bias", 0), torch.tensor([]).long(), "ascending"),
+            (
+                ("edits", 0, "axes", "0.bias", 0),
+                torch.arange(2, device="meta"),
+                "dense tensor, got one on the meta device",
+            ),
+            (("edits", 0, "axes", "0.bias", 0), torch.arange(2).to_sparse(), "dense tensor, got one of the layout"),
+            (("edits", 0, "kept", "0"), torch.arange(2, device="meta"), "dense tensor, got one on the meta device"),
+            (("edits", 0, "epoch"), -1, "expected 'epoch' to be at least 0"),
+            (("edits", 0, "info", "note"), 10**40, r"info\['note'\] to be at least"),
             (("edits", 0, "kept", "9"), torch.arange(2), "a group '9' without a dense width"),
             (("edits", 1, "kept", "0"), torch.tensor([7]), r"in \[0, 6\)"),
             (("edits", 0, "epoch"), None, "it has no 'epoch'"),

@@ -7,8 +7,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
 
 from lightning_prune.surgery.edits import Keep
-from lightning_prune.surgery.history import History, attach, conform
+from lightning_prune.surgery.history import History, attach
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, UnsliceableStateError, migrate, refuse, unwrap
+from lightning_prune.surgery.restore import conform
 from lightning_prune.surgery.shrink import cut, mask
 from lightning_prune.surgery.tensors import take
 from tests.support.surgery import cut_and_check

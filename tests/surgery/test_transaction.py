@@ -605,7 +605,7 @@ def test_a_failure_while_a_replacement_is_loaded(photograph: Any, same: Any, mon
     def failing(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_prune.surgery.history.attach", failing)
+    monkeypatch.setattr("lightning_prune.surgery.restore.attach", failing)
     with pytest.raises(KeyboardInterrupt):
         load_from(checkpoint_of(model), fresh)
     assert same(photograph(fresh), before)

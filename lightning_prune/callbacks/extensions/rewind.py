@@ -73,4 +73,4 @@ class Rewind(CutExtension):
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
         require(state["weights"], dict[str, Tensor], "weights to go back to")
-        self._snapshot.weights = dict(state["weights"])
+        self._snapshot = self._snapshot.holding(dict(state["weights"]))

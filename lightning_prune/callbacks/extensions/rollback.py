@@ -140,6 +140,10 @@ class Rollback(CutExtension):
         # Better now than when a cut has to be taken back.
         require(kept["weights"], dict[str, Tensor], "weights before the cut")
         require(kept["optimizers"], list[dict[Any, Any]], "optimizers before the cut")
+        # Not in checkpoints of earlier versions.
+        require(kept.get("groups"), list[list[list[str | None]]] | None, "groups before the cut")
+        require(kept.get("averages"), list[dict[str, Tensor]] | None, "averages before the cut")
+        require(kept.get("counts"), list[int] | None, "counts before the cut")
         if kept["history"] is not None:
             History.from_plain(kept["history"])
         self._kept = kept

@@ -1,0 +1,215 @@
+"""A network becomes as narrow or as wide as a checkpoint, before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_prune.structure.layers import is_within
+from lightning_prune.surgery.change import Change, whole
+from lightning_prune.surgery.depth import restore
+from lightning_prune.surgery.edits import Drop, Keep, Replace, apply, same_effect
+from lightning_prune.surgery.history import KEY, Dense, History, HistoryError, Shape, attach, history_of
+from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
+from lightning_prune.surgery.names import missing_or_unexpected
+from lightning_prune.surgery.tensors import blank, canonical, named
+
+__all__ = ["conform", "load_from", "replay"]
+
+
+def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
+    """Give ``model`` the widths and masks of ``checkpoint``, ready for its ``state_dict`` to be loaded.
+
+    Args:
+        checkpoint: What `save_into` and `save_masks_into` have written into, with its ``state_dict``.
+        model: The network, as in :func:`conform`.
+        copies: Networks of the same structure, which get the same.
+        strict: As in :func:`conform`.
+
+    Raises:
+        HistoryError: If its history or its masks are damaged, or it is of another architecture; nothing has changed.
+    """
+    history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None
+    masks = read_masks(checkpoint)
+    change = Change()
+    with whole(change):
+        for network in (model, *copies):
+            _conform(change, network, checkpoint["state_dict"], history, strict=strict)
+            change.edit_attributes(network, partial(attach_read, network, masks))
+
+
+def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool = False) -> None:
+    """Make a network as narrow or wide as a checkpoint, ready for ``load_state_dict``.
+
+    Only tensors that the checkpoint's or the network's own history names change their shape. If the network was cut
+    in another way before, they are zero afterwards, without a gradient: loading is to follow. Optimizers keep their
+    parameters, but their state has to be loaded too, and so have masks.
+
+    Args:
+        model: A dense network, or a pruned one with its history attached. It gets the checkpoint's history.
+        state_dict: The checkpoint's weights, named as in ``model.state_dict()``.
+        history: The checkpoint's history; ``None`` if it is of a dense network.
+        strict: Whether the weights will be loaded strictly: then a tensor too many or too few is an error, too. An edit
+            that is missing in a history shows in it.
+
+    Raises:
+        HistoryError: If the checkpoint is of another architecture; the text names the first tensors that differ.
+
+    Whatever is raised, the network is then as it was.
+    """
+    change = Change()
+    with whole(change):
+        _conform(change, model, state_dict, history, strict=strict)
+
+
+def replay(model: nn.Module, history: History) -> None:
+    """Do to a dense network all that ``history`` tells; the weights that remain are kept.
+
+    Raises:
+        HistoryError: If the network has been pruned before, or is of another architecture.
+    """
+    if history_of(model) is not None:
+        raise HistoryError("Expected a dense network to replay a history on, got one that has been pruned before.")
+    conform(model, {}, history)
+
+
+def _conform(
+    change: Change, model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool
+) -> None:
+    mine = history_of(model)
+    if mine is None and history is None:
+        return
+    problems = list(_differences(model, mine, history, state_dict))
+    if strict and not problems:
+        gone = {} if mine is None else mine.dense.layers
+        problems = list(missing_or_unexpected(model, gone, () if history is None else history.steps, state_dict))
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise HistoryError(
+            f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
+            "Build the network with the arguments it had when the checkpoint was written. If it has them, the file's "
+            "pruning history was damaged: take another checkpoint."
+        )
+    if mine is not None and history is not None and _same(mine, history):
+        history = replace(history, dense=mine.dense)
+    else:
+        if mine is not None:
+            _widen(change, model, mine)
+        if history is not None:
+            history = replace(history, dense=_repeat(change, model, history))
+    change.edit_attributes(model, partial(attach, model, history))
+
+
+def _repeat(change: Change, model: nn.Module, history: History) -> Dense:
+    """Do to a dense network all that a history tells; what it takes to widen it again."""
+    done = History({}, 0, 0, history.widths)
+    for step in history.steps:
+        done = done.add(step, model)
+        apply(change, step, model)
+    return done.dense
+
+
+def _widen(change: Change, model: nn.Module, history: History) -> None:
+    dense = history.dense
+    change.edit_attributes(model, lambda: attach_masks(model, {}))
+    with torch.inference_mode(False), torch.no_grad():
+        restore(change, model, dense.layers)
+        present = named(model)
+        for name, shape in history.shapes.items():
+            if name not in dense.buffers:
+                change.assign(present[name], blank(present[name], shape), None)
+        for name, buffer in dense.buffers.items():
+            content = blank(present[name], buffer.shape)
+            change.assign(present[name], content.copy_(buffer), None)
+    for prefix, module in model.named_modules():
+        if canonical(prefix) in dense.attributes:
+            change.set_attributes(module, dense.attributes[canonical(prefix)])
+
+
+def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors by name, and the modules, of the network that ``model`` was: with what has gone."""
+    present = named(model)
+    modules = {canonical(prefix) for prefix, _ in model.named_modules(remove_duplicate=False)}
+    for prefix, bare in mine.dense.layers.items() if mine is not None else ():
+        present = {name: tensor for name, tensor in present.items() if not is_within(name, [prefix])}
+        present.update((f"{prefix}.{local}", tensor) for local, tensor in named(bare).items())
+        modules = {name for name in modules if not is_within(name, [prefix])} | {prefix}
+        modules |= {canonical(f"{prefix}.{local}") for local, _ in bare.named_modules(remove_duplicate=False) if local}
+    return present, modules
+
+
+def _differences(
+    model: nn.Module, mine: History | None, history: History | None, state_dict: Mapping[str, Any]
+) -> Iterator[str]:
+    """In words: where a checkpoint does not fit the network that ``model`` was when it was dense."""
+    present, modules = _before(model, mine)
+    # By object, as a tied tensor has several names and a history may know only one of them.
+    dense = {id(tensor): tuple(tensor.shape) for tensor in present.values() if not is_lazy(tensor)}
+    if mine is not None:
+        dense.update((id(present[name]), shape) for name, shape in mine.shapes.items())
+    keys: dict[str, object] = {name: id(tensor) for name, tensor in present.items()}
+    expected: dict[object, Shape] = dict(dense.items())
+    if history is not None:
+        problems = list(_unlike(history, {name: dense.get(id(tensor)) for name, tensor in present.items()}))
+        yield from problems or _follow(history, modules, keys, expected)
+        if problems:
+            return
+    for full_name, weight in state_dict.items():
+        wanted = expected.get(keys.get(canonical(full_name)))
+        if wanted is not None and isinstance(weight, Tensor) and not is_lazy(weight) and tuple(weight.shape) != wanted:
+            yield f"{canonical(full_name)} is {list(weight.shape)}, here it should be {list(wanted)}"
+
+
+def _unlike(history: History, dense: Mapping[str, Shape | None]) -> Iterator[str]:
+    for name, shape in history.shapes.items():
+        here = dense.get(name)
+        if here != shape:
+            yield f"{name} was {list(shape)} before it was cut, here it is {list(here) if here else 'missing'}"
+
+
+def _follow(history: History, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> Iterator[str]:
+    """Go through all edits without weights: names of modules, keys of tensors by name, shapes by key."""
+    for step in history.steps:
+        if isinstance(step, Keep):
+            for name, axes in step.axes.items():
+                if (shape := shapes.get(keys.get(name))) is not None:
+                    shapes[keys[name]] = tuple(len(axes.get(dim, range(length))) for dim, length in enumerate(shape))
+            continue
+        what = "taken out" if isinstance(step, Drop) else "replaced"
+        yield from (f"{name} was {what}, here it is missing" for name in step.modules if name not in modules)
+        if isinstance(step, Drop):
+            _follow_drop(step, keys, shapes)
+        else:
+            _follow_replace(step, modules, keys, shapes)
+
+
+def _follow_drop(step: Drop, keys: dict[str, object], shapes: dict[object, Shape]) -> None:
+    for name in [name for name in keys if name.rpartition(".")[0] in step.modules]:
+        owner, _, own = name.rpartition(".")
+        key = keys.pop(name)
+        if step.modules[owner] == "constant" and own == "bias":
+            keys[name] = key
+        elif step.modules[owner] == "constant" and own == "weight" and key in shapes:
+            keys[name], shapes[name, id(step)] = (name, id(step)), (*shapes[key][:1], 0)
+
+
+def _follow_replace(step: Replace, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> None:
+    for name in [name for name in keys if is_within(name, step.modules)]:
+        del keys[name]
+    for prefix, spec in step.modules.items():
+        modules -= {name for name in modules if is_within(name, [prefix])}
+        modules |= {prefix, *(f"{prefix}.{name}" for name, _ in spec.build("meta").named_modules() if name)}
+        for name, shape in spec.shapes.items():
+            full = f"{prefix}.{name}"
+            keys[full], shapes[full, id(step)] = (full, id(step)), shape
+
+
+def _same(mine: History, history: History) -> bool:
+    steps, others = mine.steps, history.steps
+    return len(steps) == len(others) and all(map(same_effect, steps, others))
