@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,7 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-__all__ = ["as_validated", "averages", "count_from", "counts"]
+__all__ = ["OwnAverages", "as_validated", "averages", "count_from", "counts"]
+
+# Elements of each parameter that are compared.
+_COMPARED = 64
 
 
 def averages(trainer: Trainer) -> tuple[nn.Module, ...]:
@@ -60,3 +63,71 @@ def as_validated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     finally:
         for callback in reversed(swapping):
             callback._swap_models(module)
+
+
+class OwnAverages:
+    """Averages of parts of a network that the user's own code keeps inside of it: no cut can follow them.
+
+    By names and shapes they could be a teacher as well. An average is what moves although no optimizer steps it.
+
+    Args:
+        trainer: The run.
+        module: What trains.
+        cut: Names of the parameters that cuts change.
+
+    Attributes:
+        step: Optimizer steps made when it began to look.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, cut: Collection[str]) -> None:
+        self._trainer, self.step = trainer, trainer.global_step
+        self._twins = _twins(trainer, module, cut)  # of the part that may be an average
+        self._parts = {name: module.get_submodule(name) for name in self._twins}
+        self._before = {name: _sample(part) for name, part in self._parts.items()}
+
+    @property
+    def suspects(self) -> str:
+        """The parts that may be averages, and what they mirror, in words; empty if there are none."""
+        return self._words(self._twins)
+
+    def found(self) -> str:
+        """The parts that have moved since, and what they mirror, in words; empty if none has."""
+        stepped = _stepped(self._trainer)
+        moved = [
+            name
+            for name, part in self._parts.items()
+            if not any(id(p) in stepped for p in part.parameters())
+            and any(not torch.equal(now, then) for now, then in zip(_sample(part), self._before[name], strict=True))
+        ]
+        return self._words(moved)
+
+    def _words(self, names: Collection[str]) -> str:
+        return ", ".join(f"`{name}` (of `{self._twins[name]}`)" for name in names)
+
+
+def _twins(trainer: Trainer, module: nn.Module, cut: Collection[str]) -> dict[str, str]:
+    """Parts that no optimizer steps, and for each another part, which is trained and cut, of the same form."""
+    stepped, found = _stepped(trainer), dict[str, str]()
+    trained: dict[tuple[tuple[str, torch.Size], ...], str] = {}
+    parts = {name: dict(part.named_parameters()) for name, part in module.named_modules() if name}
+    for name, parameters in parts.items():
+        if any(id(p) in stepped for p in parameters.values()) and any(f"{name}.{own}" in cut for own in parameters):
+            trained.setdefault(_form(parameters), name)
+    for name, parameters in parts.items():
+        is_inside = any(name.startswith(f"{other}.") for other in found)
+        if not is_inside and _form(parameters) in trained and not any(id(p) in stepped for p in parameters.values()):
+            found[name] = trained[_form(parameters)]
+    return found
+
+
+def _stepped(trainer: Trainer) -> set[int]:
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
+
+
+def _form(parameters: dict[str, nn.Parameter]) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, parameter.shape) for name, parameter in parameters.items())
+
+
+def _sample(part: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().flatten()[:_COMPARED].clone() for parameter in part.parameters()]

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.callbacks.averages import OwnAverages
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.applied import Extensions
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext, require_one_restart
@@ -38,6 +39,10 @@ __all__ = ["Decision", "NetworkPruning"]
 
 # Samples by which extensions judge a cut, where the method itself looks at none.
 _JUDGED = 2000
+_OWN_AVERAGE = (
+    "averaged copy that is kept by hand inside the module, {}: it would stay as it is when the other is cut. Average "
+    "with the callback `EMAWeightAveraging` of Lightning, whose copy is cut too, or leave these layers out (`ignore`)."
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class NetworkPruning(ScheduledPruning):
         self._structure: Structure | None = None
         self._subject: Subject | None = None
         self._original = Original(0, 0, {})
+        self._own_averages: OwnAverages | None = None  # until the first cut
 
     @property
     def structure(self) -> Structure | None:
@@ -320,6 +326,23 @@ class NetworkPruning(ScheduledPruning):
             )
         return None
 
+    @override
+    def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+        if self.pending and not self.report.cuts and batch_idx <= 1:  # what is updated after a batch, or after an epoch
+            self._refuse_own_averages(trainer, module)
+        super().act(trainer, module, batch_idx)
+
+    def _refuse_own_averages(self, trainer: Trainer, module: LightningModule) -> OwnAverages:
+        """Refuse averages that the user's code keeps inside the module, as soon as they can be told from others."""
+        assert self._structure is not None
+        if self._own_averages is None:
+            groups = [group for group in self._structure.groups if not self.own_groups or group.name in self.own_groups]
+            self._own_averages = OwnAverages(trainer, module, {m.tensor for group in groups for m in group.members})
+        found = self._own_averages.found()
+        if found:
+            raise ValueError(f"{type(self).__name__}: expected no {_OWN_AVERAGE.format(found)}")
+        return self._own_averages
+
     # -- a cut --------------------------------------------------------------------------------------------------------
 
     @override
@@ -329,6 +352,10 @@ class NetworkPruning(ScheduledPruning):
     @override
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         began = perf_counter()
+        if not self.report.cuts:
+            own = self._refuse_own_averages(trainer, module)
+            if own.suspects and trainer.global_step == own.step:
+                warnings.warn(f"there may be an {_OWN_AVERAGE.format(own.suspects)}", stacklevel=2)
         decision = self._decide(trainer, module, point)
         if decision is None:
             self._done = point.index

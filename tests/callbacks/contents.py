@@ -54,6 +54,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "report",
         "_subject",
         *("_data_at_cut", "_data_of_draws"),  # read the run's own loader
+        "_own_averages",  # looks at the network before its first cut
         "_trained",
         "_structure",
         "_observation",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import (
@@ -22,7 +24,7 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks.averages import averages, counts
-from lightning_prune.planning import Explicit
+from lightning_prune.planning import AtStart, Explicit
 from lightning_prune.surgery import history_of, take
 from lightning_prune.surgery.tensors import named
 from tests.callbacks.networks import Net, equal, fit, make, samples, trainer, weights, widths
@@ -153,3 +155,84 @@ def test_a_copy_inside_the_module_is_refused(tmp_path: Path) -> None:
     model.average = torch.optim.swa_utils.AveragedModel(model.second)
     with pytest.raises(ValueError, match="no averaged copy inside the module, got `average`"):
         pruning().setup(trainer(tmp_path), model, "fit")
+
+
+class OwnAverage(LightningModule):
+    """Has a copy of its network, and code of its own for it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.copied = copy.deepcopy(self.net).requires_grad_(way == "in place")
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if self.way in ("teacher", "target"):
+            with torch.no_grad():
+                wanted = self.copied(batch[0])
+            loss = loss + F.mse_loss(self(batch[0]), wanted)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("drift", F.mse_loss(self(batch[0]), self.copied(batch[0])))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.way in ("in place", "target"):
+            with torch.no_grad():
+                for mine, other in zip(self.copied.parameters(), self.net.parameters(), strict=True):
+                    mine.lerp_(other, 0.01)
+
+    def on_train_epoch_end(self) -> None:
+        if self.way == "by epoch":
+            for mine, other in zip(self.copied.parameters(), self.net.parameters(), strict=True):
+                mine.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("way", "batches"), [("in place", 1), ("by epoch", 4), ("target", 1)])
+def test_an_average_that_is_kept_by_hand_is_refused_before_a_cut(way: str, batches: int, tmp_path: Path) -> None:
+    model = make(OwnAverage, way)
+    with pytest.raises(
+        ValueError, match=r"no averaged copy .* by hand .*, `copied` \(of `net`\): .*`EMAWeightAveraging`"
+    ):
+        fit(tmp_path, model, pruning())
+    assert model.trainer.fit_loop.epoch_loop.global_step == batches
+    assert history_of(model) is None
+
+
+@pytest.mark.parametrize("way", ["teacher", "original"])
+def test_a_copy_that_stays_as_it_is_may_be_there(way: str, tmp_path: Path) -> None:
+    model = make(OwnAverage, way)
+    fit(tmp_path, model, pruning(ignore="copied" if way == "teacher" else None))
+    assert model.net[0].out_features == 6
+    assert model.copied[0].out_features == 12
+
+
+def test_a_cut_before_the_first_step_tells_of_a_copy(tmp_path: Path) -> None:
+    model = make(OwnAverage, "original")
+    with pytest.warns(UserWarning, match=r"there may be an averaged copy .*`copied` \(of `net`\)"):
+        fit(tmp_path, model, StructuredPruning(0.5, criterion=L1(), schedule=AtStart()), epochs=1)
+
+
+def test_frozen_layers_that_are_trained_later_are_no_average(tmp_path: Path) -> None:
+    """Two layers of one form, of which one is unfrozen in the second epoch."""
+
+    class Thawed(Net):
+        def __init__(self) -> None:
+            super().__init__(norm=False)
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head = nn.Linear(6, 3)
+            self.second.requires_grad_(False)
+
+        def on_train_epoch_start(self) -> None:
+            self.second.requires_grad_(self.current_epoch > 0)
+
+    model = make(Thawed)
+    fit(tmp_path, model, pruning())
+    assert widths(model) == (3, 3)

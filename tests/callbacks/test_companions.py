@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -128,6 +129,22 @@ def inside(folder: Path) -> None:
     model = make()
     model.average = torch.optim.swa_utils.AveragedModel(model.second)
     runs(folder, model=model)
+
+
+class OwnAverage(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = copy.deepcopy(self.second).requires_grad_(False)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        for mine, other in zip(self.average.parameters(), self.second.parameters(), strict=True):
+            mine.lerp_(other, 0.1)
+
+
+@companion("an averaged copy that the module's own code keeps")
+def own_average(folder: Path) -> None:
+    runs(folder, model=make(OwnAverage))
 
 
 @companion("`ModelPruning`")
