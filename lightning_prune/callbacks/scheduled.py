@@ -20,7 +20,7 @@ from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
 from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
-from lightning_prune.callbacks.spawned import bring_home
+from lightning_prune.callbacks.spawned import hand_back, patch_spawn_launcher
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, Size, plain, require, versions
@@ -63,7 +63,7 @@ class ScheduledPruning(Participant):
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._is_fit = True
         self.session = Session([self])  # until a run begins
-        bring_home()
+        patch_spawn_launcher()
         self._forget()
 
     def _forget(self) -> None:
@@ -163,7 +163,7 @@ class ScheduledPruning(Participant):
         refuse_surroundings(self, trainer, pl_module)
         Session.join(self, trainer)
         keep_history(pl_module)
-        bring_home()  # a spawned process has not built this callback
+        hand_back(trainer)
         self._is_fit = stage == "fit"
         if self._is_fit and self._continues_previous_fit(trainer, pl_module):
             self._unprepare()

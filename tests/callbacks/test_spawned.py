@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks import showing
@@ -68,3 +70,24 @@ def test_masks_come_home(tmp_path: Path) -> None:
     found = ranks.run(train, tmp_path, "ddp_fork", MagnitudePruning)
     assert sum(int(mask.sum()) for mask in found["masks"].values()) > 50
     assert not found["revived"]
+
+
+def test_a_run_without_a_pruning_callback_is_as_before(tmp_path: Path) -> None:
+    """Its launcher hands back what Lightning's does, and loads it as Lightning's does."""
+    own = _MultiProcessingLauncher.get_extra_results
+    StructuredPruning(0.5)
+    assert _MultiProcessingLauncher.get_extra_results is own
+    run, model = trainer(tmp_path), make()
+    run.strategy._lightning_module = model
+    launcher: Any = _MultiProcessingLauncher(run.strategy, start_method="fork")
+    run.strategy._launcher = launcher
+    extra = launcher.get_extra_results(run)
+    assert extra.keys() == {"callback_metrics_bytes"}
+    file = tmp_path / "weights.ckpt"
+    torch.save({name: torch.full_like(weight, 0.5) for name, weight in model.state_dict().items()}, file)
+    state = TrainerState(fn=TrainerFn.FITTING)
+    launcher._recover_results_in_main_process(_WorkerOutput("best", str(file), state, None, extra), run)
+    assert bool((model.first.weight == 0.5).all())
+    assert run.state is state
+    assert not vars(model).keys() & {"on_save_checkpoint", "on_load_checkpoint"}
+    assert "get_extra_results" not in vars(launcher)
