@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         prune,
         sensitivity,
     )
+    from lightning_prune.errors import PruningError
     from lightning_prune.planning import (
         NM,
         AtStart,
@@ -112,6 +113,7 @@ __all__ = [
     "NetworkSlimming",
     "NeuralProbe",
     "OneShot",
+    "PruningError",
     "Random",
     "ReestimateBatchNorm",
     "ReestimateIfBetter",
@@ -175,6 +177,7 @@ _ROOM_OF = {
     "NetworkSlimming": "callbacks",
     "NeuralProbe": "scoring",
     "OneShot": "planning",
+    "PruningError": "errors",
     "Random": "scoring",
     "ReestimateBatchNorm": "surgery",
     "ReestimateIfBetter": "callbacks",

@@ -289,6 +289,19 @@ def test_public_names_agree() -> None:
         lightning_prune.nonsense  # noqa: B018
 
 
+def test_every_error_of_its_own_is_a_pruning_error_and_a_builtin_one() -> None:
+    """But those that never reach a user."""
+    inside = {"MismatchError", "NumberError", "NotReplayable", "_Reached"}
+    inside.add("StructureError")  # a ValueError only, as yet
+    for module in MODULES:
+        for name, kind in vars(importlib.import_module(name_of(module))).items():
+            if not (isinstance(kind, type) and issubclass(kind, BaseException) and kind.__module__ == name_of(module)):
+                continue
+            if name not in {*inside, "PruningError"} and not issubclass(kind, Warning):
+                assert issubclass(kind, lightning_prune.PruningError), name
+                assert issubclass(kind, (ValueError, RuntimeError)), name
+
+
 def test_every_public_name_is_in_the_documentation() -> None:
     pages = "\n".join(page.read_text() for page in (PACKAGE.parent / "docs").glob("*.md"))
     names = set(lightning_prune.__all__) - {"__version__"}

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_prune.errors import PruningError
 from lightning_prune.planning import Plan
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import LatencyTable
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-class DisagreementError(RuntimeError):
+class DisagreementError(PruningError, RuntimeError):
     """Processes that must hold the same hold different things, or one of them has failed."""
 
 

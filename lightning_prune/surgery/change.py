@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_prune.errors import PruningError
+
 __all__ = ["Change", "CutError", "whole", "writable"]
 
 
-class CutError(RuntimeError):
+class CutError(PruningError, RuntimeError):
     """A cut that could not be made or did not pass its check; the network is as it was before."""
 
 

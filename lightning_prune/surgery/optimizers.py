@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_prune.errors import PruningError
 from lightning_prune.structure.graph import IndexArray
 from lightning_prune.surgery.tensors import take
 
@@ -20,11 +21,11 @@ _REFUSED = {
 }
 
 
-class OptimizerRefusedError(ValueError):
+class OptimizerRefusedError(PruningError, ValueError):
     """An optimizer whose state cannot follow a cut."""
 
 
-class UnsliceableStateError(ValueError):
+class UnsliceableStateError(PruningError, ValueError):
     """A piece of optimizer state that lies on none of its parameter's axes."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import PruningError
 from lightning_prune.structure.graph import IndexArray
 
 __all__ = [
@@ -31,7 +32,7 @@ _LARGEST = 2**63 - 1
 T = TypeVar("T")
 
 
-class HistoryError(ValueError):
+class HistoryError(PruningError, ValueError):
     """A history that is damaged, foreign or does not belong to the network; no weight has changed."""
 
 
