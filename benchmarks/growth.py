@@ -13,6 +13,8 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -107,8 +109,24 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="cuts between two looks at memory and objects")
     given = parser.parse_args()
     rows = run(given.cuts, given.every)
+    publish("growth", {"rows": rows}, page(rows), draw(rows))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table, and in words what it says: they cannot differ."""
     looks = [row for row in rows if "rss" in row]
+    begin, end = (1000 * median(row["seconds"] for row in part) for part in (rows[:20], rows[-20:]))
+    first, last = looks[0], looks[-1]
+    entries = (last["objects"] - first["objects"]) / max(last["cut"] - first["cut"], 1)
+    moves = {name: f"{first[name]:.0f} to {last[name]:.0f}" for name in ("rss", "tensors", "hooks")}
+    says = (
+        f"A cut takes {begin:.0f} ms in the median of the first twenty and {end:.0f} ms of the last. From the first "
+        f"cut to the last the process goes from {moves['rss']} MiB, live tensors from {moves['tensors']}, hooks from "
+        f"{moves['hooks']}, and each cut leaves {entries:.1f} objects. The checkpoint shrinks from "
+        f"{first['checkpoint'] / 1024:.0f} to {last['checkpoint'] / 1024:.0f} KiB."
+    )
     lines = [
+        *(*wrap(says, 127), ""),
         "| cuts | seconds of a cut | memory (MiB) | live tensors | objects | hooks | checkpoint (KiB) | parameters |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -116,7 +134,7 @@ def main() -> None:
     line = f"| {' | '.join(words)} | {{checkpoint:.0f}} | {{params:,.0f}} |"
     shown = looks[:: max(len(looks) // 8, 1)]
     lines += [line.format(**{**row, "checkpoint": row["checkpoint"] / 1024}) for row in shown]
-    publish("growth", {"rows": rows}, "\n".join(lines), draw(rows))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
