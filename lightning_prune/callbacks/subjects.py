@@ -306,7 +306,8 @@ class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _drop_compiled(copy: nn.Module) -> None:
-    """Methods that Lightning compiled are bound to the original."""
+    """What is compiled, by ``module.compile()`` or by Lightning, is bound to the original."""
+    vars(copy).pop("_compiled_call_impl", None)
     if vars(copy).get("_compiler_ctx") is not None:
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(copy).pop(name, None)
