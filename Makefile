@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test test-cpu lint docs notebook compat newest clean
+.PHONY: demo test test-cpu lint docs notebook gpu compat newest clean
 
 # One thread: a network this small loses time to more, and its latencies become noise.
 demo: $(VENV)/.demo  ## train and prune on the digits
@@ -28,6 +28,9 @@ docs: $(VENV)/.docs  ## docs/_build/index.html
 
 notebook: $(VENV)/.docs  ## runs docs/notebook.ipynb again
 	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebook.py
+
+gpu: $(VENV)/.dev  ## docs/evidence/gpu, on a machine with a GPU; goes on where it was stopped
+	$(BIN)/python -m benchmarks.gpu --resume
 
 # Old packages warn of newer ones; that is not ours to mend, so warnings are no errors here.
 compat: .venv-oldest/.oldest  ## the tests on the oldest supported versions
