@@ -353,10 +353,10 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for tensor, value in zip(args[:2], (q, k), strict=True):
         t.note_lengths(tensor.shape[2:], value.axes[2:])
     outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
-    rows, columns = args[0].shape[2], args[1].shape[2]
-    heads = math.prod(args[0].shape[:2]) * rows * columns
-    t.count(heads * args[0].shape[3], (), ())
-    t.count(heads, [v.axes[3]], [args[2].shape[3]])
+    samples, heads, rows, features = args[0].shape
+    pairs = samples * rows * args[1].shape[2]
+    t.count(pairs * features, [outer[1]], [heads])
+    t.count(pairs, [outer[1], v.axes[3]], [heads, args[2].shape[3]])
     for extra in flat_tensors(out[1:]):
         t.label(extra, [*outer, *([None] * (extra.dim() - 2))] if extra.dim() > 2 else [None] * extra.dim())
     axes = [*outer, None, v.axes[3]]

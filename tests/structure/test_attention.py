@@ -52,8 +52,10 @@ def test_whole_heads_are_units() -> None:
 
 def test_products_of_queries_and_keys_and_of_shares_and_values_are_counted() -> None:
     structure = trace(Subject.of(Attention(), example()))
-    layers = POSITIONS * HEADS * FEATURES * (3 * 5 + 2)
-    assert structure.cost.macs(structure.widths) == layers + 2 * HEADS * POSITIONS * POSITIONS * FEATURES
+    (group,) = structure.groups
+    for heads in (HEADS, 2):
+        layers = POSITIONS * heads * FEATURES * (3 * 5 + 2)
+        assert structure.cost.macs({group.name: heads}) == layers + 2 * heads * POSITIONS * POSITIONS * FEATURES
 
 
 class Counted(Attention):
