@@ -175,7 +175,7 @@ def test_damage_is_refused_or_has_no_effect(name: str, tmp_path: Path) -> None:
     """Of all there can be a sample; see `Damage`."""
     case = prepared(name, tmp_path)
     every = [damage for damage in damages(case.checkpoint, KEYS) if not _is_plausible(damage)]
-    assert len(every) > 100
+    assert len(every) > 30
     assert {str(d): wrong for d in random.Random(1).sample(every, 15) if (wrong := attempt(case, d, tmp_path))} == {}
 
 
@@ -206,4 +206,6 @@ def test_damaged_masks_leave_the_network_as_wide_as_it_was(tmp_path: Path) -> No
 def _is_plausible(damage: Damage) -> bool:
     """Whether a run may have written it, so that nothing can be seen."""
     path = "/".join(map(str, damage.path))
-    return any(part in path for part in ("report/history", "/info/", "report/config/cuts"))
+    # Files of version 1 have no memory; layers that were unfrozen may have been removed since.
+    known = ("report/history", "/info/", "report/config/cuts", "original/memory", "/unfrozen")
+    return any(part in path for part in known)
