@@ -15,6 +15,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.errors import PruningError
 from lightning_prune.structure.atoms import Atoms, IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
@@ -44,7 +45,7 @@ _KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
 _NAMES: dict[Kind, str] = {"meta": "the meta device", "fake": "fake tensors", "real": "real tensors"}
 
 
-class StructureError(ValueError):
+class StructureError(PruningError, ValueError):
     """A network whose structure could not be found."""
 
 

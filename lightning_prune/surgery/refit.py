@@ -66,7 +66,7 @@ class Ridge(Repair):
     """
 
     batches: int = 32
-    strength: float = 0.01
+    strength: float = 0.1
     rows: int = 1024
     max_inputs: int = 4096
 
