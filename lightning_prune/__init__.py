@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         Reinitialise,
         Ridge,
         ScaleL1,
+        SequentialRidge,
     )
 
 __all__ = [
@@ -126,6 +127,7 @@ __all__ = [
     "SaveEachSize",
     "ScaleL1",
     "Scope",
+    "SequentialRidge",
     "SklearnEstimator",
     "StructuredPruning",
     "SynFlow",
@@ -190,6 +192,7 @@ _ROOM_OF = {
     "SPvRPruning": "callbacks",
     "SaveEachSize": "callbacks",
     "ScaleL1": "surgery",
+    "SequentialRidge": "surgery",
     "Scope": "planning",
     "SklearnEstimator": "scoring",
     "StructuredPruning": "callbacks",

@@ -28,11 +28,12 @@ from lightning_prune.surgery.masks import (
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
-from lightning_prune.surgery.refit import Ridge
+from lightning_prune.surgery.refit import SequentialRidge
 from lightning_prune.surgery.repair import (
     FoldMean,
     ReestimateBatchNorm,
     Repair,
+    Ridge,
     install,
     repaired,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "Replace",
     "Ridge",
     "ScaleL1",
+    "SequentialRidge",
     "StoredWeights",
     "Transaction",
     "apply_masks",

@@ -7,6 +7,7 @@ network only takes them over. All sums are in float64.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from abc import ABC
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
@@ -35,12 +37,17 @@ from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical, named, take
 
 __all__ = [
-    *("FoldMean", "ReestimateBatchNorm", "Repair", "Run", "batch_norms", "double", "input_dim", "install"),
-    *("repaired", "require_positive", "tied_layers"),
+    *("FoldMean", "ReestimateBatchNorm", "Repair", "Ridge", "Run", "batch_norms", "double", "input_dim", "install"),
+    "patches",
+    *("repaired", "require_positive", "spread", "tied_layers", "windows"),
 ]
 
 #: Runs the first n batches of some data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
+
+
+# (√5 − 1) / 2: multiples of it spread evenly over [0, 1), whatever the period of what is sampled.
+_GOLDEN = 0.6180339887498949
 
 
 class Repair(Settings, ABC):
@@ -187,6 +194,50 @@ class FoldMean(Repair):
         """The shifted biases."""
         observed = [_Mean(consumer) for consumer in _consumers(model, axes)]
         return _contents(model, observed, partial(run, model, self.batches), self)
+
+
+@final
+@dataclass(frozen=True)
+class Ridge(Repair):
+    r"""Refits the next layer's weights, so that from the inputs that stay it computes what it did from all of them.
+
+    With :math:`\Sigma` the covariance of the inputs, :math:`S` those that stay and :math:`R` those that go,
+    :math:`W_S \leftarrow W_S + W_R \Sigma_{RS} (\Sigma_{SS} + \lambda I)^{-1}`, and the bias takes the difference of
+    the means: least squares with a penalty :math:`\lambda \lVert W_S' - W_S \rVert^2`. Inputs that say nothing of each
+    other leave the weights as they are, which is `FoldMean`. :math:`\lambda` is relative to the mean variance of the
+    inputs that stay. The statistics of all layers are those of the network before the cut.
+
+    A convolution is a linear layer on its patches, of channels times kernel elements. Grouped and transposed
+    convolutions, layers with more than ``max_inputs`` inputs and those that lose all of them get `FoldMean` instead. A
+    layer without a bias that no batch norm follows is fitted without one, on second moments in place of covariances.
+
+    Args:
+        batches: Batches of training data that covariances are taken over; more than inputs divided by ``rows`` at
+            least.
+        strength: λ, above 0.
+        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
+        max_inputs: Largest number of inputs of a layer; the matrices take its square in memory.
+    """
+
+    batches: int = 32
+    strength: float = 0.01
+    rows: int = 1024
+    max_inputs: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self)
+
+    def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
+        """The refitted weights and shifted biases."""
+        observed = [self._observation(consumer) for consumer in _consumers(model, axes)]
+        return _contents(model, observed, partial(run, model, self.batches), self)
+
+    def _observation(self, consumer: _Consumer) -> _Mean | _Covariance:
+        layer: Any = consumer.layer
+        small = consumer.weight[0].numel() <= self.max_inputs and len(consumer.kept) > 0
+        plain = isinstance(layer, nn.Linear) or (layer.groups == 1 and not layer.transposed)
+        return _Covariance(consumer, self.strength, self.rows) if small and plain else _Mean(consumer)
 
 
 @final
@@ -340,11 +391,10 @@ class _Mean:
         self.total = out * len(batch) + (0 if self.total is None else self.total)
         self.count += len(batch)
 
-    @property
-    def lost(self) -> Tensor:
-        """What the outputs lose on average, shape ``(outputs,)``."""
+    def fit(self, constant: bool) -> tuple[dict[str, Tensor], Tensor]:  # noqa: ARG002
+        """New contents of the layer's own weight (none) and what its outputs lose on average, shape ``(outputs,)``."""
         assert self.total is not None
-        return self.total / self.count
+        return {}, self.total / self.count
 
     def _removed_part(self) -> nn.Module:
         """The layer with the inputs that go alone: without the others, bias and hooks."""
@@ -355,8 +405,58 @@ class _Mean:
         return part
 
 
+@dataclass(eq=False)
+class _Covariance:
+    """First and second moments of a layer's inputs (of a convolution: its patches)."""
+
+    consumer: _Consumer
+    strength: float
+    rows: int
+    count: int = 0
+    total: Tensor | None = None
+    square: Tensor | None = None
+
+    def see(self, x: Tensor) -> None:
+        """Add one call's inputs."""
+        batch = self.consumer.batched(x)
+        if isinstance(self.consumer.layer, nn.Linear):
+            rows = batch[spread(len(batch), self.rows).to(batch.device)]
+        else:
+            rows = patches(self.consumer.layer, batch, self.rows)
+        rows = double(rows)
+        self.total = rows.sum(0) + (0 if self.total is None else self.total)
+        self.square = rows.T @ rows + (0 if self.square is None else self.square)
+        self.count += len(rows)
+
+    def fit(self, constant: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The refitted weight and what the outputs lose on average, shape ``(outputs,)``.
+
+        Args:
+            constant: Whether a constant can be added to the outputs; else the fit goes without one.
+        """
+        assert self.total is not None
+        assert self.square is not None
+        whole = self.consumer.weight
+        weight = whole.flatten(1)
+        mean, moment = (self.total / self.count).cpu(), (self.square / self.count).cpu()
+        covariance = moment - mean.outer(mean) if constant else moment
+        stay = torch.zeros(whole.shape[1:], dtype=torch.bool)
+        stay[torch.from_numpy(self.consumer.kept)] = True
+        stay = stay.flatten()
+        inner, cross = covariance[stay][:, stay], covariance[~stay][:, stay]
+        scale = inner.diagonal().mean()
+        added = torch.zeros_like(weight[:, stay])
+        if scale > 0:
+            inner = inner + self.strength * scale * torch.eye(len(inner), dtype=inner.dtype)
+            added = torch.linalg.solve(inner, cross.T @ weight[:, ~stay].T).T
+        fitted = weight.clone()
+        fitted[:, stay] += added
+        lost = weight[:, ~stay] @ mean[~stay] - added @ mean[stay]
+        return {self.consumer.tensor("weight"): fitted.reshape(whole.shape)}, lost
+
+
 def _contents(
-    model: nn.Module, observed: Sequence[_Mean], run: Callable[[], None], repair: Repair
+    model: nn.Module, observed: Sequence[_Mean | _Covariance], run: Callable[[], None], repair: Repair
 ) -> dict[str, Tensor]:
     """Observe the run and give what the repair writes."""
     followers = _Followers(model)
@@ -371,20 +471,22 @@ def _contents(
             continue
         bias: Tensor | None = consumer.layer._parameters["bias"]
         norm = followers.of(consumer)
+        new, lost = observation.fit(constant=bias is not None or norm is not None)
+        contents |= new
         if bias is not None:
-            contents[consumer.tensor("bias")] = double(bias.detach()).cpu() + observation.lost
+            contents[consumer.tensor("bias")] = double(bias.detach()).cpu() + lost
         elif norm is not None:
             # What no longer arrives must no longer be subtracted.
             mean = named(model)[norm]
-            contents[norm] = double(mean).cpu() - observation.lost
-        else:
+            contents[norm] = double(mean).cpu() - lost
+        elif not new:
             problems.append(f"{consumer.name} has no bias, and no batch norm follows it directly")
     if problems:
         warnings.warn(f"{type(repair).__name__} leaves some layers as they are: {'; '.join(problems)}", stacklevel=5)
     return contents
 
 
-def _hook(observation: _Mean) -> RemovableHandle:
+def _hook(observation: _Mean | _Covariance) -> RemovableHandle:
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         if x.numel():
@@ -427,6 +529,44 @@ class _Followers:
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def spread(total: int, wanted: int) -> Tensor:
+    """``wanted`` of the numbers below ``total``, evenly spread and without a period; all where there are no more."""
+    if total <= wanted:
+        return torch.arange(total)
+    places = np.arange(wanted) * _GOLDEN % 1
+    return torch.from_numpy(np.floor(places * total).astype(np.int64))
+
+
+def patches(layer: Any, x: Tensor, rows: int) -> Tensor:
+    """What a convolution is applied to at some of its positions: shape ``(rows, channels · kernel elements)``."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    sizes = [(n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, layer.stride, strict=True)]
+    return windows(layer, x, sizes, layer.stride, spread(len(x) * math.prod(sizes), rows))
+
+
+def windows(layer: Any, x: Tensor, sizes: Sequence[int], stride: Sequence[int], chosen: Tensor) -> Tensor:
+    """What a convolution's kernel covers of padded inputs at some positions: ``(rows, channels · kernel elements)``.
+
+    Args:
+        layer: Kernel size and dilation.
+        x: The padded inputs.
+        sizes: Of the outputs.
+        stride: Step from one position to the next.
+        chosen: Numbers of the positions, of all samples.
+    """
+    sample, *places = torch.unravel_index(chosen.to(x.device), (len(x), *sizes))
+    dims = len(sizes)
+    index: list[Any] = [sample.reshape(-1, *[1] * dims), slice(None)]
+    for dim, place in enumerate(places):
+        taps = torch.arange(layer.kernel_size[dim], device=x.device) * layer.dilation[dim]
+        shape = [-1 if d == dim else 1 for d in range(dims)]
+        index.append((place[:, None] * stride[dim] + taps).reshape(len(place), *shape))
+    # Indices around a slice put their dimensions first: rows × kernel × channels.
+    return x[tuple(index)].movedim(-1, 1).flatten(1)
 
 
 def double(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from lightning_prune import (
     Ridge,
     Rollback,
     Scope,
+    SequentialRidge,
     StructuredPruning,
     SynFlow,
     Taylor,
@@ -417,7 +418,9 @@ def test_of_random_allocations_the_one_with_the_least_loss_is_taken() -> None:
     assert report.widths == min(found, key=lambda one: one[0])[1] != found[0][1]
 
 
-@pytest.mark.parametrize("repair", [Ridge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()], ids=repr)
+@pytest.mark.parametrize(
+    "repair", [Ridge(), SequentialRidge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()], ids=repr
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:
     """As the function that computes them says, called by hand."""

@@ -225,7 +225,11 @@ MISTAKES = [
         "the folder by `root` or the environment variable LIGHTNING_PRUNE_DATA, or leave both out to "
         "download.",
     ),
-    Mistake("fit --config flowers_resnet20 --config xgb", "ImageFolder: expected --data.root, got none."),
+    Mistake(
+        "fit --config flowers_resnet20 --config xgb",
+        "ImageFolder: expected `root`, a folder with one sub-folder of images per class, got none. Give "
+        "`--data.root FOLDER`.",
+    ),
     # pruning
     Mistake(
         "fit DIGITS --trainer.callbacks ContributionPrunning",

@@ -56,11 +56,11 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_the_line_of_ones_own_code_is_named(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lightning raises it, a line of the user's made it."""
-    (in_tmp / "odd.py").write_text(FILES["mine.py"].replace('"val_acc", (', '"val_acc", "high" or ('))
+    (in_tmp / "failing.py").write_text(FILES["mine.py"].replace('"val_acc", (', '"val_acc", "high" or ('))
     with pytest.raises(SystemExit):
-        main(["fit", *shlex.split(DIGITS), "--model=odd.Mine", "--trainer.enable_progress_bar=false"])
-    line = next(n for n, text in enumerate((in_tmp / "odd.py").read_text().splitlines(), 1) if "high" in text)
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"(odd.py, line {line})")
+        main(["fit", *shlex.split(DIGITS), "--model=failing.Mine", "--trainer.enable_progress_bar=false"])
+    line = next(n for n, text in enumerate((in_tmp / "failing.py").read_text().splitlines(), 1) if "high" in text)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"(failing.py, line {line})")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_studies_that_are_shipped(file: Path) -> None:
     assert file.read_text().startswith("# ")
     assert len(found.variants) > 1
     assert recipes.study(file.stem) == file
-    with pytest.raises(FileNotFoundError, match=f"The studies are: .*{file.stem}"):
+    with pytest.raises(FileNotFoundError, match=f"There are: .*{file.stem}"):
         recipes.study("nonsense")
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Subject, trace
-from lightning_prune.surgery import Ridge, cut, install, repaired
-from lightning_prune.surgery.refit import _as_matrices, _from_matrices, _rows, _spread
+from lightning_prune.surgery import FoldMean, SequentialRidge, cut, install, repaired
+from lightning_prune.surgery.refit import _as_matrices, _from_matrices, _rows
+from lightning_prune.surgery.repair import spread
 
 LAYERS = [
     (nn.Linear(3, 5), (7, 4, 3)),
@@ -52,7 +53,7 @@ def test_layers_are_linear_maps_of_their_rows(layer, shape):
 
 
 def test_fewer_rows_are_some_of_them_from_all_over_the_image():
-    some = _spread(4 * 32 * 32, 64)
+    some = spread(4 * 32 * 32, 64)
     assert len(some.unique()) == 64
     for places in (some % 32, some // 32 % 32):  # an even step would fall into one column
         assert len((places // 4).unique()) == 8
@@ -166,7 +167,7 @@ def naive(dense, narrow, x, strength, norm=True):
 def test_a_residual_network_is_fitted_in_forward_order(norm):
     net, xs = residual(norm), batches(6, 2, 8, 8)
     axes = axes_of(net, xs[0], [0, 1, 4])
-    narrow, contents = refitted(net, axes, DataPass(xs), Ridge(strength=0.05))
+    narrow, contents = refitted(net, axes, DataPass(xs), SequentialRidge(strength=0.05))
     expected = copy.deepcopy(net)
     cut(expected, axes)
     naive(net, expected, torch.cat(xs), 0.05, norm)
@@ -182,7 +183,7 @@ def test_it_brings_more_back_than_the_constants_alone():
     new = torch.cat(batches(64, 2, 8, 8, seed=11))
     wanted = net(new)
     errors = [(refitted(net, axes, DataPass(xs), ridge)[0](new) - wanted).square().mean() for ridge in
-              (Ridge(), Ridge(max_inputs=1))]  # fmt: skip
+              (SequentialRidge(), SequentialRidge(max_inputs=1))]  # fmt: skip
     assert errors[0] < 0.6 * errors[1]
 
 
@@ -201,7 +202,7 @@ def test_grouped_and_transposed_convolutions_are_fitted():
     structure = trace(Subject.of(net, xs[0]))
     (group,) = (group for group in structure.groups if "first" in group.producers)
     axes = structure.axes({group.name: np.array([1, 2, 5])})
-    narrow, contents = refitted(net, axes, DataPass(xs), Ridge(strength=1e-6))
+    narrow, contents = refitted(net, axes, DataPass(xs), SequentialRidge(strength=1e-6))
     assert {"up.weight", "last.weight", "depth.weight"} <= contents.keys()
     x = torch.cat(xs)
     inputs, targets = seen(narrow, "up", x)[0], seen(net, "up", x)[1]
@@ -223,8 +224,8 @@ def test_what_cannot_be_walked_is_run_whole():
     net, xs = Reads(), batches(16, 4)
     axes = axes_of(net, xs[0], [0, 2, 3])
     with pytest.warns(UserWarning, match="run for every value"):
-        narrow, _ = refitted(net, axes, DataPass(xs), Ridge())
-    expected, _ = refitted(net.net, axes_of(net.net, xs[0], [0, 2, 3]), DataPass(xs), Ridge())
+        narrow, _ = refitted(net, axes, DataPass(xs), SequentialRidge())
+    expected, _ = refitted(net.net, axes_of(net.net, xs[0], [0, 2, 3]), DataPass(xs), SequentialRidge())
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(narrow.state_dict()[f"net.{name}"], tensor)
 
@@ -243,7 +244,7 @@ def test_layers_called_twice_and_shared_weights_stay():
     axes |= {"middle.weight": {0: np.array([0, 2]), 1: np.array([0, 2])}, "middle.bias": {0: np.array([0, 2])}}
     axes |= {"last.weight": {1: np.array([0, 2])}}
     with pytest.warns(UserWarning, match="middle is called 2 times"):
-        _, contents = refitted(net, axes, DataPass(xs), Ridge())
+        _, contents = refitted(net, axes, DataPass(xs), SequentialRidge())
     assert contents.keys() == {"last.weight", "last.bias"}
 
 
@@ -251,5 +252,16 @@ def test_layers_called_twice_and_shared_weights_stay():
 def test_a_weight_that_the_rows_do_not_determine_stays(samples, is_fitted):
     net = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
     axes = {"0.weight": {0: np.arange(6)}, "0.bias": {0: np.arange(6)}, "2.weight": {1: np.arange(6)}}
-    _, contents = refitted(net, axes, DataPass(batches(samples, 4, count=1)), Ridge())
+    _, contents = refitted(net, axes, DataPass(batches(samples, 4, count=1)), SequentialRidge())
     assert contents.keys() == ({"2.weight", "2.bias"} if is_fitted else {"2.bias"})
+
+
+def test_of_too_many_inputs_the_constant_alone_is_fitted():
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    axes = {"0.weight": {0: np.array([0, 2, 3])}, "0.bias": {0: np.array([0, 2, 3])}}
+    axes |= {"2.weight": {1: np.array([0, 2, 3])}}
+    data = DataPass(batches(2, 2, 9, 9))
+    contents = repaired(partial(copy.deepcopy, net), axes, [SequentialRidge(max_inputs=20)], data)
+    expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], data)
+    assert contents.keys() == expected.keys() == {"2.bias"}
+    torch.testing.assert_close(contents["2.bias"], expected["2.bias"])

@@ -15,8 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from lightning_prune.scoring import DataPass
 from lightning_prune.surgery import Change, CutError, cut, transaction
-from lightning_prune.surgery.refit import Ridge
-from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, install, repaired
+from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, repaired
 
 REPAIRS = [FoldMean(), Ridge(), ReestimateBatchNorm()]
 
@@ -236,12 +235,15 @@ def test_dead_inputs_do_not_break_the_fit():
     torch.testing.assert_close(narrow(batches[0]), model(batches[0]))
 
 
-def test_of_too_many_inputs_the_constant_alone_is_fitted():
-    net, batches, axes = conv_net(nn.Conv2d(6, 4, 3)), data(2, 2, 9, 9), conv_axes([0, 2, 3, 5])
-    contents = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=20)], runs(batches))
+@pytest.mark.parametrize("net", [conv_net(nn.Conv2d(6, 4, 3, groups=2)), conv_net(nn.Conv2d(6, 4, 3))])
+def test_what_ridge_cannot_fit_has_its_mean_folded(net):
+    batches = data(2, 2, 9, 9)
+    axes = conv_axes([0, 2, 3, 5], inner=[0, 2] if net.second.groups == 2 else None)
+    repair = Ridge(max_inputs=20) if net.second.groups == 1 else Ridge()
+    contents = repaired(partial(copy.deepcopy, net), axes, [repair], runs(batches))
     expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], runs(batches))
     assert contents.keys() == expected.keys() == {"second.bias"}
-    torch.testing.assert_close(contents["second.bias"], expected["second.bias"])
+    assert torch.equal(contents["second.bias"], expected["second.bias"])
 
 
 # -- batch norm -------------------------------------------------------------------------------------------------------
