@@ -62,8 +62,8 @@ class SequentialRidge(Repair):
     what they gave (`FoldMean`). Layers that share a weight, that are called several times or not as modules stay as
     they are.
 
-    Right after a cut it is the better repair. Trained on by gradual unfreezing, EfficientNet-Lite0 did not end better than
-    with `Ridge`, and at a high learning rate worse (``docs/evidence/transfer``): fitted weights are larger.
+    Right after a cut it is the better repair. Trained on by gradual unfreezing, EfficientNet-Lite0 did not end better
+    than with `Ridge`, and at a high learning rate worse (``docs/evidence/transfer``): fitted weights are larger.
 
     Two walks, through the dense and the cut network, see all batches once (`Walk`); a network that cannot be walked is
     run once for each layer, and its streams are not made up for.
