@@ -213,7 +213,7 @@ def jobs_of_sizes() -> list[Job]:
 def table_of_sizes(rows: Sequence[Row]) -> str:
     """What a ranking costs, and what it is worth."""
     lines = [
-        f"### Group size, {SIZES_AT:.0%} of the parameters, from scratch",
+        f"## Group size, {SIZES_AT:.0%} of the parameters, from scratch",
         "",
         "| d | multiply-accumulates of the ranking | share of those with d = 1 | accuracy, % | d = 2 − it, paired |",
         "|---:|---:|---:|---:|---:|",
@@ -249,7 +249,7 @@ def figure_of_sizes(rows: Sequence[Row]) -> Any:
 def table(rows: Sequence[Row], budget: float, weights: str) -> list[str]:
     """Accuracies of a budget, and what SPvR has more, seed by seed."""
     lines = [
-        f"### {budget:.0%} of the parameters, {weights}",
+        f"## {budget:.0%} of the parameters, {weights}",
         "",
         "| method | accuracy, % | SPvR − it, paired | parameters | MACs of one image |",
         "|---|---:|---:|---:|---:|",

@@ -121,7 +121,7 @@ def jobs() -> list[Job]:
 def tables(rows: Sequence[Row]) -> str:
     """Accuracies, and what each has more than MobileNet, seed by seed."""
     lines = [
-        "### ResNet-20 and MobileNetV3-small, from scratch",
+        "## ResNet-20 and MobileNetV3-small, from scratch",
         "",
         "| network | parameters | MACs of one image | accuracy, % | more than MobileNet, paired |",
         "|---|---:|---:|---:|---:|",

@@ -34,7 +34,7 @@ def _sorted(rows: list[Row]) -> list[Row]:
 def _macs(rows: list[Row]) -> list[str]:
     """Full ranks, counted."""
     lines = [
-        "### Multiply-accumulates of a full ranking",
+        "## Multiply-accumulates of a full ranking",
         "",
         "| network | d | groups | fewer MACs | without the first pass of both | ranks equal | largest difference |",
         "|---|---:|---:|---:|---:|---|---:|",
@@ -46,7 +46,7 @@ def _macs(rows: list[Row]) -> list[str]:
 def _seconds(rows: list[Row]) -> list[str]:
     """Both rivals."""
     lines = [
-        "### Processor seconds of a full ranking, 50 images, one thread, float32",
+        "## Processor seconds of a full ranking, 50 images, one thread, float32",
         "",
         "| network | d | groups | here | a full forward each | batch-expanded, 64 · 256 rows | better one |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -64,7 +64,7 @@ def _races(rows: list[Row]) -> list[str]:
     """Exact and statistical."""
     rows = [row for row in rows if row["samples"] > 1]
     lines = [
-        "### Races, ResNet-56, d = 8, 200 images",
+        "## Races, ResNet-56, d = 8, 200 images",
         "",
         "| race | parameters kept | groups that decide | fewer MACs (full ranking) | processor seconds (full ranking) "
         "| decided otherwise |",
@@ -80,7 +80,7 @@ def _races(rows: list[Row]) -> list[str]:
 def _tau(rows: list[Row]) -> list[str]:
     """Both truths after every number of epochs, over the seeds for which all four are defined."""
     lines = [
-        f"### Kendall's τ-b, mean and 95 % interval of {len(rows)} seeds",
+        f"## Kendall's τ-b, mean and 95 % interval of {len(rows)} seeds",
         "",
         "| epochs | truth | SPvR | KL | SPvR − KL | undefined seeds |",
         "|---:|---|---:|---:|---:|---:|",
@@ -98,7 +98,7 @@ def _tau(rows: list[Row]) -> list[str]:
 def _budgets(rows: list[Row]) -> list[str]:
     """What is left."""
     lines = [
-        "### Budgets",
+        "## Budgets",
         "",
         "| network | budget | parameters | of the budget | before the last group | convolutions | what is left "
         "| MB on disk |",
@@ -116,7 +116,7 @@ def _budgets(rows: list[Row]) -> list[str]:
 def _latency(rows: list[Row]) -> list[str]:
     """Median and quartiles, on the clock and of the processor."""
     lines = [
-        "### Latency with one image, milliseconds: median (quartiles) of 1500 runs, one thread",
+        "## Latency with one image, milliseconds: median (quartiles) of 1500 runs, one thread",
         "",
         "| network | parameters left | parameters | processor time | on the clock | MB on disk |",
         "|---|---|---:|---:|---:|---:|",

@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> list[str]:
     by = {(row["method"], row["seed"]): row for row in rows}
     seeds = [seed for seed in SEEDS if all((method, seed) in by for method in METHODS)]
     lines = [
-        f"### Segmentation: intersection over union (IoU) in test images, %, 95 % intervals of {len(seeds)} seeds",
+        f"## Segmentation: intersection over union (IoU) in test images, %, 95 % intervals of {len(seeds)} seeds",
         "",
         "| network | parameters | mean IoU | minus dense | ground | disc | square | triangle | pixels right "
         "| what is left, encoder → decoder, one seed |",
