@@ -7,7 +7,8 @@ author = "The lightning-prune authors"
 version = release = lightning_prune.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "evidence/*/[a-z]*.md", "evidence/*/*/*.md"]  # tables that the README.md beside them describes
+# Tables that the README.md beside them describes.
+exclude_patterns = ["_build", "evidence/*/[a-z]*.md", "evidence/*/*/*.md"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make notebook` runs it
