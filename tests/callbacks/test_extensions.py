@@ -22,6 +22,7 @@ from lightning_prune import (
     Ridge,
     Rollback,
     SaveEachSize,
+    SequentialRidge,
     StructuredPruning,
 )
 from lightning_prune.surgery import Repair
@@ -38,6 +39,7 @@ EXTENSIONS = [
     Ridge(batches=2),
     Rollback(epochs=1, tolerance=100.0, monitor="val_loss"),
     SaveEachSize(),
+    SequentialRidge(batches=2),
 ]
 
 
