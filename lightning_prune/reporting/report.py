@@ -243,7 +243,7 @@ def plain(value: Any) -> Any:
 
 
 def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored report with a size's latency by the table as ``table_latency``; older versions wrote ``reckoned``."""
+    """A stored report with its latencies from a table as ``table_latency``, whatever the version called them."""
 
     def renamed(size: Any) -> Any:
         if not isinstance(size, Mapping):

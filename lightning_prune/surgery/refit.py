@@ -167,9 +167,10 @@ class _Fit:
         if not len(chosen):
             return
         wanted = double(outputs[chosen][:, self.kept])
-        if dense.stream is not None and narrow.stream is not None:
-            lost = double(self._positions(dense.stream)[chosen][:, self.kept])
-            wanted = wanted + (lost - double(self._positions(narrow.stream)[chosen])) * self._gain(wanted)
+        before, after = dense.stream, narrow.stream
+        if before is not None and after is not None:
+            lost = double(self._positions(before)[chosen][:, self.kept]) - double(self._positions(after)[chosen])
+            wanted = wanted + lost * self._gain(wanted)
         inputs = double(_rows(self.layer, narrow.value, dense.value, chosen))
         groups, weight = len(self.weight), self.weight.to(inputs)
         y, x = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (wanted, inputs))

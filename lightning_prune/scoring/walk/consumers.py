@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple, final
 
 from lightning_prune.scoring.walk.chains import BATCH_NORMS, operator_name, readers_of, with_activations
@@ -26,14 +27,19 @@ class Consumer(NamedTuple):
 
 @final
 class ConsumerFinder:
-    """Finds what takes the outputs of layers in a recorded forward pass in eval mode."""
+    """Finds what takes the outputs of layers in a recorded forward pass in eval mode.
+
+    Attributes:
+        of: Gives that of a layer that is called once, by its name.
+    """
 
     def __init__(self, recording: Recording) -> None:
         recording = with_activations(recording)  # as a `Program` numbers its values
         self._steps, self._readers = recording.steps, readers_of(recording)
+        self.of = cache(self._of)
         self._at = {step.station: index for index, step in enumerate(self._steps) if step.station is not None}
 
-    def of(self, layer: str) -> Consumer:
+    def _of(self, layer: str) -> Consumer:
         """What takes the output of a layer that is called once."""
         before = self._at[Station(layer, "input")]
         value, norm = self._steps[self._at[Station(layer, "output")]].outs[0], None

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, final
@@ -235,7 +236,7 @@ class Walk:
         places, forward_macs = _places(recording, model)
         chosen = _select(places, stations)
         self.model, self.data, self.forward_macs = model, data, forward_macs
-        self._consumers = ConsumerFinder(recording)
+        self._recording = recording
         self.stations = [place.station for place in chosen]
         self.places = {place.station: place for place in places}
         self.agree = agree
@@ -257,6 +258,10 @@ class Walk:
     def macs_naive(self) -> int:
         """Those of running the network from its input once for every station."""
         return len(self.stations) * len(self.data) * self.forward_macs
+
+    @cached_property
+    def _consumers(self) -> ConsumerFinder:
+        return ConsumerFinder(self._recording)
 
     def consumer(self, layer: str) -> Consumer:
         """What reads the output of a layer that is called once."""
