@@ -28,16 +28,17 @@ from lightning_prune.surgery.masks import (
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
-from lightning_prune.surgery.refit import SequentialRidge
-from lightning_prune.surgery.repair import (
+from lightning_prune.surgery.repairs import (
     FoldMean,
     ReestimateBatchNorm,
+    Reinitialise,
     Repair,
     Ridge,
+    SequentialRidge,
+    StoredWeights,
     install,
     repaired,
 )
-from lightning_prune.surgery.restart import Reinitialise, StoredWeights
 from lightning_prune.surgery.restore import conform, load_from, replay
 from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.scoring import DataPass, unit_rows
 from lightning_prune.structure.graph import Group, Structure
-from lightning_prune.surgery.repair import FoldMean, repaired
+from lightning_prune.surgery.repairs import FoldMean, repaired
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["dead_units", "without_dead"]

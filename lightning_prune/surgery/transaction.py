@@ -16,7 +16,7 @@ from lightning_prune.surgery.edits import Replace, apply
 from lightning_prune.surgery.history import ATTRIBUTE, History, HistoryError, begun, edits_of, history_of
 from lightning_prune.surgery.masks import Masks, attach_masks
 from lightning_prune.surgery.optimizers import unwrap
-from lightning_prune.surgery.repair import install
+from lightning_prune.surgery.repairs import install
 from lightning_prune.surgery.replacing import require_modules
 from lightning_prune.surgery.shrink import forget
 from lightning_prune.surgery.specs import LayerSpec

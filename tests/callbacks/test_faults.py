@@ -30,7 +30,8 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks import live_transaction, network_pruning, structured
-from lightning_prune.surgery import CutError, history_of, repair, shrink, verify
+from lightning_prune.surgery import CutError, history_of, shrink, verify
+from lightning_prune.surgery.repairs import repair
 from tests.callbacks.contents import attributes, content, differences, untimed
 from tests.callbacks.networks import BATCHES, Net, equal, fit, hooks, make, refit, samples, trainer, weights, widths
 from tests.support.kills import campaign

@@ -14,8 +14,17 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from lightning_prune.scoring import DataPass
-from lightning_prune.surgery import Change, CutError, cut, transaction
-from lightning_prune.surgery.repair import FoldMean, ReestimateBatchNorm, Ridge, install, repaired
+from lightning_prune.surgery import (
+    Change,
+    CutError,
+    FoldMean,
+    ReestimateBatchNorm,
+    Ridge,
+    cut,
+    install,
+    repaired,
+    transaction,
+)
 
 REPAIRS = [FoldMean(), Ridge(), ReestimateBatchNorm()]
 
@@ -235,15 +244,61 @@ def test_dead_inputs_do_not_break_the_fit():
     torch.testing.assert_close(narrow(batches[0]), model(batches[0]))
 
 
-@pytest.mark.parametrize("net", [conv_net(nn.Conv2d(6, 4, 3, groups=2)), conv_net(nn.Conv2d(6, 4, 3))])
-def test_what_ridge_cannot_fit_has_its_mean_folded(net):
-    batches = data(2, 2, 9, 9)
-    axes = conv_axes([0, 2, 3, 5], inner=[0, 2] if net.second.groups == 2 else None)
-    repair = Ridge(max_inputs=20) if net.second.groups == 1 else Ridge()
-    contents = repaired(partial(copy.deepcopy, net), axes, [repair], runs(batches))
+def responses(layer, inputs):
+    """What a convolution makes of its inputs for each element of its weight alone: ``(positions, channels · taps)``."""
+    columns = []
+    shape = (inputs.shape[1], 1) if layer.transposed else (1, inputs.shape[1])
+    for channel, *taps in np.ndindex(inputs.shape[1], *layer.kernel_size):
+        weight = torch.zeros(*shape, *layer.kernel_size)
+        weight.transpose(0, int(layer.transposed))[(0, channel, *taps)] = 1
+        apply = F.conv_transpose2d if layer.transposed else F.conv2d
+        columns.append(apply(inputs, weight, None, layer.stride, layer.padding).flatten())
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize(
+    ("second", "norm", "inner", "dim"),
+    [
+        (nn.Conv2d(6, 4, 3, padding=1, groups=2), None, [0, 2], 1),
+        (nn.Conv2d(6, 9, (3, 1), stride=2, groups=3, bias=False), nn.BatchNorm2d(9), [1], 1),
+        (nn.Conv2d(6, 4, 1), None, [0, 1, 3, 4], 1),
+        (nn.ConvTranspose2d(6, 4, (3, 2), stride=2, padding=1), None, [0, 1, 3, 4], 0),
+    ],
+    ids=["two groups", "three groups and a norm", "1x1", "transposed"],
+)
+def test_ridge_of_grouped_and_transposed_convolutions(second, norm, inner, dim):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, batches, groups = conv_net(second, norm), data(2, 2, 9, 9), second.groups
+        width, taps = 6 // groups, second.weight[0, 0].numel()
+        kept = [group * width + place for group in range(groups) for place in inner]
+        narrow = cut_with(model, conv_axes(kept, dim=dim, inner=inner), [Ridge(strength=0.05, rows=10**6)], batches)
+        hidden = torch.relu(model.first(torch.cat(batches))).detach()
+        columns = [place * taps + tap for place in inner for tap in range(taps)]
+        weights, losses = [], []
+        for part, weight in zip(hidden.chunk(groups, 1), second.weight.detach().chunk(groups, 1 - dim), strict=True):
+            matrix = weight.transpose(0, 1 - dim).flatten(1)
+            fitted, lost = naive_ridge(responses(second, part), matrix, columns, 0.05)
+            weights.append(fitted)
+            losses.append(lost)
+        found = narrow.second.weight.detach().transpose(0, 1 - dim).flatten(1)
+        torch.testing.assert_close(found, torch.cat(weights))
+        if norm is None:
+            torch.testing.assert_close(narrow.second.bias, second.bias + torch.cat(losses))
+        else:
+            torch.testing.assert_close(narrow.norm.running_mean, model.norm.running_mean - torch.cat(losses))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_too_many_inputs_have_their_mean_folded():
+    net, batches, axes = conv_net(nn.Conv2d(6, 4, 3)), data(2, 2, 9, 9), conv_axes([0, 2, 3, 5])
+    contents = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=53)], runs(batches))
     expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], runs(batches))
     assert contents.keys() == expected.keys() == {"second.bias"}
     assert torch.equal(contents["second.bias"], expected["second.bias"])
+    fitted = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=54)], runs(batches))
+    assert fitted.keys() == {"second.bias", "second.weight"}
 
 
 # -- batch norm -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from lightning_prune.scoring import DataPass, NeuralProbe, Surrogate
 from lightning_prune.scoring.surrogates import Fitted, metric_name, require_labels, split_samples
 from lightning_prune.scoring.walk import Station, pooled_features, stations_of
 from lightning_prune.surgery import Edit, Keep, ReestimateBatchNorm, Repair
-from lightning_prune.surgery.repair import Run, batch_norms
+from lightning_prune.surgery.repairs.batch_norms import batch_norms
+from lightning_prune.surgery.repairs.repair import Run
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["ReestimateIfBetter"]

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_prune.scoring.undisturbed import own_random_state
 from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import tensors
-from lightning_prune.surgery.repair import Repair, Run
+from lightning_prune.surgery.repairs.repair import Repair, Run
 from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["Reinitialise", "StoredWeights"]

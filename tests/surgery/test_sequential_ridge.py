@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Subject, trace
 from lightning_prune.surgery import FoldMean, SequentialRidge, cut, install, repaired
-from lightning_prune.surgery.refit import _as_matrices, _from_matrices, _rows
-from lightning_prune.surgery.repair import spread
+from lightning_prune.surgery.repairs.linear import as_matrices, from_matrices, rows_of, spread
 
 LAYERS = [
     (nn.Linear(3, 5), (7, 4, 3)),
@@ -45,11 +44,11 @@ def test_layers_are_linear_maps_of_their_rows(layer, shape):
     layer, x = copy.deepcopy(layer).double(), torch.randn(shape)
     y = layer(x).detach()
     outputs = y.flatten(0, -2) if isinstance(layer, nn.Linear) else y.movedim(1, -1).flatten(0, -2)
-    weight = _as_matrices(layer)
-    rows = _rows(layer, x, y, torch.arange(len(outputs))).unflatten(1, (len(weight), -1))
+    weight = as_matrices(layer)
+    rows = rows_of(layer, x, y, torch.arange(len(outputs))).unflatten(1, (len(weight), -1))
     found = torch.einsum("ngi,goi->ngo", rows, weight).flatten(1) + layer.bias.detach()
     torch.testing.assert_close(found, outputs)
-    assert torch.equal(_from_matrices(layer, weight), layer.weight.detach())
+    assert torch.equal(from_matrices(layer, weight), layer.weight.detach())
 
 
 def test_fewer_rows_are_some_of_them_from_all_over_the_image():

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.walk import Here, Station, Walk, stations_of
 from lightning_prune.structure.graph import Axes
-from lightning_prune.surgery.repair import (
-    FoldMean,
-    Repair,
+from lightning_prune.surgery.repairs.linear import (
+    as_matrices,
     double,
+    from_matrices,
     input_dim,
-    require_positive,
+    is_transposed,
+    joined,
+    rows_of,
     spread,
     tied_layers,
-    windows,
 )
+from lightning_prune.surgery.repairs.repair import Repair, require_positive
+from lightning_prune.surgery.repairs.ridge import FoldMean
 from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["SequentialRidge"]
@@ -142,14 +144,14 @@ class _Fit:
         self.layer: Any = modules[name]
         self.norm: Any = None if norm is None else modules[norm]
         self.ridge = ridge
-        self.tensors = {part: _joined(name, part) for part in ("weight", "bias")}
+        self.tensors = {part: joined(name, part) for part in ("weight", "bias")}
         if norm is not None:
-            self.tensors["mean"] = _joined(norm, "running_mean")
-        dims = {"bias": 0, "mean": 0, "weight": 1 if _is_transposed(self.layer) else 0}
+            self.tensors["mean"] = joined(norm, "running_mean")
+        dims = {"bias": 0, "mean": 0, "weight": 1 if is_transposed(self.layer) else 0}
         found = [axes.get(self.tensors[part], {}).get(dim) for part, dim in dims.items() if part in self.tensors]
         kept = next((positions for positions in found if positions is not None), None)
         self.kept = slice(None) if kept is None else torch.from_numpy(np.array(kept))
-        self.weight = _as_matrices(self.layer)
+        self.weight = as_matrices(self.layer)
         self.is_constant_only = self.weight.shape[2] > ridge.max_inputs
         self.count = 0
         self.sums: dict[str, Tensor] = {}
@@ -171,7 +173,7 @@ class _Fit:
         if before is not None and after is not None:
             lost = double(self._positions(before)[chosen][:, self.kept]) - double(self._positions(after)[chosen])
             wanted = wanted + lost * self._gain(wanted)
-        inputs = double(_rows(self.layer, narrow.value, dense.value, chosen))
+        inputs = double(rows_of(self.layer, narrow.value, dense.value, chosen))
         groups, weight = len(self.weight), self.weight.to(inputs)
         y, x = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (wanted, inputs))
         given = x @ weight.mT
@@ -191,7 +193,7 @@ class _Fit:
         found, weight = {}, self.weight
         if not self.is_constant_only and self.count >= _ROWS_PER_INPUT * self.weight.shape[2]:
             weight = self._solve()
-            found["weight"] = _from_matrices(self.layer, weight)
+            found["weight"] = from_matrices(self.layer, weight)
         constant = (self._mean("y") - (weight @ self._mean("x")[:, :, None])[:, :, 0]).flatten()
         if self.layer.bias is not None:
             found["bias"] = constant
@@ -236,61 +238,3 @@ class _Fit:
 
     def _mean(self, name: str) -> Tensor:
         return (self.sums[name] / self.count).cpu()
-
-
-# -- layers as matrices -----------------------------------------------------------------------------------------------
-
-
-def _joined(module: str, tensor: str) -> str:
-    return f"{module}.{tensor}" if module else tensor
-
-
-def _is_transposed(layer: Any) -> bool:
-    return not isinstance(layer, nn.Linear) and layer.transposed
-
-
-def _as_matrices(layer: Any) -> Tensor:
-    """The weight as ``(groups, outputs, inputs · taps)``, in float64 on the CPU."""
-    weight = double(layer.weight.detach()).cpu()
-    if isinstance(layer, nn.Linear):
-        return weight[None]
-    if layer.transposed:  # a convolution with the taps in the other order
-        weight = weight.transpose(0, 1).flip(*range(2, weight.ndim))
-    return weight.reshape(layer.groups, len(weight) // layer.groups, -1)
-
-
-def _from_matrices(layer: Any, matrices: Tensor) -> Tensor:
-    """What `_as_matrices` has been given."""
-    shape = layer.weight.shape
-    if not _is_transposed(layer):
-        return matrices.reshape(shape)
-    return matrices.reshape(shape[1], shape[0], *shape[2:]).flip(*range(2, len(shape))).transpose(0, 1)
-
-
-def _rows(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-    """What a layer is applied to at some of its output's positions: shape ``(rows, inputs · taps)``."""
-    if isinstance(layer, nn.Linear):
-        return (x.flatten(0, -2) if x.ndim > 1 else x[None])[chosen]
-    x, y = (value if value.ndim == layer.weight.ndim else value[None] for value in (x, y))
-    sizes, dims = y.shape[2:], y.ndim - 2
-    stride = layer.stride
-    if layer.transposed:
-        x, stride = _spread_out(layer, x, sizes), (1,) * dims
-    else:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    return windows(layer, x, sizes, stride, chosen)
-
-
-def _spread_out(layer: Any, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The inputs of a transposed convolution with zeros in between: what a convolution with stride 1 is applied to."""
-    lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
-    apart = x.new_zeros(*x.shape[:2], *lengths)
-    every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.stride))
-    apart[every] = x
-    padding: list[int] = []
-    for dim in reversed(range(len(sizes))):
-        reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1)
-        before = reach - layer.padding[dim]
-        padding += [before, sizes[dim] + reach - lengths[dim] - before]
-    return F.pad(apart, padding)

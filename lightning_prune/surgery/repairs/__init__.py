@@ -1,0 +1,19 @@
+"""Changing the layers that stay, right after a cut: by statistics, by least squares, or by starting over."""
+
+from lightning_prune.surgery.repairs.batch_norms import ReestimateBatchNorm
+from lightning_prune.surgery.repairs.repair import Repair, install, repaired
+from lightning_prune.surgery.repairs.restart import Reinitialise, StoredWeights
+from lightning_prune.surgery.repairs.ridge import FoldMean, Ridge
+from lightning_prune.surgery.repairs.sequential_ridge import SequentialRidge
+
+__all__ = [
+    "FoldMean",
+    "ReestimateBatchNorm",
+    "Reinitialise",
+    "Repair",
+    "Ridge",
+    "SequentialRidge",
+    "StoredWeights",
+    "install",
+    "repaired",
+]

@@ -1,0 +1,160 @@
+"""What a repair is: new contents for the layers that stay, computed on copies of the network from a few batches.
+
+The live network only takes them over. All sums are in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.arguments import Settings
+from lightning_prune.scoring import DataPass
+from lightning_prune.structure.graph import Axes
+from lightning_prune.surgery.change import Change, CutError
+from lightning_prune.surgery.depth import stays
+from lightning_prune.surgery.shrink import cut
+from lightning_prune.surgery.tensors import named, take
+
+__all__ = ["Repair", "Run", "install", "repaired", "require_positive"]
+
+#: Runs the first n batches of some data, always the same, through a network.
+Run = Callable[[nn.Module, int], None]
+
+
+class Repair(Settings, ABC):
+    """What is changed in the layers that stay, right after a cut.
+
+    Attributes:
+        batches: Batches of training data that are looked at.
+        restarts: Whether training starts anew from the new contents, so that the optimizer's state is cleared.
+    """
+
+    batches: int
+    restarts: ClassVar[bool] = False
+
+    @property
+    def info(self) -> Mapping[str, float]:
+        """Plain numbers that the history of the cut is to remember."""
+        return {}
+
+    def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
+        """New contents by name of parameter or buffer, in the shapes before the cut, from the network before it.
+
+        Args:
+            model: A copy of the network in eval mode.
+            axes: What the cut keeps; of the inputs of a layer that becomes a constant, none.
+            run: Runs batches through the network.
+        """
+        return {}
+
+    def between(
+        self,
+        dense: nn.Module,  # noqa: ARG002
+        narrow: nn.Module,  # noqa: ARG002
+        axes: Axes,  # noqa: ARG002
+        data: DataPass,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """New contents from the networks before and after the cut side by side.
+
+        Args:
+            dense: A copy of the network before the cut.
+            narrow: One after it, which may be changed: what it holds then is set from the contents.
+            axes: What the cut keeps.
+            data: Batches for both.
+        """
+        return {}
+
+    def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
+        """New contents from the network after the cut (a copy, in the mode it trains in)."""
+        return {}
+
+
+def repaired(
+    copied: Callable[[], nn.Module],
+    axes: Axes,
+    repairs: Sequence[Repair],
+    data: DataPass | None,
+    drops: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """What parameters and buffers hold after a cut and its repairs, by name, where the repairs change them.
+
+    Args:
+        copied: Gives a copy of the network before the cut, in the modes it trains in.
+        axes: What is kept.
+        repairs: In the order in which they happen; where two write the same tensor, the later one counts.
+        data: Batches that are run through the copies; None if no repair reads any.
+        drops: Layers that the cut takes out whole (``structure.drops(kept)``).
+
+    Raises:
+        CutError: If a content is not finite.
+        ValueError: If a repair reads batches, and there are none.
+    """
+    drops, model = drops or {}, copied()
+    compares = [type(repair).between is not Repair.between for repair in repairs]
+    dense = copied().eval() if any(compares) else model
+
+    def run(model: nn.Module, n: int) -> None:
+        _required(data, repairs).run(model, keep_modes=True, limit=n)
+
+    inputs = {f"{name}.weight": {1: np.empty(0, np.int64)} for name, kind in drops.items() if kind == "constant"}
+    emptied = {**axes, **{name: {**axes.get(name, {}), **none} for name, none in inputs.items()}}
+    modes = [(module, module.training) for module in model.modules()]
+    contents: dict[str, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        model.eval()
+        for repair in repairs:
+            contents |= repair.before(model, emptied, run)
+        for module, training in modes:
+            module.training = training
+        cut(model, axes, drops=drops)
+        contents = {name: take(new, axes.get(name, {})) for name, new in contents.items() if stays(name, drops)}
+        _copy_into(model, contents)
+        for repair, does_compare in zip(repairs, compares, strict=True):
+            if does_compare:
+                contents |= repair.between(dense, model, axes, _required(data, repairs))
+                _copy_into(model, contents)
+            later = repair.after(model, run)
+            _copy_into(model, later)
+            contents |= later
+    broken = [name for name, content in contents.items() if not content.isfinite().all()]
+    if broken:
+        raise CutError(f"the repair gives NaN or infinity for {', '.join(broken)}")
+    return contents
+
+
+def _required(data: DataPass | None, repairs: Sequence[Repair]) -> DataPass:
+    if data is None:
+        raise ValueError(f"expected batches of data for {', '.join(map(repr, repairs))}, got none")
+    return data
+
+
+def install(change: Change, model: nn.Module, contents: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers of a network other contents of the same shapes, as part of a ``change``."""
+    present = named(model)
+    for name, content in contents.items():
+        tensor = present[name]
+        with torch.no_grad():
+            data = torch.empty_like(tensor.detach()).copy_(content)
+        change.assign(tensor, data, tensor.grad)
+
+
+def _copy_into(model: nn.Module, contents: Mapping[str, Tensor]) -> None:
+    present = named(model)
+    for name, content in contents.items():
+        present[name].copy_(content)
+
+
+def require_positive(repair: Any) -> None:
+    """Every setting is above 0."""
+    for name in repair.__dataclass_fields__:
+        if getattr(repair, name) <= 0:
+            raise ValueError(
+                f"{type(repair).__name__}: expected `{name}` above 0, got {getattr(repair, name)}. Leave it out for "
+                "the default."
+            )
