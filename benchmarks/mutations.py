@@ -25,10 +25,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning  # noqa: F401  # like the next, not to be imported by every fork
+import sklearn.datasets  # noqa: F401
 
 from benchmarks.common import add_resume, here, publish, rows_in
 
@@ -206,8 +209,12 @@ def failing(tree: Path, tests: list[str], seconds: int, *options: str, names: It
     sys.path[:] = [str(tree), *(place for place in sys.path if Path(place or ".").resolve() != ROOT)]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lightning_prune", "benchmarks")]:
         del sys.modules[name]
-    sys.dont_write_bytecode = True  # which is as old as the file to the second
     os._exit(int(pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", *options, *tests], [Watch(notes, names)])))
+
+
+def _write(file: Path, source: str) -> None:
+    file.write_text(source, encoding="utf-8")
+    Path(cache_from_source(str(file))).unlink(missing_ok=True)  # which is told from the file by seconds and bytes
 
 
 def judged(tree: Path, mutant: dict[str, Any], seconds: int, *, everywhere: bool) -> dict[str, Any]:
@@ -220,10 +227,10 @@ def judged(tree: Path, mutant: dict[str, Any], seconds: int, *, everywhere: bool
     # What takes a second may take longer on a busy machine; what takes two minutes does not end.
     options = ("-x", "-m", marks, "-k", "not within_a_second", "-o", "timeout=120")
     try:
-        file.write_text(planted(source, mutant), encoding="utf-8")
+        _write(file, planted(source, mutant))
         found = failing(tree, tests, seconds, *options, names=names)
     finally:
-        file.write_text(source, encoding="utf-8")
+        _write(file, source)
     by = found[0] if found else None
     return {"found": bool(found), "by": by, "seconds": round(time.monotonic() - began), "at": here()}
 
@@ -231,7 +238,7 @@ def judged(tree: Path, mutant: dict[str, Any], seconds: int, *, everywhere: bool
 def wrongly(tree: Path, rows: list[dict[str, Any]]) -> list[str]:
     """The tests that fail without a bug, too."""
     for file in {tree / row["file"] for row in rows}:
-        file.write_text(planted(file.read_text("utf-8"), None), encoding="utf-8")
+        _write(file, planted(file.read_text("utf-8"), None))
     tests = sorted({row["by"] for row in rows if row["found"]})
     found = failing(tree, tests, 3600, "-m", "not slow")
     subprocess.run(["git", "-C", tree, "checkout", "-q", "lightning_prune"], check=True)
