@@ -279,7 +279,9 @@ def main() -> None:
     if given.again:
         subprocess.run(["git", "-C", tree, "fetch", "-q", ROOT, "HEAD"], check=True)
         subprocess.run(["git", "-C", tree, "checkout", "-q", "FETCH_HEAD", "--", "tests"], check=True)
-    elif not given.resume:
+    elif given.resume:  # what was stopped may have left its bug
+        subprocess.run(["git", "-C", tree, "checkout", "-q", "lightning_prune"], check=True)
+    else:
         shutil.rmtree(tree, ignore_errors=True)
         store.unlink(missing_ok=True)
         subprocess.run(["git", "clone", "-q", ROOT, tree], check=True)
