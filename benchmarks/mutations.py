@@ -95,7 +95,7 @@ def _turned(node: Any) -> Iterator[tuple[str, ast.AST]]:
             yield "condition", _but(node, test=ast.UnaryOp(ast.Not(), test))
         case ast.comprehension(ifs=[test]):
             yield "condition", _but(node, ifs=[ast.UnaryOp(ast.Not(), test)])
-        case ast.Call(args=[first, second, *rest]):
+        case ast.Call(args=[first, second, *rest]) if ast.unparse(node.func) not in ("min", "max"):
             if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
                 yield "arguments swapped", _but(node, args=[second, first, *rest])
 
@@ -104,7 +104,7 @@ def _missing(node: Any) -> Iterator[tuple[str, ast.AST]]:
     match node:
         case ast.Call(keywords=keywords):
             for at, keyword in enumerate(keywords):
-                if keyword.arg not in (None, "strict", "stacklevel"):
+                if keyword.arg not in (None, "strict", "stacklevel", "device"):  # which tells on a GPU only
                     yield "argument missing", _but(node, keywords=keywords[:at] + keywords[at + 1 :])
         case ast.Expr(value=ast.Constant()):
             return  # a docstring
@@ -114,39 +114,27 @@ def _missing(node: Any) -> Iterator[tuple[str, ast.AST]]:
             yield "statement missing", ast.Pass()
 
 
-def mutants(tree: Path, each: int, seed: int) -> list[dict[str, Any]]:
-    """As many of each room, of each kind in turn."""
-    drawn = []
-    for room in ROOMS:
-        found = dict[str, list[dict[str, Any]]]()
-        for file in sorted((tree / "lightning_prune" / room).rglob("*.py")):
-            for place, (_, _, node) in enumerate(places(ast.parse(file.read_text("utf-8")))):
-                for nth, (kind, new) in enumerate(mistakes(node)):
-                    line = getattr(node, "lineno", None) or node.target.lineno
-                    where = {
-                        "room": room,
-                        "file": str(file.relative_to(tree)),
-                        "line": line,
-                        "place": place,
-                        "nth": nth,
-                    }
-                    change = {"kind": kind, "old": ast.unparse(node), "new": ast.unparse(new)}
-                    found.setdefault(kind, []).append({**where, **change})
-        for kind in found:
-            random.Random(f"{seed} {room} {kind}").shuffle(found[kind])
-        of = sum(map(len, found.values()))
-        kinds = itertools.cycle(sorted(found))
-        drawn.append([{"of": of, **found[kind].pop()} for kind in itertools.islice(kinds, each)])
-    return [row for rows in zip(*drawn, strict=True) for row in rows]
+def mutants(tree: Path, room: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Those of a room in random order, of each kind in turn."""
+    found = dict[str, list[dict[str, Any]]]()
+    for file in sorted((tree / "lightning_prune" / room).rglob("*.py")):
+        for place, (_, _, node) in enumerate(places(ast.parse(file.read_text("utf-8")))):
+            for nth, (kind, new) in enumerate(mistakes(node)):
+                where = {"line": getattr(node, "lineno", None) or node.target.lineno, "place": place, "nth": nth}
+                change = {"kind": kind, "old": ast.unparse(node), "new": ast.unparse(new)}
+                found.setdefault(kind, []).append({"file": str(file.relative_to(tree)), **where, **change})
+    of = sum(map(len, found.values()))
+    for kind in sorted(found):
+        random.Random(f"{seed} {room} {kind}").shuffle(found[kind])
+    return ({"room": room, "of": of, **found[kind].pop()} for kind in itertools.cycle(sorted(found)))
 
 
-def planted(source: str, mutant: dict[str, Any] | None) -> str:
-    """A file with its bug, or as Python writes it without one."""
+def planted(source: str, mutant: dict[str, Any]) -> str:
+    """A file with its bug."""
     tree = ast.parse(source)
-    if mutant:
-        holder, key, node = list(places(tree))[mutant["place"]]
-        new = list(mistakes(node))[mutant["nth"]][1]
-        holder.__setitem__(key, new) if isinstance(holder, list) else setattr(holder, key, new)
+    holder, key, node = list(places(tree))[mutant["place"]]
+    new = list(mistakes(node))[mutant["nth"]][1]
+    holder.__setitem__(key, new) if isinstance(holder, list) else setattr(holder, key, new)
     return ast.unparse(tree)
 
 
@@ -238,7 +226,7 @@ def judged(tree: Path, mutant: dict[str, Any], seconds: int, *, everywhere: bool
 def wrongly(tree: Path, rows: list[dict[str, Any]]) -> list[str]:
     """The tests that fail without a bug, too."""
     for file in {tree / row["file"] for row in rows}:
-        _write(file, planted(file.read_text("utf-8"), None))
+        _write(file, ast.unparse(ast.parse(file.read_text("utf-8"))))
     tests = sorted({row["by"] for row in rows if row["found"]})
     found = failing(tree, tests, 3600, "-m", "not slow")
     subprocess.run(["git", "-C", tree, "checkout", "-q", "lightning_prune"], check=True)
@@ -274,18 +262,16 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="of what is stored, run those that lived")
     add_resume(parser)
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
     tree, store, drawn = given.work / "tree", given.work / "rows.jsonl", given.work / "drawn.json"
+    if not (given.resume or given.again):
+        shutil.rmtree(given.work, ignore_errors=True)
+        subprocess.run(["git", "clone", "-q", ROOT, tree], check=True)
+        rooms = (itertools.islice(mutants(tree, room, given.seed), given.each) for room in ROOMS)
+        drawn.write_text(json.dumps(list(itertools.chain(*zip(*rooms, strict=True)))), encoding="utf-8")
+    subprocess.run(["git", "-C", tree, "checkout", "-q", "lightning_prune"], check=True)  # a bug that was left
     if given.again:
         subprocess.run(["git", "-C", tree, "fetch", "-q", ROOT, "HEAD"], check=True)
         subprocess.run(["git", "-C", tree, "checkout", "-q", "FETCH_HEAD", "--", "tests"], check=True)
-    elif given.resume:  # what was stopped may have left its bug
-        subprocess.run(["git", "-C", tree, "checkout", "-q", "lightning_prune"], check=True)
-    else:
-        shutil.rmtree(tree, ignore_errors=True)
-        store.unlink(missing_ok=True)
-        subprocess.run(["git", "clone", "-q", ROOT, tree], check=True)
-        drawn.write_text(json.dumps(mutants(tree, given.each, given.seed)), encoding="utf-8")
     done = {row["number"]: row for row in (rows_in(store) if store.is_file() else [])}
     for number, mutant in enumerate(json.loads(drawn.read_text("utf-8"))):
         before = done.get(number)
