@@ -212,7 +212,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
-        tracing.rehearse(plan.kept)
+        tracing.verify_shapes(plan.kept)
         contents = _repaired(asked, subject, structure, plan)
         info = {name: value for repair in asked.repairs for name, value in repair.info.items()}
         with (

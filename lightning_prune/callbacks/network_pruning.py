@@ -32,7 +32,7 @@ from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Size, require
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Structure, Subject, rehearse, trace
+from lightning_prune.structure import Structure, Subject, trace, verify_shapes
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of
 
 __all__ = ["Decision", "NetworkPruning"]
@@ -206,7 +206,7 @@ class NetworkPruning(ScheduledPruning):
                 contents = self._extensions.contents(context, repairs, axes, drops)
         contents = from_first(trainer, contents)
         notes = made_on_first(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
-        rehearse(subject, structure, plan.kept)
+        verify_shapes(subject, structure, plan.kept)
         after = change.keep(structure, plan.kept, {**decision.info, **notes})
         change.install(contents)
         if any(repair.restarts for repair in repairs):

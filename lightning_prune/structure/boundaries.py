@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from lightning_prune.structure.analysis import StructureError, Subject
 from lightning_prune.structure.backbone import Backbone, is_convolution, objection_to_head
 from lightning_prune.structure.layers import canonical
+from lightning_prune.structure.subject import StructureError, Subject
 from lightning_prune.structure.tracing import output_tensors
 
 __all__ = ["Boundary", "find_boundaries"]

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.flow import layer_kinds
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.layers import canonical, is_within
 from lightning_prune.structure.stages import stages_of
+from lightning_prune.structure.subject import Subject
 from lightning_prune.structure.tracing import output_tensors
 
 __all__ = ["Bypass", "Bypasses", "find_bypasses"]

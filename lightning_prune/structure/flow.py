@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.structure.analysis import _KINDS, Subject, _Analysis
+from lightning_prune.structure.analysis import KINDS, Analysis
+from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.standins import CONVOLUTIONS, NORMS
-from lightning_prune.structure.tracing import Call, IndexArray, Tracer, output_tensors
+from lightning_prune.structure.subject import Subject
+from lightning_prune.structure.tracing import Call, Tracer, output_tensors
 from lightning_prune.structure.vanishing import Flow, Op, Pass, Piece, Removal
 
 __all__ = ["layer_kinds", "with_flow"]
@@ -35,7 +37,7 @@ Raw = tuple[int, bool, tuple[Any, ...]]
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     """Follows every index and writes down the operators too."""
 
-    def __init__(self, analysis: _Analysis) -> None:
+    def __init__(self, analysis: Analysis) -> None:
         super().__init__(analysis.atoms, RULES, unknown)
         self.ops: list[tuple[list[Raw], list[Raw], bool]] = []
 
@@ -79,8 +81,8 @@ def with_flow(structure: Structure, subject: Subject, gone: Collection[str] = ()
 Run = tuple[list[tuple[list[Raw], list[Raw], bool]], set[int], list[Raw], dict[int, tuple[str, ...]], bool]
 
 
-def _recorded(subject: Subject) -> tuple[_Analysis, list[Run]]:
-    analysis = _Analysis(subject)
+def _recorded(subject: Subject) -> tuple[Analysis, list[Run]]:
+    analysis = Analysis(subject)
     recorder = _Recorder(analysis)
     runs = [_run(recorder, analysis, call) for call in subject.calls]
     for call in subject.optional:
@@ -89,16 +91,16 @@ def _recorded(subject: Subject) -> tuple[_Analysis, list[Run]]:
     return analysis, runs
 
 
-def _run(recorder: _Recorder, analysis: _Analysis, call: Call) -> Run:
+def _run(recorder: _Recorder, analysis: Analysis, call: Call) -> Run:
     """Run a call on the cheapest kind of tensors that it runs on."""
-    for kind in _KINDS:
-        copy = analysis._copy(kind)
+    for kind in KINDS:
+        copy = analysis.copy(kind)
         recorder.ops = []
         try:
             out = copy.run(recorder, call, analysis.labels)
         except Exception:
             recorder.forget()
-            if kind == _KINDS[-1]:
+            if kind == KINDS[-1]:
                 raise
             continue
         outputs = [recorder.raw(tensor) for tensor in output_tensors(out)]
@@ -131,7 +133,7 @@ def _first_seen(ops: Sequence[tuple[list[Raw], list[Raw], bool]]) -> set[int]:
 class _Covers:
     """Which groups an axis is wholly made of."""
 
-    def __init__(self, analysis: _Analysis, structure: Structure) -> None:
+    def __init__(self, analysis: Analysis, structure: Structure) -> None:
         self.atoms = analysis.atoms
         self.names = [group.name for group in structure.groups]
         self.owner = np.full(len(self.atoms.parent), -1)
@@ -168,9 +170,7 @@ def _pass(
     return Pass(kept, frozenset(inputs), tuple(cover.piece(raw) for raw in outputs), names, guarded)
 
 
-def _flow(
-    cover: _Covers, passes: tuple[Pass, ...], analysis: _Analysis, structure: Structure, model: nn.Module
-) -> Flow:
+def _flow(cover: _Covers, passes: tuple[Pass, ...], analysis: Analysis, structure: Structure, model: nn.Module) -> Flow:
     covers: dict[str, dict[int, frozenset[str]]] = {}
     for name, axes in analysis.labels.items():
         for dim, axis in enumerate(axes):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.subject import Subject
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["measure_latency", "median_seconds", "resize", "with_latency"]

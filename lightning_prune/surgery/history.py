@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.planning.target import Original
-from lightning_prune.structure.analysis import Subject
 from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import is_within, tensors
+from lightning_prune.structure.subject import Subject
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.depth import layer, templates
 from lightning_prune.surgery.edits import (

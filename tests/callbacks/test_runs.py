@@ -366,7 +366,7 @@ PLACES = {
     **dict.fromkeys(("score_groups", "make_plan", "score_summary"), structured),
     **dict.fromkeys(("apply", "edits_of", "begun", "verify"), import_module("lightning_prune.surgery.transaction")),
     "same_everywhere": live_transaction,
-    **dict.fromkeys(("rehearse", "reset_monitors", "log_now"), network_pruning),
+    **dict.fromkeys(("verify_shapes", "reset_monitors", "log_now"), network_pruning),
 }
 
 

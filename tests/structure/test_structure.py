@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.structure import Call, StructureError, Subject, analysis, refresh, trace
+from lightning_prune.structure import Call, StructureError, Subject, refresh, trace, trials
 from tests.support.architectures import CASES, Auxiliary, Net
 from tests.support.counting import counting
 from tests.support.cutting import cut, draw, half, masked, named, shrunk
@@ -545,8 +545,8 @@ def test_the_search_for_groups_that_fail_ends(monkeypatch):
     decided = trace(Subject.of(scaled(), x))
     assert decided.widths == {"good": 5}
     assert not decided.notes
-    monkeypatch.setattr(analysis, "_MOST_OPERATORS", 0)
-    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 2)
+    monkeypatch.setattr(trials, "_MOST_OPERATORS", 0)
+    monkeypatch.setattr(trials, "_LEAST_TRIALS", 2)
     undecided = trace(Subject.of(scaled(), x))
     assert set(undecided.widths) <= {"good"}
     assert {axis.tensor for axis in undecided.frozen} >= {f"bad{i}.weight" for i in range(6)}
@@ -556,8 +556,8 @@ def test_the_search_for_groups_that_fail_ends(monkeypatch):
 
 
 def test_a_trial_beyond_the_budget_leaves_what_passes_together(monkeypatch):
-    monkeypatch.setattr(analysis, "_MOST_OPERATORS", 0)
-    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 0)
+    monkeypatch.setattr(trials, "_MOST_OPERATORS", 0)
+    monkeypatch.setattr(trials, "_LEAST_TRIALS", 0)
 
     def forward(net, x):
         bad = net.bad(x)
@@ -565,7 +565,7 @@ def test_a_trial_beyond_the_budget_leaves_what_passes_together(monkeypatch):
 
     layers = {"bad": nn.Linear(4, 6), "end": nn.Linear(6, 2), "good": nn.Linear(4, 5), "last": nn.Linear(5, 2)}
     assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {}
-    monkeypatch.setattr(analysis, "_LEAST_TRIALS", 1)
+    monkeypatch.setattr(trials, "_LEAST_TRIALS", 1)
     assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {"good": 5}
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.structure import Subject, Tracing, rehearse
+from lightning_prune.structure import Subject, Tracing, verify_shapes
 from tests.support.counting import counting
 from tests.support.cutting import draw, masked, settle, shrunk
 
@@ -301,8 +301,8 @@ def check(drawn):
     for number in range(2):  # a second cut with what `take` says after the first
         kept = draw(structure, seed)
         if number == 0:
-            tracing.rehearse(kept)
-        rehearse(Subject.of(model, x), structure, kept)
+            tracing.verify_shapes(kept)
+        verify_shapes(Subject.of(model, x), structure, kept)
         axes = structure.axes(kept)
         small = shrunk(model, axes)
         torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,170 @@
+"""Putting tensors together and taking parts of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_prune.structure.rules.elementwise import broadcast, zero_along
+from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule, unknown
+from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer
+
+__all__ = ["index", "nothing", "split"]
+
+
+@rule("cat", "concat", "stack")
+def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Concatenate: indices stand one after another."""
+    stacked = str(func._schema.name) == "aten::stack"
+    parts = [p for p in args[0] if stacked or p.dim() > 1 or p.numel()]  # `cat` skips empty vectors
+    dim = argument(func, args, kwargs, "dim", 0) % out.dim()
+    values = [t.value(p) for p in parts]
+    where = t.where(func)
+    if stacked:
+        rest = broadcast(t, func, list(zip(parts, values, strict=True)), parts[0].dim())
+        zero = all(zero_along(x, v, rest) for x, v in zip(parts, values, strict=True))
+        t.label(out, [*rest[:dim], None, *rest[dim:]], zero=zero)
+        return
+    axes: list[AxisLabel] = []
+    for d in range(out.dim()):
+        if d != dim:
+            label: AxisLabel = WILD
+            for v in values:
+                label = t.meet(label, v.axes[d], where)
+            axes.append(label)
+            continue
+        pieces = [v.axes[d] for v in values]
+        if not any(isinstance(p, np.ndarray) for p in pieces):
+            axes.append(None)
+            continue
+        axes.append(
+            np.concatenate(
+                [
+                    p if isinstance(p, np.ndarray) else t.atoms.fresh(x.shape[d], f"a part of fixed size in {where}")
+                    for x, p in zip(parts, pieces, strict=True)
+                ]
+            )
+        )
+    others = [axis for d, axis in enumerate(axes) if d != dim]
+    alike = all(labelled(others) == labelled([a for d, a in enumerate(v.axes) if d != dim]) for v in values)
+    t.label(out, axes, zero=alike and all(v.zero for v in values))
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
+def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Equal parts lose the same indices; the bounds of unequal parts are numbers and stay."""
+    x, value = args[0], t.value(args[0])
+    dim = argument(func, args, kwargs, "dim", 0) % x.dim()
+    parts = list(out)
+    axis = value.axes[dim]
+    sizes = [p.shape[dim] for p in parts]
+    if isinstance(axis, np.ndarray) and len(parts) > 1:
+        if len(set(sizes)) == 1:
+            by_part = axis.reshape(len(parts), -1)
+            t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(parts) - 1))
+        else:
+            t.freeze([axis], f"split into unequal parts in {t.where(func)}")
+    start = 0
+    for part, size in zip(parts, sizes, strict=True):
+        piece = axis[start : start + size] if isinstance(axis, np.ndarray) else axis
+        start += size
+        t.label(part, [*value.axes[:dim], piece, *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("slice", "slice_copy", "narrow")
+def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A slice. Its bounds are numbers: they point at the same place if what lies before them stays.
+
+    A bound that is counted from the end moves with what lies behind it; whether one was computed from a width shows in
+    the trial, by what the slice holds.
+    """
+    x, value = args[0], t.value(args[0])
+    dim = argument(func, args, kwargs, "dim", 0) % x.dim()
+    start = argument(func, args, kwargs, "start") or 0
+    end = argument(func, args, kwargs, "end")
+    step = argument(func, args, kwargs, "step") or 1
+    n, axis = x.shape[dim], value.axes[dim]
+    if isinstance(axis, np.ndarray):
+        for bound in (start, end):
+            if bound is not None and -n < bound < n and bound:
+                held = slice(bound) if bound > 0 else slice(bound, None)
+                t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
+        part = axis[start:end:step]
+        if step != 1:
+            t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
+        t.picked(axis, part)
+        axis = part
+    elif axis is None:
+        t.note(start)
+    t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("select", "select_copy")
+def select(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """One index of an axis: the axis must keep what lies before it."""
+    x, value = args[0], t.value(args[0])
+    dim = args[1] % x.dim()
+    t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
+    t.label(out, [*value.axes[:dim], *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("unbind", "unbind_copy")
+def unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Every index of an axis on its own."""
+    x, value = args[0], t.value(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    t.freeze([value.axes[dim]], f"taken apart in {t.where(func)}")
+    for part in out:
+        t.label(part, [*value.axes[:dim], *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("index_select", "gather", "index", "take_along_dim", "_unsafe_index")
+def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Pick by an index tensor: exact along the axes that are not indexed."""
+    name = str(func._schema.name).removeprefix("aten::")
+    x, value = args[0], t.value(args[0])
+    if name == "index_select":
+        dim = args[1] % x.dim()
+        t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
+        t.label(out, [*value.axes[:dim], None, *value.axes[dim + 1 :]], zero=value.zero)
+        return
+    indices = args[1] if name in ("index", "_unsafe_index") else None
+    if indices is None or sum(i is not None for i in indices) != 1:
+        unknown(t, func, args, kwargs, out)
+        return
+    dim = next(d for d, i in enumerate(indices) if i is not None)
+    if indices[dim].dtype in (torch.bool, torch.uint8):
+        unknown(t, func, args, kwargs, out)
+        return
+    t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
+    t.freeze(t.value(indices[dim]).axes, f"used as an index in {t.where(func)}")
+    t.label(out, [*value.axes[:dim], *([None] * indices[dim].dim()), *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("glu")
+def glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Gated halves: both lose the same indices."""
+    x, value = args[0], t.value(args[0])
+    dim = argument(func, args, kwargs, "dim", -1) % x.dim()
+    axis = value.axes[dim]
+    if isinstance(axis, np.ndarray):
+        first, second = axis.reshape(2, -1)
+        t.atoms.unite(first, second)
+        axis = first
+    t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule(
+    "sym_size",
+    "sym_numel",
+    "sym_stride",
+    "is_same_size",
+    "_assert_async",
+    "_assert_tensor_metadata",
+    "_is_all_true",
+)
+def nothing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Reads sizes only."""
+    rigid(t, out)

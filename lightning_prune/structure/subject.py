@@ -1,0 +1,107 @@
+"""A network and the ways it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
+
+from lightning_prune.errors import PruningError
+from lightning_prune.structure.tracing import (
+    Call,
+    FakeCopy,
+    Kind,
+    output_tensors,
+)
+
+__all__ = ["StructureError", "Subject", "batch_size_of", "describe", "first_line", "require_names", "require_traceable"]
+
+
+class StructureError(PruningError, ValueError):
+    """A network whose structure could not be found."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and all that is needed to run a copy of it.
+
+    Attributes:
+        model: The network.
+        calls: How it is run; the first is a plain forward pass in eval mode, which costs are counted on.
+        optional: Calls that may fail to be traced, which leaves a note (a ``training_step`` with side effects, say).
+        memo: Objects of the network that a copy must not copy: ``{id(object): replacement}``.
+        prepare: Makes a copy ready to run (replaces metrics and loggers).
+        with_hooks: Whether users' hooks that take part in what the network computes run on a copy.
+    """
+
+    model: nn.Module
+    calls: tuple[Call, ...]
+    optional: tuple[Call, ...] = ()
+    memo: Mapping[int, Any] | None = None
+    prepare: Callable[[nn.Module], None] | None = None
+    with_hooks: bool = True
+
+    @classmethod
+    def of(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Subject:
+        """A plain module, run as ``model(*args, **kwargs)`` in eval and in train mode."""
+        calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
+        return cls(model, calls)
+
+    def copy(self, kind: Kind) -> FakeCopy:
+        """A copy of the network on tensors of this kind."""
+        return FakeCopy(self.model, self.memo, self.prepare, kind=kind, with_hooks=self.with_hooks)
+
+
+def require_names(model: nn.Module) -> None:
+    """Refuse an attribute with the name that `torch.compile` gives to the module inside: names are read without it."""
+    for prefix, module in model.named_modules():
+        if "_orig_mod" in module._modules and not isinstance(module, OptimizedModule):
+            where = f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
+            raise StructureError(
+                f"{where}: expected no attribute `_orig_mod`, which is the name that `torch.compile` gives to the "
+                "module that it stands around. Give the attribute another name."
+            )
+
+
+def require_traceable(model: nn.Module) -> None:
+    """Refuse modules whose parameters or whose code are not there."""
+    for prefix, module in model.named_modules():
+        where = f"{prefix or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StructureError(
+                f"{where}: expected modules in Python, got a ScriptModule, whose operators cannot be followed. Prune "
+                "the network that it was made from, and script that."
+            )
+        lazy = [name for name, parameter in module._parameters.items() if is_lazy(parameter)]
+        if lazy:
+            raise StructureError(
+                f"{where}: expected initialized parameters, got `{lazy[0]}` of a lazy layer. Run the network once on "
+                "an example before: `model(example)`."
+            )
+
+
+def batch_size_of(call: Call) -> int:
+    """Samples in an example: the images of a list (as detectors take them), else the length of the first tensor."""
+    first = next(iter((*call.args, *call.kwargs.values())), None)
+    if isinstance(first, list) and all(isinstance(item, torch.Tensor) and item.dim() == 3 for item in first):
+        return max(len(first), 1)
+    tensors = output_tensors((call.args, dict(call.kwargs)))
+    if not tensors or tensors[0].dim() == 0 or (tensors[0].dim() == 1 and tensors[0].is_floating_point()):
+        return 1
+    return int(tensors[0].shape[0])
+
+
+def describe(call: Call) -> str:
+    """The tensors that a call passes, in words."""
+    tensors = output_tensors((call.args, dict(call.kwargs)))
+    return ", ".join(f"a tensor of shape {tuple(t.shape)}, {t.dtype}" for t in tensors) or "without tensors"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["no message"])[0]

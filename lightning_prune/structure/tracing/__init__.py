@@ -1,0 +1,35 @@
+"""Running a network once on fake tensors while following every index of every axis."""
+
+from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
+from lightning_prune.structure.tracing.labels import (
+    WILD,
+    AxisLabel,
+    Blocks,
+    Decision,
+    Kind,
+    MacsRecord,
+    Picked,
+    SplitKey,
+    Value,
+)
+from lightning_prune.structure.tracing.network_copy import FakeCopy
+from lightning_prune.structure.tracing.operators import flat_tensors
+from lightning_prune.structure.tracing.tracer import Tracer
+
+__all__ = [
+    "WILD",
+    "AxisLabel",
+    "Blocks",
+    "Call",
+    "Decision",
+    "FakeCopy",
+    "Kind",
+    "MacsRecord",
+    "Picked",
+    "SplitKey",
+    "Tracer",
+    "Value",
+    "flat_tensors",
+    "forked_rng",
+    "output_tensors",
+]

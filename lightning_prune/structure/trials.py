@@ -1,0 +1,217 @@
+"""Cuts of a copy for trial, and the search for the groups that make them fail."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.structure.analysis import Analysis, TracedRun
+from lightning_prune.structure.atoms import IndexArray, MismatchError, NumberError, SealedAtoms
+from lightning_prune.structure.cost import CostModel
+from lightning_prune.structure.graph import Axes, Group, Structure
+from lightning_prune.structure.rules import RULES, unknown
+from lightning_prune.structure.subject import first_line
+from lightning_prune.structure.tracing import (
+    FakeCopy,
+    Tracer,
+    flat_tensors,
+)
+
+__all__ = ["Failure", "Trials"]
+
+_LOG = logging.getLogger("lightning_prune")
+#: Operators that all trials of a network together may run; then the search for the groups that fail ends.
+_MOST_OPERATORS = 500_000
+#: Trials that every network has, however many operators it runs.
+_LEAST_TRIALS = 64
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial cut failed, and representatives of the atoms at the latest operators, the last one first."""
+
+    reason: str
+    trail: list[IndexArray]
+    numbers: bool = False  # whether it computed with others
+
+
+class _Called(TorchFunctionMode):
+    """Writes down what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[tuple[str, tuple[float, ...]]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        fractions = tuple(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, float))
+        self.functions.append((getattr(func, "__qualname__", repr(func)), fractions))
+        return func(*args, **(kwargs or {}))
+
+
+class Trials:
+    """Cuts of half the units of some groups, on copies of an analysed network.
+
+    Args:
+        analysis: The network; groups that fail are frozen in it, and notes are left.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self._count = 0
+
+    def passing(self, groups: list[Group]) -> list[Group]:
+        """Cut the copy, run it again, and freeze the groups that make it fail."""
+        groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
+        # Of two units a cut leaves one: an axis of length 1 broadcasts and shows no pattern. Only numbers are compared,
+        # which tell enough: positions, parts of splits and views, and counts of groups are among them.
+        return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
+
+    def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
+        failed: set[str] = set()
+        while candidates:
+            if not self._is_out_of_trials():
+                failing = self._failing(candidates, follow)
+            else:  # what has passed its trial goes on if all of it passes together
+                failing = self._undecided(candidates) if self.attempt(candidates, follow) else []
+            if not failing:
+                break
+            for group, reason in failing:
+                for m in group.members:
+                    self.analysis.atoms.freeze(self.analysis.labels[m.tensor][m.dim][m.index.ravel()], reason)
+            failed |= {group.name for group, _ in failing}
+            candidates = [g for g in candidates if g.name not in failed]
+        return [g for g in groups if g.name not in failed]
+
+    def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
+        """Groups whose cut fails, each with the reason: those at the operator that fails, or else found by halving."""
+        if self._is_out_of_trials():
+            return self._undecided(groups)
+        failure = self.attempt(groups, follow)
+        self._count += 1
+        if self._count % 50 == 0:
+            _LOG.info("%d trial cuts, and the groups that fail are still being searched for", self._count)
+        if failure is None:
+            return []
+        if len(groups) == 1:
+            return [(groups[0], f"a trial cut failed: {failure.reason}")]
+        suspects = self.suspects(groups, failure)
+        if 0 < len(suspects) < len(groups):
+            found = self._failing(suspects, follow)
+            if found:
+                return found
+        half = len(groups) // 2
+        found = self._failing(groups[:half], follow) + self._failing(groups[half:], follow)
+        # Halves that work alone but not together: the later one gives way.
+        return found or [(g, f"a trial cut failed together with others: {failure.reason}") for g in groups[half:]]
+
+    def _is_out_of_trials(self) -> bool:
+        operators = sum(len(run.script) for run in self.analysis.runs)
+        return self._count >= max(_LEAST_TRIALS, _MOST_OPERATORS // max(operators, 1))
+
+    def _undecided(self, groups: list[Group]) -> list[tuple[Group, str]]:
+        """Groups that stay since there are no trials left."""
+        self.analysis.notes.append(
+            f"the search for what cannot be cut ended after {self._count} trials: {', '.join(g.name for g in groups)} "
+            "stay undecided"
+        )
+        return [(group, f"undecided after {self._count} trial cuts") for group in groups]
+
+    def suspects(self, groups: list[Group], failure: Failure) -> list[Group]:
+        """The groups at the operator that failed, or else at the nearest one before it that has any."""
+        for roots in failure.trail:
+            suspects = [group for group in groups if np.isin(self.analysis.atoms_of(group), roots).any()]
+            if suspects:
+                return suspects
+        return []
+
+    def attempt(self, groups: list[Group], follow: bool) -> Failure | None:
+        """Cut half of the units of these groups and run; None if it computes and couples as before."""
+        draw = np.random.default_rng(0)
+        kept = {}
+        for group in groups:
+            lost = draw.permutation(group.width)[: max((group.width - 1) // 2, 1)]
+            kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
+        return self.compare(Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept), follow)
+
+    def compare(self, axes: Axes, follow: bool) -> Failure | None:
+        """Run a cut copy and compare what it computes with; with `follow`, what it couples too."""
+        labels, atoms = self._labels_at(axes), SealedAtoms(self.analysis.atoms)
+        tracer = self._second_tracer(atoms)
+        for run in self.analysis.runs:
+            call, copy = run.call, self.analysis.copy(run.kind)
+            try:
+                if run.kind == "real":
+                    run = self._masked(run, copy, axes)
+                tracer.decided, tracer.decided_views = run.decisions, run.views
+                tracer.expected = run.script
+                with copy.cut(axes):
+                    out = copy.run(tracer, call, labels)
+                tracer.finish()
+                self.analysis.freeze_output(tracer, call, out)
+                if follow:
+                    atoms.check()
+            except Exception as error:
+                return self._failure(error, tracer, atoms if follow else None)
+            finally:
+                tracer.forget()
+        return None
+
+    def _labels_at(self, axes: Axes) -> dict[str, tuple[IndexArray, ...]]:
+        """Labels of what is kept."""
+        return {
+            name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
+            for name, dims in self.analysis.labels.items()
+        }
+
+    def functions_called(self, axes: Axes) -> list[tuple[str, tuple[float, ...]]] | None:
+        """Functions that a cut copy's code calls, with fractions among their arguments; None if it does not run."""
+        labels, called = self._labels_at(axes), _Called()
+        for run in self.analysis.runs:
+            tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
+            tracer.choices = self.analysis.tracer.choices
+            copy = self.analysis.copy(run.kind)
+            try:
+                with copy.cut(axes), called:
+                    copy.run(tracer, run.call, labels)
+            except Exception:  # which shows in the cut itself
+                return None
+        return called.functions
+
+    def _masked(self, run: TracedRun, copy: FakeCopy, axes: Axes) -> TracedRun:
+        """The same run of the masked network: where sizes hang on data, a right cut has them in common with it."""
+        tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
+        tracer.choices = self.analysis.tracer.choices
+        with copy.masked(axes):
+            copy.run(tracer, run.call, self.analysis.labels)
+        return TracedRun(run.call, run.kind, tracer.script, tracer.decisions, tracer.views)
+
+    def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
+        tracer = Tracer(atoms, RULES, unknown)
+        tracer.units, tracer.compares_lengths = self.analysis.tracer.units, self.analysis.tracer.compares_lengths
+        tracer.whole_groups = dict(self.analysis.tracer.whole_groups)
+        return tracer
+
+    def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> Failure:
+        """Why a trial failed; what it coupled before an operator failed comes first."""
+        if atoms is not None and not isinstance(error, MismatchError):
+            try:
+                atoms.check()
+            except MismatchError as earlier:
+                error = earlier
+        trail = [self._roots(flat_tensors(*arguments), tracer) for arguments in reversed(tracer.trail)]
+        if isinstance(error, MismatchError) and error.atoms.size:
+            trail = [error.atoms]
+        return Failure(f"{type(error).__name__}: {first_line(error)}", trail, isinstance(error, NumberError))
+
+    def _roots(self, inputs: Sequence[torch.Tensor], tracer: Tracer) -> IndexArray:
+        axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]
+        atoms = np.concatenate([*axes, np.empty(0, dtype=np.int64)])
+        return self.analysis.atoms.find(atoms[atoms < len(self.analysis.atoms)])
