@@ -363,9 +363,9 @@ def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
 
 
 def _size(subject: Subject, structure: Structure, *, measure: bool) -> Size:
-    milliseconds = latency(subject, batch_sizes=(1,)) if measure else {}
+    timings = latency(subject, batch_sizes=(1,)) if measure else {}
     size = Size.of(structure, backbone=backbone_modules(subject.model))
-    return replace(size, bytes=size_on_disk(subject.model), latency=milliseconds)
+    return replace(size.timed(timings), bytes=size_on_disk(subject.model))
 
 
 def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

@@ -255,8 +255,9 @@ class MaskPruning(ScheduledPruning):
             present = named(module)
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
             size = Size.of(structure, original_of(module, structure), backbone_in(trainer, module))
-            dense = replace(size, widths=widths)
+            dense = replace(size, widths=widths, zeros=0)
             self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
+            self._dense_network = subject.copy("meta").module
         self._begin_report()
 
     @override
@@ -416,7 +417,7 @@ class MaskPruning(ScheduledPruning):
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
-        return showing.measure(self._subject, self._size(module))
+        return showing.measure(self._subject, self._size(module), self._dense_network)
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -428,7 +429,7 @@ class MaskPruning(ScheduledPruning):
         params, backbone = size.params - _count(masks), size.backbone
         if backbone is not None and modules is not None:
             backbone -= _count({name: mask for name, mask in masks.items() if name.rpartition(".")[0] in modules})
-        return replace(size, params=params, backbone=backbone, widths=self._left(module))
+        return replace(size, params=params, zeros=_count(masks), backbone=backbone, widths=self._left(module))
 
     def _maskable(self, module: LightningModule) -> list[str]:
         """Names of the parameters that have or may get a mask."""

@@ -308,6 +308,7 @@ class NetworkPruning(ScheduledPruning):
             dense = Size.of(structure, self._original, backbone)
             if history is None:
                 self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
+                self._dense_network = subject.copy("meta").module
             else:
                 self.report.pruned_before(dense, self._size(trainer), len({edit.cut for edit in history.edits}))
         self._begin_report()
@@ -385,7 +386,7 @@ class NetworkPruning(ScheduledPruning):
             if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
                 layers = {} if self.report.dense is None else self.report.dense.layers
                 dense = Size.of(after, self._original, backbone_in(trainer, module))
-                self.report.dense = replace(dense, layers=layers)
+                self.report.dense, self._dense_network = replace(dense, layers=layers), None
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
             cut = Cut.of(self._size(trainer), point.index, epoch, step, *widths, seconds)
@@ -464,7 +465,7 @@ class NetworkPruning(ScheduledPruning):
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._subject is not None
         with as_written(module):
-            return showing.measure(self._subject, self._size(showing.trainer))
+            return showing.measure(self._subject, self._size(showing.trainer), self._dense_network)
 
     def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None

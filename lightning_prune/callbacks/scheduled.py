@@ -80,6 +80,7 @@ class ScheduledPruning(Participant):
         self._timeline: tuple[CutPoint, ...] = ()
         self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
         self._pace = Pace()
+        self._dense_network: torch.nn.Module | None = None  # on the meta device, to be timed beside the pruned one
 
     @property
     @override

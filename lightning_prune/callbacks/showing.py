@@ -18,13 +18,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_prune.callbacks.telling import telling
 from lightning_prune.extras import require
 from lightning_prune.reporting import (
     Report,
     Size,
-    latency,
+    latencies,
     layer_parameters,
     over_depth_figure,
     report_figure,
@@ -186,22 +187,34 @@ class Showing:
         folders = chain([home], (home / _numbered(number) for number in count(2)))
         return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
-    def measure(self, subject: Subject, size: Size) -> Size:
-        """The size with parameters layer by layer, bytes on disk and latency (of a copy), of the first process."""
+    def measure(self, subject: Subject, size: Size, dense: nn.Module | None = None) -> Size:
+        """The size with parameters layer by layer, bytes on disk and latency (of a copy), of the first process.
+
+        Args:
+            subject: The network.
+            size: What is known of it.
+            dense: The dense network on the meta device, to be timed at the same time: the report's dense latency is
+                then that of the machine as it is now.
+        """
         if not self.trainer.is_global_zero:
             return size
+        networks = [subject.copy("real").module]
         try:
-            with self.trainer.precision_plugin.forward_context():
-                milliseconds = latency(subject)
+            if dense is not None:
+                networks.append(_filled(dense, next(networks[0].parameters()).device))
+            with self.trainer.precision_plugin.forward_context(), telling(self.trainer, "Measuring the latency"):
+                now, *before = latencies(subject.calls[0], networks)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             warnings.warn(
                 f"the latency could not be measured ({type(error).__name__}: {error}): a copy of the network does not "
                 "run at batch sizes 1 and 64",
                 stacklevel=2,
             )
-            milliseconds = {}
+            now, before = {}, []
+        if before and self.report.dense is not None:
+            self.report.dense = self.report.dense.timed(before[0])
         model = subject.model
-        return replace(size, bytes=size_on_disk(model), latency=milliseconds, layers=layer_parameters(model))
+        return replace(size.timed(now), bytes=size_on_disk(model), layers=layer_parameters(model))
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """Print the table, write the files, hand the results to the loggers.
@@ -240,6 +253,14 @@ class Showing:
             return None
         figure.savefig(path)
         return path
+
+
+def _filled(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network from the meta device with zeros for weights: how long it takes does not depend on them."""
+    with torch.no_grad():
+        for tensor in chain(network.to_empty(device=device).parameters(), network.buffers()):
+            tensor.zero_()
+    return network
 
 
 def _depth_figure(report: Report) -> Any:

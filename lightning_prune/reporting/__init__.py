@@ -11,7 +11,7 @@ from lightning_prune.reporting.layer_scores import (
     importance_figure,
     score_figure,
 )
-from lightning_prune.reporting.measure import latency, size_on_disk, versions
+from lightning_prune.reporting.measure import Timing, latencies, latency, size_on_disk, versions
 from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
 from lightning_prune.reporting.plots import report_figure, sizes_figure
 from lightning_prune.reporting.record import Cut, Measurement, Size, SizeCheckpoint
@@ -34,9 +34,11 @@ __all__ = [
     "Size",
     "SizeAtThreshold",
     "SizeCheckpoint",
+    "Timing",
     "backbone_modules",
     "comparison_figure",
     "importance_figure",
+    "latencies",
     "latency",
     "layer_parameters",
     "over_depth_figure",

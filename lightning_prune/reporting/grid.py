@@ -27,6 +27,7 @@ __all__ = [
     "plural",
     "share",
     "short_count",
+    "timed",
 ]
 
 #: What stands where a figure was not measured.
@@ -165,6 +166,18 @@ def number(value: float | None, digits: int = 4) -> str:
         return MISSING
     rounded = float(f"{value:.{digits}g}")
     return f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{rounded:.{digits}g}"
+
+
+def timed(value: float, spread: float | None) -> str:
+    """A measured time with its spread, as ``0.047 ± 0.002``: as many places as the spread allows, three digits at most.
+
+    Without a spread, two digits.
+    """
+    if math.isnan(value) or not value or not spread:
+        return number(value, 2)
+    places = max(min(-math.floor(math.log10(spread)), 2 - math.floor(math.log10(value))), 0)
+    rounded = max(round(spread, places), 10.0**-places)
+    return f"{value:,.{places}f} ± {rounded:,.{places}f}"
 
 
 def share(part: float | None, whole: float | None) -> str:

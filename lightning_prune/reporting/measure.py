@@ -5,20 +5,36 @@ from __future__ import annotations
 import io
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject
+from lightning_prune.structure import Call, Subject
 from lightning_prune.structure.latency import median_seconds, resize
 
-__all__ = ["latency", "size_on_disk", "versions"]
+__all__ = ["Timing", "latencies", "latency", "size_on_disk", "versions"]
 
 _PACKAGES = ("lightning-prune", "lightning", "torch", "torchmetrics", "numpy")
+
+# Times that each network is timed anew: a machine is busy for seconds, not for milliseconds.
+_ROUNDS = 5
+
+
+class Timing(NamedTuple):
+    """How long a forward pass takes.
+
+    Attributes:
+        ms: Median, in milliseconds.
+        spread: Half of the interquartile range, in milliseconds; ``None`` if it was timed once.
+    """
+
+    ms: float
+    spread: float | None = None
 
 
 def size_on_disk(model: nn.Module) -> int:
@@ -32,8 +48,8 @@ def size_on_disk(model: nn.Module) -> int:
     return counter.size
 
 
-def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, float]:
-    """Median milliseconds of a forward pass in eval mode without gradients, on the network's device.
+def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, Timing]:
+    """Time of a forward pass in eval mode without gradients, on the network's device.
 
     A copy of the network is timed, so that the network itself (buffers that `forward` writes, hooks, modes) and the
     random state stay as they are. The first sample of the example is repeated to each batch size.
@@ -41,22 +57,52 @@ def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: flo
     Args:
         subject: The network and its first call; mode and method of that call are not used.
         batch_sizes: Samples per pass.
-        seconds: Time to spend per batch size; a pass that takes longer is timed once, after one to warm up.
+        seconds: Time to spend per batch size, in five rounds; a pass that takes longer is timed once, after one to warm
+            up.
 
     Returns:
-        Milliseconds per pass by batch size; NaN where the device's memory does not suffice.
+        Milliseconds per pass with their spread, by batch size; NaN where the device's memory does not suffice.
     """
-    call, copy = subject.calls[0], subject.copy("real").module.eval()
-    devices = {p.device for p in copy.parameters() if p.device.type == "cuda"}
-    medians: dict[int, float] = {}
+    return latencies(subject.calls[0], [subject.copy("real").module], batch_sizes, seconds)[0]
+
+
+def latencies(
+    call: Call, networks: Sequence[nn.Module], batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2
+) -> list[dict[int, Timing]]:
+    """Times of several networks that take turns, so that whatever else the machine does slows all of them alike.
+
+    Args:
+        call: How they are called, see `latency`.
+        networks: Copies that nobody else uses; they are left in eval mode.
+        batch_sizes: Samples per pass.
+        seconds: Time to spend per network and batch size.
+
+    Returns:
+        For each network what `latency` gives.
+    """
+    devices = {p.device for network in networks for p in network.eval().parameters() if p.device.type == "cuda"}
+    found: list[dict[int, Timing]] = [{} for _ in networks]
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         for batch_size in batch_sizes:
             args, kwargs = (resize(part, call, batch_size) for part in (call.args, dict(call.kwargs)))
-            try:
-                medians[batch_size] = 1e3 * median_seconds(partial(copy, *args, **kwargs), seconds)
-            except torch.cuda.OutOfMemoryError:
-                medians[batch_size] = math.nan
-    return medians
+            runs = [partial(network, *args, **kwargs) for network in networks]
+            for timings, timing in zip(found, _in_turns(runs, seconds), strict=True):
+                timings[batch_size] = timing
+    return found
+
+
+def _in_turns(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Timing]:
+    rounds: list[list[float]] = []
+    try:
+        while len(rounds) < _ROUNDS and not (rounds and max(rounds[0]) > seconds):
+            rounds.append([median_seconds(run, seconds / _ROUNDS) for run in runs])
+    except torch.cuda.OutOfMemoryError:
+        return [Timing(math.nan)] * len(runs)
+    found = []
+    for each in zip(*rounds, strict=True):
+        low, middle, high = (1e3 * float(q) for q in np.quantile(each, (0.25, 0.5, 0.75)))
+        found.append(Timing(middle, (high - low) / 2 if len(each) > 1 else None))
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -64,7 +64,7 @@ def sizes_figure(report: Record) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     drawn = [saved for saved in report.size_checkpoints if saved.metric is not None]
     for axes, quantity, word, colour in zip(
-        panels, ("params", "macs"), ("parameters", "MACs"), (_BLUE, _ORANGE), strict=True
+        panels, ("params", "macs"), ("parameters", "MACs per sample"), (_BLUE, _ORANGE), strict=True
     ):
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -136,7 +136,8 @@ def _size_panel(axes: Axes, report: Record, clock: _Clock) -> None:
         _note(axes, "no size was recorded")
         return
     x = np.append(np.insert(clock.at([cut.step for cut in report.cuts]), 0, 0), clock.end)
-    lines = (("params", "parameters", _BLUE, "-", 2.4), ("macs", "MACs", _ORANGE, "--", 1.8))
+    word = "parameters" if report.what == "units" else "non-zero weights"
+    lines = (("params", word, _BLUE, "-", 2.4), ("macs", "MACs per sample", _ORANGE, "--", 1.8))
     for quantity, word, colour, line, width in lines:
         sizes = [getattr(size, quantity) for size in (report.start or report.dense, *report.cuts)]
         left = [100 * size / (getattr(report.dense, quantity) or 1) for size in (*sizes, sizes[-1])]
@@ -152,8 +153,9 @@ def _width_panel(axes: Axes, report: Record) -> None:
         _note(axes, "no widths were recorded")
         return
     now, x = report.widths, np.arange(len(dense))
-    axes.bar(x, list(dense.values()), 0.8, color="#DDDDDD", edgecolor=_GREY, lw=0.6, label="dense")
-    axes.bar(x, [now[name] for name in dense], 0.8, color=_BLUE, label="pruned")
+    labels = ("dense", "pruned") if report.what == "units" else ("zero or gone", "non-zero")
+    axes.bar(x, list(dense.values()), 0.8, color="#DDDDDD", edgecolor=_GREY, lw=0.6, label=labels[0])
+    axes.bar(x, [now[name] for name in dense], 0.8, color=_BLUE, label=labels[1])
     slots, few = max(len(dense), _FEWEST_SLOTS), len(dense) <= 16
     middle = (len(dense) - 1) / 2
     axes.set(ylabel=report.what, xlim=(middle - slots / 2 - 0.2, middle + slots / 2 + 0.2))
@@ -199,10 +201,11 @@ def _headline(report: Record) -> str:
     dense, now = report.dense, report.size
     if dense is None or now is None:
         return "Pruning report"
-    parts = [
-        f"{100 * now.params / (dense.params or 1):.1f} % of the parameters left after {plural(len(report.cuts), 'cut')}"
-    ]
+    left = "parameters left" if report.what == "units" else "weights not zero"
+    parts = [f"{share(now.params, dense.params)} of the {left} after {plural(len(report.cuts), 'cut')}"]
     before, _, last = report.outcome
-    if report.main_metric and last is not None:
-        parts.append(f"{report.main_metric} {number(before)} → {number(last)}")
+    if report.main_metric and last is not None and report.cuts:
+        then, end = report.when
+        kind = "dense" if report.start is None else "pruned earlier"
+        parts.append(f"{report.main_metric} {number(before)} ({kind}, {then}) → {number(last)} ({end})")
     return "   ·   ".join(parts)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
+from lightning_prune.reporting.measure import Timing
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, mode_of_metric
 from lightning_prune.structure import Structure
 
@@ -22,17 +23,19 @@ class Size:
     """What a network costs.
 
     Attributes:
-        params: Number of parameters.
+        params: Number of parameters; with masks, of those that are not masked.
         macs: Multiply-accumulates of one sample's forward pass (1 MAC = 2 FLOPs).
         widths: Units per group.
         bytes: Size of the saved ``state_dict``.
         latency: Milliseconds per forward pass by batch size.
+        latency_spread: Half of the interquartile range of these, where it is known.
         memory: Bytes of the activations of one sample, see `CostModel.memory`.
         table_latency: Milliseconds of one sample by the table of latencies, if there is one.
         backbone: Number of parameters of the backbone alone, where it is known which part that is.
         layers: Parameters of the convolutional layers of the backbone, the first one first, see `layer_parameters`.
         reachable: Shares of ``"params"`` and ``"macs"`` that lie on what can be pruned, where they are known; see
             `Structure.reachable`.
+        zeros: Number of masked weights, where there are masks.
     """
 
     params: int
@@ -40,11 +43,13 @@ class Size:
     widths: Mapping[str, int] = field(default_factory=dict)
     bytes: int | None = None
     latency: Mapping[int, float] = field(default_factory=dict)
+    latency_spread: Mapping[int, float] = field(default_factory=dict)
     memory: int | None = None
     table_latency: float | None = None
     backbone: int | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
     reachable: Mapping[str, float] = field(default_factory=dict)
+    zeros: int | None = None
 
     @classmethod
     def of(
@@ -66,6 +71,11 @@ class Size:
         reachable = structure.reachable if now.widths == structure.widths else {}
         return replace(size, backbone=parameters, reachable=reachable)
 
+    def timed(self, timings: Mapping[int, Timing]) -> Size:
+        """The same with what `latency` has measured."""
+        spread = {batch: timing.spread for batch, timing in timings.items() if timing.spread is not None}
+        return replace(self, latency={batch: timing.ms for batch, timing in timings.items()}, latency_spread=spread)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -77,12 +87,13 @@ class Cut:
         step: Optimizer steps that had been trained.
         before: Units before the cut, of the groups that changed.
         after: Units after it, of the same groups.
-        params: Parameters after the cut.
+        params: Parameters after the cut, see `Size`.
         macs: MACs of one sample after the cut.
         seconds: Time the cut took.
         memory: Bytes of the activations of one sample after it.
         table_latency: Milliseconds of one sample after it by the table of latencies, if there is one.
         backbone: Parameters of the backbone alone after it, where they are known.
+        zeros: Masked weights after it, where there are masks.
     """
 
     index: int
@@ -96,6 +107,7 @@ class Cut:
     memory: int | None = None
     table_latency: float | None = None
     backbone: int | None = None
+    zeros: int | None = None
 
     @classmethod
     def of(
@@ -110,7 +122,7 @@ class Cut:
     ) -> Cut:
         """The cut that has led to a network of this size."""
         what = (index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds)
-        return cls(*what, size.memory, size.table_latency, size.backbone)
+        return cls(*what, size.memory, size.table_latency, size.backbone, size.zeros)
 
 
 @dataclass(frozen=True)
@@ -227,7 +239,22 @@ class Record:
             return self.final or self.start or self.dense
         last = self.cuts[-1]
         size = Size(last.params, last.macs, self.widths, memory=last.memory, table_latency=last.table_latency)
-        return replace(size, backbone=last.backbone)
+        return replace(size, backbone=last.backbone, zeros=last.zeros)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that had been trained when something was last measured; a started one counts."""
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    @property
+    def when(self) -> tuple[str, str]:
+        """When the network was the one before the first cut, and when it was the one at the end, in words."""
+        if not self.cuts:
+            return "", ""
+        first = self.cuts[0]
+        moment = f"at epoch {first.epoch}, " if first.epoch else f"at step {first.step:,}, " if first.step else ""
+        now = f"at epoch {self.epochs}" if self.epochs > 1 else "at the end" if self.history else ""
+        return f"{moment}before the first cut", now
 
     @property
     def pruning_ratio(self) -> float:
@@ -274,17 +301,21 @@ class Record:
         return before[-1] if before else None, best, after[-1] if after else None
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end."""
+        """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end.
+
+        Masked weights are parameters like others; ``pruning/nonzero_weights`` are those that are not masked.
+        """
         size = self.size
         if size is None:
             return {}
         numbers: dict[str, float] = {
-            "pruning/params": size.params,
+            "pruning/params": size.params + (size.zeros or 0),
             "pruning/macs": size.macs,
             "pruning/ratio": self.pruning_ratio,
         }
         if self.what == "weights" and self.dense is not None:
             numbers["pruning/sparsity"] = self.pruning_ratio
+            numbers["pruning/nonzero_weights"] = size.params
             now = self.widths
             numbers |= {f"pruning/sparsity/{n}": 1 - now[n] / whole for n, whole in self.dense.widths.items()}
         else:

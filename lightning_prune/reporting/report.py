@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share
+from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share, timed
 from lightning_prune.reporting.inspection import reached
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
 from lightning_prune.reporting.over_depth import over_depth_grid
@@ -31,7 +31,7 @@ _FORMAT = 3
 # Where each form has the checkpoints of each size.
 _SIZES = {1: "rungs", 2: "size_checkpoints", 3: "size_checkpoints"}
 
-# Two medians of a latency that differ by less, as a share of the larger, are not told apart.
+# Two latencies that differ by less, as a share of the larger, are not told apart, however little each one varies.
 _NOISE = 0.1
 
 
@@ -138,68 +138,98 @@ class Report(Record):
         return "".join(grid.html() for grid in self.grids())
 
     def _summary(self) -> Grid:
-        dense, now = self.dense, self.size
+        dense, start, now = self.dense, self.start, self.size
         if dense is None or now is None:
             return Grid("", (), ())
-        rows = [
-            ("parameters", count(dense.params), count(now.params), share(now.params, dense.params)),
-            *self._backbone(dense, now),
-            ("MACs per sample", count(dense.macs), count(now.macs), share(now.macs, dense.macs)),
-            ("activations per sample, KiB", kib(dense.memory), kib(now.memory), share(now.memory, dense.memory)),
-            ("size on disk, KiB", kib(dense.bytes), kib(now.bytes), share(now.bytes, dense.bytes)),
-        ]
-        for batch in dense.latency:
-            old, new = dense.latency[batch], now.latency.get(batch)
-            left = "±" if _is_noise(old, new) else share(new, old)
-            rows.append((f"latency at batch {batch}, ms", number(old, 2), number(new, 2), left))
+        sizes = [dense, now] if start is None else [dense, start, now]
+        rows, noise = self._costs(sizes), []
+        for batch in dict.fromkeys(batch for size in sizes for batch in size.latency):
+            label, *cells, left = _latency_row(sizes, batch)
+            if _is_noise(sizes[-2], now, batch):
+                noise.append(f"{label} ({cells[-2]} ms before, {cells[-1]} ms after)")
+            else:
+                rows.append((f"{label}, ms", *cells, left))
         if dense.table_latency is not None:
-            old, new = dense.table_latency, now.table_latency
-            rows.append(("latency by the table, ms", number(old), number(new), share(new, old)))
+            rows.append(_row("latency by the table, ms", [size.table_latency for size in sizes], number))
         before, best, last = self.outcome
+        unknown = [None] * (len(sizes) - 2)
         if self.main_metric:
-            rows.append(
-                (f"{self.main_metric}, before the first cut and at the end", number(before), number(last), MISSING)
-            )
-            rows.append((f"{self.main_metric}, best at the final size", MISSING, number(best), MISSING))
-        before_this = f", {self.earlier} of them earlier" if self.earlier else ""
-        cuts = plural(self.earlier + len(self.cuts), "cut")
-        gone = f"{100 * self.pruning_ratio:.1f} % of the {self.what} are gone, in {cuts}{before_this}."
-        legend = [gone, "1 MAC = 2 FLOPs."]
-        if dense.reachable and self.what == "units":
-            legend.insert(1, f"What can be pruned holds {reached(dense.reachable)}.")
-        if any(row[-1] == "±" for row in rows):
-            legend.append(f"± = less than {100 * _NOISE:.0f} % apart, which timing does not tell from noise.")
-        note = " ".join([*legend, *self.notes])
-        return Grid("What was won and lost", ("", "dense", "pruned", "left"), tuple(rows), note=note)
+            label = f"{self.main_metric}, best at the final size"
+            rows.append(_row(self.main_metric, [*unknown, before, last], number, shares=False))
+            rows.append(_row(label, [*unknown, None, best], number, shares=False))
+        return Grid("What was won and lost", ("", *self._heads(), "left"), tuple(rows), note=self._legend(rows, noise))
 
-    @staticmethod
-    def _backbone(dense: Size, now: Size) -> list[tuple[str, str, str, str]]:
-        """The row of the backbone's parameters, where they are known; they may be known of one network only."""
-        old, new = dense.backbone, now.backbone
-        if old is None and new is None:
-            return []
-        before, after = (MISSING if one is None else count(one) for one in (old, new))
-        return [("parameters of the backbone", before, after, share(new, old))]
+    def _heads(self) -> tuple[str, ...]:
+        """Which network each column is, and when: dense, perhaps as this report began, at the end."""
+        before, now = self.when
+        if not self.cuts:
+            return ("dense", "now") if self.start is None else ("dense", "at the start", "now")
+        if self.start is None:
+            return f"dense, {before}", f"pruned, {now}" if now else "pruned"
+        return "dense", f"pruned earlier, {before}", f"pruned, {now}" if now else "pruned"
+
+    def _costs(self, sizes: Sequence[Size]) -> list[tuple[str, ...]]:
+        """The rows of what can be counted, in the order of their importance."""
+        masked = self.what == "weights"
+        word = "non-zero weights" if masked else "parameters"
+        rows = [_row(word, [size.params for size in sizes], count)]
+        if any(size.zeros is not None for size in sizes):
+            rows.append(_row("zero weights (masked)", [size.zeros for size in sizes], count, shares=False))
+        if any(size.backbone is not None for size in sizes):
+            rows.append(_row(f"{word} of the backbone", [size.backbone for size in sizes], count))
+        return [
+            *rows,
+            _row("MACs per sample", [size.macs for size in sizes], count),
+            _row("activations per sample, KiB", [size.memory for size in sizes], kib),
+            _row("size on disk, KiB", [size.bytes for size in sizes], kib),
+        ]
+
+    def _legend(self, rows: Sequence[tuple[str, ...]], noise: Sequence[str]) -> str:
+        """What is to be known to read the summary."""
+        earlier = f", {self.earlier} of them earlier" if self.earlier else ""
+        cuts = plural(self.earlier + len(self.cuts), "cut")
+        gone = "units are gone" if self.what == "units" else "maskable weights are zero or gone"
+        legend = [f"{100 * self.pruning_ratio:.1f} % of the {gone}, in {cuts}{earlier}."]
+        if self.dense and self.dense.reachable and self.what == "units":
+            legend.append(f"What can be pruned holds {reached(self.dense.reachable)}.")
+        legend.append("1 MAC = 2 FLOPs.")
+        if self.what == "weights":
+            legend.append("A masked weight is stored and multiplied like any other.")
+        if noise or any("±" in cell for row in rows for cell in row):
+            legend.append("Latency: median ± half of the interquartile range.")
+        if noise:
+            legend.append(f"Not told apart by timing: {', '.join(noise)}.")
+        trained, whole = self.cuts[0].epoch if self.cuts else 0, self.epochs
+        if 0 < trained < whole and self.main_metric and self.start is None:
+            legend.append(
+                f"The dense network had trained for {trained} of the {whole} epochs. For one that has trained for all "
+                "of them, run without pruning and show both with `lightning-prune compare`."
+            )
+        return " ".join([*legend, *self.notes])
 
     def _cuts(self) -> Grid:
         metric = self.main_metric
         widths = Report(self.dense, start=self.start).widths
-        columns: tuple[str, ...] = ("cut", "after epoch", "step", self.what, "parameters", "MACs", "seconds")
+        sizes = ("units", "parameters") if self.what == "units" else ("zero weights", "non-zero weights")
+        columns: tuple[str, ...] = ("cut", "after epoch", "step", *sizes, "MACs", "seconds")
         rows = []
         for cut in self.cuts:
             units = f"{sum(widths.values()):,} → {sum({**widths, **cut.after}.values()):,}"
             widths.update(cut.after)
-            cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", units, count(cut.params), count(cut.macs))
+            what = units if self.what == "units" else MISSING if cut.zeros is None else count(cut.zeros)
+            cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", what, count(cut.params), count(cut.macs))
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
-        note = f"{self.what.capitalize()} are those of the whole network."
+        notes = ["Units are those of the whole network; MACs are per sample."]
+        if self.what == "weights":
+            notes = ["MACs are per sample."]
         if metric:
             columns = (*columns, "last before", "first after", "at the end")
-            note += (
-                f" {metric}: as last measured before the cut; as first measured after it, when the network had trained "
+            notes.append(
+                f"{metric}: as last measured before the cut; as first measured after it, when the network had trained "
                 "on (right after a cut nothing is measured); as last measured before the next cut or the end."
             )
-        return Grid("Cuts", columns, tuple(rows), words=0, note=note)
+        return Grid("Cuts", columns, tuple(rows), words=0, note=" ".join(notes))
 
     @property
     def shows_depth(self) -> bool:
@@ -217,16 +247,23 @@ class Report(Record):
             (r.file, str(r.epoch), count(r.params), count(r.macs), share(r.params, whole), number(r.metric))
             for r in self.size_checkpoints
         )
-        columns = ("checkpoint", "after epoch", "parameters", "MACs", "left", self.main_metric or "metric")
-        note = "Each network as it was before the next cut or at the end, the metric as last measured at that size."
+        metric = self.main_metric or "metric"
+        columns = ("checkpoint", "after epoch", "parameters", "MACs", "parameters left", metric)
+        note = (
+            "Each network as it was before the next cut or at the end, the metric as last measured at that size. MACs "
+            "are per sample."
+        )
         return Grid("Sizes", columns, rows, note=note)
 
     def _widths(self) -> Grid:
         dense, now = self.dense.widths if self.dense else {}, self.widths
-        rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
         if self.what == "weights":
-            return Grid("Weights that are not masked", ("layer", "dense", "pruned", "left"), rows)
-        return Grid("Widths", ("group", "dense", "pruned", "left"), rows)
+            zeros = {name: old - now[name] for name, old in dense.items()}
+            cells = [(n, count(w), count(zeros[n]), count(now[n]), share(zeros[n], w)) for n, w in dense.items()]
+            columns = ("layer", "weights", "zero or gone", "non-zero", "zero or gone, share")
+            return Grid("Weights by layer", columns, tuple(cells))
+        rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
+        return Grid("Widths", ("group", "dense, units", "pruned, units", "left"), rows)
 
 
 def plain(value: Any) -> Any:
@@ -257,11 +294,33 @@ def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
 def _size(stored: Mapping[str, Any] | None) -> Size | None:
     if stored is None:
         return None
-    return Size(**{**stored, "latency": {int(batch): ms for batch, ms in stored["latency"].items()}})
+    names = ("latency", "latency_spread")
+    by_batch = {name: {int(batch): ms for batch, ms in stored.get(name, {}).items()} for name in names}
+    return Size(**{**stored, **by_batch})
 
 
-def _is_noise(old: float, new: float | None) -> bool:
-    return new is not None and abs(old - new) < _NOISE * max(old, new)
+def _row(label: str, values: Sequence[Any], show: Callable[[Any], str], *, shares: bool = True) -> tuple[str, ...]:
+    """Figures of the same thing before and after, and the share that is left where that says something."""
+    cells = (MISSING if value is None else show(value) for value in values)
+    return (label, *cells, share(values[-1], values[0]) if shares else MISSING)
+
+
+def _latency_row(sizes: Sequence[Size], batch: int) -> tuple[str, ...]:
+    cells = (
+        MISSING if batch not in size.latency else timed(size.latency[batch], size.latency_spread.get(batch))
+        for size in sizes
+    )
+    left = share(sizes[-1].latency.get(batch), sizes[0].latency.get(batch))
+    return (f"latency at batch {batch}", *cells, left)
+
+
+def _is_noise(before: Size, after: Size, batch: int) -> bool:
+    """Whether two latencies differ by no more than their spread, or by less than machines do from hour to hour."""
+    old, new = before.latency.get(batch), after.latency.get(batch)
+    if old is None or new is None:
+        return False
+    spread = before.latency_spread.get(batch, 0) + after.latency_spread.get(batch, 0)
+    return abs(old - new) < max(spread, _NOISE * max(old, new))
 
 
 def _without_nan(value: Any) -> Any:

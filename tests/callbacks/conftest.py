@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lightning_prune.callbacks import showing
+from lightning_prune.reporting import Timing
 
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured" not in request.fixturenames:
-        monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+        monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
         monkeypatch.setattr(showing.Showing, "_picture", lambda *_, **__: None)
 
 

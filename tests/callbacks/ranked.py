@@ -16,6 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 import lightning_prune
 from lightning_prune import LinearSchedule
 from lightning_prune.callbacks import showing
+from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of
 from tests.callbacks import networks
 from tests.callbacks.contents import content, differences
@@ -68,7 +69,7 @@ def train(
 ) -> tuple[dict[str, Any], Any, Any]:
     """What the run ends with, its trainer and its network; ``strategy`` are settings of DDP."""
     # As the fixture of the suite does, which processes of their own do not see.
-    showing.latency = lambda *_, **__: {1: 1.0}
+    showing.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
     showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
     model = make(Double, optimizer)
     pruner = getattr(lightning_prune, callback)(**{"pruning_ratio": 0.5, "schedule": SCHEDULE, **(pruning or {})})

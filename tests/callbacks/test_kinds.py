@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
 from lightning_prune.callbacks import showing
+from lightning_prune.reporting import Timing
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
 
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("kinds")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+        patch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
         patch.setattr(showing.Showing, "_picture", lambda *_, **__: None)
         every: dict[str, Any] = {"filename": "{epoch}", "save_top_k": -1}
         best = ModelCheckpoint(home / "bests", filename="{epoch}", monitor="val_loss")

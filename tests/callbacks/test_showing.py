@@ -28,6 +28,7 @@ from lightning_prune import (
 )
 from lightning_prune.callbacks import showing
 from lightning_prune.callbacks.showing import Pace
+from lightning_prune.reporting import Timing
 from tests.callbacks.networks import BATCHES, Curves, fit, make
 from tests.support import wandb_files
 
@@ -103,6 +104,24 @@ def test_files(measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "50.0 % of the units are gone" in printed
 
 
+def test_dense_and_pruned_are_timed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine was busy with when the run began is no difference between the networks."""
+    timed: list[list[int]] = []
+
+    def latencies(call: Any, networks: list[torch.nn.Module]) -> list[dict[int, Timing]]:
+        for network in networks:
+            network(*call.args, **call.kwargs)
+        timed.append([sum(p.numel() for p in network.parameters()) for network in networks])
+        return [{1: Timing(float(len(timed)))}] * len(networks)
+
+    monkeypatch.setattr(showing, "latencies", latencies)
+    pruner = contribution()
+    fit(tmp_path, make(), pruner, epochs=5)
+    assert timed == [[pruner.report.dense.params], [pruner.report.final.params, pruner.report.dense.params]]
+    assert pruner.report.dense.latency == pruner.report.final.latency == {1: 2.0}
+    assert "Not told apart by timing: latency at batch 1 (2 ms before, 2 ms after)." in pruner.report.grids()[0].note
+
+
 def test_the_best_checkpoint_is_that_of_a_monitor(
     measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +164,7 @@ class Crash(Callback):
 
 def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One W&B run with `watch`, in two parts; what counts is in the files that `wandb sync` sends."""
-    monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+    monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
 
     def part(name: str | None, *callbacks: Callback, ckpt: Path | None = None) -> Any:
         logger, model = WandbLogger(save_dir=tmp_path, offline=True, id=name), make()
@@ -202,7 +221,7 @@ def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
     config, rows = wandb_files.config(segment), wandb_files.rows(segment)
     assert config["pruning"]["sparsity"] == 0.5
     assert config["pruning-2"]["final_widths"] == {"first": 6, "second": 4}
-    for name in ("pruning/Weights that are not masked", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Sizes"):
+    for name in ("pruning/Weights by layer", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Sizes"):
         assert any(f"{name}.path" in row for row in rows), name
     assert len(curves.of("pruning/overhead")) == len(curves.of("pruning-2/overhead")) == 5
     assert (len(curves.of("pruning/seconds")), len(curves.of("pruning-2/seconds"))) == (1, 2)

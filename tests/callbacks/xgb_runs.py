@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, XGBoost, XGBPruning
 from lightning_prune.callbacks import score_display, showing
+from lightning_prune.reporting import Timing
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of
 from tests.callbacks.small import trainer
@@ -189,6 +190,6 @@ class Interrupted(BaseException):
 
 def quiet_processes() -> None:
     """As the fixtures of the suite do, which processes of their own do not see."""
-    showing.latency = lambda *_, **__: {1: 1.0}
+    showing.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
     showing.Showing._picture = lambda *_, **__: None  # type: ignore[method-assign]
     score_display._pictures = lambda *_: []

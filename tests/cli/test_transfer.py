@@ -16,6 +16,7 @@ import lightning_prune
 from lightning_prune.callbacks import showing
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.models import ImageClassifier, ResNetCIFAR
+from lightning_prune.reporting import Timing
 from tests.support.data_files import write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -24,7 +25,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 @pytest.fixture(autouse=True)
 def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "find_spec", lambda name: None)
-    monkeypatch.setattr(showing, "latency", lambda *_, **__: {1: 1.0})
+    monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
     monkeypatch.setattr(showing.Showing, "_picture", lambda *_, **__: None)
 
 

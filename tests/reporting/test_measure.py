@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.reporting.measure import latency, size_on_disk, versions
+from lightning_prune.reporting import measure
+from lightning_prune.reporting.measure import latencies, latency, size_on_disk, versions
 from lightning_prune.structure import Subject
 
 
@@ -53,9 +54,9 @@ def test_latency_resizes_the_batch_and_leaves_no_trace():
     model.dropout.eval()
     args, kwargs = spied()
     state = torch.get_rng_state()
-    medians = latency(Subject.of(model, *args, **kwargs), (1, 5), seconds=0.01)
-    assert list(medians) == [1, 5]
-    assert all(0 < ms < 1000 for ms in medians.values())
+    timings = latency(Subject.of(model, *args, **kwargs), (1, 5), seconds=0.01)
+    assert list(timings) == [1, 5]
+    assert all(0 < timing.ms < 1000 and timing.spread is not None and timing.spread >= 0 for timing in timings.values())
     assert {seen[:3] for seen in model.seen} == {((n, 4), (3,), (n, 1)) for n in (1, 5)}
     assert not any(training for seen in model.seen for training in seen[3:])
     assert model.training
@@ -76,8 +77,20 @@ def test_latency_is_that_of_the_forward_pass():
             return x
 
     # Sleeping takes no less than it says, and more on a busy machine.
-    assert 50 <= latency(Subject.of(Slow(), torch.ones(1, 2)), (1,), seconds=0.01)[1] < 1000
+    ms, spread = latency(Subject.of(Slow(), torch.ones(1, 2)), (1,), seconds=0.01)[1]
+    assert 50 <= ms < 1000
+    assert spread is None
     assert Slow.passes == 2  # one to warm up, one to time: that took long enough
+
+
+def test_networks_take_turns(monkeypatch):
+    """The machine is twice as slow in every other round: both medians are those of the fast rounds, with the spread."""
+    clock = iter([0.001, 0.01, 0.002, 0.02, 0.001, 0.01, 0.002, 0.02, 0.001, 0.01])
+    monkeypatch.setattr(measure, "median_seconds", lambda *_: next(clock))
+    call = Subject.of(nn.Identity(), torch.ones(1, 2)).calls[0]
+    first, second = latencies(call, [nn.Identity(), nn.Identity()], (1,))
+    assert first[1] == pytest.approx((1.0, 0.5))
+    assert second[1] == pytest.approx((10.0, 5.0))
 
 
 def test_the_network_is_as_it_was_after_an_error():
@@ -98,9 +111,9 @@ def test_too_large_a_batch_is_no_number():
                 raise torch.cuda.OutOfMemoryError("no memory")
             return x
 
-    medians = latency(Subject.of(Large(), torch.ones(1, 2)), (1, 64), seconds=0.001)
-    assert medians[1] > 0
-    assert math.isnan(medians[64])
+    timings = latency(Subject.of(Large(), torch.ones(1, 2)), (1, 64), seconds=0.001)
+    assert timings[1].ms > 0
+    assert math.isnan(timings[64].ms)
 
 
 def test_versions():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_prune.reporting import Cut, Measurement, Report, Size, SizeCheckpoint, plain
+from lightning_prune.reporting import Cut, Measurement, Report, Size, SizeCheckpoint, Timing, plain
 
 
 def test_metrics_of_one_step_are_one_measurement():
@@ -161,7 +161,9 @@ def test_markdown_says_what_was_won_and_lost(make_report):
         "| size on disk, KiB | 8.0 | 4.0 | 50.0 % |",
         "| latency at batch 1, ms | 0.5 | 0.25 | 50.0 % |",
         "| latency at batch 64, ms | 4 | – | – |",
-        "| val_acc, before the first cut and at the end | 0.7 | 0.5 | – |",
+        "|  | dense, at epoch 2, before the first cut | pruned, at epoch 6 | left |",
+        "| val_acc | 0.7 | 0.5 | – |",
+        "| val_acc, best at the final size | – | 0.5 | – |",
         "| cut | after epoch | step | units | parameters | MACs | seconds | last before | first after | at the end |",
         "| 1 | 2 | 20 | 50 → 45 | 800 | 4,000 | 0.01 | 0.7 | 0.5 | 0.6 |",
         "| net.1 | 30 | 24 | 80.0 % |",
@@ -170,6 +172,10 @@ def test_markdown_says_what_was_won_and_lost(make_report):
     ):
         assert line in page.splitlines(), line
     assert "20.0 % of the units are gone, in 2 cuts. 1 MAC = 2 FLOPs." in page
+    assert "The dense network had trained for 2 of the 6 epochs." in page
+    report.cuts[0] = replace(report.cuts[0], epoch=0)
+    assert "dense, at step 20, before the first cut" in str(report)
+    assert "had trained for" not in str(report)
 
 
 def test_units_are_those_of_the_whole_network(make_report):
@@ -178,13 +184,80 @@ def test_units_are_those_of_the_whole_network(make_report):
     assert [row[3] for row in report.grids()[1].rows] == ["50 → 48", "48 → 42"]
 
 
-def test_a_latency_is_no_more_precise_than_its_timing():
-    report = Report(Size(100, 1000, {"a": 10}, latency={1: 0.12345, 64: 134.0}))
-    report.final = Size(100, 1000, {"a": 10}, latency={1: 0.1151, 64: 99.96})
+def timed_report(old, new):
+    """Of a network whose latency at batch 1 was ``(ms, spread)`` and is another one."""
+    report = Report(Size(100, 1000, {"a": 10}).timed({1: Timing(*old)}))
+    report.final = Size(50, 500, {"a": 5}).timed({1: Timing(*new)})
+    return report
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cells"),
+    [
+        ((0.12345, 0.004), (0.0951, 0.0012), ("0.123 ± 0.004", "0.095 ± 0.001", "77.0 %")),
+        ((134.0, 12.4), (99.96, 1.0), ("134 ± 12", "100 ± 1", "74.6 %")),
+        ((1.2345678, 1e-7), (2.0, 0.05), ("1.23 ± 0.01", "2.00 ± 0.05", "162.0 %")),
+        ((134.0,), (99.96,), ("130", "100", "74.6 %")),
+    ],
+)
+def test_latency_comes_with_its_spread(old, new, cells):
+    report = timed_report(old, new)
     rows = {row[0]: row[1:] for row in report.grids()[0].rows}
-    assert rows["latency at batch 1, ms"] == ("0.12", "0.12", "±")
-    assert rows["latency at batch 64, ms"] == ("130", "100", "74.6 %")
-    assert "± = less than 10 % apart" in str(report)
+    assert rows["latency at batch 1, ms"] == cells
+    assert ("median ± half of the interquartile range" in str(report)) is (len(old) == 2)
+    assert Report.from_plain(report.to_plain()) == report
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ((0.123, 0.001), (0.115, 0.001), "0.123 ± 0.001 ms before, 0.115 ± 0.001 ms after"),  # 7 % apart
+        ((0.20, 0.06), (0.12, 0.05), "0.20 ± 0.06 ms before, 0.12 ± 0.05 ms after"),
+    ],
+)
+def test_a_latency_that_is_noise_is_left_out(old, new, words):
+    page = timed_report(old, new).to_markdown()
+    assert "| latency" not in page
+    assert f"Not told apart by timing: latency at batch 1 ({words})." in page
+
+
+def test_a_masks_report_counts_zeros():
+    report = Report(Size(110, 1000, {"a": 60, "b": 40}, zeros=0), what="weights")
+    report.final = Size(60, 1000, {"a": 20, "b": 30}, zeros=50)
+    report.cuts = [Cut.of(report.final, 0, 3, 30, {"a": 60, "b": 40}, {"a": 20, "b": 30}, 0.1)]
+    report.log(3, 40, {"val_acc": 0.5})
+    summary, cuts, layers = report.grids()
+    rows = {row[0]: row[1:] for row in summary.rows}
+    assert rows["non-zero weights"] == ("110", "60", "54.5 %")
+    assert rows["zero weights (masked)"] == ("0", "50", "–")
+    assert "50.0 % of the maskable weights are zero or gone, in 1 cut." in summary.note
+    assert "parameters" not in str(report)
+    assert dict(zip(cuts.columns, cuts.rows[0], strict=True)).items() >= {
+        ("zero weights", "50"),
+        ("non-zero weights", "60"),
+    }
+    assert layers.rows[0] == ("a", "60", "40", "20", "66.7 %")
+    numbers = report.metrics()
+    assert (numbers["pruning/params"], numbers["pruning/nonzero_weights"]) == (110, 60)
+
+
+def test_a_network_that_was_pruned_before_has_its_own_column(make_report):
+    report = make_report()
+    report.pruned_before(report.dense, Size(900, 4000, {"net.0": 18}), 1)
+    summary = report.grids()[0]
+    assert summary.columns[1:4] == (
+        "dense",
+        "pruned earlier, at epoch 2, before the first cut",
+        "pruned, at epoch 6",
+    )
+    rows = {row[0]: row[1:] for row in summary.rows}
+    assert rows["parameters"] == ("1,000", "900", "640", "64.0 %")
+    assert rows["val_acc"] == ("–", "0.7", "0.5", "–")
+    assert "had trained for" not in str(report)
+
+
+def test_a_network_that_nothing_was_cut_of(make_report):
+    assert make_report(cut_epochs=()).grids()[0].columns == ("", "dense", "now", "left")
 
 
 def test_same_figures_in_terminal_and_notebook(make_report):
