@@ -95,6 +95,7 @@ class TestContract:
         points = cls().timeline(RunLength(100), 0.5)
         assert list(dots.get_xdata()) == [point.at for point in points]
         assert list(dots.get_ydata()) == pytest.approx([100 - 50 * point.share for point in points])
+        assert axes.get_ylim()[0] == 0, "half the size is half as high"
 
 
 @pytest.mark.parametrize("run", [RunLength(1), RunLength(5, 40, 10), RunLength(None, 40), RunLength(None)], ids=repr)

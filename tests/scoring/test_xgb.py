@@ -173,6 +173,12 @@ def test_fingerprint() -> None:
     with torch.no_grad():
         net.n1.running_mean[0] += 1e-6
     assert network_fingerprint(net) != before
+    # The same bytes, of another shape and under another name.
+    ones = [torch.nn.Linear(*shape, bias=False) for shape in ((2, 3), (3, 2), (2, 3))]
+    for one in ones:
+        torch.nn.init.ones_(one.weight)
+    networks = [torch.nn.ModuleDict({name: one}) for name, one in zip("aab", ones, strict=True)]
+    assert len({network_fingerprint(one) for one in networks}) == 3
 
 
 def test_log_importance() -> None:

@@ -148,6 +148,21 @@ class TestLoading:
         before[" attributes"][history_module.ATTRIBUTE] = history_of(model)
         assert same(photograph(model), before)
 
+    def test_the_same_units_cut_at_once_leave_all_as_it_is(self, zoo, photograph, same):
+        net = zoo["mlp"]
+        model, other = net.model(), net.model()
+        _prune(net, model)
+        first, second = (edit.kept for edit in history_of(model).edits)
+        kept = {name: tuple(units[place] for place in second[name]) for name, units in first.items()}
+        structure = net.structure(other)
+        history = History.begin(structure).add(Keep(structure.axes(kept), kept, 0, 0, 0), other)
+        cut(other, structure.axes(kept))
+        attach(other, history)
+        before = photograph(model)
+        load_from(_checkpoint(other), model)
+        before[" attributes"][history_module.ATTRIBUTE] = history_of(model)
+        assert same(photograph(model), before)
+
     def test_a_layer_that_was_cut_on_one_side_first(self, zoo):
         model = zoo["mlp"].model()
         dense, structure = _checkpoint(model), zoo["mlp"].structure(model)
