@@ -32,7 +32,7 @@ class MagnitudePruning(MaskPruning):
         rewind: After each step go back to the weights as they were after so many epochs (0 = as the run began), with
             the new masks and optimizers that begin anew: the lottery ticket (Frankle & Carbin, 2019). Learning rates go
             on as scheduled.
-        dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
+        dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
 
     Raises:
         ValueError: At once for amounts out of range; before the first training step for everything that depends on

@@ -30,7 +30,7 @@ from lightning_prune.callbacks.subjects import inputs_of, subject_of
 from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
-from lightning_prune.reporting import Cut, Size, require
+from lightning_prune.reporting import Cut, Scores, Size, require
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Structure, Subject, trace, verify_shapes
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of
@@ -60,6 +60,10 @@ class Decision:
     info: Mapping[str, float] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def summaries(self) -> dict[str, Scores]:
+        """The scores in a few numbers, for the report."""
+        return {name: Scores.of(values, self.plan.kept.get(name)) for name, values in self.scores.items()}
 
 
 class NetworkPruning(ScheduledPruning):
@@ -390,6 +394,7 @@ class NetworkPruning(ScheduledPruning):
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
             cut = Cut.of(self._size(trainer), point.index, epoch, step, *widths, seconds)
+            cut = replace(cut, scores=decision.summaries())
             self.report.cuts.append(cut)
             self._extensions.after_cut(edits)
             self.session.tell_others(self, trainer, module, CutMade(decision.plan, edits, cut))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -27,12 +27,10 @@ from lightning_prune.reporting import (
     Size,
     latencies,
     layer_parameters,
-    over_depth_figure,
-    report_figure,
     size_on_disk,
-    sizes_figure,
 )
 from lightning_prune.reporting.grid import console_for
+from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Subject
 
@@ -228,12 +226,12 @@ class Showing:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
-        picture = self._picture(folder / "report.png", report_figure)
-        sizes = self._picture(folder / "sizes.png", sizes_figure) if self.report.size_checkpoints else None
-        depth = self._picture(folder / "depth.png", _depth_figure) if self.report.shows_depth else None
-        pictures = [picture, sizes, depth]
-        page = self.report.to_markdown(*(path.name if path else None for path in pictures))
-        (folder / "report.md").write_text(page, encoding="utf-8")
+        with telling(self.trainer, "Drawing the report"):
+            beside, inside = self._pages()
+        for picture in beside.pictures:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+        (folder / "report.md").write_text(beside.markdown(), encoding="utf-8")
+        (folder / "report.html").write_text(inside.html(), encoding="utf-8")
         console = console_for()
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
@@ -243,16 +241,15 @@ class Showing:
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _to_wandb(logger, self.name, self.report, numbers, [path for path in pictures if path])
+                pictures = [folder / f"{picture.name}.png" for picture in beside.pictures]
+                _to_wandb(logger, self.name, self.report, numbers, pictures)
 
-    def _picture(self, path: Path, draw: Callable[[Report], Any]) -> Path | None:
+    def _pages(self) -> tuple[Page, Page]:
         try:
-            figure = draw(self.report)
+            return self.report.pages()
         except ModuleNotFoundError as error:
-            warnings.warn(f"no picture of the run: {error}", stacklevel=2)
-            return None
-        figure.savefig(path)
-        return path
+            warnings.warn(f"no pictures of the run: {error}", stacklevel=2)
+            return self.report.pages(pictures=False)
 
 
 def _filled(network: nn.Module, device: torch.device) -> nn.Module:
@@ -261,11 +258,6 @@ def _filled(network: nn.Module, device: torch.device) -> nn.Module:
         for tensor in chain(network.to_empty(device=device).parameters(), network.buffers()):
             tensor.zero_()
     return network
-
-
-def _depth_figure(report: Report) -> Any:
-    sizes = [size.layers if size else {} for size in (report.dense, report.final)]
-    return over_depth_figure(*sizes)
 
 
 def _numbered(number: int) -> str:

@@ -96,7 +96,7 @@ class StructuredPruning(NetworkPruning):
         ignore: Not these layers.
         reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
             best at the final size, and let early stopping wait for the last cut.
-        dirpath: Folder for ``report.json``, ``report.md`` and ``report.png``; by default the logger's folder.
+        dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
         extensions: What goes with every cut, in order. Repairs of the weights: `Ridge`, `FoldMean` and
             `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. And what the run does around a cut:
             `Rewind`, `Rollback`, `SaveEachSize`.

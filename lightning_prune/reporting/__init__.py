@@ -13,8 +13,8 @@ from lightning_prune.reporting.layer_scores import (
 )
 from lightning_prune.reporting.measure import Timing, latencies, latency, size_on_disk, versions
 from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
-from lightning_prune.reporting.plots import report_figure, sizes_figure
-from lightning_prune.reporting.record import Cut, Measurement, Size, SizeCheckpoint
+from lightning_prune.reporting.plots import report_figure
+from lightning_prune.reporting.record import Cut, Measurement, Scores, Size, SizeCheckpoint
 from lightning_prune.reporting.report import Report, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.thresholds import SizeAtThreshold, threshold_figure, thresholds_grid
@@ -30,6 +30,7 @@ __all__ = [
     "Report",
     "ScoredDepth",
     "ScoredLayer",
+    "Scores",
     "Sensitivity",
     "Size",
     "SizeAtThreshold",
@@ -48,7 +49,6 @@ __all__ = [
     "require",
     "score_figure",
     "size_on_disk",
-    "sizes_figure",
     "threshold_figure",
     "thresholds_grid",
     "versions",

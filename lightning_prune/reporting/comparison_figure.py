@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_prune.extras import require
@@ -21,12 +22,16 @@ _MARKS = "osD^vP"
 _WIDE = 8.0
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
+def comparison_figure(comparison: Comparison, costs: Sequence[str] | None = None) -> Figure:
     """A panel for each cost: a colour for each setting, a line through the networks of one run, the front in grey.
 
     Needs the extra ``plot``. Networks that a run ended with are filled, those saved on the way are hollow.
+
+    Args:
+        comparison: The networks.
+        costs: Some of its costs; by default all.
     """
-    costs = comparison.costs
+    costs = comparison.costs if costs is None else costs
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(4.4 * len(costs) + 0.8, 4.8), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]

@@ -15,17 +15,20 @@ from lightning_prune.reporting.grid import Grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Bullets", "Heading", "Page", "Paragraph", "Picture"]
+__all__ = ["Bullets", "Code", "Heading", "Page", "Paragraph", "Part", "Picture", "Row", "html_of"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 76rem; margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 .table { overflow-x: auto; margin: 1.2rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .3rem 0; } th, td { padding: .28rem .7rem; white-space: nowrap; }
-thead th { border-bottom: 2px solid #1b1f24; } tbody tr { border-bottom: 1px solid #e2e5e9; }
+caption { text-align: left; padding: .3rem 0; } td { white-space: nowrap; } th, td { padding: .28rem .7rem; }
+thead th { vertical-align: bottom; border-bottom: 2px solid #1b1f24; } tbody tr { border-bottom: 1px solid #e2e5e9; }
+.row { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+pre { overflow-x: auto; background: #f6f8fa; padding: .8rem; font-size: .85rem; }
 figure { margin: 1.6rem 0; } img { max-width: 100%; height: auto; }
 figcaption, small { color: #57606a; font-size: .9rem; }
+@media (max-width: 40rem) { th, td { padding: .28rem .35rem; } td:first-child { white-space: normal; } }
 """
 
 
@@ -51,6 +54,19 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Text in a fixed width.
+
+    Attributes:
+        text: What it is.
+        language: How it is coloured, ``"json"`` say.
+    """
+
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """A figure.
 
@@ -73,6 +89,16 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Pictures beside each other where there is room, else below each other."""
+
+    pictures: tuple[Picture, ...]
+
+
+Part = Heading | Paragraph | Bullets | Code | Grid | Picture | Row
+
+
+@dataclass(frozen=True)
 class Page:
     """A report that is read in a browser or in a repository.
 
@@ -82,12 +108,13 @@ class Page:
     """
 
     title: str
-    parts: tuple[Heading | Paragraph | Bullets | Grid | Picture, ...]
+    parts: tuple[Part, ...]
 
     @property
     def pictures(self) -> Sequence[Picture]:
         """The pictures on it."""
-        return [part for part in self.parts if isinstance(part, Picture)]
+        found = [part.pictures if isinstance(part, Row) else (part,) for part in self.parts]
+        return [part for parts in found for part in parts if isinstance(part, Picture)]
 
     def markdown(self) -> str:
         """GitHub's Markdown; a picture is a link to ``<name>.png``."""
@@ -95,7 +122,7 @@ class Page:
 
     def html(self) -> str:
         """One file that needs no other."""
-        body = "\n".join(_html(part) for part in self.parts)
+        body = "\n".join(html_of(part) for part in self.parts)
         title = escape(self.title)
         return (
             f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -122,6 +149,10 @@ def _markdown(part: object) -> str:
             return text
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
+        case Code(text, language):
+            return f"```{language}\n{text}\n```"
+        case Row(pictures):
+            return "\n\n".join(map(_markdown, pictures))
         case Picture(name, caption, _):
             return f"![{caption}]({name}.png)\n\n{caption}"
         case Grid():
@@ -129,7 +160,8 @@ def _markdown(part: object) -> str:
     raise TypeError(f"expected a part of a page, got {part!r}")
 
 
-def _html(part: object) -> str:
+def html_of(part: object) -> str:
+    """A part of a page on its own, for a notebook."""
     match part:
         case Heading(text):
             return f"<h2>{escape(text)}</h2>"
@@ -137,6 +169,10 @@ def _html(part: object) -> str:
             return f"<p>{escape(text)}</p>"
         case Bullets(items):
             return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+        case Code(text, _):
+            return f"<pre>{escape(text)}</pre>"
+        case Row(pictures):
+            return f'<div class="row">{"".join(map(html_of, pictures))}</div>'
         case Picture(_, caption, png):
             source = f"data:image/png;base64,{b64encode(png).decode()}"
             text = escape(caption)

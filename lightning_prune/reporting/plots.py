@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_prune.reporting.record import Record, SizeCheckpoint
+    from lightning_prune.reporting.record import Cut, Record
 
-__all__ = ["report_figure", "sizes_figure"]
+__all__ = ["headline", "panel_figures", "report_figure", "scores_figure"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -28,8 +28,8 @@ _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79
 # Above this many layers their names would overlap; their place in the order of execution stands instead.
 _MOST_NAMES = 70
 
-# Characters that fit side by side below the widths.
-_LINE = 110
+# Characters that fit side by side below the widths, per inch.
+_CHARACTERS = 10
 
 # Two layers alone would make bars as wide as walls.
 _FEWEST_SLOTS = 4
@@ -53,44 +53,55 @@ def report_figure(report: Record) -> Figure:
     _metric_panel(figure.add_subplot(grid[0, 0]), report, clock)
     _size_panel(figure.add_subplot(grid[0, 1]), report, clock)
     _width_panel(figure.add_subplot(grid[1, :]), report)
-    figure.suptitle(_headline(report), fontsize="large")
+    figure.suptitle(headline(report), fontsize="large")
     return figure
 
 
-def sizes_figure(report: Record) -> Figure:
-    """The main metric against parameters and MACs left, a point per saved network; needs the extra ``plot``."""
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(10, 4.2), dpi=150)
-    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
-    panels = figure.subplots(1, 2, sharey=True)
-    drawn = [saved for saved in report.size_checkpoints if saved.metric is not None]
-    for axes, quantity, word, colour in zip(
-        panels, ("params", "macs"), ("parameters", "MACs per sample"), (_BLUE, _ORANGE), strict=True
-    ):
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel(f"{word} left of the dense network (%)")
-        if not drawn or report.dense is None:
-            _note(axes, "nothing was measured at any size")
-            continue
-        left = [100 * getattr(saved, quantity) / (getattr(report.dense, quantity) or 1) for saved in drawn]
-        axes.plot(left, [saved.metric for saved in drawn], "o-", color=colour, lw=1.8, ms=5)
-        axes.set_xlim(0, 104)
-        for i in {0, len(drawn) - 1}:
-            text = f"{count(getattr(drawn[i], quantity))}: {number(drawn[i].metric)}"
-            beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right" if left[i] > 50 else "left"}
-            # On the side of the point that the line does not come from.
-            beside |= {"xytext": (0, -8), "va": "top"} if _rises(drawn, i) else {"xytext": (0, 8), "va": "bottom"}
-            axes.annotate(text, (left[i], drawn[i].metric), fontsize="small", **beside)
-    panels[0].set_ylabel(report.main_metric or "metric")
-    panels[0].margins(y=0.2)
-    figure.suptitle("Networks saved on the way: the dense one at the right", fontsize="large")
+def panel_figures(report: Record) -> tuple[Figure, Figure, Figure]:
+    """The panels of `report_figure` as figures of their own, small enough for a phone."""
+    figures = _figure(5.2, 3.6), _figure(5.2, 3.6), _figure(_wide(report), 3.6)
+    metric, size, widths = (figure.subplots() for figure in figures)
+    clock = _Clock(report)
+    _metric_panel(metric, report, clock)
+    _size_panel(size, report, clock)
+    _width_panel(widths, report)
+    return figures
+
+
+def scores_figure(cut: Cut) -> Figure:
+    """Scores of the units before a cut: range, quartiles and median of each group, and up to where units went.
+
+    Args:
+        cut: One whose units were scored.
+    """
+    figure = _figure(min(16.0, max(5.2, 0.22 * len(cut.scores) + 1)), 3.6)
+    axes, found, x = figure.subplots(), list(cut.scores.values()), range(len(cut.scores))
+    axes.vlines(x, [s.min for s in found], [s.max for s in found], color=_GREY, lw=1.2, label="lowest to highest")
+    axes.vlines(x, [s.q25 for s in found], [s.q75 for s in found], color=_BLUE, lw=7, label="middle half")
+    axes.plot(x, [s.median for s in found], "o", color="white", ms=3.5, zorder=3)
+    gone = [(place, s.removed) for place, s in enumerate(found) if s.removed is not None]
+    if gone:
+        axes.plot(*zip(*gone, strict=True), "_", color=_ORANGE, ms=16, mew=2.2, zorder=4, label="removed up to here")
+    lowest, highest = min(s.min for s in found), max(s.max for s in found)
+    if lowest > 0 and highest > 50 * lowest:
+        axes.set_yscale("log")
+    axes.set(ylabel="score", xlim=(-0.7, max(len(found), _FEWEST_SLOTS) - 0.3))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25, lw=0.6)
+    _names(axes, list(cut.scores), len(found))
+    _legend(axes)
     return figure
 
 
-def _rises(drawn: Sequence[SizeCheckpoint], end: int) -> bool:
-    """Whether the line goes up from its first or last point."""
-    own, other = drawn[end].metric, drawn[min(1, len(drawn) - 1) if end == 0 else end - 1].metric
-    return own is not None and other is not None and other > own
+def _figure(width: float, height: float) -> Figure:
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
+    return figure
+
+
+def _wide(report: Record) -> float:
+    """Width of a figure that has a bar for each group, in inches."""
+    return min(16.0, max(5.2, 0.22 * (len(report.dense.widths) if report.dense else 0) + 1))
 
 
 class _Clock:
@@ -166,13 +177,18 @@ def _width_panel(axes: Axes, report: Record) -> None:
             if report.what == "weights":
                 text = f"{share(old - now[name], old)} zero"
             axes.annotate(text, (i, old), xytext=(0, 3), textcoords="offset points", ha="center", fontsize="small")
-    if len(dense) <= _MOST_NAMES:
-        turned = slots * max(map(len, dense)) > _LINE
-        axes.set_xticks(x, list(dense), rotation=90 if turned else 0, fontsize=9 if few else 7)
-        axes.set_xlabel("group of layers" if report.what == "units" else "layer")
-    else:
-        axes.set_xlabel("group of layers, in the order of execution")
+    _names(axes, list(dense), slots)
+    axes.set_xlabel("group of layers" if report.what == "units" else "layer")
     _legend(axes)
+
+
+def _names(axes: Axes, names: Sequence[str], slots: int) -> None:
+    """Names below the places of groups, as far as there is room for them."""
+    if len(names) > _MOST_NAMES:
+        return
+    turned = slots * max(map(len, names)) > _CHARACTERS * axes.figure.get_figwidth()  # type: ignore[union-attr]
+    size = 9 if len(names) <= 16 else 7
+    axes.set_xticks(range(len(names)), names, rotation=90 if turned else 0, fontsize=size)
 
 
 def _frame(axes: Axes, clock: _Clock, report: Record, label: str) -> None:
@@ -197,7 +213,8 @@ def _note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
 
 
-def _headline(report: Record) -> str:
+def headline(report: Record) -> str:
+    """What was won and lost, in one line."""
     dense, now = report.dense, report.size
     if dense is None or now is None:
         return "Pruning report"

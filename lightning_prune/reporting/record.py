@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_prune.planning import Original
+from lightning_prune.reporting.comparison import ComparedNetwork
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
 from lightning_prune.reporting.measure import Timing
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, mode_of_metric
 from lightning_prune.structure import Structure
 
-__all__ = ["Cut", "Measurement", "Record", "Size", "SizeCheckpoint"]
+__all__ = ["Cut", "Measurement", "Record", "Scores", "Size", "SizeCheckpoint"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,35 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Scores of a group's units, which a cut was decided on.
+
+    Attributes:
+        min: The lowest.
+        q25: A quarter is lower.
+        median: Half is lower.
+        q75: Three quarters are lower.
+        max: The highest.
+        removed: The highest of those that went; ``None`` if none did.
+    """
+
+    min: float
+    q25: float
+    median: float
+    q75: float
+    max: float
+    removed: float | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, kept: Iterable[int] | None = None) -> Scores:
+        """The scores of a group of which units are kept, all of them if nothing is said."""
+        shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=values.dtype, device=values.device)
+        gone = [] if kept is None else sorted(set(range(len(values))) - set(kept))
+        low, q25, median, q75, high = torch.quantile(values, shares).tolist()
+        return cls(low, q25, median, q75, high, float(values[gone].max()) if gone else None)
+
+
+@dataclass(frozen=True)
 class Cut:
     """One cut, as it was made.
 
@@ -94,6 +125,7 @@ class Cut:
         table_latency: Milliseconds of one sample after it by the table of latencies, if there is one.
         backbone: Parameters of the backbone alone after it, where they are known.
         zeros: Masked weights after it, where there are masks.
+        scores: Scores of the units before it, by group, where units are scored.
     """
 
     index: int
@@ -108,6 +140,7 @@ class Cut:
     table_latency: float | None = None
     backbone: int | None = None
     zeros: int | None = None
+    scores: Mapping[str, Scores] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -299,6 +332,23 @@ class Record:
         real = [value for value in after if not math.isnan(value)]
         best = (max(real) if self.mode == "max" else min(real)) if real else None
         return before[-1] if before else None, best, after[-1] if after else None
+
+    def networks(self) -> list[ComparedNetwork]:
+        """The network at every size at which the main metric was measured, as it was before the next cut or at the end.
+
+        Networks that were saved at each size, if there are some; else those between the cuts.
+        """
+        found: list[tuple[int, int, float | None]] = [(s.params, s.macs, s.metric) for s in self.size_checkpoints]
+        first, name = self.start or self.dense, self.main_metric
+        if not found and first is not None:
+            found = [(first.params, first.macs, self.outcome[0])]
+            found += [(cut.params, cut.macs, self.around(cut)[2]) for cut in self.cuts]
+        last = len(found) - 1
+        return [
+            ComparedNetwork("", name or "", metric, params, macs, is_final=place == last)
+            for place, (params, macs, metric) in enumerate(found)
+            if metric is not None and not math.isnan(metric)
+        ]
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end.

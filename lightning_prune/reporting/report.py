@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,15 @@ from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, coun
 from lightning_prune.reporting.inspection import reached
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
 from lightning_prune.reporting.over_depth import over_depth_grid
-from lightning_prune.reporting.record import Cut, Measurement, Record, Size, SizeCheckpoint
+from lightning_prune.reporting.pages import Picture, html_of
+from lightning_prune.reporting.record import Cut, Measurement, Record, Scores, Size, SizeCheckpoint
 from lightning_prune.reporting.typed import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
+
+    from lightning_prune.reporting.pages import Page
 
 __all__ = ["Report", "plain"]
 
@@ -69,7 +73,7 @@ class Report(Record):
         values = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         values["dense"], values["final"] = (_size(stored[name]) for name in ("dense", "final"))
         values["start"] = _size(stored.get("start"))
-        values["cuts"] = [Cut(**cut) for cut in stored["cuts"]]
+        values["cuts"] = [_cut(cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
         values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(_SIZES[stored["format"]], [])]
         values["scored"] = [ScoredLayer(**row) for row in stored.get("scored", [])]
@@ -108,25 +112,15 @@ class Report(Record):
         """The tables for a terminal."""
         return as_rich(self.grids())
 
-    def to_markdown(self, picture: str | None = None, sizes: str | None = None, depth: str | None = None) -> str:
-        """The report as a page.
+    def pages(self, *, pictures: bool = True) -> tuple[Page, Page]:
+        """The report for a repository, in Markdown, and for a browser: ``pages()[1].html()`` is one file.
 
         Args:
-            picture: Address of the figure, relative to the page.
-            sizes: Address of the figure of metric against size.
-            depth: Address of the figure of parameters over depth.
+            pictures: With pictures, which need the extra ``plot``.
         """
-        parts = ["# Pruning report", *([f"![metrics, size and widths]({picture})"] if picture else [])]
-        parts += [f"![metric against size]({sizes})"] if sizes else []
-        parts += [f"![parameters over depth]({depth})"] if depth else []
-        parts += [grid.markdown() for grid in self.grids()]
-        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        seed = f"Seed {self.seed}. " if self.seed is not None else ""
-        if made_with or seed:
-            parts.append(f"{seed}{made_with}")
-        if self.config:
-            parts.append(f"```json\n{json.dumps(_without_nan(plain(self.config)), indent=2)}\n```")
-        return "\n\n".join(parts) + "\n"
+        from lightning_prune.reporting.report_pages import report_pages  # which shows reports, and so imports this
+
+        return report_pages(self, pictures=pictures)
 
     def __str__(self) -> str:
         return as_text(self.grids()) or "nothing recorded"
@@ -135,7 +129,11 @@ class Report(Record):
         return self.table()
 
     def _repr_html_(self) -> str:
-        return "".join(grid.html() for grid in self.grids())
+        """The tables and, with the extra ``plot``, the picture."""
+        tables = "".join(grid.html() for grid in self.grids())
+        if not tables or find_spec("matplotlib") is None:
+            return tables
+        return html_of(Picture.of("report", "", self.figure())) + tables
 
     def _summary(self) -> Grid:
         dense, start, now = self.dense, self.start, self.size
@@ -289,6 +287,10 @@ def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     sizes = {name: renamed(stored[name]) for name in ("dense", "final", "start") if name in stored}
     return {**stored, **sizes, "cuts": [renamed(cut) for cut in stored["cuts"]]}
+
+
+def _cut(stored: Mapping[str, Any]) -> Cut:
+    return Cut(**{**stored, "scores": {name: Scores(**found) for name, found in stored.get("scores", {}).items()}})
 
 
 def _size(stored: Mapping[str, Any] | None) -> Size | None:

@@ -12,7 +12,7 @@ from lightning_prune.reporting import Timing
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured" not in request.fixturenames:
         monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
-        monkeypatch.setattr(showing.Showing, "_picture", lambda *_, **__: None)
+        monkeypatch.setattr(showing.Showing, "_pages", lambda self: self.report.pages(pictures=False))
 
 
 @pytest.fixture

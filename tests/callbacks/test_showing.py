@@ -89,11 +89,16 @@ def test_files(measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     pruner = contribution(dirpath=str(tmp_path / "report"))
     model = make()
     fit(tmp_path, model, pruner, epochs=5)
-    assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "report.png"}
+    pictures = {"report.png", "sizes.png", "cut_scores.png"}
+    files = {file.name for file in (tmp_path / "report").iterdir()}
+    assert files == {"report.json", "report.md", "report.html", *pictures}
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
     assert stored["final"]["params"] == sum(p.numel() for p in model.parameters())
     assert set(stored["dense"]["latency"]) == set(stored["final"]["latency"]) == {"1", "64"}
     assert stored["dense"]["bytes"] > stored["final"]["bytes"]
+    for cut in stored["cuts"]:
+        assert cut["scores"].keys() == {"first", "second"}
+        assert cut["scores"]["first"]["min"] <= cut["scores"]["first"]["removed"] < cut["scores"]["first"]["max"]
     assert [cut["epoch"] for cut in stored["cuts"]] == [1, 3]
     assert stored["config"]["criterion"].startswith("Contribution(")
     assert stored["config"]["cuts"] == [["epoch", 1, 0.5], ["epoch", 3, 1.0]]

@@ -136,5 +136,5 @@ def test_parameters_over_depth_are_part_of_a_report() -> None:
     again = Report.from_plain(report.to_plain())
     assert again.dense == report.dense
     assert again.grids()[-1].title == "Parameters over depth"
-    assert "![parameters over depth](depth.png)" in again.to_markdown(depth="depth.png")
+    assert "![parameters over depth](depth.png)" in again.pages()[0].markdown()
     assert not Report(**sizes).shows_depth

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from lightning_prune.reporting import Cut, Report, Size, SizeCheckpoint, report_figure, sizes_figure
-from lightning_prune.reporting.plots import _Clock
+from lightning_prune.reporting import Cut, Report, Scores, Size, report_figure
+from lightning_prune.reporting.plots import _Clock, panel_figures, scores_figure
 
 
 def draw(report):
@@ -105,20 +106,28 @@ def test_no_global_state_of_matplotlib() -> None:
     assert pyplot.get_fignums() == before
 
 
-def test_metric_against_size_is_drawn_from_what_was_measured():
-    report = Report(dense=Size(200, 1000, {"a": 10}))
-    report.log(0, 5, {"val_acc": 0.5})
-    report.size_checkpoints = [
-        SizeCheckpoint("a", 200, 1000, 1, 5, 0.9),
-        SizeCheckpoint("b", 100, 250, 2, 10),
-        SizeCheckpoint("c", 50, 100, 3, 15, 0.8),
-    ]
-    left, right = sizes_figure(report).axes
-    assert [tuple(map(list, axes.lines[0].get_data())) for axes in (left, right)] == [
-        ([100, 25], [0.9, 0.8]),
-        ([100, 10], [0.9, 0.8]),
-    ]
-    assert left.get_ylabel() == "val_acc"
-    # Off the line, which goes down from the dense network and up to it.
-    assert [(text.get_text(), text.get_va()) for text in left.texts] == [("200: 0.9", "bottom"), ("50: 0.8", "top")]
-    assert "nothing was measured" in sizes_figure(Report()).axes[0].texts[0].get_text()
+def test_the_scores_of_a_cut():
+    scores = {"a": Scores.of(torch.arange(11.0), kept=[5, 6, 7, 8, 9, 10]), "b": Scores.of(torch.ones(3))}
+    assert (scores["a"].q25, scores["a"].median, scores["a"].max, scores["a"].removed) == (2.5, 5.0, 10.0, 4.0)
+    assert scores["b"].removed is None
+    (axes,) = scores_figure(Cut(0, 1, 2, {}, {}, 1, 1, 0.1, scores=scores)).axes
+    ranges, quartiles = ([path.vertices[:, 1].tolist() for path in lines.get_paths()] for lines in axes.collections)
+    assert ranges == [[0, 10], [1, 1]]
+    assert quartiles == [[2.5, 7.5], [1, 1]]
+    removed = next(line for line in axes.lines if line.get_label() == "removed up to here")
+    assert (list(removed.get_xdata()), list(removed.get_ydata())) == ([0], [4.0])
+    assert axes.get_yscale() == "linear"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_scores_that_differ_by_orders_are_drawn_on_a_logarithmic_axis():
+    cut = Cut(0, 1, 2, {}, {}, 1, 1, 0.1, scores={"a": Scores.of(torch.tensor([0.01, 1.0]))})
+    assert scores_figure(cut).axes[0].get_yscale() == "log"
+
+
+def test_panels_for_a_phone_are_those_of_the_picture(make_report):
+    report = make_report()
+    whole = [axes.get_ylabel() for axes in report_figure(report).axes]
+    figures = panel_figures(report)
+    assert [figure.axes[0].get_ylabel() for figure in figures] == whole
+    assert all(figure.get_figwidth() < 6 for figure in figures)

@@ -1,0 +1,76 @@
+"""The report of a run as pages: in Markdown for a repository, in HTML for a browser or a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import yaml
+
+from lightning_prune.reporting.comparison import Comparison
+from lightning_prune.reporting.comparison_figure import comparison_figure
+from lightning_prune.reporting.over_depth import over_depth_figure
+from lightning_prune.reporting.pages import Code, Heading, Page, Paragraph, Part, Picture, Row
+from lightning_prune.reporting.plots import headline, panel_figures, report_figure, scores_figure
+
+if TYPE_CHECKING:
+    from lightning_prune.reporting.report import Report
+
+__all__ = ["report_pages"]
+
+
+def report_pages(report: Report, *, pictures: bool) -> tuple[Page, Page]:
+    """The same report in one overview picture with files beside it, and with every panel inside.
+
+    Args:
+        report: What was collected.
+        pictures: With pictures, which need the extra ``plot``.
+    """
+    if not pictures or report.dense is None:
+        page = _page(report, ())
+        return page, page
+    more = _more(report)
+    overview = Picture.of("report", "metrics, size and widths", report_figure(report))
+    captions = ("the metric while it trained", "what was left of the network", _widths_caption(report))
+    names = ("metric", "size", "widths")
+    panels = [Picture.of(*each) for each in zip(names, captions, panel_figures(report), strict=True)]
+    return _page(report, [overview, *more]), _page(report, [*panels, *more])
+
+
+def _widths_caption(report: Report) -> str:
+    return "units of every group before and after" if report.what == "units" else "weights of every layer"
+
+
+def _more(report: Report) -> list[Picture]:
+    """Pictures of what only some runs have: scores, several sizes, a backbone whose layers were scored."""
+    found = []
+    networks, metric = report.networks(), report.main_metric
+    if metric is not None and len(networks) > 1:
+        figure = comparison_figure(Comparison(tuple(networks), metric, report.mode), ["params"])
+        if report.what == "weights":
+            figure.axes[0].set_xlabel("non-zero weights")
+        caption = "metric against size, before each cut (hollow) and at the end; the Pareto front is grey"
+        found.append(Picture.of("sizes", caption, figure))
+    scored = [cut for cut in report.cuts if cut.scores]
+    if scored:
+        caption = f"scores of the units at cut {scored[-1].index + 1}, the last one"
+        found.append(Picture.of("cut_scores", caption, scores_figure(scored[-1])))
+    if report.shows_depth and report.dense is not None and report.final is not None:
+        figure = over_depth_figure(report.dense.layers, report.final.layers)
+        found.append(Picture.of("depth", "parameters over depth", figure))
+    return found
+
+
+def _page(report: Report, pictures: Sequence[Picture]) -> Page:
+    parts: list[Part] = [] if report.dense is None else [Paragraph(headline(report))]
+    parts += [*([Row(tuple(pictures))] if pictures else []), *report.grids()]
+    made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    seed = f"Seed {report.seed}. " if report.seed is not None else ""
+    if made_with or seed or report.config:
+        parts.append(Heading("Made with"))
+    if made_with or seed:
+        parts.append(Paragraph(f"{seed}{made_with}"))
+    if report.config:
+        config = yaml.safe_dump(report.to_plain()["config"], sort_keys=False, default_flow_style=None, width=100)
+        parts.append(Code(config.rstrip(), "yaml"))
+    return Page("Pruning report", tuple(parts))
