@@ -39,6 +39,7 @@ from lightning_prune.surgery import (
     refuse,
     repaired,
     transaction,
+    with_history,
 )
 from lightning_prune.surgery.tensors import named
 
@@ -187,8 +188,9 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         example = dict(first.kwargs) or first.args
     subject = subject_for(model, example)
     tracing, call, scope = Tracing(subject), subject.calls[0], asked.scope
-    structure, history = tracing.structure, history_of(model)
-    if scope.min_width == 0:
+    structure, history = with_history(tracing.structure, subject), history_of(model)
+    tracing.structure = structure
+    if scope.min_width == 0 and structure.flow is None:
         structure = with_flow(structure, subject, history.vanished if history is not None else ())
     if asked.target.quantity == "latency":
         structure = with_latency(structure, latency_table(subject, structure))

@@ -53,6 +53,7 @@ from lightning_prune.surgery import (
     original_of,
     revived,
     transaction,
+    with_history,
     without_dead,
     zero_gradients,
     zero_moments,
@@ -236,7 +237,7 @@ class MaskPruning(ScheduledPruning):
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         with trainer.precision_plugin.module_init_context():
             subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
-            structure = trace(subject)
+            structure = with_history(trace(subject), subject)
         if self.granularity.of_units:
             names, _ = select(structure, self.layers, self.ignore)
             self._groups = tuple(structure.group(name) for name in names)

@@ -33,7 +33,7 @@ from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Scores, Size, require
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Structure, Subject, trace, verify_shapes
-from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of
+from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of, with_history
 
 __all__ = ["Decision", "NetworkPruning"]
 
@@ -243,7 +243,7 @@ class NetworkPruning(ScheduledPruning):
 
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:  # noqa: ARG002
         """The structure, with all that planning has to know."""
-        return trace(subject)
+        return with_history(trace(subject), subject)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure import Structure, trace
-from lightning_prune.surgery import cut
+from lightning_prune.surgery import cut, with_history
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["sensitivity"]
@@ -60,7 +60,8 @@ def sensitivity(
         (['0'], 8)
     """
     criterion, shares = L1() if criterion is None else criterion, tuple(shares)
-    structure = trace(subject_for(model, example))
+    subject = subject_for(model, example)
+    structure = with_history(trace(subject), subject)
     _check(criterion, shares, structure)
     selected, _ = select(structure, layers, ignore)
     scores = score_groups(criterion, [structure.group(name) for name in selected], named(model), None)

@@ -43,7 +43,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import require
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
-from lightning_prune.structure import LatencyTable, Structure, StructureError, Subject, trace
+from lightning_prune.structure import LatencyTable, Structure, StructureError, Subject
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -253,8 +253,8 @@ class StructuredPruning(NetworkPruning):
     @override
     def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
         """The structure, with all that planning has to know."""
-        structure, history = trace(subject), history_of(subject.model)
-        if self.scope.min_width == 0:
+        structure, history = super()._traced(trainer, subject), history_of(subject.model)
+        if self.scope.min_width == 0 and structure.flow is None:
             structure = with_flow(structure, subject, history.vanished if history is not None else ())
         if self.target.quantity == "latency":
             structure = with_latency(structure, self._latency_table(trainer, subject, structure))

@@ -22,6 +22,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, Subject, trace
+from lightning_prune.surgery import with_history
 
 __all__ = ["call_on", "inputs_of", "inspect", "require_network", "subject_for", "subject_of"]
 
@@ -44,7 +45,8 @@ def inspect(model: nn.Module, example: Any = None) -> Inspection:
         >>> inspect(net, torch.zeros(1, 4)).structure.widths
         {'0': 8}
     """
-    return Inspection(trace(subject_for(model, example)))
+    subject = subject_for(model, example)
+    return Inspection(with_history(trace(subject), subject))
 
 
 def subject_for(model: nn.Module, example: Any = None) -> Subject:

@@ -39,7 +39,7 @@ from lightning_prune.surgery.repairs import (
     install,
     repaired,
 )
-from lightning_prune.surgery.restore import conform, load_from, replay
+from lightning_prune.surgery.restore import conform, load_from, replay, with_history
 from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
@@ -100,6 +100,7 @@ __all__ = [
     "spec_of",
     "take",
     "transaction",
+    "with_history",
     "without_dead",
     "zero_gradients",
     "zero_moments",

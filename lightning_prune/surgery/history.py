@@ -229,7 +229,8 @@ class History:
     @property
     def drops(self) -> dict[str, str]:
         """Every layer that was taken out since the last replacement, and what is in its place."""
-        return {name: kind for edit in self._latest if isinstance(edit, Drop) for name, kind in edit.modules.items()}
+        drops = [edit for edit in self.since_replaced if isinstance(edit, Drop)]
+        return {name: kind for edit in drops for name, kind in edit.modules.items()}
 
     @property
     def vanished(self) -> frozenset[str]:
@@ -238,9 +239,20 @@ class History:
         return frozenset(name for name in self.original.widths if not units.get(name))
 
     @property
+    def groups_now(self) -> frozenset[str]:
+        """Groups that have units left."""
+        return frozenset(self.original.widths) - self.vanished
+
+    @property
+    def single(self) -> frozenset[str]:
+        """Groups that cuts have left with one unit."""
+        units = self.widths_now
+        return frozenset(name for name, width in self.original.widths.items() if units.get(name) == 1 < width)
+
+    @property
     def axes(self) -> Axes:
         """What remains of the network since it was dense or a module was last replaced: all edits as one."""
-        return _composed(self._latest)
+        return _composed(self.since_replaced)
 
     @property
     def widths_now(self) -> dict[str, int]:
@@ -270,7 +282,12 @@ class History:
         return tuple(steps)
 
     @property
-    def _latest(self) -> tuple[Edit, ...]:
+    def until_replaced(self) -> tuple[Edit, ...]:
+        """The edits up to the last replacement."""
+        return self.edits[: len(self.edits) - len(self.since_replaced)]
+
+    @property
+    def since_replaced(self) -> tuple[Edit, ...]:
         """The edits since the last replacement."""
         last = max((number for number, edit in enumerate(self.edits) if isinstance(edit, Replace)), default=-1)
         return self.edits[last + 1 :]
@@ -376,10 +393,9 @@ def original_of(model: nn.Module, structure: Structure) -> Original:
     if history is None:
         return Original.of(structure)
     original = history.original
-    expected = original.widths.keys() - history.vanished
-    if expected != structure.widths.keys():
+    if structure.widths.keys() != history.groups_now:
         raise HistoryError(
-            f"expected the groups the network was pruned with ({', '.join(sorted(expected))}), found "
+            f"expected the groups the network was pruned with ({', '.join(sorted(history.groups_now))}), found "
             f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
         )
     cost, table = structure.cost, history.latency or structure.cost.latency_table

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery.change import Change, whole
 from lightning_prune.surgery.depth import restore
@@ -20,7 +22,7 @@ from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
 from lightning_prune.surgery.names import missing_or_unexpected
 from lightning_prune.surgery.tensors import blank, canonical, named
 
-__all__ = ["conform", "load_from", "replay"]
+__all__ = ["conform", "load_from", "replay", "with_history"]
 
 
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
@@ -66,6 +68,33 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
     change = Change()
     with whole(change):
         _conform(change, model, state_dict, history, strict=strict)
+
+
+def with_history(structure: Structure, subject: Subject) -> Structure:
+    """The structure of a network that was cut, with the groups that its present shapes alone do not show.
+
+    Of attention with one head left, nothing tells that its 16 features are one unit. So the network is traced as wide
+    as it was before its cuts, and what is found is cut alike.
+
+    Args:
+        structure: As traced on the network as it is now.
+        subject: The network and how it is run.
+    """
+    history = history_of(subject.model)
+    if history is None or not history.single - structure.widths.keys():
+        return structure
+    wide = subject.copy("real").module
+    change = Change()
+    attach(wide, None)
+    _widen(change, wide, history)
+    for edit in history.until_replaced:
+        apply(change, edit, wide)
+    subject = replace(subject, model=wide, memo=None)
+    found = with_flow(trace(subject), subject)
+    for edit in history.since_replaced:
+        if isinstance(edit, Keep):
+            found = found.take(edit.kept)
+    return found if found.widths.keys() == history.groups_now else structure
 
 
 def replay(model: nn.Module, history: History) -> None:
