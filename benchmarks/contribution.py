@@ -43,7 +43,7 @@ from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, Statistic, score_groups
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named
 
@@ -257,7 +257,7 @@ def one_run(name: str, root: str | None, epochs: int, batch_size: int, seed: int
 def observed_and_cut(task: Task, held: Held, epochs: int, seed: int) -> tuple[Curve, dict[str, list[float]]]:
     """The dense network's curve, and its test accuracy after one cut at each share, nothing trained after it."""
     module = built(task, task.wide, seed)
-    structure = trace(Subject.of(module, module.example_input_array))
+    structure = trace(TracedModel.of(module, module.example_input_array))
     chosen = criteria(seed) | {"contribution, last epoch only": Contribution()}
     first = {"contribution, last epoch only": epochs - 1}
     statistics = {

@@ -31,7 +31,7 @@ from lightning_prune.extras import require
 from lightning_prune.models import ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, DataPass, criteria, score_groups
-from lightning_prune.structure import Axes, Structure, Subject, trace
+from lightning_prune.structure import Axes, Structure, TracedModel, trace
 from lightning_prune.surgery import ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
@@ -57,7 +57,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, module: ResNetCIFAR, train: ImageTensors, test: ImageTensors) -> None:
         self.given, self.module, self.train, self.test = given, module, train, test
-        self.structure = trace(Subject.of(module, module.example_input_array))
+        self.structure = trace(TracedModel.of(module, module.example_input_array))
         # The residual stream stays: two of its stages are padded.
         self.names, _ = select(self.structure, ignore="conv1")
         self.dense = accuracy(module, test)

@@ -31,7 +31,7 @@ from benchmarks.survey import half, survey, torchvision_model
 from benchmarks.wrong import wrong
 from lightning_prune import prune
 from lightning_prune.reporting import Inspection
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import cut
 
 Method = Callable[[nn.Module, Tensor], None]
@@ -44,7 +44,7 @@ COMPARED = ("resnet18", "resnet50", "densenet121", "vgg16_bn")
 
 def ours(model: nn.Module, x: Tensor) -> None:
     """Analyse and cut half of every group."""
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     cut(model, structure.axes(half(structure)))
 
 
@@ -102,7 +102,7 @@ def compare(repeats: int, mine_of: Method, rival_of: Method, what: str) -> tuple
 def pictures() -> None:
     """What can be pruned in ResNet-50 and DenseNet-121."""
     for name in ("resnet50", "densenet121"):
-        structure = trace(Subject.of(torchvision_model(name), torch.zeros(2, 3, 224, 224)))
+        structure = trace(TracedModel.of(torchvision_model(name), torch.zeros(2, 3, 224, 224)))
         Inspection(structure).figure().savefig(EVIDENCE / "engine" / f"{name}.png")
 
 

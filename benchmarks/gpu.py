@@ -32,7 +32,7 @@ from lightning_prune import Contribution, OneShot, XGBoost, prune
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.spvr.walked import RankingOptions, rank
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import history_of, masks_of
 
 Row = dict[str, Any]
@@ -184,7 +184,7 @@ def step_row(device: str, *, kind: str, size: int, batch: int, repeats: int) -> 
 
     row = _measured("", step, device, repeats)
     if not compiled:  # a batch that is observed runs as it is written
-        statistic = Contribution().statistic(trace(Subject.of(model, x)))
+        statistic = Contribution().statistic(trace(TracedModel.of(model, x)))
         row |= _measured("observed_", partial(_observed, statistic, model, step), device, repeats)
     torch.compiler.reset()
     prune(model, x, budget={"macs": 0.5}, optimizers=optimizer)

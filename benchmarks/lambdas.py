@@ -25,7 +25,7 @@ from lightning_prune.data import ImageTensors
 from lightning_prune.extras import require
 from lightning_prune.planning import Original, Plan, Scope, Target, make_plan
 from lightning_prune.scoring import ContributionStatistic, Criterion, Ratio, score_groups
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named
 
@@ -77,7 +77,7 @@ def one_seed(sets: tuple[ImageTensors, ImageTensors], epochs: int, after: int, s
     test = held.parts()["test"]
     seed_everything(seed, verbose=False)
     model = PAPER_MLP.build(PAPER_MLP.wide)
-    structure = trace(Subject.of(copy.deepcopy(model), model.example_input_array))
+    structure = trace(TracedModel.of(copy.deepcopy(model), model.example_input_array))
     statistics = {ratio: ContributionStatistic(structure, 1.0, 1.0, ratio) for ratio in RATIOS}
     train(model, held, epochs, 0, list(statistics.values()))
     result: dict[str, Any] = {"seed": seed, "dense": accuracy(model, test), "one_shot": {}, "recovered": {}}

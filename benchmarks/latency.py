@@ -17,7 +17,7 @@ from torchvision.models import resnet18
 
 from benchmarks.common import publish, quiet
 from lightning_prune import Random, Scope, prune
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure import latency as latency_module
 from lightning_prune.structure.latency import measure_latency, with_latency
 
@@ -47,16 +47,16 @@ def main() -> None:
     x = torch.randn(1, 3, given.size, given.size)
     torch.manual_seed(0)
     model = resnet18().eval()
-    subject = Subject.of(model, x)
-    table = measure_latency(subject, trace(subject))
-    rows = [_row("dense", model, subject, table, given.seconds)]
+    traced = TracedModel.of(model, x)
+    table = measure_latency(traced, trace(traced))
+    rows = [_row("dense", model, traced, table, given.seconds)]
     for cut in CUTS:
         torch.manual_seed(0)
         model = resnet18().eval()
         scope = Scope(cut.get("scope", "local"), round_to=cut.get("round_to", 1))  # type: ignore[arg-type]
         amount = {key: value for key, value in cut.items() if key in ("pruning_ratio", "budget")}
         prune(model, x, criterion=Random(), scope=scope, **amount)  # type: ignore[arg-type]
-        rows.append(_row(json.dumps(cut), model, Subject.of(model, x), table, given.seconds))
+        rows.append(_row(json.dumps(cut), model, TracedModel.of(model, x), table, given.seconds))
     error = fmean(abs(row["reckoned"] / row["measured"] - 1) for row in rows[1:])
     shares = fmean(
         abs(row["reckoned"] / rows[0]["reckoned"] - row["measured"] / rows[0]["measured"]) for row in rows[1:]
@@ -80,10 +80,10 @@ def processor_seconds(run: Callable[[], object], seconds: float) -> float:
     return median(times)
 
 
-def _row(name: str, model: torch.nn.Module, subject: Subject, table: object, seconds: float) -> dict[str, object]:
-    structure = with_latency(trace(subject), table)  # type: ignore[arg-type]
+def _row(name: str, model: torch.nn.Module, traced: TracedModel, table: object, seconds: float) -> dict[str, object]:
+    structure = with_latency(trace(traced), table)  # type: ignore[arg-type]
     cost, widths = structure.cost, structure.widths
-    x = subject.calls[0].args[0]
+    x = traced.calls[0].args[0]
     with torch.no_grad():
         measured = 1e3 * processor_seconds(lambda: model(x), seconds)
     return {

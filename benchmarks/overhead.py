@@ -35,7 +35,7 @@ from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
 from lightning_prune.planning import Original, Scope, Target, make_plan
 from lightning_prune.scoring import contributions_of, score_groups
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.surgery import transaction
 from lightning_prune.surgery.tensors import named
 
@@ -218,7 +218,7 @@ def one_cut(size: int, rounds: int) -> dict[str, float]:
     parts: dict[str, list[float]] = {}
     images = torch.randn(2, 3, size, size)
     began = now()
-    structure = trace(Subject.of(resnet50(num_classes=10), images))
+    structure = trace(TracedModel.of(resnet50(num_classes=10), images))
     analysis = now() - began  # once per run, not per cut
     for _ in range(rounds):
         model = resnet50(num_classes=10)
@@ -330,7 +330,7 @@ def half_of_the_macs(size: int, batch_size: int, rounds: int) -> dict[str, Any]:
     macs = pruning.report.metrics()["pruning/macs"]
     return {
         "dense_step_ms": round(1e3 * median(dense), 1),
-        "macs": round(macs / Original.of(trace(Subject.of(networks["dense"], torch.zeros(1, *shape)))).macs, 4),
+        "macs": round(macs / Original.of(trace(TracedModel.of(networks["dense"], torch.zeros(1, *shape)))).macs, 4),
         "narrow": ratio(times["narrow"][1:], dense),
         "masked": ratio(times["masked"][1:], dense),
     }

@@ -31,7 +31,7 @@ from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, DataPass, score_groups
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
@@ -104,7 +104,7 @@ def measure(
 ) -> Iterator[Row]:
     """One row per criterion, share and repair; every cut is undone."""
     module.eval()
-    structure = trace(Subject.of(module, module.example_input_array))
+    structure = trace(TracedModel.of(module, module.example_input_array))
     names, _ = select(structure, ignore=ignore)
     drawn, data = calibration(train, batches, seed)
     dense = accuracy(module, test)

@@ -75,7 +75,7 @@ def pruned(name: str, share: float, work: Path) -> tuple[Classifier, ranked.Rank
     folder = work / "rankings" / f"{name}-{share}"  # rankings lie beside it
     shutil.rmtree(folder, ignore_errors=True)
     pruning = SPvRPruning(share, group_size=2, samples_per_class=5, coupling=coupling, race=None, dirpath=str(folder))
-    Showing.measure = lambda self, subject, size: size  # type: ignore[method-assign]
+    Showing.measure = lambda self, traced, size: size  # type: ignore[method-assign]
     callback_file.plan_ranked = watched  # type: ignore[assignment]
     try:
         loader = DataLoader(TensorDataset(x, y), batch_size=20)

@@ -21,7 +21,7 @@ from lightning_prune.scoring import DataPass, stations_of
 from lightning_prune.scoring.spvr.racing import Decides, Race, RaceKind, raced
 from lightning_prune.scoring.spvr.sites import Site, sites_of_layers
 from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 __all__ = ["SHARES", "race"]
 
@@ -50,7 +50,7 @@ def race(share: float, kind: RaceKind, per_class: int, samples: int) -> Row:
 def _full(per_class: int) -> tuple[nn.Module, DataPass, Mapping[str, Site], Ranking, float]:
     model, data = resnet56_projection(), data_of(per_class)
     batch = next(iter(data))
-    sites, _ = sites_of_layers(trace(Subject.of(model, batch.args[0][:2])).groups, stations_of(model, batch))
+    sites, _ = sites_of_layers(trace(TracedModel.of(model, batch.args[0][:2])).groups, stations_of(model, batch))
     began = process_time()
     found = rank(model, data, sites, OPTIONS)
     return model, data, sites, found, process_time() - began

@@ -61,7 +61,7 @@ def segment(method: str, seed: int, work: Path) -> Row:
     if method != "dense":
         model.load_state_dict(torch.load(work / f"segnet-{seed}.pt", weights_only=True))
     if method == "SPvR":
-        Showing.measure = lambda self, subject, size: size  # type: ignore[method-assign]
+        Showing.measure = lambda self, traced, size: size  # type: ignore[method-assign]
         folder = work / "rankings" / f"segnet-{seed}-{torch.randint(2**31, ()).item()}"
         pruning = SPvRPruning(BUDGET, 4, 20, reinit=Reinitialise(rule="own", seed=seed), dirpath=str(folder))
         callbacks.append(pruning)

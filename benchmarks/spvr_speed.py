@@ -20,7 +20,7 @@ from lightning_prune.scoring import DataPass, stations_of
 from lightning_prune.scoring.spvr import class_scores, prediction_change
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
 from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 __all__ = ["NETWORKS", "Row", "data_of", "macs", "seconds", "sites_of"]
 
@@ -37,7 +37,7 @@ def data_of(per_class: int, dtype: torch.dtype = torch.float32) -> DataPass:
 def sites_of(model: nn.Module, data: DataPass) -> Mapping[str, Site]:
     """Of a chain where groups enter the next layer; else behind every layer, with all its channels."""
     batch = next(iter(data))
-    structure = trace(Subject.of(model, batch.args[0][:2]))
+    structure = trace(TracedModel.of(model, batch.args[0][:2]))
     if all(len(group.producers) == 1 for group in structure.groups):
         return sites_of_groups(model, structure.groups, stations_of(model, batch, point="input"))[0]
     found, _ = sites_of_layers(structure.groups, stations_of(model, batch))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_prune.extras import require
 from lightning_prune.scoring import DataPass, KLDivergence, Misclassification, SPvR
 from lightning_prune.scoring.spvr.criterion import MaskingCriterion
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 __all__ = ["EPOCHS", "kendall"]
 
@@ -54,7 +54,7 @@ def _compared(model: nn.Sequential, ranked: tuple[Tensor, Tensor], held: tuple[T
 
 
 def _scores(criterion: MaskingCriterion, model: nn.Sequential, data: tuple[Tensor, Tensor]) -> list[float]:
-    structure = trace(Subject.of(model, data[0][:2]))
+    structure = trace(TracedModel.of(model, data[0][:2]))
     statistic = criterion.statistic(structure)
     statistic.collect(model, DataPass([data], batch_size=1000))
     (name,) = structure.widths

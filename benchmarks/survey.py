@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import EVIDENCE, fill, here
 from lightning_prune.reporting import Inspection
-from lightning_prune.structure import Axes, Call, Frozen, Structure, Subject, trace
+from lightning_prune.structure import Axes, Call, Frozen, Structure, TracedModel, trace
 from lightning_prune.surgery import cut, mask
 
 PAGE = EVIDENCE / "engine" / "survey.json"
@@ -98,13 +98,13 @@ class Network:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
 
-    def subject(self) -> Subject:
+    def traced(self) -> TracedModel:
         """What the engine needs to know."""
         calls = (
             Call(self.args, self.kwargs),
             Call(self.args if self.train is None else self.train, self.kwargs, training=True),
         )
-        return Subject(self.model, calls)
+        return TracedModel(self.model, calls)
 
     def __call__(self, *, training: bool = False) -> list[Tensor]:
         """Every tensor of the output."""
@@ -277,7 +277,7 @@ def examine(network: Network) -> dict[str, Any]:
     model = network.model
     settle(model)
     start = time.perf_counter()
-    structure = trace(network.subject())
+    structure = trace(network.traced())
     row: dict[str, Any] = {"groups": len(structure.groups), "seconds": time.perf_counter() - start}
     before = structure.cost.params(structure.widths)
     counted = sum(p.numel() for p in model.parameters())

@@ -60,7 +60,7 @@ from lightning_prune import (
 )
 from lightning_prune.callbacks.calibration import Calibration
 from lightning_prune.callbacks.extensions import RunContext
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.data import ImageFolder
 from lightning_prune.models import ImageClassifier
@@ -109,13 +109,13 @@ class DenseNorms(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step or batch_idx:
             return
-        subject = subject_of(pl_module, batch)
+        traced = traced_model_of(pl_module, batch)
         norms: Repair = ReestimateBatchNorm()
         if self.chooses:
             data = partial(training_data, trainer, pl_module, samples=SAMPLES)
-            run = RunContext(trainer, pl_module, subject, Report(), Path, (), lambda _: data())
+            run = RunContext(trainer, pl_module, traced, Report(), Path, (), lambda _: data())
             (norms,) = ReestimateIfBetter().repairs(run)
-        images = Calibration(trainer, pl_module, subject, batches=norms.batches, reader="DenseNorms")
+        images = Calibration(trainer, pl_module, traced, batches=norms.batches, reader="DenseNorms")
         pl_module.load_state_dict(norms.after(images.copy(), images.run), strict=False)
         self.info = dict(norms.info)
 

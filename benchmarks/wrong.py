@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.architectures import CASES, Case
 from tests.support.cutting import half, masked, shrunk
 
@@ -46,7 +46,7 @@ def wrong() -> tuple[dict[str, Any], str]:
 
 def _ours(case: Case) -> str:
     model, x = case.model(), case.example()
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     axes = structure.axes(half(structure))
     return _verdict(shrunk(model, axes), masked(model, axes), model, x)
 

@@ -11,7 +11,7 @@ from lightning_prune.callbacks.scan import sensitivity
 from lightning_prune.callbacks.slimming import NetworkSlimming
 from lightning_prune.callbacks.spvr import SPvRPruning
 from lightning_prune.callbacks.structured import StructuredPruning
-from lightning_prune.callbacks.subjects import inspect
+from lightning_prune.callbacks.traced_models import inspect
 from lightning_prune.callbacks.unfreezing import GradualUnfreezing
 from lightning_prune.callbacks.xgb import XGBPruning
 

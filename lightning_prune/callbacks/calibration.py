@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.callbacks.training_data import require_readable, training_data
 from lightning_prune.scoring import Batch, DataPass
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 from lightning_prune.structure.tracing import FakeCopy
 
 __all__ = ["Calibration"]
@@ -26,7 +26,7 @@ class Calibration:
     Args:
         trainer: The run, whose training data and devices are used.
         module: The module that trains.
-        subject: How copies of it are made.
+        traced: How copies of it are made.
         batches: How many are read at most.
         reader: Who reads them, for texts; ``None`` if nobody does.
 
@@ -35,20 +35,20 @@ class Calibration:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, subject: Subject, *, batches: int, reader: str | None
+        self, trainer: Trainer, module: LightningModule, traced: TracedModel, *, batches: int, reader: str | None
     ) -> None:
-        self.trainer, self.module, self.subject = trainer, module, subject
+        self.trainer, self.module, self.traced = trainer, module, traced
         self.data: DataPass | None = None
         if reader is not None:
             require_readable(trainer, reader)
-            (step,) = subject.optional
+            (step,) = traced.optional
             rest = step.args[1:]
             data = training_data(trainer, module, batches=batches, is_shared=False)
             self.data = data.using(inputs=lambda raw: (raw, *rest), call=partial(_stepped, trainer, step.method))
 
     def copy(self) -> nn.Module:
         """A copy of the module without the user's hooks, ready to run."""
-        return FakeCopy(self.module, self.subject.memo, self.subject.prepare, kind="real").module
+        return FakeCopy(self.module, self.traced.memo, self.traced.prepare, kind="real").module
 
     def run(self, copy: nn.Module, n: int) -> None:
         """Run the first ``n`` batches through a copy."""

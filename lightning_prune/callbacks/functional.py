@@ -21,11 +21,11 @@ from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
 from lightning_prune.callbacks.scheduled import note_what_stays, require_names
-from lightning_prune.callbacks.subjects import require_network, subject_for
+from lightning_prune.callbacks.traced_models import require_network, traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
 from lightning_prune.reporting import Cut, Report, Size, backbone_modules, latency, size_on_disk, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, Subject, Tracing
+from lightning_prune.structure import Call, Structure, StructureError, TracedModel, Tracing
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -186,26 +186,26 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     if example is None and asked.data is not None and getattr(model, "example_input_array", None) is None:
         first = next(iter(asked.data))
         example = dict(first.kwargs) or first.args
-    subject = subject_for(model, example)
-    tracing, call, scope = Tracing(subject), subject.calls[0], asked.scope
-    structure, history = with_history(tracing.structure, subject), history_of(model)
+    traced = traced_model_for(model, example)
+    tracing, call, scope = Tracing(traced), traced.calls[0], asked.scope
+    structure, history = with_history(tracing.structure, traced), history_of(model)
     tracing.structure = structure
     if scope.min_width == 0 and structure.flow is None:
-        structure = with_flow(structure, subject, history.vanished if history is not None else ())
+        structure = with_flow(structure, traced, history.vanished if history is not None else ())
     if asked.target.quantity == "latency":
-        structure = with_latency(structure, latency_table(subject, structure))
+        structure = with_latency(structure, latency_table(traced, structure))
     original = original_of(model, structure)
     target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])
-    statistic, selected = _observed(asked, subject, structure, selected)
+    statistic, selected = _observed(asked, traced, structure, selected)
     groups = [structure.group(name) for name in selected]
     bundles = bundles_of(asked.criterion, groups, statistic)
     feasible(structure, target, scope, selected, original, bundles)
     began = perf_counter()
     scores = score_groups(asked.criterion, groups, named(model), statistic)
     plans = [make_plan(structure, scores, target, 1.0, drawn, original, bundles) for drawn in scope.drawn]
-    plan = plans[0] if len(plans) == 1 else _best(asked, subject, structure, plans)
+    plan = plans[0] if len(plans) == 1 else _best(asked, traced, structure, plans)
     with _runs_on_the_example(model, call):
-        present = _size(subject, structure, measure=asked.measure)
+        present = _size(traced, structure, measure=asked.measure)
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
@@ -215,7 +215,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     after = structure
     if not plan.is_empty:
         tracing.verify_shapes(plan.kept)
-        contents = _repaired(asked, subject, structure, plan)
+        contents = _repaired(asked, traced, structure, plan)
         info = {name: value for repair in asked.repairs for name, value in repair.info.items()}
         with (
             _runs_on_the_example(model, call),
@@ -239,11 +239,11 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
                 perf_counter() - began,
             )
         )
-    report.final = _size(subject, after, measure=asked.measure)
+    report.final = _size(traced, after, measure=asked.measure)
     return report
 
 
-def _best(asked: _Cut, subject: Subject, structure: Structure, plans: Sequence[Plan]) -> Plan:
+def _best(asked: _Cut, traced: TracedModel, structure: Structure, plans: Sequence[Plan]) -> Plan:
     """The plan whose network has the least loss, the first of equal ones."""
     data = asked.data
     if data is None or data.loss is None:
@@ -252,7 +252,7 @@ def _best(asked: _Cut, subject: Subject, structure: Structure, plans: Sequence[P
             f"{'data' if data is None else 'loss'}. Give batches `(x, y)` and a loss, or `draws=1`."
         )
     with _told_as_of_the_data():
-        losses = losses_of_plans(subject.copy("real").module, structure, plans, data).tolist()
+        losses = losses_of_plans(traced.copy("real").module, structure, plans, data).tolist()
     return plans[min(range(len(plans)), key=losses.__getitem__)]
 
 
@@ -275,7 +275,7 @@ def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any
 
 
 def _observed(
-    asked: _Cut, subject: Subject, structure: Structure, selected: tuple[str, ...]
+    asked: _Cut, traced: TracedModel, structure: Structure, selected: tuple[str, ...]
 ) -> tuple[Statistic | None, tuple[str, ...]]:
     """What the criterion has seen of the data, and the groups that it can score."""
     of_selected = replace(structure, groups=tuple(group for group in structure.groups if group.name in selected))
@@ -294,10 +294,10 @@ def _observed(
             "`loss=torch.nn.functional.cross_entropy`, say."
         )
     if data is None:
-        call = subject.calls[0]
+        call = traced.calls[0]
         raw = {"args": call.args, "kwargs": dict(call.kwargs)}
         data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
-    copy = subject.copy("real").module
+    copy = traced.copy("real").module
     with _told_as_of_the_data():
         statistic.collect(copy, data)
     lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
@@ -326,7 +326,7 @@ def _told_as_of_the_data() -> Iterator[None]:
         ) from error
 
 
-def _repaired(asked: _Cut, subject: Subject, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan) -> dict[str, Tensor]:
     """What parameters and buffers hold after the cut, where the repairs change them."""
     if not asked.repairs:
         return {}
@@ -335,7 +335,7 @@ def _repaired(asked: _Cut, subject: Subject, structure: Structure, plan: Plan) -
         raise ValueError(f"prune: expected `data=` for {readers[0]!r}, which reads batches of it, got none.")
 
     def copied() -> nn.Module:
-        copy: nn.Module = subject.copy("real").module
+        copy: nn.Module = traced.copy("real").module
         # It is not frozen: it is evaluated.
         return copy if any(module.training for module in copy.modules()) else copy.train()
 
@@ -364,10 +364,10 @@ def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
         raise
 
 
-def _size(subject: Subject, structure: Structure, *, measure: bool) -> Size:
-    timings = latency(subject, batch_sizes=(1,)) if measure else {}
-    size = Size.of(structure, backbone=backbone_modules(subject.model))
-    return replace(size.timed(timings), bytes=size_on_disk(subject.model))
+def _size(traced: TracedModel, structure: Structure, *, measure: bool) -> Size:
+    timings = latency(traced, batch_sizes=(1,)) if measure else {}
+    size = Size.of(structure, backbone=backbone_modules(traced.model))
+    return replace(size.timed(timings), bytes=size_on_disk(traced.model))
 
 
 def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

@@ -12,7 +12,7 @@ from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
 from lightning_prune.callbacks.session import Session
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 from lightning_prune.surgery import Transaction, transaction
 
 __all__ = ["live_transaction"]
@@ -20,18 +20,17 @@ __all__ = ["live_transaction"]
 
 @contextmanager
 def live_transaction(
-    trainer: Trainer, module: LightningModule, subject: Subject, session: Session, cut: int
+    trainer: Trainer, module: LightningModule, traced: TracedModel, session: Session, cut: int
 ) -> Iterator[Transaction]:
     """Change the network of a run with its optimizers, averaged copies and pruning callbacks, whole or not at all.
 
-    A `transaction` in which, besides, compiled code is forgotten, the wrapper of DDP is off and is made again, and what
-    the callbacks of the session know comes back, too, if anything fails. It has to succeed in every process; all must
-    enter it.
+    A `transaction` that also discards compiled code, rebuilds the DDP wrapper, and restores the state of the session's
+    callbacks if anything fails. It has to succeed in every process; all must enter it.
 
     Args:
         trainer: The run.
         module: What trains.
-        subject: How the network is run on an example.
+        traced: How the network is run on an example.
         session: The pruning callbacks of the run, which may change within the context.
         cut: Place of the cut in the schedule, from 0, for the history.
 
@@ -42,7 +41,7 @@ def live_transaction(
         CutError: If an edit does not fit, or the network does not run after it.
         DisagreementError: If another process has failed, or the weights are not the same in all of them.
     """
-    call = subject.calls[0]
+    call = traced.calls[0]
 
     def run() -> Any:
         with trainer.precision_plugin.forward_context(), as_written(module):

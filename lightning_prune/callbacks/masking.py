@@ -25,7 +25,7 @@ from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now
-from lightning_prune.callbacks.subjects import call_on, subject_of
+from lightning_prune.callbacks.traced_models import call_on, traced_model_of
 from lightning_prune.planning import (
     NM,
     Cubic,
@@ -41,7 +41,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.reporting import Cut, Report, Size, require
-from lightning_prune.structure import Call, Structure, Subject, trace
+from lightning_prune.structure import Call, Structure, TracedModel, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
@@ -129,7 +129,7 @@ class MaskPruning(ScheduledPruning):
     def _unprepare(self) -> None:
         super()._unprepare()
         self._structure: Structure | None = None
-        self._subject: Subject | None = None
+        self._traced_model: TracedModel | None = None
         self._batch: Call | None = None  # real data, to see whether what is removed had an effect
         self._weights: tuple[Weight, ...] = ()
         self._groups: tuple[Group, ...] = ()
@@ -236,8 +236,8 @@ class MaskPruning(ScheduledPruning):
     @override
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         with trainer.precision_plugin.module_init_context():
-            subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
-            structure = with_history(trace(subject), subject)
+            traced = traced_model_of(module, batch, convert=trainer.precision_plugin.convert_input)
+            structure = with_history(trace(traced), traced)
         if self.granularity.of_units:
             names, _ = select(structure, self.layers, self.ignore)
             self._groups = tuple(structure.group(name) for name in names)
@@ -247,7 +247,7 @@ class MaskPruning(ScheduledPruning):
             self._done = -1  # a new run, or another network was loaded: it catches up with the next cut
         self._timeline = self._moments(trainer, 1 - self.sparsity)
         self._carry_over(partial(self._reached, module))
-        self._structure, self._subject, self._batch = structure, subject, call_on(module, batch, subject)
+        self._structure, self._traced_model, self._batch = structure, traced, call_on(module, batch, traced)
         if self._kept is not None and self.pending:
             self._kept.require(trainer, self._timeline)
         self._watch(module)
@@ -257,8 +257,8 @@ class MaskPruning(ScheduledPruning):
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
             size = Size.of(structure, original_of(module, structure), backbone_in(trainer, module))
             dense = replace(size, widths=widths, zeros=0)
-            self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
-            self._dense_network = subject.copy("meta").module
+            self.report.dense = self.session.writer(self, trainer).measure(traced, dense)
+            self._dense_network = traced.copy("meta").module
         self._begin_report()
 
     @override
@@ -376,9 +376,9 @@ class MaskPruning(ScheduledPruning):
 
     def _remove_dead(self, trainer: Trainer, module: LightningModule) -> list[str]:
         """Make the network narrower by the units that have no effect any more, whole or not at all; what to note."""
-        structure, subject, call = self._structure, self._subject, self._batch
+        structure, traced, call = self._structure, self._traced_model, self._batch
         assert structure is not None
-        assert subject is not None
+        assert traced is not None
         assert call is not None
         reasons = {
             "averaged weights have other constants": bool(averages(trainer)),
@@ -389,7 +389,7 @@ class MaskPruning(ScheduledPruning):
         if any(reasons.values()):
             return [f"Dead units stay: {' and '.join(why for why, holds in reasons.items() if holds)}."]
         with all_or_none():
-            copied = FakeCopy(module, subject.memo, subject.prepare, kind="real").module.double().eval()
+            copied = FakeCopy(module, traced.memo, traced.prepare, kind="real").module.double().eval()
             args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
             kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
         widths = structure.widths
@@ -417,8 +417,8 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
-        assert self._subject is not None
-        return showing.measure(self._subject, self._size(module), self._dense_network)
+        assert self._traced_model is not None
+        return showing.measure(self._traced_model, self._size(module), self._dense_network)
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

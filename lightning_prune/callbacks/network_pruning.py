@@ -26,13 +26,13 @@ from lightning_prune.callbacks.processes import all_or_none, from_first, made_on
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now, log_scores
-from lightning_prune.callbacks.subjects import inputs_of, subject_of
 from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
 from lightning_prune.reporting import Cut, Scores, Size, require
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Structure, Subject, trace, verify_shapes
+from lightning_prune.structure import Structure, TracedModel, trace, verify_shapes
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of, with_history
 
 __all__ = ["Decision", "NetworkPruning"]
@@ -135,7 +135,7 @@ class NetworkPruning(ScheduledPruning):
     def _unprepare(self) -> None:
         super()._unprepare()
         self._structure: Structure | None = None
-        self._subject: Subject | None = None
+        self._traced_model: TracedModel | None = None
         self._original = Original(0, 0, {})
         self._own_averages: OwnAverages | None = None  # until the first cut
 
@@ -198,8 +198,8 @@ class NetworkPruning(ScheduledPruning):
         Returns:
             The structure after it.
         """
-        subject, plan = self._subject, decision.plan
-        assert subject is not None
+        traced, plan = self._traced_model, decision.plan
+        assert traced is not None
         if plan.is_empty:
             return structure
         context = self._run(trainer, module)
@@ -210,7 +210,7 @@ class NetworkPruning(ScheduledPruning):
                 contents = self._extensions.contents(context, repairs, axes, drops)
         contents = from_first(trainer, contents)
         notes = made_on_first(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
-        verify_shapes(subject, structure, plan.kept)
+        verify_shapes(traced, structure, plan.kept)
         after = change.keep(structure, plan.kept, {**decision.info, **notes})
         change.install(contents)
         if any(repair.restarts for repair in repairs):
@@ -227,7 +227,7 @@ class NetworkPruning(ScheduledPruning):
         For a checkpoint without this callback's state, and for a run that is resumed with another target. By default
         the history says that something was done, not how much.
         """
-        module = None if self._subject is None else self._subject.model
+        module = None if self._traced_model is None else self._traced_model.model
         history = None if module is None else history_of(module)
         return self._timeline[-1].index if self._timeline and history is not None and history.edits else -1
 
@@ -241,9 +241,9 @@ class NetworkPruning(ScheduledPruning):
             )
         return timeline
 
-    def _traced(self, trainer: Trainer, subject: Subject) -> Structure:  # noqa: ARG002
+    def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:  # noqa: ARG002
         """The structure, with all that planning has to know."""
-        return with_history(trace(subject), subject)
+        return with_history(trace(traced), traced)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -292,11 +292,11 @@ class NetworkPruning(ScheduledPruning):
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         # `true` precisions have another default type, which tensors made in `forward` take.
         with trainer.precision_plugin.module_init_context(), telling(trainer, "Tracing the network"):
-            subject = subject_of(module, batch, convert=trainer.precision_plugin.convert_input)
-            structure = self._traced(trainer, subject)
+            traced = traced_model_of(module, batch, convert=trainer.precision_plugin.convert_input)
+            structure = self._traced(trainer, traced)
         for note in structure.notes:
             warnings.warn(note, stacklevel=2)
-        self._structure, self._subject, self._original = structure, subject, original_of(module, structure)
+        self._structure, self._traced_model, self._original = structure, traced, original_of(module, structure)
         self._timeline = self._check(trainer, module, batch, structure, self._original)
         history = history_of(module)
         if self._done is None:
@@ -311,8 +311,8 @@ class NetworkPruning(ScheduledPruning):
             backbone = backbone_in(trainer, module)
             dense = Size.of(structure, self._original, backbone)
             if history is None:
-                self.report.dense = self.session.writer(self, trainer).measure(subject, dense)
-                self._dense_network = subject.copy("meta").module
+                self.report.dense = self.session.writer(self, trainer).measure(traced, dense)
+                self._dense_network = traced.copy("meta").module
             else:
                 self.report.pruned_before(dense, self._size(trainer), len({edit.cut for edit in history.edits}))
         self._begin_report()
@@ -377,11 +377,11 @@ class NetworkPruning(ScheduledPruning):
         self, trainer: Trainer, module: LightningModule, decision: Decision, point: CutPoint, began: float
     ) -> None:
         """The cut itself: network, optimizers, history, and what the callbacks of the run know, together."""
-        structure, subject = self._structure, self._subject
+        structure, traced = self._structure, self._traced_model
         assert structure is not None
-        assert subject is not None
+        assert traced is not None
         before = history_of(module)
-        with live_transaction(trainer, module, subject, self.session, point.index) as change:
+        with live_transaction(trainer, module, traced, self.session, point.index) as change:
             after = self._change(change, trainer, module, decision)
             history = history_of(module)
             edits = history.edits[len(before.edits) if before is not None else 0 :] if history is not None else ()
@@ -401,12 +401,12 @@ class NetworkPruning(ScheduledPruning):
 
     def _retrace(self, trainer: Trainer) -> Callable[[], Structure]:
         """What traces the network again after a module was replaced."""
-        subject = self._subject
-        assert subject is not None
+        traced = self._traced_model
+        assert traced is not None
 
         def retraced() -> Structure:
             with trainer.precision_plugin.module_init_context():
-                return self._traced(trainer, subject)
+                return self._traced(trainer, traced)
 
         return retraced
 
@@ -468,20 +468,20 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
-        assert self._subject is not None
+        assert self._traced_model is not None
         with as_written(module):
-            return showing.measure(self._subject, self._size(showing.trainer), self._dense_network)
+            return showing.measure(self._traced_model, self._size(showing.trainer), self._dense_network)
 
     def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None
-        assert self._subject is not None
-        return Size.of(self._structure, backbone=backbone_in(trainer, self._subject.model))
+        assert self._traced_model is not None
+        return Size.of(self._structure, backbone=backbone_in(trainer, self._traced_model.model))
 
     def _run(self, trainer: Trainer, module: LightningModule) -> RunContext:
-        assert self._subject is not None
+        assert self._traced_model is not None
         folder = self.session.writer(self, trainer).folder
         samples = partial(self._samples, trainer, module)
-        return RunContext(trainer, module, self._subject, self.report, folder, self._timeline, samples)
+        return RunContext(trainer, module, self._traced_model, self.report, folder, self._timeline, samples)
 
     def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
         """Samples of the training data that extensions judge a cut by, all of them in every process.
@@ -491,10 +491,10 @@ class NetworkPruning(ScheduledPruning):
             module: The network.
             batches: So many batches only.
         """
-        assert self._subject is not None
+        assert self._traced_model is not None
         samples = _JUDGED if batches is None else None
         data = training_data(trainer, module, batches=batches, samples=samples, is_shared=False)
-        return data.using(inputs=inputs_of(module, data.batch(0).raw, self._subject))
+        return data.using(inputs=inputs_of(module, data.batch(0).raw, self._traced_model))
 
 
 def _changed(before: Structure, after: Structure) -> tuple[dict[str, int], dict[str, int]]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from lightning_prune.callbacks.subjects import subject_for
+from lightning_prune.callbacks.traced_models import traced_model_for
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
@@ -60,8 +60,8 @@ def sensitivity(
         (['0'], 8)
     """
     criterion, shares = L1() if criterion is None else criterion, tuple(shares)
-    subject = subject_for(model, example)
-    structure = with_history(trace(subject), subject)
+    traced = traced_model_for(model, example)
+    structure = with_history(trace(traced), traced)
     _check(criterion, shares, structure)
     selected, _ = select(structure, layers, ignore)
     scores = score_groups(criterion, [structure.group(name) for name in selected], named(model), None)

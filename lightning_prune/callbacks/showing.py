@@ -32,7 +32,7 @@ from lightning_prune.reporting import (
 from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 
 __all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
 
@@ -185,23 +185,23 @@ class Showing:
         folders = chain([home], (home / _numbered(number) for number in count(2)))
         return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
-    def measure(self, subject: Subject, size: Size, dense: nn.Module | None = None) -> Size:
+    def measure(self, traced: TracedModel, size: Size, dense: nn.Module | None = None) -> Size:
         """The size with parameters layer by layer, bytes on disk and latency (of a copy), of the first process.
 
         Args:
-            subject: The network.
+            traced: The network.
             size: What is known of it.
             dense: The dense network on the meta device, to be timed at the same time: the report's dense latency is
                 then that of the machine as it is now.
         """
         if not self.trainer.is_global_zero:
             return size
-        networks = [subject.copy("real").module]
+        networks = [traced.copy("real").module]
         try:
             if dense is not None:
                 networks.append(_filled(dense, next(networks[0].parameters()).device))
             with self.trainer.precision_plugin.forward_context(), telling(self.trainer, "Measuring the latency"):
-                now, *before = latencies(subject.calls[0], networks)
+                now, *before = latencies(traced.calls[0], networks)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             warnings.warn(
                 f"the latency could not be measured ({type(error).__name__}: {error}): a copy of the network does not "
@@ -211,7 +211,7 @@ class Showing:
             now, before = {}, []
         if before and self.report.dense is not None:
             self.report.dense = self.report.dense.timed(before[0])
-        model = subject.model
+        model = traced.model
         return replace(size.timed(now), bytes=size_on_disk(model), layers=layer_parameters(model))
 
     def finish(self, numbers: Mapping[str, float]) -> None:

@@ -27,7 +27,7 @@ from lightning_prune.scoring.spvr.racing import Race, RaceKind, raced
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
 from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
 from lightning_prune.scoring.undisturbed import undisturbed
-from lightning_prune.structure import Structure, StructureError, Subject
+from lightning_prune.structure import Structure, StructureError, TracedModel
 from lightning_prune.structure.bypass import Bypasses, find_bypasses
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.stages import stages_of
@@ -205,9 +205,9 @@ class SPvRPruning(NetworkPruning):
     # -- before the first step ----------------------------------------------------------------------------------------
 
     @override
-    def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
-        history = history_of(subject.model)
-        return with_flow(super()._traced(trainer, subject), subject, history.vanished if history is not None else ())
+    def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:
+        history = history_of(traced.model)
+        return with_flow(super()._traced(trainer, traced), traced, history.vanished if history is not None else ())
 
     @override
     def _check(
@@ -215,10 +215,10 @@ class SPvRPruning(NetworkPruning):
     ) -> tuple[CutPoint, ...]:
         if self._last_done >= 0:  # what it was to look at may be gone
             return self._moments(trainer)
-        assert self._subject is not None
+        assert self._traced_model is not None
         self._selected = select(structure, self.layers, self.ignore)[0]
         if self.reinit is not None:
-            self._bypasses = _among(find_bypasses(structure, self._subject), self._selected)
+            self._bypasses = _among(find_bypasses(structure, self._traced_model), self._selected)
         data = self._data(trainer, module)
         self._require_scores(trainer, module, data)
         self._selected = self._scorable(module, data, structure)
@@ -383,8 +383,8 @@ class SPvRPruning(NetworkPruning):
             specs = bypassed(module, self._bypasses, decision.bypassed, structure.widths)
             structure = change.replace(specs, self._retrace(trainer), structure, info=decision.info)
         if self.reinit is not None:
-            assert self._subject is not None
-            copy = self._subject.copy("real").module
+            assert self._traced_model is not None
+            copy = self._traced_model.copy("real").module
             change.install(self.reinit.after(copy, lambda *_: None))
             change.forget()
         return structure

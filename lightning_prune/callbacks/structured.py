@@ -43,7 +43,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import require
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
-from lightning_prune.structure import LatencyTable, Structure, StructureError, Subject
+from lightning_prune.structure import LatencyTable, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -217,10 +217,10 @@ class StructuredPruning(NetworkPruning):
         self._selected = selected
         feasible(structure, self._resolved, self.scope, selected, original, self._bundles(structure))
         self._observation = self._observation.of(statistic)
-        assert self._subject is not None
+        assert self._traced_model is not None
         self._data_at_cut = None
         if statistic is not None and statistic.collects:
-            self._data_at_cut = data_at_cut(trainer, module, self._subject, batch, self.criterion.amount)
+            self._data_at_cut = data_at_cut(trainer, module, self._traced_model, batch, self.criterion.amount)
         self._data_of_draws = self._for_draws(trainer, module, batch)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
@@ -230,8 +230,8 @@ class StructuredPruning(NetworkPruning):
         """Samples with a loss, where several drawn allocations are to be compared."""
         if self.scope.draws == 1:
             return None
-        assert self._subject is not None
-        data = data_at_cut(trainer, module, self._subject, batch, {"samples": _SAMPLES_OF_DRAWS})
+        assert self._traced_model is not None
+        data = data_at_cut(trainer, module, self._traced_model, batch, {"samples": _SAMPLES_OF_DRAWS})
         if data.loss is None:
             raise ValueError(
                 f"{type(self).__name__}: expected a `training_step` that can be run, for its loss, to compare "
@@ -251,21 +251,21 @@ class StructuredPruning(NetworkPruning):
         return True
 
     @override
-    def _traced(self, trainer: Trainer, subject: Subject) -> Structure:
+    def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:
         """The structure, with all that planning has to know."""
-        structure, history = super()._traced(trainer, subject), history_of(subject.model)
+        structure, history = super()._traced(trainer, traced), history_of(traced.model)
         if self.scope.min_width == 0 and structure.flow is None:
-            structure = with_flow(structure, subject, history.vanished if history is not None else ())
+            structure = with_flow(structure, traced, history.vanished if history is not None else ())
         if self.target.quantity == "latency":
-            structure = with_latency(structure, self._latency_table(trainer, subject, structure))
+            structure = with_latency(structure, self._latency_table(trainer, traced, structure))
         return structure
 
-    def _latency_table(self, trainer: Trainer, subject: Subject, structure: Structure) -> LatencyTable:
+    def _latency_table(self, trainer: Trainer, traced: TracedModel, structure: Structure) -> LatencyTable:
         """What latencies are computed from, measured once on the first process: another table would be another plan."""
         if self._latency is None:
             saying = telling(trainer, "Measuring the latency of each layer at several widths")
             with trainer.precision_plugin.forward_context(), saying:
-                self._latency = measured_on_first(trainer, lambda: latency_table(subject, structure))
+                self._latency = measured_on_first(trainer, lambda: latency_table(traced, structure))
         return self._latency
 
     @property
@@ -384,9 +384,9 @@ class StructuredPruning(NetworkPruning):
         if data is None:
             return plans[0], {}
         assert structure is not None
-        assert self._subject is not None
+        assert self._traced_model is not None
         with all_or_none(), trainer.precision_plugin.forward_context():
-            sums = losses_of_plans(self._subject.copy("real").module, structure, plans, data)
+            sums = losses_of_plans(self._traced_model.copy("real").module, structure, plans, data)
         *losses, samples = gathered(torch.cat([sums, sums.new_tensor([len(data)])])[None]).sum(0).tolist()
         best = min(range(len(plans)), key=losses.__getitem__)
         return plans[best], {"pruning/draw": float(best), "pruning/draw_loss": losses[best] / samples}
@@ -401,8 +401,8 @@ class StructuredPruning(NetworkPruning):
 
     def _let_collect(self, statistic: Statistic, module: LightningModule, data: DataPass) -> None:
         """Let a statistic run the network, or a copy of it if it is the training step that is run."""
-        assert self._subject is not None
-        statistic.collect(self._subject.copy("real").module if statistic.uses_loss else module, data)
+        assert self._traced_model is not None
+        statistic.collect(self._traced_model.copy("real").module if statistic.uses_loss else module, data)
 
     @override
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:

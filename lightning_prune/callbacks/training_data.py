@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from lightning_prune.callbacks.subjects import inputs_of
+from lightning_prune.callbacks.traced_models import inputs_of
 from lightning_prune.scoring import Batch, DataPass
 from lightning_prune.scoring.drawing import batch_size_of
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 
 __all__ = ["data_at_cut", "is_readable", "require_readable", "step_loss", "training_data"]
 
@@ -89,19 +89,19 @@ def training_data(
 
 
 def data_at_cut(
-    trainer: Trainer, module: LightningModule, subject: Subject, batch: Any, amount: Mapping[str, int]
+    trainer: Trainer, module: LightningModule, traced: TracedModel, batch: Any, amount: Mapping[str, int]
 ) -> DataPass:
     """What a criterion looks at when a cut is due: samples of the training data, or a batch where it cannot be read.
 
     Args:
         trainer: The run.
         module: The network.
-        subject: How it is run.
+        traced: How it is run.
         batch: The training batch at hand.
         amount: How much data, see `Criterion.amount`.
     """
-    loss = step_loss(subject) if subject.optional else None
-    inputs = inputs_of(module, batch, subject)
+    loss = step_loss(traced) if traced.optional else None
+    inputs = inputs_of(module, batch, traced)
     at_hand = DataPass([batch]).using(loss=loss, inputs=inputs)
     if not is_readable(trainer):
         return at_hand
@@ -121,9 +121,9 @@ def data_at_cut(
     return data
 
 
-def step_loss(subject: Subject) -> Callable[[nn.Module, Batch], Tensor]:
+def step_loss(traced: TracedModel) -> Callable[[nn.Module, Batch], Tensor]:
     """The loss of a training step, on a copy of the module that is ready for it."""
-    (step,) = subject.optional
+    (step,) = traced.optional
 
     def loss(copy: nn.Module, batch: Batch) -> Tensor:
         result = getattr(copy, step.method)(batch.raw, *step.args[1:])

@@ -20,7 +20,7 @@ from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.callbacks.showing import log_now
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.reporting import require
-from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, is_norm, objection_to_head
+from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm
 from lightning_prune.surgery import history_of
 
 __all__ = ["GradualUnfreezing"]
@@ -312,7 +312,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
     # -- errors -------------------------------------------------------------------------------------------------------
 
     def _refuse_network(self, module: LightningModule) -> None:
-        objection = objection_to_head(module, self.head)
+        objection = head_error(module, self.head)
         if objection:
             raise ValueError(f"GradualUnfreezing: {objection}")
         if not self._backbone.layers:

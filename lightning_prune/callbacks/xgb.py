@@ -21,7 +21,7 @@ from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import agreed, made_on_first, same_buffers
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
-from lightning_prune.callbacks.subjects import inputs_of
+from lightning_prune.callbacks.traced_models import inputs_of
 from lightning_prune.callbacks.training_data import require_readable, training_data
 from lightning_prune.planning import (
     Amount,
@@ -244,13 +244,13 @@ class XGBPruning(NamesHead, NetworkPruning):
     ) -> tuple[CutPoint, ...]:
         if self._last_done >= 0 and not self.only_score:  # what it was to look at may be gone
             return self._moments(trainer, 0.5)
-        assert self._subject is not None
+        assert self._traced_model is not None
         self._check_data(trainer, batch)
         if self._inputs_of is None:
-            self._inputs = inputs_of(module, batch, self._subject)
+            self._inputs = inputs_of(module, batch, self._traced_model)
         self._selected = select(structure, self.layers, self.ignore)[0]
         if self.depth is not None:
-            self._ends = find_boundaries(self._subject, self.head)
+            self._ends = find_boundaries(self._traced_model, self.head)
         fraction = 0.5
         if not self.amount.is_local:
             target = Target.of(None, self.amount.value)

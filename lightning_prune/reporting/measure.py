@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.structure import Call, Subject
+from lightning_prune.structure import Call, TracedModel
 from lightning_prune.structure.latency import median_seconds, resize
 
 __all__ = ["Timing", "latencies", "latency", "size_on_disk", "versions"]
@@ -48,14 +48,14 @@ def size_on_disk(model: nn.Module) -> int:
     return counter.size
 
 
-def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, Timing]:
+def latency(traced: TracedModel, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, Timing]:
     """Time of a forward pass in eval mode without gradients, on the network's device.
 
     A copy of the network is timed, so that the network itself (buffers that `forward` writes, hooks, modes) and the
     random state stay as they are. The first sample of the example is repeated to each batch size.
 
     Args:
-        subject: The network and its first call; mode and method of that call are not used.
+        traced: The network and its first call; mode and method of that call are not used.
         batch_sizes: Samples per pass.
         seconds: Time to spend per batch size, in five rounds; a pass that takes longer is timed once, after one to warm
             up.
@@ -63,7 +63,7 @@ def latency(subject: Subject, batch_sizes: Sequence[int] = (1, 64), seconds: flo
     Returns:
         Milliseconds per pass with their spread, by batch size; NaN where the device's memory does not suffice.
     """
-    return latencies(subject.calls[0], [subject.copy("real").module], batch_sizes, seconds)[0]
+    return latencies(traced.calls[0], [traced.copy("real").module], batch_sizes, seconds)[0]
 
 
 def latencies(

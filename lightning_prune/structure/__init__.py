@@ -1,10 +1,10 @@
-"""What can be removed together, what must stay and why, and what it all costs."""
+"""Structure of a network: groups of coupled units, axes that cannot shrink, and costs."""
 
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.discovery import Tracing, trace, verify_shapes
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
-from lightning_prune.structure.layers import loosen, refresh
-from lightning_prune.structure.subject import StructureError, Subject
+from lightning_prune.structure.layers import refresh, relax_unflatten
+from lightning_prune.structure.traced_model import StructureError, TracedModel
 from lightning_prune.structure.tracing import Call
 
 __all__ = [
@@ -19,11 +19,11 @@ __all__ = [
     "Role",
     "Structure",
     "StructureError",
-    "Subject",
     "Term",
+    "TracedModel",
     "Tracing",
-    "loosen",
     "refresh",
+    "relax_unflatten",
     "trace",
     "verify_shapes",
 ]

@@ -1,4 +1,4 @@
-"""From the runs of a network to its groups of units, what is frozen and why, and what it all costs."""
+"""Analysis of a traced network: groups of units, frozen axes with their reasons, and the cost model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_prune.structure.atoms import Atoms, IndexArray
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.subject import StructureError, Subject, batch_size_of, describe, first_line
+from lightning_prune.structure.traced_model import StructureError, TracedModel, batch_size_of, describe, first_line
 from lightning_prune.structure.tracing import (
     Blocks,
     Call,
@@ -34,7 +34,7 @@ _NAMES: dict[Kind, str] = {"meta": "the meta device", "fake": "fake tensors", "r
 
 @dataclass(frozen=True)
 class TracedRun:
-    """A call as it was traced: on what kind of copy, with which operators and numbers, and which parts of splits."""
+    """A traced call: the kind of copy it ran on, its operators with their numbers, its splits and its views."""
 
     call: Call
     kind: Kind
@@ -44,15 +44,15 @@ class TracedRun:
 
 
 class Analysis:
-    """One network's atoms, from the first run to the structure."""
+    """Traces a network and groups its atoms into units."""
 
     def __init__(
         self,
-        subject: Subject,
+        traced: TracedModel,
         choices: Mapping[SplitKey, int] | None = None,
         copies: dict[Kind, FakeCopy] | None = None,
     ) -> None:
-        self.subject = subject
+        self.traced = traced
         self.notes: list[str] = []
         self.atoms = Atoms()
         self.copies = copies or {}
@@ -60,9 +60,10 @@ class Analysis:
             self.first = self.copy(KINDS[0])
         except Exception as error:
             raise StructureError(
-                f"{type(subject.model).__name__} cannot be copied for analysis ({type(error).__name__}: {error}). "
+                f"{type(traced.model).__name__} cannot be copied for analysis ({type(error).__name__}: {error}). "
                 "Pruning runs a copy of the network on fake tensors; make `copy.deepcopy(model)` work, or keep what it "
-                "stumbles over outside of the module."
+                "cannot copy outside of the module."
+                "be copied outside of the module."
             ) from error
         self.notes += self.first.notes
         self.labels = {
@@ -78,24 +79,24 @@ class Analysis:
         self.remarks: dict[str, None] = {}
 
     def copy(self, kind: Kind) -> FakeCopy:
-        """The one copy of the network on tensors of this kind."""
+        """The copy of the network on tensors of this kind, made once."""
         if kind not in self.copies:
-            self.copies[kind] = self.subject.copy(kind)
+            self.copies[kind] = self.traced.copy(kind)
         return self.copies[kind]
 
     def with_choices(self, choices: Mapping[SplitKey, int]) -> Analysis:
-        """A new analysis of the same network on the same copies, with these parts of splits to keep units apart."""
-        return Analysis(self.subject, choices, self.copies)
+        """A new analysis of the same network on the same copies, with these parts chosen for splits."""
+        return Analysis(self.traced, choices, self.copies)
 
     def structure(self) -> Structure:
-        """What was found, as values."""
+        """The structure that was found."""
         groups = self.groups
         return Structure(
             tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
         )
 
     def follow(self, structure: Structure) -> None:
-        """Trace with the units of a known structure, so that every split keeps apart what it keeps apart."""
+        """Trace again with the units of a known structure."""
         self.labels = {name: tuple(axis.copy() for axis in axes) for name, axes in self.labels.items()}
         for group in structure.groups:
             first = group.members[0]
@@ -105,9 +106,9 @@ class Analysis:
         self.trace()
 
     def trace(self) -> None:
-        """Run all calls and unite what can only be removed together."""
+        """Run all calls and unite the atoms that can only be removed together."""
         self._freeze_recurrent()
-        for number, call in enumerate(self.subject.calls):
+        for number, call in enumerate(self.traced.calls):
             if self._is_known(call):
                 continue
             self.tracer.counting, self.tracer.batch = number == 0, batch_size_of(call)
@@ -116,18 +117,18 @@ class Analysis:
             except Exception as error:
                 mode = "train" if call.training else "eval"
                 raise StructureError(
-                    f"{type(self.subject.model).__name__}.{call.method} fails on the example in {mode} mode: "
+                    f"{type(self.traced.model).__name__}.{call.method} fails on the example in {mode} mode: "
                     f"{type(error).__name__}: {error}. The example was {describe(call)}; give one that the network "
                     "accepts (`example_input_array` of the LightningModule, or the `example` argument)."
                 ) from error
         self.tracer.counting = False
-        for call in self.subject.optional:
+        for call in self.traced.optional:
             self.run_if_possible(call)
 
-    # -- running ----------------------------------------------------------------------------------------------------
+    # -- tracing ----------------------------------------------------------------------------------------------------
 
     def _freeze_recurrent(self) -> None:
-        """Widths of recurrent layers are not followed through their kernels, which take whole sequences."""
+        """Freeze recurrent layers, whose fused kernels cannot be traced."""
         for prefix, module in self.first.module.named_modules():
             if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
                 continue
@@ -140,14 +141,14 @@ class Analysis:
                     self.atoms.freeze(atoms, reason)
 
     def _is_known(self, call: Call) -> bool:
-        """Whether the same call was traced in the other mode and nothing asked which one it was."""
+        """Whether the same call was traced in the other mode and no module read `training`."""
         return any(
             known.args is call.args and known.kwargs is call.kwargs and known.method == call.method
             for known in self.same_in_both_modes
         )
 
     def run_if_possible(self, call: Call) -> None:
-        """Run a call, or leave a note that it cannot be run."""
+        """Trace a call, or add a note if it fails."""
         try:
             self._run(call)
         except Exception as error:
@@ -157,7 +158,7 @@ class Analysis:
             )
 
     def _run(self, call: Call) -> None:
-        """Run a call on the cheapest kind of tensors that it runs on."""
+        """Trace a call on the cheapest kind of tensors that it runs on."""
         for kind in KINDS:
             counted = self.tracer.macs, self.tracer.written
             self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
@@ -166,7 +167,6 @@ class Analysis:
             except Exception as error:
                 self.tracer.forget()
                 self.tracer.macs, self.tracer.written = counted
-                # Tensors without content and devices may be too little for a network; real ones are slow.
                 if kind == KINDS[-1]:
                     raise
                 dearer = _NAMES[KINDS[KINDS.index(kind) + 1]]
@@ -175,26 +175,26 @@ class Analysis:
                 continue
             self.freeze_output(self.tracer, call, out)
             self.runs.append(TracedRun(call, kind, self.tracer.script, self.tracer.decisions, self.tracer.views))
-            if not self.copy(kind).mode_matters:
+            if not self.copy(kind).depends_on_mode:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()
             return
 
     def freeze_output(self, tracer: Tracer, call: Call, out: Any) -> None:
-        """Outputs of the network keep their widths."""
+        """Freeze the axes of the network's outputs."""
         if call.method == "forward":
             for tensor in output_tensors(out):
                 tracer.freeze(tracer.value(tensor).axes, "an output of the network")
 
-    def freeze_unseen(self) -> None:
-        """What no call has touched is frozen: how it is used is not known."""
+    def freeze_unused(self) -> None:
+        """Freeze parameters and buffers that no call uses."""
         for name in self.first.named:
             if name not in self.tracer.seen:
                 for axis in self.labels[name]:
                     self.atoms.freeze(axis, "not used by any traced call")
 
     def free_indices(self) -> int:
-        """Indices of all axes that may be removed."""
+        """Number of indices, over all axes, that may be removed."""
         atoms = np.concatenate([atoms for axes in self.labels.values() for atoms in axes])
         return int((~self.atoms.frozen()[self.atoms.find(atoms)]).sum())
 
@@ -210,7 +210,7 @@ class Analysis:
         pattern = np.repeat(np.arange(len(patterns)), [len(roots) for roots, _ in patterns])
         position = np.concatenate([np.arange(len(roots)) for roots, _ in patterns])
         free = np.flatnonzero(~self.atoms.frozen()[root])
-        # The places of every unit, one after another: sorted by unit, pattern and position.
+        # All occurrences, sorted by unit, pattern and position.
         order = free[np.lexsort((position[free], pattern[free], root[free]))]
         pattern, position = pattern[order], position[order]
         starts = np.flatnonzero(np.diff(root[order], prepend=-1))
@@ -238,15 +238,15 @@ class Analysis:
             self.groups.append(Group(group.name + suffix, group.width, group.members))
 
     def _learns(self, group: Group) -> bool:
-        """Whether a parameter holds the units, and not merely as an axis of length 1 that no layer produces.
+        """Whether a parameter has these units, other than as an axis of length 1 that no layer produces.
 
-        The axes of a table of coordinates that a layer reads have no units, nor has the first one of a class token.
+        A table of coordinates that a layer reads has no units, nor has the first axis of a class token.
         """
         own = [m for m in group.members if isinstance(self.first.named[m.tensor], nn.Parameter) and m.role != "in"]
         return any(m.role == "out" or group.width > 1 for m in own)
 
     def _patterns(self) -> list[tuple[IndexArray, tuple[tuple[str, int], ...]]]:
-        """Axes with the same units at the same positions: representatives, and names and dimensions."""
+        """Axes grouped by content: representatives of their atoms, and the (tensor, dim) pairs that have them."""
         axes = [(name, dim) for name, dims in self.labels.items() for dim in range(len(dims))]
         if not axes:
             return []
@@ -259,7 +259,7 @@ class Analysis:
         return [(np.frombuffer(key, dtype=np.int64), tuple(places)) for key, places in alike.items() if key]
 
     def _group(self, places: list[tuple[tuple[str, int], ...]], units: IndexArray) -> Group:
-        """A group of units with the axes ``places`` (repeated where a unit repeats) and these positions on them."""
+        """Build a group from axes (one entry per occurrence of a unit) and the positions of the units on them."""
         columns: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for column, alike in enumerate(places):
             columns.setdefault(alike, []).append(column)
@@ -285,7 +285,7 @@ class Analysis:
         )
 
     def _frozen(self, groups: Sequence[Group]) -> list[Frozen]:
-        """Every produced axis, and every bare or unused tensor's axis, that is not wholly in a group."""
+        """Frozen axes: output axes and first axes of unused tensors that are not entirely in a group."""
         free: dict[tuple[str, int], int] = {}
         for group in groups:
             for m in group.members:
@@ -303,7 +303,7 @@ class Analysis:
         return found
 
     def atoms_of(self, group: Group) -> IndexArray:
-        """Representatives of a group's units."""
+        """Representatives of the units of a group."""
         first = group.members[0]
         return self.atoms.find(self.labels[first.tensor][first.dim][first.index[:, 0]])
 
@@ -335,7 +335,7 @@ class Analysis:
             for name, tensor in self.first.named.items()
             if isinstance(tensor, nn.Parameter)
         )
-        batch = batch_size_of(self.subject.calls[0])
+        batch = batch_size_of(self.traced.calls[0])
         if self.tracer.samples is not None:  # an example without a batch dimension gets one of length 1
             batch = min(batch, self.tracer.samples)
         macs, memory = (

@@ -1,4 +1,4 @@
-"""Union-find over atoms: one atom for every index of every axis, united when two indices can only go together."""
+"""Union-find over atoms: one atom per index of every axis, united if two indices can only be removed together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NONE: IndexArray = np.empty(0, dtype=np.int64)
 
 
 class MismatchError(Exception):
-    """A cut network couples what the original does not: the cut would be wrong.
+    """The narrower network couples indices that the original does not, so the cut would be wrong.
 
     Attributes:
-        atoms: Representatives of the units concerned, where they are known.
+        atoms: Representatives of the units involved, if known.
     """
 
     def __init__(self, message: str, atoms: IndexArray = _NONE) -> None:
@@ -24,14 +24,13 @@ class MismatchError(Exception):
 
 
 class NumberError(MismatchError):
-    """A cut network computes with other numbers or operators than the original."""
+    """The narrower network runs other operators, or the same with other numbers."""
 
 
 class Atoms:
-    """Classes of indices that must be removed together, and the reasons for which some must stay.
+    """Equivalence classes of indices that must be removed together, and the reasons why some are frozen.
 
-    What is united and frozen is written down and worked out all at once when classes are asked for: arrays of a few
-    indices each are slow one by one.
+    Unions are collected and processed in one batch when a class is looked up.
     """
 
     def __init__(self) -> None:
@@ -41,13 +40,13 @@ class Atoms:
         self._numbers: dict[str, int] = {}
         self._count = 0
         self._pairs: list[tuple[IndexArray, IndexArray]] = []
-        self._runs: dict[int, IndexArray] = {}  # what `fresh` gave out
+        self._runs: dict[int, IndexArray] = {}  # arrays returned by `fresh`
 
     def __len__(self) -> int:
         return self._count
 
     def fresh(self, n: int, reason: str = "") -> IndexArray:
-        """``n`` new atoms; frozen at birth if a reason is given."""
+        """Create ``n`` atoms, frozen if a reason is given."""
         start, self._count = self._count, self._count + n
         if self._count > len(self.parent):
             grown = max(self._count, 2 * len(self.parent), 1024)
@@ -61,7 +60,7 @@ class Atoms:
 
     def find(self, atoms: IndexArray) -> IndexArray:
         """The representative of each atom's class."""
-        self._settle()
+        self._unite_pending()
         return self._find(atoms)
 
     def unite(self, a: IndexArray, b: IndexArray) -> None:
@@ -72,13 +71,13 @@ class Atoms:
             self._pairs.append((a, b))
 
     def freeze(self, atoms: IndexArray, reason: str) -> None:
-        """Forbid the removal of these atoms' classes, for the reason given."""
+        """Mark the classes of these atoms as not removable."""
         fresh = atoms[self.reason[atoms] < 0]
         if fresh.size:
             self.reason[fresh] = self._number(reason)
 
     def frozen(self) -> npt.NDArray[np.bool_]:
-        """For every atom, if it represents its class: whether the class must stay."""
+        """Mask over atoms: True for representatives of frozen classes."""
         held = np.flatnonzero(self.reason >= 0)
         frozen = np.zeros(len(self.parent), dtype=np.bool_)
         frozen[self.find(held)] = True
@@ -101,11 +100,11 @@ class Atoms:
         self.parent[atoms] = roots
         return roots
 
-    def _settle(self) -> None:
-        """Work out what has been united."""
+    def _unite_pending(self) -> None:
+        """Process the collected unions."""
         if not self._pairs:
             return
-        # Each pair of arrays once, however often they met.
+        # Each pair of arrays once.
         pairs = {(id(a), id(b)): (a, b) for a, b in self._pairs}.values()
         a, b = (np.concatenate(side) for side in zip(*filter(self._apart, pairs), (_NONE, _NONE), strict=True))
         self._pairs = []
@@ -115,11 +114,12 @@ class Atoms:
             if not apart.any():
                 return
             a, b, ra, rb = a[apart], b[apart], ra[apart], rb[apart]
-            # Every root that is not the least among its neighbours moves below one: their number halves at least.
+            # Every root that is not the smallest among its neighbours is attached to one, which at least halves the
+            # roots.
             np.minimum.at(self.parent, np.maximum(ra, rb), np.minimum(ra, rb))
 
     def _apart(self, pair: tuple[IndexArray, IndexArray]) -> bool:
-        """Put one array of atoms below the other at once if it is a run of atoms that nothing was united with yet."""
+        """Attach one array to the other directly if none of its atoms were united before; False if that was done."""
         for above, below in (pair, pair[::-1]):
             later = id(below) in self._runs and len(below) and above.max() < below[0]
             if later and np.array_equal(self.parent[below], below):
@@ -135,9 +135,9 @@ class Atoms:
 
 
 class SealedAtoms(Atoms):
-    """The classes of a first trace, to check a second one against: nothing new may be united or frozen.
+    """Classes of a first trace that a second trace is checked against: nothing new may be united or frozen.
 
-    Uniting two classes of which one may shrink, or freezing one that may, is a mismatch. Atoms born later are
+    Uniting two classes of which one is removable, or freezing a removable class, is a mismatch. Atoms created later are
     constants and count as frozen.
     """
 
@@ -149,11 +149,11 @@ class SealedAtoms(Atoms):
         self._held: list[tuple[IndexArray, str]] = []
 
     def freeze(self, atoms: IndexArray, reason: str) -> None:
-        """Note what would have to stay."""
+        """Record the atoms; `check` compares them with the first trace."""
         self._held.append((atoms, reason))
 
     def check(self) -> None:
-        """Compare all that was noted with what is known.
+        """Compare the recorded unions and frozen atoms with the first trace.
 
         Raises:
             MismatchError: If anything new was united or frozen.
@@ -174,10 +174,10 @@ class SealedAtoms(Atoms):
             self._pairs = []
 
     def find(self, atoms: IndexArray) -> IndexArray:
-        """The representative of each atom's class, as it was found at first."""
+        """The representative of each atom's class in the first trace."""
         return self._find(atoms)
 
     def _loose(self, roots: IndexArray) -> IndexArray:
-        """Those of these representatives whose units may be removed."""
+        """The representatives among these that are not frozen."""
         known = roots[roots < self._known]
         return np.unique(known[~self._is_frozen[known]])

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.structure.layers import canonical, is_within, tensors
 
-__all__ = ["Backbone", "ConvolutionalLayer", "is_convolution", "is_norm", "objection_to_head"]
+__all__ = ["Backbone", "ConvolutionalLayer", "head_error", "is_convolution", "is_norm"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -27,11 +27,11 @@ def is_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionalLayer:
-    """A convolution and what belongs to it: its norm, and what else has parameters before the next convolution.
+    """A convolution with its norm and all other modules with parameters up to the next convolution.
 
     Attributes:
         name: Name of the convolution.
-        modules: Every module of the layer that has parameters or buffers of its own, by name.
+        modules: Modules of the layer that own parameters or buffers, by name.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Backbone:
 
     Attributes:
         layers: The convolutional layers, the first one first.
-        head: Every other module that has parameters or buffers of its own, by name: the classifier.
+        head: All other modules that own parameters or buffers, by name: the classifier.
     """
 
     layers: tuple[ConvolutionalLayer, ...]
@@ -71,7 +71,7 @@ class Backbone:
 
         Args:
             model: The network.
-            head: Names or globs of the modules (with all that is inside) that are the head. By default all that comes
+            head: Names or globs of the modules (with their submodules) that form the head. By default everything
                 after the last convolution and the norms right behind it.
         """
         patterns = () if head is None else (head,) if isinstance(head, str) else tuple(head)
@@ -102,8 +102,8 @@ class Backbone:
         return dict(_parameters(self.head))
 
 
-def objection_to_head(model: nn.Module, head: str | Iterable[str] | None) -> str | None:
-    """In words, what is wrong with the names and globs of a head: that no module of the network has one of them."""
+def head_error(model: nn.Module, head: str | Iterable[str] | None) -> str | None:
+    """An error message if no module matches one of the names or globs of a head, else None."""
     patterns = () if head is None else (head,) if isinstance(head, str) else tuple(head)
     names = [canonical(name) for name, _ in model.named_modules() if name]
     strange = [pattern for pattern in patterns if not any(_inside(name, (pattern,)) for name in names)]
@@ -114,7 +114,7 @@ def objection_to_head(model: nn.Module, head: str | Iterable[str] | None) -> str
 
 
 def _own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with parameters or buffers of its own, by canonical name, in the order of registration."""
+    """Modules that own parameters or buffers, by canonical name, in the order of registration."""
     for name, module in model.named_modules():
         if tensors(module):
             yield canonical(name), module
@@ -128,14 +128,14 @@ def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Para
 
 
 def _inside(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module, or one that it is inside of, has one of these names."""
+    """Whether a module or one of its parents matches one of the patterns."""
     parts = name.split(".")
     outer = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
     return any(fnmatchcase(one, pattern) for pattern in patterns for one in outer)
 
 
 def _up_to_the_norm(convolution: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The convolution, what is before it and inside it, and the norms right behind it."""
+    """The modules before and inside the convolution, and the norms right after it."""
     mine: dict[str, nn.Module] = {}
     is_behind = False
     for name, module in modules.items():

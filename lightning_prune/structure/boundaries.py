@@ -1,4 +1,4 @@
-"""Where a convolutional network can end: the boundaries of its layers or blocks, and what goes with its tail."""
+"""Boundaries of layers or blocks at which a convolutional network can be truncated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from lightning_prune.structure.backbone import Backbone, is_convolution, objection_to_head
+from lightning_prune.structure.backbone import Backbone, head_error, is_convolution
 from lightning_prune.structure.layers import canonical
-from lightning_prune.structure.subject import StructureError, Subject
+from lightning_prune.structure.traced_model import StructureError, TracedModel
 from lightning_prune.structure.tracing import output_tensors
 
 __all__ = ["Boundary", "find_boundaries"]
@@ -25,17 +25,17 @@ _ELEMENTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place behind which a network can do without the rest of its backbone.
+    """A point after which the rest of the backbone can be removed.
 
     Attributes:
-        name: The module whose output is then the last one of the backbone. A module in a sequential network, a block
+        name: The module whose output becomes that of the backbone: a module in a sequential network, a block
             or stage in a residual one.
-        layers: The convolutions that are left, in the order of execution.
+        layers: The remaining convolutions, in the order of execution.
         width: Channels of that output.
-        tail: Modules that become identities; none of the last boundary.
-        readers: First layers of the head that have to be built anew, and how many inputs they read then.
-        is_layer: Whether all that the head reads then comes from the last convolution; in a residual network it comes
-            from a sum, in DenseNet from a concatenation.
+        tail: Modules that become identities; empty for the last boundary.
+        readers: First layers of the head that need another number of inputs, with that number.
+        is_layer: Whether the head then reads the output of the last convolution alone, rather than a sum (residual
+            networks) or a concatenation (DenseNet).
     """
 
     name: str
@@ -46,28 +46,27 @@ class Boundary:
     is_layer: bool = field(default=False, compare=False)
 
 
-def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -> tuple[Boundary, ...]:
-    """Every place at which a network can be truncated, the shallowest first; the last one is the end of its backbone.
+def find_boundaries(traced: TracedModel, head: str | Iterable[str] | None = None) -> tuple[Boundary, ...]:
+    """Find every point at which a network can be truncated, the shallowest first; the last is the backbone's end.
 
-    A module ends a part of the network if all that the output owes to the input goes through the module's own output:
-    the graph of a backward pass has as many paths through it as there are in all. So a layer of a chain qualifies, and
-    the blocks of a residual network, of Inception or of DenseNet, but nothing inside of them. Norm, activation and
-    dropout behind a convolution belong to it, poolings do not. The modules behind, up to the last activation of the
-    backbone, become identities; pooling and head stay. A trial decides: the truncated copy has to run forward and
-    backward, and to give an output of the same shape.
+    A module is a boundary if every path from the input to the output goes through its output, in the graph of a
+    backward pass. That holds for the layers of a chain and for the blocks of a residual network, of Inception or of
+    DenseNet, but not for layers inside such blocks. Norm, activation and dropout after a convolution belong to it,
+    pooling does not. The modules after the boundary, up to the last activation of the backbone, become identities;
+    pooling and head stay. The truncated copy must run forward and backward and return an output of the same shape.
 
     Args:
-        subject: The network and how it is run.
-        head: Names or globs of the modules that are the head, see `Backbone.of`.
+        traced: The network and its calls.
+        head: Names or globs of the modules that form the head, see `Backbone.of`.
 
     Raises:
-        StructureError: If the network is no chain: there is no such place, or no head behind it. If no module has a
-            name that is given as ``head``.
+        StructureError: If the network is not a chain, so that there is no boundary or no head after it, or if no module
+            matches ``head``.
     """
-    objection = objection_to_head(subject.model, head)
+    objection = head_error(traced.model, head)
     if objection:
-        raise StructureError(f"{type(subject.model).__name__}: {objection}")
-    trial = _Trial(subject, head)
+        raise StructureError(f"{type(traced.model).__name__}: {objection}")
+    trial = _Trial(traced, head)
     found: dict[tuple[str, ...], Boundary] = {}
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
     for name in trial.separators:
@@ -80,7 +79,7 @@ def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -
             found[layers] = Boundary(name, layers, shape[1], tail, readers, layers[-1] in trial.every)
     if not found:
         raise StructureError(
-            f"{type(subject.model).__name__}: expected a backbone that is a chain of layers or blocks, behind any of "
+            f"{type(traced.model).__name__}: expected a backbone that is a chain of layers or blocks, behind any of "
             "which it can end, found no such place. Leave `depth` out for this network, or name its classifier by "
             "`head`."
         )
@@ -89,7 +88,7 @@ def find_boundaries(subject: Subject, head: str | Iterable[str] | None = None) -
 
 @dataclass
 class _Visit:
-    """One call of a module: when it began and ended, and what it gave."""
+    """One call of a module: when it began and ended, and its output."""
 
     start: int
     end: int = -1
@@ -98,11 +97,11 @@ class _Visit:
 
 
 class _Trial:
-    """A copy of the network, what was seen when it ran, and what happens when it runs without its tail."""
+    """A copy of the network with the calls of its modules recorded, which can be run without its tail."""
 
-    def __init__(self, subject: Subject, head: str | Iterable[str] | None) -> None:
-        call = subject.calls[0]
-        self.model = subject.copy("real").module.eval().requires_grad_(False)
+    def __init__(self, traced: TracedModel, head: str | Iterable[str] | None) -> None:
+        call = traced.calls[0]
+        self.model = traced.copy("real").module.eval().requires_grad_(False)
         self.call = call
         self.modules = {canonical(name): module for name, module in self.model.named_modules() if name}
         self.visits: dict[str, list[_Visit]] = {}
@@ -110,7 +109,7 @@ class _Trial:
             output = self._run()
         if len(output) != 1 or output[0].grad_fn is None:
             raise StructureError(
-                f"{type(subject.model).__name__}: expected one output that depends on the input to truncate, got "
+                f"{type(traced.model).__name__}: expected one output that depends on the input to truncate, got "
                 f"{len(output)} output(s)."
             )
         self.shape = tuple(output[0].shape)
@@ -128,7 +127,7 @@ class _Trial:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of the output of every module that was called once."""
+        """Output shapes of the modules that were called once."""
         return {name: visit.shape for name, visit in self._once()}
 
     @property
@@ -140,12 +139,12 @@ class _Trial:
         return Boundary(name, layers, self._of(name).shape[1], (), {}, layers[-1] in self.every)
 
     def before(self, name: str) -> tuple[str, ...]:
-        """The convolutions that have run when a module has."""
+        """The convolutions that have run when a module returns."""
         end = self._of(name).end
         return tuple(n for n in self.own if is_convolution(self.modules[n]) and self._of(n).end <= end)
 
     def behind(self, name: str) -> tuple[str, ...]:
-        """The outermost modules of the backbone that run behind a module; none if they are no chain."""
+        """The outermost modules of the backbone that run after a module; none if they do not form a chain."""
         later = [(n, v) for n, v in self._once() if self._of(name).end < v.start < self.last]
         outermost = [n for n, v in later if not any(o.start < v.start and v.end < o.end for _, o in later)]
         if not set(outermost) <= set(self.every):
@@ -153,7 +152,7 @@ class _Trial:
         return tuple(sorted(outermost, key=lambda n: self._of(n).start))
 
     def readers(self, tail: tuple[str, ...]) -> dict[str, int] | None:
-        """What the head reads without the tail, if it differs and the network runs then; else ``None``."""
+        """Input widths of the head without the tail, where they change; ``None`` if the network fails without it."""
         if not self.head:
             return None
         first = min(self.head, key=lambda name: self._of(name).start)
@@ -171,7 +170,7 @@ class _Trial:
         return {} if stub.reads == stub.read_before else {first: stub.reads}
 
     def _last(self) -> int:
-        """When the backbone has run: its last norm or convolution, and the activation and dropout behind that."""
+        """Time at which the backbone ends: after its last convolution or norm and their activation and dropout."""
         if not self.own:
             return -1
         last, shape = self._of(self.own[-1]).end, self._of(self.own[-1]).shape
@@ -196,7 +195,7 @@ class _Trial:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Within the context every call of a module is written down."""
+        """Record every call of a module within the context."""
         clock = iter(range(10**9))
         names = {id(module): name for name, module in self.modules.items()}
 
@@ -234,7 +233,7 @@ class _Trial:
 
 
 class _Stub(nn.Module):
-    """In place of the head's first layer: tells how many inputs reach it, and gives what fits behind it."""
+    """Placeholder for the head's first layer that records its number of inputs and returns zeros."""
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -249,12 +248,12 @@ class _Stub(nn.Module):
 
 
 def _leaf(value: Any) -> Any:
-    """An input that the output is followed back to."""
+    """A copy of an input that requires a gradient where it can."""
     return value.detach().clone().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
 def _on_every_path(output: Node) -> set[Node]:
-    """Nodes of a graph that all paths from its end to its beginning go through."""
+    """Nodes of an autograd graph that every path from the output to the inputs goes through."""
     order = _topological(output)
     down = dict.fromkeys(order, 0)  # paths from the output
     down[output] = 1
@@ -270,7 +269,7 @@ def _on_every_path(output: Node) -> set[Node]:
 
 
 def _topological(output: Node) -> list[Node]:
-    """Every node once, each before those that it leads to; without recursion, which deep networks would exceed."""
+    """Nodes in topological order, without recursion, which would exceed Python's limit for deep networks."""
     order: list[Node] = []
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(output, False)]

@@ -1,8 +1,8 @@
-"""Layers of a chain that a network can do without: what they read is handed on to the layers behind.
+"""Layers of a chain that can be removed by connecting their input to the layers after them.
 
-A layer that loses all its units leaves no path through itself. In a residual network another one leads around it
-(`with_flow`); in a chain the layers behind have to be built anew, for what the layer read. That is only for networks
-whose weights are drawn anew: this file finds where it can be done, and what goes along.
+A layer that loses all its units blocks its path. In a residual network there is another path (`with_flow`); in a chain
+the layers after it must be re-created for the layer's input. That suits only networks that are re-initialized: this
+file finds where it is possible, and what must be removed with the layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_prune.structure.flow import layer_kinds
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.layers import canonical, is_within
 from lightning_prune.structure.stages import stages_of
-from lightning_prune.structure.subject import Subject
+from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.structure.tracing import output_tensors
 
 __all__ = ["Bypass", "Bypasses", "find_bypasses"]
@@ -39,14 +39,14 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
 
 @dataclass(frozen=True)
 class Bypass:
-    """How a group can vanish from a chain.
+    """How a group can be removed from a chain.
 
     Attributes:
-        before: The group whose units its layer reads, and the layers behind read instead.
-        inputs: How many inputs of the layer a unit of that group is: more than one where a map was flattened.
-        modules: What becomes an identity: the layer, its norm and its activation; of a stage, the blocks.
-        consumers: The layers behind, and how many of their inputs a unit is.
-        along: Groups inside the blocks of a stage, which go with it.
+        before: The group that its layer reads, and that the layers after it read instead.
+        inputs: Inputs of the layer per unit of that group: more than one where a feature map was flattened.
+        modules: Modules that become identities: the layer, its norm and its activation; for a stage, the blocks.
+        consumers: The layers after it, and their inputs per unit.
+        along: Groups inside the blocks of a stage, which are removed with it.
     """
 
     before: str
@@ -58,27 +58,28 @@ class Bypass:
 
 @dataclass(frozen=True)
 class Bypasses:
-    """What can vanish although no path of the network leads around it.
+    """Groups that can be removed although the network has no other path around them.
 
     Attributes:
         groups: By name, in the order of execution.
-        pools: Poolings, and the groups of the layers since the one before: when all of these vanish, it goes along.
+        pools: Pooling layers, each with the groups of the layers between the previous one and itself: it is removed
+            when all of these are.
     """
 
     groups: Mapping[str, Bypass]
     pools: Mapping[str, frozenset[str]]
 
     def modules(self, gone: Collection[str]) -> tuple[str, ...]:
-        """What becomes an identity when these groups vanish."""
+        """Modules that become identities when these groups are removed."""
         names = [name for group in gone for name in self.groups[group].modules]
         return tuple(dict.fromkeys([*names, *(pool for pool, groups in self.pools.items() if groups <= set(gone))]))
 
     def reads(self, group: str, gone: Collection[str]) -> tuple[str, int]:
-        """What is read where the units of a group were: a group, and how many inputs each of its units is.
+        """The group that is read in place of a removed one, and the inputs per unit.
 
         Args:
-            group: The group; itself, and one input each, if it stays.
-            gone: Groups that vanish.
+            group: The group; returned with 1 if it stays.
+            gone: Removed groups.
         """
         inputs = 1
         while group in gone:
@@ -87,12 +88,12 @@ class Bypasses:
         return group, inputs
 
     def widths(self, widths: Mapping[str, int], gone: Collection[str]) -> dict[str, int]:
-        """Widths with those of vanished groups replaced by what is read in their place."""
+        """Widths, with that of each removed group replaced by the width of what is read in its place."""
         found = {name: self.reads(name, gone) for name in widths}
         return {name: widths[group] * inputs for name, (group, inputs) in found.items()}
 
     def consumers(self, gone: Collection[str]) -> dict[str, tuple[str, int]]:
-        """Layers that have to be built anew when groups vanish: what they read, and inputs of a unit of it."""
+        """Layers that must be re-created when groups are removed: the group they read then, and inputs per unit."""
         replaced = self.modules(gone)
         found: dict[str, tuple[str, int]] = {}
         for name in gone:
@@ -103,23 +104,22 @@ class Bypasses:
         return found
 
 
-def find_bypasses(structure: Structure, subject: Subject) -> Bypasses:
-    """Which groups of a network can vanish where no other path leads around them, and which poolings with them.
+def find_bypasses(structure: Structure, traced: TracedModel) -> Bypasses:
+    """Find the groups that can be removed where no other path leads around them, and the pooling layers with them.
 
-    A group qualifies if one plain Linear or Conv produces it, which reads the units of one other group and nothing
-    else, and plain layers that read nothing else take it. A trial decides: a copy without the layer, in which the
-    layers behind are as wide as what reaches them, has to give outputs of the same shape. So a layer that changes the
-    size of the map goes only where what follows takes any size (global pooling), and a pooling likewise. The layers
-    that read what no group produces, the network's input above all, always stay.
+    A group qualifies if a single plain Linear or Conv produces it from one other group, and if plain layers consume it
+    alone. A copy without the layer, with the inputs of the layers after it adjusted, must return outputs of the same
+    shape. So a layer that changes the spatial size is removed only where any size is accepted afterwards (global
+    pooling), and pooling likewise. Layers that read no group, such as the first layer, always stay.
 
-    A stage of a residual network qualifies likewise: its stream, with the groups inside its branches, if its layers
-    fill modules (blocks) that all read one group from outside.
+    A stage of a residual network (its stream and the groups inside its branches) qualifies if its layers fill whole
+    modules (blocks) that all read one group from outside.
 
     Args:
-        structure: Of the network as it is; with its flow, if stages are to be found.
-        subject: The network and how it is run.
+        structure: Structure of the network, with its flow if stages are to be found.
+        traced: The network and its calls.
     """
-    trial, kinds = _Trial(subject), layer_kinds(subject.model)
+    trial, kinds = _Trial(traced), layer_kinds(traced.model)
     widths, groups = structure.widths, dict[str, Bypass]()
     stages = stages_of(structure) if structure.flow is not None else {}
     for group in structure.groups:
@@ -138,7 +138,7 @@ def find_bypasses(structure: Structure, subject: Subject) -> Bypasses:
 
 
 def _candidate(structure: Structure, group: Group, kinds: Mapping[str, str], trial: _Trial) -> Bypass | None:
-    """What would go with a group, if its members are of the right kinds."""
+    """The bypass of a group, if its members are of the right kinds."""
     if len(group.producers) != 1:
         return None
     layer = group.producers[0]
@@ -157,7 +157,7 @@ def _candidate(structure: Structure, group: Group, kinds: Mapping[str, str], tri
 def _stage(
     structure: Structure, stream: Group, inner: tuple[str, ...], kinds: Mapping[str, str], trial: _Trial
 ) -> Bypass | None:
-    """What would go with a stage, if its layers fill blocks that read one group from outside."""
+    """The bypass of a stage, if its layers fill blocks that read one group from outside."""
     groups = [stream, *map(structure.group, inner)]
     own = {member.layer for group in groups for member in group.members if member.role != "in"}
     blocks = trial.filled_by(own)
@@ -174,7 +174,7 @@ def _stage(
 
 
 def _read_by(structure: Structure, weight: str) -> tuple[str, int] | None:
-    """The group whose units are all that a layer reads, and how many of its inputs each of them is."""
+    """The one group that a layer reads, and its inputs per unit; None if it reads anything else."""
     for group in structure.groups:
         for member in group.members:
             if member.tensor == weight and member.dim == 1 and member.role == "in":
@@ -184,7 +184,7 @@ def _read_by(structure: Structure, weight: str) -> tuple[str, int] | None:
 
 
 def _stages(trial: _Trial, owners: Mapping[str, str]) -> Iterator[tuple[str, frozenset[str]]]:
-    """Poolings, each with the groups of the layers since the last one, where all of these can vanish."""
+    """Pooling layers with the groups between the previous one and themselves, where all of these can be removed."""
     found: set[str] = set()
     all_can = True
     for name in trial.order:
@@ -199,16 +199,16 @@ def _stages(trial: _Trial, owners: Mapping[str, str]) -> Iterator[tuple[str, fro
 
 
 class _Trial:
-    """A copy of the network that is run with some modules as identities.
+    """A copy of the network that can be run with some modules replaced by identities.
 
     Attributes:
         modules: Its modules by name.
-        order: Modules without modules inside, in the order in which they are called.
+        order: Leaf modules, in the order in which they are called.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        call = subject.calls[0]
-        self.copy = subject.copy("real").module.eval()
+    def __init__(self, traced: TracedModel) -> None:
+        call = traced.calls[0]
+        self.copy = traced.copy("real").module.eval()
         self.args, self.kwargs = call.args, call.kwargs
         self.modules = {canonical(name): module for name, module in self.copy.named_modules()}
         self.order: list[str] = []
@@ -225,7 +225,7 @@ class _Trial:
                 handle.remove()
 
     def follows(self, layer: str, norms: Collection[str]) -> list[str]:
-        """The layer's norms, and activations and dropouts called between it and the next layer or pooling."""
+        """The layer's norms, and the activations and dropouts between it and the next layer or pooling."""
         found: list[str] = []
         for name in self.order[self.order.index(layer) + 1 :] if layer in self.order else ():
             single = self.order.count(name) == 1
@@ -236,7 +236,7 @@ class _Trial:
         return [*found, *(norm for norm in norms if norm not in found)]
 
     def filled_by(self, layers: Collection[str]) -> tuple[str, ...]:
-        """The largest modules all of whose layers are among these; none if one of these would stand alone."""
+        """The largest modules whose layers are all among these; none if a layer itself is the largest."""
         full = [
             name
             for name, module in self.modules.items()
@@ -248,14 +248,14 @@ class _Trial:
         return () if any(name in layers for name in largest) else tuple(largest)
 
     def works(self, gone: Iterable[str], reads: Mapping[str, int]) -> bool:
-        """Whether the network gives outputs of the same shape without some modules.
+        """Whether the network returns outputs of the same shape without some modules.
 
         Args:
             gone: Modules that become identities.
-            reads: What layers read then, in inputs; all others read as much as before.
+            reads: New input widths of layers; all others keep theirs.
         """
         others: dict[str, nn.Module] = {name: nn.Identity() for name in gone}
-        others |= {name: _Reading(self.modules[name], inputs) for name, inputs in reads.items()}
+        others |= {name: _WithInputs(self.modules[name], inputs) for name, inputs in reads.items()}
         with self._with(others):
             try:
                 return self._run() == self.shapes
@@ -264,7 +264,7 @@ class _Trial:
 
     @contextmanager
     def _with(self, others: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Other modules in the place of some, within the context."""
+        """Replace modules within the context."""
         places = [
             (self.modules[name.rpartition(".")[0]], name.rpartition(".")[2], other) for name, other in others.items()
         ]
@@ -283,8 +283,8 @@ class _Trial:
         return [tuple(tensor.shape) for tensor in output_tensors(output)]
 
 
-class _Reading(nn.Module):
-    """A linear layer or convolution as it would be if it read another number of inputs."""
+class _WithInputs(nn.Module):
+    """A linear layer or convolution with another number of inputs and zero weights."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a network costs as a function of its widths: parameters, MACs, activations, milliseconds. Numbers alone."""
+"""Costs of a network as functions of its widths: parameters, MACs, activation memory and latency."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Term:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """How long one convolution or matrix product takes, by the first two dimensions of its weight.
+    """Measured time of one convolution or matrix product, by the first two dimensions of its weight.
 
     Attributes:
         axes: Lengths of the two dimensions as functions of the widths.
-        grid: Lengths at which it was measured, ascending, for each of the two.
-        ms: Milliseconds, a row per length of the first dimension; never less for a longer one.
+        grid: Lengths at which it was measured, ascending, per dimension.
+        ms: Milliseconds, one row per length of the first dimension; non-decreasing in both.
     """
 
     axes: tuple[Axis, Axis]
@@ -57,7 +57,7 @@ class LayerTimes:
     ms: tuple[tuple[float, ...], ...]
 
     def value(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds at these widths, linear between the points of the grid; a layer without units takes none."""
+        """Milliseconds at these widths, by linear interpolation; 0 for a layer without units."""
         first, second = (axis.length(widths) for axis in self.axes)
         if not first or not second:
             return 0.0
@@ -70,7 +70,7 @@ class LayerTimes:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LayerTimes:
-        """What `to_plain` wrote."""
+        """Read what `to_plain` wrote."""
         first, second = (Axis(axis["fixed"], tuple(axis["repeat"].items())) for axis in plain["axes"])
         rows, columns = (tuple(points) for points in plain["grid"])
         return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]))
@@ -78,13 +78,13 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    r"""Milliseconds of one sample's forward pass, as measured on one device.
+    r"""Latency of one sample's forward pass, measured on one device.
 
     .. math:: t = a + b \cdot \text{memory} + \sum_\text{layers} t_\text{layer}(\text{widths})
 
     Attributes:
-        fixed: a, the milliseconds that no width changes.
-        per_byte: b, the milliseconds of everything else per byte of activations (norms, nonlinearities, additions).
+        fixed: a, milliseconds that do not depend on the widths.
+        per_byte: b, milliseconds per byte of activations, for all other operators (norms, activations, additions).
         layers: Convolutions and matrix products.
     """
 
@@ -93,16 +93,16 @@ class LatencyTable:
     layers: tuple[LayerTimes, ...]
 
     def value(self, widths: Mapping[str, int], memory: int) -> float:
-        """Milliseconds at these widths and so many bytes of activations."""
+        """Milliseconds at these widths with ``memory`` bytes of activations."""
         return self.fixed + self.per_byte * memory + sum(layer.value(widths) for layer in self.layers)
 
     def without(self, groups: Collection[str]) -> LatencyTable:
-        """The table when ``groups`` have no units: layers without inputs or outputs take no time."""
+        """The table without the units of ``groups``: layers without inputs or outputs take no time."""
         layers = (replace(t, axes=(t.axes[0].without(groups), t.axes[1].without(groups))) for t in self.layers)
         return replace(self, layers=tuple(t for t in layers if all(axis.fixed or axis.repeat for axis in t.axes)))
 
     def to_plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and strings only, as checkpoints and other processes take them."""
+        """Plain dicts, lists and numbers, for checkpoints and other processes."""
         return {
             "fixed": self.fixed,
             "per_byte": self.per_byte,
@@ -117,14 +117,14 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a network costs at any widths, for one sample's forward pass in eval mode.
+    """Costs of a network at any widths, for one sample's forward pass in eval mode.
 
     Attributes:
-        parameters: One term per parameter, tied parameters once.
+        parameters: One term per parameter; tied parameters count once.
         macs_terms: One term per convolution or matrix product (multiply-accumulates; 1 MAC = 2 FLOPs).
-        shapes: Present shape of every parameter and buffer.
-        memory_terms: One term, in bytes, per tensor that an operator writes.
-        latency_table: Milliseconds, if they were measured.
+        shapes: Current shape of every parameter and buffer.
+        memory_terms: One term, in bytes, per tensor that an operator allocates.
+        latency_table: Latencies, if measured.
     """
 
     parameters: tuple[Term, ...]
@@ -134,7 +134,7 @@ class CostModel:
     latency_table: LatencyTable | None = None
 
     def params(self, widths: Mapping[str, int], layers: Collection[str] | None = None) -> int:
-        """Number of parameters, trainable or not, buffers left out.
+        """Number of parameters, trainable or not, without buffers.
 
         Args:
             widths: Units by group.
@@ -148,14 +148,14 @@ class CostModel:
         return round(sum(term.value(widths) for term in self.macs_terms))
 
     def memory(self, widths: Mapping[str, int]) -> int:
-        """Bytes of all activations of one sample: every tensor that an operator writes, views and in-place left out.
+        """Bytes of all activations of one sample: every tensor that an operator allocates (no views, nothing in-place).
 
-        Nothing is taken as freed: training keeps what the backward pass needs, which is at most this, times the batch.
+        Tensors are not assumed to be freed: times the batch size, it bounds what training keeps for the backward pass.
         """
         return round(sum(term.value(widths) for term in self.memory_terms))
 
     def latency(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds of one sample's forward pass, by the measured table.
+        """Milliseconds of one sample's forward pass, from the measured table.
 
         Raises:
             ValueError: If nothing was measured.
@@ -166,7 +166,7 @@ class CostModel:
         return table.value(widths, self.memory(widths))
 
     def without(self, groups: Collection[str], layers: Mapping[str, str]) -> CostModel:
-        """The costs when ``groups`` have no units and ``layers`` are taken out (`Removal.modules`)."""
+        """The cost model without the units of ``groups`` and without ``layers`` (`Removal.modules`)."""
         if not layers:
             return self
         silent = {name for name, kind in layers.items() if kind != "constant"}
@@ -184,7 +184,7 @@ class CostModel:
         return CostModel(rest(self.parameters), rest(self.macs_terms), shapes, rest(self.memory_terms), table)
 
     def take(self, axes: Mapping[str, Mapping[int, npt.NDArray[np.int64]]]) -> CostModel:
-        """The same terms for a network whose tensors were cut along ``axes``."""
+        """The cost model of the network after a cut that keeps the positions ``axes``."""
         shapes = {
             name: tuple(len(axes.get(name, {}).get(dim, range(n))) for dim, n in enumerate(shape))
             for name, shape in self.shapes.items()

@@ -1,4 +1,4 @@
-"""Tracing: from a network and the ways it is run to what can be removed."""
+"""Finding the structure of a network, and verifying a cut before it is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 
 from lightning_prune.structure.analysis import Analysis
 from lightning_prune.structure.graph import Structure
-from lightning_prune.structure.subject import StructureError, Subject, batch_size_of, require_names, require_traceable
+from lightning_prune.structure.traced_model import (
+    StructureError,
+    TracedModel,
+    batch_size_of,
+    require_names,
+    require_traceable,
+)
 from lightning_prune.structure.tracing import (
     SplitKey,
 )
@@ -20,78 +26,78 @@ from lightning_prune.structure.trials import Trials
 __all__ = ["Tracing", "trace", "verify_shapes"]
 
 
-def trace(subject: Subject, *, trial: bool = True) -> Structure:
-    """Find what can be removed together.
+def trace(traced: TracedModel, *, trial: bool = True) -> Structure:
+    """Find the groups of units that can be removed together.
 
-    Every index of every axis of every parameter and buffer gets an atom; the network runs on fake tensors and each
-    operator's rule unites the atoms that can only go together. Classes of atoms are units; units on the same axes are
-    a group. Inputs, outputs, what an unknown operator touches and what never runs is frozen, with the reason. At last
-    the copy is cut for trial and run again: a group for which the cut network couples anything else is frozen too.
+    Every index of every axis of every parameter and buffer gets an atom. The network runs on fake tensors, and the rule
+    of each operator unites the atoms that can only be removed together. Classes of atoms are units; units on the same
+    axes form a group. Axes of inputs and outputs, of unused tensors and of operators without a rule are frozen, with
+    the reason. Finally the copy is cut and run again: groups for which the narrower network differs are frozen too.
 
     Args:
-        subject: The network and how it is run.
-        trial: Try a cut of every group. Only tests of the rules themselves leave it out.
+        traced: The network and its calls.
+        trial: Whether to run trial cuts; False only in tests of the rules themselves.
 
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
-    return Tracing(subject, trial=trial).structure
+    return Tracing(traced, trial=trial).structure
 
 
 class Tracing:
-    """A network that was traced (see :func:`trace`), and what its cuts would do as long as it does not change.
+    """The analysis of a network (see :func:`trace`), reused to verify cuts as long as the network does not change.
 
     Args:
-        subject: The network and how it is run.
-        trial: Try a cut of every group.
+        traced: The network and its calls.
+        trial: Whether to run trial cuts.
 
     Attributes:
-        structure: What was found.
+        structure: The structure that was found.
 
     Raises:
         StructureError: If the network cannot be copied or its forward pass fails on the example.
     """
 
-    def __init__(self, subject: Subject, *, trial: bool = True) -> None:
-        if batch_size_of(subject.calls[0]) == 0:
+    def __init__(self, traced: TracedModel, *, trial: bool = True) -> None:
+        if batch_size_of(traced.calls[0]) == 0:
             raise StructureError("expected an example of at least one sample, got an empty batch")
-        require_names(subject.model)
-        require_traceable(subject.model)
+        require_names(traced.model)
+        require_traceable(traced.model)
         with torch.inference_mode(False):
-            self._analysis = _analysed(subject, trial=trial)
+            self._analysis = _analysed(traced, trial=trial)
             self.structure = self._analysis.structure()
 
     def verify_shapes(self, kept: Mapping[str, Iterable[int]]) -> None:
-        """Do what :func:`verify_shapes` does; the network is traced again only if something speaks against the cut.
+        """Verify a cut like :func:`verify_shapes`, but trace the network again only if the cut fails.
 
-        This trace compares the lengths of axes as well, which may differ where nothing else does.
+        The existing trace also compares the lengths of axes, which may differ without consequence.
         """
         try:
             _verify_shapes(lambda: self._analysis, self.structure, kept)
         except StructureError:
-            verify_shapes(self._analysis.subject, self.structure, kept)
+            verify_shapes(self._analysis.traced, self.structure, kept)
 
 
-def verify_shapes(subject: Subject, structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
-    """Run a copy of the network at the widths that a cut leaves, and compare what it computes with.
+def verify_shapes(traced: TracedModel, structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
+    """Run a copy of the network at the widths of a cut and compare its operators with the original's.
 
-    The trial of `trace` halves every width. What a network makes of a width only below that (``if width < 12``,
-    ``min(8, width)``) shows here, before anything is cut.
+    The trial of `trace` halves every width. Code that depends on smaller widths (``if width < 12``, ``min(8, width)``)
+    is detected here, before anything is cut.
 
     Args:
-        subject: The network as it is, and how it is run.
-        structure: Its structure.
-        kept: Units to keep per group. Groups that lose all are left whole: their layers go. Those that keep one unit
-            are tried with two: an axis of length 1 lies otherwise in memory, and other operators run for the same. Then
-            the functions that its code calls are compared.
+        traced: The network and its calls.
+        structure: Structure of the network.
+        kept: Units to keep per group. Groups without units are left whole, since their layers are removed. Groups with
+            one unit are run with two, since PyTorch runs other operators for axes of length 1, and the functions called
+            with one and with two units are compared.
 
     Raises:
-        StructureError: If a narrower network is not the masked one; the text names the groups to leave out.
+        StructureError: If the narrower network computes something else; the message names the groups to ignore.
     """
 
     def analysis() -> Analysis:
-        found = Analysis(subject)
-        # Of a network that was cut before, axes of length 1 have lost what couples them; the structure knows it.
+        found = Analysis(traced)
+        # In a network that was cut before, axes of length 1 are no longer coupled by their operators.
         found.tracer.compares_lengths = False
         found.follow(structure)
         return found
@@ -113,10 +119,10 @@ def _verify_shapes(analyse: Callable[[], Analysis], structure: Structure, kept: 
     with torch.inference_mode(False):
         try:
             analysis = analyse()
-        except StructureError as error:  # training may leave in a module what cannot be copied
+        except StructureError as error:  # training may have stored what cannot be copied in a module
             warnings.warn(f"The shapes of a cut were not verified beforehand: {error}", stacklevel=3)
             return
-        # What is coupled was settled by the trial, and what cannot run at all shows in the cut itself.
+        # Couplings were checked by the trial, and a network that cannot run fails in the cut itself.
         trials = Trials(analysis)
         failure = trials.compare(structure.axes(narrower), follow=False)
         suspects = groups if failure is None else trials.suspects(groups, failure) or groups
@@ -129,33 +135,33 @@ def _verify_shapes(analyse: Callable[[], Analysis], structure: Structure, kept: 
         if reason is None:
             return
     raise StructureError(
-        f"{type(analysis.subject.model).__name__} works otherwise at the widths of this cut "
+        f"{type(analysis.traced.model).__name__} computes something else at the widths of this cut "
         f"({', '.join(f'{g.name}: {len(units[g.name])}' for g in suspects)}): {reason}. Nothing has changed. "
         "Leave these layers out (`ignore`), keep more of them, or do not compute with their widths in `forward`."
     )
 
 
-def _analysed(subject: Subject, *, trial: bool) -> Analysis:
-    """The groups of a network; without its hooks if it cannot be followed with them."""
-    analysis = Analysis(subject)
+def _analysed(traced: TracedModel, *, trial: bool) -> Analysis:
+    """Analyse a network, without its hooks if it cannot be traced with them."""
+    analysis = Analysis(traced)
     try:
         return _best(analysis, trial=trial)
     except StructureError as error:
         if not analysis.first.hooks:
             raise
         try:
-            without = _best(Analysis(replace(subject, with_hooks=False)), trial=trial)
+            without = _best(Analysis(replace(traced, with_hooks=False)), trial=trial)
         except StructureError:
             raise error from error.__cause__
-        without.notes.append(f"the network's hooks were left out, as it could not be followed with them: {error}")
+        without.notes.append(f"the network's hooks were ignored, as it could not be traced with them: {error}")
         return without
 
 
 def _best(analysis: Analysis, *, trial: bool) -> Analysis:
-    """Find the groups; where a split axis froze, let another of its parts keep the units apart if that frees more.
+    """Find the groups; where a split axis is frozen, try the other parts of the split and keep what frees more units.
 
     Returns:
-        This analysis, or a better one of the same network.
+        The best analysis.
     """
     _find(analysis, trial=trial)
     choices: dict[SplitKey, int] = {}
@@ -174,23 +180,23 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
 
 
 def _find(analysis: Analysis, *, trial: bool) -> None:
-    """Trace, group, try."""
+    """Trace, group and run trial cuts."""
     analysis.trace()
-    analysis.freeze_unseen()
+    analysis.freeze_unused()
     analysis.find_groups()
     if trial:
         analysis.groups = Trials(analysis).passing(analysis.groups)
 
 
 def _can_cut(analysis: Analysis, key: SplitKey) -> bool:
-    """Whether, with the choices made, units of this split are left and can be removed, as the first call shows."""
-    for call in (*analysis.subject.calls, *analysis.subject.optional):
+    """Whether units of this split can be removed with the analysis' choices, judged by the first call with it."""
+    for call in (*analysis.traced.calls, *analysis.traced.optional):
         analysis.run_if_possible(call)
         if key in analysis.tracer.splits:
             break
     else:
         return False
-    analysis.freeze_unseen()
+    analysis.freeze_unused()
     analysis.find_groups()
     atoms = analysis.atoms.find(np.concatenate(analysis.tracer.splits[key][1]))
     groups = [g for g in analysis.groups if g.width > 1 and np.isin(analysis.atoms_of(g), atoms).any()]

@@ -1,4 +1,4 @@
-"""One more pass over a network that records what flows where, to know which of its groups may vanish."""
+"""Recording the data flow of a network, to determine which groups can be removed entirely."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import tensors
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.standins import CONVOLUTIONS, NORMS
-from lightning_prune.structure.subject import Subject
+from lightning_prune.structure.stubs import CONVOLUTIONS, NORMS
+from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.structure.tracing import Call, Tracer, output_tensors
-from lightning_prune.structure.vanishing import Flow, Op, Pass, Piece, Removal
+from lightning_prune.structure.vanishing import Flow, Op, Operand, Pass, Removal
 
 __all__ = ["layer_kinds", "with_flow"]
 
-#: Operators that look at the shape of what they get, not at its content.
+#: Operators that read only the shapes of their inputs.
 _BLIND = frozenset(
     f"{name}{like}" for name in ("zeros", "ones", "empty", "full", "rand", "randn") for like in ("_like",)
 ) | frozenset(f"new_{name}" for name in ("zeros", "ones", "empty", "full", "empty_strided"))
-#: Operators whose indices only say where numbers go: a network that keeps nothing but these has lost what it computes.
+#: Operators whose index arguments carry no data.
 _PLACED = frozenset({"max_unpool2d", "max_unpool3d"})
 
 Raw = tuple[int, bool, tuple[Any, ...]]
 
 
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]
-    """Follows every index and writes down the operators too."""
+    """Tracer that also records the operators."""
 
     def __init__(self, analysis: Analysis) -> None:
         super().__init__(analysis.atoms, RULES, unknown)
         self.ops: list[tuple[list[Raw], list[Raw], bool]] = []
 
     def raw(self, tensor: torch.Tensor) -> Raw:
-        """A tensor's memory, whether it has no elements at all, and the labels of its axes."""
+        """A tensor's storage, whether it is empty, and the labels of its axes."""
         storage = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
         return storage, tensor.numel() == 0, self.value(tensor).axes
 
@@ -57,42 +57,42 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
         return out
 
 
-def with_flow(structure: Structure, subject: Subject, gone: Collection[str] = ()) -> Structure:
-    """The structure with what it takes to tell which of its groups may vanish.
+def with_flow(structure: Structure, traced: TracedModel, gone: Collection[str] = ()) -> Structure:
+    """The structure with its data flow, which determines the groups that can be removed entirely.
 
     Args:
-        structure: Of the network as it is now.
-        subject: The network and how it is run.
-        gone: Groups that it had before they vanished.
+        structure: Structure of the network.
+        traced: The network and its calls.
+        gone: Groups that were removed before.
     """
     with torch.inference_mode(False):
         try:
-            analysis, runs = _recorded(subject)
+            analysis, runs = _recorded(traced)
         except Exception:
-            if not subject.with_hooks:
+            if not traced.with_hooks:
                 raise
-            analysis, runs = _recorded(replace(subject, with_hooks=False))  # as `trace` does, which leaves a note
+            analysis, runs = _recorded(replace(traced, with_hooks=False))  # like `trace`, which adds a note
     cover = _Covers(analysis, structure)
     passes = tuple(_pass(cover, *run) for run in runs)
-    flow = _flow(cover, passes, analysis, structure, subject.model)
+    flow = _flow(cover, passes, analysis, structure, traced.model)
     return replace(structure, flow=flow.take(Removal(frozenset(gone))))
 
 
 Run = tuple[list[tuple[list[Raw], list[Raw], bool]], set[int], list[Raw], dict[int, tuple[str, ...]], bool]
 
 
-def _recorded(subject: Subject) -> tuple[Analysis, list[Run]]:
-    analysis = Analysis(subject)
+def _recorded(traced: TracedModel) -> tuple[Analysis, list[Run]]:
+    analysis = Analysis(traced)
     recorder = _Recorder(analysis)
-    runs = [_run(recorder, analysis, call) for call in subject.calls]
-    for call in subject.optional:
-        with suppress(Exception):  # `trace` has left a note about it
+    runs = [_run(recorder, analysis, call) for call in traced.calls]
+    for call in traced.optional:
+        with suppress(Exception):  # noted by `trace`
             runs.append(_run(recorder, analysis, call))
     return analysis, runs
 
 
 def _run(recorder: _Recorder, analysis: Analysis, call: Call) -> Run:
-    """Run a call on the cheapest kind of tensors that it runs on."""
+    """Record a call on the cheapest kind of tensors that it runs on."""
     for kind in KINDS:
         copy = analysis.copy(kind)
         recorder.ops = []
@@ -111,7 +111,7 @@ def _run(recorder: _Recorder, analysis: Analysis, call: Call) -> Run:
                 names[storage] = (*names.get(storage, ()), name)
         known = {recorder.raw(tensor)[0] for tensor in copy.named.values()}
         made = {raw[0] for _, outs, _ in recorder.ops for raw in outs}
-        # What was there from the start and is no tensor of the network came in.
+        # Tensors that are neither created by an operator nor part of the network are inputs.
         inputs = {raw[0] for ins, _, _ in recorder.ops for raw in ins} - known - made
         inputs |= _first_seen(recorder.ops) - known
         ops = recorder.ops
@@ -121,7 +121,7 @@ def _run(recorder: _Recorder, analysis: Analysis, call: Call) -> Run:
 
 
 def _first_seen(ops: Sequence[tuple[list[Raw], list[Raw], bool]]) -> set[int]:
-    """Memory that is read before anything is written to it: views of an input share its memory."""
+    """Storages that are read before they are written: those of inputs."""
     written: set[int] = set()
     found: set[int] = set()
     for inputs, outputs, _ in ops:
@@ -131,7 +131,7 @@ def _first_seen(ops: Sequence[tuple[list[Raw], list[Raw], bool]]) -> set[int]:
 
 
 class _Covers:
-    """Which groups an axis is wholly made of."""
+    """Looks up the groups that make up an axis."""
 
     def __init__(self, analysis: Analysis, structure: Structure) -> None:
         self.atoms = analysis.atoms
@@ -142,17 +142,17 @@ class _Covers:
             self.owner[self.atoms.find(analysis.labels[first.tensor][first.dim][first.index[:, 0]])] = number
 
     def of(self, axis: IndexArray) -> frozenset[str] | None:
-        """The groups; ``None`` if something else is among them."""
+        """The groups of an axis; None if it has other indices too."""
         owners = self.owner[self.atoms.find(axis)]
         return None if (owners < 0).any() else frozenset(self.names[i] for i in np.unique(owners).tolist())
 
-    def piece(self, raw: Raw) -> Piece:
-        """A tensor with its covers; one without elements is empty whatever goes."""
+    def piece(self, raw: Raw) -> Operand:
+        """The operand for a tensor."""
         storage, empty, axes = raw
         if empty:
-            return Piece(storage, (frozenset(),))
+            return Operand(storage, (frozenset(),))
         found = [self.of(axis) for axis in axes if isinstance(axis, np.ndarray) and len(axis)]
-        return Piece(storage, tuple(dict.fromkeys(cover for cover in found if cover is not None)))
+        return Operand(storage, tuple(dict.fromkeys(cover for cover in found if cover is not None)))
 
 
 def _pass(
@@ -187,7 +187,7 @@ def _flow(cover: _Covers, passes: tuple[Pass, ...], analysis: Analysis, structur
 
 
 def layer_kinds(model: nn.Module) -> Mapping[str, str]:
-    """Which layers can go, and why others cannot."""
+    """Kind of each module: ``"linear"``, ``"norm"``, or the reason why it cannot be removed."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
@@ -200,7 +200,7 @@ def layer_kinds(model: nn.Module) -> Mapping[str, str]:
     for name, module in model.named_modules():
         kinds[name] = _kind(module)
         if len(places[id(module)]) > 1:
-            kinds[name] = "it stands in several places"
+            kinds[name] = "it is used in several places"
         elif id(module) in shared:
             kinds[name] = "its weights are tied"
     return kinds
@@ -211,4 +211,4 @@ def _kind(module: nn.Module) -> str:
         return "its weight is computed"
     if type(module) is nn.Linear or type(module) in CONVOLUTIONS:
         return "linear"
-    return "norm" if type(module) in NORMS else f"nothing is known that could stand in for a {type(module).__name__}"
+    return "norm" if type(module) in NORMS else f"layers of type {type(module).__name__} cannot be removed"

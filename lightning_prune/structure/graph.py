@@ -1,4 +1,4 @@
-"""What can be removed together: units, groups of coupled axes, what stays and why. Plain values, no model needed."""
+"""The structure of a network as plain values: groups of coupled axes, frozen axes and costs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["Axes", "Frozen", "Group", "Member", "Role", "Structure"]
 
 IndexArray = npt.NDArray[np.int64]
 
-#: Kept positions per tensor and dimension: ``{"net.0.weight": {0: array([0, 2, 5])}}``. The one currency of surgery.
+#: Kept positions per tensor and dimension: ``{"net.0.weight": {0: array([0, 2, 5])}}``.
 Axes = dict[str, dict[int, IndexArray]]
 
-#: How a layer meets a unit: it *produces* it ("out"), *consumes* it ("in") or merely follows it ("along": bias, norm).
+#: Role of an axis: its layer produces the units ("out"), consumes them ("in") or works per unit ("along": bias, norm).
 Role = Literal["out", "in", "along"]
 
 
 def _layer(tensor: str) -> str:
-    """Module that owns a tensor; of what a parametrization computes a weight from, the module with the weight."""
+    """Module that owns a tensor; for the originals of a parametrization, the module that owns the weight."""
     return tensor.partition(".parametrizations.")[0] if ".parametrizations." in tensor else tensor.rpartition(".")[0]
 
 
-def _leaves(tensor: str, dim: int, drops: Mapping[str, str]) -> bool:
-    """Whether this axis goes with the layers that are taken out: of a constant one its outputs stay."""
+def _is_dropped(tensor: str, dim: int, drops: Mapping[str, str]) -> bool:
+    """Whether an axis is removed with the layers in ``drops``; the outputs of a constant layer stay."""
     kind = drops.get(_layer(tensor))
     return kind is not None and not (kind == "constant" and dim == 0)
 
@@ -40,13 +40,13 @@ def _vanished(kept: Mapping[str, Iterable[int]]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One axis of one parameter or buffer, and where each unit of its group lies on it.
+    """One axis of a parameter or buffer, and the positions of each unit of its group on it.
 
     Attributes:
         tensor: Qualified name of the parameter or buffer, as in ``model.named_parameters()``.
-        dim: Dimension of the tensor that the units lie on.
+        dim: Dimension of the tensor.
         role: ``"out"``, ``"in"`` or ``"along"``.
-        index: Positions on that axis, shape ``(width, k)``; ``k`` > 1 where a unit repeats (a channel flattened over
+        index: Positions on the axis, shape ``(width, k)``; ``k`` > 1 where a unit has several (a channel flattened over
             its pixels, a depthwise multiplier).
     """
 
@@ -72,12 +72,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that lie on the same axes: removing one removes its slice of every member.
+    """Units on the same axes: removing a unit removes its slice of every member.
 
     Attributes:
-        name: The first layer, in the order of execution, that produces the units.
+        name: First layer in the order of execution that produces the units.
         width: Number of units.
-        members: Every axis the units lie on, producers first.
+        members: All axes of the units, producers first.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Group:
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Layers whose outputs the units are."""
+        """Layers that produce the units."""
         return tuple(dict.fromkeys(m.layer for m in self.members if m.role == "out"))
 
     @property
@@ -106,20 +106,20 @@ class Group:
             members.append(replace(member, index=index))
         return Group(self.name, len(rows), tuple(members))
 
-    def leave(self, drops: Mapping[str, str]) -> Group:
-        """The group without its members in layers that are taken out."""
-        return replace(self, members=tuple(m for m in self.members if not _leaves(m.tensor, m.dim, drops)))
+    def without_layers(self, drops: Mapping[str, str]) -> Group:
+        """The group without its members in removed layers."""
+        return replace(self, members=tuple(m for m in self.members if not _is_dropped(m.tensor, m.dim, drops)))
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """An axis that keeps its width, and why.
+    """An axis that cannot shrink, with the reason.
 
     Attributes:
         tensor: Qualified name of the parameter or buffer.
         dim: Its dimension.
-        width: Number of positions that stay.
-        reason: Why, in words for the user.
+        width: Number of frozen positions.
+        reason: The reason, for the user.
     """
 
     tensor: str
@@ -135,15 +135,15 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything that is known about a network's widths.
+    """Groups, frozen axes and costs of a network.
 
     Attributes:
-        groups: What can shrink, in the order of execution.
-        frozen: What cannot (output axes and bare parameters; one entry per axis), and why.
-        cost: Parameters and MACs as a function of the widths.
-        notes: What could not be followed (a step that could not be traced, say).
-        remarks: What made it take longer to find, and changes nothing of it.
-        flow: What it takes to tell which groups may vanish (`with_flow`); without it, none may.
+        groups: Groups that can shrink, in the order of execution.
+        frozen: Output axes and bare parameters that cannot, with reasons.
+        cost: Costs as functions of the widths.
+        notes: Limitations, for instance a step that could not be traced.
+        remarks: Notes that concern only the time that tracing took.
+        flow: Data flow, which determines the groups that can be removed entirely (`with_flow`); without it, none can.
     """
 
     groups: tuple[Group, ...]
@@ -160,12 +160,12 @@ class Structure:
 
     @property
     def vanished(self) -> frozenset[str]:
-        """Names of the groups that have lost all their units, as far as is known."""
+        """Names of the groups that have been removed entirely."""
         return frozenset() if self.flow is None else self.flow.removal.groups
 
     @property
     def reachable(self) -> dict[str, float]:
-        """Shares of the parameters and MACs that lie on an axis of a group, in [0, 1]: ``"params"`` and ``"macs"``."""
+        """Shares of the parameters and MACs that pruning can affect, in [0, 1]: ``"params"`` and ``"macs"``."""
         none = dict.fromkeys(self.widths, 0)
         costs = {"params": self.cost.params, "macs": self.cost.macs}
         return {name: 1 - cost(none) / (cost(self.widths) or 1) if self.groups else 0.0 for name, cost in costs.items()}
@@ -182,10 +182,10 @@ class Structure:
         raise KeyError(f"no group is called {name!r}; there are: {', '.join(self.widths) or 'none'}")
 
     def without(self, groups: Iterable[str]) -> Removal:
-        """What goes when ``groups`` lose all their units, and all that went before.
+        """The removal of all units of ``groups``, together with earlier ones.
 
         Raises:
-            ValueError: If they cannot; the text says why.
+            ValueError: If they cannot be removed; the message says why.
         """
         names = tuple(groups)
         if self.flow is None:
@@ -198,19 +198,19 @@ class Structure:
         return removal
 
     def drops(self, kept: Mapping[str, Iterable[int]]) -> dict[str, str]:
-        """Layers that a cut takes out, and what takes their place (`Removal`)."""
+        """Layers that a cut removes, with the kind of stub that replaces each (`Removal`)."""
         before = self.flow.removal.modules if self.flow is not None else {}
         after = self.without(_vanished(kept)).modules
         return {name: kind for name, kind in after.items() if name not in before}
 
     def axes(self, kept: Mapping[str, Iterable[int]]) -> Axes:
-        """Kept positions of every axis that a cut touches; those of layers that it takes out are left out.
+        """Kept positions of every axis that a cut changes, without those of removed layers.
 
         Args:
-            kept: Units to keep per group, ascending, counted in the present widths; groups left out stay whole.
+            kept: Units to keep per group, ascending, in the current numbering; missing groups keep all units.
 
         Raises:
-            ValueError: If a group is to lose all its units and cannot.
+            ValueError: If a group without units cannot be removed.
         """
         drops = self.drops(kept)
         stays: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
@@ -227,20 +227,20 @@ class Structure:
                 stays[axis][member.index[lost]] = False
         axes: Axes = {}
         for (tensor, dim), mask in stays.items():
-            if not _leaves(tensor, dim, drops):
+            if not _is_dropped(tensor, dim, drops):
                 axes.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return axes
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:
-        """The structure after a cut: narrower groups, renumbered positions, the cost model re-based."""
+        """The structure after a cut."""
         units = {name: tuple(rows) for name, rows in kept.items()}
         axes, drops, removal = self.axes(units), self.drops(units), self.without(_vanished(units))
         groups = tuple(
-            g.take(units.get(g.name, range(g.width)), axes).leave(drops)
+            g.take(units.get(g.name, range(g.width)), axes).without_layers(drops)
             for g in self.groups
             if g.name not in removal.groups
         )
-        frozen = tuple(f for f in self.frozen if not _leaves(f.tensor, f.dim, drops))
+        frozen = tuple(f for f in self.frozen if not _is_dropped(f.tensor, f.dim, drops))
         cost = self.cost.take(axes).without(removal.groups, drops)
         flow = self.flow and self.flow.take(removal)
         return replace(self, groups=groups, frozen=frozen, cost=cost, flow=flow)

@@ -1,4 +1,4 @@
-"""Users' forward hooks: which of them take part in what a network computes, and how a copy gets its own."""
+"""Users' forward hooks: which of them affect the output, and how they are copied with the model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,27 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
-__all__ = ["REGISTERS", "forgotten", "held_by", "is_container", "put_on", "reachable", "remembered", "taking_part"]
+__all__ = [
+    "REGISTERS",
+    "computing_hooks",
+    "contents_restored",
+    "copy_hooks",
+    "hook_stores_restored",
+    "is_container",
+    "reachable_objects",
+    "stored_objects",
+]
 
 #: Attributes of a module that hold its forward hooks.
 REGISTERS = ("_forward_pre_hooks", "_forward_hooks")
-#: Attributes of every module, which hold nothing that a hook stores.
+#: Attributes that every `nn.Module` has.
 _OWN = frozenset(vars(nn.Module()))
-# Packages whose hooks observe, or build a layer, and whose objects hold no part of a network.
+# Hooks of these packages only observe, or build a layer; their objects hold no part of the model.
 _LIBRARIES = frozenset(
     ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "lightning_prune")
 )
 _CONTAINERS = (dict, list, set, deque)
-#: Types of attributes that most modules have, and that store nothing.
+#: Types of attributes that cannot hold tensors.
 _PLAIN = frozenset((bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType))
 _ATOMS = (
     bool,
@@ -50,13 +59,8 @@ _ATOMS = (
 )
 
 
-def taking_part(model: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The forward hooks that what a network computes may depend on, by their number.
-
-    These are hooks that reach what the network reaches (they store an output where its ``forward`` reads it), that
-    write to the module they are given, or that may return another input or output. Those that only look on are left
-    out: loggers, counters, and the hooks of PyTorch, Lightning and this package.
-    """
+def computing_hooks(model: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The forward hooks that may change what the model computes, by id."""
     hooked = [
         (module, number, hook)
         for module in model.modules()
@@ -66,30 +70,30 @@ def taking_part(model: nn.Module) -> dict[int, Callable[..., Any]]:
     ]
     if not hooked:
         return {}
-    held = {id(thing) for thing in reachable(_roots(model)) if _is_changeable(thing)}
+    held = {id(thing) for thing in reachable_objects(_roots(model)) if _is_changeable(thing)}
     return {
         number: hook
         for module, number, hook in hooked
-        if any(id(thing) in held for thing in reachable([hook])) or _writes(hook, module) or _returns(hook)
+        if any(id(thing) in held for thing in reachable_objects([hook])) or _writes(hook, module) or _returns(hook)
     }
 
 
-def put_on(
+def copy_hooks(
     hooks: Mapping[int, Callable[..., Any]], model: nn.Module, memo: dict[int, Any]
 ) -> tuple[list[Callable[..., Any]], list[str]]:
-    """Register the hooks of a network at its copy, with the copy in the place of the network wherever they reach it.
+    """Register copies of a model's hooks on its copy, with references to the model replaced by the copy.
 
     Args:
-        hooks: Those of its hooks that the copy gets, by their number.
+        hooks: The hooks to copy, by id.
         model: The network.
-        memo: What stands in the copy for the objects of the network, as `copy.deepcopy` fills it.
+        memo: The memo of `copy.deepcopy`: the copy of each object, by `id`.
 
     Returns:
         The hooks of the copy, and a note for each one that could not be copied.
     """
     made: list[Callable[..., Any]] = []
     notes: list[str] = []
-    rebound = _Rebound(memo)
+    rebound = _Rebinder(memo)
     for name, module in model.named_modules():
         for register in REGISTERS:
             numbers = getattr(module, register)
@@ -113,15 +117,15 @@ def put_on(
     return made, notes
 
 
-def held_by(model: nn.Module) -> list[Any]:
-    """Containers, objects and tensors in the attributes of a network's modules."""
+def stored_objects(model: nn.Module) -> list[Any]:
+    """Containers, objects and tensors stored in attributes of the model's modules."""
     values = [
         value
         for module in model.modules()
         for name, value in vars(module).items()
         if not (type(value) in _PLAIN or name in _OWN or (type(value) is tuple and {*map(type, value)} <= _PLAIN))
     ]
-    return [thing for thing in reachable(values, into_modules=False) if not isinstance(thing, nn.Module)]
+    return [thing for thing in reachable_objects(values, into_modules=False) if not isinstance(thing, nn.Module)]
 
 
 def is_container(thing: Any) -> bool:
@@ -129,15 +133,15 @@ def is_container(thing: Any) -> bool:
     return isinstance(thing, _CONTAINERS)
 
 
-# -- what can be reached ----------------------------------------------------------------------------------------------
+# -- reachable objects ----------------------------------------------------------------------------------------------
 
 
-def reachable(things: Iterable[Any], *, into_modules: bool = True) -> Iterator[Any]:
-    """Objects that can be reached from others: through functions, containers and objects, not through libraries.
+def reachable_objects(things: Iterable[Any], *, into_modules: bool = True) -> Iterator[Any]:
+    """Iterate over all objects reachable through functions, containers and attributes, but not into libraries.
 
     Args:
-        things: Where to begin; they are among what is found.
-        into_modules: Go through modules, too.
+        things: Where to start; they are yielded too.
+        into_modules: Whether to follow references held by modules.
     """
     seen: set[int] = set()
     waiting = list(things)
@@ -173,23 +177,23 @@ def _parts(thing: Any) -> Iterable[Any]:  # noqa: C901  # a case for each kind o
         return ()
     if isinstance(thing, nn.Module):
         return _state(thing).values()
-    return *getattr(thing, "__dict__", {}).values(), _called(thing)
+    return *getattr(thing, "__dict__", {}).values(), _call_method(thing)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """What a module holds: parameters, buffers and modules, and the attributes that are not every module's."""
+    """Parameters, buffers, submodules and own attributes of a module."""
     own = {name: value for name, value in vars(module).items() if name not in _OWN}
     return {**module._parameters, **module._buffers, **module._modules, **own}
 
 
 def _roots(model: nn.Module) -> list[Any]:
-    """A network, and the functions of its classes."""
+    """The model and the methods of its classes."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not _is_of_library(kind)}
     return [model, *(value for kind in kinds for value in vars(kind).values() if isinstance(value, FunctionType))]
 
 
 def _globals_of(function: FunctionType) -> dict[str, Any]:
-    """The names outside of a function that its code reads, and what they stand for."""
+    """Global variables that a function's code reads, by name."""
     names = {name for code in _codes(function.__code__) for name in code.co_names}
     return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
@@ -209,7 +213,7 @@ def _contents(cell: CellType) -> tuple[Any, ...]:
 
 
 def _is_changeable(thing: Any) -> bool:
-    """Whether something can be stored in it: no function, and no constant."""
+    """Whether an object is mutable."""
     if isinstance(thing, (torch.Tensor, CellType, ContextVar, nn.Module, *_CONTAINERS)):
         return True
     return hasattr(thing, "__dict__") and not isinstance(thing, (FunctionType, MethodType, partial))
@@ -219,28 +223,33 @@ def _is_of_library(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).partition(".")[0] in _LIBRARIES
 
 
-# -- what a hook does, by its code ------------------------------------------------------------------------------------
+# -- bytecode of a hook ------------------------------------------------------------------------------------
 
 
 def _function_of(hook: Any) -> FunctionType | None:
-    """The function that runs when a hook is called; None if it is not written in Python."""
+    """The Python function behind a hook; None if it is not written in Python."""
     while isinstance(hook, (partial, MethodType)):
         hook = hook.func if isinstance(hook, partial) else hook.__func__
-    hook = hook if isinstance(hook, FunctionType) else _called(hook)
+    hook = hook if isinstance(hook, FunctionType) else _call_method(hook)
     return hook if isinstance(hook, FunctionType) else None
 
 
-def _called(thing: Any) -> Any:
-    """What runs when an object is called."""
+def _call_method(thing: Any) -> Any:
+    """The ``__call__`` of the object's type."""
     return getattr(type(thing), "__call__", None)  # noqa: B004  # not whether it can be
 
 
 def _writes(hook: Any, module: nn.Module) -> bool:
-    """Whether a hook may write to the module that it is given."""
+    """Whether a hook may write to the module it is called with."""
     function = _function_of(hook)
     if function is None or not _uses_its_module(hook, function.__code__):
         return False
-    codes = [code for thing in reachable([hook]) if isinstance(thing, FunctionType) for code in _codes(thing.__code__)]
+    codes = [
+        code
+        for thing in reachable_objects([hook])
+        if isinstance(thing, FunctionType)
+        for code in _codes(thing.__code__)
+    ]
     if any(step.opname in ("STORE_ATTR", "DELETE_ATTR") for code in codes for step in dis.get_instructions(code)):
         return True
     names = {name for code in codes for name in code.co_names}
@@ -262,17 +271,13 @@ def _uses_its_module(hook: Any, code: CodeType) -> bool:
 
 
 def _returns(hook: Any) -> bool:
-    """Whether a hook may return another input or output."""
+    """Whether a hook may replace the input or output."""
     function = _function_of(hook)
     return function is None or _may_return(function, set())
 
 
 def _may_return(function: FunctionType, asked: set[CodeType]) -> bool:  # noqa: C901  # a case for each way
-    """Whether the code of a function may return anything but None.
-
-    Where what a call gives is returned (``lambda *_: seen.append(1)``), it depends on what is called: functions in
-    Python are looked into, PyTorch's and methods of the arguments give something, those of other objects do not.
-    """
+    """Whether a function may return anything but None."""
     asked.add(function.__code__)
     steps = [step for step in dis.get_instructions(function.__code__) if step.opname not in ("CACHE", "RESUME", "NOP")]
     begin = 0  # of the present statement
@@ -285,7 +290,7 @@ def _may_return(function: FunctionType, asked: set[CodeType]) -> bool:  # noqa: 
             if step.is_jump_target:  # of a conditional expression
                 return True
             if last.opname.startswith("CALL"):
-                if _gives(function, steps[begin:place], asked):
+                if _call_may_return(function, steps[begin:place], asked):
                     return True
             elif not (last.opname == "LOAD_CONST" and last.argval is None):
                 return True
@@ -294,12 +299,12 @@ def _may_return(function: FunctionType, asked: set[CodeType]) -> bool:  # noqa: 
     return False
 
 
-def _gives(function: FunctionType, call: list[dis.Instruction], asked: set[CodeType]) -> bool:
-    """Whether a call may give anything but None; the first name in it is what is called, or what its method is of."""
+def _call_may_return(function: FunctionType, call: list[dis.Instruction], asked: set[CodeType]) -> bool:
+    """Whether a call may return anything but None; its first name is the function, or the owner of the method."""
     loads = [place for place, step in enumerate(call) if step.opname.startswith("LOAD") and step.argval is not None]
     if not loads or call[loads[0]].opname.startswith("LOAD_FAST"):
         return True
-    called = {**vars(builtins), **function.__globals__, **_free(function)}.get(call[loads[0]].argval)
+    called = {**vars(builtins), **function.__globals__, **_closure_of(function)}.get(call[loads[0]].argval)
     following = call[loads[0] + 1 : loads[0] + 2]
     if isinstance(called, ModuleType) and following and following[0].opname in ("LOAD_ATTR", "LOAD_METHOD"):
         called = getattr(called, str(following[0].argval), None)
@@ -308,17 +313,17 @@ def _gives(function: FunctionType, call: list[dis.Instruction], asked: set[CodeT
     return isinstance(called, (nn.Module, type)) or _is_of_library(called)
 
 
-def _free(function: FunctionType) -> dict[str, Any]:
-    """What the closure of a function holds, by name."""
+def _closure_of(function: FunctionType) -> dict[str, Any]:
+    """Closure variables of a function, by name."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: value for name, cell in cells for value in _contents(cell)}
 
 
-# -- a copy's own hooks -----------------------------------------------------------------------------------------------
+# -- hooks of a copy -----------------------------------------------------------------------------------------------
 
 
-class _Rebound:
-    """Makes of what reaches a network what reaches its copy in the same way; everything else stays what it is."""
+class _Rebinder:
+    """Copies objects that refer to the model so that they refer to its copy; all others are returned unchanged."""
 
     def __init__(self, memo: dict[int, Any]) -> None:
         self.memo = memo
@@ -326,7 +331,7 @@ class _Rebound:
     def __call__(self, thing: Any) -> Any:
         if id(thing) in self.memo:
             return self.memo[id(thing)]
-        if not any(id(found) in self.memo for found in reachable([thing])):
+        if not any(id(found) in self.memo for found in reachable_objects([thing])):
             return thing
         if isinstance(thing, FunctionType):
             return self._function(thing)
@@ -349,28 +354,28 @@ class _Rebound:
         cells, defaults = (
             things and tuple(map(self, things)) for things in (function.__closure__, function.__defaults__)
         )
-        around = {n: v for n, v in self._each(_globals_of(function)).items() if v is not function.__globals__[n]}
-        known = {**function.__globals__, **around} if around else function.__globals__
+        outside = {n: v for n, v in self._each(_globals_of(function)).items() if v is not function.__globals__[n]}
+        known = {**function.__globals__, **outside} if outside else function.__globals__
         rebound = FunctionType(function.__code__, known, function.__name__, defaults, cells)
         rebound.__kwdefaults__ = self._each(function.__kwdefaults__ or {})
         vars(rebound).update(vars(function))
         return rebound
 
 
-# -- what is stored ---------------------------------------------------------------------------------------------------
+# -- restoring state ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def forgotten(hooks: Iterable[Callable[..., Any]], model: nn.Module) -> Iterator[None]:
-    """Put back what hooks of a network store within the context, in its modules or elsewhere."""
+def hook_stores_restored(hooks: Iterable[Callable[..., Any]], model: nn.Module) -> Iterator[None]:
+    """Restore on exit whatever the hooks store within the context, in the model's modules or elsewhere."""
     hooks = list(hooks)
     names = _names_in(hooks) - _OWN
     modules = [vars(module) for module in model.modules()] if hooks else []
     before = [{name: own[name] for name in names & own.keys()} for own in modules]
-    things = reachable([*hooks, *(value for own in before for value in own.values())], into_modules=False)
+    things = reachable_objects([*hooks, *(value for own in before for value in own.values())], into_modules=False)
     own_tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
-        with remembered([t for t in things if not isinstance(t, nn.Module) and id(t) not in own_tensors]):
+        with contents_restored([t for t in things if not isinstance(t, nn.Module) and id(t) not in own_tensors]):
             yield
     finally:
         for own, values in zip(modules, before, strict=True):
@@ -380,8 +385,8 @@ def forgotten(hooks: Iterable[Callable[..., Any]], model: nn.Module) -> Iterator
 
 
 def _names_in(hooks: Iterable[Callable[..., Any]]) -> set[str]:
-    """Names of attributes that hooks read or write, as far as their code tells."""
-    functions = (thing for thing in reachable(hooks, into_modules=False) if isinstance(thing, FunctionType))
+    """Names of attributes that hooks read or write, according to their bytecode."""
+    functions = (thing for thing in reachable_objects(hooks, into_modules=False) if isinstance(thing, FunctionType))
     found: set[str] = set()
     for code in (code for function in functions for code in _codes(function.__code__)):
         found.update(code.co_names)
@@ -391,17 +396,17 @@ def _names_in(hooks: Iterable[Callable[..., Any]]) -> set[str]:
 
 
 @contextmanager
-def remembered(things: Iterable[Any]) -> Iterator[None]:
-    """Put back what is stored within the context in containers, closures, objects and tensors."""
-    ways_back = [_way_back(thing) for thing in things]
+def contents_restored(things: Iterable[Any]) -> Iterator[None]:
+    """Restore the contents of containers, closures, objects and tensors on exit."""
+    restorers = [_restorer_of(thing) for thing in things]
     try:
         yield
     finally:
-        for way_back in ways_back:
-            way_back()
+        for restore in restorers:
+            restore()
 
 
-def _way_back(thing: Any) -> Callable[[], None]:
+def _restorer_of(thing: Any) -> Callable[[], None]:
     if isinstance(thing, CellType):
         contents = _contents(thing)
         return lambda: setattr(thing, "cell_contents", contents[0]) if contents else None
@@ -410,21 +415,21 @@ def _way_back(thing: Any) -> Callable[[], None]:
         return lambda: None if thing._version == version else _write(thing, content)
     if isinstance(thing, FunctionType):
         steps = (step for code in _codes(thing.__code__) for step in dis.get_instructions(code))
-        around = thing.__globals__
-        outside = {s.argval: around[s.argval] for s in steps if s.opname == "STORE_GLOBAL" and s.argval in around}
-        return lambda: around.update(outside)
+        scope = thing.__globals__
+        stored = {s.argval: scope[s.argval] for s in steps if s.opname == "STORE_GLOBAL" and s.argval in scope}
+        return lambda: scope.update(stored)
     if _is_of_library(type(thing)):
         return lambda: None
     own = thing if isinstance(thing, _CONTAINERS) else getattr(thing, "__dict__", {})
     items = dict(own) if isinstance(own, dict) else list(own)
 
-    def back() -> None:
+    def restore() -> None:
         if len(own) == len(items) and all(map(is_, _flat(own), _flat(items))):
             return
         own.clear()
         (own.extend if isinstance(own, (list, deque)) else own.update)(items)
 
-    return back
+    return restore
 
 
 def _flat(own: Any) -> list[Any]:

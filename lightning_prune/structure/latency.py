@@ -1,4 +1,4 @@
-"""Milliseconds of a network at any widths, from a table that is measured on the device it runs on."""
+"""Latency of a network at any widths, from a table measured on its device."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes
 from lightning_prune.structure.graph import Structure
-from lightning_prune.structure.subject import Subject
+from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["measure_latency", "median_seconds", "resize", "with_latency"]
 
-#: Shares of the dense lengths at which a layer is timed.
+#: Fractions of the dense lengths at which a layer is timed.
 _SHARES = (0.125, 0.25, 0.5, 1.0)
-# Seconds to spend on one point of a table, and on one pass of the whole network.
+# Seconds to measure one point of a table, and the whole network.
 _POINT, _WHOLE = 0.01, 0.2
 
 
 def with_latency(structure: Structure, table: LatencyTable) -> Structure:
-    """The structure with a cost model that knows latencies; groups that the network has no more take no time."""
+    """The structure with a latency table; groups that were removed take no time."""
     names = {name for layer in table.layers for axis in layer.axes for name, _ in axis.repeat}
     table = table.without(names - structure.widths.keys())
     return replace(structure, cost=replace(structure.cost, latency_table=table))
 
 
-def measure_latency(subject: Subject, structure: Structure, dense: Mapping[str, int] | None = None) -> LatencyTable:
-    """Time one sample's forward pass in eval mode, layer by layer at several widths.
+def measure_latency(traced: TracedModel, structure: Structure, dense: Mapping[str, int] | None = None) -> LatencyTable:
+    """Time one sample's forward pass in eval mode, layer by layer at several widths, on copies.
 
     Each convolution and matrix product of a layer is timed at an eighth, a quarter, half and all of each dimension that
-    can shrink. What the whole network takes beyond their sum is split, by timing it also with half of its units, into
-    a fixed part and one that grows with the bytes of its activations. Everything runs on copies.
+    can shrink. The time of the whole network beyond their sum is split into a fixed part and one proportional to the
+    bytes of its activations, by timing the network also with half of its units.
 
     Args:
-        subject: The network, on the device it is to run on, and how it is called.
-        structure: Its structure.
-        dense: Units by group up to which the table shall reach, if the network was cut before.
+        traced: The network and its calls, on the device to measure.
+        structure: Structure of the network.
+        dense: Largest widths that the table must cover, by group, if the network was cut before.
     """
-    copy, call = subject.copy("real"), subject.calls[0]
+    copy, call = traced.copy("real"), traced.calls[0]
     copy.module.eval()
     args, kwargs = (resize(part, call, 1) for part in (call.args, dict(call.kwargs)))
     widths = structure.widths
@@ -67,9 +67,9 @@ def _fit(
     whole: tuple[Mapping[str, int], float],
     halved: tuple[Mapping[str, int], float],
 ) -> LatencyTable:
-    """The table that gives the whole network its measured time, and the halved one too as far as that makes sense."""
+    """Fit the table to the measured times of the whole and, as far as possible, the halved network."""
     known = sum(layer.value(whole[0]) for layer in layers)
-    if known > whole[1]:  # alone, each layer may be slower than among others
+    if known > whole[1]:  # a layer may be slower alone than among others
         scale = whole[1] / known
         layers = [replace(layer, ms=tuple(tuple(scale * ms for ms in row) for row in layer.ms)) for layer in layers]
         return LatencyTable(0.0, 0.0, tuple(layers))
@@ -82,7 +82,7 @@ def _fit(
 
 
 def _inputs(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, nn.Module, Tensor]]:
-    """Every call of a linear layer in a forward pass: its name, itself and its input."""
+    """Calls of linear layers in a forward pass: name, layer and input."""
     seen: list[tuple[str, nn.Module, Tensor]] = []
     handles = [
         layer.register_forward_pre_hook(lambda layer, given, name=name: seen.append((name, layer, given[0])))
@@ -100,13 +100,13 @@ def _inputs(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, nn.Mod
 def _layers(
     inputs: Sequence[tuple[str, nn.Module, Tensor]], cost: CostModel, dense: Mapping[str, int]
 ) -> list[LayerTimes]:
-    """A table per call of a layer; layers that are alike are measured once."""
+    """One table per call of a layer; identical layers are measured once."""
     weights = {term.layer: term.axes[:2] for term in cost.parameters if len(term.axes) >= 2}
     measured: dict[tuple[Any, ...], tuple[tuple[float, ...], ...]] = {}
     found = []
     for name, layer, x in inputs:
         if name not in weights:
-            continue  # its weight is computed or tied: part of the rest
+            continue  # its weight is computed or tied
         rows, columns = weights[name]
         grid = (_points(rows, dense), _points(columns, dense))
         key = (_kind(layer), grid, tuple(x.shape), x.dtype, x.device)
@@ -129,7 +129,7 @@ def _points(axis: Axis, dense: Mapping[str, int]) -> tuple[int, ...]:
 
 def _measure(layer: nn.Module, x: Tensor, grid: tuple[Sequence[int], Sequence[int]]) -> tuple[tuple[float, ...], ...]:
     times = np.array([[_milliseconds(_runner(layer, x, a, b), _POINT) for b in grid[1]] for a in grid[0]])
-    # More channels never take less time: where they seem to, it is noise, and a budget must have one answer.
+    # Times must be monotone, so that a budget has one solution.
     times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
     return tuple(tuple(row) for row in times.tolist())
 
@@ -165,8 +165,8 @@ def _devices(module: nn.Module) -> list[torch.device]:
 
 
 def median_seconds(run: Callable[[], Any], seconds: float) -> float:
-    """Median time of ``run()``, device included, from about so many ``seconds`` of trying."""
-    from torch.utils.benchmark import Timer, timer  # the import looks for a CUDA compiler, and says so
+    """Median time of ``run()``, synchronized with the device, measured for about ``seconds``."""
+    from torch.utils.benchmark import Timer, timer  # the import logs its search for a CUDA compiler
 
     run()  # the first pass allocates memory and chooses algorithms
     start = timer()  # waits for the device
@@ -180,7 +180,7 @@ def median_seconds(run: Callable[[], Any], seconds: float) -> float:
 
 
 def resize(tree: Any, call: Call, batch_size: int) -> Any:
-    """The tree with every tensor that has the call's batch dimension repeated from its first sample."""
+    """Change the batch size of all tensors in a tree by repeating the first sample."""
     tensors = [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
     samples = len(tensors[0]) if tensors else 0
 

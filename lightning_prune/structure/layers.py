@@ -1,4 +1,4 @@
-"""The attributes in which a layer writes down its own widths, brought in line with the shapes of its tensors."""
+"""Width attributes of layers (``in_features``, ``num_groups``, ...) and names of their tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["canonical", "is_within", "loosen", "named", "refresh", "tensors"]
+__all__ = ["canonical", "is_within", "named", "refresh", "relax_unflatten", "tensors"]
 
 #: What ``torch.compile`` puts into the names of everything inside a compiled module.
 _COMPILED = "_orig_mod."
@@ -24,12 +24,12 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def canonical(name: str) -> str:
-    """A qualified name as it reads without ``torch.compile``."""
-    return f"{name}.".replace(_COMPILED, "").removesuffix(".")  # also of the compiled module itself
+    """A qualified name without the prefixes of ``torch.compile``."""
+    return f"{name}.".replace(_COMPILED, "").removesuffix(".")
 
 
 def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module, parameter or buffer is one of these modules or inside one of them, by name."""
+    """Whether a module, parameter or buffer is one of these modules or inside one, by name."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -47,10 +47,9 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
 
     Args:
         module: A layer whose own parameters or buffers have just changed shape.
-        old_shapes: Shapes of its tensors, by local name, before the change. They tell how the channels of a grouped
-            convolution spread over its groups.
+        old_shapes: Shapes of its tensors before the change, by local name.
 
-    Modules of unknown types are left as they are: they have no attribute that PyTorch's own code would read.
+    Modules of unknown types are not changed.
     """
     for types, update in _UPDATES:
         if isinstance(module, types):
@@ -58,8 +57,8 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
             return
 
 
-def loosen(module: nn.Module) -> None:
-    """Let an ``nn.Unflatten`` of plain numbers work out the first of them: the same now, and right after a cut too."""
+def relax_unflatten(module: nn.Module) -> None:
+    """Let ``nn.Unflatten`` infer its first size (-1), so that it stays valid after a cut."""
     if type(module) is nn.Unflatten:
         sizes: Sequence[Any] = module.unflattened_size
         if all(isinstance(size, int) and size > 0 for size in sizes):
@@ -67,7 +66,7 @@ def loosen(module: nn.Module) -> None:
 
 
 def _weight_shape(module: nn.Module) -> Shape:
-    """Shape of the weight, or of what weight_norm makes it of."""
+    """Shape of the weight, or of ``weight_v`` under weight_norm."""
     own = tensors(module)
     for name in ("weight", "weight_v"):
         if name in own:
@@ -93,8 +92,8 @@ def _convolution(module: Any, old: Shapes) -> None:
         per_group_in, per_group_out = (before[1], before[0] // groups)
         if module.transposed:
             per_group_in, per_group_out = (before[0] // groups, before[1])
-        # Whole groups go where a group has a single input or output channel (depthwise); elsewhere groups get thinner,
-        # and go on doing so when a single channel is left: shapes alone could not tell the two apart then.
+        # Whole groups are removed where a group has a single input or output channel (depthwise); elsewhere all groups
+        # # become narrower. The flag distinguishes the cases once a single channel is left.
         if per_group_in > 1 and per_group_out > 1:
             module.groups_stay = True
         elif not getattr(module, "groups_stay", False):
@@ -115,7 +114,7 @@ def _batch_norm(module: Any, _: Shapes) -> None:
 
 def _group_norm(module: Any, old: Shapes) -> None:
     before, now = _old_weight_shape(module, old)[0], _weight_shape(module)[0]
-    if before == module.num_groups:  # one channel a group (instance norm): groups go with their channels
+    if before == module.num_groups:  # one channel per group, as in instance norm
         module.num_groups = now
     module.num_channels = now
 

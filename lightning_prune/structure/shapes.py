@@ -1,7 +1,7 @@
-"""Results on the meta device of the commonest operators, whose shapes PyTorch works out in slow Python.
+"""Fast shape inference on the meta device for the most common operators.
 
-A shortcut answers for plain cases only, dense tensors of one floating type in row-major order, and is as strict about
-shapes as the operator; it returns `NotImplemented` for all else.
+A shortcut handles contiguous tensors of one floating dtype only, checks shapes as strictly as the operator, and returns
+`NotImplemented` in all other cases.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["SHORTCUTS"]
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether tensors without content lie in row-major order and share a floating type."""
+    """Whether all are contiguous meta tensors of the same floating dtype."""
     dtype = tensors[0].dtype
     return dtype.is_floating_point and all(t.is_meta and t.dtype is dtype and t.is_contiguous() for t in tensors)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors without content share a floating type."""
+    """Whether both are meta tensors of the same floating dtype."""
     return a.is_meta and b.is_meta and a.dtype.is_floating_point and a.dtype is b.dtype
 
 

@@ -1,4 +1,4 @@
-"""Stages of residual networks: a stream that several layers add to, and the branches whose ends do."""
+"""Stages of residual networks: a stream that several layers add to, and the groups inside its branches."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["stages_of"]
 
 
 def stages_of(structure: Structure) -> dict[str, tuple[str, ...]]:
-    """The groups inside the branches of every stream.
+    """Find the groups inside the branches of every residual stream.
 
-    A stream is a group that several layers produce, which a sum couples. A group belongs to its stage if it lies in a
-    branch (it may vanish without the outputs losing sight of the inputs) that ends in the stream: the layers that read
-    it produce the stream, or groups of which the same is true.
+    A stream is a group that several layers produce and a sum couples. A group belongs to its stage if it can be removed
+    without disconnecting outputs from inputs, and if the layers that read it produce the stream or other groups of the
+    stage.
 
     Args:
-        structure: With its flow (`with_flow`).
+        structure: Structure with its flow (`with_flow`).
 
     Returns:
-        Names of the inner groups by that of the stream, both in the order of execution. Streams without are left out.
+        Names of the inner groups by name of the stream, in the order of execution, for streams that have any.
 
     Raises:
         ValueError: If the structure has no flow.

@@ -1,4 +1,4 @@
-"""Cuts of a copy for trial, and the search for the groups that make them fail."""
+"""Trial cuts of a copy, and the search for the groups that make them fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_prune.structure.atoms import IndexArray, MismatchError, NumberErr
 from lightning_prune.structure.cost import CostModel
 from lightning_prune.structure.graph import Axes, Group, Structure
 from lightning_prune.structure.rules import RULES, unknown
-from lightning_prune.structure.subject import first_line
+from lightning_prune.structure.traced_model import first_line
 from lightning_prune.structure.tracing import (
     FakeCopy,
     Tracer,
@@ -26,23 +26,23 @@ from lightning_prune.structure.tracing import (
 __all__ = ["Failure", "Trials"]
 
 _LOG = logging.getLogger("lightning_prune")
-#: Operators that all trials of a network together may run; then the search for the groups that fail ends.
+#: Total number of operators that the trials of a network may run before the search for failing groups ends.
 _MOST_OPERATORS = 500_000
-#: Trials that every network has, however many operators it runs.
+#: Minimum number of trials per network.
 _LEAST_TRIALS = 64
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial cut failed, and representatives of the atoms at the latest operators, the last one first."""
+    """Why a trial cut failed, and the atoms (representatives) at the latest operators, the last one first."""
 
     reason: str
     trail: list[IndexArray]
-    numbers: bool = False  # whether it computed with others
+    numbers: bool = False  # whether operators or their numbers differed
 
 
 class _Called(TorchFunctionMode):
-    """Writes down what is called."""
+    """Records the functions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class _Called(TorchFunctionMode):
 
 
 class Trials:
-    """Cuts of half the units of some groups, on copies of an analysed network.
+    """Runs trial cuts of half the units of some groups, on copies of an analysed network.
 
     Args:
-        analysis: The network; groups that fail are frozen in it, and notes are left.
+        analysis: Analysis of the network; failing groups are frozen in it, with notes.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -68,10 +68,9 @@ class Trials:
         self._count = 0
 
     def passing(self, groups: list[Group]) -> list[Group]:
-        """Cut the copy, run it again, and freeze the groups that make it fail."""
+        """Run trial cuts, freeze the groups that fail and return the others."""
         groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
-        # Of two units a cut leaves one: an axis of length 1 broadcasts and shows no pattern. Only numbers are compared,
-        # which tell enough: positions, parts of splits and views, and counts of groups are among them.
+        # With one of two units left, axes of length 1 broadcast and couplings cannot be compared, only the script.
         return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
@@ -79,7 +78,7 @@ class Trials:
         while candidates:
             if not self._is_out_of_trials():
                 failing = self._failing(candidates, follow)
-            else:  # what has passed its trial goes on if all of it passes together
+            else:  # those that passed alone are kept if they pass together
                 failing = self._undecided(candidates) if self.attempt(candidates, follow) else []
             if not failing:
                 break
@@ -91,7 +90,7 @@ class Trials:
         return [g for g in groups if g.name not in failed]
 
     def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
-        """Groups whose cut fails, each with the reason: those at the operator that fails, or else found by halving."""
+        """Groups whose cut fails, with reasons: those at the failing operator, or else found by bisection."""
         if self._is_out_of_trials():
             return self._undecided(groups)
         failure = self.attempt(groups, follow)
@@ -109,7 +108,7 @@ class Trials:
                 return found
         half = len(groups) // 2
         found = self._failing(groups[:half], follow) + self._failing(groups[half:], follow)
-        # Halves that work alone but not together: the later one gives way.
+        # Both halves work alone but not together: the later one is frozen.
         return found or [(g, f"a trial cut failed together with others: {failure.reason}") for g in groups[half:]]
 
     def _is_out_of_trials(self) -> bool:
@@ -117,7 +116,7 @@ class Trials:
         return self._count >= max(_LEAST_TRIALS, _MOST_OPERATORS // max(operators, 1))
 
     def _undecided(self, groups: list[Group]) -> list[tuple[Group, str]]:
-        """Groups that stay since there are no trials left."""
+        """Groups that are frozen because no trials are left."""
         self.analysis.notes.append(
             f"the search for what cannot be cut ended after {self._count} trials: {', '.join(g.name for g in groups)} "
             "stay undecided"
@@ -133,7 +132,7 @@ class Trials:
         return []
 
     def attempt(self, groups: list[Group], follow: bool) -> Failure | None:
-        """Cut half of the units of these groups and run; None if it computes and couples as before."""
+        """Cut half of the units of these groups and run the copy; None if the trial passes."""
         draw = np.random.default_rng(0)
         kept = {}
         for group in groups:
@@ -142,7 +141,7 @@ class Trials:
         return self.compare(Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept), follow)
 
     def compare(self, axes: Axes, follow: bool) -> Failure | None:
-        """Run a cut copy and compare what it computes with; with `follow`, what it couples too."""
+        """Run a cut copy and compare its script with the first trace; with `follow`, its couplings too."""
         labels, atoms = self._labels_at(axes), SealedAtoms(self.analysis.atoms)
         tracer = self._second_tracer(atoms)
         for run in self.analysis.runs:
@@ -150,7 +149,7 @@ class Trials:
             try:
                 if run.kind == "real":
                     run = self._masked(run, copy, axes)
-                tracer.decided, tracer.decided_views = run.decisions, run.views
+                tracer.first_decisions, tracer.first_views = run.decisions, run.views
                 tracer.expected = run.script
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
@@ -165,14 +164,14 @@ class Trials:
         return None
 
     def _labels_at(self, axes: Axes) -> dict[str, tuple[IndexArray, ...]]:
-        """Labels of what is kept."""
+        """Labels of the kept positions."""
         return {
             name: tuple(atoms[axes[name][d]] if d in axes.get(name, {}) else atoms for d, atoms in enumerate(dims))
             for name, dims in self.analysis.labels.items()
         }
 
     def functions_called(self, axes: Axes) -> list[tuple[str, tuple[float, ...]]] | None:
-        """Functions that a cut copy's code calls, with fractions among their arguments; None if it does not run."""
+        """Functions that a cut copy calls, with their float arguments; None if it does not run."""
         labels, called = self._labels_at(axes), _Called()
         for run in self.analysis.runs:
             tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
@@ -181,12 +180,12 @@ class Trials:
             try:
                 with copy.cut(axes), called:
                     copy.run(tracer, run.call, labels)
-            except Exception:  # which shows in the cut itself
+            except Exception:  # the cut itself will fail
                 return None
         return called.functions
 
     def _masked(self, run: TracedRun, copy: FakeCopy, axes: Axes) -> TracedRun:
-        """The same run of the masked network: where sizes hang on data, a right cut has them in common with it."""
+        """The same run of the masked network, which has the same data-dependent sizes as a correct cut."""
         tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
         tracer.choices = self.analysis.tracer.choices
         with copy.masked(axes):
@@ -200,7 +199,7 @@ class Trials:
         return tracer
 
     def _failure(self, error: Exception, tracer: Tracer, atoms: SealedAtoms | None) -> Failure:
-        """Why a trial failed; what it coupled before an operator failed comes first."""
+        """The failure of a trial; a wrong coupling before the failing operator takes precedence."""
         if atoms is not None and not isinstance(error, MismatchError):
             try:
                 atoms.check()

@@ -1,9 +1,9 @@
-"""What a network still computes when whole groups are gone: which of them may go, and which layers go along.
+"""Removal of whole groups: which groups can lose all their units, and which layers are removed with them.
 
-A network is a list of operators, each with the tensors that enter and leave it, each tensor with the groups that its
-axes are made of. A tensor with an axis that is wholly made of groups that are gone is empty: nothing comes through it.
-From there, forwards, what does no longer depend on the inputs is constant; backwards, what no output looks at is dead.
-Groups may go as long as every output still depends on the inputs. Plain values, no model needed.
+The network is a list of operators with their input and output tensors; each tensor lists the groups of its axes. A
+tensor is empty if an axis consists only of removed groups. Tensors that no longer depend on the inputs are constant
+(forward pass over the operators); tensors that no output depends on are dead (backward pass). Groups can be removed as
+long as every output still depends on the inputs.
 """
 
 from __future__ import annotations
@@ -11,114 +11,121 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["Flow", "Op", "Pass", "Piece", "Removal"]
+__all__ = ["Flow", "Op", "Operand", "Pass", "Removal"]
 
 Names = frozenset[str]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor as an operator meets it.
+class Operand:
+    """A tensor that enters or leaves an operator.
 
     Attributes:
-        storage: Number of its memory: views share it.
-        covers: Per axis that consists of groups alone: which. The tensor is empty when all groups of one are gone.
+        storage: Id of its storage, which views share.
+        covers: Groups of each axis that consists of groups alone. The tensor is empty when all groups of one axis are
+            removed.
     """
 
     storage: int
     covers: tuple[Names, ...] = ()
 
     def gone(self, groups: Names) -> bool:
-        """Whether it is empty without these groups."""
+        """Whether the tensor is empty without these groups."""
         return any(cover <= groups for cover in self.covers)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operator: what enters, what leaves, and whether the content of what enters counts (not only its shape)."""
+    """An operator with its inputs and outputs, and whether it reads the content of its inputs (not only shapes)."""
 
-    inputs: tuple[Piece, ...]
-    outputs: tuple[Piece, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
     reads: bool = True
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One way in which the network is run.
+    """The operators of one call of the network.
 
     Attributes:
         ops: Operators in order.
         inputs: Storages of the inputs.
-        outputs: What is returned.
+        outputs: Returned tensors.
         parameters: Names of the parameters by storage.
-        guarded: Whether its outputs have to depend on its inputs (a loss may depend on the targets alone).
+        guarded: Whether all outputs must depend on the inputs (a loss may depend on the targets alone).
     """
 
     ops: tuple[Op, ...]
     inputs: frozenset[int]
-    outputs: tuple[Piece, ...]
+    outputs: tuple[Operand, ...]
     parameters: Mapping[int, tuple[str, ...]]
     guarded: bool
 
-    def look(self, gone: Names) -> _Sight:
-        """What is alive without the groups ``gone``."""
+    def liveness(self, gone: Names) -> _Liveness:
+        """Liveness analysis without the groups ``gone``."""
         carries = set(self.inputs)
-        heard: set[str] = set()
+        fed: set[str] = set()
         for op in self.ops:
             if not op.reads or not any(p.storage in carries and not p.gone(gone) for p in op.inputs):
                 continue
             outputs = [p.storage for p in op.outputs if not p.gone(gone)]
             carries.update(outputs)
             if outputs:
-                heard.update(name for p in op.inputs for name in self.parameters.get(p.storage, ()))
+                fed.update(name for p in op.inputs for name in self.parameters.get(p.storage, ()))
         live = {p.storage for p in self.outputs}
         for op in reversed(self.ops):
             if op.reads and any(p.storage in live and not p.gone(gone) for p in op.outputs):
                 live.update(p.storage for p in op.inputs if not p.gone(gone))
         reached = frozenset(i for i, p in enumerate(self.outputs) if p.storage in carries and not p.gone(gone))
         used = frozenset(name for storage in live for name in self.parameters.get(storage, ()))
-        return _Sight(reached, used, frozenset(heard))
+        return _Liveness(reached, used, frozenset(fed))
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """Outputs that depend on the inputs, parameters that an output looks at, parameters that meet what depends."""
+class _Liveness:
+    """Result of a liveness analysis.
+
+    Attributes:
+        reached: Outputs that depend on the inputs.
+        used: Parameters that an output depends on.
+        fed: Parameters of operators that depend on the inputs.
+    """
 
     reached: frozenset[int]
     used: Names
-    heard: Names
+    fed: Names
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes when groups go.
+    """Groups and layers that are removed together.
 
     Attributes:
-        groups: They and the groups that go along.
-        modules: Layers that go, and what takes their place: ``"nothing"`` where all outputs are gone, ``"constant"``
-            where all inputs are, ``"identity"`` for a norm whose result nobody looks at any more.
+        groups: Removed groups, including those removed as a consequence.
+        modules: Removed layers with the kind of stub that replaces each: ``"nothing"`` without outputs, ``"constant"``
+            without inputs, ``"identity"`` for a norm whose result is no longer used.
     """
 
     groups: Names = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def silent(self) -> Names:
-        """Layers of which no tensor is left."""
+    def emptied(self) -> Names:
+        """Layers that keep no tensor."""
         return frozenset(name for name, kind in self.modules.items() if kind != "constant")
 
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """The operators of a network, and who owns its tensors.
+    """Operators of a network and the owners of its parameters.
 
     Attributes:
-        passes: Every way in which it is run.
-        covers: Per parameter and dimension, the groups that it is wholly made of.
+        passes: One pass per call.
+        covers: Groups of each dimension of a parameter that consists of groups alone.
         owners: Module of each parameter.
-        kinds: Per module with parameters ``"linear"``, ``"norm"`` or why it cannot go.
-        producers: Per group, the parameters that produce its units.
-        removal: What is gone already.
+        kinds: ``"linear"``, ``"norm"`` or the reason why it cannot be removed, per module.
+        producers: Parameters that produce the units of each group.
+        removal: Groups and layers that are removed already.
     """
 
     passes: tuple[Pass, ...]
@@ -130,33 +137,33 @@ class Flow:
     _known: dict[Names, Removal | str] = field(default_factory=dict)
 
     def without(self, groups: Iterable[str]) -> Removal | str:
-        """What goes when ``groups`` lose all their units; a string, which says why, if they cannot."""
+        """The removal of ``groups``; a string with the reason if they cannot be removed."""
         wanted = frozenset(groups) | self.removal.groups
         if wanted not in self._known:
             self._known[wanted] = self._without(wanted) if wanted else Removal()
         return self._known[wanted]
 
     def take(self, removal: Removal) -> Flow:
-        """The flow of a network from which this is gone."""
+        """The flow after a removal."""
         return replace(self, removal=removal, _known={})
 
     def _without(self, gone: Names) -> Removal | str:
-        before = [one.look(frozenset()) for one in self.passes]
-        used = _union(sight.used for sight in before)
-        heard = _union(sight.heard for sight in before)
+        before = [one.liveness(frozenset()) for one in self.passes]
+        used = _union(liveness.used for liveness in before)
+        fed = _union(liveness.fed for liveness in before)
         while True:
-            now = [one.look(gone) for one in self.passes]
-            for one, was, sight in zip(self.passes, before, now, strict=True):
-                if one.guarded and sight.reached < was.reached:
+            now = [one.liveness(gone) for one in self.passes]
+            for one, was, liveness in zip(self.passes, before, now, strict=True):
+                if one.guarded and liveness.reached < was.reached:
                     return "without it nothing of the input would reach the output: no other path leads around it"
-            # A group whose layers get nothing that depends on the inputs, or give to nobody, goes along.
-            still_heard, still_used = _union(s.heard for s in now), _union(s.used for s in now)
+            # Groups whose layers no longer depend on the inputs, or that no output depends on, are removed too.
+            still_fed, still_used = _union(s.fed for s in now), _union(s.used for s in now)
             more = {
                 group
                 for group, names in self.producers.items()
                 if group not in gone
-                and any(name in heard & used for name in names)
-                and not any(name in still_heard & still_used for name in names)
+                and any(name in fed & used for name in names)
+                and not any(name in still_fed & still_used for name in names)
             }
             if not more:
                 break
@@ -164,7 +171,7 @@ class Flow:
         return self._modules(gone, used - still_used)
 
     def _modules(self, gone: Names, dead: Names) -> Removal | str:
-        """The layers that go with groups and the parameters that nobody looks at any more."""
+        """The layers to remove for groups and unused parameters."""
         modules: dict[str, str] = {}
         for name, owner in self.owners.items():
             empty = [dim for dim, cover in self.covers.get(name, {}).items() if cover <= gone]

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.reporting import versions
 from lightning_prune.structure import trace
 from lightning_prune.study.configurations import Cell
@@ -212,7 +212,7 @@ class _Recorder(Callback):
         if module.example_input_array is None:
             # A run that was killed right before its end has seen no batch since.
             batch = self._batch if self._batch is not None else next(iter(_loader(trainer)))
-        structure = trace(subject_of(module, batch, step=False))
+        structure = trace(traced_model_of(module, batch, step=False))
         self.size = structure.cost.params(structure.widths), structure.cost.macs(structure.widths)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from lightning_prune.structure.bypass import Bypasses
-from lightning_prune.structure.standins import Nothing
+from lightning_prune.structure.stubs import Empty
 from lightning_prune.surgery.depth import layer
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 
@@ -34,7 +34,7 @@ def bypassed(
     for name, (group, size) in bypasses.consumers(gone).items():
         module = layer(model, name)
         assert module is not None  # it was found in this network
-        if isinstance(module, Nothing):  # it has vanished with its branch, whatever it would read
+        if isinstance(module, Empty):  # it has vanished with its branch, whatever it would read
             continue
         option = "in_features" if isinstance(module, nn.Linear) else "in_channels"
         specs[name] = spec_of(module, **{option: size * widths[group]})

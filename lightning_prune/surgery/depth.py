@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.structure.layers import is_within, tensors
-from lightning_prune.structure.standins import stand_in
+from lightning_prune.structure.stubs import make_stub
 from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.tensors import canonical, named
@@ -45,7 +45,7 @@ def drop(
             found = layer(model, name)
             if found is None or not name:
                 raise ValueError(f"the network (or one of its copies) has no layer {name!r} to take out")
-            put(change, model, name, stand_in(kind, found))
+            put(change, model, name, make_stub(kind, found))
     # What an optimizer steps beside these networks is none of our business.
     gone = before - {id(parameter) for model in models for parameter in model.parameters()}
     for optimizer in map(unwrap, optimizers):

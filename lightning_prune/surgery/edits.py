@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_prune.planning.target import Original
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import is_within
-from lightning_prune.structure.standins import Kind
+from lightning_prune.structure.stubs import Kind
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.depth import stays

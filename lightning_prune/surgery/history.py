@@ -14,7 +14,7 @@ from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.layers import is_within, tensors
-from lightning_prune.structure.subject import Subject
+from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.depth import layer, templates
 from lightning_prune.surgery.edits import (
@@ -371,12 +371,12 @@ def edits_of(
     return tuple(edits)
 
 
-def latency_table(subject: Subject, structure: Structure) -> LatencyTable:
+def latency_table(traced: TracedModel, structure: Structure) -> LatencyTable:
     """The table that the network was cut by before, or else one that is measured now."""
-    history = history_of(subject.model)
+    history = history_of(traced.model)
     if history is not None and history.latency is not None:
         return history.latency
-    return measure_latency(subject, structure, None if history is None else history.widths)
+    return measure_latency(traced, structure, None if history is None else history.widths)
 
 
 def original_of(model: nn.Module, structure: Structure) -> Original:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery.change import Change, whole
@@ -70,7 +70,7 @@ def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | 
         _conform(change, model, state_dict, history, strict=strict)
 
 
-def with_history(structure: Structure, subject: Subject) -> Structure:
+def with_history(structure: Structure, traced: TracedModel) -> Structure:
     """The structure of a network that was cut, with the groups that its present shapes alone do not show.
 
     Of attention with one head left, nothing tells that its 16 features are one unit. So the network is traced as wide
@@ -78,19 +78,19 @@ def with_history(structure: Structure, subject: Subject) -> Structure:
 
     Args:
         structure: As traced on the network as it is now.
-        subject: The network and how it is run.
+        traced: The network and how it is run.
     """
-    history = history_of(subject.model)
+    history = history_of(traced.model)
     if history is None or not history.single - structure.widths.keys():
         return structure
-    wide = subject.copy("real").module
+    wide = traced.copy("real").module
     change = Change()
     attach(wide, None)
     _widen(change, wide, history)
     for edit in history.until_replaced:
         apply(change, edit, wide)
-    subject = replace(subject, model=wide, memo=None)
-    found = with_flow(trace(subject), subject)
+    traced = replace(traced, model=wide, memo=None)
+    found = with_flow(trace(traced), traced)
     for edit in history.since_replaced:
         if isinstance(edit, Keep):
             found = found.take(edit.kept)

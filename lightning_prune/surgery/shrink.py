@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Axes, IndexArray
-from lightning_prune.structure.layers import loosen, refresh, tensors
+from lightning_prune.structure.layers import refresh, relax_unflatten, tensors
 from lightning_prune.surgery.change import Change, CutError, whole, writable
 from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
@@ -131,7 +131,7 @@ class _Piece:
 
 def _loosen(change: Change, modules: Iterable[nn.Module]) -> None:
     for part in (part for module in modules for part in module.modules() if isinstance(part, nn.Unflatten)):
-        change.edit_attributes(part, lambda part=part: loosen(part))  # type: ignore[misc]
+        change.edit_attributes(part, lambda part=part: relax_unflatten(part))  # type: ignore[misc]
 
 
 def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:

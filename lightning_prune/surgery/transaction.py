@@ -66,15 +66,15 @@ def transaction(
 
         >>> import torch
         >>> from torch import nn
-        >>> from lightning_prune.structure import Subject, trace
+        >>> from lightning_prune.structure import TracedModel, trace
         >>> from lightning_prune.surgery import spec_of, transaction
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> example = torch.zeros(1, 4)
-        >>> subject = Subject.of(net, example)
+        >>> traced = TracedModel.of(net, example)
         >>> with transaction(net, run=lambda: net(example)) as change:
-        ...     structure = change.keep(trace(subject), {"0": (0, 1, 2, 3)})
+        ...     structure = change.keep(trace(traced), {"0": (0, 1, 2, 3)})
         ...     head = {"2": spec_of(net[2], out_features=5)}
-        ...     structure = change.replace(head, lambda: trace(subject), structure, new_dense=True)
+        ...     structure = change.replace(head, lambda: trace(traced), structure, new_dense=True)
         >>> net[0], net[2], structure.widths
         (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=5, bias=True), {'0': 4})
     """
@@ -151,8 +151,8 @@ class Transaction(Change):
         Args:
             modules: What takes the place of each module, by its name: see `spec_of`. They go together: a network whose
                 tail becomes an identity needs its new head before it can run.
-            retrace: Traces the network as it then is: ``lambda: trace(subject)`` with the same `Subject`, as it holds
-                the live network.
+            retrace: Traces the changed network: ``lambda: trace(traced)`` with the same `TracedModel`, which holds the
+                live network.
             structure: Of the network as it is now. May be left out if ``new_dense``, or if the network was cut before.
             new_dense: Whether shares (of units, parameters ...) refer to the new network from here on: for a new head
                 at the start of a run. Else they go on referring to the network as it was: for a truncation.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure.hooks import forgotten, taking_part
+from lightning_prune.structure.hooks import computing_hooks, hook_stores_restored
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.tensors import named
 
@@ -71,13 +71,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     accelerators = {tensor.device for tensor in named(model).values() if tensor.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in accelerators), "cuda")
     devices = sorted(device.index or 0 for device in accelerators)
-    hooks = taking_part(model)
+    hooks = computing_hooks(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices, device_type=kind),
         silent(model, hooks),
-        forgotten(hooks.values(), model),
+        hook_stores_restored(hooks.values(), model),
         _contents_kept(model),
     ):
         yield

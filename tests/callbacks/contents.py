@@ -52,7 +52,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "session",
         "_pace",
         "report",
-        "_subject",
+        "_traced_model",
         *("_data_at_cut", "_data_of_draws"),  # read the run's own loader
         "_own_averages",  # looks at the network before its first cut
         "_trained",

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.structure import trace
 from lightning_prune.surgery import LayerSpec, history_of, transaction
 from tests.callbacks.networks import Net, fit, make, weights
@@ -66,7 +66,7 @@ class Truncation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) != (AT, 0) or history_of(pl_module) is not None:
             return
-        subject, copies = subject_of(pl_module, batch), averages(trainer)
+        traced, copies = traced_model_of(pl_module, batch), averages(trainer)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         modules = {"second": LayerSpec("Identity"), "third": LayerSpec("Identity"), "head": HEAD}
         forget_code(pl_module)
@@ -77,7 +77,7 @@ class Truncation(Callback):
                     pl_module, trainer.optimizers, copies, lambda: pl_module.forward(batch[0]), **when
                 ) as change,  # type: ignore[arg-type]
             ):
-                structure = change.replace(modules, lambda: trace(subject), trace(subject))
+                structure = change.replace(modules, lambda: trace(traced), trace(traced))
                 kept = {group.name: tuple(range(1, group.width, 2)) for group in structure.groups}
                 change.keep(structure, kept)
             same_everywhere(pl_module)

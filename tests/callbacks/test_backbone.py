@@ -18,7 +18,7 @@ from lightning_prune import GradualUnfreezing, MagnitudePruning, OneShot, Struct
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.planning import CutPoint, Plan
 from lightning_prune.reporting import Report, Size, backbone_modules
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.surgery import spec_of, transaction
 from tests.callbacks.networks import fit
 
@@ -161,9 +161,9 @@ def test_no_head_no_backbone() -> None:
     patches = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.LayerNorm(4), nn.Linear(4, 4))
     assert backbone_modules(patches) is None
     x = torch.zeros(1, 4)
-    subject = Subject.of(model, x)
+    traced = TracedModel.of(model, x)
     with transaction(model, run=lambda: model(x)) as change:
-        structure = change.replace({"2": spec_of(model[2], out_features=5)}, lambda: trace(subject), new_dense=True)
+        structure = change.replace({"2": spec_of(model[2], out_features=5)}, lambda: trace(traced), new_dense=True)
     assert backbone_modules(model) == {"0"}
     assert Size.of(structure, backbone=backbone_modules(model)).backbone == 4 * 8 + 8
     report = prune(model, x, pruning_ratio=0.5)

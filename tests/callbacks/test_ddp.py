@@ -33,7 +33,7 @@ from lightning_prune import (
 )
 from lightning_prune.models import MLPClassifier
 from lightning_prune.scoring import Criterion
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.callbacks import ranked
 from tests.callbacks.contents import pruning_callbacks
 from tests.callbacks.networks import Net, make
@@ -200,7 +200,7 @@ def test_synchronised_batch_norm_is_traced_cut_and_given_back() -> None:
     converted = TorchSyncBatchNorm().apply(make(Net))
     assert isinstance(converted.norm, nn.SyncBatchNorm)
     assert inspect(converted).structure.widths == inspect(plain).structure.widths == {"first": 12, "second": 8}
-    structure = trace(Subject.of(plain, x))
+    structure = trace(TracedModel.of(plain, x))
     axes = structure.axes({"first": range(0, 12, 2), "second": range(8)})
     for model in (plain, converted):
         cut_and_check(model.eval(), axes, (), (), lambda model=model: model(x))

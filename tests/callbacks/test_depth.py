@@ -65,7 +65,7 @@ def test_resuming_equals_never_having_stopped(optimizer: str, tmp_path: Path) ->
     whole = fit(tmp_path / "whole", model, callback, ends, steps, epochs=EPOCHS)
     expected = content(whole, model, callback)
     assert callback.report.widths["blocks.0.0"] == 0
-    assert [type(m).__name__ for m in model.blocks[0]] == ["Nothing", "Identity", "ReLU", "Constant", "BatchNorm1d"]
+    assert [type(m).__name__ for m in model.blocks[0]] == ["Empty", "Identity", "ReLU", "Constant", "BatchNorm1d"]
     assert (model.first.out_features, model.blocks[1][0].in_features) == (4, 4)
     files = [tmp_path / "ends" / f"epoch={epoch}.ckpt" for epoch in range(EPOCHS - 1)]
     files += [tmp_path / "steps" / f"step={step}.ckpt" for step in (2 * BATCHES + 1, 4 * BATCHES - 1)]

@@ -36,7 +36,7 @@ from lightning_prune import (
 from lightning_prune.models import MLPClassifier
 from lightning_prune.reporting import measure
 from lightning_prune.scoring import Criterion, DataPass, criteria
-from lightning_prune.structure import StructureError, Subject, latency, trace
+from lightning_prune.structure import StructureError, TracedModel, latency, trace
 from lightning_prune.surgery import Repair, history_of, mask, repaired, replay
 from tests.callbacks.small import Small, loaders, trainer
 
@@ -324,7 +324,7 @@ def test_dead_channels_leave_without_a_trace() -> None:
     before = net(images).detach()
     prune(net, EXAMPLE, pruning_ratio=0.25, layers="0")
     torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
-    assert trace(Subject.of(net, EXAMPLE)).widths["0"] == 6
+    assert trace(TracedModel.of(net, EXAMPLE)).widths["0"] == 6
 
 
 @pytest.mark.parametrize("argument", [{"criterion": "l1"}, {"criterion": L2}, {"schedule": "linear"}])

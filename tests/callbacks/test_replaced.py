@@ -17,7 +17,7 @@ from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction
 from tests.callbacks.networks import make, trainer, weights
 from tests.callbacks.ranked import share
@@ -179,10 +179,10 @@ def test_weights_to_go_back_to_follow_a_replacement() -> None:
     snapshot = RewindSnapshot(0, "Rewind(0)")
     snapshot.begin_epoch(run, model)
     before = weights(model)
-    subject = Subject.of(model, model.example_input_array)
+    traced = TracedModel.of(model, model.example_input_array)
     modules = {"second": LayerSpec("Identity"), "third": LayerSpec("Identity"), "head": HEAD}
     with transaction(model, run=lambda: model(model.example_input_array)) as change:
-        structure = change.replace(modules, lambda: trace(subject), trace(subject))
+        structure = change.replace(modules, lambda: trace(traced), trace(traced))
         change.keep(structure, {"first": (0, 3, 4)})
     history = history_of(model)
     assert history is not None

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_prune import L1, GradualUnfreezing, MagnitudePruning, OneShot, Scope, StructuredPruning, XGBPruning
 from lightning_prune.scoring import XGBoost
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 from lightning_prune.structure.backbone import Backbone
 from lightning_prune.structure.boundaries import find_boundaries
 from lightning_prune.surgery.truncation import truncated
@@ -476,7 +476,7 @@ class Ending(StructuredPruning):
 
     def _change(self, change: Any, trainer: Any, module: Any, decision: Any) -> Any:
         structure = super()._change(change, trainer, module, decision)
-        boundary = find_boundaries(Subject.of(module, torch.randn(2, 1, 6, 6)))[0]
+        boundary = find_boundaries(TracedModel.of(module, torch.randn(2, 1, 6, 6)))[0]
         return change.replace(truncated(module, boundary), self._retrace(trainer), structure, new_dense=True)
 
 

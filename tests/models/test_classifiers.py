@@ -24,7 +24,7 @@ from lightning_prune.models import (
     SegNet,
 )
 from lightning_prune.scoring import L1, score_groups
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.cutting import half, masked, shrunk
 
 
@@ -154,7 +154,7 @@ def test_the_shortcut_has_every_second_pixel_between_channels_of_zeros() -> None
 
 def test_a_projection_leaves_all_widths_free() -> None:
     model = ResNetCIFAR(8, shortcut="projection")
-    structure = trace(Subject.of(model, model.example_input_array))
+    structure = trace(TracedModel.of(model, model.example_input_array))
     streams = {group.width for group in structure.groups if len(group.producers) > 1}
     assert streams == {16, 32, 64}
     assert [entry.layer for entry in structure.frozen] == ["linear"]
@@ -193,14 +193,14 @@ def test_sizes_are_those_that_are_known(build: Callable[[], nn.Module], millions
     params, operations = counted(model)
     assert params == pytest.approx(1e6 * millions, rel=5e-4)
     assert operations == pytest.approx(flops, rel=5e-3)
-    structure = trace(Subject.of(model, model.example_input_array))
+    structure = trace(TracedModel.of(model, model.example_input_array))
     assert structure.cost.params(structure.widths) == params
     assert 2 * structure.cost.macs(structure.widths) == operations
 
 
 def test_the_engine_counts_resnet50_as_is_known() -> None:
     model = torchvision.models.resnet50(weights=None)
-    structure = trace(Subject.of(model, torch.zeros(1, 3, 224, 224)))
+    structure = trace(TracedModel.of(model, torch.zeros(1, 3, 224, 224)))
     assert structure.cost.params(structure.widths) == pytest.approx(25.6e6, rel=2e-3)
     assert 2 * structure.cost.macs(structure.widths) == pytest.approx(8.2e9, rel=5e-3)
 
@@ -212,7 +212,7 @@ def test_half_of_every_group_leaves_the_masked_network(build: Callable[[], Light
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, 0, 0.1)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     axes = structure.axes(half(structure))
     fixed = sum(p.numel() for name, p in model.named_parameters() if name == "linear.bias")
     assert structure.cost.params(dict.fromkeys(structure.widths, 0)) == fixed
@@ -229,7 +229,7 @@ def test_mobilenet_adds_what_has_the_same_shape() -> None:
 
 def test_mobilenet_is_scored_on_the_expansion_convolution() -> None:
     model = MobileNetV2CIFAR()
-    structure = trace(Subject.of(model, model.example_input_array))
+    structure = trace(TracedModel.of(model, model.example_input_array))
     group = structure.group("blocks.3.body.0")
     scores = score_groups(L1("first"), [group], dict(model.named_parameters()), None)
     expected = model.blocks[3].body[0].weight.detach().double().abs().sum((1, 2, 3))

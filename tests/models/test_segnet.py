@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.data import Shapes
 from lightning_prune.models import SegNet
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.cutting import half, masked, shrunk
 
 
@@ -50,7 +50,7 @@ def test_both_sides_of_a_stage_are_cut_alike():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, 0, 0.1)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     coupled = {layer for group in structure.groups if len(group.producers) > 1 for layer in group.producers}
     assert coupled == {"encoder.0.3", "decoder.0.0"}
     axes = structure.axes(half(structure))

@@ -68,10 +68,10 @@ def test_a_fit_prunes_all_but_the_latents(tmp_path: Path) -> None:
 
 def test_latents_are_frozen_with_the_reason() -> None:
     """Traced with the training step, where the divergence sums over them."""
-    from lightning_prune.callbacks.subjects import subject_of
+    from lightning_prune.callbacks.traced_models import traced_model_of
     from lightning_prune.structure import trace
 
-    structure = trace(subject_of(VAE(**SMALL), [torch.rand(2, 1, 8, 8), torch.zeros(2)]))
+    structure = trace(traced_model_of(VAE(**SMALL), [torch.rand(2, 1, 8, 8), torch.zeros(2)]))
     reasons = {entry.layer: entry.reason for entry in structure.frozen}
     assert "sum" in reasons["mean"]
     assert "decoder.0" in structure.widths

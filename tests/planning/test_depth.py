@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune.planning import Original, Scope, Target, feasible, make_plan
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 
 
@@ -34,8 +34,8 @@ class Net(nn.Module):
 
 
 def structure_of(net: nn.Module) -> Structure:
-    subject = Subject.of(net, torch.randn(2, 5))
-    return with_flow(trace(subject), subject)
+    traced = TracedModel.of(net, torch.randn(2, 5))
+    return with_flow(trace(traced), traced)
 
 
 STRUCTURE = structure_of(Net())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune.planning import NM, Channel, Element, Granularity, Kernel, Weight, choose_masks, granularity
-from lightning_prune.structure import Call, Subject, trace
+from lightning_prune.structure import Call, TracedModel, trace
 
 KINDS = [
     kind
@@ -158,7 +158,7 @@ def test_units_by_the_norm_of_their_producers(pool: Any, amount: float) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 6), nn.Linear(6, 2)
     )
-    structure = trace(Subject(net, (Call((torch.zeros(2, 3, 5, 5),)),)))
+    structure = trace(TracedModel(net, (Call((torch.zeros(2, 3, 5, 5),)),)))
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     masks = choose_masks(Channel().parts((), structure.groups, tensors), {}, amount, pool)
     own = {"0": ["0.weight", "0.bias", "1.weight", "1.bias"], "4": ["4.weight", "4.bias"]}

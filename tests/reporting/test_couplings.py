@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune.reporting import Inspection
 from lightning_prune.reporting.couplings import couplings
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 class Residual(nn.Module):
@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 def inspection(model=None):
-    return Inspection(trace(Subject.of(model or Residual(), torch.zeros(3, 4))))
+    return Inspection(trace(TracedModel.of(model or Residual(), torch.zeros(3, 4))))
 
 
 def test_every_layer_meets_its_groups():

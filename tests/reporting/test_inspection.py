@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_prune.planning import Original
 from lightning_prune.reporting import Inspection, Report, Size
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 class Residual(nn.Module):
@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 def inspection():
     model = Residual()
-    return model, Inspection(trace(Subject.of(model, torch.zeros(2, 5))))
+    return model, Inspection(trace(TracedModel.of(model, torch.zeros(2, 5))))
 
 
 def test_totals():
@@ -50,7 +50,7 @@ def test_what_a_recurrent_layer_holds_cannot_be_reached():
         def forward(self, x):
             return self.head(self.hidden(self.lstm(x)[0]).relu())
 
-    structure = trace(Subject.of(Recurrent(), torch.zeros(2, 5, 4)))
+    structure = trace(TracedModel.of(Recurrent(), torch.zeros(2, 5, 4)))
     assert structure.widths == {"hidden": 8}
     ours, lstm = 32 * 8 + 8 * 2, 4 * 32 * (4 + 32)
     assert structure.reachable == {
@@ -81,13 +81,13 @@ def test_table_names_couplings_widths_and_reasons():
 
 
 def test_nothing_prunable_is_still_shown_with_reasons():
-    inspected = Inspection(trace(Subject.of(nn.Linear(4, 3), torch.zeros(2, 4))))
+    inspected = Inspection(trace(TracedModel.of(nn.Linear(4, 3), torch.zeros(2, 4))))
     assert inspected.units == 0
     assert inspected.reachable == 0
     text = str(inspected)
     assert "0 units in 0 groups can be pruned" in text
     one = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2))
-    assert "1 unit in 1 group can be pruned" in str(Inspection(trace(Subject.of(one, torch.zeros(2, 4)))))
+    assert "1 unit in 1 group can be pruned" in str(Inspection(trace(TracedModel.of(one, torch.zeros(2, 4)))))
     assert "What stays as it is" in text
 
 
@@ -105,7 +105,7 @@ class Heads(nn.Module):
 
 
 def test_units_of_several_channels_are_explained_by_their_own_numbers_and_a_width_is_told_once():
-    text = str(Inspection(trace(Subject.of(Heads(), torch.zeros(2, 5, 6)))))
+    text = str(Inspection(trace(TracedModel.of(Heads(), torch.zeros(2, 5, 6)))))
     assert "4 × 6" in text
     assert "4 × 6 are 4 units of 6 channels each" in " ".join(text.split())
     unused = next(line for line in text.splitlines() if line.strip().startswith("unused"))

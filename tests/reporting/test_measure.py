@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune.reporting import measure
 from lightning_prune.reporting.measure import latencies, latency, size_on_disk, versions
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 
 
 class Spy(nn.Module):
@@ -54,7 +54,7 @@ def test_latency_resizes_the_batch_and_leaves_no_trace():
     model.dropout.eval()
     args, kwargs = spied()
     state = torch.get_rng_state()
-    timings = latency(Subject.of(model, *args, **kwargs), (1, 5), seconds=0.01)
+    timings = latency(TracedModel.of(model, *args, **kwargs), (1, 5), seconds=0.01)
     assert list(timings) == [1, 5]
     assert all(0 < timing.ms < 1000 and timing.spread is not None and timing.spread >= 0 for timing in timings.values())
     assert {seen[:3] for seen in model.seen} == {((n, 4), (3,), (n, 1)) for n in (1, 5)}
@@ -77,7 +77,7 @@ def test_latency_is_that_of_the_forward_pass():
             return x
 
     # Sleeping takes no less than it says, and more on a busy machine.
-    ms, spread = latency(Subject.of(Slow(), torch.ones(1, 2)), (1,), seconds=0.01)[1]
+    ms, spread = latency(TracedModel.of(Slow(), torch.ones(1, 2)), (1,), seconds=0.01)[1]
     assert 50 <= ms < 1000
     assert spread is None
     assert Slow.passes == 2  # one to warm up, one to time: that took long enough
@@ -87,7 +87,7 @@ def test_networks_take_turns(monkeypatch):
     """The machine is twice as slow in every other round: both medians are those of the fast rounds, with the spread."""
     clock = iter([0.001, 0.01, 0.002, 0.02, 0.001, 0.01, 0.002, 0.02, 0.001, 0.01])
     monkeypatch.setattr(measure, "median_seconds", lambda *_: next(clock))
-    call = Subject.of(nn.Identity(), torch.ones(1, 2)).calls[0]
+    call = TracedModel.of(nn.Identity(), torch.ones(1, 2)).calls[0]
     first, second = latencies(call, [nn.Identity(), nn.Identity()], (1,))
     assert first[1] == pytest.approx((1.0, 0.5))
     assert second[1] == pytest.approx((10.0, 5.0))
@@ -100,7 +100,7 @@ def test_the_network_is_as_it_was_after_an_error():
 
     model = Broken()
     with pytest.raises(RuntimeError, match="no"):
-        latency(Subject.of(model, torch.ones(1, 2)))
+        latency(TracedModel.of(model, torch.ones(1, 2)))
     assert model.training
 
 
@@ -111,7 +111,7 @@ def test_too_large_a_batch_is_no_number():
                 raise torch.cuda.OutOfMemoryError("no memory")
             return x
 
-    timings = latency(Subject.of(Large(), torch.ones(1, 2)), (1, 64), seconds=0.001)
+    timings = latency(TracedModel.of(Large(), torch.ones(1, 2)), (1, 64), seconds=0.001)
     assert timings[1].ms > 0
     assert math.isnan(timings[64].ms)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_prune.scoring import Batch, DataPass
 from lightning_prune.scoring.spvr.criterion import MaskingStatistic
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 class Residual(nn.Module):
@@ -136,7 +136,7 @@ def batches(name, sizes=(3, 2, 4, 2), seed=1):
 @functools.cache
 def structure_of(name):
     """What can be removed."""
-    return trace(Subject.of(network(name), batches(name)[0]))
+    return trace(TracedModel.of(network(name), batches(name)[0]))
 
 
 def train(model, inputs, statistic=None):

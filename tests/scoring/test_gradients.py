@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.scoring import SNIP, Fisher, Taylor
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.networks import batches, network, structure_of, train
 
 every = pytest.mark.parametrize("criterion", [Taylor(), SNIP(), Fisher()], ids=repr)
@@ -109,7 +109,7 @@ def test_says_which_groups_had_no_gradient():
             return self.last(self.first(x).relu()) + self.end(self.aside(x).relu()).detach()
 
     model = Unused()
-    statistic = Taylor().statistic(trace(Subject.of(model, torch.zeros(2, 4))))
+    statistic = Taylor().statistic(trace(TracedModel.of(model, torch.zeros(2, 4))))
     train(model, [torch.randn(3, 4)], statistic)
     silent = statistic.unobservable(model)
     assert list(silent) == ["aside"]

@@ -7,7 +7,7 @@ from captum.attr import LayerLRP
 from torch import nn
 
 from lightning_prune.scoring import LRP, DataPass, score_groups
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.networks import tensors_of
 
 
@@ -38,7 +38,7 @@ def test_equals_captum_on_a_chain():
     model, x = Chain().double().eval(), torch.rand(3, 2, 6, 6, dtype=torch.float64)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert set(structure.widths) == {"first", "second", "hidden"}
     scores = relevance(model, x, structure)
     for group, consumer in (("first", model.second), ("second", model.hidden), ("hidden", model.head)):
@@ -61,7 +61,7 @@ def test_relevance_is_conserved_through_a_residual_sum():
     model, x = Sum().double(), torch.rand(1, 4, dtype=torch.float64)
     for parameter in model.parameters():
         parameter.data.abs_()  # nothing is negative: absolute relevance adds up to the output
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     inner = relevance(model, x, structure, epsilon=0)["stem"]
     x1 = model.stem(x).relu().detach()
     y = model.head(x1 + model.branch(x1).relu())

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_prune.scoring import NISP, DataPass, KLDivergence, SynFlow
 from lightning_prune.scoring.passes import outputs_of, positive_response
 from lightning_prune.scoring.undisturbed import undisturbed
-from lightning_prune.structure import Call, Subject, trace
+from lightning_prune.structure import Call, TracedModel, trace
 from tests.scoring.networks import batches, examine, network, structure_of
 
 own_pass = pytest.mark.parametrize("criterion", [KLDivergence(), NISP(), SynFlow()], ids=repr)
@@ -56,10 +56,10 @@ def test_finds_outputs_wherever_they_are(criterion, wrap):
 
     model = Wrapped()
     x = batches("mlp")[0]
-    structure = trace(Subject.of(network("mlp"), x))
+    structure = trace(TracedModel.of(network("mlp"), x))
     plain = criterion.statistic(structure)
     examine(network("mlp"), [x], plain)
-    wrapped = criterion.statistic(trace(Subject(model, (Call((), {"features": x}),))))
+    wrapped = criterion.statistic(trace(TracedModel(model, (Call((), {"features": x}),))))
     wrapped.collect(model, DataPass([{"features": x}]))
     torch.testing.assert_close(wrapped.value("net.0"), plain.value("0"))
 
@@ -89,7 +89,7 @@ def test_a_norm_over_its_own_input_only_scales(norm):
 def test_synaptic_flow_is_conserved():
     """Without biases as much flows into a hidden unit as out of it (Tanaka et al., 2020, theorem 2)."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
-    statistic = SynFlow().statistic(trace(Subject.of(model, torch.zeros(1, 3))))
+    statistic = SynFlow().statistic(trace(TracedModel.of(model, torch.zeros(1, 3))))
     examine(model, [torch.zeros(1, 3)], statistic)
     into, out = statistic.per_pass("score", "0")
     torch.testing.assert_close(into, out)
@@ -100,6 +100,6 @@ def test_divergence_by_hand():
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
     model[0].weight.data = torch.tensor([[1.0], [1.0]])
     model[2].weight.data = torch.tensor([[1.0986123, 0.0], [0.0, 0.0]])  # odds of 3 to 1
-    statistic = KLDivergence().statistic(trace(Subject.of(model, torch.ones(1, 1))))
+    statistic = KLDivergence().statistic(trace(TracedModel.of(model, torch.ones(1, 1))))
     examine(model, [torch.ones(1, 1)], statistic)
     assert statistic.value("0").tolist() == pytest.approx([0.1308, 0.0], abs=1e-4)  # 3/4 ln 3/2 + 1/4 ln 1/2

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.scoring import ContributionStatistic, contributions_of
-from lightning_prune.structure import CostModel, Group, Member, Structure, Subject, trace
+from lightning_prune.structure import CostModel, Group, Member, Structure, TracedModel, trace
 from tests.scoring.networks import batches, network, structure_of, train
 from tests.scoring.references import shares
 
@@ -27,7 +27,7 @@ def observed(name="mlp", sizes=(3, 2, 4, 2), **settings):
 
 
 def traced(model, shape, **settings):
-    return ContributionStatistic(trace(Subject.of(model, torch.zeros(2, *shape))), **settings)
+    return ContributionStatistic(trace(TracedModel.of(model, torch.zeros(2, *shape))), **settings)
 
 
 def assert_same(one, two):

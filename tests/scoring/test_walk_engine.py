@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.models import VGG16CIFAR, ResNetCIFAR
 from lightning_prune.scoring import DataPass, Station, Walk, stations_of
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.walked import NETWORKS, build, raw_batches
 
 
@@ -131,7 +131,7 @@ def test_attention(make, batch_first):
     for one, other in zip(outputs(walk), outputs(walk_of(model, data, plain=True)), strict=True):
         torch.testing.assert_close(one, other)
     if batch_first:
-        structure = trace(Subject.of(model, next(iter(data)).args[0]))
+        structure = trace(TracedModel.of(model, next(iter(data)).args[0]))
         assert walk.forward_macs == structure.cost.macs(structure.widths)
 
 
@@ -221,7 +221,7 @@ def test_real_networks_bit_by_bit(make):
 def test_multiply_accumulates_are_those_of_the_cost_model(name):
     model, data = build(name), DataPass(raw_batches(name))
     batch = next(iter(data))
-    structure = trace(Subject.of(model, *batch.args, **batch.kwargs))
+    structure = trace(TracedModel.of(model, *batch.args, **batch.kwargs))
     walk = walk_of(model, data)
     assert walk.forward_macs == structure.cost.macs(structure.widths)
     for _ in walk:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.cutting import half, masked, shrunk
 
 HEADS, FEATURES, POSITIONS = 6, 4, 3
@@ -40,7 +40,7 @@ def example() -> torch.Tensor:
 
 def test_whole_heads_are_units() -> None:
     model, x = Attention(), example()
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     (group,) = structure.groups
     assert group.width == HEADS
     assert {member.layer for member in group.members} == {"query", "key", "value", "out"}
@@ -51,7 +51,7 @@ def test_whole_heads_are_units() -> None:
 
 
 def test_products_of_queries_and_keys_and_of_shares_and_values_are_counted() -> None:
-    structure = trace(Subject.of(Attention(), example()))
+    structure = trace(TracedModel.of(Attention(), example()))
     (group,) = structure.groups
     for heads in (HEADS, 2):
         layers = POSITIONS * heads * FEATURES * (3 * 5 + 2)
@@ -71,7 +71,7 @@ class Counted(Attention):
 @pytest.mark.parametrize("mask", [False, True])
 def test_what_decides_the_scale_or_the_mask_stays(mask: bool) -> None:
     model, x = Counted(mask).requires_grad_(False), example()  # else it is other operators, where there is a mask
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
     for name in ("query.weight", "key.weight"):
         assert reasons[name] == "the scale of `_scaled_dot_product_flash_attention_for_cpu`"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.models.vgg import make_layers
 
 from lightning_prune.models import CNNClassifier, MLPClassifier, ResNetCIFAR
-from lightning_prune.structure import StructureError, Subject, trace
+from lightning_prune.structure import StructureError, TracedModel, trace
 from lightning_prune.structure.backbone import Backbone
 from lightning_prune.structure.boundaries import Boundary, find_boundaries
 from lightning_prune.surgery import transaction
@@ -28,15 +28,15 @@ def example(size: int) -> Tensor:
 
 
 def boundaries(model: nn.Module, size: int, head: str | None = None) -> tuple[Boundary, ...]:
-    return find_boundaries(Subject.of(model, example(size)), head)
+    return find_boundaries(TracedModel.of(model, example(size)), head)
 
 
 def replaced(model: nn.Module, boundary: Boundary, x: Tensor) -> nn.Module:
     """The network truncated while it is alive, by a transaction that verifies it."""
     model = copy.deepcopy(model)
-    subject = Subject.of(model, x)
+    traced = TracedModel.of(model, x)
     with transaction(model, run=lambda: model(x)) as change:
-        change.replace(truncated(model, boundary), lambda: trace(subject), new_dense=True)
+        change.replace(truncated(model, boundary), lambda: trace(traced), new_dense=True)
     return model.eval()
 
 

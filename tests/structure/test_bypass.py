@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.models import VGG16CIFAR, ResNetCIFAR, SegNet
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure.bypass import find_bypasses
 from lightning_prune.structure.flow import with_flow
 
 
 def bypasses_of(model, *inputs):
-    subject = Subject.of(model, *inputs)
-    return find_bypasses(trace(subject), subject)
+    traced = TracedModel.of(model, *inputs)
+    return find_bypasses(trace(traced), traced)
 
 
 def block(inputs, outputs, **how):
@@ -131,9 +131,9 @@ def test_a_stage_goes_with_its_blocks(kind):
             *(model.conv1, model.bn1, nn.ReLU(), *model.layer1, *model.layer2, *model.layer3),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.linear),
         )
-    subject = Subject.of(model, torch.zeros(2, 3, 8, 8))
-    structure = with_flow(trace(subject), subject)
-    found = {name: bypass for name, bypass in find_bypasses(structure, subject).groups.items() if bypass.along}
+    traced = TracedModel.of(model, torch.zeros(2, 3, 8, 8))
+    structure = with_flow(trace(traced), traced)
+    found = {name: bypass for name, bypass in find_bypasses(structure, traced).groups.items() if bypass.along}
     names = {"resnet": ("layer2", "layer3"), "blocks": (("5", "6"), ("7", "8"))}[kind]
     second, third = found.values()
     assert second.modules == (("layer2",) if kind == "resnet" else names[0])
@@ -161,20 +161,20 @@ def test_a_stage_whose_layers_share_a_module_with_others_stays():
             x = (self.project(x) + self.b(self.a(x).relu())).relu()
             return self.head(x).mean((2, 3))
 
-    subject = Subject.of(Flat(), IMAGES)
-    structure = with_flow(trace(subject), subject)
+    traced = TracedModel.of(Flat(), IMAGES)
+    structure = with_flow(trace(traced), traced)
     assert "project" in structure.widths
-    assert not any(bypass.along for bypass in find_bypasses(structure, subject).groups.values())
+    assert not any(bypass.along for bypass in find_bypasses(structure, traced).groups.values())
 
 
 def test_places_of_maxima_are_no_way_around_a_layer():
     """The decoder of SegNet unpools with the encoder's indices: they say where, not what."""
     torch.manual_seed(0)
-    subject = Subject.of(SegNet(3, ((4, 2), (5, 2)), (3, 8, 8)), torch.randn(2, 3, 8, 8))
-    structure = with_flow(trace(subject), subject)
+    traced = TracedModel.of(SegNet(3, ((4, 2), (5, 2)), (3, 8, 8)), torch.randn(2, 3, 8, 8))
+    structure = with_flow(trace(traced), traced)
     assert structure.flow is not None
     for name in structure.widths:
         assert "no other path leads around it" in structure.flow.without([name])
-    found = find_bypasses(structure, subject).groups
+    found = find_bypasses(structure, traced).groups
     assert {"encoder.1.0", "encoder.1.3", "decoder.0.0", "decoder.1.0"} <= found.keys()
     assert not {"encoder.0.0", "encoder.0.3"} & found.keys()  # they read the input, or are read at two sizes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.cutting import cut, masked
 
 
@@ -17,7 +17,7 @@ from tests.support.cutting import cut, masked
 def test_two_cuts_of_a_grouped_convolution(first: str, kind: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, 4, 1, groups=2), nn.Conv2d(4, 3, 1)).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    structure, kept = trace(Subject.of(net, x)), {"0": (0,), "1": (1,)}
+    structure, kept = trace(TracedModel.of(net, x)), {"0": (0,), "1": (1,)}
     assert structure.widths == {"0": 2, "1": 2}
     expected, narrow = masked(net, structure.axes(kept)), copy.deepcopy(net)
     for name in sorted(kept, reverse=first == "1"):

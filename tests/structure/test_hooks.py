@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structure import StructureError, Subject, trace
+from lightning_prune.structure import StructureError, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from tests.support.cutting import cut, half, named
 
@@ -196,7 +196,7 @@ def test_what_a_hook_stores_is_followed(kind, hook, ran_before):
         dense(x)
     places = [dense.f, STORE, dense.store.kept, *map(vars, dense.modules())]
     before = [dict(place) for place in places]
-    structure = trace(Subject.of(dense, x))
+    structure = trace(TracedModel.of(dense, x))
     assert structure.widths == {"a": 6, "b": 8}
     assert not structure.notes
     assert {m.tensor for m in structure.group("a").members} == {"a.weight", "a.bias", "b.weight", "side.weight"}
@@ -237,22 +237,22 @@ RETURNED = {
 def test_an_output_that_a_hook_returns_is_followed(hook):
     net = Chain()
     net.a.register_forward_hook(hook)
-    assert trace(Subject.of(net, torch.ones(2, 4))).widths == {"b": 6}
+    assert trace(TracedModel.of(net, torch.ones(2, 4))).widths == {"b": 6}
 
 
 def test_an_input_that_a_hook_returns_is_followed():
     net = Chain()
     net.b.register_forward_pre_hook(lambda module, args: args[0].cumsum(-1))
-    assert trace(Subject.of(net, torch.ones(2, 4))).widths == {"b": 6}
+    assert trace(TracedModel.of(net, torch.ones(2, 4))).widths == {"b": 6}
     net.out.register_forward_pre_hook(lambda module, args, kwargs: ((args[0].cumsum(-1),), kwargs), with_kwargs=True)
-    assert trace(Subject.of(net, torch.ones(2, 4))).widths == {}
+    assert trace(TracedModel.of(net, torch.ones(2, 4))).widths == {}
 
 
 def test_hooks_of_the_whole_network_are_followed():
     net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
     net.register_forward_hook(lambda module, args, output: output @ torch.ones(6, 2))
     net.register_forward_pre_hook(lambda module, args: (args[0][:, :4],))
-    assert trace(Subject.of(net, torch.ones(2, 8))).widths == {"0": 6}
+    assert trace(TracedModel.of(net, torch.ones(2, 8))).widths == {"0": 6}
 
 
 class Collecting(Chain):
@@ -280,7 +280,7 @@ def test_hidden_states_that_hooks_collect_are_outputs(ran_before):
     net = Collecting()
     if ran_before:
         net(torch.ones(2, 4))
-    assert trace(Subject.of(net, torch.ones(2, 4))).widths == {"b": 6}
+    assert trace(TracedModel.of(net, torch.ones(2, 4))).widths == {"b": 6}
     assert len(net.a._forward_hooks) == ran_before
 
 
@@ -303,7 +303,7 @@ def test_hooks_that_only_look_on_do_not_run():
     net.a.register_forward_hook(count)
     net.a.register_forward_hook(counter)
     net.a.register_forward_hook(lambda module, args, output: print("ran"))
-    trace(Subject.of(net, torch.ones(2, 4)))
+    trace(TracedModel.of(net, torch.ones(2, 4)))
     assert (seen, counter.calls, total) == ([], 0, 0)
 
 
@@ -317,7 +317,7 @@ def test_what_a_hook_that_runs_counts_is_put_back():
         return 2 * output
 
     net.a.register_forward_hook(doubled)
-    trace(Subject.of(net, torch.ones(2, 4)))
+    trace(TracedModel.of(net, torch.ones(2, 4)))
     assert (seen, calls) == ([], 0)
 
 
@@ -331,7 +331,7 @@ def test_a_hook_that_cannot_be_copied_is_left_out_and_told():
 
     net = Chain()
     net.a.register_forward_hook(Log(net))
-    structure = trace(Subject.of(net, torch.ones(2, 4)))
+    structure = trace(TracedModel.of(net, torch.ones(2, 4)))
     assert structure.widths == {"a": 6, "b": 6}
     (note,) = structure.notes
     assert "`a`" in note
@@ -348,10 +348,10 @@ def test_hooks_that_fail_on_a_copy_are_left_out_and_told():
 
     address = net.a.weight.untyped_storage().data_ptr()
     net.a.register_forward_hook(refuse)
-    structure = trace(Subject.of(net, torch.ones(2, 4)))
+    structure = trace(TracedModel.of(net, torch.ones(2, 4)))
     assert structure.widths == {"a": 6, "b": 6}
     (note,) = structure.notes
     assert "not the one I know" in note
-    assert with_flow(structure, Subject.of(net, torch.ones(2, 4))).flow is not None
+    assert with_flow(structure, TracedModel.of(net, torch.ones(2, 4))).flow is not None
     with pytest.raises(StructureError, match="mat1 and mat2"):
-        trace(Subject.of(net, torch.ones(2, 5)))
+        trace(TracedModel.of(net, torch.ones(2, 5)))

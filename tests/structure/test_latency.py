@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure import latency as latency_module
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes, Term
 from lightning_prune.structure.latency import measure_latency, with_latency
@@ -68,10 +68,10 @@ def planted(monkeypatch):
 
 def test_the_table_times_each_layer_at_its_widths_and_meets_the_whole(planted):
     net, x = Net(), torch.randn(3, 3, 8, 8)
-    subject = Subject.of(net, x)
+    traced = TracedModel.of(net, x)
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    structure = trace(subject)
-    structure = with_latency(structure, measure_latency(subject, structure))
+    structure = trace(traced)
+    structure = with_latency(structure, measure_latency(traced, structure))
     widths = structure.widths
     table = structure.cost.latency_table
     stem, depth, _, up, head = table.layers
@@ -91,9 +91,9 @@ def test_the_table_times_each_layer_at_its_widths_and_meets_the_whole(planted):
 
 def test_layers_that_are_alike_are_measured_once(planted):
     net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
-    subject = Subject.of(net, torch.randn(2, 6))
-    structure = trace(subject)
-    table = measure_latency(subject, structure)
+    traced = TracedModel.of(net, torch.randn(2, 6))
+    structure = trace(traced)
+    table = measure_latency(traced, structure)
     assert len(table.layers) == 5
     kinds = {(layer.grid, layer.ms) for layer in table.layers}
     assert len(planted) == sum(len(grid[0]) * len(grid[1]) for grid, _ in kinds) + 2
@@ -101,9 +101,9 @@ def test_layers_that_are_alike_are_measured_once(planted):
 
 def test_the_table_reaches_to_the_dense_widths_of_a_network_that_was_cut(planted):
     net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
-    subject = Subject.of(net, torch.randn(2, 6))
-    structure = trace(subject)
-    table = measure_latency(subject, structure, {"0": 16})
+    traced = TracedModel.of(net, torch.randn(2, 6))
+    structure = trace(traced)
+    table = measure_latency(traced, structure, {"0": 16})
     assert table.layers[0].grid == ((2, 4, 8, 16), (6,))
 
 
@@ -111,9 +111,9 @@ def test_more_units_never_take_less_time(monkeypatch):
     noise = iter([5.0, 1.0, 3.0, 2.0] * 50)
     monkeypatch.setattr(latency_module, "median_seconds", lambda _run, _seconds: next(noise))
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    subject = Subject.of(net, torch.randn(2, 6))
-    structure = trace(subject)
-    cost = with_latency(structure, measure_latency(subject, structure)).cost
+    traced = TracedModel.of(net, torch.randn(2, 6))
+    structure = trace(traced)
+    cost = with_latency(structure, measure_latency(traced, structure)).cost
     values = [cost.latency({"0": width}) for width in range(1, 17)]
     assert all(a <= b for a, b in itertools.pairwise(values))
 
@@ -128,9 +128,9 @@ def test_real_times_are_those_of_the_whole_network(monkeypatch):
 
     monkeypatch.setattr(latency_module, "median_seconds", median_seconds)
     net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
-    subject = Subject.of(net, torch.randn(1, 512))
-    structure = trace(subject)
-    cost = with_latency(structure, measure_latency(subject, structure)).cost
+    traced = TracedModel.of(net, torch.randn(1, 512))
+    structure = trace(traced)
+    cost = with_latency(structure, measure_latency(traced, structure)).cost
     whole, _ = (1e3 * time for seconds, time in measured if seconds == latency_module._WHOLE)
     assert cost.latency(structure.widths) == pytest.approx(whole)
     layers = [time for seconds, time in measured if seconds == latency_module._POINT]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import example, given, settings
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.support.random_networks import KINDS, SIZE, RandomNet, check, networks
 
 EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "150"))
@@ -27,13 +27,13 @@ def test_random_networks(drawn):
 
 def test_a_split_of_a_single_unit_is_left_alone():
     model = RandomNet([("shuffle", 6, 6), ("shuffle", 2, 4), ("shuffle", 1, 3)], "pool").eval()
-    assert trace(Subject.of(model, torch.randn(2, 3, SIZE, SIZE))).widths == {}
+    assert trace(TracedModel.of(model, torch.randn(2, 3, SIZE, SIZE))).widths == {}
 
 
 def test_every_kind_of_step_leaves_something_to_cut():
     """The property would be empty if everything froze."""
     for kind in KINDS:
         model = RandomNet([("conv", 6, 0), (kind, 3, 3), ("conv", 5, 0)], "pool").eval()
-        structure = trace(Subject.of(model, torch.randn(2, 3, SIZE, SIZE)))
+        structure = trace(TracedModel.of(model, torch.randn(2, 3, SIZE, SIZE)))
         assert sum(structure.widths.values()) >= 7, kind
     assert np.unique(KINDS).size == len(KINDS)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.structure import Call, StructureError, Subject, refresh, trace, trials
+from lightning_prune.structure import Call, StructureError, TracedModel, refresh, trace, trials
 from tests.support.architectures import CASES, Auxiliary, Net
 from tests.support.counting import counting
 from tests.support.cutting import cut, draw, half, masked, named, shrunk
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:input's size at dim:UserWarning"
 
 @functools.cache
 def structure_of(case):
-    return trace(Subject.of(case.model(), case.example()))
+    return trace(TracedModel.of(case.model(), case.example()))
 
 
 @cases
@@ -114,7 +114,7 @@ def test_the_structure_after_a_cut_is_that_of_the_cut_network(case, seed):
     structure = structure_of(case)
     kept = half(structure, seed)
     after = structure.take(kept)
-    again = trace(Subject.of(shrunk(model, structure.axes(kept)), case.example()))
+    again = trace(TracedModel.of(shrunk(model, structure.axes(kept)), case.example()))
     assert after.widths == {name: len(units) for name, units in kept.items()}
     assert after.cost.shapes == again.cost.shapes
     if all(width > 1 for width in after.widths.values()):  # a width of one is no pattern to follow
@@ -148,7 +148,7 @@ def test_the_network_is_left_alone(case):
     before = {name: tensor.detach().clone() for name, tensor in named(model).items()}
     objects = {name: id(tensor) for name, tensor in named(model).items()}
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    trace(Subject.of(model, x))
+    trace(TracedModel.of(model, x))
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1] == random.getstate()
     assert (state[2] == np.random.get_state()[1]).all()
@@ -254,7 +254,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs_are_found_in_whatever_holds_them(wrap):
     model = Net(lambda m, x: wrap(m.head(m.a(x).relu())), a=nn.Linear(4, 6), head=nn.Linear(6, 3))
-    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    structure = trace(TracedModel.of(model, torch.ones(2, 4)))
     assert structure.widths == {"a": 6}
 
 
@@ -290,7 +290,7 @@ CALLS = [
 @pytest.mark.parametrize(("build", "args", "kwargs", "widths"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
 def test_ways_to_call_a_network(build, args, kwargs, widths):
     model = build()
-    structure = trace(Subject.of(model, *args, **kwargs))
+    structure = trace(TracedModel.of(model, *args, **kwargs))
     assert structure.widths == widths
     axes = structure.axes(half(structure))
     small, zeros = shrunk(model, axes)(*args, **kwargs), masked(model, axes)(*args, **kwargs)
@@ -365,7 +365,7 @@ COUNTED = [
 )
 def test_multiplications_of_one_sample(build, example, widths):
     model = build().eval()
-    structure = trace(Subject.of(model, example))
+    structure = trace(TracedModel.of(model, example))
     assert structure.widths == widths
     unbatched = isinstance(example, torch.Tensor) and example.dim() % 2
     one = example if unbatched else example[:1]
@@ -395,7 +395,7 @@ class Regions(nn.Module):
 def test_regions_of_an_image(pool):
     model = Regions(getattr(torchvision.ops, pool)).double()
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"stem": 5, "box": 6}
     axes = structure.axes(half(structure))
     torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
@@ -404,7 +404,7 @@ def test_regions_of_an_image(pool):
 def test_only_what_a_call_uses_is_known():
     """In eval mode alone the second head of an auxiliary network never runs and its input cannot be followed."""
     model, x = Auxiliary(), torch.ones(2, 4)
-    structure = trace(Subject(model, (Call((x,)),)))
+    structure = trace(TracedModel(model, (Call((x,)),)))
     assert structure.widths == {"body": 5, "stem": 6} or "stem" in structure.widths
     assert "not used" in next(f.reason for f in structure.frozen if f.tensor == "aux.weight")
 
@@ -437,7 +437,7 @@ class KeepsItsMood(Moody):
 @pytest.mark.parametrize("way", ["attribute", "getattr", "of a layer", "kept elsewhere"])
 def test_both_modes_are_followed_however_a_network_asks_for_its_mode(way):
     model = KeepsItsMood(way) if way == "kept elsewhere" else Moody(way)
-    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    structure = trace(TracedModel.of(model, torch.ones(2, 4)))
     assert "aux.weight" in {member.tensor for member in structure.group("first").members}
 
 
@@ -445,7 +445,7 @@ def test_a_layer_with_another_forward_is_followed_in_both_modes():
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 2))
     model[1].extra = nn.Linear(6, 1)
     model[1].forward = types.MethodType(lambda self, x: x + self.extra(x) if self.training else x, model[1])
-    structure = trace(Subject.of(model, torch.ones(2, 4)))
+    structure = trace(TracedModel.of(model, torch.ones(2, 4)))
     assert "1.extra.weight" in {member.tensor for member in structure.group("0").members}
 
 
@@ -467,7 +467,7 @@ class Remembers(nn.Module):
 
 def test_what_a_call_leaves_for_the_next_one_is_followed():
     model, x = Remembers().double(), torch.randn(3, 4, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"first": 6}
     assert structure.cost.macs(structure.widths) == 4 * 6 + 6 * 6 + 6 * 2
     axes = structure.axes(draw(structure, 0))
@@ -480,7 +480,7 @@ def test_another_method_is_followed_too():
     model = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2), extra=nn.Linear(6, 3))
     model.training_step = lambda x: model.extra(model.a(x)).sum()
     x = torch.ones(2, 4)
-    alone = trace(Subject.of(model, x))
+    alone = trace(TracedModel.of(model, x))
     assert {m.tensor for m in alone.group("a").members} == {"a.weight", "a.bias", "b.weight"}
 
 
@@ -505,14 +505,14 @@ class WithStep(nn.Module):
 def test_a_training_step_is_followed_too():
     x = torch.ones(2, 4)
     calls = (Call((x,)),)
-    structure = trace(Subject(WithStep(), calls, (Call((x,), method="training_step", training=True),)))
+    structure = trace(TracedModel(WithStep(), calls, (Call((x,), method="training_step", training=True),)))
     assert {m.tensor for m in structure.group("a").members} == {"a.weight", "a.bias", "b.weight", "extra.weight"}
     assert not structure.notes
 
 
 def test_a_step_that_fails_leaves_a_note():
     x = torch.ones(2, 4)
-    structure = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="broken_step", training=True),)))
+    structure = trace(TracedModel(WithStep(), (Call((x,)),), (Call((x,), method="broken_step", training=True),)))
     (note,) = structure.notes
     assert "broken_step" in note
     assert "no logger here" in note
@@ -521,7 +521,7 @@ def test_a_step_that_fails_leaves_a_note():
 
 def test_operators_that_depend_on_data_run_on_real_numbers():
     x = torch.ones(2, 4)
-    structure = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
+    structure = trace(TracedModel(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
     assert not structure.notes
     assert "extra.weight" in {m.tensor for m in structure.group("a").members}
 
@@ -542,12 +542,12 @@ def scaled():
 
 def test_the_search_for_groups_that_fail_ends(monkeypatch):
     x = torch.ones(3, 4)
-    decided = trace(Subject.of(scaled(), x))
+    decided = trace(TracedModel.of(scaled(), x))
     assert decided.widths == {"good": 5}
     assert not decided.notes
     monkeypatch.setattr(trials, "_MOST_OPERATORS", 0)
     monkeypatch.setattr(trials, "_LEAST_TRIALS", 2)
-    undecided = trace(Subject.of(scaled(), x))
+    undecided = trace(TracedModel.of(scaled(), x))
     assert set(undecided.widths) <= {"good"}
     assert {axis.tensor for axis in undecided.frozen} >= {f"bad{i}.weight" for i in range(6)}
     (note,) = undecided.notes
@@ -564,17 +564,17 @@ def test_a_trial_beyond_the_budget_leaves_what_passes_together(monkeypatch):
         return net.last(net.good(x)) + net.end(bad / bad.shape[1])
 
     layers = {"bad": nn.Linear(4, 6), "end": nn.Linear(6, 2), "good": nn.Linear(4, 5), "last": nn.Linear(5, 2)}
-    assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {}
+    assert trace(TracedModel.of(Net(forward, **layers), torch.ones(3, 4))).widths == {}
     monkeypatch.setattr(trials, "_LEAST_TRIALS", 1)
-    assert trace(Subject.of(Net(forward, **layers), torch.ones(3, 4))).widths == {"good": 5}
+    assert trace(TracedModel.of(Net(forward, **layers), torch.ones(3, 4))).widths == {"good": 5}
 
 
 def test_a_dearer_kind_of_tensors_leaves_a_remark():
     x = torch.ones(2, 4)
     net = Net(lambda net, x: net.b(net.a(x) * net.scale), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
     net.scale = 1 + torch.arange(6.0)
-    assert not trace(Subject.of(net, x)).remarks
-    real = trace(Subject(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
+    assert not trace(TracedModel.of(net, x)).remarks
+    real = trace(TracedModel(WithStep(), (Call((x,)),), (Call((x,), method="counting_step", training=True),)))
     assert [remark.partition(",")[0] for remark in real.remarks] == [
         "`counting_step` was traced on fake tensors",
         "`counting_step` was traced on real tensors",
@@ -588,13 +588,13 @@ def test_a_network_that_fails_when_units_are_zero_freezes_them():
             raise RuntimeError("a dead unit")
         return net.b(hidden)
 
-    structure = trace(Subject.of(Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), torch.ones(2, 4)))
+    structure = trace(TracedModel.of(Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), torch.ones(2, 4)))
     assert structure.widths == {}
     assert "a dead unit" in structure.frozen[0].reason
 
 
 def test_a_network_without_widths():
-    structure = trace(Subject.of(nn.Linear(3, 2), torch.ones(2, 3)))
+    structure = trace(TracedModel.of(nn.Linear(3, 2), torch.ones(2, 3)))
     assert structure.groups == ()
     assert structure.cost.params({}) == 8
     assert structure.cost.macs({}) == 6
@@ -606,7 +606,7 @@ def test_hooks_of_the_user_see_nothing():
     model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
     model[2].register_full_backward_hook(lambda *_: seen.append("backward"))
     hooks = [dict(m._forward_hooks) for m in model.modules()]
-    trace(Subject.of(model, torch.ones(2, 4)))
+    trace(TracedModel.of(model, torch.ones(2, 4)))
     assert not seen
     assert [dict(m._forward_hooks) for m in model.modules()] == hooks
 
@@ -622,7 +622,7 @@ def test_weight_norm_equals_plain_layers_with_the_kept_weights(normed):
     model = nn.Sequential(normed(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)).double()
     x = torch.randn(3, 4, dtype=torch.float64)
     model(x)  # leaves a weight that is part of an autograd graph
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"0": 6}
     hidden = F.relu(F.linear(x, model[0].weight[[1, 4]], model[0].bias[[1, 4]]))
     expected = F.linear(hidden, model[2].weight[:, [1, 4]], model[2].bias)
@@ -633,13 +633,13 @@ def test_weight_norm_equals_plain_layers_with_the_kept_weights(normed):
 def test_a_model_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    assert trace(Subject.of(model, torch.ones(2, 4, device="meta"))).widths == {"0": 6}
+    assert trace(TracedModel.of(model, torch.ones(2, 4, device="meta"))).widths == {"0": 6}
 
 
 def test_inside_inference_mode():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     with torch.inference_mode():
-        assert trace(Subject.of(model, torch.ones(2, 4))).widths == {"0": 6}
+        assert trace(TracedModel.of(model, torch.ones(2, 4))).widths == {"0": 6}
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -655,23 +655,23 @@ def test_an_example_that_does_not_fit_is_told_by_the_error_alone(capfd):
             return x + self.weight
 
     with pytest.raises(StructureError, match="fails on the example"):
-        trace(Subject.of(Added(), torch.zeros(5, 4)))
+        trace(TracedModel.of(Added(), torch.zeros(5, 4)))
     assert capfd.readouterr().err == ""
 
 
 def test_an_example_that_does_not_fit_is_named():
     with pytest.raises(StructureError, match=r"Linear.forward fails on the example in eval mode.*\(2, 3\)"):
-        trace(Subject.of(nn.Linear(4, 2), torch.ones(2, 3)))
+        trace(TracedModel.of(nn.Linear(4, 2), torch.ones(2, 3)))
 
 
 def test_an_example_without_tensors_is_named():
     with pytest.raises(StructureError, match="without tensors"):
-        trace(Subject.of(nn.Linear(4, 2), "text"))
+        trace(TracedModel.of(nn.Linear(4, 2), "text"))
 
 
 def test_a_lazy_layer_is_named():
     with pytest.raises(StructureError, match=r"1 \(LazyLinear\): expected initialized parameters, got `weight`"):
-        trace(Subject.of(nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2)), torch.ones(2, 4)))
+        trace(TracedModel.of(nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2)), torch.ones(2, 4)))
 
 
 def test_a_scripted_part_is_named():
@@ -679,7 +679,7 @@ def test_a_scripted_part_is_named():
         warnings.simplefilter("ignore")  # newer versions of PyTorch deprecate it
         scripted = torch.jit.script(nn.Linear(4, 3))
     with pytest.raises(StructureError, match=r"0 \(RecursiveScriptModule\): expected modules in Python"):
-        trace(Subject.of(nn.Sequential(scripted, nn.Linear(3, 2)), torch.ones(2, 4)))
+        trace(TracedModel.of(nn.Sequential(scripted, nn.Linear(3, 2)), torch.ones(2, 4)))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
@@ -693,7 +693,7 @@ def test_what_a_recurrent_layer_freezes_names_it(kind):
             state = self.memory(self.embed(x))[0]
             return self.head(state)
 
-    structure = trace(Subject.of(Sequence(), torch.randn(6, 4)))
+    structure = trace(TracedModel.of(Sequence(), torch.randn(6, 4)))
     reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
     named_here = {tensor for tensor, reason in reasons.items() if f"`memory` ({kind.__name__}) is recurrent" in reason}
     inputs = set() if kind is nn.LSTMCell else {"embed.weight"}
@@ -706,7 +706,7 @@ def test_a_norm_that_averages_over_all_batches_can_be_cut():
     """Its count of batches, which enters what it computes, is that of the network in every run."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 2))
     model(torch.randn(5, 4))
-    structure = trace(Subject.of(model, torch.randn(3, 4)))
+    structure = trace(TracedModel.of(model, torch.randn(3, 4)))
     assert [(group.name, group.width) for group in structure.groups] == [("0", 6)]
     assert model[1].num_batches_tracked == 1
 
@@ -715,11 +715,11 @@ def test_a_network_that_cannot_be_copied_is_named():
     model = nn.Linear(4, 2)
     model.source = (number for number in range(3))
     with pytest.raises(StructureError, match=r"Linear cannot be copied.*generator"):
-        trace(Subject.of(model, torch.ones(2, 4)))
+        trace(TracedModel.of(model, torch.ones(2, 4)))
 
 
 def test_a_group_that_does_not_exist_is_named():
-    structure = trace(Subject.of(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.ones(2, 4)))
+    structure = trace(TracedModel.of(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.ones(2, 4)))
     with pytest.raises(KeyError, match=r"'nonsense'.*there are: 0"):
         structure.axes({"nonsense": (0,)})
 
@@ -777,6 +777,6 @@ def test_a_module_with_the_name_that_compiling_gives_is_refused():
 
     model = nn.Sequential(nn.Linear(4, 4), Around(), nn.Linear(4, 2))
     with pytest.raises(StructureError, match=r"1 \(Around\): expected no attribute `_orig_mod`"):
-        trace(Subject.of(model, torch.zeros(1, 4)))
+        trace(TracedModel.of(model, torch.zeros(1, 4)))
     compiled = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4)), nn.Linear(4, 2))
-    assert trace(Subject.of(compiled, torch.zeros(1, 4))).widths == {"0": 4, "1": 4}
+    assert trace(TracedModel.of(compiled, torch.zeros(1, 4))).widths == {"0": 4, "1": 4}

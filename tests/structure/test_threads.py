@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 class Watched(nn.Module):
@@ -24,7 +24,7 @@ class Watched(nn.Module):
 
 
 def groups(running: Callable[[], None]) -> list[tuple[str, int]]:
-    structure = trace(Subject.of(Watched(running), torch.ones(2, 4)))
+    structure = trace(TracedModel.of(Watched(running), torch.ones(2, 4)))
     return [(group.name, group.width) for group in structure.groups]
 
 

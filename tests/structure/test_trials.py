@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 class Between(nn.Module):
@@ -36,7 +36,7 @@ def test_about_half_of_the_units_are_cut(width: int, least: int) -> None:
             raise ValueError("too narrow")
         return h
 
-    structure = trace(Subject.of(Between(width, demanding), X))
+    structure = trace(TracedModel.of(Between(width, demanding), X))
     assert not structure.groups
     assert {frozen.tensor: frozen.reason for frozen in structure.frozen}["hidden.weight"] == (
         "a trial cut failed: ValueError: too narrow"
@@ -58,7 +58,7 @@ class Joined(nn.Module):
 
 def test_a_constant_that_is_as_wide_as_a_layer() -> None:
     """The sum over the units is another when there are fewer tokens: a unit that is zero leaves its token."""
-    structure = trace(Subject.of(Joined(), X))
+    structure = trace(TracedModel.of(Joined(), X))
     assert not structure.groups
     reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
     assert reasons["hidden.weight"] == "reduced over in `sum`"
@@ -73,5 +73,5 @@ def test_random_numbers_of_the_network_are_drawn_without_a_trace() -> None:
 
     model = Between(6, noisy)
     before = states()
-    trace(Subject.of(model, X))
+    trace(TracedModel.of(model, X))
     assert states() == before

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import prune
-from lightning_prune.structure import StructureError, Subject, trace
+from lightning_prune.structure import StructureError, TracedModel, trace
 from tests.support.cutting import draw, masked, settle, shrunk
 
 
@@ -118,7 +118,7 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
     ],
 )
 def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    structure = trace(Subject.of(Between(work), torch.randn(2, 4)))
+    structure = trace(TracedModel.of(Between(work), torch.randn(2, 4)))
     assert structure.widths == {}
     assert {entry.layer for entry in structure.frozen} == {"first", "second"}
 
@@ -134,7 +134,7 @@ def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) ->
     ids=["constant", "hardtanh", "norm", "zeros"],
 )
 def test_what_does_not_depend_on_a_width_is_not(work: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    assert trace(Subject.of(Between(work), torch.randn(2, 4))).widths == {"first": 8}
+    assert trace(TracedModel.of(Between(work), torch.randn(2, 4))).widths == {"first": 8}
 
 
 class Chooser(nn.Module):
@@ -153,7 +153,7 @@ class Chooser(nn.Module):
 
 def test_sizes_that_depend_on_data_freeze_nothing() -> None:
     model, x = Chooser(lambda _: 1.0), torch.randn(40, 4)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"first": 8}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     axes = structure.axes({"first": (1, 2, 6)})
@@ -163,7 +163,7 @@ def test_sizes_that_depend_on_data_freeze_nothing() -> None:
 
 
 def test_a_width_among_them_does() -> None:
-    structure = trace(Subject.of(Chooser(lambda h: h.shape[1] ** -0.5), torch.randn(40, 4)))
+    structure = trace(TracedModel.of(Chooser(lambda h: h.shape[1] ** -0.5), torch.randn(40, 4)))
     assert structure.widths == {}
     assert "a number that depends on a width" in structure.frozen[0].reason
 
@@ -176,7 +176,7 @@ def test_loops_over_as_many_boxes_as_the_data_give() -> None:
 
     torch.manual_seed(0)
     model, x = Between(halved).double(), torch.randn(8, 4, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"first": 8}
     axes = structure.axes({"first": (1, 4, 6)})
     reference = masked(model, axes)
@@ -266,7 +266,7 @@ def overwritten(y: Tensor) -> Tensor:
 def test_is_cut_exactly_or_not_at_all(work: Callable[[nn.Module, Tensor], Tensor], free: int) -> None:
     torch.manual_seed(0)
     model, x = settle(Picture(work)), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     assert structure.widths.get("first", 0) == free
     for seed in range(4):
         axes = structure.axes(draw(structure, seed))
@@ -299,7 +299,7 @@ def normed(net: nn.Module, y: Tensor, groups: int) -> Tensor:
     ids=["scale", "parts", "groups", "groups of eight", "rows", "columns", "chunks", "slice", "repeated", "triangle"],
 )
 def test_units_in_pairs_are_compared_too(work: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:
-    assert "first" not in trace(Subject.of(Picture(work, width), torch.randn(2, 3, 6, 6))).widths
+    assert "first" not in trace(TracedModel.of(Picture(work, width), torch.randn(2, 3, 6, 6))).widths
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.structure import loosen, refresh
+from lightning_prune.structure import refresh, relax_unflatten
 
 
 def named(model):
@@ -52,7 +52,7 @@ def cut(model, axes):
     narrow = {id(tensor): _narrow(tensor, axes[name]) for name, tensor in named(model).items() if name in axes}
     changed = []
     for module in model.modules():
-        loosen(module)
+        relax_unflatten(module)
         slots = [(home, name) for home in (module._parameters, module._buffers) for name in home]
         own = {name: home[name] for home, name in slots if home[name] is not None}
         if any(id(tensor) in narrow for tensor in own.values()):

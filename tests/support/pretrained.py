@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.models import ResNetCIFAR, load_pretrained
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import cut
 
 __all__ = ["PUBLISHED", "accuracy", "dead", "load", "normalised", "weights", "without"]
@@ -87,7 +87,7 @@ def logits(model: ResNetCIFAR, images: Tensor) -> Tensor:
 def without(model: ResNetCIFAR, gone: dict[str, list[int]], test: ImageTensors) -> dict[str, Any]:
     """Cut these channels; what the network answers before and after."""
     before, dense = logits(model, test.images), accuracy(model, test)
-    structure = trace(Subject.of(model, model.example_input_array))
+    structure = trace(TracedModel.of(model, model.example_input_array))
     kept = {name: sorted({*range(structure.group(name).width)} - {*units}) for name, units in gone.items()}
     after = structure.take(kept)
     cut(model, structure.axes(kept))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_prune.structure import Subject, Tracing, verify_shapes
+from lightning_prune.structure import TracedModel, Tracing, verify_shapes
 from tests.support.counting import counting
 from tests.support.cutting import draw, masked, settle, shrunk
 
@@ -295,14 +295,14 @@ def check(drawn):
     torch.manual_seed(seed)
     model = settle(RandomNet(steps, end)).eval()
     x = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
-    tracing = Tracing(Subject.of(model, x))
+    tracing = Tracing(TracedModel.of(model, x))
     structure = tracing.structure
     event(f"groups: {min(len(structure.groups), 5)}")
     for number in range(2):  # a second cut with what `take` says after the first
         kept = draw(structure, seed)
         if number == 0:
             tracing.verify_shapes(kept)
-        verify_shapes(Subject.of(model, x), structure, kept)
+        verify_shapes(TracedModel.of(model, x), structure, kept)
         axes = structure.axes(kept)
         small = shrunk(model, axes)
         torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)

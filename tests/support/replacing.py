@@ -23,7 +23,7 @@ from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
-from lightning_prune.callbacks.subjects import subject_of
+from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.extras import require
 from lightning_prune.planning import Scope, Target, make_plan
 from lightning_prune.scoring import L1, score_groups
@@ -214,7 +214,7 @@ class Replacing(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) != (AT, 0) or history_of(pl_module) is not None:
             return
-        began, subject = perf_counter(), subject_of(pl_module, batch)
+        began, traced = perf_counter(), traced_model_of(pl_module, batch)
         modules = {f"network.{name}": spec for name, spec in CASES[self.case][2].items()}
         self.params = [_count(pl_module)]
         with unwrapped(trainer, pl_module):
@@ -229,7 +229,7 @@ class Replacing(Callback):
                     step=trainer.global_step,
                 ) as change,
             ):
-                structure = change.replace(modules, lambda: trace(subject), trace(subject))
+                structure = change.replace(modules, lambda: trace(traced), trace(traced))
                 self.params.append(_count(pl_module))
                 original = original_of(pl_module, structure)
                 scores = score_groups(L1(), structure.groups, named(pl_module), None)

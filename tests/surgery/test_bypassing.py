@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning.ranked import plan_ranked
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure.bypass import find_bypasses
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.surgery import History, history_of, replay, transaction
@@ -23,15 +23,15 @@ def chain():
 
 def cut(model, removals, limit):
     x = torch.randn(2, 3, 8, 8)
-    subject = Subject.of(model, x)
-    structure = trace(subject)
-    bypasses = find_bypasses(structure, subject)
+    traced = TracedModel.of(model, x)
+    structure = trace(traced)
+    bypasses = find_bypasses(structure, traced)
     plan = plan_ranked(structure, removals, limit, bypasses)
     with transaction(model, run=lambda: model(x)) as change:
         after = change.keep(structure, plan.kept)
         if plan.bypassed:
             specs = bypassed(model, bypasses, plan.bypassed, after.widths)
-            after = change.replace(specs, lambda: trace(subject), after)
+            after = change.replace(specs, lambda: trace(traced), after)
     return plan, after
 
 
@@ -87,9 +87,9 @@ def test_a_stage_of_a_residual_network_goes_whole(branch):
     torch.manual_seed(0)
     model = ResNetCIFAR(14, shortcut="projection")
     x = torch.randn(2, 3, 16, 16)
-    subject = Subject.of(model, x)
-    structure = with_flow(trace(subject), subject)
-    bypasses = find_bypasses(structure, subject)
+    traced = TracedModel.of(model, x)
+    structure = with_flow(trace(traced), traced)
+    bypasses = find_bypasses(structure, traced)
     (stage,) = (name for name, bypass in bypasses.groups.items() if bypass.modules == ("layer2",))
     removals = [{"layer3.0.conv1": branch}, {stage: range(32)}]
     block, left = model.layer3[0], 64 - len(branch)
@@ -99,7 +99,7 @@ def test_a_stage_of_a_residual_network_goes_whole(branch):
     plan = plan_ranked(structure, removals, whole - gone, bypasses)
     with transaction(model, run=lambda: model(x)) as change:
         after = change.keep(structure, plan.kept)
-        change.replace(bypassed(model, bypasses, plan.bypassed, after.widths), lambda: trace(subject), after)
+        change.replace(bypassed(model, bypasses, plan.bypassed, after.widths), lambda: trace(traced), after)
     assert plan.params == whole - gone == sum(p.numel() for p in model.parameters())
     assert isinstance(model.layer2, nn.Identity)
     assert block.shortcut[0].in_channels == 16

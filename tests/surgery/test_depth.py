@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.surgery import (
     CutError,
@@ -195,8 +195,8 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
 
 
 def structure_of(model: nn.Module, x: Tensor) -> Structure:
-    subject = Subject.of(model, x)
-    return with_flow(trace(subject), subject)
+    traced = TracedModel.of(model, x)
+    return with_flow(trace(traced), traced)
 
 
 def gone(structure: Structure, groups: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -502,7 +502,7 @@ def test_layers_that_nothing_can_stand_in_for_stay(what: str) -> None:
 def test_without_a_flow_nothing_vanishes() -> None:
     model, x = build("sequential")
     with pytest.raises(ValueError, match="at least one unit to stay"):
-        trace(Subject.of(model, x)).axes({"1.branch.0": ()})
+        trace(TracedModel.of(model, x)).axes({"1.branch.0": ()})
 
 
 def test_a_history_of_another_network_is_refused() -> None:

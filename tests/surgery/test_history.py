@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import history as history_module
 from lightning_prune.surgery import restore as restore_module
 from lightning_prune.surgery.edits import Keep
@@ -457,7 +457,7 @@ def test_numbers_of_an_unflatten_follow_there_and_back() -> None:
         return nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 2, 2))
 
     model, x = decoder(), torch.randn(2, 4)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     kept = {"0": (0, 2, 5)}
     edits = edits_of(structure, kept, 0, 0, 0)
     dense = model(x).detach()
@@ -484,7 +484,7 @@ def test_masks_go_when_a_network_is_widened(to) -> None:
 
     def narrow(kept):
         model = made()
-        structure = trace(Subject.of(model, torch.zeros(1, 4)))
+        structure = trace(TracedModel.of(model, torch.zeros(1, 4)))
         (edit,) = edits_of(structure, {"0": kept}, epoch=0, step=0, cut=0)
         replay(model, History.begin(structure).add(edit, model))
         return model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_prune import surgery
-from lightning_prune.structure import Call, Subject, trace
+from lightning_prune.structure import Call, TracedModel, trace
 from lightning_prune.surgery import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
 
 FOUND = [
@@ -44,7 +44,7 @@ def setting():
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
-    structure = trace(Subject(model, tuple(Call((x,), training=training) for training in (False, True))))
+    structure = trace(TracedModel(model, tuple(Call((x,), training=training) for training in (False, True))))
     model(x).square().mean().backward()
     return model, structure.groups
 
@@ -130,7 +130,7 @@ def test_group_lasso_counts_the_weight_of_a_unit_to_itself_once():
 
     model, x = Loop().double(), torch.randn(3, 2, 5, dtype=torch.float64)
     model(x).sum().backward()
-    (group,) = trace(Subject.of(model, x)).groups
+    (group,) = trace(TracedModel.of(model, x)).groups
     stem, loop, head = model.stem, model.loop, model.head
     total = 0
     for k in range(4):

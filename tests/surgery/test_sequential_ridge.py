@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import FoldMean, SequentialRidge, cut, install, repaired
 from lightning_prune.surgery.repairs.linear import as_matrices, from_matrices, rows_of, spread
 
@@ -93,7 +93,7 @@ def batches(*shape, count=4, seed=3):
 
 
 def axes_of(net, example, kept):
-    structure = trace(Subject.of(net, example))
+    structure = trace(TracedModel.of(net, example))
     return structure.axes({group.name: np.array(kept) for group in structure.groups if group.width == 6})
 
 
@@ -198,7 +198,7 @@ class Depthwise(nn.Module):
 
 def test_grouped_and_transposed_convolutions_are_fitted():
     net, xs = Depthwise(), batches(8, 2, 5, 5)
-    structure = trace(Subject.of(net, xs[0]))
+    structure = trace(TracedModel.of(net, xs[0]))
     (group,) = (group for group in structure.groups if "first" in group.producers)
     axes = structure.axes({group.name: np.array([1, 2, 5])})
     narrow, contents = refitted(net, axes, DataPass(xs), SequentialRidge(strength=1e-6))

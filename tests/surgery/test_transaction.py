@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_prune.models import ResNetCIFAR
-from lightning_prune.structure import Structure, Subject, trace
+from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
-from lightning_prune.structure.standins import Nothing
+from lightning_prune.structure.stubs import Empty
 from lightning_prune.surgery import (
     CutError,
     HistoryError,
@@ -67,11 +67,11 @@ def step(model: nn.Module, optimizer: Optimizer, seed: int = 1) -> None:
 
 def truncate(model: nn.Module, *, cut: bool = True, **options: Any) -> Structure:
     """Everything behind the second convolution goes, a new head comes, and half of the units."""
-    subject = Subject.of(model, images())
+    traced = TracedModel.of(model, images())
     tail = {str(number): IDENTITY for number in range(6, 9)}
     with transaction(model, run=lambda: model(images()), **options) as change:
         head = {"11": LayerSpec("Linear", {"in_features": 8, "out_features": 5})}
-        structure = change.replace(tail | head, lambda: trace(subject), trace(subject))
+        structure = change.replace(tail | head, lambda: trace(traced), trace(traced))
         return change.keep(structure, halves(structure), {"share": 1.0}) if cut else structure
 
 
@@ -136,14 +136,14 @@ class TestTruncation:
     def test_of_a_network_that_was_cut_before(self) -> None:
         """Names and dense shapes change in the midst of a history."""
         model = chain()
-        wide, subject = checkpoint_of(model), Subject.of(model, images())
+        wide, traced = checkpoint_of(model), TracedModel.of(model, images())
         with transaction(model, run=lambda: model(images())) as change:
-            structure = trace(subject)
+            structure = trace(traced)
             change.keep(structure, {"0": (0, 2, 3, 5), "3": (0, 1, 2, 4, 5, 7)})
         earlier = checkpoint_of(model)
         head = {"11": LayerSpec("Linear", {"in_features": 6, "out_features": 5}), "6": IDENTITY, "7": IDENTITY}
         with transaction(model, run=lambda: model(images())) as change:
-            structure = change.replace(head, lambda: trace(subject))
+            structure = change.replace(head, lambda: trace(traced))
             change.keep(structure, {"0": (0, 1), "3": (1, 2, 3)})
         later = checkpoint_of(model)
         assert [edit.cut for edit in History.from_plain(later[KEY]).edits] == [0, 1, 1]
@@ -155,21 +155,21 @@ class TestTruncation:
 
     def test_shares_go_on_referring_to_the_dense_network(self) -> None:
         model = chain()
-        dense = trace(Subject.of(model, images()))
+        dense = trace(TracedModel.of(model, images()))
         structure = truncate(model)
         original = original_of(model, structure)
         assert (original.params, original.macs) == (dense.cost.params(dense.widths), dense.cost.macs(dense.widths))
         assert original.widths == dense.widths
         assert structure.widths == {"0": 3, "3": 4}
         fresh = load(chain(seed=2), checkpoint_of(model))
-        assert original_of(fresh, trace(Subject.of(fresh, images()))) == original
+        assert original_of(fresh, trace(TracedModel.of(fresh, images()))) == original
 
     def test_of_half_a_network_that_is_the_new_dense_one(self) -> None:
         model = chain()
-        subject = Subject.of(model, images())
+        traced = TracedModel.of(model, images())
         with transaction(model, run=lambda: model(images())) as change:
             head = {"11": spec_of(model[11], out_features=7)}
-            structure = change.replace(head, lambda: trace(subject), new_dense=True)
+            structure = change.replace(head, lambda: trace(traced), new_dense=True)
         params = sum(parameter.numel() for parameter in model.parameters())
         assert original_of(model, structure).params == params
         with transaction(model, run=lambda: model(images())) as change:
@@ -179,7 +179,7 @@ class TestTruncation:
     def test_a_share_needs_the_network_as_it_was(self) -> None:
         model = chain()
         with pytest.raises(HistoryError, match="Expected the structure"), transaction(model) as change:
-            change.replace({"11": IDENTITY}, lambda: trace(Subject.of(model, images())))
+            change.replace({"11": IDENTITY}, lambda: trace(TracedModel.of(model, images())))
 
     def test_replay_keeps_the_weights_that_stay(self) -> None:
         model, twin = chain(), chain()
@@ -192,10 +192,10 @@ class TestTruncation:
 def test_a_layer_that_vanishes_is_bypassed() -> None:
     """It becomes an identity, and its consumer is built again in the width of its predecessor."""
     model = chain()
-    subject, dense = Subject.of(model, images()), copy.deepcopy(model)
+    traced, dense = TracedModel.of(model, images()), copy.deepcopy(model)
     with transaction(model, run=lambda: model(images())) as change:
         bypass = {"3": IDENTITY, "4": IDENTITY, "5": IDENTITY, "6": spec_of(model[6], in_channels=6)}
-        structure = change.replace(bypass, lambda: trace(subject), trace(subject))
+        structure = change.replace(bypass, lambda: trace(traced), trace(traced))
         change.install({"6.weight": dense[6].weight[:, :6] * 2})
         assert structure.widths == {"0": 6, "6": 4}
     reference = nn.Sequential(*dense[:3], nn.Conv2d(6, 4, 3, padding=1, bias=False).double(), *dense[7:])
@@ -209,12 +209,12 @@ class TestResNet:
         torch.manual_seed(0)
         model = ResNetCIFAR(14).double()
         x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-        subject = Subject.of(model, x)
+        traced = TracedModel.of(model, x)
         wide = checkpoint_of(model)
         with transaction(model, run=lambda: model(x)) as change:
             tail = dict.fromkeys(("layer3", "layer2.1"), IDENTITY)
             head = {"linear": LayerSpec("Linear", {"in_features": 32, "out_features": 5})}
-            structure = change.replace(tail | head, lambda: trace(subject), trace(subject))
+            structure = change.replace(tail | head, lambda: trace(traced), trace(traced))
             structure = change.keep(structure, halves(structure))
         assert model(x).shape == (2, 5)
         fresh = ResNetCIFAR(14).double()
@@ -230,14 +230,14 @@ class TestResNet:
         torch.manual_seed(0)
         model = ResNetCIFAR(14).double()
         x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-        subject, wide = Subject.of(model, x), checkpoint_of(model)
+        traced, wide = TracedModel.of(model, x), checkpoint_of(model)
         params = sum(parameter.numel() for parameter in model.parameters())
         head = LayerSpec("Linear", {"in_features": 16, "out_features": 4})
         modules = {"layer2": IDENTITY, "layer3": IDENTITY, "linear": head}
 
         def found() -> Structure:
             history = history_of(model)
-            return with_flow(trace(subject), subject, history.vanished if history is not None else ())
+            return with_flow(trace(traced), traced, history.vanished if history is not None else ())
 
         with transaction(model, run=lambda: model(x)) as change:
             structure = found()
@@ -248,7 +248,7 @@ class TestResNet:
                     "layer2.0.conv1": (0, 3),
                 }
                 structure = change.keep(structure, kept)
-                assert isinstance(model.layer2[1].conv1, Nothing)
+                assert isinstance(model.layer2[1].conv1, Empty)
             structure = change.replace(modules, found, structure)
             structure = change.keep(structure, {"layer1.1.conv1": (), "conv1": (0, 1, 2)})
         left = {"conv1"} if first == "drop" else {"conv1", "layer1.0.conv1"}
@@ -297,16 +297,16 @@ class TestTied:
     def _replaced(self, *orders: tuple[str, ...]) -> tuple[Knotted, dict[str, Any]]:
         torch.manual_seed(0)
         model, x = Knotted().double(), torch.ones(2, 4, dtype=torch.float64)
-        wide, subject = checkpoint_of(model), Subject.of(model, x)
+        wide, traced = checkpoint_of(model), TracedModel.of(model, x)
         specs = {
             "tail": LayerSpec("Linear", {"in_features": 4, "out_features": 8}),
             "second": IDENTITY,
             "third": IDENTITY,
         }
-        structure = trace(subject)
+        structure = trace(traced)
         for names in orders:
             with transaction(model, run=lambda: model(x)) as change:
-                structure = change.replace({n: specs[n] for n in names}, lambda: trace(subject), structure)
+                structure = change.replace({n: specs[n] for n in names}, lambda: trace(traced), structure)
         return model, wide
 
     @pytest.mark.parametrize(
@@ -359,12 +359,12 @@ class TestOptimizers:
         step(model, optimizer)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
         groups = [id(group) for group in optimizer.param_groups]
-        subject = Subject.of(model, images())
+        traced = TracedModel.of(model, images())
         linear = LayerSpec("Linear", {"in_features": 4, "out_features": 4})
         head = LayerSpec("Sequential", layers=(linear, LayerSpec("ReLU"), linear)) if deeper else linear
         state = {id(p): copy.deepcopy(s) for p, s in optimizer.state.items()}
         with transaction(model, [optimizer], run=lambda: model(images())) as change:
-            change.replace({"6": IDENTITY, "7": IDENTITY, "11": head}, lambda: trace(subject), trace(subject))
+            change.replace({"6": IDENTITY, "7": IDENTITY, "11": head}, lambda: trace(traced), trace(traced))
         self._resumed(model, build, optimizer)
         assert [id(group) for group in optimizer.param_groups] == groups
         assert scheduler.optimizer is optimizer
@@ -391,7 +391,7 @@ def test_all_is_taken_back(fatal: type[BaseException], place: str, photograph: A
     step(model, optimizer)
     before = photograph(model, [optimizer]), photograph(average), torch.get_rng_state()
     modules = [[id(module) for module in network.modules()] for network in (model, average)]
-    structure = trace(Subject.of(model, images()))
+    structure = trace(TracedModel.of(model, images()))
 
     def run() -> Tensor:
         if place == "run" and isinstance(model[6], nn.Identity):
@@ -399,11 +399,11 @@ def test_all_is_taken_back(fatal: type[BaseException], place: str, photograph: A
         return model(images())
 
     def attempt() -> None:
-        subject = Subject.of(model, images())
+        traced = TracedModel.of(model, images())
         with transaction(model, [optimizer], [average], run) as change:
             change.keep(structure, halves(structure))
             head = {"6": IDENTITY, "7": IDENTITY, "11": spec_of(model[11], in_features=4)}
-            change.replace(head, lambda: trace(subject))
+            change.replace(head, lambda: trace(traced))
             change.install({"11.weight": torch.ones(3, 4)})
             change.forget()
             assert torch.equal(average[11].bias, model[11].bias)
@@ -426,7 +426,7 @@ class TestChecked:
     def test_contents_that_are_not_finite(self, photograph: Any, same: Any) -> None:
         model = chain()
         before = photograph(model)
-        structure = trace(Subject.of(model, images()))
+        structure = trace(TracedModel.of(model, images()))
 
         def attempt() -> None:
             with transaction(model, run=lambda: model(images())) as change:
@@ -442,7 +442,7 @@ class TestChecked:
         model[11].bias.data[0] = torch.inf
         truncate_head = {"0": (0, 1)}
         with transaction(model, run=lambda: model(images())) as change:
-            change.keep(trace(Subject.of(model, images())), truncate_head)
+            change.keep(trace(TracedModel.of(model, images())), truncate_head)
         assert model[0].out_channels == 2
         assert history_of(model) is not None
         assert model(images()).isinf().any()
@@ -454,9 +454,9 @@ class TestChecked:
             calls.append(model[0].out_channels)
             return model(images())
 
-        subject = Subject.of(model, images())
+        traced = TracedModel.of(model, images())
         with transaction(model, run=run) as change:
-            structure = change.keep(trace(subject), {"0": (0, 1, 2)})
+            structure = change.keep(trace(traced), {"0": (0, 1, 2)})
             change.keep(structure, {"0": (0, 1)})
             change.install({"0.weight": torch.zeros(2, 3, 3, 3)})
         assert calls == [2]
@@ -464,7 +464,7 @@ class TestChecked:
             pass
         assert calls == [2]
         with transaction(model, run=run) as change:
-            change.keep(trace(subject), {"0": (1,)})
+            change.keep(trace(traced), {"0": (1,)})
             change.verify()
         assert calls == [2, 1]
 
@@ -481,10 +481,10 @@ class TestRefused:
         self, modules: dict[str, LayerSpec], text: str, photograph: Any, same: Any
     ) -> None:
         model = chain()
-        before, subject = photograph(model), Subject.of(model, images())
-        structure = trace(subject)
+        before, traced = photograph(model), TracedModel.of(model, images())
+        structure = trace(traced)
         with pytest.raises((CutError, HistoryError), match=text), transaction(model) as change:
-            change.replace(modules, lambda: trace(subject), structure)
+            change.replace(modules, lambda: trace(traced), structure)
         assert same(photograph(model), before)
 
     @pytest.mark.parametrize(
@@ -667,12 +667,12 @@ class Tied(nn.Module):
 def test_a_tied_weight_that_is_replaced_has_its_group_and_place(name: str) -> None:
     """The group of the weight that it was tied to, not that of its module's bias: state loads by position."""
     model, x = Tied(), torch.randn(5, 6, dtype=torch.float64)
-    optimizer, subject = model.by_kind(), Subject.of(model, x)
+    optimizer, traced = model.by_kind(), TracedModel.of(model, x)
     model(x).square().sum().backward()
     optimizer.step()
     with transaction(model, [optimizer], run=lambda: model(x)) as change:
         spec = LayerSpec("Linear", {"in_features": 8, "out_features": 8})
-        change.replace({name: spec}, lambda: trace(subject), trace(subject))
+        change.replace({name: spec}, lambda: trace(traced), trace(traced))
     again = load(Tied(), checkpoint_of(model))
     names = [{id(p): name for name, p in network.named_parameters()} for network in (model, again)]
     found, expected = (
@@ -686,16 +686,16 @@ def test_a_tied_weight_that_is_replaced_has_its_group_and_place(name: str) -> No
 def test_a_layer_in_two_places_is_not_replaced(names: list[str], photograph: Any, same: Any) -> None:
     """The other place would keep the old one, and after widening they would no longer be one."""
     model, x = Tied(whole=True), torch.randn(5, 6, dtype=torch.float64)
-    subject, before = Subject.of(model, x), photograph(model)
+    traced, before = TracedModel.of(model, x), photograph(model)
     with pytest.raises(CutError, match=r"one place each, but .* shares one"), transaction(model) as change:
-        change.replace(dict.fromkeys(names, IDENTITY), lambda: trace(subject), trace(subject))
+        change.replace(dict.fromkeys(names, IDENTITY), lambda: trace(traced), trace(traced))
     assert same(before, photograph(model))
 
 
 @pytest.mark.parametrize("modules", [None, "11", {"11": nn.Linear(4, 3)}, {"11": "Identity"}, {11: IDENTITY}])
 def test_what_is_no_description_of_a_layer(modules: Any, photograph: Any, same: Any) -> None:
     model = chain()
-    subject, before = Subject.of(model, images()), photograph(model)
+    traced, before = TracedModel.of(model, images()), photograph(model)
     with pytest.raises(TypeError, match="expected a `LayerSpec` by the name of each module"), transaction(model) as c:
-        c.replace(modules, lambda: trace(subject), trace(subject))
+        c.replace(modules, lambda: trace(traced), trace(traced))
     assert same(before, photograph(model))

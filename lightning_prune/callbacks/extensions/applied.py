@@ -128,4 +128,4 @@ class Extensions:
     def _calibration(self, run: RunContext, repairs: Sequence[Repair]) -> Calibration:
         readers = [repair for repair in repairs if repair.batches]
         reader, batches = (repr(readers[0]) if readers else None), max((one.batches for one in readers), default=0)
-        return Calibration(run.trainer, run.module, run.subject, batches=batches, reader=reader)
+        return Calibration(run.trainer, run.module, run.traced, batches=batches, reader=reader)

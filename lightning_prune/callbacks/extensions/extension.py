@@ -13,7 +13,7 @@ from lightning_prune.arguments import Settings
 from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Subject
+from lightning_prune.structure import TracedModel
 from lightning_prune.surgery import Edit, Repair
 
 __all__ = ["CutExtension", "RunContext", "require_one_restart"]
@@ -26,7 +26,7 @@ class RunContext:
     Attributes:
         trainer: Its trainer.
         module: The network that trains.
-        subject: How copies of the network are made.
+        traced: How copies of the network are made.
         report: What was done and measured so far.
         folder: Gives the folder for files; all processes must call it.
         timeline: The cuts of the run, those already made included.
@@ -36,7 +36,7 @@ class RunContext:
 
     trainer: Trainer
     module: LightningModule
-    subject: Subject
+    traced: TracedModel
     report: Report
     folder: Callable[[], Path]
     timeline: tuple[CutPoint, ...]

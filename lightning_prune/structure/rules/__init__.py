@@ -1,4 +1,4 @@
-"""How each ATen operator passes on the indices of its inputs: one small rule per kind of operator."""
+"""Rules that propagate the atoms of an ATen operator's inputs to its outputs, one per kind of operator."""
 
 # Importing a file registers its rules.
 from lightning_prune.structure.rules import contractions, elementwise, indexing, normalization, reductions, views

@@ -15,12 +15,12 @@ __all__: list[str] = []  # the rules register themselves
 
 
 def _is_zero(value: Value, dim: int) -> bool:
-    """Whether a tensor is zero where units left one of its axes."""
+    """Whether a tensor is zero for removed units of one of its axes."""
     return value.zero and isinstance(value.axes[dim], np.ndarray)
 
 
 def _contract(t: Tracer, func: Any, a: Value, dim_a: int, b: Value, dim_b: int, length: int) -> None:
-    """Sum over a common axis: exact if one side is zero where units are removed."""
+    """Sum over a common axis: exact if one side is zero for removed units."""
     label = t.meet(a.axes[dim_a], b.axes[dim_b], t.where(func))
     if isinstance(label, np.ndarray) and not (_is_zero(a, dim_a) or _is_zero(b, dim_b)):
         t.freeze([label], f"summed over in {t.where(func)} where removed units would not be zero")
@@ -74,7 +74,7 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
 def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """softmax(q kᵀ · scale) v on (batch, heads, positions, features).
 
-    The features of v are followed. Those of q and k stay, since the scale is computed from their number.
+    The features of v are followed; those of q and k are frozen, since the scale is computed from their number.
     """
     q, k, v = (t.value(x) for x in args[:3])
     where = t.where(func)
@@ -125,16 +125,16 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if t.samples is None and not t.constant:
         t.samples = batch
     t.count(math.prod(positions) * math.prod(weight.shape[2:]) * batch, w.axes[:2], weight.shape[:2])
-    # A bias is there for every sample.
+    # The bias is added to every sample.
     samples_zero = not labelled(axes[:channel]) or (v.zero and bias is None)
     t.label(out, axes, zero=w.zero and samples_zero and (bias is None or t.value(bias).zero))
 
 
 def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: bool, where: str) -> AxisLabel:
-    """Couple the channels of a grouped convolution; the labels of what it produces.
+    """Couple the channels of a grouped convolution and return the labels of its output channels.
 
-    Where a group has one input or one output channel (depthwise), whole groups go; elsewhere every group loses the
-    same positions, so that all stay equally wide.
+    If a group has one input or one output channel (depthwise), whole groups are removed; else every group loses the
+    same positions, so that all keep the same width.
     """
     rows, inner = w.axes[0], w.axes[1]
     if not w.zero or not isinstance(rows, np.ndarray) or not isinstance(inner, np.ndarray):
@@ -147,7 +147,7 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
     given_by_group = given.reshape(groups, -1)
     per_row_group, per_inner = by_group.shape[1], len(inner)
     roots = t.atoms.find(by_group)
-    # Of a network that was cut before, groups as thin as one channel are known by what its structure unites.
+    # In a network that was cut before, the structure tells whether groups of one channel are removed as a whole.
     whole = (per_row_group == 1 or per_inner == 1) and not (roots == roots[0]).all()
     if w.source is not None:  # a trial cut makes groups as thin, too: there the first trace has decided
         whole = t.whole_groups.setdefault(w.source[0], whole)

@@ -14,7 +14,7 @@ from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, Value, fl
 
 __all__ = ["broadcast", "pointwise", "same", "zero_along"]
 
-#: f(0) = 0 in every input that is a tensor: the slices of removed units stay zero.
+#: Operators with f(0) = 0 for every tensor input, so that slices of removed units stay zero.
 _ZERO_KEEPING = frozenset(
     [
         "relu",
@@ -65,7 +65,7 @@ _ZERO_KEEPING = frozenset(
 
 
 def broadcast(t: Tracer, func: Any, values: Sequence[tuple[torch.Tensor, Value]], ndim: int) -> list[AxisLabel]:
-    """Labels of a broadcast result: aligned dimensions of equal length unite, those of length 1 give way."""
+    """Labels of a broadcast result: aligned dimensions of equal length are united, those of length 1 ignored."""
     axes: list[AxisLabel] = [None] * ndim
     where = t.where(func)
     for back in range(1, ndim + 1):
@@ -92,14 +92,14 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def zero_along(x: torch.Tensor, value: Value, axes: Sequence[AxisLabel]) -> bool:
-    """Whether a tensor is zero where units left any of the ``axes``, to which its own are aligned from the last on."""
+    """Whether a tensor is zero for removed units of any of ``axes``, with which its own are aligned from the right."""
     along = (d - len(axes) for d in labelled(axes))
     return value.zero and all(x.dim() >= -d and x.shape[d] > 1 and isinstance(value.axes[d], np.ndarray) for d in along)
 
 
 def _stays_zero(func: Any, args: Any, inputs: Sequence[tuple[torch.Tensor, Value]], axes: Sequence[AxisLabel]) -> bool:
     """Whether the slices of removed units are zero after an elementwise operator."""
-    name = _twin(func)
+    name = _out_of_place(func)
     covers = [zero_along(x, v, axes) for x, v in inputs]
     if name == "mul":
         return any(covers)
@@ -109,8 +109,8 @@ def _stays_zero(func: Any, args: Any, inputs: Sequence[tuple[torch.Tensor, Value
 
 
 def _keeps_zero(func: Any, args: Any) -> bool:
-    """Whether an elementwise operator makes zero of zeros."""
-    name = _twin(func)
+    """Whether an elementwise operator maps zero to zero."""
+    name = _out_of_place(func)
     if name in ("add", "sub"):
         return not any(isinstance(a, (int, float)) and a != 0 for a in args[1:2])
     if name == "hardtanh":
@@ -119,14 +119,14 @@ def _keeps_zero(func: Any, args: Any) -> bool:
 
 
 @functools.cache
-def _twin(func: Any) -> str:
-    """Name of an operator, or of the one that does not work in place."""
+def _out_of_place(func: Any) -> str:
+    """Name of the out-of-place variant of an operator."""
     return str(func._schema.name).removeprefix("aten::").rstrip("_")
 
 
 @rule("clone", "detach", "detach_", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "lift")
 def same(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """The same elements again."""
+    """Copy the elements."""
     value = t.value(args[0])
     t.label(out, value.axes, zero=value.zero, source=value.source)
 
@@ -165,7 +165,7 @@ def like(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "randn",
 )
 def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Zeros or noise, the same at every index; whether the size follows is settled by the trial."""
+    """Zeros or noise, the same at every index; the trial checks whether their size depends on a width."""
     t.repeated(out.shape[:-1])
     t.label(out, (WILD,) * out.dim())
 
@@ -193,7 +193,7 @@ def constant(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("copy_")
 def copy_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Write into a tensor."""
+    """Copy into a tensor."""
     target, source = args[0], args[1]
     inputs = [(target, t.value(target)), (source, t.value(source))]
     axes = broadcast(t, func, inputs, target.dim())

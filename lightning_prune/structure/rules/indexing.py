@@ -1,4 +1,4 @@
-"""Putting tensors together and taking parts of them."""
+"""Concatenation, splitting and indexing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_prune.structure.rules.elementwise import broadcast, zero_along
 from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule, unknown
 from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer
 
-__all__ = ["index", "nothing", "split"]
+__all__ = ["index", "reads_sizes", "split"]
 
 
 @rule("cat", "concat", "stack")
 def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Concatenate: indices stand one after another."""
+    """Concatenate the atoms."""
     stacked = str(func._schema.name) == "aten::stack"
     parts = [p for p in args[0] if stacked or p.dim() > 1 or p.numel()]  # `cat` skips empty vectors
     dim = argument(func, args, kwargs, "dim", 0) % out.dim()
@@ -54,7 +54,7 @@ def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
 def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Equal parts lose the same indices; the bounds of unequal parts are numbers and stay."""
+    """Split: equal parts lose the same indices; unequal parts are frozen."""
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
     parts = list(out)
@@ -75,10 +75,9 @@ def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("slice", "slice_copy", "narrow")
 def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A slice. Its bounds are numbers: they point at the same place if what lies before them stays.
+    """Slice: the indices before each bound are frozen, since the bound is a number.
 
-    A bound that is counted from the end moves with what lies behind it; whether one was computed from a width shows in
-    the trial, by what the slice holds.
+    For a bound counted from the end, those after it are. The trial checks bounds that are computed from a width.
     """
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
@@ -103,7 +102,7 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("select", "select_copy")
 def select(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """One index of an axis: the axis must keep what lies before it."""
+    """Select one index of an axis, which is frozen."""
     x, value = args[0], t.value(args[0])
     dim = args[1] % x.dim()
     t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
@@ -112,7 +111,7 @@ def select(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("unbind", "unbind_copy")
 def unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Every index of an axis on its own."""
+    """Split an axis into its indices, which freezes it."""
     x, value = args[0], t.value(args[0])
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
     t.freeze([value.axes[dim]], f"taken apart in {t.where(func)}")
@@ -122,7 +121,7 @@ def unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("index_select", "gather", "index", "take_along_dim", "_unsafe_index")
 def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Pick by an index tensor: exact along the axes that are not indexed."""
+    """Index with a tensor: the indexed axis is frozen, the others are followed."""
     name = str(func._schema.name).removeprefix("aten::")
     x, value = args[0], t.value(args[0])
     if name == "index_select":
@@ -145,7 +144,7 @@ def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("glu")
 def glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Gated halves: both lose the same indices."""
+    """Gated linear unit: both halves lose the same indices."""
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", -1) % x.dim()
     axis = value.axes[dim]
@@ -165,6 +164,6 @@ def glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "_assert_tensor_metadata",
     "_is_all_true",
 )
-def nothing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Reads sizes only."""
+def reads_sizes(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Operators that only read sizes."""
     rigid(t, out)

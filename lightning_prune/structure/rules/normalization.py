@@ -24,9 +24,9 @@ __all__: list[str] = []  # the rules register themselves
     "_native_batch_norm_legit_functional",
 )
 def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Batch norm: everything of one channel goes with it."""
+    """Batch norm: parameters and statistics are removed with their channel."""
     x = t.value(args[0])
-    # Statistics over units, where a weight is standardised: a cut leaves others, and scales that are not known.
+    # A standardised weight: statistics over units would change with a cut.
     t.freeze([x.axes[0], *x.axes[2:]], f"normalised over in {t.where(func)}")
     channel: AxisLabel = x.axes[1]
     zeros = {}
@@ -45,7 +45,7 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("native_layer_norm")
 def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Layer norm. Its statistics change when units leave: exact as a narrower layer, not as a masked one."""
+    """Layer norm: its statistics change with the width, so a cut equals a narrower layer, not a masked one."""
     x, shape, weight, bias = args[0], args[1], args[2], args[3]
     value, first = t.value(x), x.dim() - len(shape)
     axes = list(value.axes)
@@ -61,14 +61,14 @@ def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _scaled_to_zero(t: Tracer, weight: torch.Tensor | None, bias: torch.Tensor | None, outer: list[AxisLabel]) -> bool:
-    """Whether weight and bias of a norm make zero of removed units; those of ``outer`` axes do not have their own."""
+    """Whether weight and bias of a norm are zero for all removed units."""
     zeros = [tensor is None or t.value(tensor).zero for tensor in (weight, bias)]
     return weight is not None and all(zeros) and not labelled(outer)
 
 
 @rule("_weight_norm_interface")
 def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Weight = g · v / ‖v‖ with one norm per index of `dim`; entries that are zero do not count in a norm."""
+    """Weight norm, g · v / ‖v‖ with one norm per index of `dim`; zero entries do not change a norm."""
     v, g = t.value(args[0]), t.value(args[1])
     dim = argument(func, args, kwargs, "dim", 0)
     axes = list(v.axes)
@@ -80,7 +80,7 @@ def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("native_group_norm")
 def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Group norm: every group loses the same positions; a group of one channel goes as a whole."""
+    """Group norm: every group loses the same positions; a group of one channel is removed as a whole."""
     x, weight, bias, groups = args[0], args[1], args[2], int(args[6])
     axes = list(t.value(x).axes)
     t.freeze(axes[2:], f"normalised over in {t.where(func)}")
@@ -90,7 +90,7 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = axes[1]
     if isinstance(channel, np.ndarray):
         by_group = channel.reshape(groups, -1)
-        t.note(groups if by_group.shape[1] > 1 else None)  # groups of one channel go with it, of others none goes
+        t.note(groups if by_group.shape[1] > 1 else None)  # only groups of one channel can be removed
         if by_group.shape[1] > 1:
             t.atoms.unite(by_group[1:].ravel(), np.tile(by_group[0], groups - 1))
         elif weight is None:

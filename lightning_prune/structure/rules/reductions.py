@@ -46,7 +46,7 @@ __all__ = ["spatial"]
     "mkldnn_max_pool2d",
 )
 def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Work on the trailing positions, channel by channel."""
+    """Operators on the spatial dimensions, per channel."""
     name = str(func._schema.name)
     rank = next(int(n) for n in "123" if f"{n}d" in name)
     inputs = [x for x in flat_tensors(args) if x.dim() == args[0].dim()]
@@ -59,7 +59,7 @@ def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")
 def region(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Regions cut out of the positions, channel by channel: (regions, channels, height, width)."""
+    """Region pooling, per channel: (regions, channels, height, width)."""
     value = t.value(args[0])
     t.freeze(value.axes[2:], f"the positions of {t.where(func)}")
     t.freeze(t.value(args[1]).axes, f"the regions of {t.where(func)}")
@@ -70,7 +70,7 @@ def region(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("constant_pad_nd")
 def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Padding; a padded channel has no unit behind it and stays."""
+    """Padding: padded channels are frozen."""
     value, amounts = t.value(args[0]), args[1]
     axes = list(value.axes)
     fill = argument(func, args, kwargs, "value", 0)
@@ -126,7 +126,7 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "logcumsumexp",
 )
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Reduce or normalise over some dimensions; only a sum of zeros is the same without them."""
+    """Reduce or normalise over dimensions, which are frozen unless removed units do not change the result."""
     name = str(func._schema.name).removeprefix("aten::")
     if name in ("max", "min") and len(flat_tensors(args)) == 2:
         pointwise(t, func, args, kwargs, out)
@@ -147,7 +147,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _ignores_zeros(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a reduction is the same without elements that are zero: a sum, a norm of positive order."""
+    """Whether zero elements do not change a reduction: a sum, a norm of positive order."""
     name = str(func._schema.name).removeprefix("aten::")
     if name in ("norm", "linalg_vector_norm"):
         order = argument(func, args, kwargs, "ord" if name == "linalg_vector_norm" else "p", 2)

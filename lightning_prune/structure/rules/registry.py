@@ -1,8 +1,7 @@
-"""The table of rules: how each ATen operator passes on the indices of its inputs.
+"""Registry of the rules for ATen operators.
 
-A rule sees the operator's inputs and outputs and does three things: unite indices that can only be removed together,
-freeze those for which removing is not the same as setting to zero, and label the outputs. An operator without a rule
-freezes what flows into it.
+A rule unites indices that can only be removed together, freezes those for which removing differs from setting to zero,
+and labels the outputs. An operator without a rule freezes all its inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the ATen operators ``names``, in-place twins included."""
+    """Register a rule for the ATen operators ``names`` and their in-place variants."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -34,7 +33,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def argument(func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, default: Any = None) -> Any:
-    """An operator's argument by its name in the schema, wherever it was passed."""
+    """An operator's argument by its name in the schema, positional or by keyword."""
     position, without = _places(func).get(name, (None, None))
     if position is None:
         return default
@@ -60,18 +59,18 @@ def dimensions(dims: Any, ndim: int) -> list[int]:
 
 
 def labelled(axes: Sequence[AxisLabel]) -> list[int]:
-    """Dimensions whose indices are followed."""
+    """Dimensions with atoms."""
     return [d for d, axis in enumerate(axes) if isinstance(axis, np.ndarray)]
 
 
 def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """No rule: nothing that flows in may change its width."""
+    """Freeze all inputs of an operator without a rule."""
     for tensor in flat_tensors(args, kwargs):
         t.freeze(t.value(tensor).axes, f"no rule for the operator {t.where(func)}")
     rigid(t, out)
 
 
 def rigid(t: Tracer, out: Any) -> None:
-    """Outputs of fixed size."""
+    """Label outputs as axes of fixed size."""
     for tensor in flat_tensors(out):
         t.label(tensor, (None,) * tensor.dim())

@@ -1,4 +1,4 @@
-"""Operators that order the same elements otherwise, or repeat them."""
+"""Views, permutations and repetitions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _moved(t: Tracer, out: torch.Tensor, value: Value, dims: Sequence[int]) -> N
 
 @rule("t", "transpose", "permute", "transpose_", "t_", "swapaxes", "movedim", "numpy_T")
 def permute(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Exchange dimensions."""
+    """Permute dimensions."""
     value, ndim = t.value(args[0]), out.dim()
     dims = list(range(ndim))
     if len(args) == 3:
@@ -52,7 +52,7 @@ def permute(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "unsqueeze_copy",
 )
 def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Merge and split dimensions (an added or dropped dimension of length 1 is a case of it)."""
+    """Merge and split dimensions, including added and dropped dimensions of length 1."""
     x = args[0]
     value = t.value(x)
     if x.dtype != out.dtype or x.numel() != out.numel():
@@ -78,14 +78,14 @@ def squeeze(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _blocks_of_view(t: Tracer, old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> Blocks | None:
-    """Which old dimensions become which new ones; None if they stay.
+    """Old and new dimensions that correspond in a view; None if they are unchanged.
 
-    A trial follows the first trace: where a cut leaves a single unit, its lengths alone would tell another story.
+    A trial reuses those of the first trace, as lengths are ambiguous where a single unit is left.
     """
-    if t.decided is None:
+    if t.first_decisions is None:
         blocks = None if old == new else _blocks(old, new, labelled)
-    elif len(t.views) < len(t.decided_views):
-        blocks = t.decided_views[len(t.views)]
+    elif len(t.views) < len(t.first_views):
+        blocks = t.first_views[len(t.views)]
         if not (_fits(blocks, old, new) if blocks is not None else old == new):
             raise MismatchError("a view regroups other axes than before")
     else:
@@ -95,7 +95,7 @@ def _blocks_of_view(t: Tracer, old: tuple[int, ...], new: tuple[int, ...], label
 
 
 def _fits(blocks: Blocks, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether dimensions of these lengths can be grouped so."""
+    """Whether the blocks are consistent with these lengths."""
     counts = sum(len(a) for a, _ in blocks), sum(len(b) for _, b in blocks)
     alike = (math.prod(old[d] for d in a) == math.prod(new[d] for d in b) for a, b in blocks)
     return counts == (len(old), len(new)) and all(alike)
@@ -104,7 +104,7 @@ def _fits(blocks: Blocks, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
 def _blocks(old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> Blocks:
     """Smallest runs of old and new dimensions with the same number of elements, in order.
 
-    A labelled dimension of length 1 that has no counterpart was merged into what follows it.
+    A labelled dimension of length 1 without a counterpart was merged into the next one.
     """
     blocks: Blocks = []
     i = j = 0
@@ -131,7 +131,7 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> 
 
 
 def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[int]) -> list[AxisLabel]:
-    """Labels of new dimensions made of old ones, all elements in row-major order."""
+    """Labels of the new dimensions of a view."""
     if len(new) == 1 and len(old) == 1:
         return [old[0][1]]
     labelled = [d for d, (_, axis) in enumerate(old) if isinstance(axis, np.ndarray)]
@@ -146,7 +146,7 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     shape[d] = sizes[d]
     label = old[d][1]
     assert isinstance(label, np.ndarray)
-    t.note_lengths(sizes, [axis for _, axis in old])  # how often each unit is repeated
+    t.note_lengths(sizes, [axis for _, axis in old])  # repetitions of each unit
     grid = np.broadcast_to(label.reshape(shape), sizes).reshape(new)
     if len(new) == 1:
         return [grid]
@@ -155,7 +155,7 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if keep is None:
         t.freeze([label], f"the same unit at every index in {t.where(func)}")
         return [None] * len(new)
-    # One axis keeps its indices; those it is crossed with share them: every block loses alike.
+    # One axis carries the units; every block along the other axes loses the same ones.
     line = _line(grid, keep)
     if varying != [keep]:
         spread = np.moveaxis(grid, keep, -1).reshape(-1, new[keep])
@@ -168,14 +168,14 @@ def _line(grid: IndexArray, axis: int) -> IndexArray:
 
 
 def _times(x: torch.Tensor, out: torch.Tensor) -> list[int]:
-    """How often each dimension of a repeated tensor holds the original."""
+    """Repetitions per dimension of a repeated tensor."""
     before = [1] * (out.dim() - x.dim()) + list(x.shape)
     return [now // max(old, 1) for now, old in zip(out.shape, before, strict=True)]
 
 
 @rule("expand", "expand_copy", "broadcast_to")
 def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Repeat along dimensions of length 1: the same content at every index."""
+    """Expand dimensions of length 1: the same content at every index."""
     x, value = args[0], t.value(args[0])
     t.repeated(_times(x, out))
     added = out.dim() - x.dim()
@@ -187,7 +187,7 @@ def expand(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("repeat", "tile")
 def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Repeat whole axes."""
+    """Tile axes."""
     x, value = args[0], t.value(args[0])
     t.repeated(_times(x, out))
     added = out.dim() - x.dim()
@@ -206,7 +206,7 @@ def repeat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("as_strided")
 def as_strided(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """New strides: followed where they only change the memory format of the same shape, in place."""
+    """New strides, followed only where they change the memory format of the same shape in place."""
     x = args[0]
     if str(func._schema.name) == "aten::as_strided_" and tuple(x.shape) == tuple(args[1]) == tuple(out.shape):
         same(t, func, args, kwargs, out)
@@ -216,7 +216,7 @@ def as_strided(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("flip", "roll")
 def rearranged(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Reorder along dimensions; labels follow for a flip, a roll's shift is a number."""
+    """Flip, whose labels are reversed, or roll, which freezes the axis."""
     x, value = args[0], t.value(args[0])
     axes = list(value.axes)
     if str(func._schema.name) == "aten::flip":

@@ -1,4 +1,4 @@
-"""Running a network once on fake tensors while following every index of every axis."""
+"""Tracing a network on fake tensors, following every index of every axis."""
 
 from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
 from lightning_prune.structure.tracing.labels import (

@@ -1,4 +1,4 @@
-"""How a network is called, and what it returns."""
+"""Calls of a network and the tensors in their outputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["Call", "forked_rng", "output_tensors"]
 
-# What may stand in an output, and holds tensors that are none of it.
+# Types whose attributes are not searched for output tensors.
 _HOLDS_NO_OUTPUT = (int, float, str, type(None), bytes, type, nn.Module, ModuleType, FunctionType, MethodType)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One way in which the network is run: ``getattr(model, method)(*args, **kwargs)`` in train or eval mode."""
+    """A call of the network: ``getattr(model, method)(*args, **kwargs)`` in train or eval mode."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Call:
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
-    """Every tensor in a nested output: in containers of any kind, and in what objects hold as attributes."""
+    """All tensors in a nested output, including those in attributes of objects."""
     found: list[torch.Tensor] = []
     seen: set[int] = set()
 
@@ -61,7 +61,7 @@ def output_tensors(out: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def forked_rng() -> Iterator[None]:
-    """Leave every random generator as it was found."""
+    """Restore the state of all random generators on exit."""
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:

@@ -1,4 +1,4 @@
-"""What holds while a network runs under a tracer, and is restored afterwards."""
+"""Context managers for running a network under a tracer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import nn
 from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = [
-    "ALIKE_IN_BOTH_MODES",
-    "assignments_followed",
-    "contents_restored",
-    "fastpath_off",
-    "log_held",
-    "named_while_running",
-    "who_asks_for_the_mode",
+    "SAME_UNITS_IN_BOTH_MODES",
+    "buffers_restored",
+    "data_assignments_traced",
+    "fake_tensor_log_disabled",
+    "mha_fastpath_disabled",
+    "push_name",
+    "record_mode_readers",
 ]
 
 
-def _hides_nothing(kind: type[nn.Module]) -> bool:
-    """Whether modules of this type keep their mode in the attribute `training` and look attributes up as all do."""
+def _has_plain_training_flag(kind: type[nn.Module]) -> bool:
+    """Whether modules of this type use PyTorch's own `training` flag and attribute lookup."""
     return (
         (kind.train, kind.eval, kind.__getattr__) == (nn.Module.train, nn.Module.eval, nn.Module.__getattr__)
         and kind.__getattribute__ is object.__getattribute__
@@ -33,8 +33,8 @@ def _hides_nothing(kind: type[nn.Module]) -> bool:
     )
 
 
-#: Layers that work on the same units in train as in eval mode.
-ALIKE_IN_BOTH_MODES = frozenset(
+#: Layers that have the same structure in train and eval mode.
+SAME_UNITS_IN_BOTH_MODES = frozenset(
     [
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -43,15 +43,15 @@ ALIKE_IN_BOTH_MODES = frozenset(
 
 
 @contextmanager
-def who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[set[type] | None]:
-    """Collect the types of the modules that read their attribute `training`; None if that cannot be seen.
+def record_mode_readers(root: nn.Module, running: Sequence[str]) -> Iterator[set[type] | None]:
+    """Collect the types of modules whose `training` flag is read; yields None if that cannot be observed.
 
-    The attribute is hidden, so that Python asks `nn.Module.__getattr__` for it. A module that is asked while another
-    one is `running`, or whose `forward` is not that of its type, counts as of unknown type.
+    The flag is removed from the modules, so that Python calls `nn.Module.__getattr__` for it. A read while another
+    module is `running`, or by a replaced `forward`, is recorded as `object`.
     """
     modules = {id(module): (module, name) for name, module in root.named_modules()}
     original = nn.Module.__getattr__
-    if not all(map(_hides_nothing, {type(module) for module, _ in modules.values()})):
+    if not all(map(_has_plain_training_flag, {type(module) for module, _ in modules.values()})):
         yield None
         return
     modes = {number: vars(module).pop("training") for number, (module, _) in modules.items()}
@@ -74,8 +74,8 @@ def who_asks_for_the_mode(root: nn.Module, running: Sequence[str]) -> Iterator[s
 
 
 @contextmanager
-def contents_restored(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Put back what a run writes into buffers: a count of batches may enter what the next run computes with."""
+def buffers_restored(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restore the contents of buffers on exit, such as the batch counter of batch norm."""
     before = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
@@ -85,8 +85,8 @@ def contents_restored(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def fastpath_off() -> Iterator[None]:
-    """Attention by its parts: the fused kernel of whole encoder layers hides them."""
+def mha_fastpath_disabled() -> Iterator[None]:
+    """Disable the fused kernel for whole encoder layers, which would hide their operators."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -96,8 +96,8 @@ def fastpath_off() -> Iterator[None]:
 
 
 @contextmanager
-def log_held() -> Iterator[None]:
-    """Nothing in PyTorch's log of an operator that fails on tensors without content: the error says it."""
+def fake_tensor_log_disabled() -> Iterator[None]:
+    """Silence PyTorch's log of operators that fail on fake tensors: the error is handled."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -107,10 +107,10 @@ def log_held() -> Iterator[None]:
 
 
 @contextmanager
-def assignments_followed(tracer: Tracer) -> Iterator[None]:
-    """Tell the tracer of assignments to `data`, which reach no operator; at the end they are taken back.
+def data_assignments_traced(tracer: Tracer) -> Iterator[None]:
+    """Report assignments to `Tensor.data`, which reach no operator, to the tracer, and undo them on exit.
 
-    Those of other threads are none of its business.
+    Assignments in other threads are not affected.
     """
     data: Any = torch._C.TensorBase.data
     thread = threading.get_ident()
@@ -131,8 +131,8 @@ def assignments_followed(tracer: Tracer) -> Iterator[None]:
             data.__set__(tensor, old)
 
 
-def named_while_running(forward: Callable[..., Any], name: str, stack: list[str]) -> Callable[..., Any]:
-    """A method that puts its module's name on a stack for as long as it runs."""
+def push_name(forward: Callable[..., Any], name: str, stack: list[str]) -> Callable[..., Any]:
+    """Wrap a method to keep its module's name on a stack while it runs."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         stack.append(name)

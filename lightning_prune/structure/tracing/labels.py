@@ -1,4 +1,4 @@
-"""What is known of a tensor while a network runs: the indices along each of its axes."""
+"""Labels of traced tensors: the atoms along each axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_prune.structure.atoms import IndexArray
 
 __all__ = ["WILD", "AxisLabel", "Blocks", "Decision", "Kind", "MacsRecord", "Picked", "SplitKey", "Value"]
 
-#: Atoms along one dimension; None: an axis of fixed size; a string WILD: the same content at every index (expanded).
+#: Atoms along one dimension; None for an axis of fixed size; WILD for one with the same content at every index.
 AxisLabel = IndexArray | None | str
 
 WILD = "wild"
@@ -24,18 +24,18 @@ Blocks = list[tuple[list[int], list[int]]]
 #: Length of an axis and of the parts that a view splits it into.
 SplitKey = tuple[int, tuple[int, ...]]
 
-#: The part of a split that keeps the units apart, if any does, and the lengths of the others.
+#: The part of a split that carries the units, if any, and the lengths of the other parts.
 Decision = tuple[int | None, tuple[int, ...]]
 
 
 class Value(NamedTuple):
-    """What is known about a tensor.
+    """Label of a traced tensor.
 
     Attributes:
         axes: A label per dimension.
         zero: Whether the slices of removed units are exactly zero in the masked network.
-        source: For a parameter seen directly or transposed: its name and its own dimension behind each dimension.
-        constant: Whether it is computed from parameters and buffers alone, once for all samples.
+        source: For a parameter or a transpose of one: its name, and the parameter's dimension for each dimension.
+        constant: Whether it is computed from parameters and buffers alone, independent of the batch.
     """
 
     axes: tuple[AxisLabel, ...]
@@ -49,7 +49,7 @@ class MacsRecord:
     """MACs of one operator, or bytes of a tensor: ``factor`` × the product of the lengths of the labelled axes.
 
     Attributes:
-        once: Whether that is for all samples of a batch together, since it does not depend on them.
+        once: Whether the cost is per batch rather than per sample.
     """
 
     factor: float
@@ -60,11 +60,11 @@ class MacsRecord:
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """Indices of an axis that an operator took by their positions."""
+    """Indices of an axis that an operator selected by position."""
 
     axis: IndexArray
     part: IndexArray
 
     def leaves(self, other: Picked) -> bool:
-        """Whether the other pick, from what is left of the axis, is what is left of this one."""
+        """Whether the other pick, made on the cut axis, equals this one after the cut."""
         return np.array_equal(self.part[np.isin(self.part, other.axis)], other.part)

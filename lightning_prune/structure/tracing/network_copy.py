@@ -1,4 +1,4 @@
-"""A copy of a network without memory for its weights, to run it under a tracer, also with narrower tensors."""
+"""Copy of a network on meta, fake or real tensors, to be traced at its own or at smaller widths."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from lightning_prune.structure.atoms import IndexArray
-from lightning_prune.structure.hooks import REGISTERS, held_by, is_container, put_on, reachable, remembered, taking_part
-from lightning_prune.structure.layers import canonical, loosen, refresh, tensors
+from lightning_prune.structure.hooks import (
+    REGISTERS,
+    computing_hooks,
+    contents_restored,
+    copy_hooks,
+    is_container,
+    reachable_objects,
+    stored_objects,
+)
+from lightning_prune.structure.layers import canonical, refresh, relax_unflatten, tensors
 from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
 from lightning_prune.structure.tracing.contexts import (
-    ALIKE_IN_BOTH_MODES,
-    assignments_followed,
-    contents_restored,
-    fastpath_off,
-    log_held,
-    named_while_running,
-    who_asks_for_the_mode,
+    SAME_UNITS_IN_BOTH_MODES,
+    buffers_restored,
+    data_assignments_traced,
+    fake_tensor_log_disabled,
+    mha_fastpath_disabled,
+    push_name,
+    record_mode_readers,
 )
 from lightning_prune.structure.tracing.labels import AxisLabel, Kind
 from lightning_prune.structure.tracing.operators import CONSTANT
@@ -37,25 +45,24 @@ from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = ["FakeCopy"]
 
-#: A run under the tracer changes two classes of PyTorch for its time, so that threads run theirs one after the other.
+#: Tracing patches two classes of PyTorch, so only one thread may trace at a time.
 _TRACING = threading.RLock()
 
 
 class FakeCopy:
-    """A copy of a network that runs without memory or arithmetic, and can be cut and restored cheaply.
+    """A copy of a network that can be traced, cut and restored cheaply.
 
     Args:
-        model: The network; left untouched. Its forward hooks that take part in what it computes run on the copy, and
-            store what they store there; the others do not.
-        memo: Objects of the network that the copy shall not copy: ``{id(object): replacement}``.
-        prepare: Called with the copy, to replace what must not run on fake tensors (metrics, loggers).
-        kind: ``"meta"`` is fastest; ``"fake"`` tensors also know their device, and constants mix with them;
-            ``"real"`` ones are for steps whose operators depend on data.
+        model: The network, which is not changed. Copies of the forward hooks that affect its output run on the copy.
+        memo: Replacements for objects that must not be copied: ``{id(object): replacement}``.
+        prepare: Called with the copy to replace what cannot run on fake tensors (metrics, loggers).
+        kind: ``"meta"`` is fastest; ``"fake"`` tensors also have a device and mix with constants; ``"real"`` ones are
+            for operators that depend on data.
         with_hooks: Whether hooks run on the copy.
 
     Attributes:
-        hooks: Those that do.
-        notes: Remarks about hooks that were left out.
+        hooks: Hooks of the copy.
+        notes: Notes on hooks that could not be copied.
     """
 
     def __init__(
@@ -71,51 +78,51 @@ class FakeCopy:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
         self.stack: list[str] = []
         self.asked: set[type] | None = None
-        self.watched = False
+        self.tracked = False
         self.named: dict[str, torch.Tensor] = {}
-        hooks, held = taking_part(model) if with_hooks else {}, held_by(model)
-        twins = self._twins(model, memo or {}, held)
-        self.module = _copied(model, twins)
-        self.hooks, self.notes = put_on(hooks, model, twins)
-        self._held = [twins[id(thing)] for thing in held if id(thing) in twins]
+        hooks, held = computing_hooks(model) if with_hooks else {}, stored_objects(model)
+        replacements = self._replacements(model, memo or {}, held)
+        self.module = _copied(model, replacements)
+        self.hooks, self.notes = copy_hooks(hooks, model, replacements)
+        self._held = [replacements[id(thing)] for thing in held if id(thing) in replacements]
         if prepare is not None:
             prepare(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        self._homes: list[dict[Any, Any]] = []
+        self._registers: list[dict[Any, Any]] = []
         for module in self.module.modules():
-            self._homes += vars(module), module._buffers, *(getattr(module, register) for register in REGISTERS)
-            loosen(module)
+            self._registers += vars(module), module._buffers, *(getattr(module, register) for register in REGISTERS)
+            relax_unflatten(module)
             for name, tensor in tensors(module).items():
                 self._slots.setdefault(id(tensor), []).append((module, name))
 
-    def _twins(self, model: nn.Module, memo: Mapping[int, Any], held: Iterable[Any]) -> dict[int, Any]:
-        """What stands in the copy for the tensors and hooks of the network: ``{id(object): stand-in}``."""
-        twins = dict(memo)
+    def _replacements(self, model: nn.Module, memo: Mapping[int, Any], held: Iterable[Any]) -> dict[int, Any]:
+        """Replacements for the tensors and hooks of the network in the copy: ``{id(object): replacement}``."""
+        replacements = dict(memo)
         for prefix, module in model.named_modules():
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                twins[id(getattr(module, hooks))] = _structural(getattr(module, hooks))
+                replacements[id(getattr(module, hooks))] = _structural(getattr(module, hooks))
             for name, tensor in tensors(module).items():
-                if id(tensor) not in twins:
-                    twin = self._twin(tensor)
-                    twins[id(tensor)] = twin
-                    self.named[canonical(f"{prefix}.{name}" if prefix else name)] = twin
+                if id(tensor) not in replacements:
+                    replacement = self._replacement(tensor)
+                    replacements[id(tensor)] = replacement
+                    self.named[canonical(f"{prefix}.{name}" if prefix else name)] = replacement
         for thing in held:
             if isinstance(thing, torch.Tensor):
-                twins.setdefault(id(thing), self._own(thing))
-        return twins
+                replacements.setdefault(id(thing), self._own(thing))
+        return replacements
 
-    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _replacement(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.mode is not None:
             return self.mode.from_tensor(tensor, static_shapes=True)
-        twin = self._own(tensor)
-        return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+        replacement = self._own(tensor)
+        return nn.Parameter(replacement, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else replacement
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("meta") if self.kind == "meta" else tensor.detach().clone()
 
     @contextmanager
     def cut(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
-        """Within the context the copy is narrower: ``{tensor: {dim: kept positions}}``."""
+        """Narrow the copy within the context, given ``{tensor: {dim: kept positions}}``."""
         whole = dict(self.named)
         owners = {id(module): module for name in axes for module, _ in self._slots[id(whole[name])]}
         before = [(m, _plain(m), {n: tuple(t.shape) for n, t in tensors(m).items()}) for m in owners.values()]
@@ -136,10 +143,10 @@ class FakeCopy:
             self.named = whole
 
     def _put(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Put a tensor into every place that `place` had at first."""
+        """Put a tensor into every slot that `place` had originally."""
         for module, slot in self._slots[id(place)]:
-            home = module._parameters if slot in module._parameters else module._buffers
-            home[slot] = tensor  # type: ignore[assignment]  # without the checks of `__setattr__`
+            register = module._parameters if slot in module._parameters else module._buffers
+            register[slot] = tensor  # type: ignore[assignment]  # without the checks of `__setattr__`
 
     def _narrow(self, tensor: torch.Tensor, kept: Mapping[int, IndexArray]) -> torch.Tensor:
         with ExitStack() as stack:
@@ -156,7 +163,7 @@ class FakeCopy:
 
     @contextmanager
     def masked(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
-        """Within the context the slices that a cut removes are zero."""
+        """Set the slices that a cut removes to zero within the context."""
         whole = {name: self.named[name].detach().clone() for name in axes}
         try:
             for name, kept in axes.items():
@@ -170,9 +177,9 @@ class FakeCopy:
                 self.named[name].detach().copy_(content)
 
     @property
-    def mode_matters(self) -> bool:
-        """Whether the latest run could have gone otherwise in the other mode, as far as its structure is concerned."""
-        return self.asked is None or not self.asked <= ALIKE_IN_BOTH_MODES
+    def depends_on_mode(self) -> bool:
+        """Whether the structure found by the latest run may differ between train and eval mode."""
+        return self.asked is None or not self.asked <= SAME_UNITS_IN_BOTH_MODES
 
     def run(self, tracer: Tracer, call: Call, labels: Mapping[str, Sequence[AxisLabel]]) -> Any:
         """Run the copy under the tracer.
@@ -182,52 +189,52 @@ class FakeCopy:
             call: What to run.
             labels: Label of every axis of every parameter and buffer.
         """
-        self._watch()
+        self._track_modules()
         self.module.train(call.training)
         tracer.stack = self.stack
         tracer.meta = self.kind == "meta"
         with ExitStack() as stack:
             stack.enter_context(_TRACING)
-            stack.enter_context(fastpath_off())
+            stack.enter_context(mha_fastpath_disabled())
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # what the network has to say it says in the user's own run
-            stack.enter_context(log_held())
+            warnings.simplefilter("ignore")  # the user's own run shows them
+            stack.enter_context(fake_tensor_log_disabled())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(forked_rng())
             if self.kind == "real":
-                stack.enter_context(contents_restored(self.module.buffers()))
+                stack.enter_context(buffers_restored(self.module.buffers()))
             args, kwargs = self._inputs((call.args, dict(call.kwargs)))
             if self.mode is not None:
                 stack.enter_context(self.mode)
             tracer.constant = True
             for name, tensor in self.named.items():
                 tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
-            self.asked = stack.enter_context(who_asks_for_the_mode(self.module, self.stack))
-            stack.enter_context(assignments_followed(tracer))
+            self.asked = stack.enter_context(record_mode_readers(self.module, self.stack))
+            stack.enter_context(data_assignments_traced(tracer))
             left = stack.enter_context(self._state_restored())
-            stack.enter_context(remembered(self._stores()))
+            stack.enter_context(contents_restored(self._stores()))
             stack.enter_context(tracer)
             run = self.module if call.method == "forward" else getattr(self.module, call.method)
             out = run(*args, **kwargs)
-            if call.method == "forward" and left():  # a second call may go on from there
+            if call.method == "forward" and left():  # a second call may read what the first stored
                 counting, tracer.counting = tracer.counting, False
                 stack.callback(setattr, tracer, "counting", counting)
                 out = out, run(*args, **kwargs)
             return out
 
     def _stores(self) -> list[Any]:
-        """What a run may store something in besides the attributes of modules."""
+        """Mutable objects besides the modules that a run may write to."""
         if not self.hooks:
             return [thing for thing in self._held if is_container(thing)]
         own = {id(tensor) for tensor in self.named.values()}
-        found = reachable([*self.hooks, *self._held], into_modules=False)
+        found = reachable_objects([*self.hooks, *self._held], into_modules=False)
         return [thing for thing in found if not isinstance(thing, nn.Module) and id(thing) not in own]
 
     @contextmanager
     def _state_restored(self) -> Iterator[Callable[[], bool]]:
-        """Put back what a run assigns to the modules; tells whether it has left tensors there."""
-        before = [(home, home.copy()) for home in self._homes]
+        """Restore attributes of modules on exit; yields a function that returns whether tensors were stored in them."""
+        before = [(register, register.copy()) for register in self._registers]
 
         def changed() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             return (
@@ -235,76 +242,73 @@ class FakeCopy:
             )
 
         def left() -> bool:
-            new = (value for home, old in changed() for name, value in home.items() if value is not old.get(name))
+            new = (value for own, old in changed() for name, value in own.items() if value is not old.get(name))
             return any(map(output_tensors, new))
 
         try:
             yield left
         finally:
-            for home, old in changed():
-                home.clear()
-                home.update(old)
+            for register, old in changed():
+                register.clear()
+                register.update(old)
 
     def _inputs(self, tree: Any) -> Any:
-        def twin(leaf: Any) -> Any:
+        def replacement(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             own = self._own(leaf)  # an inference tensor becomes an ordinary one
             return own if self.mode is None else self.mode.from_tensor(own, static_shapes=True)
 
-        return tree_map(twin, tree)
+        return tree_map(replacement, tree)
 
-    def _watch(self) -> None:
-        """From now on the name of the module that runs lies on top of the stack."""
-        if self.watched:
+    def _track_modules(self) -> None:
+        """Wrap every module's `forward` so that the name of the running module is on top of the stack."""
+        if self.tracked:
             return
-        self.watched = True
+        self.tracked = True
         for name, module in self.module.named_modules():
-            vars(module)["forward"] = named_while_running(module.forward, name, self.stack)
+            vars(module)["forward"] = push_name(module.forward, name, self.stack)
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy(model, memo)` makes, without its detours for modules that are plain objects.
-
-    What `torch.compile` put around a module is left out: the copy runs as written.
-    """
-    twins = []
+    """A faster `copy.deepcopy(model, memo)` that also unwraps modules compiled by `torch.compile`."""
+    replacements = []
     for module in model.modules():
         kind = type(module)
         if id(module) not in memo and _is_plain(kind):
-            memo[id(module)] = twin = kind.__new__(kind)
-            twins.append((module, twin))
+            memo[id(module)] = replacement = kind.__new__(kind)
+            replacements.append((module, replacement))
     for module in model.modules():
         if isinstance(module, OptimizedModule):
-            memo[id(module)] = _twin_of(module._orig_mod, memo)
-    for module, twin in twins:
+            memo[id(module)] = _deepcopied(module._orig_mod, memo)
+    for module, replacement in replacements:
         state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
         for value in state.values():
             if type(value) in (dict, OrderedDict, set, list) and not value:
                 memo.setdefault(id(value), type(value)())
-        copied = {k: v if type(v) in CONSTANT else _twin_of(v, memo) for k, v in state.items()}
-        twin.__setstate__(copied)  # type: ignore[no-untyped-call]
-    whole: nn.Module = _twin_of(model, memo)
+        copied = {k: v if type(v) in CONSTANT else _deepcopied(v, memo) for k, v in state.items()}
+        replacement.__setstate__(copied)  # type: ignore[no-untyped-call]
+    whole: nn.Module = _deepcopied(model, memo)
     return whole
 
 
-def _twin_of(thing: Any, memo: dict[int, Any]) -> Any:
+def _deepcopied(thing: Any, memo: dict[int, Any]) -> Any:
     return memo[id(thing)] if id(thing) in memo else copy.deepcopy(thing, memo)
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a copy of a module of this type is a new object with a copy of its state."""
+    """Whether modules of this type are copied by copying their ``__dict__``."""
     hooks = ("__reduce_ex__", "__reduce__", "__deepcopy__", "__new__")
     same = all(getattr(kind, hook, None) is getattr(object, hook, None) for hook in hooks)
     return same and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """The attributes in which a layer may have written down its widths."""
+    """Attributes of a layer that may depend on its widths."""
     return {name: value for name, value in vars(module).items() if isinstance(value, (int, tuple))}
 
 
 def _structural(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
-    """The hooks that PyTorch itself builds a layer with (weight_norm); a user's hooks must not see fake tensors."""
+    """The hooks by which PyTorch itself computes a weight (weight_norm)."""
     kept = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
     return OrderedDict((k, copy.copy(h)) for k, h in kept.items())

@@ -26,8 +26,8 @@ __all__ = [
 #: Types that hold no tensor and are their own copy.
 CONSTANT = frozenset((bool, int, float, str, type(None)))
 
-#: Arguments of operators that are the sizes of what goes in or comes out, and may follow a width: those of all, and
-#: those of some. How far a size may follow is compared by the lengths of the result's axes.
+#: Arguments of operators that are sizes and may depend on a width: of all operators, and of particular ones. The #:
+#: lengths of the result's axes are compared instead.
 _SIZES = frozenset(("size", "split_size", "split_sizes", "normalized_shape", "repeats"))
 
 _SIZES_OF = {
@@ -38,23 +38,23 @@ _SIZES_OF = {
     "native_group_norm": frozenset(("N", "C", "HxW", "group")),
 }
 
-#: Operators that depend on how a tensor lies in memory; what they do to lengths shows in what follows.
+#: Operators that depend on the memory format, and are therefore not compared between runs.
 LAYOUT = frozenset(("view", "_unsafe_view", "_reshape_alias", "clone", "alias", "detach", "contiguous"))
 
 OPERATORS: dict[Any, Operator] = {}
 
 
 class Operator:
-    """What is the same at every call of an operator.
+    """Cached properties of an ATen operator.
 
     Attributes:
         name: Its name without namespace and overload.
-        shortcut: Makes its result on the meta device, or None.
-        asks: It asks for a device or a layout and makes no tensor.
-        pointwise: It works element by element.
-        writes: It works in place.
-        bare: Its line of the script if no number enters it.
-        sizes: Arguments whose numbers may follow a width.
+        shortcut: Fast replacement on the meta device, or None.
+        asks: Whether it only queries a device or a layout.
+        pointwise: Whether it is elementwise.
+        writes: Whether it works in place.
+        bare: Its entry in the script if no number enters it.
+        sizes: Arguments whose numbers may depend on a width.
         places: Positions of the other arguments.
     """
 
@@ -73,7 +73,7 @@ class Operator:
         self.places = tuple(place for place, argument in arguments if argument.name not in self.sizes)
 
     def numbers(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """A call's line of the script, which is compared with the trial's."""
+        """The entry of a call in the script: the name and all numbers that are not sizes."""
         numbers: list[Any] = []
         for place in self.places:
             if place < len(args):
@@ -92,7 +92,7 @@ def _collect_numbers(value: Any, found: list[Any]) -> None:
 
 
 def flat_tensors(*trees: Any) -> list[torch.Tensor]:
-    """Every tensor in an operator's arguments or results."""
+    """All tensors in an operator's arguments or results."""
     found: list[torch.Tensor] = []
     _collect(trees, found)
     return found
@@ -112,15 +112,15 @@ def _collect(trees: Iterable[Any], found: list[torch.Tensor]) -> None:
 
 
 def same_line(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether the same numbers entered the same operator; NaN is itself."""
+    """Whether two script entries have the same operator and numbers; NaN equals NaN."""
     return first == second or (len(first) == len(second) and all(map(_same_number, first, second)))
 
 
 def _same_number(a: Any, b: Any) -> bool:
-    if a is None or b is None:  # a length that may follow a width
+    if a is None or b is None:  # a length that may depend on a width
         return True
     if isinstance(a, float) and isinstance(b, float):
-        # Numbers computed from data are rounded; those computed from a width differ by far more in a trial.
+        # Numbers computed from data differ by rounding; those computed from a width differ by far more in a trial.
         return math.isclose(a, b, rel_tol=1e-5) or (a != a and b != b)
     if isinstance(a, Picked) and isinstance(b, Picked):
         return a.leaves(b)
@@ -134,12 +134,12 @@ def operator_name(func: Any) -> str:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """The memory that a tensor lies in."""
+    """Identity of a tensor's storage."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What tensors have in common that show the same memory in the same way."""
+    """A key that is equal for identical views of the same storage."""
     if tensor.layout is not torch.strided:
         return (id(tensor),)
     return (memory_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

@@ -1,4 +1,4 @@
-"""Following every index of every axis through the operators of one run."""
+"""Dispatch mode that follows every index of every axis through the operators of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_prune.structure.tracing.operators import (
 
 __all__ = ["Tracer"]
 
-#: The longest constant whose content is compared.
+#: Largest number of elements of a constant whose content is compared.
 _SMALL = 10_000
 
 
@@ -33,24 +33,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that labels every tensor's axes with atoms by the rule of each operator.
 
     Args:
-        atoms: The classes, shared between several traces of one network.
-        rules: Operator name (``"convolution"``) → rule.
-        fallback: The rule for all others.
+        atoms: Classes of atoms, shared between all traces of a network.
+        rules: Rules by operator name (``"convolution"``).
+        fallback: Rule for all other operators.
 
     Attributes:
         meta: Whether the network runs on the meta device.
-        script: Operators of a run, with the numbers that enter them and the lengths of the axes of fixed size.
-        expected: The script of the first trace, which a trial must follow.
-        units: Number of the atoms of parameters and buffers; those born later are constants.
-        choices: For splits of an axis, by its length and those of its parts: which part keeps the units apart.
-        whole_groups: Of grouped convolutions by the name of the weight: whether whole groups go, as the first trace met
-            them.
-        splits: The splits that were met, with the parts that could keep them and the units.
-        decisions: The part chosen at each split of a run, and the lengths of the others.
-        views: The old and new dimensions that belong together in each view of a run, None where they stay.
-        decided: The decisions of the first trace, which a trial must follow.
-        decided_views: And its views.
-        trail: Arguments of the latest operators: where to look when one fails.
+        script: Operators of a run, with the numbers that enter them and the lengths of axes of fixed size.
+        expected: Script of the first trace, which a trial must reproduce.
+        units: Number of atoms of parameters and buffers; later atoms are constants.
+        choices: The part that carries the units, for splits of an axis, by its length and those of its parts.
+        whole_groups: Whether whole groups of a grouped convolution are removed, by the name of its weight.
+        splits: Splits of the run, with the parts that could carry the units, and the atoms.
+        decisions: The part chosen at each split of a run, and the lengths of the other parts.
+        views: Old and new dimensions that correspond in each view of a run; None where they are unchanged.
+        first_decisions: Decisions of the first trace, which a trial must reproduce.
+        first_views: Views of the first trace.
+        trail: Arguments of the latest operators, to locate a failure.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -65,9 +64,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: list[MacsRecord] = []
         self.written: list[MacsRecord] = []
         self.counting = False
-        self.batch = 1  # samples in the example, as far as its shape tells
-        self.samples: int | None = None  # as the first convolution saw them
-        self.constant = True  # whether what is being computed does not depend on the network's inputs
+        self.batch = 1  # batch size of the example, from its shape
+        self.samples: int | None = None  # batch size of the first convolution
+        self.constant = True  # whether the current operator does not depend on the network's inputs
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
         self.expected: list[tuple[Any, ...]] | None = None
@@ -78,21 +77,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
         self.decisions: list[Decision] = []
         self.views: list[Blocks | None] = []
-        self.decided: list[Decision] | None = None
-        self.decided_views: list[Blocks | None] = []
+        self.first_decisions: list[Decision] | None = None
+        self.first_views: list[Blocks | None] = []
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
         self._latest: list[tuple[torch.Tensor, Value]] = []
         self._by_storage: dict[tuple[Any, ...], Value] = {}
-        self._by_home: dict[int, set[tuple[int, tuple[Any, ...]]]] = {}
+        self._by_memory: dict[int, set[tuple[int, tuple[Any, ...]]]] = {}
         self._noted: list[Any] = []
         self._wild: set[int] = set()
 
     # -- labels ---------------------------------------------------------------------------------------------------
 
     def value(self, tensor: torch.Tensor) -> Value:
-        """What is known about a tensor; one that came from nowhere has axes of fixed size."""
+        """The label of a tensor; an unknown tensor has axes of fixed size."""
         known = self._values.get(id(tensor))
         if known is not None:
             return known[1]
@@ -100,33 +99,33 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._by_storage.get(storage_key(tensor)) or Value((None,) * tensor.dim())
 
     def label(self, tensor: torch.Tensor, axes: Sequence[AxisLabel], *, zero: bool = False, source: Any = None) -> None:
-        """Write down a tensor's labels."""
+        """Set the label of a tensor."""
         known = tensor, Value(tuple(axes), zero, source, self.constant)
         if str in map(type, axes):
             self._wild.add(memory_of(tensor))
-        self._values[id(tensor)] = known  # the tensor is kept so that its id stays its own
+        self._values[id(tensor)] = known  # keeps the tensor alive, so that its id is not reused
         self._latest.append(known)
 
     def _note_places(self) -> None:
-        """Make what was labelled known by its place in memory too: autograd wraps some results in new objects."""
+        """Register new labels by storage too, as autograd wraps some results in new objects."""
         for tensor, value in self._latest:
             key = storage_key(tensor)
             self._by_storage[key] = value
-            self._by_home.setdefault(key[0], set()).add((id(tensor), key))
+            self._by_memory.setdefault(key[0], set()).add((id(tensor), key))
         self._latest.clear()
 
     def forget(self) -> None:
-        """Drop every tensor of a finished run."""
+        """Drop all state of a finished run."""
         self._values.clear()
         self._latest.clear()
         self._by_storage.clear()
-        self._by_home.clear()
+        self._by_memory.clear()
         self._wild.clear()
         self._noted = []
         self.script, self.decisions, self.views = [], [], []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
-        """Unite two axes of equal length; the label of what comes out."""
+        """Unite two axes of equal length and return the label of the result."""
         if isinstance(a, str):
             return b
         if isinstance(b, str):
@@ -146,34 +145,34 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.atoms.freeze(axis, reason)
 
     def choose(self, label: IndexArray, sizes: Sequence[int], parts: list[int]) -> int | None:
-        """Which part of a split axis keeps its units apart, so that those of the other parts go in step.
+        """Choose the part of a split axis that carries its units; the other parts are removed in step.
 
         Args:
             label: Atoms of the axis.
             sizes: Lengths of the parts.
-            parts: The parts along which the atoms differ; the innermost is chosen if nothing else is known.
+            parts: The parts along which the atoms differ; the innermost is the default.
 
         Returns:
             A part, or None if the atoms differ along none.
         """
         part: int | None
-        if self.decided is None:
+        if self.first_decisions is None:
             key = len(label), tuple(sizes)
             if parts:
                 self.splits.setdefault(key, (parts, []))[1].append(label)
             part = self.choices.get(key, parts[-1]) if parts else None
-        elif len(self.decisions) < len(self.decided):
-            part = self.decided[len(self.decisions)][0]
+        elif len(self.decisions) < len(self.first_decisions):
+            part = self.first_decisions[len(self.decisions)][0]
         else:
             raise MismatchError("an axis is split that was not split before")
         others = tuple(n for k, n in enumerate(sizes) if k != part)
-        if self.decided is not None and others != self.decided[len(self.decisions)][1]:
+        if self.first_decisions is not None and others != self.first_decisions[len(self.decisions)][1]:
             raise MismatchError("the parts of a split do not follow its units")
         self.decisions.append((part, others))
         return part
 
     def assigned(self, tensor: torch.Tensor, given: torch.Tensor) -> None:
-        """Follow ``tensor.data = given``: what a parameter or buffer holds from now on lies on its own units."""
+        """Follow ``tensor.data = given``: the axes of both are united."""
         own, value = self.value(tensor), self.value(given)
         axes = value.axes
         if own.source is not None and tensor.shape == given.shape:
@@ -183,7 +182,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(tensor, axes, zero=value.zero, source=own.source or value.source)
 
     def role(self, value: Value, dim: int, role: str) -> None:
-        """Note that a parameter's axis produces or consumes."""
+        """Record the role of a parameter's axis."""
         if value.source is not None:
             name, dims = value.source
             self.roles.setdefault((name, dims[dim]), role)
@@ -191,30 +190,30 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.order.setdefault(name, len(self.order))
 
     def repeated(self, times: Iterable[int]) -> None:
-        """Something is made or repeated so many times along its axes: if as often as there are samples, for each."""
+        """Record that a tensor is repeated this often per axis: once per sample makes it depend on the batch."""
         if self.batch in times:
             self.constant = False
 
     def where(self, func: Any) -> str:
-        """An operator and its place, for messages."""
+        """An operator and the module it runs in, for messages."""
         place = f" in `{self.stack[-1]}`" if self.stack and self.stack[-1] else ""
         return f"`{operator_name(func)}`{place}"
 
     def note(self, *numbers: float | Picked | None) -> None:
-        """Put what else an operator's result depends on into its line of the script."""
+        """Add numbers to the script entry of the current operator."""
         self._noted += numbers
 
     def note_lengths(self, lengths: Sequence[int], axes: Sequence[AxisLabel]) -> None:
-        """Note the lengths of axes with the same content at every index, where they are counted."""
+        """Add the lengths of axes with the same content at every index to the script entry."""
         self._noted += [n for n, axis in zip(lengths, axes, strict=True) if isinstance(axis, str)]
 
     def picked(self, axis: IndexArray, part: IndexArray) -> None:
-        """Note which indices of an axis are taken by their positions."""
-        constant = self.units  # atoms born later have other numbers in every run
+        """Add indices selected by position to the script entry."""
+        constant = self.units  # later atoms have other numbers in every run
         self._noted.append(Picked(np.minimum(axis, constant), np.minimum(part, constant)))
 
     def finish(self) -> None:
-        """At the end of a trial: has all been run that was expected?
+        """Check at the end of a trial that all operators of the first trace have run.
 
         Raises:
             NumberError: If not.
@@ -223,7 +222,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NumberError("fewer operators run than before: a loop or a branch depends on a width")
 
     def count(self, factor: float, axes: Sequence[AxisLabel], lengths: Sequence[int]) -> None:
-        """Record the MACs of a contraction; axes without label enter the factor."""
+        """Record the MACs of a contraction; axes without a label are part of the factor."""
         if not self.counting:
             return
         for axis, length in zip(axes, lengths, strict=True):
@@ -239,7 +238,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operator = OPERATORS.get(func)
         if operator is None:
             operator = OPERATORS[func] = Operator(func)
-        if self.meta and "device" in kwargs:  # constants join the network where it runs
+        if self.meta and "device" in kwargs:  # constants are created on the meta device too
             kwargs = {**kwargs, "device": "meta"}
         self.trail.append((args, kwargs))
         out = operator.shortcut(*args, **kwargs) if self.meta and operator.shortcut else NotImplemented
@@ -247,7 +246,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         if operator.asks:
             return out
-        self._see(args, kwargs)
+        self._mark_used(args, kwargs)
         rule = self._rule_of.get(func)
         if rule is None:
             rule = self._rule_of[func] = self._rule(operator)
@@ -258,8 +257,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._written(out)
         return out
 
-    def _see(self, args: Any, kwargs: Any) -> None:
-        """Note the parameters and buffers that enter an operator, and whether nothing else does."""
+    def _mark_used(self, args: Any, kwargs: Any) -> None:
+        """Mark the parameters and buffers that enter an operator as used, and check whether all inputs are constant."""
         self.constant = True
         for tensor in flat_tensors(args, kwargs):
             known = self._values.get(id(tensor))
@@ -271,16 +270,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.seen.add(value.source[0])
 
     def _is_constant(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor came from nowhere, with a content that is not too long to compare."""
+        """Whether a tensor is an unknown constant that is small enough to compare."""
         real = type(tensor) is torch.Tensor and not tensor.is_meta and tensor.layout is torch.strided
         return real and tensor.numel() <= _SMALL and storage_key(tensor) not in self._by_storage
 
     def _compare(self, operator: Operator, args: Any, kwargs: Any, out: Any) -> None:
-        """Keep what a run computes with, or compare it with the first trace.
+        """Append an entry to the script, or compare it with the first trace.
 
-        A number that a network computes from a width (a scale ``width ** -0.5``) reaches no rule, but is another one in
-        the trial; so are the operators where a branch or loop depends on a width, and the length of an axis that is
-        taken to be of fixed size.
+        A number that the network computes from a width (a scale ``width ** -0.5``) is not seen by any rule, but differs
+        in a trial. So do the operators if a branch or loop depends on a width, and the length of a supposedly fixed
+        axis.
         """
         if operator.name in LAYOUT:
             return
@@ -296,7 +295,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.script.append(line)
 
     def _fixed_lengths(self, out: Any) -> list[int | None]:
-        """Lengths of a result's axes, None where they may follow a width; of several results, those of equal parts."""
+        """Lengths of the results' axes, None where they may depend on a width."""
         results = out if type(out) is list else [out[0] if type(out) is tuple and out else out]
         lengths: list[int | None] = []
         for result in results:
@@ -306,7 +305,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return lengths
 
     def _note_memory(self, inputs: Any, out: Any) -> None:
-        """Write down the bytes of the tensors that an operator makes; a view of an input is no new one."""
+        """Record the bytes of the tensors that an operator allocates."""
         if not self.counting:
             return
         given = {memory_of(tensor) for tensor in flat_tensors(inputs)}
@@ -323,14 +322,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
 
     def _written(self, out: torch.Tensor) -> None:
-        """After a write in place, correct what is known about other views of the same memory.
+        """Update the labels of all views of a storage after an in-place write.
 
-        They are no longer known to be zero where units left, and where they had the same content at every index they
-        have that of the written view along the axes that both have in common.
+        They are no longer known to be zero for removed units, and take the written view's labels along axes that had
+        the same content at every index.
         """
-        own, home = self.value(out), memory_of(out)
+        own, memory = self.value(out), memory_of(out)
         unclear = not own.zero and any(isinstance(axis, np.ndarray) for axis in own.axes)
-        if not unclear and home not in self._wild:
+        if not unclear and memory not in self._wild:
             return
         self._note_places()
         common = dict(zip(zip(out.stride(), out.shape, strict=True), own.axes, strict=True))
@@ -342,16 +341,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return value._replace(axes=axes, zero=value.zero and not unclear)
 
-        for number, key in self._by_home.get(home, ()):
+        for number, key in self._by_memory.get(memory, ()):
             tensor, value = self._values[number]
-            if tensor is not out and memory_of(tensor) == home:
+            if tensor is not out and memory_of(tensor) == memory:
                 self._values[number] = (tensor, after(value, tensor.shape, tensor.stride()))
             if len(key) > 1:
                 self._by_storage[key] = after(self._by_storage[key], key[2], key[3])
         self._by_storage[storage_key(out)] = own
 
     def _rule(self, operator: Operator) -> Callable[..., None]:
-        """The rule of an operator; of an in-place one that of its twin."""
+        """The rule of an operator; an in-place operator shares that of its out-of-place variant."""
         for candidate in (operator.name, operator.name.removesuffix("_")):
             if candidate in self.rules:
                 return self.rules[candidate]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 
 
 def block(inputs, outputs):
@@ -73,4 +73,4 @@ def example(name, n=12, seed=0):
             model(torch.cat(inputs) + 0.1 * torch.randn(1, 3, 1, 1, dtype=torch.float64))
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.train(), inputs, trace(Subject.of(model, inputs[0]))
+    return model.train(), inputs, trace(TracedModel.of(model, inputs[0]))

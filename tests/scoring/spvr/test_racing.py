@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.spvr.racing import Race, raced
 from lightning_prune.scoring.spvr.walked import RankingOptions, rank
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.spvr.forms import FORMS, example
 from tests.scoring.spvr.test_walked import sites
 
@@ -76,7 +76,7 @@ def test_races_cost_less():
     for layer in layers[::2]:
         nn.init.orthogonal_(layer.weight, 1.4)
     x = torch.randn(100, 12, dtype=torch.float64)
-    structure, data = trace(Subject.of(model, x)), DataPass(x)
+    structure, data = trace(TracedModel.of(model, x)), DataPass(x)
     places, _ = sites(model, structure, data)
     options = RankingOptions(group_size=1)
     whole = rank(model, data, places, options)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring import DataPass, KLDivergence, Misclassification, SPvR
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.spvr import reference
 from tests.scoring.spvr.forms import FORMS, example
 
@@ -50,7 +50,7 @@ def test_binary_and_multi_label_networks(outputs, kind):
     model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, outputs)).double()
     x = torch.randn(20, 5, dtype=torch.float64)
     labels = (model(x) > 0).long()
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     statistic = SPvR(group_size=2).statistic(structure)
     statistic.collect(model, DataPass([(x, labels)]))
     groups = statistic.bundles["0"]
@@ -73,7 +73,7 @@ def test_what_cannot_be_masked_whole_is_not_scored():
             return self.called(x) + x @ self.taken.weight.T + self.last(self.second(x).relu())
 
     model, x = Used(), torch.randn(4, 4)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     statistic = SPvR().statistic(structure)
     statistic.collect(model, DataPass(x))
     assert [*structure.widths] == ["first", "second"]

@@ -8,7 +8,7 @@ from lightning_prune.models import ResNetCIFAR
 from lightning_prune.scoring import DataPass, KLDivergence, Misclassification, SPvR, stations_of
 from lightning_prune.scoring.spvr.sites import sites_of_groups, sites_of_layers
 from lightning_prune.scoring.spvr.walked import RankingOptions, rank
-from lightning_prune.structure import Subject, trace
+from lightning_prune.structure import TracedModel, trace
 from tests.scoring.spvr import reference
 from tests.scoring.spvr.forms import FORMS, example
 
@@ -70,7 +70,7 @@ def test_it_costs_less_than_a_forward_pass_for_each_group():
     torch.manual_seed(0)
     model = ResNetCIFAR(14).double().eval()
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    structure = trace(Subject.of(model, x))
+    structure = trace(TracedModel.of(model, x))
     data = DataPass([(x, torch.arange(4))])
     places, _ = sites(model, structure, data)
     plain = rank(model, data, places, RankingOptions(group_size=8, plain=True, fast=False))
@@ -91,7 +91,7 @@ def test_samples_whose_masked_units_are_all_zero_are_skipped():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0], [0, 1]]).repeat_interleave(4, 0))
     x = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64).repeat(8, 1)
-    structure, data = trace(Subject.of(model, x)), DataPass(x)
+    structure, data = trace(TracedModel.of(model, x)), DataPass(x)
     places, _ = sites(model, structure, data)
     fast = rank(model, data, places, RankingOptions(group_size=4))
     slow = rank(model, data, places, RankingOptions(group_size=4, fast=False))
@@ -139,6 +139,6 @@ def test_units_that_cannot_be_masked_are_refused():
             return self.called(x) + x @ self.taken.weight.T + self.last(self.second(x).relu())
 
     model, x = Used(), torch.randn(4, 4)
-    found, refused = sites(model, trace(Subject.of(model, x)), DataPass(x))
+    found, refused = sites(model, trace(TracedModel.of(model, x)), DataPass(x))
     assert [*found] == ["second"]
     assert refused == {"first": "its units enter taken, which is no plain layer that is called"}

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.reporting import Inspection
-from lightning_prune.structure import Call, StructureError, Subject, trace
+from lightning_prune.structure import Call, StructureError, TracedModel, trace
 from lightning_prune.surgery import with_history
 
-__all__ = ["call_on", "inputs_of", "inspect", "require_network", "subject_for", "subject_of"]
+__all__ = ["call_on", "inputs_of", "inspect", "require_network", "traced_model_for", "traced_model_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -45,12 +45,12 @@ def inspect(model: nn.Module, example: Any = None) -> Inspection:
         >>> inspect(net, torch.zeros(1, 4)).structure.widths
         {'0': 8}
     """
-    subject = subject_for(model, example)
-    return Inspection(with_history(trace(subject), subject))
+    traced = traced_model_for(model, example)
+    return Inspection(with_history(trace(traced), traced))
 
 
-def subject_for(model: nn.Module, example: Any = None) -> Subject:
-    """Any network as a subject of tracing, by what ``forward`` takes.
+def traced_model_for(model: nn.Module, example: Any = None) -> TracedModel:
+    """Any network as a traced of tracing, by what ``forward`` takes.
 
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
@@ -59,8 +59,8 @@ def subject_for(model: nn.Module, example: Any = None) -> Subject:
     if isinstance(example, (tuple, list)):
         example = _Arguments(example)  # meant as arguments; a training batch is a later guess
     if isinstance(model, LightningModule):
-        return subject_of(model, example, step=False, own_example=example is None)
-    return Subject(model, _forward_calls(model, example, None))
+        return traced_model_of(model, example, step=False, own_example=example is None)
+    return TracedModel(model, _forward_calls(model, example, None))
 
 
 def require_network(model: object) -> None:
@@ -81,15 +81,15 @@ def require_network(model: object) -> None:
         )
 
 
-def subject_of(
+def traced_model_of(
     module: LightningModule,
     batch: Any = None,
     *,
     step: bool = True,
     own_example: bool = True,
     convert: Callable[[Any], Any] = lambda example: example,
-) -> Subject:
-    """A LightningModule as a subject of tracing.
+) -> TracedModel:
+    """A LightningModule as a traced of tracing.
 
     Args:
         module: The network.
@@ -107,24 +107,24 @@ def subject_of(
     optional: tuple[Call, ...] = ()
     if step and batch is not None and is_overridden("training_step", module):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)
-    return Subject(module, calls, optional, memo, prepare)
+    return TracedModel(module, calls, optional, memo, prepare)
 
 
-def call_on(module: LightningModule, batch: Any, subject: Subject) -> Call:
+def call_on(module: LightningModule, batch: Any, traced: TracedModel) -> Call:
     """How ``forward`` takes a training batch.
 
     An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
     """
     if module.example_input_array is None:
-        return subject.calls[0]
+        return traced.calls[0]
     try:
         return _forward_calls(module, batch, None, memo=_kept_off(module), prepare=_Standins(module))[0]
     except StructureError as error:
         warnings.warn(f"the `example_input_array` is run: {error}", stacklevel=2)
-        return subject.calls[0]
+        return traced.calls[0]
 
 
-def inputs_of(module: LightningModule, batch: Any, subject: Subject) -> Callable[[Any], Any]:
+def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Callable[[Any], Any]:
     """What ``forward`` takes of a training batch, for criteria that look at data.
 
     An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
@@ -132,7 +132,7 @@ def inputs_of(module: LightningModule, batch: Any, subject: Subject) -> Callable
     Args:
         module: The network.
         batch: A training batch.
-        subject: How the network is run.
+        traced: How the network is run.
 
     Returns:
         A function of any batch, for `DataPass`.
@@ -140,7 +140,7 @@ def inputs_of(module: LightningModule, batch: Any, subject: Subject) -> Callable
     try:
         number = _accepted(module, batch, memo=_kept_off(module), prepare=_Standins(module))
     except StructureError as error:
-        call = subject.calls[0]
+        call = traced.calls[0]
         if module.example_input_array is not None:
             warnings.warn(f"scores are taken on the `example_input_array`: {error}", stacklevel=2)
         return lambda _: dict(call.kwargs) or call.args
@@ -192,7 +192,7 @@ def _accepted(model: nn.Module, batch: Any, own_example: Any = None, **copying: 
 def _failure(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], **copying: Any) -> str | None:
     """Why a network does not accept these inputs; None if it does."""
     try:
-        trace(Subject(model, _calls(model, inputs), **copying), trial=False)
+        trace(TracedModel(model, _calls(model, inputs), **copying), trial=False)
     except StructureError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""What stands where a layer has lost all its outputs or inputs: the shape that is expected, nothing computed."""
+"""Stubs that replace layers without inputs or outputs and only return tensors of the expected shape."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CONVOLUTIONS", "NORMS", "Constant", "Kind", "Nothing", "stand_in"]
+__all__ = ["CONVOLUTIONS", "NORMS", "Constant", "Empty", "Kind", "make_stub"]
 
-#: What takes a layer's place: one without outputs, one without inputs, one that hands on what it gets.
+#: Kind of stub: for a layer without outputs, for one without inputs, and for a norm that passes its input on.
 Kind = Literal["nothing", "constant", "identity"]
 
-#: Layers, by exact class, that can lose all their outputs or inputs: a subclass may do more than its base.
+#: Layers (exact types, as a subclass may do more) that can lose all their outputs or inputs.
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Layers that can go where everything they give is no longer looked at: they give the shape that they get.
+#: Layers that an identity can replace, as they keep the shape of their input.
 NORMS: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU),
 )
 
 
-class Nothing(nn.Module):
-    """In place of a linear layer or convolution without outputs: no channels, in the layer's shape otherwise.
+class Empty(nn.Module):
+    """Stub for a linear layer or convolution without outputs: returns a tensor with 0 channels.
 
     Args:
         layer: The layer.
@@ -43,11 +43,11 @@ class Nothing(nn.Module):
 
 
 class Constant(nn.Module):
-    """In place of a linear layer or convolution without inputs: what is left of it is its bias, or zero.
+    """Stub for a linear layer or convolution without inputs: returns its bias, or zeros.
 
     Attributes:
-        weight: ``(outputs, 0)``, a buffer: it only tells how many outputs there are.
-        bias: The layer's own, if it had one; still trained.
+        weight: Buffer of shape ``(outputs, 0)``.
+        bias: The layer's bias, if it has one; it is still trained.
 
     Args:
         layer: The layer.
@@ -69,12 +69,12 @@ class Constant(nn.Module):
         if self.window is None:
             return F.linear(x, self.weight, self.bias)
         dims = len(self.window)
-        # A product over no inputs rather than plain zeros: the outputs are this layer's units, whoever looks at it.
+        # A product over 0 inputs instead of zeros, so that a trace finds this layer's units.
         outputs = self.weight @ x.new_empty(0)
         if self.bias is not None:
             outputs = outputs + self.bias
         shape = (*x.shape[: -dims - 1], len(outputs), *_positions(x.shape[-dims:], self.window))
-        # A tensor of its own, as others may add to it in place.
+        # Cloned, as the result may be modified in place.
         return outputs.view(-1, *[1] * dims).expand(shape).clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:
@@ -91,11 +91,11 @@ class Constant(nn.Module):
 Window = tuple[tuple[int, int, int, int], ...]
 
 
-def stand_in(kind: str, layer: nn.Module) -> nn.Module:
-    """What takes the place of ``layer``, in its mode.
+def make_stub(kind: str, layer: nn.Module) -> nn.Module:
+    """Create the stub of this kind for ``layer``, in the same mode.
 
     Raises:
-        ValueError: If the kind is unknown, or the layer is none that can lose its inputs or outputs.
+        ValueError: If the kind is unknown, or the layer cannot lose its inputs or outputs.
     """
     if kind == "identity":
         module: nn.Module = nn.Identity()
@@ -104,7 +104,7 @@ def stand_in(kind: str, layer: nn.Module) -> nn.Module:
     elif type(layer) is not nn.Linear and type(layer) not in CONVOLUTIONS:
         raise ValueError(f"expected a Linear or a convolution to become {kind!r}, got {type(layer).__name__}")
     else:
-        module = Nothing(layer) if kind == "nothing" else Constant(layer)
+        module = Empty(layer) if kind == "nothing" else Constant(layer)
     return module.train(layer.training)
 
 

@@ -1,4 +1,4 @@
-"""A network and the ways it is run."""
+"""A network with the calls that are traced."""
 
 from __future__ import annotations
 
@@ -19,24 +19,32 @@ from lightning_prune.structure.tracing import (
     output_tensors,
 )
 
-__all__ = ["StructureError", "Subject", "batch_size_of", "describe", "first_line", "require_names", "require_traceable"]
+__all__ = [
+    "StructureError",
+    "TracedModel",
+    "batch_size_of",
+    "describe",
+    "first_line",
+    "require_names",
+    "require_traceable",
+]
 
 
 class StructureError(PruningError, ValueError):
-    """A network whose structure could not be found."""
+    """Raised when the structure of a network cannot be found."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A network and all that is needed to run a copy of it.
+class TracedModel:
+    """A network and everything needed to run a copy of it.
 
     Attributes:
         model: The network.
-        calls: How it is run; the first is a plain forward pass in eval mode, which costs are counted on.
-        optional: Calls that may fail to be traced, which leaves a note (a ``training_step`` with side effects, say).
-        memo: Objects of the network that a copy must not copy: ``{id(object): replacement}``.
-        prepare: Makes a copy ready to run (replaces metrics and loggers).
-        with_hooks: Whether users' hooks that take part in what the network computes run on a copy.
+        calls: Calls to trace; the first is a forward pass in eval mode, for which costs are counted.
+        optional: Calls that are skipped with a note if they fail, such as a ``training_step`` with side effects.
+        memo: Replacements for objects that must not be copied: ``{id(object): replacement}``.
+        prepare: Called with a copy before it runs, to replace metrics and loggers.
+        with_hooks: Whether forward hooks that affect the output run on a copy.
     """
 
     model: nn.Module
@@ -47,8 +55,8 @@ class Subject:
     with_hooks: bool = True
 
     @classmethod
-    def of(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Subject:
-        """A plain module, run as ``model(*args, **kwargs)`` in eval and in train mode."""
+    def of(cls, model: nn.Module, *args: Any, **kwargs: Any) -> TracedModel:
+        """A plain module, called as ``model(*args, **kwargs)`` in eval and in train mode."""
         calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
         return cls(model, calls)
 
@@ -58,7 +66,7 @@ class Subject:
 
 
 def require_names(model: nn.Module) -> None:
-    """Refuse an attribute with the name that `torch.compile` gives to the module inside: names are read without it."""
+    """Raise an error if a module has an attribute ``_orig_mod``, the name that `torch.compile` uses."""
     for prefix, module in model.named_modules():
         if "_orig_mod" in module._modules and not isinstance(module, OptimizedModule):
             where = f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
@@ -69,7 +77,7 @@ def require_names(model: nn.Module) -> None:
 
 
 def require_traceable(model: nn.Module) -> None:
-    """Refuse modules whose parameters or whose code are not there."""
+    """Raise an error for scripted modules and lazy layers."""
     for prefix, module in model.named_modules():
         where = f"{prefix or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -86,7 +94,7 @@ def require_traceable(model: nn.Module) -> None:
 
 
 def batch_size_of(call: Call) -> int:
-    """Samples in an example: the images of a list (as detectors take them), else the length of the first tensor."""
+    """Batch size of an example: the length of a list of images (as detectors take), else of the first tensor."""
     first = next(iter((*call.args, *call.kwargs.values())), None)
     if isinstance(first, list) and all(isinstance(item, torch.Tensor) and item.dim() == 3 for item in first):
         return max(len(first), 1)
@@ -97,7 +105,7 @@ def batch_size_of(call: Call) -> int:
 
 
 def describe(call: Call) -> str:
-    """The tensors that a call passes, in words."""
+    """Describe the tensors that a call passes, for messages."""
     tensors = output_tensors((call.args, dict(call.kwargs)))
     return ", ".join(f"a tensor of shape {tuple(t.shape)}, {t.dtype}" for t in tensors) or "without tensors"
 
