@@ -333,6 +333,11 @@ class Record:
         best = (max(real) if self.mode == "max" else min(real)) if real else None
         return before[-1] if before else None, best, after[-1] if after else None
 
+    @property
+    def shows_depth(self) -> bool:
+        """Whether it is told where in the backbone parameters are: of runs that score layers, with a backbone."""
+        return bool(self.scored and self.final and self.dense and len(self.dense.layers) > 1)
+
     def networks(self) -> list[ComparedNetwork]:
         """The network at every size at which the main metric was measured, as it was before the next cut or at the end.
 

@@ -17,15 +17,16 @@ from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, coun
 from lightning_prune.reporting.inspection import reached
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
 from lightning_prune.reporting.over_depth import over_depth_grid
-from lightning_prune.reporting.pages import Picture, html_of
+from lightning_prune.reporting.pages import Page, Picture, html_of
+from lightning_prune.reporting.plots import report_figure
 from lightning_prune.reporting.record import Cut, Measurement, Record, Scores, Size, SizeCheckpoint
+from lightning_prune.reporting.report_pages import report_pages
 from lightning_prune.reporting.typed import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
-    from lightning_prune.reporting.pages import Page
 
 __all__ = ["Report", "plain"]
 
@@ -97,8 +98,6 @@ class Report(Record):
 
         Needs the extra ``plot``. Save it with ``report.figure().savefig("report.png")``.
         """
-        from lightning_prune.reporting.plots import report_figure  # which draws reports, and so imports this
-
         return report_figure(self)
 
     def grids(self) -> tuple[Grid, ...]:
@@ -118,9 +117,7 @@ class Report(Record):
         Args:
             pictures: With pictures, which need the extra ``plot``.
         """
-        from lightning_prune.reporting.report_pages import report_pages  # which shows reports, and so imports this
-
-        return report_pages(self, pictures=pictures)
+        return report_pages(self, self.grids(), self.to_plain()["config"], pictures=pictures)
 
     def __str__(self) -> str:
         return as_text(self.grids()) or "nothing recorded"
@@ -228,11 +225,6 @@ class Report(Record):
                 "on (right after a cut nothing is measured); as last measured before the next cut or the end."
             )
         return Grid("Cuts", columns, tuple(rows), words=0, note=" ".join(notes))
-
-    @property
-    def shows_depth(self) -> bool:
-        """Whether it is told where in the backbone parameters are: of runs that score layers, with a backbone."""
-        return bool(self.scored and self.final and self.dense and len(self.dense.layers) > 1)
 
     def _over_depth(self) -> Grid:
         if not self.shows_depth or self.dense is None or self.final is None:

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
 from lightning_prune.reporting.comparison import Comparison
 from lightning_prune.reporting.comparison_figure import comparison_figure
+from lightning_prune.reporting.grid import Grid
 from lightning_prune.reporting.over_depth import over_depth_figure
 from lightning_prune.reporting.pages import Code, Heading, Page, Paragraph, Part, Picture, Row
 from lightning_prune.reporting.plots import headline, panel_figures, report_figure, scores_figure
-
-if TYPE_CHECKING:
-    from lightning_prune.reporting.report import Report
+from lightning_prune.reporting.record import Record
 
 __all__ = ["report_pages"]
 
 
-def report_pages(report: Report, *, pictures: bool) -> tuple[Page, Page]:
-    """The same report in one overview picture with files beside it, and with every panel inside.
+def report_pages(
+    report: Record, tables: Sequence[Grid], config: Mapping[str, Any], *, pictures: bool
+) -> tuple[Page, Page]:
+    """The same report with an overview in one picture, for files beside it, and with every panel as a picture inside.
 
     Args:
         report: What was collected.
+        tables: Its tables.
+        config: Its configuration in plain values.
         pictures: With pictures, which need the extra ``plot``.
     """
+    rest = (*tables, *_made_with(report, config))
     if not pictures or report.dense is None:
-        page = _page(report, ())
+        page = _page(report, (), rest)
         return page, page
     more = _more(report)
     overview = Picture.of("report", "metrics, size and widths", report_figure(report))
     captions = ("the metric while it trained", "what was left of the network", _widths_caption(report))
     names = ("metric", "size", "widths")
     panels = [Picture.of(*each) for each in zip(names, captions, panel_figures(report), strict=True)]
-    return _page(report, [overview, *more]), _page(report, [*panels, *more])
+    return _page(report, [overview, *more], rest), _page(report, [*panels, *more], rest)
 
 
-def _widths_caption(report: Report) -> str:
+def _widths_caption(report: Record) -> str:
     return "units of every group before and after" if report.what == "units" else "weights of every layer"
 
 
-def _more(report: Report) -> list[Picture]:
+def _more(report: Record) -> list[Picture]:
     """Pictures of what only some runs have: scores, several sizes, a backbone whose layers were scored."""
     found = []
     networks, metric = report.networks(), report.main_metric
@@ -61,16 +65,17 @@ def _more(report: Report) -> list[Picture]:
     return found
 
 
-def _page(report: Report, pictures: Sequence[Picture]) -> Page:
-    parts: list[Part] = [] if report.dense is None else [Paragraph(headline(report))]
-    parts += [*([Row(tuple(pictures))] if pictures else []), *report.grids()]
-    made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    seed = f"Seed {report.seed}. " if report.seed is not None else ""
-    if made_with or seed or report.config:
-        parts.append(Heading("Made with"))
-    if made_with or seed:
-        parts.append(Paragraph(f"{seed}{made_with}"))
-    if report.config:
-        config = yaml.safe_dump(report.to_plain()["config"], sort_keys=False, default_flow_style=None, width=100)
-        parts.append(Code(config.rstrip(), "yaml"))
-    return Page("Pruning report", tuple(parts))
+def _page(report: Record, pictures: Sequence[Picture], rest: Sequence[Part]) -> Page:
+    summary = [] if report.dense is None else [Paragraph(headline(report))]
+    return Page("Pruning report", (*summary, *([Row(tuple(pictures))] if pictures else []), *rest))
+
+
+def _made_with(report: Record, config: Mapping[str, Any]) -> list[Part]:
+    """Seed, versions and configuration, as far as they are known."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    text = " ".join([*([] if report.seed is None else [f"Seed {report.seed}."]), versions]).strip()
+    parts: list[Part] = [Paragraph(text)] if text else []
+    if config:
+        values = yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=100)
+        parts.append(Code(values.rstrip(), "yaml"))
+    return [Heading("Made with"), *parts] if parts else []
