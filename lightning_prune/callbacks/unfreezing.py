@@ -21,7 +21,8 @@ from lightning_prune.callbacks.showing import log_now
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.reporting import require
 from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm
-from lightning_prune.surgery import history_of
+from lightning_prune.structure.layers import is_within
+from lightning_prune.surgery import History, Keep, history_of
 
 __all__ = ["GradualUnfreezing"]
 
@@ -89,7 +90,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         self._frozen_by_user: dict[str, bool] = {}
         self._backbone = Backbone((), {})
         self._still: list[nn.Module] = []  # norms that must not train now
-        self._history: object = None  # of the network that `_backbone` was made from
+        self._history: History | None = None  # of the network that `_backbone` was made from
         self._is_checked = False  # whether the run is long enough for the network that it trains
 
     @property
@@ -177,6 +178,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
             self._look(pl_module)
             self._refuse_network(pl_module)
         if not self._is_checked:
+            self._refuse_unknown(pl_module)
             self._refuse_short(trainer)
             self._is_checked = is_changed = True
         if is_changed:
@@ -325,6 +327,19 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
             raise ValueError(
                 f"GradualUnfreezing: expected something to train behind the last convolution {last!r}, found nothing. "
                 'Name the classifier, for example head="net.classifier".'
+            )
+
+    def _refuse_unknown(self, module: LightningModule) -> None:
+        """Refuse the state of another network; layers that cuts have removed since are known."""
+        edits = () if self._history is None else self._history.edits
+        removed = [name for edit in edits if not isinstance(edit, Keep) for name in edit.modules]
+        known = {layer.name for layer in self._backbone.layers}
+        unknown = [name for name in self._thawed if name not in known and not is_within(name, removed)]
+        if unknown:
+            raise ValueError(
+                f"GradualUnfreezing: expected the convolutions of {type(module).__name__} in the checkpoint, got "
+                f"{', '.join(unknown)}, which it does not have. Resume with the network that the checkpoint was saved "
+                "from."
             )
 
     def _refuse_given(self, trainer: Trainer, group: Mapping[str, nn.Parameter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import warnings
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
-from lightning_prune import Rewind, StructuredPruning
+from lightning_prune import OneShot, Rewind, StructuredPruning
 from lightning_prune.callbacks.extensions.rollback import Rollback, go_back, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
@@ -291,3 +293,22 @@ def test_what_else_goes_with_a_cut_follows_when_it_is_taken_back(others: list[An
     for epoch in (3, 4):  # it was taken back at the start of epoch 3
         _, again = run(ckpt=tmp_path / "ends" / f"epoch={epoch}.ckpt")
         assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_hundred_cuts_taken_back_leave_nothing_behind(tmp_path: Path) -> None:
+    """One network in a hundred fits, each of which takes back its cut."""
+    module, sizes = Small(bad_epochs=9), []
+    for _ in range(100):
+        cut = StructuredPruning(0.5, schedule=OneShot(1), extensions=[Rollback(epochs=1, tolerance=0.1)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(tmp_path, 3, cut).fit(module, *loaders())
+        assert [layer.out_features for layer in module.net if isinstance(layer, nn.Linear)] == [8, 8, 3]
+        assert "taken back" in " ".join(cut.report.notes)
+        hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+        gc.collect()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        history = history_of(module)
+        sizes.append((hooks, tensors, sorted(vars(module)), 0 if history is None else len(history.edits)))
+    assert len({str(size) for size in sizes[2:]}) == 1, sizes

@@ -661,6 +661,18 @@ def test_a_damaged_state(tmp_path: Path) -> None:
             fit(tmp_path, make(Net), GradualUnfreezing(1, 1), ckpt_path=tmp_path / "bad.ckpt")
 
 
+def test_a_state_of_another_network(tmp_path: Path) -> None:
+    run = fit(tmp_path, make(Net), GradualUnfreezing(1, 1))
+    run.save_checkpoint(tmp_path / "good.ckpt")
+    checkpoint = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    checkpoint["callbacks"]["GradualUnfreezing"] = {"format": 1, "unfrozen": ["third", "layer4.conv"], "groups": []}
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(
+        ValueError, match=r"expected the convolutions of Net in the checkpoint, got layer4\.conv, which"
+    ):
+        fit(tmp_path, make(Net), GradualUnfreezing(1, 1), ckpt_path=tmp_path / "bad.ckpt", epochs=9)
+
+
 # -- the backbone -----------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from lightning_prune import (
     XGBPruning,
 )
 from lightning_prune.surgery import history_of, masks_of, revived
-from tests.callbacks.networks import Net, hooks
+from tests.callbacks.networks import hooks
 from tests.callbacks.networks import trainer as quiet
 from tests.callbacks.xgb_runs import QUICK
 from tests.support import ranks
@@ -152,11 +152,3 @@ def test_spawned_processes(method: str, tmp_path: Path) -> None:
     found = ranks.run(spawned, tmp_path, method)
     assert found["kept"]
     assert found["params"] < 0.75 * sum(p.numel() for p in Images().parameters())
-
-
-class Worse(Net):
-    """Its metric gets worse with every step: no cut recovers."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.log("rising_loss", float(self.trainer.global_step))
-        return super().training_step(batch, batch_idx)
