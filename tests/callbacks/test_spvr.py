@@ -28,7 +28,7 @@ from tests.scoring.spvr import reference
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latencies and pictures take longer than the training."""
-    monkeypatch.setattr(Showing, "measure", lambda self, traced, size: size)
+    monkeypatch.setattr(Showing, "measure", lambda self, traced, size, dense=None: size)
     monkeypatch.setattr(Showing, "finish", lambda *_: None)
 
 

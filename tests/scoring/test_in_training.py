@@ -40,7 +40,7 @@ class Net(LightningModule):
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """Latencies and pictures take longer than the training."""
-    monkeypatch.setattr(Showing, "measure", lambda self, traced, size: size)
+    monkeypatch.setattr(Showing, "measure", lambda self, traced, size, dense=None: size)
     monkeypatch.setattr(Showing, "finish", lambda *_: None)
 
 
