@@ -282,6 +282,23 @@ def test_most_channels_masked_are_the_share_of_the_others():
         assert walk.macs - before == layer * share + layer * 3 + 2 * 3 * 3 * 10
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_takes_the_share_of_the_fewer_channels(bias):
+    """One of six masked costs one of six, four of six what the other two cost."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=bias)).double().eval()
+    walk = Walk(model, DataPass([torch.randn(5, 4, dtype=torch.float64)]), [Station("0", "output")])
+    (visit,) = walk
+    (here,) = visit
+    masks = torch.tensor([[0.0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 1]])
+    found = here.rest_masked(masks, delta=True)  # what the layer gives unmasked is known then
+    before = walk.macs
+    torch.testing.assert_close(found, here.rest_masked(masks), rtol=1e-12, atol=1e-12)
+    assert walk.macs - before == 2 * 5 * 6 * 3
+    before = walk.macs
+    here.rest_masked(masks, delta=True)
+    assert walk.macs - before == 5 * 6 * 3 * (1 + 2) / 6
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_a_first_pass_has_run_is_not_run_again(name):
     """Values and outputs are the same bit by bit, and moving costs no multiply-accumulates while nothing is masked."""

@@ -51,7 +51,7 @@ class Delta:
         for index in steps:
             step = program.steps[index]
             reads = changed.intersection(step.reads())
-            changed.update(out for out in step.outs if out is not None)
+            changed.update(out for out in step.outs if out is not None and program.depends[out])
             if index in masked or not reads <= followed:
                 continue
             if reads and self._layer_input(step) in reads:
