@@ -56,6 +56,21 @@ def network() -> nn.Sequential:
 EXAMPLE = torch.zeros(2, 3, 6, 6, dtype=torch.float64)
 
 
+def test_a_network_that_computes_otherwise_at_the_widths_left_is_refused() -> None:
+    class Otherwise(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            return self[1](y if y.shape[1] > 3 else y.relu())
+
+    net = Otherwise(nn.Linear(4, 12), nn.Linear(12, 3))
+    x = torch.randn(5, 4)
+    before = net(x).detach()
+    with pytest.raises(StructureError, match="Otherwise works otherwise at the widths of this cut"):
+        prune(net, x, pruning_ratio=0.75)
+    assert torch.equal(net(x), before)
+    assert prune(net, x, pruning_ratio=0.5).final is not None
+
+
 def test_what_remains_is_the_masked_network() -> None:
     net = network()
     dense, images = copy.deepcopy(net), torch.randn_like(EXAMPLE)

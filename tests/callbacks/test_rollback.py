@@ -257,6 +257,11 @@ def test_judgement(made: Report, epoch: int, verdict: str) -> None:
     assert Rollback(epochs=2).verdict(made, epoch) == verdict
 
 
+@pytest.mark.parametrize("name", ["val_acc", "val_loss"])
+def test_what_is_exactly_as_good_as_before_has_recovered(name: str) -> None:
+    assert Rollback(epochs=2, tolerance=0.0).verdict(report(name, (10, 0.5), (15, 0.5)), 3) == "recovered"
+
+
 def test_the_monitor_that_is_named_counts() -> None:
     made = report("val_acc", (10, 0.9), (15, 0.2))
     made.log(2, 10, {"train_loss": 1.0})

@@ -211,6 +211,16 @@ def test_grouped_and_transposed_convolutions_are_fitted():
     assert gradient.abs().max() < 1e-5 * error  # a minimum, as far as the penalty lets it
 
 
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (9,)), (nn.Conv3d, (5, 5, 5))])
+def test_convolutions_over_one_and_three_dimensions_are_fitted(kind, size):
+    net, xs = nn.Sequential(kind(2, 6, 3), nn.ReLU(), kind(6, 4, 2)), batches(8, 2, *size)
+    narrow, _ = refitted(net, axes_of(net, xs[0], [0, 1, 4]), DataPass(xs), SequentialRidge(strength=1e-6))
+    inputs, targets = seen(narrow, "2", torch.cat(xs))[0], net(torch.cat(xs)).detach()
+    error = (narrow[2](inputs) - targets).square().mean()
+    gradient = torch.autograd.grad(error, narrow[2].weight)[0]
+    assert gradient.abs().max() < 1e-5 * error  # a minimum, as far as the penalty lets it
+
+
 def test_what_cannot_be_walked_is_run_whole():
     class Reads(nn.Module):
         def __init__(self):
