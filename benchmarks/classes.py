@@ -31,7 +31,7 @@ from lightning_prune.planning import Amount, Original, plan_by_use
 from lightning_prune.reporting import backbone_modules
 from lightning_prune.scoring import DataPass, Station, XGBoost, pooled_features, stations_of
 from lightning_prune.scoring.surrogates import split_samples
-from lightning_prune.scoring.xgb import LayerScorer, use_of_groups
+from lightning_prune.scoring.xgb import LayerScorer, group_usage
 from lightning_prune.structure import Structure
 from tests.support import pretrained
 
@@ -88,7 +88,7 @@ def score(job: dict[str, Any], root: Path, work: Path) -> dict[str, Any]:
         surrogate = XGBoost(rounds=rounds, threads=1, seed=job["seed"])
         scorer = LayerScorer(surrogate, labels[rows], parts)
         found = {station: scorer.score(station, table[rows]) for station, table in tables.items()}
-        uses[same_trees] = use_of_groups(structure.groups, found)
+        uses[same_trees] = group_usage(structure.groups, found)
         best = best or max(one.score for one in found.values())
     sizes = {}
     for name, (amount, same_trees) in AMOUNTS.items():

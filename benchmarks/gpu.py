@@ -31,7 +31,7 @@ from benchmarks.spvr_speed import sites_of
 from lightning_prune import Contribution, OneShot, XGBoost, prune
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.scoring import DataPass
-from lightning_prune.scoring.spvr.walked import RankingOptions, rank
+from lightning_prune.scoring.spvr.walk_ranking import RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import history_of, masks_of
 

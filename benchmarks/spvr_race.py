@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from benchmarks.spvr_networks import resnet56_projection
 from benchmarks.spvr_speed import Row, data_of
 from lightning_prune.scoring import DataPass, stations_of
-from lightning_prune.scoring.spvr.racing import Decides, Race, RaceKind, raced
+from lightning_prune.scoring.spvr.racing import Decides, Race, RaceKind, rank_by_race
 from lightning_prune.scoring.spvr.sites import Site, sites_of_layers
-from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
+from lightning_prune.scoring.spvr.walk_ranking import Ranking, RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 
 __all__ = ["SHARES", "race"]
@@ -35,7 +35,7 @@ def race(share: float, kind: RaceKind, per_class: int, samples: int) -> Row:
     """Multiply-accumulates and processor time of a race, and the groups that it decides unlike the full ranking."""
     model, data, sites, whole, used = _full(per_class)
     decides, began = _layers(model, share), process_time()
-    found = raced(model, data, sites, OPTIONS, Race(kind, decides, samples=samples))
+    found = rank_by_race(model, data, sites, OPTIONS, Race(kind, decides, samples=samples))
     row: Row = {"processor": process_time() - began, "processor_full": used}
     mine, wanted = (decides(one.bundles, one.scores) for one in (found, whole))
     groups = sum(map(len, wanted.values()))

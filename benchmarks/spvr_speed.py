@@ -19,7 +19,7 @@ from benchmarks.spvr_networks import balanced, cifar10, resnet56, vgg16
 from lightning_prune.scoring import DataPass, stations_of
 from lightning_prune.scoring.spvr import class_scores, prediction_change
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
-from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
+from lightning_prune.scoring.spvr.walk_ranking import Ranking, RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 
 __all__ = ["NETWORKS", "Row", "data_of", "macs", "seconds", "sites_of"]

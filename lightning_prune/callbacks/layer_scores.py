@@ -23,13 +23,13 @@ from lightning_prune.scoring.walk import Station, Walk, feature_tables, stations
 from lightning_prune.scoring.xgb import (
     LayerScore,
     LayerScorer,
-    Use,
+    Usage,
     end_station,
+    group_usage,
     score_layers,
     score_layers_in_turn,
     unmaskable,
     unscorable,
-    use_of_groups,
 )
 from lightning_prune.structure import Structure
 from lightning_prune.structure.boundaries import Boundary
@@ -97,7 +97,7 @@ class Scored:
     """
 
     layers: Mapping[Station, LayerScore]
-    use: Mapping[str, Use]
+    use: Mapping[str, Usage]
     plan: Plan
     emptied: tuple[str, ...]
     file: Path
@@ -183,7 +183,7 @@ class ScoringRun:
             left = {station: score for station, score in found.items() if station.layer in chosen.layers}
         else:
             chosen = None
-        use = use_of_groups(groups, left)
+        use = group_usage(groups, left)
         if chosen is not None and not amount.is_local:  # it counts what is left of the shallower network
             return Scored(found, use, Plan({}, {}), (), file, passes, depths, chosen)
         plan, emptied = plan_by_use(self.structure, use, amount, self.original)
@@ -206,7 +206,7 @@ class ScoringRun:
         decided = {"amount": amount, "groups": [group.name for group in groups]}
         scorer, file = self._scorer(len(stations), decided)
 
-        def decide(_: Group, found: Use) -> tuple[int, ...]:
+        def decide(_: Group, found: Usage) -> tuple[int, ...]:
             return amount.kept(found) or (best_unit(found),)
 
         walk = Walk(self.module, self.data, stations, memory_limit=self._memory_left)
@@ -231,7 +231,7 @@ class ScoringRun:
             exponent = (low + high) / 2
             threshold = Amount("threshold", 10**exponent)
             found, more, file = self._in_turn(groups, stations, threshold)
-            plan, _ = plan_by_use(self.structure, use_of_groups(groups, found), threshold, self.original)
+            plan, _ = plan_by_use(self.structure, group_usage(groups, found), threshold, self.original)
             size, passes = self._size(plan, target, selected), passes + more
             rank_zero_info(f"threshold {10**exponent:.3g}: {size:,.0f} {target.quantity} of {limit:,.0f} are left")
             if nearest is None or abs(size - limit) < best:
@@ -277,7 +277,7 @@ class ScoringRun:
             self.parts,
             self.options.metric,
             memory,
-            together=lambda make: made_on_first(self.trainer, make),
+            on_rank_zero=lambda make: made_on_first(self.trainer, make),
             see=lambda found: self._see(found, layers),
         )
         return scorer, opened.path
@@ -299,7 +299,7 @@ class ScoringRun:
                     f"`scores`: expected a table of this network, these samples and options, got {other}, in which "
                     f"{_differences(known.difference)}. Score again, or leave it out."
                 )
-            if known.fits and own.take(known):
+            if known.fits and own.merge(known):
                 rank_zero_info(f"Scores of layers that {other} holds are taken from there.")
         return own
 
@@ -316,9 +316,9 @@ class _Shared:
     def __init__(self, file: ScoreFile, writes: bool) -> None:
         self._file, self._writes = file, writes
 
-    def recall(self, station: Station) -> LayerScore | None:
-        return self._file.recall(station)
+    def get(self, station: Station) -> LayerScore | None:
+        return self._file.get(station)
 
-    def note(self, found: LayerScore) -> None:
+    def put(self, found: LayerScore) -> None:
         if self._writes:
-            self._file.note(found)
+            self._file.put(found)

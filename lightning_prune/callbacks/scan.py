@@ -14,7 +14,7 @@ from lightning_prune.callbacks.traced_models import traced_model_for
 from lightning_prune.planning import Original, Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
-from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.structure import Structure, trace
 from lightning_prune.surgery import cut, with_history
 from lightning_prune.surgery.tensors import named
@@ -68,7 +68,7 @@ def sensitivity(
 
     @torch.no_grad()
     def measured() -> float:
-        with undisturbed(model):  # in training mode norms would learn from what is only measured
+        with preserved_state(model):  # in training mode norms would learn from what is only measured
             metric = evaluate(model)
         try:
             return float(metric)

@@ -22,11 +22,11 @@ from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import CutPoint, NoEffectWarning, Original, Plan, Schedule, Target, select
 from lightning_prune.planning.ranked import Ranked, RankedPlan, by_stage, in_order, plan_ranked
 from lightning_prune.scoring import DataPass, SPvR, stations_of
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.spvr import Task, class_scores, score_tensor
-from lightning_prune.scoring.spvr.racing import Race, RaceKind, raced
+from lightning_prune.scoring.spvr.racing import Race, RaceKind, rank_by_race
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
-from lightning_prune.scoring.spvr.walked import Ranking, RankingOptions, rank
-from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.spvr.walk_ranking import Ranking, RankingOptions, rank
 from lightning_prune.structure import Structure, StructureError, TracedModel
 from lightning_prune.structure.bypass import Bypasses, find_bypasses
 from lightning_prune.structure.flow import with_flow
@@ -41,9 +41,9 @@ Coupling = Literal["group", "stage"]
 
 
 _RACES: dict[RaceKind | None, list[str]] = {
-    "exact": ["The ranking was raced: scores of groups that stay may be of fewer samples."],
+    "exact": ["The ranking was rank_by_race: scores of groups that stay may be of fewer samples."],
     "statistical": [
-        "The ranking was raced statistically: scores are of fewer samples, and near the threshold groups may "
+        "The ranking was rank_by_race statistically: scores are of fewer samples, and near the threshold groups may "
         "have been taken for others."
     ],
 }
@@ -250,7 +250,7 @@ class SPvRPruning(NetworkPruning):
             raise ValueError(
                 f"SPvRPruning takes `samples_per_class` samples of every class from the training data: {error}"
             ) from error
-        with undisturbed(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+        with preserved_state(module), torch.no_grad(), trainer.precision_plugin.forward_context():
             outputs = score_tensor(module(*batch.args, **batch.kwargs))
         reading = class_scores(outputs, batch.labels, self.options.task, self.options.normalized)
         classes = outputs.shape[1] if reading.task == "multiclass" else 2
@@ -333,7 +333,7 @@ class SPvRPruning(NetworkPruning):
                 return rank(module, data, sites, self.options, **settings)
             key = repr((limit, self.coupling, self._selected, sorted(self._bypasses.groups)))
             race = Race(self.race, partial(self._decisive, limit), key)
-            return raced(module, data, sites, self.options, race, **settings)
+            return rank_by_race(module, data, sites, self.options, race, **settings)
 
     def _decisive(
         self, limit: int, bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Tensor]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_prune.callbacks.traced_models import inputs_of
 from lightning_prune.scoring import Batch, DataPass
-from lightning_prune.scoring.drawing import batch_size_of
+from lightning_prune.scoring.sampling import batch_size_of
 from lightning_prune.structure import TracedModel
 
 __all__ = ["data_at_cut", "is_readable", "require_readable", "step_loss", "training_data"]

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_prune.scoring.drawing import NO_CLASS
+from lightning_prune.scoring.sampling import NO_CLASS
 
 __all__ = ["Batch", "ImageData", "ImageTensors", "ShuffledByEpoch", "crop_and_mirror"]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lightning_prune.planning.plan import Plan, make_plan
 from lightning_prune.planning.scope import Scope
 from lightning_prune.planning.target import Original, Target
-from lightning_prune.scoring.xgb import Use
+from lightning_prune.scoring.xgb import Usage
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["Amount", "Rule", "best_unit", "dividing_threshold", "plan_by_use", "widths_at"]
@@ -96,7 +96,7 @@ class Amount:
         """Whether each group is decided by itself."""
         return self.rule != "budget"
 
-    def kept(self, use: Use) -> tuple[int, ...]:
+    def kept(self, use: Usage) -> tuple[int, ...]:
         """Units of a group that stay, ascending; none if all of them go by the rule.
 
         Raises:
@@ -109,7 +109,7 @@ class Amount:
 
 
 def plan_by_use(
-    structure: Structure, use: Mapping[str, Use], amount: Amount, original: Original
+    structure: Structure, use: Mapping[str, Usage], amount: Amount, original: Original
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and the groups that would have been emptied and keep their best unit instead.
 
@@ -133,7 +133,7 @@ def plan_by_use(
     return Plan(kept, {name: len(use[name].importance) for name in kept}), emptied
 
 
-def widths_at(structure: Structure, use: Mapping[str, Use], threshold: float) -> dict[str, int]:
+def widths_at(structure: Structure, use: Mapping[str, Usage], threshold: float) -> dict[str, int]:
     """Units of every group if those with an importance of at most ρ go; a group keeps its best one.
 
     Args:
@@ -145,7 +145,7 @@ def widths_at(structure: Structure, use: Mapping[str, Use], threshold: float) ->
     return {**structure.widths, **left}
 
 
-def dividing_threshold(use: Use, kept: Sequence[int]) -> float | None:
+def dividing_threshold(use: Usage, kept: Sequence[int]) -> float | None:
     """The ρ that divides a group as it was decided: the largest importance of the units that go.
 
     Args:
@@ -163,20 +163,20 @@ def dividing_threshold(use: Use, kept: Sequence[int]) -> float | None:
     return threshold if not stays.any() or use.importance[stays].min() >= threshold else None
 
 
-def best_unit(use: Use) -> int:
+def best_unit(use: Usage) -> int:
     """The most used unit, the first of equal ones."""
     return int(np.argmax(use.importance))
 
 
-def _above(use: Use, threshold: float) -> npt.NDArray[np.bool_]:
+def _above(use: Usage, threshold: float) -> npt.NDArray[np.bool_]:
     return use.importance > threshold
 
 
-def _above_quantile(use: Use, quantile: float) -> npt.NDArray[np.bool_]:
+def _above_quantile(use: Usage, quantile: float) -> npt.NDArray[np.bool_]:
     return use.importance > np.quantile(use.importance, quantile)
 
 
-def _holding(use: Use, gain: float) -> npt.NDArray[np.bool_]:
+def _holding(use: Usage, gain: float) -> npt.NDArray[np.bool_]:
     order = np.argsort(-use.share, kind="stable")
     held = np.cumsum(use.share[order])
     needed = int(np.searchsorted(held, gain * held[-1] - _EPSILON)) + 1
@@ -185,7 +185,7 @@ def _holding(use: Use, gain: float) -> npt.NDArray[np.bool_]:
     return stays & (use.share > 0)
 
 
-def _best(use: Use, ratio: float) -> npt.NDArray[np.bool_]:
+def _best(use: Usage, ratio: float) -> npt.NDArray[np.bool_]:
     width = len(use.importance)
     left = max(int(np.floor(width * (1 - ratio) + 0.5 + 1e-9)), 1)
     stays = np.zeros(width, dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""How much every unit matters: criteria, and the statistics they observe during training."""
+"""Importance of units: criteria, and the statistics that they observe during training."""
 
 from lightning_prune.scoring.contributions import Contributions, Ratio, contributions_of
 from lightning_prune.scoring.criteria import (
@@ -44,7 +44,7 @@ from lightning_prune.scoring.statistics import (
 )
 from lightning_prune.scoring.surrogates import NeuralProbe, SklearnEstimator, Surrogate, XGBoost
 from lightning_prune.scoring.table import criteria_table
-from lightning_prune.scoring.walk import Here, Station, Visit, Walk, WalkProgress, pooled_features, stations_of
+from lightning_prune.scoring.walk import Station, StationBatch, Visit, Walk, WalkProgress, pooled_features, stations_of
 
 __all__ = [
     "FPGM",
@@ -68,7 +68,6 @@ __all__ = [
     "GraSP",
     "GradientStatistic",
     "HRank",
-    "Here",
     "KLDivergence",
     "MemberStatistic",
     "Misclassification",
@@ -79,6 +78,7 @@ __all__ = [
     "SPvR",
     "SklearnEstimator",
     "Station",
+    "StationBatch",
     "Statistic",
     "Surrogate",
     "SynFlow",

@@ -1,8 +1,8 @@
-r"""How much of every output of a linear layer comes from each of its inputs.
+r"""Contributions of the inputs of a linear layer to its outputs.
 
-An output :math:`z_j = \sum_i w_{ij} a_i` (bias left out) owes the share :math:`w_{kj} a_k / z_j` to input :math:`k`;
-"absolute" shares take :math:`|w|` and :math:`|a|` throughout, so that they lie in [0, 1]. Over passes :math:`f`,
-outputs :math:`j` and, in convolutions, positions :math:`p` and taps of the kernel,
+Input :math:`k` contributes the share :math:`w_{kj} a_k / z_j` of an output :math:`z_j = \sum_i w_{ij} a_i` (without
+bias). "Absolute" shares use :math:`|w|` and :math:`|a|`, so that they lie in [0, 1]. Over samples :math:`f`, outputs
+:math:`j` and, in convolutions, positions :math:`p` and taps of the kernel,
 
 .. math::
     C_\text{avg}(k) = \operatorname{mean}_{f,j,p} \sum_\text{taps} \frac{w_{kj} a_{kf}}{z_{jf}}, \qquad
@@ -28,7 +28,7 @@ __all__ = ["LINEAR_LAYERS", "Contributions", "Ratio", "contributions_of", "per_p
 
 Ratio = Literal["absolute", "signed"]
 
-#: Layers whose outputs are sums over inputs, which is what shares are defined on.
+#: Layers whose outputs are sums over inputs, for which contributions are defined.
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Conv1d,
@@ -39,20 +39,19 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 
-#: Elements of a block of products in the maximum: about the second-level cache on a CPU; elsewhere a block has to be
-#: worth a kernel launch.
+#: Elements per block of products in the maximum: the size of the L2 cache on a CPU; enough for a kernel launch
+#: elsewhere.
 _BLOCK_CPU, _BLOCK_DEVICE = 2**18, 2**24
 
 
 class Contributions(NamedTuple):
-    """What one call of a layer tells.
+    """Contributions in one call of a layer.
 
     Attributes:
         mass: Shares of each input, summed over passes, outputs and positions; shape ``(inputs,)``.
-        outputs: Number of outputs (over passes and positions) that shares were taken of; a scalar. Outputs without
-            anything to share (``z`` = 0) are not among them, so that ``mass / outputs`` sums to 1 over the inputs
-            (signed: up to ``epsilon``).
-        maximum: Largest share of each input in any one output, never below 0; shape ``(inputs,)``.
+        outputs: Number of outputs (over passes and positions) with ``z`` ≠ 0; a scalar. ``mass / outputs`` sums to 1
+            over the inputs (signed: up to ``epsilon``).
+        maximum: Largest share of each input in any output, at least 0; shape ``(inputs,)``.
         passes: Number of samples.
     """
 
@@ -74,26 +73,22 @@ def contributions_of(
     positions: int | None = None,
     seed: int = 0,
 ) -> Contributions:
-    """Shares of a layer's inputs in its outputs.
+    """Compute the contributions of a layer's inputs to its outputs, in float32 (float64 for float64 activations).
 
-    Computed in float32 (float64 if the activation is), whatever the layer itself computes in. Padding with zeros is an
-    activation of 0; padding with copies counts for the channel it copies.
+    Zero padding counts as an activation of 0; padding with copies counts for the channel that is copied.
 
     Args:
         layer: One of ``LINEAR_LAYERS``; its inputs are features or channels.
-        activation: What entered the layer, batched or not.
-        output: What came out. Signed shares need no second forward pass, since it holds ``z`` plus the bias.
+        activation: Input of the layer, batched or not.
+        output: Output of the layer.
         ratio: ``"absolute"`` or ``"signed"`` shares.
         epsilon: Signed denominators become ``z + epsilon · sign(z)``, as in LRP-ε.
         average: Compute ``mass``; zeros otherwise.
-        maximum: Compute ``maximum``; zeros otherwise. A max-product is no matrix product: it takes as many
-            multiplications as the layer itself, without the speed of one.
-        positions: Take the maximum over this many positions of a convolution's output (of a transposed one's input),
-            the same for all passes, drawn without repetition. All positions by default, or where there are no more.
-        seed: Of the draw.
-
-    Raises:
-        TypeError: If the layer is none of ``LINEAR_LAYERS``.
+        maximum: Compute ``maximum``; zeros otherwise. It takes as many multiplications as the layer itself, but is not
+            a matrix product and therefore slower.
+        positions: Sample this many positions of a convolution's output (input if transposed) for the maximum, the same
+            for all passes; all by default.
+        seed: Seed of the sampled positions.
     """
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
@@ -104,18 +99,18 @@ def contributions_of(
             a, weight = a.abs(), weight.abs()
             z = arithmetic.forward(a, weight)
         else:
-            # An output rounded to half precision would be a poor denominator where terms cancel.
+            # Half-precision outputs are poor denominators where terms cancel.
             z = arithmetic.without_bias(z, layer) if z.dtype == dtype else arithmetic.forward(a, weight)
             z = z + epsilon * z.sign()
-        # Outputs of 0 have nothing to share; NaN stays, since it has to be noticed.
+        # Outputs of 0 contribute nothing; NaN is kept, to be detected.
         inverse = z.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
-        nothing = a.new_zeros(a.shape[arithmetic.channel])
+        zeros = a.new_zeros(a.shape[arithmetic.channel])
         return Contributions(
-            mass=arithmetic.per_input(a * arithmetic.backward(inverse, a, weight)) if average else nothing,
+            mass=arithmetic.per_input(a * arithmetic.backward(inverse, a, weight)) if average else zeros,
             outputs=torch.count_nonzero(inverse),
-            maximum=_maximum(arithmetic.matrices(a, inverse, weight, positions, seed), nothing, ratio)
+            maximum=_maximum(arithmetic.matrices(a, inverse, weight, positions, seed), zeros, ratio)
             if maximum
-            else nothing,
+            else zeros,
             passes=a.shape[0],
         )
 
@@ -123,12 +118,12 @@ def contributions_of(
 def per_pass(layer: nn.Module, activation: Tensor, gradient: Tensor) -> Tensor:
     """Activation times gradient of every input of a linear layer, summed over positions: shape ``(passes, inputs)``.
 
-    Only the gradient that comes back through this layer counts, whatever else takes the same activation.
+    The gradient is the one that flows through this layer, not through other consumers of the activation.
 
     Args:
         layer: One of ``LINEAR_LAYERS``; its inputs are features or channels.
         activation: What entered the layer, batched or not.
-        gradient: Of some scalar, with respect to what came out.
+        gradient: Gradient of a scalar with respect to the layer's output.
     """
     dtype = torch.promote_types(activation.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
@@ -139,7 +134,7 @@ def per_pass(layer: nn.Module, activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 class _Matrix(NamedTuple):
-    """A layer's plain matrix ``(j, c)`` between activations ``(n, c)`` and inverse outputs ``(n, j)``."""
+    """A layer as a matrix ``(j, c)`` between activations ``(n, c)`` and inverse outputs ``(n, j)``."""
 
     activation: Tensor
     inverse: Tensor
@@ -147,14 +142,14 @@ class _Matrix(NamedTuple):
     inputs: slice
 
 
-def _maximum(matrices: Iterator[_Matrix], nothing: Tensor, ratio: Ratio) -> Tensor:
+def _maximum(matrices: Iterator[_Matrix], zeros: Tensor, ratio: Ratio) -> Tensor:
     """Largest ``a · w / z`` of each input, in blocks of bounded size."""
-    best = nothing.clone()
-    block = _BLOCK_CPU if nothing.device.type == "cpu" else _BLOCK_DEVICE
+    best = zeros.clone()
+    block = _BLOCK_CPU if zeros.device.type == "cpu" else _BLOCK_DEVICE
     for a, inverse, weight, inputs in matrices:
         outputs = max(min(block // weight.shape[1], weight.shape[0]), 1)
         rows = max(min(block // (outputs * weight.shape[1]), len(a)), 1)
-        # Made once: memory that is new in every block costs more than the products.
+        # Allocated once: allocation per block would cost more than the products.
         space = a.new_empty(rows, outputs, weight.shape[1])
         largest, least = torch.empty_like(a), torch.empty_like(a)
         for j in range(0, weight.shape[0], outputs):
@@ -166,7 +161,7 @@ def _maximum(matrices: Iterator[_Matrix], nothing: Tensor, ratio: Ratio) -> Tens
                 if ratio == "signed":
                     torch.amin(products, 1, out=least[n : n + rows])
             found = (a * largest).amax(0)
-            if ratio == "signed":  # under a negative activation the least product is the largest share
+            if ratio == "signed":  # for a negative activation the smallest product is the largest share
                 found = torch.maximum(found, (a * least).amax(0))
             best[inputs] = torch.maximum(best[inputs], found)
     return best
@@ -174,7 +169,7 @@ def _maximum(matrices: Iterator[_Matrix], nothing: Tensor, ratio: Ratio) -> Tens
 
 @dataclass(frozen=True)
 class _Dense:
-    """Linear as arithmetic on tensors whose last dimension is the features."""
+    """Arithmetic of Linear; features are the last dimension."""
 
     channel = -1
 
@@ -183,7 +178,7 @@ class _Dense:
         return (a, z) if a.dim() > 1 else (a[None], z[None])
 
     def without_bias(self, z: Tensor, layer: Any) -> Tensor:
-        """The layer's output less its bias."""
+        """The layer's output minus its bias."""
         return z if layer.bias is None else z - layer.bias
 
     def forward(self, a: Tensor, weight: Tensor) -> Tensor:
@@ -195,7 +190,7 @@ class _Dense:
         return g @ weight
 
     def per_input(self, x: Tensor) -> Tensor:
-        """The sum over everything but inputs."""
+        """Sum over all dimensions but inputs."""
         return x.flatten(0, -2).sum(0)
 
     def matrices(
@@ -206,17 +201,17 @@ class _Dense:
         positions: int | None,  # noqa: ARG002
         seed: int,  # noqa: ARG002
     ) -> Iterator[_Matrix]:
-        """The layer as plain matrices; of a convolution, at a draw of ``positions``."""
+        """The layer as matrices; for a convolution, at sampled ``positions``."""
         yield _Matrix(a.flatten(0, -2), inverse.flatten(0, -2), weight, slice(None))
 
 
 @dataclass(frozen=True)
 class _Convolution:
-    """Convolution, transposed or not, as arithmetic; the methods mean the same as those of ``_Dense``.
+    """Arithmetic of convolutions, transposed or not, with the methods of ``_Dense``.
 
     Attributes:
-        outside: Padding that the convolution cannot do itself (``padding_mode``, ``padding="same"``), for ``F.pad``.
-        mode: How ``outside`` is filled.
+        outside: Padding to apply by ``F.pad`` (for ``padding_mode`` and ``padding="same"``).
+        mode: Mode of that padding.
     """
 
     stride: tuple[int, ...]
@@ -241,7 +236,7 @@ class _Convolution:
         elif layer.padding_mode != "zeros":
             outside, padding = _both_sides(padding), (0,) * spatial
         extra = (0,) * spatial
-        if layer.transposed:  # from the shapes, since a call may ask for another `output_size`
+        if layer.transposed:  # from the shapes, since a call may pass `output_size`
             sizes = zip(z.shape[-spatial:], a.shape[-spatial:], layer.stride, padding, reach, strict=True)
             extra = tuple(out - ((n - 1) * s - 2 * p + r + 1) for out, n, s, p, r in sizes)
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -269,10 +264,10 @@ class _Convolution:
     def matrices(
         self, a: Tensor, inverse: Tensor, weight: Tensor, positions: int | None, seed: int
     ) -> Iterator[_Matrix]:
-        """One matrix per tap and group: a tap pairs every position of one side with a shifted one of the other."""
+        """One matrix per kernel tap and group, which pairs positions of one side with shifted ones of the other."""
         still, moving = (a, inverse) if self.transposed else (inverse, a)
         moving = F.pad(moving, _both_sides(self.padding))
-        at = _drawn(math.prod(still.shape[2:]), positions, seed).to(a.device)
+        at = _sample_positions(math.prod(still.shape[2:]), positions, seed).to(a.device)
         places = torch.unravel_index(at, still.shape[2:])
         still, rows = _rows(still)[:, at], _rows(moving)
         for tap in itertools.product(*map(range, weight.shape[2:])):
@@ -295,8 +290,8 @@ class _Convolution:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
 
-def _drawn(size: int, count: int | None, seed: int) -> Tensor:
-    """``count`` of the positions below ``size`` in ascending order, all if there are no more; the same everywhere."""
+def _sample_positions(size: int, count: int | None, seed: int) -> Tensor:
+    """Sample ``count`` positions below ``size`` in ascending order; all if None."""
     if count is None or count >= size:
         return torch.arange(size)
     generator = torch.Generator().manual_seed(seed)
@@ -304,12 +299,12 @@ def _drawn(size: int, count: int | None, seed: int) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Channels last: shape ``(passes, positions, channels)``."""
+    """Flatten positions and move channels last: shape ``(passes, positions, channels)``."""
     return x.flatten(2).movedim(1, -1).contiguous()
 
 
 def _both_sides(padding: tuple[int, ...]) -> tuple[int, ...]:
-    """Padding as ``F.pad`` wants it: last dimension first, before and after."""
+    """Padding in the format of ``F.pad``: last dimension first, before and after."""
     return tuple(p for p in reversed(padding) for _ in range(2))
 
 

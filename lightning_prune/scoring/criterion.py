@@ -1,4 +1,4 @@
-"""What a criterion is: one number per unit, and nothing else."""
+"""Base classes of criteria, which assign a score to every unit."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = [
 
 
 class Criterion(Settings, ABC):
-    """How much each unit matters: the lowest are removed first.
+    """Base class of criteria, which score the importance of units: the lowest are removed first.
 
-    Concrete criteria are final frozen dataclasses, one paper per file, and hold settings only; what has to be observed
-    during training is accumulated by their ``statistic``.
+    Concrete criteria are final frozen dataclasses that hold settings only; what they observe during training is
+    accumulated by their ``statistic``.
 
     Attributes:
-        every_n_batches: How often training batches are observed: every ``n``-th. Without a statistic it has no use.
-        comparable: Whether scores of different groups compare as they are, under a global scope.
+        every_n_batches: Observe every ``n``-th training batch; ignored without a statistic.
+        comparable: Whether scores of different groups are comparable under a global scope.
     """
 
     every_n_batches: int = 1
@@ -43,31 +43,31 @@ class Criterion(Settings, ABC):
 
     @property
     def waived(self) -> Mapping[str, str]:
-        """Clauses of the contract that the criterion does not meet, each with the reason.
+        """Properties that the criterion does not have, each with the reason.
 
-        Clauses: ``"dead_is_lowest"`` (a unit whose weights are all 0 scores lowest), ``"equivariant"`` (permuting
-        units permutes scores), ``"merges"`` (two halves of the data merge into the scores of all of it).
+        Properties: ``"dead_is_lowest"`` (a unit whose weights are all 0 scores lowest), ``"equivariant"`` (permuting
+            units permutes scores), ``"merges"`` (statistics of two halves of the data merge into those of all of it).
         """
         return {}
 
     def statistic(self, structure: Structure) -> Statistic | None:  # noqa: ARG002
-        """What has to be observed in training; None if the weights say it all."""
+        """Statistic to observe during training; None if scores depend on the weights alone."""
         return None
 
     def bundles(self, group: Group, statistic: Statistic | None) -> Sequence[Sequence[int]] | None:  # noqa: ARG002
-        """Units of a group that can only go together; None if each goes by itself.
+        """Bundles of units of a group that are removed together; None if units are removed one by one.
 
         Args:
             group: The group.
-            statistic: What ``self.statistic`` returned; before it has seen data, bundles of the sizes to expect.
+            statistic: Result of ``self.statistic``; before it has seen data, bundles have the expected sizes.
         """
         return None
 
     @property
     def amount(self) -> Mapping[str, int]:
-        """How much of the training data a statistic with passes of its own is given at a cut.
+        """Amount of training data for a statistic that collects data at a cut.
 
-        ``{"batches": 1}``, or a number of ``samples``, or of samples ``per_class``; see `DataPass`.
+        ``{"batches": 1}``, or a number of ``samples`` or samples ``per_class``; see `DataPass`.
         """
         return {"batches": 1}
 
@@ -78,16 +78,16 @@ class Criterion(Settings, ABC):
         Args:
             group: The group.
             tensors: Parameters and buffers of the network by qualified name, detached.
-            statistic: What ``self.statistic`` returned, after it observed the training.
+            statistic: Result of ``self.statistic``, after it observed the training.
 
         Returns:
-            Shape ``(width,)``, floating point, low = removed first.
+            Floating-point scores of shape ``(width,)``; the lowest are removed first.
         """
 
 
 @dataclass(frozen=True)
 class ObservingCriterion(Criterion):
-    """A criterion whose score is what its statistic makes of the training: it only names the statistic.
+    """Base class of criteria whose score is the value of their statistic.
 
     Raises:
         ValueError: If ``every_n_batches`` is below 1.
@@ -103,10 +103,10 @@ class ObservingCriterion(Criterion):
 
     @abstractmethod
     def statistic(self, structure: Structure) -> Statistic:
-        """What has to be observed."""
+        """Statistic to observe during training."""
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
-        """The number that the statistic has for each unit."""
+        """Value of the statistic, shape ``(width,)``."""
         if statistic is None:
             raise ValueError(
                 f"{type(self).__name__}: expected the statistic that `statistic(structure)` returned, got None."
@@ -117,7 +117,7 @@ class ObservingCriterion(Criterion):
 def score_groups(
     criterion: Criterion, groups: Iterable[Group], tensors: Mapping[str, Tensor], statistic: Statistic | None
 ) -> dict[str, Tensor]:
-    """Scores by group name, in float64 on the CPU, checked.
+    """Score groups and check the scores: ``{group: scores}``, float64 on the CPU.
 
     Raises:
         FloatingPointError: If a score is NaN or infinite.
@@ -146,33 +146,33 @@ def score_groups(
 def bundles_of(
     criterion: Criterion, groups: Iterable[Group], statistic: Statistic | None
 ) -> dict[str, Sequence[Sequence[int]]]:
-    """Units that can only go together, by group; groups of which each unit goes by itself are left out."""
+    """Bundles of units that are removed together, by group; without groups whose units are removed one by one."""
     found = ((group.name, criterion.bundles(group, statistic)) for group in groups)
     return {name: bundles for name, bundles in found if bundles is not None}
 
 
 def unit_rows(tensor: Tensor, member: Member) -> Tensor:
-    """A member's slices, one row per unit: shape ``(width, k · elements of a slice)``, at least float32.
+    """Slices of a member, one row per unit: shape ``(width, k · elements of a slice)``, at least float32.
 
-    Not to be written to: it may be a view of the tensor.
+    The result may be a view of the tensor.
     """
     slices = tensor.detach().movedim(member.dim, 0)
     if member.index.size != len(slices) or (member.index.ravel() != np.arange(len(slices))).any():
         slices = slices[torch.as_tensor(member.index.ravel(), device=tensor.device)]
-    # Rows in one piece: the sum of a row must not depend on its place. Of a producer's weight that is a view.
+    # Contiguous rows: the sum of a row must not depend on its position.
     rows = slices.reshape(len(member.index), -1).contiguous()
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def crossings(earlier: Iterable[Member], member: Member, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Where a unit has numbers of a tensor twice.
+    """Elements of a tensor that belong to a unit twice.
 
-    A layer that takes and makes the same units (in a residual sum) has weights from each of them to itself.
+    A layer that consumes and produces the same units (in a residual sum) has weights from each unit to itself.
 
     Args:
         earlier: Other members of the same group.
         member: One of them.
-        tensor: Numbers in the shape of the member's tensor.
+        tensor: Values in the shape of the member's tensor.
 
     Yields:
         Rows and columns of the units' weights to themselves, shapes ``(width, k, 1)`` and ``(width, 1, l)``, and a view
@@ -185,10 +185,10 @@ def crossings(earlier: Iterable[Member], member: Member, tensor: Tensor) -> Iter
 
 
 def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Everything that the weights producing a unit hold, one row per unit: shape ``(width, n)``.
+    """Weights that produce each unit, one row per unit: shape ``(width, n)``.
 
-    Biases and normalisation are left out. Coupled producers (a residual sum) stand side by side in a row. Where nothing
-    produces a unit (a bare parameter, say), the weights that take it as input speak for it.
+    Without biases and normalisation. Weights of coupled producers (a residual sum) are concatenated. For units without
+    a producer (a bare parameter), the weights that consume them are used.
 
     Raises:
         ValueError: If no weight produces or takes the group's units.
@@ -197,7 +197,7 @@ def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def unit_members(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """The parts of :func:`unit_weights`, one of shape ``(width, n)`` per weight; views where that is possible."""
+    """The parts of :func:`unit_weights`, one of shape ``(width, n)`` per weight; views where possible."""
     for role in ("out", "in"):
         members = [member for member in group.members if member.role == role]
         if members:

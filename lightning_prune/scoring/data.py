@@ -1,4 +1,4 @@
-"""One pass over data: a counted set of samples that a network is run on as often as asked, without a trace."""
+"""A fixed set of samples on which a network can be run repeatedly without side effects."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.scoring.drawing import Choice, batch_size_of, class_members, draw, hold_back
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.samples import Samples, batch_length
-from lightning_prune.scoring.undisturbed import undisturbed
+from lightning_prune.scoring.sampling import Choice, batch_size_of, class_members, draw, hold_back
 
 __all__ = ["Batch", "DataPass", "Forward", "forward"]
 
@@ -24,13 +24,13 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some samples.
+    """A batch of samples.
 
     Attributes:
-        args: What ``forward`` takes.
-        kwargs: And by keyword.
-        labels: One entry per sample, None where the data has none.
-        raw: The batch as the data gave it, as a training step takes it.
+        args: Positional arguments of ``forward``.
+        kwargs: Keyword arguments of ``forward``.
+        labels: One entry per sample; None if the data has none.
+        raw: The batch as yielded by the data, for a training step.
     """
 
     args: tuple[Any, ...]
@@ -43,7 +43,7 @@ class Batch:
         return 1 if length is None else length
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Some of the samples, in this order, as ``forward`` and labels have them; ``raw`` is left out."""
+        """Select samples, in this order, without ``raw``."""
         length = len(self)
 
         def taken(leaf: Any) -> Any:
@@ -54,7 +54,7 @@ class Batch:
         return Batch(args, kwargs, labels)
 
 
-#: How a network is run on a batch.
+#: Runs a network on a batch.
 Forward = Callable[[nn.Module, Batch], Any]
 
 
@@ -65,37 +65,38 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 @final
 class DataPass:
-    """Samples that are the same every time: iterates over batches as often as asked.
+    """A fixed set of samples that can be iterated over repeatedly, in the same order.
 
-    Samples are read once, when they are first needed, by their position where the data allows it (a `DataLoader` over a
-    data set with a length), else by going through ``batches`` once, so that a loader that shuffles is drawn once. They
-    are chosen and put in order by the seed alone: a run that was interrupted sees the same.
+    Samples are read once, when first needed: by index if possible (a `DataLoader` over a map-style dataset), else by
+        iterating over ``batches`` once. Selection and order depend on the seed alone, so that a resumed run has the
+        same.
 
     Args:
-        batches: Batches as a training loop gets them: a `DataLoader`, a list, any iterable that ends; or one batch of
-            tensors ``(x, y)`` or a mapping of them.
-        samples: How many, the same share of every class where the labels are classes; all by default.
-        per_class: Instead of ``samples``, how many of every class. For labels of more than one dimension (a
-            segmentation) as many samples as show the class.
-        seed: Of the choice, the order and the random numbers that reading and running draw.
-        labels: Labels of a batch, one entry per sample; by default the second of a pair ``(x, y)``, as a loss takes it.
-        inputs: What ``forward`` takes of a batch: a tensor, a tuple of arguments or a mapping of keywords. By default
-            the first of a pair; a mapping, and a tuple of any other length, as it is.
-        batch_size: Samples in a batch; by default as many as in the batches given.
-        loss: Loss of a batch, ``loss(model, batch)``, a scalar, for what looks at gradients.
-        transfer: Applied to every batch before it is handed out: moves it to a device, say.
-        memory_limit: Bytes of samples that are kept in memory; the others lie in memory-mapped temporary files.
-        rank: This process's number among ``world_size``, which hand out a part of the samples each.
+        batches: A `DataLoader`, a list or another finite iterable of batches, or one batch: tensors ``(x, y)`` or a
+            mapping of them.
+        samples: Number of samples, stratified by class if the labels are classes; all by default.
+        per_class: Number of samples of every class, instead of ``samples``. For labels of more than one dimension
+            (segmentation), the number of samples that contain the class.
+        seed: Seed of selection and order, and of random numbers drawn while reading and running.
+        labels: Function that returns the labels of a batch, one entry per sample; by default the second element of a
+            pair ``(x, y)``.
+        inputs: Function that returns the input of ``forward`` for a batch: a tensor, a tuple of arguments or a mapping
+            of keyword arguments. By default the first element of a pair, else the batch itself.
+        batch_size: Samples per batch; by default as in ``batches``.
+        loss: Scalar loss of a batch, ``loss(model, batch)``, for statistics that use gradients.
+        transfer: Applied to every batch before use, for instance to move it to a device.
+        memory_limit: Bytes of samples to keep in memory; the rest is kept in memory-mapped temporary files.
+        rank: Rank of this process among ``world_size``; each process gets a part of the samples.
         world_size: Number of processes.
-        progress: Called with the samples done and their number after each batch of a `run`.
+        progress: Called after each batch of a `run` with the number of samples done and in total.
 
     Attributes:
-        call: How a network is run on a batch, `forward` unless `using` says otherwise.
-        macs: Multiply-accumulates (1 MAC = 2 FLOPs) of all runs, as far as they told them.
+        call: Runs a network on a batch; `forward` by default, see `using`.
+        macs: Multiply-accumulates (1 MAC = 2 FLOPs) of all runs that count them.
 
     Raises:
-        ValueError: If an argument is out of range. When samples are read, if there are none, or no classes where
-            ``per_class`` asks for them.
+        ValueError: If an argument is out of range; when samples are read, if there are none, or if ``per_class`` is
+            given and the labels are not classes.
 
     Example:
         >>> import torch
@@ -148,16 +149,16 @@ class DataPass:
     # -- samples ------------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Number of samples, of this process."""
+        """Number of samples of this process."""
         return len(self._order[self.rank :: self.world_size])
 
     def __iter__(self) -> Iterator[Batch]:
-        """The samples of this process, batch by batch, in the same order every time."""
+        """Iterate over the batches of this process, always in the same order."""
         for group in self._groups:
             yield self._batch(self._samples.batch(group))
 
     def batch(self, number: int) -> Batch:
-        """One of the batches, by its position."""
+        """The batch at this position."""
         return self._batch(self._samples.batch(self._groups[number]))
 
     @property
@@ -166,10 +167,10 @@ class DataPass:
         return [len(group) for group in self._groups]
 
     def rearranged(self, order: Sequence[int], batch_size: int) -> DataPass:
-        """Some or all of this process's samples in another order, for this process alone.
+        """A pass over samples of this process in another order, for this process alone.
 
         Args:
-            order: Their positions in the order of the batches.
+            order: Positions of the samples in the current order.
             batch_size: Samples in a batch.
         """
         _require_positive(batch_size=batch_size)
@@ -180,12 +181,12 @@ class DataPass:
 
     @property
     def has_transfer(self) -> bool:
-        """Whether batches are transferred before they are handed out."""
+        """Whether batches are transferred before use."""
         return self._transfer is not None
 
     @property
     def in_memory(self) -> int:
-        """Bytes of the samples that are kept in memory."""
+        """Bytes of the samples kept in memory."""
         return self._samples.spool.in_memory
 
     @property
@@ -195,7 +196,7 @@ class DataPass:
 
     @property
     def batch_size(self) -> int:
-        """Samples in a batch; the last one, and those of a form of their own, have fewer."""
+        """Samples per batch; the last batch, and batches of another structure, may have fewer."""
         if self._batch_size is None:
             self._batch_size = batch_size_of(self._batches) or self._samples.first_length
         return self._batch_size
@@ -229,11 +230,11 @@ class DataPass:
         return self._samples.fingerprint([number for group in self._groups for number in group])
 
     def split(self, held_back: float = 0.2, seed: int | None = None) -> tuple[DataPass, DataPass]:
-        """Two passes over a part of the samples each, the second over a share ``held_back``, alike in every class.
+        """Split into two passes, stratified by class; the second has the share ``held_back`` of the samples.
 
         Args:
             held_back: Share of the samples, in (0, 1).
-            seed: Of the choice; by default that of the pass.
+            seed: Seed of the split; by default that of the pass.
 
         Raises:
             ValueError: If one of the parts would be empty.
@@ -259,7 +260,7 @@ class DataPass:
         transfer: Callable[[Any], Any] | None = None,
         call: Forward | None = None,
     ) -> DataPass:
-        """The same samples with another loss, other inputs, transfer or call; what is left out stays."""
+        """The same samples with another loss, inputs, transfer or call; None keeps the current one."""
         other = copy.copy(self)
         other.macs = 0
         other.loss = self.loss if loss is None else loss
@@ -281,22 +282,22 @@ class DataPass:
         limit: int | None = None,
         macs: int = 0,
     ) -> int:
-        """Run a network on the samples; modes, buffers, gradients and random states come back, errors or not.
+        """Run a network on the samples, then restore its modes, buffers, gradients and the random states.
 
         Args:
-            model: A network or a copy of it. Its hooks run.
-            see: Called with each batch and what came out.
-            call: How a batch is run; by default ``self.call``.
-            keep_modes: Leave every module in the mode it is in, rather than eval mode.
+            model: The network.
+            see: Called with each batch and its output.
+            call: Runs a batch; by default ``self.call``.
+            keep_modes: Keep train and eval modes instead of setting eval mode.
             grad: Record gradients.
-            limit: Run the first so many batches only.
-            macs: Multiply-accumulates per sample, added up in ``self.macs``.
+            limit: Run only this many batches.
+            macs: Multiply-accumulates per sample, added to ``self.macs``.
 
         Returns:
             The number of samples.
         """
         call, done = self.call if call is None else call, 0
-        with undisturbed(model, keep_modes=keep_modes, seed=self.seed), torch.inference_mode(False):
+        with preserved_state(model, keep_modes=keep_modes, seed=self.seed), torch.inference_mode(False):
             for index, batch in enumerate(self):
                 if limit is not None and index >= limit:
                     break
@@ -314,7 +315,7 @@ class DataPass:
         """The loss of a batch.
 
         Raises:
-            ValueError: If the pass has no loss, or it is no scalar with a gradient.
+            ValueError: If the pass has no loss, or the loss is not a scalar with a gradient.
         """
         if self.loss is None:
             raise ValueError("expected data with a loss, got none. Give `loss=`.")
@@ -327,7 +328,8 @@ class DataPass:
             f"expected a loss that is a tensor with one number, and a gradient where one is taken, got {got}"
         )
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- internals
+    # -------------------------------------------------------------------------------------------------------
 
     @property
     def _samples(self) -> Samples:

@@ -1,4 +1,4 @@
-"""What is observed in the backward pass: numbers made of parameters, or of activations, and their gradients."""
+"""Statistics of the backward pass: of parameters, or activations, and their gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["EndOfBatch", "GradientStatistic", "MaskGradientStatistic", "MemberSt
 
 
 class MemberStatistic(Statistic):
-    """A number per weight, summed over everything a unit is made of: one source per member, norms and biases too."""
+    """Base class of statistics of weights, summed over all members of a unit, including norms and biases."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure, {group.name: [m.tensor for m in group.members] for group in structure.groups})
@@ -30,13 +30,13 @@ class MemberStatistic(Statistic):
 
     @final
     def record_weights(self, found: Mapping[str, Tensor]) -> None:
-        """Add numbers by the name of the parameter they belong to, in its shape, from one pass."""
+        """Add values of one pass, by name and in the shape of the parameter."""
         for name, source, sums in self.unit_sums(found):
             self.record(name, source, 1, score=sums)
 
     @final
     def unit_sums(self, found: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
-        """Sums over what each unit has of every parameter: group, source and numbers of shape ``(width,)``."""
+        """Sum values over the slices of each unit; yields group, source and sums of shape ``(width,)``."""
         for group in self.structure.groups:
             for source, member in enumerate(group.members):
                 if member.tensor in found:
@@ -47,19 +47,17 @@ class MemberStatistic(Statistic):
                     yield group.name, source, sums
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
-        """The mean over passes, summed over members: shape ``(width,)``."""
+        """Mean over passes, summed over members: shape ``(width,)``."""
         return self.per_pass("score", name, half).sum(0)
 
 
 class GradientStatistic(MemberStatistic):
-    """A number per weight and its gradient.
+    """Base class of statistics of weights and their gradients; subclasses implement ``increment``.
 
-    A subclass writes ``increment``. All parameters of a group count, biases and norms too; a parameter that is frozen
-    or gets no gradient adds nothing. Gradients are those of one backward pass, before they are added to what
-    accumulated, clipped or averaged over ranks, with weights as they were in it, and without the factor that mixed
-    precision puts on the loss. Several processes observe a batch each, as one process would smaller batches: what is
-    not linear in the gradient then differs from one process on all of it; `Fisher`, which squares sample by sample,
-    does not. ``passes`` are backward passes; each weighs the same.
+    All trained parameters of a group count, including biases and norms. Gradients are those of a single backward pass,
+    before accumulation, clipping and averaging over ranks, and without the loss scale of mixed precision. Each process
+    observes its own batch, so statistics that are not linear in the gradient depend on the number of processes
+    (`Fisher`, which squares per sample, does not). ``passes`` are backward passes with equal weights.
     """
 
     evidence = "gradients"
@@ -69,14 +67,14 @@ class GradientStatistic(MemberStatistic):
 
     @abstractmethod
     def increment(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """The number of every single weight in one backward pass; same shape as both arguments."""
+        """Value of every weight in one backward pass, in the shape of the arguments."""
 
     def gather(self, found: Mapping[str, Tensor]) -> None:
-        """Take the numbers of one parameter, whose gradient has just been found."""
+        """Record the values of one parameter."""
         self.record_weights(found)
 
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """A hook on every parameter that is trained."""
+        """Register a hook on every trained parameter."""
         wanted = {member.tensor for group in self.structure.groups for member in group.members}
 
         def hook(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -90,7 +88,7 @@ class GradientStatistic(MemberStatistic):
                 yield parameter.register_hook(partial(hook, name, parameter))  # type: ignore[no-untyped-call]
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:
-        """Groups without a parameter that is trained."""
+        """Groups without trained parameters, with reasons."""
         trained = {name for name, tensor in named(model).items() if tensor.requires_grad}
         return {
             name: f"none of {', '.join(places)} is trained"
@@ -100,10 +98,10 @@ class GradientStatistic(MemberStatistic):
 
 
 class MaskGradientStatistic(ActivationStatistic):
-    r"""Mean square of the gradient that a factor of 1 on each unit would get.
+    r"""Mean squared gradient of a factor of 1 on each unit.
 
-    The factor's gradient in pass :math:`n` is :math:`\sum a \, \partial L_n / \partial a` over all places where the
-    unit enters a layer: positions, repeats and coupled consumers share one factor, so they add up before the square.
+    The factor's gradient in pass :math:`n` is :math:`\sum a \, \partial L_n / \partial a` over all inputs of layers
+    that are the unit: positions, repeats and coupled consumers share a factor and are summed before squaring.
     """
 
     evidence = "activations and gradients"
@@ -117,19 +115,19 @@ class MaskGradientStatistic(ActivationStatistic):
         self._batch: dict[tuple[str, int], Tensor] = {}  # by group and number of passes: (passes, width)
 
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """As for all activations; when the hooks go, the batch is over and its squares are taken."""
+        """Register hooks; when they are removed, the batch is complete and its squares are recorded."""
         self._batch = {}
         yield from super().observe(model)
-        yield EndOfBatch(self._settle)
+        yield EndOfBatch(self._finish_batch)
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
-        """Wait for the gradient of what came out."""
+        """Register a hook for the gradient of the output."""
         if not output.requires_grad:
             return
         entered = activation.detach()
 
         def hook(gradient: Tensor) -> None:
-            # The loss is a mean over the batch: a pass of its own has its gradient times their number.
+            # The loss is a mean over the batch: the gradient of one sample is larger by the batch size.
             flow = per_pass(layer, entered, gradient / self.loss_scale)
             for name, _, inputs in targets:
                 unit = flow[:, inputs].sum(2) * len(flow)
@@ -139,22 +137,22 @@ class MaskGradientStatistic(ActivationStatistic):
         output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
-        """The mean square over passes: shape ``(width,)``."""
+        """Mean square over passes: shape ``(width,)``."""
         return self.per_pass("score", name, half).mean(0)
 
-    def _settle(self) -> None:
+    def _finish_batch(self) -> None:
         for (name, passes), gradient in self._batch.items():
             self.record(name, 0, passes, score=gradient.square().sum(0))
         self._batch = {}
 
 
 class EndOfBatch(RemovableHandle):
-    """Removed with a batch's hooks: the batch is over, and ``settle`` is called."""
+    """Handle that calls ``on_remove`` when it is removed with the other hooks of a batch."""
 
-    def __init__(self, settle: Callable[[], None]) -> None:
+    def __init__(self, on_remove: Callable[[], None]) -> None:
         super().__init__(OrderedDict())
-        self.settle = settle
+        self.on_remove = on_remove
 
     def remove(self) -> None:
-        """The end."""
-        self.settle()
+        """Call ``on_remove``."""
+        self.on_remove()

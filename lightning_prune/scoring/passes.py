@@ -1,4 +1,4 @@
-"""What a pass of a criterion's own needs: what enters layers, what comes out, and the response to ones."""
+"""Helpers for extra passes: inputs of layers, outputs, and the response to ones."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.statistics import Target
-from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.layers import canonical
 from lightning_prune.structure.tracing import Call
 
 __all__ = ["entering", "outputs_of", "positive_response"]
 
-#: One call of a layer that takes units as input: the layer, what entered it, and which inputs belong to which units.
+#: One call of a layer that consumes units: the layer, its input, and the inputs of each unit.
 Entered = tuple[nn.Module, Tensor, list[Target]]
 
 
 @contextmanager
 def entering(targets: Mapping[nn.Module, list[Target]]) -> Iterator[list[Entered]]:
-    """What enters layers within the context, call by call, fit for ``torch.autograd.grad``.
+    """Record the inputs of layers, call by call, within the context, for ``torch.autograd.grad``.
 
-    The gradient of what is noted is what comes back through that one call of that one layer.
+    The gradient of a recorded input is the one through that call of that layer alone.
     """
     entered: list[Entered] = []
 
@@ -53,7 +53,7 @@ def entering(targets: Mapping[nn.Module, list[Target]]) -> Iterator[list[Entered
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """The floating-point tensors that a network gave out.
+    """Floating-point tensors in the output of a network.
 
     Raises:
         TypeError: If there is none.
@@ -65,9 +65,9 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 class _ScaleAndShift(TorchFunctionMode):
-    """Within the context norms that take mean and variance from their input only scale and shift.
+    """Reduces norms that compute mean and variance from their input to scale and shift.
 
-    Of what enters such a norm the double gives the same: no weight before it would matter.
+    Such norms are invariant to the scale of their input, so that the weights before them would have no effect.
     """
 
     def __torch_function__(
@@ -92,11 +92,11 @@ class _ScaleAndShift(TorchFunctionMode):
 
 @torch.enable_grad()
 def positive_response(model: nn.Module, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """What all outputs add up to in a network of absolute weights that is shown nothing but ones; and these weights.
+    """Sum of all outputs of the network with absolute weights on inputs of ones, and these weights.
 
-    In double precision, since the response grows exponentially with depth. Norms keep their variance, and their mean is
-    taken as 0, so that nothing is negative; those that have no variance of their own (layer and group norms) scale and
-    shift only. Both results are fit for ``torch.autograd.grad``; the network itself has no part in it.
+    Computed in float64, since the response grows exponentially with depth. Batch norms keep their variance, with a mean
+    of 0 so that nothing is negative; layer and group norms only scale and shift. Both results can be differentiated by
+    ``torch.autograd.grad``; the network is not changed.
     """
     dtype = torch.float32 if any(p.device.type == "mps" for p in model.parameters()) else torch.float64
     weights = {name: p.detach().abs().to(dtype).requires_grad_() for name, p in model.named_parameters()}
@@ -112,7 +112,7 @@ def positive_response(model: nn.Module, call: Call) -> tuple[Tensor, Mapping[str
         floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
         return torch.ones_like(leaf, dtype=dtype) if floating else leaf
 
-    with undisturbed(model), _ScaleAndShift():
+    with preserved_state(model), _ScaleAndShift():
         args, kwargs = tree_map(ones, (call.args, dict(call.kwargs)))
         outputs = outputs_of(functional_call(model, {**weights, **buffers}, args, kwargs))
     return torch.stack([output.sum() for output in outputs]).sum(), {canonical(n): w for n, w in weights.items()}

@@ -1,4 +1,4 @@
-"""Samples of batches of any form: kept one by one, put together to batches of the same form."""
+"""Storage of single samples from batches of any structure, collated into batches of equal structure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["Samples", "batch_length"]
 
 
 def batch_length(raw: Any) -> int | None:
-    """Number of samples of a batch: the length of its first tensor or array with a dimension; None if it has none."""
+    """Batch size: the length of the first tensor or array with a dimension; None without one."""
     return next((len(leaf) for leaf in tree_leaves(raw) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim), None)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What was taken from one batch.
+    """The stored samples of one batch.
 
     Attributes:
-        form: Equal for rows that fit into one batch.
-        spec: How the leaves make up a batch.
-        leaves: Per leaf the samples' part of it (stored, or a list), or the leaf that they share.
-        is_row: Per leaf, whether it has a part for every sample.
+        form: Key that is equal for samples that can be collated.
+        spec: Tree structure of the batch.
+        leaves: Leaves with a row per sample (stored, or a list), or shared by all samples.
+        is_row: Whether each leaf has a row per sample.
     """
 
     form: str
@@ -42,16 +42,16 @@ class _Rows:
 
 @final
 class Samples:
-    """Samples, numbered in the order in which they were added.
+    """Samples, indexed in the order in which they were added.
 
-    A leaf of a batch whose first dimension is the batch's length (a tensor, an array), or a list of that length without
-    tensors in it, has a part for every sample; any other is shared. A batch without a tensor is one sample.
+    Leaves of a batch have a row per sample if they are tensors or arrays whose first dimension is the batch size, or
+    lists of that length without tensors; other leaves are shared. A batch without tensors is one sample.
 
     Args:
-        limit: Bytes of tensors that are kept in memory; the others lie in memory-mapped temporary files.
+        limit: Bytes of tensors to keep in memory; the rest is kept in memory-mapped temporary files.
 
     Attributes:
-        first_length: Number of samples of the batch that was added first.
+        first_length: Number of samples of the first batch.
     """
 
     def __init__(self, limit: int) -> None:
@@ -77,7 +77,7 @@ class Samples:
         self.first_length = self.first_length or count
 
     def only(self, numbers: Sequence[int]) -> Samples:
-        """A store of these samples alone, numbered anew."""
+        """A new store of these samples."""
         kept = Samples(self.spool.limit)
         for group in self.groups(numbers, 256):
             kept.add(self.batch(group))
@@ -85,7 +85,7 @@ class Samples:
         return kept
 
     def groups(self, numbers: Sequence[int], size: int) -> list[list[int]]:
-        """Parts of at most ``size`` samples that fit into one batch, nearly in order."""
+        """Split samples into batches of at most ``size`` samples of equal structure, nearly in order."""
         found: list[list[int]] = []
         for first in range(0, len(numbers), size):
             part = sorted(numbers[first : first + size], key=self._form)  # stable: the order stays within a form
@@ -93,7 +93,7 @@ class Samples:
         return found
 
     def batch(self, numbers: Sequence[int]) -> Any:
-        """These samples as a batch; they have to fit into one."""
+        """Collate samples of equal structure into a batch."""
         places = [self._places[number] for number in numbers]
         first = self._rows[places[0][0]]
         columns = [
@@ -102,7 +102,7 @@ class Samples:
         return tree_unflatten(columns, first.spec)
 
     def labels(self, labels: Callable[[Any], Tensor | None]) -> list[Tensor] | None:
-        """Labels of all samples by number, as a function of a batch gives them; None if it gives none."""
+        """Labels of all samples, from a function of a batch; None if it returns None."""
         found: dict[int, Tensor] = {}
         for group in self.groups(range(len(self)), 256):
             part = labels(self.batch(group))
@@ -112,7 +112,7 @@ class Samples:
         return [found[number] for number in range(len(self))]
 
     def fingerprint(self, numbers: Sequence[int]) -> str:
-        """Hexadecimal digest of the samples' content, in order."""
+        """Hexadecimal digest of the contents of samples, in order."""
         digest = hashlib.sha256()
         for group in self.groups(numbers, 256):
             for leaf in tree_leaves(self.batch(group)):
@@ -131,7 +131,7 @@ class Samples:
         return self.spool.put(leaf) if isinstance(leaf, Tensor) else list(leaf)
 
     def _column(self, places: Sequence[tuple[int, int]], index: int) -> Any:
-        """One leaf of a batch: the parts of its samples together."""
+        """Collate one leaf of a batch."""
         sources: dict[int, Any] = {number: self._rows[number].leaves[index] for number, _ in places}
         sample = next(iter(sources.values()))
         if isinstance(sample, Stored):
@@ -147,7 +147,7 @@ def _has_rows(leaf: Any, length: int) -> bool:
 
 
 def _is_list_of(leaf: Any, length: int | None) -> bool:
-    """Whether it is a list (of names, say) with an entry for every sample."""
+    """Whether a leaf is a list (of names, say) with an entry per sample."""
     known = isinstance(leaf, (list, tuple)) and len(leaf) == length
     return known and not any(isinstance(part, (Tensor, np.ndarray, list, tuple, dict)) for part in leaf)
 

@@ -1,4 +1,4 @@
-"""What surrogates have found, written down layer by layer: a run that is killed loses the layer it was at, no more."""
+"""File of layer scores, appended layer by layer, so that a killed run loses only the current layer."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from lightning_prune.scoring.xgb import LayerScore
 
 __all__ = ["ScoreFile", "network_fingerprint", "read_scores"]
 
-# Form of the file; a reader of older ones needs it.
+# Version of the file format.
 _FORMAT = 1
 
-# Where an object lies in memory, in a `repr`: another in every process.
+# Memory address in a `repr`, which differs between processes.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @final
 class ScoreFile:
-    """Scores of layers in a file of JSON lines, one a layer, under a key of network, samples and options.
+    """Scores of layers in a JSON lines file: a key of network, samples and options, then one line per layer.
 
-    The first line is the key. Every other line is complete when it ends; one that a kill has cut short is dropped when
-    the file is opened again.
+    An incomplete last line, left by a killed run, is dropped when the file is opened again.
 
     Args:
-        path: Where the file is, or will be.
-        key: What the scores belong to: names and plain values, all of which have to be equal for scores to count.
+        path: Path of the file.
+        key: Names and plain values that identify what the scores belong to; scores under another key are not used.
 
     Raises:
-        ValueError: If the file has other things in it, or scores of another format.
+        ValueError: If the file is of another kind or format version.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -52,36 +51,36 @@ class ScoreFile:
                 self._found = {score.station: score for score in found}
         else:
             self.difference = {}
-        self._begun = False
+        self._is_open = False
 
     @property
     def fits(self) -> bool:
-        """Whether what was in the file belongs to this key; an empty one does."""
+        """Whether the file has the same key, or did not exist."""
         return not self.difference
 
-    def recall(self, station: Station) -> LayerScore | None:
-        """What the file has of a layer."""
+    def get(self, station: Station) -> LayerScore | None:
+        """The score of a layer, or None."""
         return self._found.get(station)
 
-    def take(self, other: ScoreFile) -> bool:
-        """Know what another file of the same key knows, and write it down; whether that was more."""
+    def merge(self, other: ScoreFile) -> bool:
+        """Add the scores of another file of the same key; returns whether there were new ones."""
         news = [found for station, found in other._found.items() if station not in self._found]
         for found in news:
-            self.note(found)
+            self.put(found)
         return bool(news)
 
-    def note(self, found: LayerScore) -> None:
-        """Add a layer; the file is begun anew if it held scores of another key."""
-        self._begin()
+    def put(self, found: LayerScore) -> None:
+        """Add the score of a layer; a file with another key is overwritten."""
+        self._rewrite()
         self._found[found.station] = found
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_to_plain(found)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _begin(self) -> None:
-        """Write what is known, without a line that was cut short, whole or not at all."""
-        if self._begun:
+    def _rewrite(self) -> None:
+        """Atomically rewrite the file with the known scores."""
+        if self._is_open:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -91,21 +90,21 @@ class ScoreFile:
         draft = self.path.with_name(f"{self.path.name}.new")
         draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         draft.replace(self.path)
-        self._begun = True
+        self._is_open = True
 
 
 def read_scores(path: Path) -> tuple[dict[str, str], list[LayerScore]]:
-    """The key and the scores of a file that `ScoreFile` wrote.
+    """Read the key and the scores of a file written by `ScoreFile`.
 
     Raises:
-        ValueError: If it is another file.
+        ValueError: If the file is of another kind or format version.
         FileNotFoundError: If there is none.
     """
     return _read(path)
 
 
 def network_fingerprint(model: nn.Module) -> str:
-    """Hexadecimal digest of the names, shapes and contents of everything in a network's ``state_dict``."""
+    """Hexadecimal digest of the names, shapes and contents of a network's ``state_dict``."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
@@ -128,7 +127,7 @@ def _read(path: Path) -> tuple[dict[str, str], list[LayerScore]]:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """All lines that are whole."""
+    """Parse all complete lines."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n"):
             return

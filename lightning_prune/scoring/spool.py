@@ -1,4 +1,4 @@
-"""Tensors kept in memory up to a limit, and beyond it in memory-mapped temporary files."""
+"""Tensor store that spills to memory-mapped temporary files beyond a memory limit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Spool", "Stored"]
 
 @final
 class Spool:
-    """A store that holds at most ``limit`` bytes of tensors in memory and writes the others to temporary files.
+    """A store that keeps at most ``limit`` bytes of tensors in memory and the rest in temporary files.
 
-    The files lie in a folder of their own, which goes with the spool, at the latest when the process ends.
+    The folder of the files is deleted with the spool, at the latest when the process ends.
 
     Args:
         limit: Bytes in memory, at least 0.
-        folder: Where the temporary folder is made; by default where the system has its temporary files.
+        folder: Parent of the temporary folder; by default the system's.
 
     Attributes:
-        in_memory: Bytes of the tensors that are held in memory.
-        on_disk: Bytes of those in files.
+        in_memory: Bytes of the tensors in memory.
+        on_disk: Bytes of the tensors in files.
 
     Raises:
         ValueError: If the limit is negative.
@@ -43,11 +43,11 @@ class Spool:
         self._files = 0
 
     def put(self, tensor: Tensor) -> Stored:
-        """Store a copy of a tensor, which keeps the order of its dimensions in memory (``channels_last``)."""
+        """Store a copy of a tensor, preserving its memory format."""
         return Stored(self, tensor.detach())
 
     def next_file(self) -> Path:
-        """A path that no other tensor has."""
+        """A new path for a tensor."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="lightning_prune_", dir=self._parent))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -57,10 +57,10 @@ class Spool:
 
 @final
 class Stored:
-    """A tensor in a `Spool`, made by `Spool.put`.
+    """A tensor in a `Spool`, created by `Spool.put`.
 
     Attributes:
-        size: Its bytes.
+        size: Size in bytes.
     """
 
     def __init__(self, spool: Spool, tensor: Tensor) -> None:
@@ -83,11 +83,11 @@ class Stored:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether it lies in a file."""
+        """Whether the tensor is in a file."""
         return self._path is not None
 
     def get(self) -> Tensor:
-        """The tensor; from a file as a private mapping: writing into it does not change the file.
+        """The tensor; from a file as a private memory map, so that writes do not change the file.
 
         Raises:
             ValueError: If it was freed.
@@ -102,7 +102,7 @@ class Stored:
         return flat.view(self._shape).permute(back).to(self._device)
 
     def free(self) -> None:
-        """Give memory or file back. Tensors that `get` returned stay valid."""
+        """Free the memory or file. Tensors returned by `get` stay valid."""
         if self._spool is None:
             return
         if self._path is None:

@@ -1,4 +1,4 @@
-"""What is observed while the network trains: sums and maxima per unit, from forward and backward hooks."""
+"""Statistics of units observed during training by forward and backward hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
-from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.data import Batch, DataPass, forward
 from lightning_prune.structure.graph import Group, Member, Structure
 from lightning_prune.structure.layers import named
 
@@ -32,30 +32,30 @@ __all__ = [
 ]
 
 Reduction = Literal["sum", "max"]
-#: One of the two halves that observed batches alternate between; None: both together.
+#: Index of one of the two halves that observed batches alternate between; None for both together.
 Half = Literal[0, 1] | None
 
 
 class Statistic(Metric):
-    """Numbers per unit of every group, accumulated over observed training batches.
+    """Values per unit of every group, accumulated over observed training batches.
 
-    Each quantity is a persistent state per group of shape ``(2, sources, …)``: even and odd observed batches apart, so
-    that the agreement of two halves of the data tells whether the numbers have settled, and one row for every place
-    ("source") that a group is observed at. All are sums or maxima of non-negative numbers and start at 0, so ranks,
-    halves and the parts of an interrupted run merge by the reduction declared. Kept in float64 where the device has it.
+    Each quantity is a persistent state per group of shape ``(2, sources, …)``: even and odd observed batches are kept
+    apart, so that the agreement of the two halves measures convergence, with one row for every layer ("source") that a
+    group is observed at. Quantities are sums or maxima of non-negative values that start at 0, so that ranks, halves
+    and the parts of an interrupted run merge by the declared reduction. They are float64 where the device supports it.
 
-    A subclass declares its quantities, writes ``observe`` (the hooks, which ``record``) or ``collect`` (passes of its
-    own over some data, which do), and ``estimate`` (the number per unit).
+    A subclass declares its quantities and implements ``observe`` (registers hooks) or ``collect`` (extra passes over
+    data), which call ``record``, and ``estimate`` (the value per unit).
 
     Args:
         structure: The network's groups.
-        sources: Names of the places each group is observed at; groups without any are ``unobservable``.
+        sources: Names of the layers that each group is observed at; groups without any are ``unobservable``.
 
     Attributes:
-        evidence: What the numbers are made of, in a word.
-        uses_loss: Whether it looks at the gradient of a loss.
-        uses_data: Whether ``collect`` looks at the content of the data, or only at its form.
-        loss_scale: Factor on the loss of the batch being observed (mixed precision), which gradients carry along.
+        evidence: What the values are computed from, for the table of criteria.
+        uses_loss: Whether it uses gradients of the loss.
+        uses_data: Whether ``collect`` uses the contents of the data rather than only shapes.
+        loss_scale: Loss scale (mixed precision) of the batch being observed, by which gradients are multiplied.
     """
 
     full_state_update = False
@@ -63,19 +63,19 @@ class Statistic(Metric):
     evidence: ClassVar[str] = "activations"
     uses_loss: ClassVar[bool] = False
     uses_data: ClassVar[bool] = True
-    # Completions of messages: "NaN or infinite ... 'place'" and "place ... in none of the observed batches".
+    # Parts of messages: "NaN or infinite ... 'place'" and "place ... in none of the observed batches".
     _faulty: ClassVar[str] = "activations or weights at layer"
     _unseen: ClassVar[str] = "was called as a module"
 
     def __init__(self, structure: Structure, sources: Mapping[str, Sequence[str]]) -> None:
-        # No cache: it is cleared by `update`, and hooks may not use that (its wrapper would count layers as batches).
+        # No cache: `update` would clear it, but is not called.
         super().__init__(compute_with_cache=False)
         self.structure = structure
         self.sources = {name: tuple(places) for name, places in sources.items() if places}
         self._states: dict[str, Reduction] = {}
         self._half = 0
         self.loss_scale = 1.0
-        self._is_collecting = False  # every pass counts then, not only those of the training
+        self._is_collecting = False  # count passes in eval mode too
         self._warned: set[str] = set()
         self._set("batches", torch.zeros((), dtype=torch.int64), "sum")
         self.declare("passes", "sum", per_unit=False)
@@ -84,22 +84,21 @@ class Statistic(Metric):
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
     def observe(self, model: nn.Module) -> Iterable[RemovableHandle]:  # noqa: ARG002
-        """Register the hooks that ``record`` what happens, and hand out their handles; none if ``collect`` does all."""
+        """Register hooks that ``record``, and return their handles; none if ``collect`` is implemented."""
         return []
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:  # noqa: ARG002
-        """Groups that ``observe`` finds no place for in this network: ``{group: reason}``."""
+        """Groups without a layer to hook in this network: ``{group: reason}``."""
         return {name: "there is nowhere to observe it" for name in self.structure.widths if name not in self.sources}
 
     def collect(self, model: nn.Module, data: DataPass) -> None:
-        """Run the network on some data, right before scores are taken, and ``record`` what it shows.
+        """Run the network on data right before scores are computed, and ``record``.
 
-        By default the batches are observed as those of a training would be, in eval mode. Statistics of what no
-        training pass shows (what masking a unit would change, say) have passes of their own.
+        By default the batches are observed like training batches, in eval mode.
 
         Args:
-            model: The network, left as it is. Where there is a loss, a copy of it.
-            data: The samples; with a loss if one is looked at.
+            model: The network, or a copy if there is a loss.
+            data: The samples, with a loss if needed.
 
         Raises:
             ValueError: If a loss or labels are needed and the data has none.
@@ -109,7 +108,7 @@ class Statistic(Metric):
             handles = self.attach(model)
             try:
                 if not self.uses_loss:
-                    return model(*batch.args, **batch.kwargs)
+                    return forward(model, batch)
                 loss = data.loss_of(model, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss
@@ -125,26 +124,26 @@ class Statistic(Metric):
 
     @property
     def collects(self) -> bool:
-        """Whether it has passes of its own, rather than observing those of a training."""
+        """Whether it runs extra passes instead of observing the training."""
         return type(self).collect is not Statistic.collect
 
     @abstractmethod
     def estimate(self, name: str, half: Half = None) -> Tensor:
-        """The number per unit of a group that was observed: shape ``(width,)``."""
+        """Value per unit of an observed group: shape ``(width,)``."""
 
     @final
     def declare(self, quantity: str, reduction: Reduction, *, per_unit: bool = True) -> None:
-        """Add a state for every observed group: a number per unit and source, or per source alone."""
+        """Add a state for every observed group, per unit and source or per source."""
         for name, places in self.sources.items():
             unit_axis = (self.structure.group(name).width,) if per_unit else ()
             self._set(f"{quantity}/{name}", torch.zeros(2, len(places), *unit_axis), reduction)
 
     @final
     def record(self, name: str, source: int, passes: int, **quantities: Tensor) -> None:
-        """Add what one call showed of a group to the present half.
+        """Add the quantities of one call to the current half.
 
-        A call with NaN or infinity in any quantity is left out whole and counted as skipped. The warning that names the
-        place waits for the next batch or score, since asking a GPU in the middle of a forward pass stalls it.
+        Calls with NaN or infinity in any quantity are skipped and counted. The warning follows at the next batch or
+        score, to avoid a GPU synchronization during the forward pass.
         """
         finite = torch.stack([value.sum() for value in quantities.values()]).isfinite().all()
         counted = {quantity: torch.where(finite, value, 0) for quantity, value in quantities.items()}
@@ -159,7 +158,7 @@ class Statistic(Metric):
 
     @final
     def read(self, quantity: str, name: str, half: Half = None) -> Tensor:
-        """A quantity of one group: shape ``(sources, …)``, of one half or both."""
+        """Quantity of a group, of one half or both: shape ``(sources, …)``."""
         state: Tensor = getattr(self, f"{quantity}/{name}")
         if half is not None:
             return state[half]
@@ -167,13 +166,13 @@ class Statistic(Metric):
 
     @final
     def per_pass(self, quantity: str, name: str, half: Half = None) -> Tensor:
-        """A quantity of one group over the number of passes: shape ``(sources seen, width)``."""
+        """Quantity of a group divided by the number of passes: shape ``(observed sources, width)``."""
         passes = self.read("passes", name, half)
         return (self.read(quantity, name, half) / passes[:, None])[passes > 0]
 
     @final
     def follow(self, model: nn.Module) -> None:
-        """Move to where the network is."""
+        """Move to the device of the network."""
         parameter = next(model.parameters(), None)
         self._move(parameter.device if parameter is not None else self.device)
 
@@ -181,13 +180,13 @@ class Statistic(Metric):
 
     @final
     def attach(self, model: nn.Module, loss_scale: float = 1.0) -> list[RemovableHandle]:
-        """Observe one training batch: from now until every handle is removed.
+        """Register the hooks to observe one training batch, before its forward pass.
 
-        Call it before the batch's forward pass, and remove the handles after its backward pass.
+        Remove the returned handles after the backward pass.
 
         Args:
             model: The network.
-            loss_scale: Factor on the loss of this batch, as mixed precision in fp16 scales it.
+            loss_scale: Loss scale of this batch in mixed precision.
         """
         self._warn_of_skipped(self.sources)
         self.follow(model)
@@ -198,31 +197,31 @@ class Statistic(Metric):
         try:
             handles.extend(self.observe(model))
             return handles
-        except BaseException:  # also an interrupt: no hook stays
+        except BaseException:  # also on KeyboardInterrupt
             for handle in handles:
                 handle.remove()
             raise
 
     @final
     def unobservable(self, model: nn.Module) -> dict[str, str]:
-        """Groups that cannot be scored, ``{group: reason}``: nothing to hook, or never called so far.
+        """Groups that cannot be scored, ``{group: reason}``: without a layer to hook, or never called so far.
 
-        Some layers are used without being called (``F.linear(x, layer.weight)``), which only shows once batches have
-        been observed: ask before the first batch and again before every cut.
+        Layers that are used without being called (``F.linear(x, layer.weight)``) are found only after batches have been
+        observed: check before the first batch and again before every cut.
         """
-        silent = {
+        unobserved = {
             name: f"{', '.join(places)} {self._unseen} in none of the {self.update_count} observed batches"
             for name, places in self.sources.items()
             if self.update_count and not (self.read("passes", name) + self.read("skipped", name)).any()
         }
-        return silent | self.unhookable(model)
+        return unobserved | self.unhookable(model)
 
     @final
     def value(self, name: str) -> Tensor:
-        """The number per unit over all observed batches: shape ``(width,)``.
+        """Value per unit over all observed batches: shape ``(width,)``.
 
         Raises:
-            FloatingPointError: If every pass that was observed held NaN or infinity.
+            FloatingPointError: If every observed pass had NaN or infinity.
             RuntimeError: If no pass was observed.
         """
         if self.passes(name) == 0:
@@ -232,14 +231,14 @@ class Statistic(Metric):
 
     @final
     def passes(self, name: str) -> int:
-        """Samples observed since the start or the last ``reset``, at the source that saw most."""
+        """Samples observed since the start or the last ``reset``: the maximum over sources."""
         return int(self.read("passes", name).amax()) if name in self.sources else 0
 
     @final
     def split_half(self, name: str) -> float:
         """Spearman's rank correlation between even and odd observed batches, in [-1, 1].
 
-        Near 1: more batches would not change the order of the units. NaN if a half saw nothing or there is one unit.
+        Near 1, more batches would not change the order of the units. NaN if a half is empty or there is one unit.
         """
         if name not in self.sources or self.structure.group(name).width < 2:
             return math.nan
@@ -260,7 +259,7 @@ class Statistic(Metric):
         return self.update_count > 0
 
     def update(self, *_: Any, **__: Any) -> None:
-        """Not used: hooks ``record``.
+        """Not supported: hooks call ``record``.
 
         Raises:
             NotImplementedError: Always.
@@ -273,10 +272,10 @@ class Statistic(Metric):
         return {name: self.value(name) for name in self.sources if self.passes(name)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restore what was observed.
+        """Load the states.
 
         Raises:
-            ValueError: If the states are not those of this structure.
+            ValueError: If the states do not match this structure.
         """
         expected = {key: _form(getattr(self, key)) for key in self._states}
         found = {key: _form(value) if isinstance(value, Tensor) else None for key, value in state_dict.items()}
@@ -287,14 +286,14 @@ class Statistic(Metric):
                 f"({len(wrong)} in all; first: expected {expected.get(wrong[0])}, got {found.get(wrong[0])}). Cut the "
                 "network to the widths it was saved at before loading."
             )
-        # torchmetrics would hand over the caller's tensors themselves, to be added to in place.
+        # Copied, since torchmetrics would keep the caller's tensors, which are modified in place.
         copies = {key: value.to(getattr(self, key), copy=True) for key, value in state_dict.items()}
         return super().load_state_dict(copies, strict=strict, assign=assign)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _set(self, key: str, state: Tensor, reduction: Reduction) -> None:
-        """Declare a state (anew) with this content; its default has to have the same shape, type and device."""
+        """Declare a state with this value, and a default of the same shape, dtype and device."""
         if state.is_floating_point():
             state = state.to(torch.float32 if state.device.type == "mps" else torch.float64)  # MPS has no float64
         self._states[key] = reduction
@@ -311,7 +310,7 @@ class Statistic(Metric):
             self._set(key, state.to(device), reduction)
 
     def _skipped_places(self, names: Iterable[str]) -> list[str]:
-        """Places that saw NaN or infinity, asked for with a single transfer from the device."""
+        """Sources with skipped passes, by a single transfer from the device."""
         places = [place for name in names for place in self.sources.get(name, ())]
         if not places:
             return []
@@ -344,7 +343,7 @@ class Statistic(Metric):
 
 
 class Target(NamedTuple):
-    """Where a layer's inputs belong: the group, its source, and the inputs of each unit, shape ``(width, k)``."""
+    """Group and source observed at a layer, and the layer's inputs that are each unit, shape ``(width, k)``."""
 
     group: str
     source: int
@@ -352,13 +351,13 @@ class Target(NamedTuple):
 
 
 class ConsumerStatistic(Statistic):
-    """Groups are observed where their units enter a Linear, Conv or ConvTranspose: the sources are these layers."""
+    """Base class of statistics observed at the layers (Linear, Conv, ConvTranspose) that consume a group's units."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure, {group.name: [m.layer for m in _consuming(group)] for group in structure.groups})
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:
-        """Groups whose units enter no plain Linear, Conv or ConvTranspose."""
+        """Groups whose units enter no plain Linear, Conv or ConvTranspose, with reasons."""
         seen = {target.group for targets in self.targets(model).values() for target in targets}
         return {
             name: f"its units enter {', '.join(self.sources[name])}, which is no plain Linear, Conv or ConvTranspose"
@@ -370,10 +369,10 @@ class ConsumerStatistic(Statistic):
 
     @final
     def targets(self, model: nn.Module) -> dict[nn.Module, list[Target]]:
-        """The layers to hook, and where their inputs belong."""
+        """Layers to hook, with their targets."""
         layers: dict[Tensor, list[nn.Module]] = {}  # tied layers share a weight
         for module in filter(is_linear_layer, model.modules()):
-            weight = module._parameters.get("weight")  # none where a parametrization computes it
+            weight = module._parameters.get("weight")  # None under a parametrization
             if weight is not None:
                 layers.setdefault(weight, []).append(module)
         tensors = named(model)
@@ -389,10 +388,10 @@ class ConsumerStatistic(Statistic):
 
 
 class ActivationStatistic(ConsumerStatistic):
-    """What enters the layers that take a group's units as input, in training.
+    """Base class of statistics of the inputs of layers that consume a group's units.
 
-    A subclass writes ``see``, which is given every call of such a layer. A layer called several times in a forward
-    pass, or again under gradient checkpointing, shows every call.
+    Subclasses implement ``see``, which is called for every call of such a layer, including recomputation under gradient
+    checkpointing.
     """
 
     @abstractmethod
@@ -401,44 +400,42 @@ class ActivationStatistic(ConsumerStatistic):
 
         Args:
             layer: A Linear, Conv or ConvTranspose.
-            activation: What entered it; never empty.
-            output: What came out, before hooks of others.
-            targets: Which of its inputs belong to which units.
+            activation: Its input, not empty.
+            output: Its output, before other hooks.
+            targets: Inputs of the layer by unit.
         """
 
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """Forward hooks on every Linear, Conv and ConvTranspose that takes units as input."""
+        """Register forward hooks on every Linear, Conv and ConvTranspose that consumes units."""
         targets = self.targets(model)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            # A copy of the model (for averaged weights, say) made in this batch has the hook but is no target.
+            # A copy of the model made in this batch (for weight averaging) has the hook but is not a target.
             activation = args[0] if args else kwargs["input"]
             if (model.training or self._is_collecting) and module in targets and activation.numel():
                 self.see(module, activation, output, targets[module])
 
-        # First of all hooks: later ones may replace or overwrite the output.
+        # Prepended: other hooks may replace or overwrite the output.
         for module in targets:
             yield module.register_forward_hook(hook, prepend=True, with_kwargs=True)
 
 
 @final
 class ContributionStatistic(ActivationStatistic):
-    """Shares of every unit in the outputs of the layers that take it as input (contribution pruning).
+    """Contribution of every unit to the outputs of the layers that consume it (contribution pruning).
 
-    A unit that enters a layer as several inputs (a channel flattened over its pixels) has the sum of their shares, and
-    the maximum of their maxima; several layers that take the same units average; a layer called several times in a
-    forward pass counts every call. A pass recomputed under gradient checkpointing counts twice, in the shares and in
-    their number, and so changes no mean.
+    For a unit that is several inputs of a layer (a channel flattened over its pixels), shares are summed and maxima
+    maximised. Several consumers are averaged, and every call of a layer counts. A pass recomputed under gradient
+    checkpointing counts twice in both the sum and the count.
 
     Args:
         structure: The network's groups.
-        lambda_avg: Weight of C_avg, divided by its mean over the group; at 0 it is not computed.
-        lambda_max: Weight of C_max, divided likewise; at 0 it is not computed.
+        lambda_avg: Weight of C_avg, which is divided by its mean over the group; not computed if 0.
+        lambda_max: Weight of C_max, which is divided by its mean over the group; not computed if 0.
         ratio: ``"absolute"`` or ``"signed"`` shares.
         epsilon: Stabilises signed denominators.
-        positions: C_max of a convolution looks at so many positions of a batch, others in every batch; at all if None.
-            The draw depends on the number of observed batches alone, and so is the same after a resume, in a pass that
-            is recomputed, and on every rank.
+        positions: Number of positions of a convolution sampled for C_max, others in every batch; all if None. The
+            sample depends on the number of observed batches alone, so it is the same after a resume and on every rank.
     """
 
     def __init__(
@@ -460,7 +457,7 @@ class ContributionStatistic(ActivationStatistic):
             self.declare("maximum", "max")
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:
-        """Shares of every input in every output."""
+        """Record the contributions of one call."""
         seen = contributions_of(
             layer,
             activation,
@@ -470,7 +467,7 @@ class ContributionStatistic(ActivationStatistic):
             average=self.lambda_avg != 0,
             maximum=self.lambda_max != 0,
             positions=self.positions,
-            seed=self.update_count if self.positions else 0,  # asking for the count waits for a GPU
+            seed=self.update_count if self.positions else 0,  # the count synchronizes with the GPU
         )
         for name, source, inputs in targets:
             quantities = {"outputs": seen.outputs}
@@ -481,7 +478,7 @@ class ContributionStatistic(ActivationStatistic):
             self.record(name, source, seen.passes, **quantities)
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
-        """λ_avg · C_avg + λ_max · C_max, each divided by its mean (magnitude, where signed) over the group."""
+        """λ_avg · C_avg + λ_max · C_max, each divided by its mean (absolute) value over the group."""
         score = torch.zeros(self.structure.group(name).width, dtype=torch.float64)
         for weight, term in ((self.lambda_avg, self.average), (self.lambda_max, self.maximum)):
             if weight:
@@ -490,7 +487,7 @@ class ContributionStatistic(ActivationStatistic):
         return score
 
     def average(self, name: str, half: Half = None) -> Tensor:
-        """C_avg of a group: shape ``(width,)``; sums to 1 where the group is all that enters its consumers."""
+        """C_avg of a group: shape ``(width,)``; sums to 1 if nothing else enters its consumers."""
         outputs = self.read("outputs", name, half).clamp_min(1)
         return self._over_consumers(self.read("mass", name, half) / outputs[:, None], name, half)
 
@@ -507,38 +504,38 @@ def _consuming(group: Group) -> list[Member]:
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Whether calling the module computes the plain linear layer, and that is how it is used."""
+    """Whether the module is a plain linear layer or convolution that is used by calling it."""
     own_forward = type(module).forward in [layer.forward for layer in LINEAR_LAYERS]
-    # MultiheadAttention uses the weight of this one without calling it.
+    # MultiheadAttention uses the weight of NonDynamicallyQuantizableLinear without calling it.
     return isinstance(module, LINEAR_LAYERS) and own_forward and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def unit_inputs(layer: Any, member: Member) -> Tensor | None:
-    """Inputs (features, channels) that each unit is, shape ``(width, k)``; None if the layer sums over none of them.
+    """Inputs (features, channels) of each unit, shape ``(width, k)``; None if the layer does not sum over them.
 
     Args:
         layer: A Linear, Conv or ConvTranspose.
-        member: An axis of its weight that the units of a group lie on.
+        member: The axis of its weight with the units.
     """
     index = torch.as_tensor(member.index)
     if isinstance(layer, nn.Linear):
         return index if member.dim == 1 else None
     if layer.transposed:  # weight: inputs × outputs of one group
-        # Where groups go as a whole (depthwise), a unit has all of its outputs to itself, whatever its weights.
+        # In a depthwise convolution nothing is summed over units.
         depthwise = layer.groups > 1 and layer.groups in (layer.in_channels, layer.out_channels)
         return index if member.dim == 0 and not depthwise else None
-    # weight: outputs × inputs of one group, which stand for the same place in every group
+    # weight: outputs × inputs of one group, for the same position in every group
     offsets = torch.arange(layer.groups) * (layer.in_channels // layer.groups)
     return (index[:, :, None] + offsets).flatten(1) if member.dim == 1 else None
 
 
 @torch.no_grad()
 def per_unit(layer: nn.Module, activation: Tensor, inputs: Tensor) -> Tensor:
-    """What entered a layer, unit by unit: shape ``(passes, width, k, *positions)``, at least float32.
+    """Input of a layer by unit: shape ``(passes, width, k, *positions)``, at least float32.
 
     Args:
         layer: A Linear, Conv or ConvTranspose.
-        activation: What entered it, batched or not.
+        activation: Input of the layer, batched or not.
         inputs: Features or channels of each unit, shape ``(width, k)``.
     """
     dense = isinstance(layer, nn.Linear)
@@ -549,7 +546,7 @@ def per_unit(layer: nn.Module, activation: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _form(state: Tensor) -> tuple[int | str, ...]:
-    """What two states have in common of which one can take the place of the other."""
+    """Shape and kind of a state, which must be equal for loading."""
     kind = "real" if state.is_floating_point() else "complex" if state.is_complex() else "whole"
     readable = state.layout is torch.strided and not state.is_meta
     negative = kind == "whole" and readable and bool((state < 0).any())  # these are counts

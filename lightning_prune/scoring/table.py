@@ -1,4 +1,4 @@
-"""The criteria at a glance, generated: `docs/criteria.md` holds this table, and a test that they agree."""
+"""Table of all criteria for `docs/criteria.md`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["criteria_table"]
 
 
 def criteria_table() -> str:
-    """A Markdown table of all criteria: name, meaning with its source, what it needs besides the weights."""
+    """Markdown table of all criteria: name, meaning with reference, and what they observe."""
     nothing = Structure((), (), CostModel((), (), {}))
     rows = ["| Criterion | Meaning | Observes |", "|---|---|---|"]
     for name in sorted(criteria.__all__, key=str.lower):

@@ -1,8 +1,8 @@
-"""The XGB pruner (Ratajczyk and Horzyk, 2024): filters that a surrogate on a layer's features never uses.
+"""XGB pruning (Ratajczyk and Horzyk, 2024): removes filters that a surrogate on a layer's features does not use.
 
-Of every layer what the next one reads, its output after norm and activation, is reduced to one number per channel; a
-surrogate (gradient-boosted trees) predicts the labels from them. Its score on samples that were held back is μ of the
-layer, and how much it uses a channel is the channel's importance.
+The output of each layer, after norm and activation, is pooled to one number per channel, from which a surrogate
+(gradient-boosted trees) predicts the labels. Its score on held-out samples is μ of the layer; its feature importances
+are those of the channels.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from lightning_prune.structure.graph import Group, Member
 __all__ = [
     "LayerScore",
     "LayerScorer",
-    "Memory",
-    "Use",
+    "ScoreStore",
+    "Usage",
     "consumer_masks",
     "end_station",
+    "group_usage",
     "log_importance",
     "score_layers",
     "score_layers_in_turn",
     "unit_axes",
     "unmaskable",
     "unscorable",
-    "use_of_groups",
 ]
 
 FloatArray = npt.NDArray[np.float64]
 
-# The source's ε: what an importance of 0 becomes before its logarithm is taken.
+# The paper's ε, added to importances before the logarithm.
 _EPSILON = 1e-16
 
 
 @dataclass(frozen=True, eq=False)
 class LayerScore:
-    """What the surrogate of one layer has found.
+    """Result of the surrogate of one layer.
 
     Attributes:
-        station: The layer, and where its features were taken.
-        score: μ, the metric on the held-back part of the samples.
-        importance: I, how much each channel is used, shape ``(channels,)``, with sum 1 (or all 0).
-        share: Each channel's share of everything that the surrogate has gained, with sum 1 (or all 0).
-        seconds: Time that the surrogate took.
+        station: The layer, and the point at which its features were taken.
+        score: μ, the metric on held-out samples.
+        importance: I, importance of each channel, shape ``(channels,)``, with sum 1 (or all 0).
+        share: Each channel's share of the surrogate's total gain, with sum 1 (or all 0).
+        seconds: Time to fit the surrogate.
     """
 
     station: Station
@@ -66,41 +66,39 @@ class LayerScore:
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
-    """How much the units of a group are used: the maximum over all layers and channels that give a unit.
+class Usage:
+    """Importance of the units of a group: the maximum over all layers and channels that produce a unit.
 
     Attributes:
-        importance: I, shape ``(width,)``; of each layer with sum 1.
-        share: Share of everything that a surrogate has gained, shape ``(width,)``; of each layer with sum 1.
+        importance: I, shape ``(width,)``; sums to 1 per layer.
+        share: Share of the surrogate's total gain, shape ``(width,)``; sums to 1 per layer.
     """
 
     importance: FloatArray
     share: FloatArray
 
 
-class Memory(Protocol):
-    """What was found before, and where what is found is written down."""
+class ScoreStore(Protocol):
+    """Persistent store of scores."""
 
-    def recall(self, station: Station) -> LayerScore | None:
-        """What is known of a layer."""
+    def get(self, station: Station) -> LayerScore | None:
+        """The stored score of a layer, or None."""
 
-    def note(self, found: LayerScore) -> None:
-        """Write down what was found."""
+    def put(self, found: LayerScore) -> None:
+        """Store a score."""
 
 
 class LayerScorer:
-    """Fits a surrogate to one layer's features after the other's; what is remembered is not fitted again.
-
-    Nor is a table that is the same, number by number, as one before it.
+    """Fits a surrogate to the features of one layer after another, unless the score is stored or features are equal.
 
     Args:
-        surrogate: What is fitted.
-        labels: Of all samples, in the order of the features, shape ``(n,)``.
-        parts: Which samples are for what.
-        metric: What μ is; by default accuracy, or R².
-        memory: What was found before.
-        together: Makes a result in one process and gives it to all; by default there is one.
-        see: Told every result.
+        surrogate: The surrogate to fit.
+        labels: Labels of all samples, in the order of the features, shape ``(n,)``.
+        parts: Split of the samples.
+        metric: Metric μ; by default accuracy, or R².
+        memory: Store of earlier scores.
+        on_rank_zero: Computes a result on rank zero and broadcasts it; by default for a single process.
+        see: Called with every result.
     """
 
     def __init__(
@@ -109,32 +107,32 @@ class LayerScorer:
         labels: npt.NDArray[Any],
         parts: Parts,
         metric: Metric | None = None,
-        memory: Memory | None = None,
-        together: Callable[[Callable[[], LayerScore]], LayerScore] = lambda make: make(),
+        memory: ScoreStore | None = None,
+        on_rank_zero: Callable[[Callable[[], LayerScore]], LayerScore] = lambda make: make(),
         see: Callable[[LayerScore], None] = lambda _: None,
     ) -> None:
         self.surrogate, self.labels, self.parts, self.metric = surrogate, labels, parts, metric
-        self.memory, self._together, self._see = memory, together, see
+        self.memory, self._on_rank_zero, self._see = memory, on_rank_zero, see
         self._seen: dict[str, LayerScore] = {}  # by the content of the features
 
-    def recall(self, station: Station) -> LayerScore | None:
-        """What is remembered of a layer."""
-        return None if self.memory is None else self.memory.recall(station)
+    def get(self, station: Station) -> LayerScore | None:
+        """The stored score of a layer, or None."""
+        return None if self.memory is None else self.memory.get(station)
 
     def score(self, station: Station, features: Tensor) -> LayerScore:
-        """Fit the surrogate to a layer, and write down what it has found.
+        """Fit the surrogate to a layer and store the score.
 
         Args:
             station: The layer.
-            features: One row per sample of all processes, shape ``(n, channels)``.
+            features: Features of the samples of all processes, shape ``(n, channels)``.
 
         Raises:
             FloatingPointError: If features are NaN or infinite.
-            ValueError: If labels or samples do not suit.
+            ValueError: If labels or samples are unsuitable.
         """
-        found = self._together(lambda: self._fitted(station, features))
+        found = self._on_rank_zero(lambda: self._fitted(station, features))
         if self.memory is not None:
-            self.memory.note(found)
+            self.memory.put(found)
         self._see(found)
         return found
 
@@ -158,15 +156,15 @@ def score_layers(
     stations: Sequence[Station],
     features: Callable[[Sequence[Station]], Iterable[tuple[Station, Tensor]]],
 ) -> dict[Station, LayerScore]:
-    """Score all layers of the network as it is (the source's one-shot mode).
+    """Score all layers of the unpruned network (the paper's one-shot mode).
 
     Args:
-        scorer: What scores a layer.
+        scorer: Scores a layer.
         stations: The layers, in the order of execution.
-        features: Features of several layers, in their order, from one pass over all samples; not asked for if nothing
-            is left to do.
+        features: Computes the features of several layers, in their order, by one pass over all samples; not called if
+            all scores are stored.
     """
-    known = {station: scorer.recall(station) for station in stations}
+    known = {station: scorer.get(station) for station in stations}
     left = [station for station, found in known.items() if found is None]
     new = {station: scorer.score(station, table) for station, table in (features(left) if left else ())}
     return {station: new[station] if found is None else found for station, found in known.items()}
@@ -178,29 +176,28 @@ def score_layers_in_turn(
     groups: Sequence[Group],
     scorer: LayerScorer,
     features: Callable[[Any], Tensor],
-    decide: Callable[[Group, Use], Sequence[int]],
+    decide: Callable[[Group, Usage], Sequence[int]],
 ) -> dict[Station, LayerScore]:
-    """Score every layer on what the decisions before it have left (the source's layer-wise mode).
+    """Score every layer after the layers before it were pruned (the paper's layer-wise mode).
 
-    A group is decided at the last of the layers that give its units, and stays whole until then: layers that take its
-    units later see those that go as 0.
+    A group is decided at the last layer that produces its units; from then on, its consumers read 0 for removed units.
 
     Args:
-        walk: Goes through the stations of the layers that are scored.
-        order: All convolutions and linear layers in the order of execution, those that are not scored too.
-        groups: Those that may be pruned.
-        scorer: What scores a layer.
-        features: Features of all samples of all processes at a visit.
-        decide: Which units of a group stay.
+        walk: Walk over the stations of the layers to score.
+        order: All convolutions and linear layers in the order of execution, including those that are not scored.
+        groups: Groups that may be pruned.
+        scorer: Scores a layer.
+        features: Computes the features of the samples of all processes at a visit.
+        decide: Returns the units of a group to keep.
     """
     found: dict[Station, LayerScore] = {}
     units = [station for station in walk.stations if station.point == "activation"]
     last = {group.name: [station for station in units if station.layer in group.producers][-1] for group in groups}
     for visit in walk:
-        known = scorer.recall(visit.station)
+        known = scorer.get(visit.station)
         found[visit.station] = scorer.score(visit.station, features(visit)) if known is None else known
         for group in (group for group in groups if last[group.name] == visit.station):
-            masks = consumer_masks(walk.model, group, decide(group, use_of_groups([group], found)[group.name]))
+            masks = consumer_masks(walk.model, group, decide(group, group_usage([group], found)[group.name]))
             for reader in order[order.index(visit.station) + 1 :]:
                 if reader.layer in masks:
                     visit.mask(masks[reader.layer], at=[Station(reader.layer, "input", reader.call)])
@@ -208,13 +205,13 @@ def score_layers_in_turn(
 
 
 def end_station(layers: Collection[str], order: Sequence[Station], *, is_layer: bool) -> Station:
-    """Where to look at what a backbone gives that ends behind some convolutions.
+    """Station with the output of a backbone that is truncated after some convolutions.
 
     Args:
-        layers: The convolutions that are left.
+        layers: The remaining convolutions.
         order: All convolutions and linear layers in the order of execution.
-        is_layer: Whether all of it comes from the last of these convolutions. Elsewhere, behind a residual sum or a
-            concatenation, it is what enters the next layer.
+        is_layer: Whether the output is that of the last of these convolutions; otherwise (a residual sum or a
+            concatenation) it is the input of the next layer.
 
     Raises:
         ValueError: If no layer follows.
@@ -228,7 +225,7 @@ def end_station(layers: Collection[str], order: Sequence[Station], *, is_layer: 
 
 
 def unit_axes(group: Group) -> dict[str, list[Member]]:
-    """Layers that give a group's units, and on which axes of their outputs."""
+    """Layers that produce a group's units, with the members of their output axes."""
     stations: dict[str, list[Member]] = {}
     for member in group.members:
         if member.role == "out":
@@ -237,7 +234,7 @@ def unit_axes(group: Group) -> dict[str, list[Member]]:
 
 
 def unscorable(groups: Iterable[Group], stations: Iterable[Station]) -> dict[str, str]:
-    """Groups that have no features, and why."""
+    """Groups without features, with reasons."""
     layers = {station.layer for station in stations}
     return {
         group.name: "no convolution or linear layer that is called as a module gives its units"
@@ -247,7 +244,7 @@ def unscorable(groups: Iterable[Group], stations: Iterable[Station]) -> dict[str
 
 
 def unmaskable(model: nn.Module, groups: Iterable[Group]) -> dict[str, str]:
-    """Groups whose units cannot be masked on their way through the network, and why."""
+    """Groups whose units cannot be masked at their consumers, with reasons."""
     layers = dict(model.named_modules())
     return {
         group.name: f"its units enter {member.layer}, no plain convolution or Linear, and cannot be masked there"
@@ -257,14 +254,14 @@ def unmaskable(model: nn.Module, groups: Iterable[Group]) -> dict[str, str]:
     }
 
 
-def use_of_groups(groups: Iterable[Group], found: Mapping[Station, LayerScore]) -> dict[str, Use]:
-    """How much the units of groups are used: the maximum over the layers that were scored.
+def group_usage(groups: Iterable[Group], found: Mapping[Station, LayerScore]) -> dict[str, Usage]:
+    """Importance of the units of groups: the maximum over the scored layers.
 
     Args:
-        groups: Groups with at least one layer that was scored.
-        found: Scores; of a network that is cut in depth those of the layers that stay.
+        groups: Groups with at least one scored layer.
+        found: Scores; for a network truncated in depth, those of the layers that stay.
     """
-    use: dict[str, Use] = {}
+    use: dict[str, Usage] = {}
     for group in groups:
         importance, share = np.zeros(group.width), np.zeros(group.width)
         members = unit_axes(group)
@@ -272,15 +269,15 @@ def use_of_groups(groups: Iterable[Group], found: Mapping[Station, LayerScore]) 
             for member in members.get(station.layer, ()) if station.point == "activation" else ():
                 importance = np.maximum(importance, score.importance[member.index].max(1))
                 share = np.maximum(share, score.share[member.index].max(1))
-        use[group.name] = Use(importance, share)
+        use[group.name] = Usage(importance, share)
     return use
 
 
 def consumer_masks(model: nn.Module, group: Group, kept: Sequence[int]) -> dict[str, Tensor]:
-    """What layers that take a group's units as input are to see of it, by layer: 0 for the inputs of units that go.
+    """Input masks of the layers that consume a group's units, by layer: 0 for inputs of removed units.
 
     Raises:
-        ValueError: If a layer that takes them is no plain convolution or linear layer.
+        ValueError: If a consumer is not a plain convolution or linear layer.
     """
     layers = dict(model.named_modules())
     masks: dict[str, Tensor] = {}
@@ -299,11 +296,11 @@ def consumer_masks(model: nn.Module, group: Group, kept: Sequence[int]) -> dict[
 
 
 def _inputs(layers: Mapping[str, nn.Module], member: Member) -> Tensor | None:
-    """Inputs of a layer that each unit is; None if it is no plain convolution or linear layer."""
+    """Inputs of a layer by unit; None if it is not a plain convolution or linear layer."""
     layer = layers.get(member.layer)
     return unit_inputs(layer, member) if isinstance(layer, LINEAR_LAYERS) else None
 
 
 def log_importance(importance: FloatArray) -> FloatArray:
-    r""":math:`\Lambda = \ln(I + 10^{-16})`, by whose histogram a threshold is chosen."""
+    r""":math:`\Lambda = \ln(I + 10^{-16})`, whose histogram determines the threshold."""
     return np.asarray(np.log(importance + _EPSILON))

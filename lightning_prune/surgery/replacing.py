@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.scoring.undisturbed import own_random_state
+from lightning_prune.scoring.contexts import seeded_rng
 from lightning_prune.structure.layers import canonical, is_within, tensors
 from lightning_prune.surgery.change import Change, CutError, whole, writable
 from lightning_prune.surgery.depth import layer, put
@@ -55,7 +55,7 @@ def exchange(
     require_modules(models, specs)
     before = _parameters(models[0], tied=True)
     with writable(), whole(change):
-        with own_random_state(seed):
+        with seeded_rng(seed):
             new = {name: _build(spec, models[0], name) for name, spec in specs.items()}
         for number, model in enumerate(models):
             for name, module in new.items():

@@ -254,7 +254,9 @@ def test_a_run_is_resumed_whose_only_layer_has_vanished(tmp_path: Path) -> None:
     assert params(again) == params(module)
 
 
-@pytest.mark.parametrize(("race", "ranking"), [(None, "rank"), ("exact", "raced"), ("statistical", "raced")])
+@pytest.mark.parametrize(
+    ("race", "ranking"), [(None, "rank"), ("exact", "rank_by_race"), ("statistical", "rank_by_race")]
+)
 def test_a_killed_ranking_goes_on(race: Any, ranking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = Chain()
     fit(tmp_path / "a" / "1", undisturbed, spvr(budget=0.3, race=race))

@@ -13,10 +13,10 @@ from torch import nn
 
 from lightning_prune import inspect
 from lightning_prune.planning import Amount, Original, dividing_threshold, plan_by_use, widths_at
-from lightning_prune.scoring.xgb import Use
+from lightning_prune.scoring.xgb import Usage
 
 NUMBERS = np.array([0.0, 0.1, 0.4, 0.0, 0.2, 0.3])
-USE = Use(NUMBERS, NUMBERS[::-1])
+USE = Usage(NUMBERS, NUMBERS[::-1])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ shares = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(np.array)
 
 @given(shares, st.floats(0.01, 1))
 def test_the_fewest_units_that_hold_the_gain(values: np.ndarray, gain: float) -> None:
-    kept = list(Amount("gain", gain).kept(Use(values, values)))
+    kept = list(Amount("gain", gain).kept(Usage(values, values)))
     if values.sum() == 0:
         assert kept == []
         return
@@ -58,7 +58,7 @@ def test_the_fewest_units_that_hold_the_gain(values: np.ndarray, gain: float) ->
 @given(shares, st.floats(0, 0.9), st.floats(0, 0.9))
 def test_more_goes_by_a_higher_amount(values: np.ndarray, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    use = Use(values, values)
+    use = Usage(values, values)
     for rule in ("threshold", "quantile", "pruning_ratio"):
         assert set(Amount(rule, high).kept(use)) <= set(Amount(rule, low).kept(use))  # type: ignore[arg-type]
     assert set(Amount("gain", 1 - high).kept(use)) <= set(Amount("gain", 1 - low).kept(use))
@@ -85,7 +85,7 @@ def test_plan() -> None:
 def test_budget() -> None:
     """Units go by their importance, wherever they are."""
     structure, original = network()
-    low = Use(NUMBERS / 10, NUMBERS)
+    low = Usage(NUMBERS / 10, NUMBERS)
     plan, _ = plan_by_use(structure, {"0": low, "2": USE}, Amount("budget", {"units": 0.5}), original)
     assert plan.kept == {"0": (2, 5), "2": (1, 2, 4, 5)}
     with pytest.raises(ValueError, match="budget"):
@@ -124,7 +124,7 @@ def test_out_of_range(rule: Any, value: Any, error: type[Exception]) -> None:
 @given(shares, st.floats(0, 0.9), st.floats(0.01, 1))
 def test_the_threshold_that_divides(values: np.ndarray, ratio: float, gain: float) -> None:
     """Applied as a threshold it keeps the same units, if importances differ; none where the order is another."""
-    use = Use(values, values[::-1])
+    use = Usage(values, values[::-1])
     kept = Amount("pruning_ratio", ratio).kept(use)
     found = dividing_threshold(use, kept)
     assert (found is None) == (len(kept) == len(values))

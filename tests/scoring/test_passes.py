@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring import NISP, DataPass, KLDivergence, SynFlow
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.passes import outputs_of, positive_response
-from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure import Call, TracedModel, trace
 from tests.scoring.networks import batches, examine, network, structure_of
 
@@ -32,7 +32,7 @@ def test_a_failing_pass_leaves_modes_hooks_and_weights(criterion):
 def test_random_numbers_and_modes_come_back():
     model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     state = torch.get_rng_state()
-    with undisturbed(model):
+    with preserved_state(model):
         assert not any(module.training for module in model.modules())
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), state)

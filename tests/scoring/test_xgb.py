@@ -17,12 +17,12 @@ from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.scoring.xgb import (
     LayerScore,
     LayerScorer,
-    Use,
+    Usage,
+    group_usage,
     log_importance,
     score_layers,
     score_layers_in_turn,
     unscorable,
-    use_of_groups,
 )
 from tests.support.xgb_reference import NETWORKS, images, naive, network
 
@@ -41,11 +41,11 @@ def scored(net: Any, mode: str, amount: Amount, reduction: str = "avg", memory: 
     scorer = LayerScorer(XGBoost(), y, split_samples(y, "classification"), memory=memory)
     if mode == "one_shot":
         found = score_layers(scorer, stations, lambda left: pooled_features(net, data, left, reduction).items())
-        plan, _ = plan_by_use(structure, use_of_groups(structure.groups, found), amount, Original.of(structure))
+        plan, _ = plan_by_use(structure, group_usage(structure.groups, found), amount, Original.of(structure))
         return found, {g.name: list(plan.kept.get(g.name, range(g.width))) for g in structure.groups}
     kept: dict[str, list[int]] = {}
 
-    def decide(group: Any, use: Use) -> list[int]:
+    def decide(group: Any, use: Usage) -> list[int]:
         kept[group.name] = list(amount.kept(use) or (best_unit(use),))
         return kept[group.name]
 
@@ -120,12 +120,12 @@ def test_scores_are_written_and_read_exactly(tmp_path: Path) -> None:
     path = tmp_path / "new" / "scores.jsonl"
     file = ScoreFile(path, {"network": "n"})
     for one in (some(), some(call=1), some("b")):
-        file.note(one)
+        file.put(one)
     again = ScoreFile(path, {"network": "n"})
     assert again.fits
     for one in (some(), some(call=1), some("b")):
-        assert_same(again.recall(one.station), one)
-    assert again.recall(Station("c")) is None
+        assert_same(again.get(one.station), one)
+    assert again.get(Station("c")) is None
     key, layers = read_scores(path)
     assert key == {"network": "n"}
     assert [one.station.layer for one in layers] == ["a", "a", "b"]
@@ -134,26 +134,26 @@ def test_scores_are_written_and_read_exactly(tmp_path: Path) -> None:
 def test_a_file_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     file = ScoreFile(path, {})
-    file.note(some("a"))
-    file.note(some("b"))
+    file.put(some("a"))
+    file.put(some("b"))
     path.write_text(path.read_text()[:-7])
     again = ScoreFile(path, {})
-    assert again.recall(some("b").station) is None
-    assert_same(again.recall(some("a").station), some("a"))
-    again.note(some("b"))
+    assert again.get(some("b").station) is None
+    assert_same(again.get(some("a").station), some("a"))
+    again.put(some("b"))
     assert [one.station.layer for one in read_scores(path)[1]] == ["a", "b"]
 
 
 def test_scores_of_another_key_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
-    ScoreFile(path, {"network": "n", "seed": 0}).note(some())
+    ScoreFile(path, {"network": "n", "seed": 0}).put(some())
     other = ScoreFile(path, {"network": "n", "seed": 1})
     assert not other.fits
     assert other.difference == {"seed": ("0", "1")}
-    assert other.recall(some().station) is None
+    assert other.get(some().station) is None
     third = ScoreFile(tmp_path / "third.jsonl", {"network": "n", "seed": 0})
-    assert third.take(ScoreFile(path, {"network": "n", "seed": 0}))
-    assert_same(ScoreFile(tmp_path / "third.jsonl", {"network": "n", "seed": 0}).recall(some().station), some())
+    assert third.merge(ScoreFile(path, {"network": "n", "seed": 0}))
+    assert_same(ScoreFile(tmp_path / "third.jsonl", {"network": "n", "seed": 0}).get(some().station), some())
 
 
 @pytest.mark.parametrize("text", ["", "[1]\n", '{"a": 1}\n', "nonsense\n", '{"format": 9, "key": {}}\n'])

@@ -1,4 +1,4 @@
-"""The criteria, one paper per file."""
+"""Criteria, one file each."""
 
 from lightning_prune.scoring.criteria.apoz import APoZ
 from lightning_prune.scoring.criteria.bn_scale import BNScale

@@ -1,4 +1,4 @@
-"""Zeros among activations (Hu et al., "Network Trimming", 2016)."""
+"""Average percentage of zeros (Hu et al., "Network Trimming", 2016)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["APoZ", "NonzeroStatistic"]
 
 @final
 class NonzeroStatistic(ActivationStatistic):
-    """Share of a unit's activations that are not 0; several consumers average."""
+    """Share of a unit's activations that are not 0, averaged over consumers."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure)
         self.declare("score", "sum")
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:  # noqa: ARG002
-        """Count."""
+        """Count nonzero activations."""
         for name, source, inputs in targets:
             x = per_unit(layer, activation, inputs).flatten(2)
-            alive = torch.where(x.isnan(), x, x != 0)  # NaN has to be noticed
+            alive = torch.where(x.isnan(), x, x != 0)  # NaN is kept, to be detected
             self.record(name, source, len(x), score=alive.mean(2).sum(0))
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
@@ -39,10 +39,10 @@ class NonzeroStatistic(ActivationStatistic):
 @final
 @dataclass(frozen=True)
 class APoZ(ObservingCriterion):
-    r"""One less the average percentage of zeros, :math:`1 - \mathrm{APoZ}_k` (Hu et al., 2016).
+    r"""One minus the average percentage of zeros, :math:`1 - \mathrm{APoZ}_k` (Hu et al., 2016).
 
-    The share of the unit's activations, over passes and positions, that are not 0 where they enter the next layer. It
-    tells units apart only after nonlinearities that give exact zeros, such as ReLU.
+    The share of the unit's activations, over passes and positions, that are not 0 at the input of the next layer. It
+    only distinguishes units after activation functions with exact zeros, such as ReLU.
 
     Args:
         every_n_batches: Observe every n-th training batch.

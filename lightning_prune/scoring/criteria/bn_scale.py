@@ -1,4 +1,4 @@
-"""Scales of normalisation (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017)."""
+"""Batch norm scales (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["BNScale", "norm_scales"]
 
 
 def norm_scales(group: Group) -> list[Member]:
-    """The scales of the norms on a group's units: members that are one number per channel beside a shift."""
+    """Scales of the norms of a group's units: weights along the units that have a bias."""
     along = {member.tensor: member for member in group.members if member.role == "along"}
-    # A single vector without a shift is no norm but, say, the slopes of a PReLU.
+    # A vector without a bias is not a norm but, for instance, the slopes of a PReLU.
     return [
         member
         for name, member in along.items()
@@ -32,10 +32,9 @@ def norm_scales(group: Group) -> list[Member]:
 class BNScale(Criterion):
     r"""Absolute scale of the unit's normalisation, :math:`|\gamma|` (network slimming: Liu et al., 2017).
 
-    Several norms on the same units (a residual sum, channels flattened before they are normalised) add up. Any norm
-    with scale and shift per unit counts. Units without one are scored by the L2 norm of their weights, the
-    structured form that is usual where there is no BatchNorm; the two do not compare: under a global scope, choose
-    ``layers`` of one kind.
+    Scales of several norms on the same units (a residual sum, flattened channels) are summed; any norm with scale and
+    shift per unit counts. Units without a norm are scored by the L2 norm of their weights. The two are not comparable:
+    under a global scope, select ``layers`` of one kind.
     """
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002

@@ -19,31 +19,31 @@ __all__ = ["Contribution"]
 @final
 @dataclass(frozen=True)
 class Contribution(Criterion):
-    r"""Share of a unit in what the next layer computes, observed during training (Reddy et al.).
+    r"""Contribution of a unit to the outputs of the next layer, observed during training (Reddy et al.).
 
     .. math::
         s_k = \lambda_\text{avg} \frac{C_\text{avg}(k)}{\overline{C_\text{avg}}}
             + \lambda_\text{max} \frac{C_\text{max}(k)}{\overline{C_\text{max}}}
 
     with the mean and the maximum, over passes and next units :math:`j`, of the share
-    :math:`|w_{kj} a_k| / \sum_i |w_{ij} a_i|`, where :math:`a` is what enters the next layer. Bars are means over the
-    group: without them :math:`\lambda` would not say how much a term weighs.
+    :math:`|w_{kj} a_k| / \sum_i |w_{ij} a_i|`, where :math:`a` is the input of the next layer. Bars are means over the
+    group, which make the weights :math:`\lambda` comparable.
 
-    Other than the paper, shares are of absolute values by default (signed shares hardly agree between two halves of the
+    Unlike in the paper, shares are of absolute values by default (signed shares hardly agree between two halves of the
     data), all passes since the last cut count, and biases have no share.
 
     Args:
         lambda_avg: Weight of C_avg, at least 0.
-        lambda_max: Weight of C_max, at least 0. Costs far more than C_avg in convolutions.
+        lambda_max: Weight of C_max, at least 0. Much slower than C_avg for convolutions.
         ratio: ``"absolute"``, or ``"signed"`` as printed in the paper.
         every_n_batches: Observe every n-th training batch.
         epsilon: Signed denominators become ``z + epsilon · sign(z)``; above 0.
-        positions: C_max of convolutions looks at so many output positions of each observed batch, drawn at random, and
-            costs that much less; at all of them by default. C_avg and Linear layers are exact in any case.
+        positions: Number of output positions of convolutions sampled per observed batch for C_max, which makes it
+            faster; all by default. C_avg and Linear layers are always exact.
 
     Raises:
-        ValueError: If a weight is negative, both are 0, another argument is out of its range, or ``positions`` would
-            change nothing.
+        ValueError: If a weight is negative, both are 0, another argument is out of range, or ``positions`` has no
+            effect.
     """
 
     lambda_avg: float = 1.0

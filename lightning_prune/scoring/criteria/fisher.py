@@ -19,9 +19,9 @@ class Fisher(ObservingCriterion):
 
     .. math:: s_k = \frac{1}{N} \sum_n \Big( \sum_{l, p} a_{nklp} \frac{\partial L_n}{\partial a_{nklp}} \Big)^2
 
-    over passes :math:`n`, the layers :math:`l` that take the unit as input and positions :math:`p`: twice the
-    second-order estimate of what its removal costs. The loss is taken as a mean over the batch; the cost per MAC that
-    Liu et al. divide by belongs to the target.
+    over samples :math:`n`, consumers :math:`l` and positions :math:`p`: twice the second-order estimate of the increase
+    of the loss if the unit is removed. The loss is assumed to be a mean over the batch; the division by MACs of Liu et
+    al. is part of the target.
 
     Args:
         every_n_batches: Observe every n-th training batch.

@@ -21,8 +21,8 @@ __all__ = ["FPGM"]
 class FPGM(Criterion):
     r"""Distance to all other units, :math:`\sum_j \lVert w_k - w_j \rVert_2` (FPGM: He et al., 2019).
 
-    Least at the geometric median: such units are the easiest to replace by the others. Coupled producers (a residual
-    sum) stand side by side in one vector.
+    Units near the geometric median are the easiest to replace by others. Weights of coupled producers (a residual sum)
+    are concatenated.
     """
 
     @property
@@ -33,5 +33,5 @@ class FPGM(Criterion):
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Sums of Euclidean distances, shape ``(width,)``."""
         weights = unit_weights(group, tensors)
-        # The product form loses what near duplicates differ in.
+        # The matrix product form is inexact for near duplicates.
         return torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist").sum(1)

@@ -20,16 +20,13 @@ __all__ = ["GraSP", "GradientFlow"]
 
 @final
 class GradientFlow(MemberStatistic):
-    """Products of weights and the Hessian of the loss times its gradient."""
+    """Products of weights and Hessian-gradient products."""
 
-    evidence = "the loss, in one more pass and two derivatives"
+    evidence = "second derivatives of the loss, in an extra pass"
     uses_loss = True
 
     def collect(self, model: nn.Module, data: DataPass) -> None:
-        """The loss of each batch, its gradient, and the gradient of that gradient's square.
-
-        In the mode that the network is in.
-        """
+        """Compute Hessian-gradient products for each batch, in the network's current mode."""
         self.follow(model)
         weights = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
         values = tuple(weights.values())
@@ -46,18 +43,18 @@ class GradientFlow(MemberStatistic):
 @final
 @dataclass(frozen=True)
 class GraSP(ObservingCriterion):
-    r"""By how much the gradient flow shrinks without the unit, :math:`\sum_i w_i (H g)_i` (GraSP: Wang et al., 2020).
+    r"""Decrease of the gradient flow without the unit, :math:`\sum_i w_i (H g)_i` (GraSP: Wang et al., 2020).
 
-    :math:`g` is the gradient of the loss and :math:`H` its Hessian, on the batch at hand when a cut is due; the sum is
-    the first-order change of :math:`-\lVert g \rVert^2 / 2` when the unit's weights go to 0. Everything that goes with
-    the unit counts, in all coupled layers. The paper scores single weights once, before training: cut in the first
-    steps (``OneShot``) for that. Needs a ``training_step`` that returns the loss, of operators with a second
-    derivative; with several processes each takes the Hessian of its own batch, and the means count.
+    :math:`g` and :math:`H` are the gradient and Hessian of the loss on the current batch when a cut is due; the sum is
+    the first-order change of :math:`-\lVert g \rVert^2 / 2` if the unit's weights become 0, over all members of the
+    unit. The paper scores single weights once, before training: use ``OneShot`` in the first steps for that. Requires a
+    ``training_step`` that returns the loss, and operators with second derivatives; several processes average over their
+    batches.
     """
 
     @property
     def waived(self) -> Mapping[str, str]:
-        """Units below zero."""
+        """Scores can be negative."""
         return {"dead_is_lowest": "a unit without which the gradients grow scores below zero"}
 
     def statistic(self, structure: Structure) -> GradientFlow:

@@ -19,11 +19,11 @@ __all__ = ["HRank", "RankStatistic"]
 
 @final
 class RankStatistic(ActivationStatistic):
-    """Ranks of what enters the next layers, unit by unit; several consumers average.
+    """Ranks of the units' feature maps at the inputs of the next layers, averaged over consumers.
 
     Args:
         structure: The network's groups.
-        samples: Look at the first so many passes of each batch: a singular value decomposition for every map.
+        samples: Use only this many samples of each batch, as every map needs a singular value decomposition.
     """
 
     def __init__(self, structure: Structure, samples: int) -> None:
@@ -32,7 +32,7 @@ class RankStatistic(ActivationStatistic):
         self.declare("score", "sum")
 
     def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:  # noqa: ARG002
-        """Ranks of the first maps."""
+        """Record the ranks of feature maps."""
         for name, source, inputs in targets:
             maps = _matrices(per_unit(layer, activation, inputs)[: self.samples])
             bad = ~maps.isfinite().all()
@@ -46,7 +46,7 @@ class RankStatistic(ActivationStatistic):
 
 def _matrices(x: Tensor) -> Tensor:
     """Feature maps ``(passes, width, k, *positions)`` as matrices ``(passes, width, rows, columns)``."""
-    if x.dim() == 3:  # flattened pixels, rows of the map one after the other
+    if x.dim() == 3:  # flattened pixels in row-major order
         rows = next(r for r in range(math.isqrt(x.shape[2]), 0, -1) if x.shape[2] % r == 0)
         return x.reshape(*x.shape[:2], rows, -1)
     return x if x.dim() == 4 else x.flatten(2, 3).flatten(3)
@@ -57,14 +57,14 @@ def _matrices(x: Tensor) -> Tensor:
 class HRank(ObservingCriterion):
     r"""Average rank of the unit's feature maps, :math:`\overline{\operatorname{rank}(a_k)}` (HRank: Lin et al., 2020).
 
-    Maps are taken where they enter the next layer. Pixels flattened for a Linear are folded back into the squarest
-    matrix, which is the map itself where maps are square; a single number has rank 1 unless it is 0, and so has a map
-    of one dimension (sequences, signals): there, ranks hardly tell units apart.
+    Maps are taken at the input of the next layer. Pixels flattened for a Linear are reshaped to the squarest matrix,
+    which is the map itself if it is square. Scalars and maps of one dimension (sequences, signals) have rank 1 unless
+    they are 0, so that ranks hardly distinguish units there.
 
     Args:
         every_n_batches: Observe every n-th training batch.
-        samples: Passes per observed batch; ranks hardly differ between them, and each costs a singular value
-            decomposition per map.
+        samples: Samples per observed batch; ranks hardly differ between samples, and each map needs a singular value
+            decomposition.
 
     Raises:
         ValueError: If an argument is below 1.

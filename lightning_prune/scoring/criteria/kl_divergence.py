@@ -16,15 +16,15 @@ __all__ = ["KLDivergence"]
 class KLDivergence(MaskingCriterion):
     r"""Divergence of the outputs when a unit is masked, :math:`\mathrm{KL}(p \Vert p_{-k})` (CURL: Luo and Wu, 2020).
 
-    In nats, summed over samples (and pixels or labels), and compared over the whole network as it is.
+    In nats, summed over samples (and pixels or labels); comparable over the whole network.
 
     Args:
         group_size: Units that are masked together, grouped by the correlation of their activations.
-        samples_per_class: Samples of each class that are looked at.
-        task: What the outputs are scores of; by default found out, see `class_scores`.
-        normalized: Whether the outputs are probabilities already; by default found out.
+        samples_per_class: Number of samples of each class.
+        task: Kind of classification; inferred by default, see `class_scores`.
+        normalized: Whether the outputs are probabilities; inferred by default.
     """
 
     def statistic(self, structure: Structure) -> MaskingStatistic:
-        """Divergences, group by group."""
+        """Divergences per bundle."""
         return MaskingStatistic(structure, "kl_divergence", self)

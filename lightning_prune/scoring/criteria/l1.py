@@ -21,14 +21,11 @@ __all__ = ["L1"]
 class L1(Criterion):
     r"""Sum of absolute weights that produce the unit, :math:`\sum_i |w_i|` (Li et al., 2017).
 
-    Coupled producers (a residual sum, an expansion and the depthwise convolution behind it) add up.
+    Sums over coupled producers (a residual sum, an expansion and the depthwise convolution after it) are added.
 
     Args:
-        producers: ``"all"`` of a group, or only the ``"first"`` in the order of execution: the expansion convolution of
-            MobileNetV2's blocks (Matthiesen, 2023).
-
-    Raises:
-        ValueError: For another word.
+        producers: ``"all"`` producers of a group, or only the ``"first"`` in the order of execution: the expansion
+            convolution in MobileNetV2's blocks (Matthiesen, 2023).
     """
 
     producers: Literal["all", "first"] = "all"
@@ -36,7 +33,7 @@ class L1(Criterion):
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Absolute sums, shape ``(width,)``."""
         if self.producers == "first":
-            # Without producers the inputs speak for the units, as with all.
+            # Units without producers are scored by their consumers, as with "all".
             own = tuple(member for member in group.members if member.role == "out" and member.layer == group.name)
             group = replace(group, members=own or group.members)
         return torch.stack([torch.linalg.vector_norm(rows, 1, dim=1) for rows in unit_members(group, tensors)]).sum(0)

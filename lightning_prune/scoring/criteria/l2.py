@@ -21,8 +21,8 @@ __all__ = ["L2"]
 class L2(Criterion):
     r"""Euclidean norm of the weights that produce the unit, :math:`\sqrt{\sum_i w_i^2}` (He et al., 2018).
 
-    Coupled producers (a residual sum) stand side by side in one vector. The norm is that of "Soft Filter Pruning for
-    Accelerating Deep Convolutional Neural Networks".
+    Weights of coupled producers (a residual sum) are concatenated. See "Soft Filter Pruning for Accelerating Deep
+    Convolutional Neural Networks".
     """
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002

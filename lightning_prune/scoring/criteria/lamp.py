@@ -19,13 +19,12 @@ __all__ = ["LAMP"]
 @final
 @dataclass(frozen=True)
 class LAMP(Criterion):
-    r"""Squared magnitude over that of all units that outlive it (LAMP: Lee et al., 2021).
+    r"""Squared magnitude divided by the sum over all units that are at least as large (LAMP: Lee et al., 2021).
 
     .. math:: s_k = \frac{m_k}{\sum_{j: m_j \ge m_k} m_j}, \qquad m_k = \sum_i w_{ki}^2
 
-    The largest unit of every group scores 1, so that scores compare across layers as they are and no layer is emptied
-    under a global scope. The paper scores single weights; here units take their place, with the weights that produce
-    them.
+    The largest unit of every group scores 1, so that scores are comparable across layers and no layer is emptied under
+    a global scope. The paper scores single weights; here :math:`w_k` are the weights that produce a unit.
     """
 
     comparable: ClassVar[bool] = True
@@ -33,5 +32,5 @@ class LAMP(Criterion):
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002
         """Shares in (0, 1], 0 for dead units; shape ``(width,)``."""
         magnitude = unit_weights(group, tensors).square().sum(1)
-        outlive = torch.where(magnitude >= magnitude[:, None], magnitude, 0).sum(1)
-        return magnitude / outlive.clamp_min(torch.finfo(outlive.dtype).tiny)
+        remaining = torch.where(magnitude >= magnitude[:, None], magnitude, 0).sum(1)
+        return magnitude / remaining.clamp_min(torch.finfo(remaining.dtype).tiny)

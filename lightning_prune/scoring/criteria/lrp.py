@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.data import Batch, DataPass
+from lightning_prune.scoring.data import Batch, DataPass, forward
 from lightning_prune.scoring.passes import entering, outputs_of
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
-from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["LRP", "Relevance"]
 
-# Their output is a product of their input and a number per element; the derivative of a ReLU is that number already.
+# Treated as input times a factor per element; for ReLU, the derivative is that factor already.
 _GATES = (nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.Mish, nn.Hardswish, nn.Softplus)
 
 
 @final
 class Relevance(ConsumerStatistic):
-    """Absolute relevance of every unit where it enters the next layers, for the class that the network chooses."""
+    """Absolute relevance of every unit at the inputs of the next layers, for the predicted class."""
 
-    evidence = "outputs, in one more pass"
+    evidence = "outputs, in an extra pass"
 
     def __init__(self, structure: Structure, epsilon: float = 1e-9) -> None:
         super().__init__(structure)
@@ -37,15 +37,15 @@ class Relevance(ConsumerStatistic):
         self.declare("score", "sum")
 
     def collect(self, model: nn.Module, data: DataPass) -> None:
-        """For each batch a forward pass, and a backward one in which layers hand relevance on."""
+        """Propagate relevance in one forward and backward pass per batch."""
         self.follow(model)
         for batch in data:
             self._collect(model, batch)
 
     @torch.enable_grad()
     def _collect(self, model: nn.Module, batch: Batch) -> None:
-        with undisturbed(model), entering(self.targets(model)) as entered, _propagating(model, self.epsilon):
-            outputs = outputs_of(model(*batch.args, **batch.kwargs))
+        with preserved_state(model), entering(self.targets(model)) as entered, _propagating(model, self.epsilon):
+            outputs = outputs_of(forward(model, batch))
         chosen = torch.stack([x.amax(1).sum() if x.dim() > 1 else x.sum() for x in outputs]).sum()
         gradients = torch.autograd.grad(chosen, [x for _, x, _ in entered], materialize_grads=True)
         relevance: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ class Relevance(ConsumerStatistic):
 
 @contextmanager
 def _propagating(model: nn.Module, epsilon: float) -> Iterator[None]:
-    """Within the context the product of an activation and its gradient is its relevance by the ε-rule."""
+    """Within the context, activation times gradient is the relevance by the ε-rule."""
 
     def stabilised(_: nn.Module, __: Any, z: Tensor) -> None:
         if z.requires_grad:
@@ -79,7 +79,7 @@ def _propagating(model: nn.Module, epsilon: float) -> Iterator[None]:
         if isinstance(module, (*LINEAR_LAYERS, _NormBase)):
             handles.append(module.register_forward_hook(stabilised))
         elif isinstance(module, _GATES):
-            # An activation in place would overwrite what it is divided by.
+            # Cloned, as an in-place activation would overwrite its input.
             handles.append(module.register_forward_pre_hook(lambda _, args: (args[0].clone(),)))
             handles.append(module.register_forward_hook(gated))
     try:
@@ -92,20 +92,20 @@ def _propagating(model: nn.Module, epsilon: float) -> Iterator[None]:
 @final
 @dataclass(frozen=True)
 class LRP(ObservingCriterion):
-    r"""Relevance of the unit for the decision, :math:`\overline{|R_k|}`, by layer-wise relevance propagation.
+    r"""Relevance of the unit for the prediction, :math:`\overline{|R_k|}`, by layer-wise relevance propagation.
 
-    The score of the chosen class goes back through the network, each layer handing it on in shares of what it added up,
-    :math:`R_i = \sum_j \frac{w_{ij} a_i}{z_j + \varepsilon \, \mathrm{sign}(z_j)} R_j` (Bach et al., 2015; as a
-    criterion: Yeom et al., 2021). Positions, repeats and consumers add up within a sample; the bar is the mean over
-    the batch at hand when a cut is due. Outputs are classes on dimension 1. Branches share by what each gave, and
-    pooling hands on to what it took. The paper explains the label; here it is the class that the network chooses, since
-    ``forward`` sees no labels, and the score has no sign, so that evidence against a class counts too.
+    The score of the predicted class is propagated back through the network in proportion to contributions, :math:`R_i =
+    \sum_j \frac{w_{ij} a_i}{z_j + \varepsilon \, \mathrm{sign}(z_j)} R_j` (Bach et al., 2015; as a criterion: Yeom et
+    al., 2021). Relevance is summed over positions, repeats and consumers within a sample; the bar is the mean over the
+    current batch when a cut is due. Classes are on dimension 1 of the outputs. The paper explains the label; here it is
+    the predicted class, since ``forward`` has no labels, and the absolute value is used, so that evidence against a
+    class counts too.
 
-    ReLU and the activations of ``torch.nn`` share exactly. Other non-linearities, and those called as functions, hand
-    on by their derivative (as Captum, which agrees on networks without branches, does).
+    ReLU and the activations of ``torch.nn`` are handled exactly. Other activations, and functional ones, use their
+    derivative, like Captum, with which it agrees on networks without branches.
 
     Args:
-        epsilon: Stabilises sums near 0.
+        epsilon: Stabilizer of denominators.
     """
 
     epsilon: float = 1e-9
@@ -116,5 +116,5 @@ class LRP(ObservingCriterion):
             raise ValueError(f"LRP: expected `epsilon` of at least 0, got {self.epsilon}.")
 
     def statistic(self, structure: Structure) -> Relevance:
-        """Relevance where units enter the next layers."""
+        """Relevance at the inputs of the next layers."""
         return Relevance(structure, self.epsilon)

@@ -1,4 +1,4 @@
-"""The number of predictions that a unit decides: the first term of SPvR's importance alone."""
+"""Number of predictions that masking a unit changes: the first term of SPvR's importance."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Misclassification"]
 class Misclassification(MaskingCriterion):
     r"""Number of predictions that change when a unit is masked, :math:`\sum_x [c' \neq c]`.
 
-    :math:`c` is the class that the unmasked network predicts. This is the truth that the paper of SPvR compares
-    rankings with (its appendix A). Many units change none, and are then tied.
+    :math:`c` is the class that the unmasked network predicts. The SPvR paper uses this as the reference ranking
+    (appendix A). Many units change no prediction and are tied.
 
     Args:
         group_size: Units that are masked together, grouped by the correlation of their activations.
-        samples_per_class: Samples of each class that are looked at.
-        task: What the outputs are scores of; by default found out, see `class_scores`.
-        normalized: Whether the outputs are probabilities already; by default found out.
+        samples_per_class: Number of samples of each class.
+        task: Kind of classification; inferred by default, see `class_scores`.
+        normalized: Whether the outputs are probabilities; inferred by default.
     """
 
     def statistic(self, structure: Structure) -> MaskingStatistic:
-        """Counts, group by group."""
+        """Counts per bundle."""
         return MaskingStatistic(structure, "misclassification", self)

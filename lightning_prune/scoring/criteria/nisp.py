@@ -20,9 +20,9 @@ __all__ = ["NISP", "PropagatedImportance"]
 
 @final
 class PropagatedImportance(ConsumerStatistic):
-    """Gradients of the positive response where units enter the next layers, summed."""
+    """Summed gradients of the positive response at the inputs of the next layers."""
 
-    evidence = "one more pass"
+    evidence = "an extra pass"
     uses_data = False
 
     def __init__(self, structure: Structure) -> None:
@@ -30,7 +30,7 @@ class PropagatedImportance(ConsumerStatistic):
         self.declare("score", "sum")
 
     def collect(self, model: nn.Module, data: DataPass) -> None:
-        """One forward and backward pass on ones, in the form of the first batch."""
+        """Run one forward and backward pass on ones in the shape of the first batch."""
         self.follow(model)
         batch = next(iter(data))
         with entering(self.targets(model)) as entered:
@@ -55,12 +55,11 @@ class PropagatedImportance(ConsumerStatistic):
 class NISP(ObservingCriterion):
     r"""Importance propagated from the outputs, :math:`s_k = \sum_j |w_{jk}| s_j` (NISP: Yu et al., 2018).
 
-    Layer by layer from the outputs back, through whatever lies between: the gradient of all outputs with respect to the
-    unit in a network of absolute weights on inputs of 1 (0 before an activation that saturates, ``Tanh`` say).
-    Positions, repeats and several consumers add up. Other than in the paper, where features of the last hidden layer
-    are ranked by data, all outputs are equally important.
+    The gradient of the summed outputs with respect to the unit in a network with absolute weights on inputs of ones (0
+    before a saturating activation such as ``Tanh``), summed over positions, repeats and consumers. Unlike in the paper,
+    where the features of the last hidden layer are ranked by data, all outputs are equally important.
     """
 
     def statistic(self, structure: Structure) -> PropagatedImportance:
-        """Importance where units enter the next layers."""
+        """Importance at the inputs of the next layers."""
         return PropagatedImportance(structure)

@@ -1,4 +1,4 @@
-"""Random scores: the control of every comparison."""
+"""Random scores, the baseline of comparisons."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Random"]
 @final
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Uniform random scores: what any criterion has to beat.
+    """Uniform random scores, a baseline for other criteria.
 
-    The draw depends on the seed, the group's name and its width alone: resuming repeats it, every rank has the same,
-    and the next cut, at another width, draws anew. The global random state is neither read nor changed.
+    Scores depend on the seed, the group's name and its width alone: they are the same after a resume and on every rank,
+    and differ at the next cut, when the width has changed. The global random state is neither read nor changed.
 
     Args:
-        seed: Another seed, another draw.
+        seed: Seed of the scores.
     """
 
     seed: int = 0
 
     @property
     def waived(self) -> Mapping[str, str]:
-        """A random score belongs to a position."""
+        """A random score depends on the position only."""
         return dict.fromkeys(("dead_is_lowest", "equivariant"), "a random score does not look at the unit")
 
     def score(self, group: Group, tensors: Mapping[str, Tensor], statistic: Statistic | None) -> Tensor:  # noqa: ARG002

@@ -28,8 +28,8 @@ class SNIPStatistic(GradientStatistic):
 class SNIP(ObservingCriterion):
     r"""Sensitivity of the loss to the unit's connections, :math:`\overline{\sum_i |g_i w_i|}` (SNIP: Lee et al., 2019).
 
-    Everything that goes with the unit counts, in all coupled layers; the bar is the mean over observed batches. The
-    paper scores single weights once, before training: cut in the first steps (``OneShot``) for that.
+    The sum is over all members of the unit; the bar is the mean over observed batches. The paper scores single weights
+    once, before training: use ``OneShot`` in the first steps for that.
 
     Args:
         every_n_batches: Observe every n-th training batch.

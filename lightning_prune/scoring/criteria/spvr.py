@@ -14,20 +14,20 @@ __all__ = ["SPvR"]
 @final
 @dataclass(frozen=True)
 class SPvR(MaskingCriterion):
-    r"""Predictions that change when a group of units is masked, :math:`\sum_x [c' \neq c] + |p_c - p'_c|` (SPvR).
+    r"""Change of predictions when a bundle of units is masked, :math:`\sum_x [c' \neq c] + |p_c - p'_c|` (SPvR).
 
-    :math:`c` is the class that the unmasked network predicts, not the label. Units whose activations correlate are
-    masked together, and go together. Scores are compared over the whole network as they are.
+    :math:`c` is the class that the unmasked network predicts, not the label. Units with correlated activations are
+    masked and removed together. Scores are comparable over the whole network.
 
     Args:
-        group_size: Units of a group, d: the paper's 2 (CIFAR-10), 4 (TinyImageNet) or 8 (ImageNet).
-        samples_per_class: Samples of each class that are looked at.
-        task: What the outputs are scores of; by default found out, see `class_scores`.
-        normalized: Whether the outputs are probabilities already; by default found out.
+        group_size: Units per bundle, d; in the paper 2 (CIFAR-10), 4 (TinyImageNet) or 8 (ImageNet).
+        samples_per_class: Number of samples of each class.
+        task: Kind of classification; inferred by default, see `class_scores`.
+        normalized: Whether the outputs are probabilities; inferred by default.
     """
 
     group_size: int = 4
 
     def statistic(self, structure: Structure) -> MaskingStatistic:
-        """Changes of predictions, group by group."""
+        """Changes of predictions per bundle."""
         return MaskingStatistic(structure, "prediction_change", self)

@@ -22,11 +22,11 @@ __all__ = ["SynFlow", "SynapticFlow"]
 class SynapticFlow(MemberStatistic):
     """Products of absolute weights and gradients of the positive response."""
 
-    evidence = "one more pass"
+    evidence = "an extra pass"
     uses_data = False
 
     def collect(self, model: nn.Module, data: DataPass) -> None:
-        """One forward and backward pass on ones, in the form of the first batch."""
+        """Run one forward and backward pass on ones in the shape of the first batch."""
         self.follow(model)
         batch = next(iter(data))
         response, weights = positive_response(model, Call(batch.args, batch.kwargs))
@@ -40,12 +40,12 @@ class SynapticFlow(MemberStatistic):
 class SynFlow(ObservingCriterion):
     r"""Synaptic flow through the unit, :math:`\sum_i |w_i| \, \partial R / \partial |w_i|` (Tanaka et al., 2020).
 
-    :math:`R` is what the outputs add up to when all weights are absolute and all inputs 1; no data is needed.
-    Everything that goes with the unit counts, in all coupled layers. Nothing flows through an activation that saturates
-    (``Tanh``, ``Sigmoid``): choose another criterion for layers before one. The paper prunes in a hundred small steps
-    before training: each cut of the schedule is one such step here.
+    :math:`R` is the sum of the outputs with absolute weights on inputs of ones; no data is needed. The sum is over all
+    members of the unit. Saturating activations (``Tanh``, ``Sigmoid``) block the flow: use another criterion for the
+    layers before them. The paper prunes in a hundred small steps before training; here, each cut of the schedule is one
+    step.
     """
 
     def statistic(self, structure: Structure) -> SynapticFlow:
-        """Flow through every parameter."""
+        """Synaptic flow of every parameter."""
         return SynapticFlow(structure)

@@ -18,28 +18,28 @@ __all__ = ["Taylor", "TaylorStatistic"]
 
 @final
 class TaylorStatistic(GradientStatistic):
-    """Squares of the sums of weight times gradient over all that a unit is made of, batch by batch."""
+    """Squared sums of weight times gradient over all members of a unit, per batch."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__(structure)
         self._batch: dict[str, Tensor] = {}  # by group
 
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """As for all gradients; when the hooks go, the batch is over and its squares are taken."""
+        """Register hooks; when they are removed, the batch is complete and its squares are recorded."""
         self._batch = {}
         yield from super().observe(model)
-        yield EndOfBatch(self._settle)
+        yield EndOfBatch(self._finish_batch)
 
     def increment(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """``g · w``."""
         return gradient * weight
 
     def gather(self, found: Mapping[str, Tensor]) -> None:
-        """Add to what the batch has shown so far."""
+        """Add to the sums of the current batch."""
         for name, _, sums in self.unit_sums(found):
             self._batch[name] = self._batch[name] + sums if name in self._batch else sums
 
-    def _settle(self) -> None:
+    def _finish_batch(self) -> None:
         for name, change in self._batch.items():
             self.record(name, 0, 1, score=change.square())
         self._batch = {}
@@ -50,11 +50,11 @@ class TaylorStatistic(GradientStatistic):
 class Taylor(ObservingCriterion):
     r"""Squared first-order change of the loss, :math:`\overline{(\sum_i g_i w_i)^2}` (Molchanov et al., 2019).
 
-    Everything that goes with the unit counts: weights that produce it and that take it, biases, norms, in all coupled
-    layers. The bar is the mean over observed batches, squared each by itself. The paper squares the sum over a unit's
-    weights, or sums their squares; this is the former, by which what one weight adds to the loss and another takes from
-    it cancels. (Weights before a batch norm then count nothing: their scale has no effect.) ``Fisher`` squares sample
-    by sample, and so says the same in any number of processes; here each process has batches of its own.
+    The sum is over all members of the unit (producing and consuming weights, biases, norms); the bar is the mean of the
+    squares over observed batches. The paper squares the sum over a unit's weights or sums their squares; this is the
+    former, in which contributions of opposite sign cancel. (Weights before a batch norm then have no effect, as their
+    scale does not matter.) Each process squares over its own batches, so scores depend on the number of processes;
+    those of ``Fisher``, which squares per sample, do not.
 
     Args:
         every_n_batches: Observe every n-th training batch.

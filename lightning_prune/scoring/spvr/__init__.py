@@ -1,4 +1,4 @@
-"""Structured pruning via ranking (Hassan et al., "SPvR"): groups of units, and what masking each of them changes."""
+"""Structured pruning via ranking (Hassan et al., "SPvR"): bundles of units ranked by the effect of masking them."""
 
 from lightning_prune.scoring.spvr.grouping import correlation, group_units
 from lightning_prune.scoring.spvr.importance import (

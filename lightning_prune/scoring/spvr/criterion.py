@@ -1,9 +1,9 @@
-"""What the criteria that mask groups of units share: their settings, and the statistic that collects their scores."""
+"""Base class and statistic of the criteria that mask bundles of units."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -14,7 +14,7 @@ from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import Batch, DataPass
 from lightning_prune.scoring.spvr.grouping import correlation, group_units
 from lightning_prune.scoring.spvr.importance import Measure
-from lightning_prune.scoring.spvr.outputs import Task, class_scores
+from lightning_prune.scoring.spvr.outputs import Task, class_scores, labels_of
 from lightning_prune.scoring.spvr.ranking import (
     Place,
     importance_of_groups,
@@ -29,17 +29,17 @@ __all__ = ["MaskingCriterion", "MaskingStatistic"]
 
 @dataclass(frozen=True)
 class MaskingCriterion(ObservingCriterion):
-    """A criterion that masks groups of units, one after the other, and compares the network's outputs.
+    """Base class of criteria that mask bundles of units one by one and compare the network's outputs.
 
-    Units are grouped by the correlation of their activations and masked together; every unit has its group's score, and
-    groups go whole. All that is coupled (a residual stream) is masked as one, where it enters the next layers: after
-    norm, activation and pooling.
+    Units are bundled by the correlation of their activations, and masked and removed together; every unit has the score
+    of its bundle. Coupled units (a residual stream) are masked together at the inputs of the next layers: after norm,
+    activation and pooling.
 
     Args:
-        group_size: Units of a group, d.
-        samples_per_class: Samples of each class that are looked at; of dense prediction, images that contain the class.
-        task: What the outputs are scores of; by default found out, see `class_scores`.
-        normalized: Whether the outputs are probabilities already; by default found out.
+        group_size: Units per bundle, d.
+        samples_per_class: Number of samples of each class; for dense prediction, of images that contain the class.
+        task: Kind of classification; inferred by default, see `class_scores`.
+        normalized: Whether the outputs are probabilities; inferred by default.
 
     Raises:
         ValueError: If a number is below 1.
@@ -62,7 +62,7 @@ class MaskingCriterion(ObservingCriterion):
 
     @property
     def waived(self) -> Mapping[str, str]:
-        """Of several units in a group."""
+        """Properties that bundles of several units do not have."""
         if self.group_size == 1:
             return {}
         shared = "a unit has the score of its group, and groups form in the order of the units"
@@ -70,15 +70,15 @@ class MaskingCriterion(ObservingCriterion):
 
     @property
     def amount(self) -> Mapping[str, int]:
-        """So many samples of every class."""
+        """Number of samples of every class."""
         return {"per_class": self.samples_per_class}
 
     @abstractmethod
     def statistic(self, structure: Structure) -> MaskingStatistic:
-        """Scores of groups of units."""
+        """Scores of bundles."""
 
     def bundles(self, group: Group, statistic: Statistic | None) -> Sequence[Sequence[int]] | None:
-        """The groups of units; before data was seen, as many in the order of their indices."""
+        """Bundles of units; before data was seen, consecutive units."""
         if self.group_size == 1:
             return None
         found = statistic.bundles.get(group.name) if isinstance(statistic, MaskingStatistic) else None
@@ -89,18 +89,18 @@ class MaskingCriterion(ObservingCriterion):
 
 @final
 class MaskingStatistic(ConsumerStatistic):
-    """Change of the outputs when groups of units are masked, one after the other.
+    """Change of the outputs when bundles of units are masked one by one.
 
     Args:
         structure: The network's groups.
-        measure: What is measured.
-        settings: Of the criterion.
+        measure: Measure of the change.
+        settings: The criterion.
 
     Attributes:
-        bundles: Units that were masked together, by the name of what is coupled.
+        bundles: Units that were masked together, by group.
     """
 
-    evidence = "outputs, in one more pass per group of units"
+    evidence = "outputs, in an extra pass per bundle of units"
 
     def __init__(self, structure: Structure, measure: Measure, settings: MaskingCriterion) -> None:
         super().__init__(structure)
@@ -109,7 +109,7 @@ class MaskingStatistic(ConsumerStatistic):
         self.declare("score", "sum")
 
     def unhookable(self, model: nn.Module) -> dict[str, str]:
-        """Groups whose units enter a layer that cannot be masked: where a part of a unit stays, nothing is measured."""
+        """Groups whose units enter a layer that cannot be masked, with reasons."""
         modules = {canonical(name): module for name, module in model.named_modules()}
         partly = {}
         for name, places in self.sources.items():
@@ -119,16 +119,16 @@ class MaskingStatistic(ConsumerStatistic):
         return partly | super().unhookable(model)
 
     def collect(self, model: nn.Module, data: DataPass | Sequence[Batch]) -> None:
-        """Group the units and mask each group: one forward pass over the data for each, and two to begin with.
+        """Bundle the units and mask each bundle: one forward pass over the data per bundle, and two in advance.
 
         Args:
-            model: The network; left as it is.
-            data: The samples, with labels if there are any.
+            model: The network, which is not changed.
+            data: The samples, with labels if available.
         """
         self.follow(model)
         places = self._places(model)
         scores, features = unmasked(model, data, places)
-        reading = class_scores(scores, _labels(data), self.settings.task, self.settings.normalized)
+        reading = class_scores(scores, labels_of(data), self.settings.task, self.settings.normalized)
         size = self.settings.group_size
         for name, matrices in features.items():
             groups = group_units(torch.stack([correlation(rows) for rows in matrices]).mean(0), size)
@@ -140,7 +140,7 @@ class MaskingStatistic(ConsumerStatistic):
             self.record(name, 0, sum(map(len, data)), score=score.to(self.device))
 
     def estimate(self, name: str, half: Half = None) -> Tensor:
-        """Sums over samples."""
+        """Scores summed over samples."""
         return self.read("score", name, half)[0]
 
     def _places(self, model: nn.Module) -> dict[str, list[Place]]:
@@ -148,12 +148,5 @@ class MaskingStatistic(ConsumerStatistic):
         for layer, targets in self.targets(model).items():
             for target in targets:
                 places.setdefault(target.group, []).append(Place(layer, target.inputs))
-        silent = self.unhookable(model)
-        return {name: found for name, found in places.items() if name not in silent}
-
-
-def _labels(data: Iterable[Batch]) -> Tensor | None:
-    """Of all samples; None where a batch has none."""
-    labels = [batch.labels for batch in data]
-    known = [found for found in labels if found is not None]
-    return torch.cat(known) if known and len(known) == len(labels) else None
+        excluded = self.unhookable(model)
+        return {name: found for name, found in places.items() if name not in excluded}

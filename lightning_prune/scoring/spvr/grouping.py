@@ -1,4 +1,4 @@
-"""Groups of units whose activations go together (Hassan et al., "SPvR", Algorithm 1)."""
+"""Bundles of units with correlated activations (Hassan et al., "SPvR", Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["correlation", "group_units"]
 
-# Correlations this close are ties, which are broken by index: the last bits differ between machines.
+# Rounded so that ties are broken by index on every machine.
 _DECIMALS = 9
 
 
@@ -18,8 +18,8 @@ def correlation(features: Tensor) -> Tensor:
 
     .. math:: C = \hat S^\top \hat S, \quad \hat s_q = \frac{s_q - \bar s_q}{\lVert s_q - \bar s_q \rVert}
 
-    Rounded to nine decimals, so that equal columns are equal in the last bit too. A column that is constant correlates
-    with nothing: its row and column are 0. The paper's factor :math:`1/\sqrt n` scales all of C alike and is left out.
+    Rounded to nine decimals, so that equal columns give equal numbers. The row and column of a constant column are 0.
+    The paper's factor :math:`1/\sqrt n` scales all of C equally and is omitted.
 
     Args:
         features: One number per sample and unit, shape ``(samples, units)``.
@@ -38,7 +38,7 @@ def correlation(features: Tensor) -> Tensor:
         raise FloatingPointError("expected finite activations, got NaN or infinity. Has the training diverged?")
     centred = s - s.mean(0)
     norms = centred.norm(dim=0)
-    # What rounding leaves of a constant column: n numbers, each within some units in the last place of their mean.
+    # Bound on the rounding error of a constant column.
     noise = 8 * math.sqrt(len(s)) * torch.finfo(s.dtype).eps * s.abs().amax(0)
     constant = norms <= noise
     scaled = torch.where(constant, 0.0, centred / norms.masked_fill(constant, 1.0))
@@ -46,19 +46,18 @@ def correlation(features: Tensor) -> Tensor:
 
 
 def group_units(correlations: Tensor, group_size: int) -> list[tuple[int, ...]]:
-    """Partition units greedily into groups that go together (Algorithm 1).
+    """Partition units greedily into bundles of correlated units (Algorithm 1).
 
-    The first unit without a group takes the ``group_size - 1`` units without a group that correlate most with it, the
-    lower index where correlations are equal, and so on. It is always in its own group, which the paper's "top d values
-    of its row" leaves open for a constant unit. The last group may be smaller; fewer units than ``group_size`` are one
-    group.
+    The first free unit is bundled with the ``group_size - 1`` free units that correlate most with it (ties by index),
+    and so on. A unit is always in its own bundle, which the paper's "top d values of its row" leaves open for a
+    constant unit. The last bundle may be smaller.
 
     Args:
-        correlations: Shape ``(units, units)``, signed: units that move against each other are far apart.
-        group_size: Units of a group, d.
+        correlations: Signed correlations, shape ``(units, units)``.
+        group_size: Units per bundle, d.
 
     Returns:
-        Groups in the order in which they were formed, the units of each ascending.
+        Bundles in the order in which they were formed, with units ascending.
 
     Raises:
         ValueError: If ``group_size`` is below 1.

@@ -1,4 +1,4 @@
-"""What masking does to the outputs, in one number per sample: misclassification, change of probability, divergence."""
+"""Measures of the change of outputs per sample: misclassification, change of probability, divergence."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 __all__ = ["MEASURES", "Measure", "kl_divergence", "misclassification", "misclassified", "prediction_change"]
 
-#: Names of what is measured.
+#: Names of the measures.
 Measure = Literal["prediction_change", "kl_divergence", "misclassification"]
 
 
 def prediction_change(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Misclassification and change of the predicted class's probability (SPvR, eq. 2).
+    r"""Misclassification plus the change of the predicted class's probability (SPvR, eq. 2).
 
     .. math:: L = [\arg\max p \neq \arg\max q] + \lvert p_c - q_c \rvert, \quad c = \arg\max p
 
-    A sample is misclassified if its class is not the one that the unmasked network predicts; its label has no part.
+    A sample is misclassified if its class differs from the one that the unmasked network predicts; labels are not used.
 
     Args:
         log_p: Log-probabilities of the unmasked network, shape ``(samples, classes, decisions)``.
-        log_q: Those of a masked one, of the same shape, or with one more axis for several, ``(variants, ...)``.
+        log_q: Log-probabilities of a masked network, of the same shape, or of several, ``(variants, ...)``.
 
     Returns:
         Sums over decisions, shape ``(samples,)`` or ``(variants, samples)``, each in [0, 2 · decisions].
@@ -34,24 +34,24 @@ def prediction_change(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def misclassification(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Number of decisions that masking changes: the first term of `prediction_change`, with the same arguments."""
+    """Number of changed decisions: the first term of `prediction_change`, with the same arguments."""
     return misclassified(log_p, log_q).sum(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     r"""Divergence :math:`\mathrm{KL}(p \Vert q) = \sum_c p_c \log (p_c / q_c)` in nats (CURL: Luo and Wu, 2020).
 
-    Same arguments and shapes as `prediction_change`; summed over decisions, at least 0.
+    Same arguments and shapes as `prediction_change`; summed over decisions, non-negative.
     """
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
 def misclassified(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Whether the class of each decision is another one: 0 or 1, shape ``(..., samples, decisions)``."""
+    """1 where the class of a decision changes, else 0: shape ``(..., samples, decisions)``."""
     return (log_p.argmax(-2) != log_q.argmax(-2)).to(log_p.dtype)
 
 
-#: What each measure computes.
+#: Measures by name.
 MEASURES: dict[Measure, Callable[[Tensor, Tensor], Tensor]] = {
     "prediction_change": prediction_change,
     "kl_divergence": kl_divergence,

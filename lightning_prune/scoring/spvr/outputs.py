@@ -1,7 +1,8 @@
-"""What a network's outputs say about classes: the probabilities that masking a unit may change."""
+"""Interpretation of a network's outputs as class probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,37 +11,38 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.scoring.drawing import NO_CLASS
+from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.sampling import NO_CLASS
 
-__all__ = ["ClassScores", "Task", "class_scores", "score_tensor"]
+__all__ = ["ClassScores", "Task", "class_scores", "labels_of", "score_tensor"]
 
-#: One class of several per sample (or pixel); one yes or no; several independent ones.
+#: One of several classes per sample (or pixel); one binary decision; several independent binary decisions.
 Task = Literal["multiclass", "binary", "multilabel"]
 
-_TOLERANCE = 1e-3  # bfloat16 sums of probabilities are this far from 1
+_TOLERANCE = 1e-3  # for sums of bfloat16 probabilities
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How the outputs of one network are read: the same way for the whole network and for every masked one.
+    """Interpretation of the outputs of a network.
 
     Attributes:
-        task: What the outputs are scores of.
-        normalized: Whether they are probabilities already.
+        task: Kind of classification.
+        normalized: Whether the outputs are probabilities.
     """
 
     task: Task
     normalized: bool
 
     def log_probabilities(self, outputs: Tensor) -> Tensor:
-        """Logarithms of class probabilities.
+        """Log-probabilities of classes.
 
         Args:
-            outputs: Scores as `score_tensor` found them, samples first.
+            outputs: Class scores, see `score_tensor`; samples first.
 
         Returns:
-            Shape ``(samples, classes, decisions)``, at least float32: decisions are pixels or labels, one for plain
-            classification; a yes or no has two classes, ``(1 - p, p)``.
+            Shape ``(samples, classes, decisions)``, at least float32. Decisions are pixels or labels, one for plain
+            classification; binary decisions have two classes, ``(1 - p, p)``.
         """
         x = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.task == "multiclass":
@@ -55,21 +57,21 @@ class ClassScores:
 def class_scores(
     outputs: Tensor, labels: Tensor | None = None, task: Task | None = None, normalized: bool | None = None
 ) -> ClassScores:
-    """Find out how outputs are to be read, or check what the user says they are.
+    """Infer the interpretation of outputs, or check the given one.
 
-    Without ``task``: labels with one number per output and sample, none but 0 and 1, are multi-label; a single output
-    per sample is a yes or no; all else has its classes on dimension 1, as ``cross_entropy`` has it. Without
-    ``normalized``: numbers that are not negative and sum to 1 over the classes (of a single output, that lie in [0, 1])
-    are probabilities, all others go through softmax (sigmoid).
+    Without ``task``: a single output per sample is binary; labels of 0 and 1 in the shape of the outputs are
+        multi-label; otherwise classes are on dimension 1, as for ``cross_entropy``. Without ``normalized``:
+        non-negative outputs that sum to 1 over the classes (for binary decisions, outputs in [0, 1]) are probabilities;
+        others are logits.
 
     Args:
-        outputs: Of the unmasked network, for all samples.
-        labels: Of the same samples, if there are any; pixels labelled 255 belong to no class.
-        task: What the outputs are scores of.
-        normalized: Whether they are probabilities already.
+        outputs: Outputs of the unmasked network for all samples.
+        labels: Labels of the samples, if available; pixels labelled 255 are ignored.
+        task: Kind of classification; inferred if None.
+        normalized: Whether the outputs are probabilities; inferred if None.
 
     Raises:
-        ValueError: If the outputs are no scores of this task, or no numbers, or do not fit the labels.
+        ValueError: If the outputs are not scores of this task, are not finite, or do not match the labels.
     """
     if task is not None and task not in get_args(Task):
         raise ValueError(f"expected `task` to be one of {get_args(Task)} or None, got {task!r}")
@@ -93,7 +95,7 @@ def class_scores(
 
 
 def score_tensor(result: Any) -> Tensor:
-    """The one tensor of scores that a network gave out.
+    """The tensor of class scores in the output of a network.
 
     Raises:
         TypeError: If there is none, or more than one and none is called ``"logits"`` or ``"out"``.
@@ -110,6 +112,13 @@ def score_tensor(result: Any) -> Tensor:
     )
 
 
+def labels_of(batches: Iterable[Batch]) -> Tensor | None:
+    """Labels of all samples; None if a batch has none."""
+    labels = [batch.labels for batch in batches]
+    known = [found for found in labels if found is not None]
+    return torch.cat(known) if known and len(known) == len(labels) else None
+
+
 def _task(outputs: Tensor, labels: Tensor | None) -> Task:
     if outputs.dim() == 1 or outputs.shape[1] == 1:
         return "binary"
@@ -119,7 +128,7 @@ def _task(outputs: Tensor, labels: Tensor | None) -> Task:
 
 
 def _require_fit(outputs: Tensor, labels: Tensor | None, task: Task) -> None:
-    """Refuse labels that say that the outputs are no scores: regression, reconstruction, another number of classes."""
+    """Raise an error if labels do not match: regression, reconstruction, another number of classes."""
     if labels is None:
         return
     classes = outputs.shape[1] if task == "multiclass" else 2

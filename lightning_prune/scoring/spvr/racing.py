@@ -1,4 +1,4 @@
-"""A ranking that is only as good as a plan needs it: groups whose place is decided are masked in no further samples."""
+"""Racing: rank bundles only as accurately as a plan needs, skipping further samples for decided bundles."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from torch import Tensor, nn
 from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.spvr.outputs import score_tensor
 from lightning_prune.scoring.spvr.sites import Site
-from lightning_prune.scoring.spvr.walked import Masking, Ranking, RankingOptions, first_stations, prepared
-from lightning_prune.scoring.walk import Here, Walk
+from lightning_prune.scoring.spvr.walk_ranking import Masking, Ranking, RankingOptions, first_stations, prepare_masking
+from lightning_prune.scoring.walk import StationBatch, Walk
 
-__all__ = ["Race", "RaceKind", "raced"]
+__all__ = ["Race", "RaceKind", "rank_by_race"]
 
-#: Whether the plan equals that of the full ranking, or nearly always.
+#: Whether the plan always, or nearly always, equals that of the full ranking.
 RaceKind = Literal["exact", "statistical"]
-#: Bundles by site, and a number for each: which of them decide a plan, in the order of those numbers.
+#: Given bundles by site and a score for each, returns a mask of the bundles whose scores decide the plan.
 Decides = Callable[[Mapping[str, Sequence[Sequence[int]]], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-_PARTS = 50  # that the samples are looked at in, at most
-_WINDOW = 4  # parts by which the change of what is left is judged
-_DEVIATIONS = 3  # standard errors of that
+_PARTS = 50  # most parts that samples are processed in
+_WINDOW = 4  # parts used to extrapolate scores
+_DEVIATIONS = 3  # standard errors added to the extrapolation
 
 
 @dataclass(frozen=True)
 class Race:
-    """When groups need no further samples.
+    """Settings of a race.
 
-    Samples are looked at in the order of the unmasked network's certainty, the least certain first, in up to 50 parts.
-    Terms are never negative, so what was summed up is a lower bound of a score, and after a part a group stays for good
-    if it is above what the threshold of the plan can be expected to reach.
+    Samples are processed in up to 50 parts, in the order of the unmasked network's certainty, the least certain first.
+    Terms are non-negative, so that partial sums are lower bounds of scores. After each part, bundles above the expected
+    final threshold of the plan are decided to stay.
 
-    ``"exact"``: groups that go are masked in all samples. In the end every score that decides the plan has to be
-    complete; groups for which that was not expected are masked in the samples that they lack. So the plan is that of
-    the full ranking: all other groups come behind it with their lower bounds, hence with their scores.
+    ``"exact"``: removed bundles are masked in all samples. At the end, every score that decides the plan must be
+    complete; bundles with missing samples are completed. The plan then equals that of the full ranking, since all other
+    bundles rank behind it with their lower bounds, and hence with their scores.
 
-    ``"statistical"``: a group also goes for good if it is below the threshold by more than what is expected of the
-    samples that are left, the mean of its last four parts and three standard errors. Nothing is completed.
+    ``"statistical"``: bundles are also decided to be removed if they are below the threshold by more than the expected
+    sum over the remaining samples: the mean of the last four parts plus three standard errors. Nothing is completed.
 
     Attributes:
-        kind: Which.
-        decides: Which bundles' scores decide the plan, by the bundles of each site and a number for each of them.
-        key: Whatever else ``decides`` depends on, for a race that was killed.
-        samples: Samples of a part, at least: smaller parts decide earlier, and each of them costs some time.
+        kind: Kind of race.
+        decides: Returns the bundles whose scores decide the plan.
+        key: Whatever else ``decides`` depends on, to identify an interrupted race.
+        samples: Minimum number of samples per part: smaller parts decide earlier, with more overhead.
     """
 
     kind: RaceKind
@@ -58,7 +58,7 @@ class Race:
     samples: int = 16
 
 
-def raced(
+def rank_by_race(
     model: nn.Module,
     data: DataPass,
     sites: Mapping[str, Site],
@@ -70,22 +70,22 @@ def raced(
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     agree: Callable[[bool], bool] = bool,
 ) -> Ranking:
-    """Rank as `rank` does, as far as a plan needs it; the arguments are the same.
+    """Rank like `rank`, but only as accurately as a plan needs.
 
     Args:
-        model: The network; left as it is.
-        data: The samples; under several processes each has its own.
-        sites: Where units are masked, by name.
-        options: What is measured and how.
-        race: When a group needs no further samples.
-        folder: Where finished parts are written down: a race that was killed goes on from there.
-        progress: Called with the samples that were looked at, the groups of units decided, and their number.
-        gather: Rows of all processes, from those of this one.
-        agree: Whether something holds on all processes, by what holds on this one.
+        model: The network, which is not changed.
+        data: The samples of this process.
+        sites: Sites at which units are masked, by name.
+        options: Settings of the ranking.
+        race: Settings of the race.
+        folder: Folder for finished parts, from which an interrupted race is resumed.
+        progress: Called with the samples processed, the bundles decided, and the number of bundles.
+        gather: Gathers rows from all processes.
+        agree: Reduces a boolean over all processes to whether it holds on all.
     """
     began, stations = perf_counter(), first_stations(sites)
     look = Walk(model, data, stations, plain=True)
-    masking, outputs = prepared(look, sites, options, gather)
+    masking, outputs = prepare_masking(look, sites, options, gather)
     order = _certainty(masking, outputs).argsort(stable=True).tolist()
     hardest = data.rearranged(order, max(race.samples, math.ceil(len(data) / _PARTS)))
     walk = Walk(
@@ -108,7 +108,7 @@ def raced(
 
 
 def _certainty(masking: Masking, outputs: Iterable[Any]) -> Tensor:
-    """The mean distance of the two most probable classes' probabilities, by sample."""
+    """Difference of the two highest class probabilities per sample, averaged over decisions."""
     found = []
     for output in outputs:
         two = masking.reading.log_probabilities(score_tensor(output)).topk(2, 1).values.exp()
@@ -118,12 +118,12 @@ def _certainty(masking: Masking, outputs: Iterable[Any]) -> Tensor:
 
 @final
 class _State:
-    """How far a race is.
+    """State of a race.
 
     Attributes:
-        parts: Number of parts of the samples, the most of any process.
-        scores: What was summed up, by site.
-        done: In how many parts each bundle was masked, by site.
+        parts: Number of parts, the maximum over processes.
+        scores: Partial sums, by site.
+        done: Number of parts in which each bundle was masked, by site.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class _State:
         self.threshold = 0.0
 
     def run(self, progress: Callable[[str, int, int], None]) -> None:
-        """One part after the other, and what then lacks."""
+        """Process all parts, then complete missing scores."""
         first = self._read()
         for part in range(first, self.parts):
             self._mask({name: (~decided).nonzero()[:, 0] for name, decided in self.decided.items()}, [part])
@@ -166,7 +166,7 @@ class _State:
         return sum(map(len, self.scores.values()))
 
     def _decide(self, part: int) -> None:
-        """Which bundles need no further samples."""
+        """Decide which bundles need no further samples."""
         before, self.threshold = self.threshold, self._threshold()
         seen, left = sum(self.sizes[: part + 1]), sum(self.sizes[part + 1 :])
         rate = self.threshold / seen if part == 0 else (self.threshold - before) / self.sizes[part]
@@ -182,12 +182,12 @@ class _State:
             self.decided[name] |= stays | goes
 
     def _threshold(self) -> float:
-        """The highest score that decides the plan, by what was summed up."""
+        """The highest partial score that decides the plan."""
         decides = self.race.decides(self.masking.bundles, self.scores)
         return max((float(self.scores[name][found].max()) for name, found in decides.items() if found.any()), default=0)
 
     def _complete(self) -> bool:
-        """Mask bundles that decide the plan in the samples that they lack; whether there were any."""
+        """Complete the bundles that decide the plan; returns whether any were incomplete."""
         decides = self.race.decides(self.masking.bundles, self.scores)
         lacking = {
             name: (decides[name] & (done < self.parts)).nonzero()[:, 0]
@@ -201,7 +201,7 @@ class _State:
         return bool(lacking)
 
     def _mask(self, chosen: Mapping[str, Tensor], parts: Sequence[int]) -> None:
-        """Mask bundles in those of some parts in which they were not masked."""
+        """Mask bundles in the parts in which they were not masked before."""
         found = {name: torch.zeros(2, len(scores), dtype=torch.float64) for name, scores in self.scores.items()}
         batches = [part for part in parts if part < len(self.walk.data.batch_sizes)]
         left = [name for name in self.sites if len(chosen.get(name, ()))]
@@ -221,7 +221,7 @@ class _State:
                 self.done[name][chosen[name]] = parts[-1] + 1
         self.window = [*self.window, found][-_WINDOW:]
 
-    def _add(self, sums: Tensor, here: Here, name: str, chosen: Tensor) -> None:
+    def _add(self, sums: Tensor, here: StationBatch, name: str, chosen: Tensor) -> None:
         chosen = chosen[self.done[name][chosen] <= here.number]
         if len(chosen):
             bundles = [self.masking.bundles[name][number] for number in chosen.tolist()]
@@ -229,21 +229,21 @@ class _State:
             sums[0, chosen] += changes.sum(1)
             sums[1, chosen] += changes.square().sum(1)
 
-    # -- a race that was killed ---------------------------------------------------------------------------------------
+    # -- resuming ---------------------------------------------------------------------------------------
 
     def _read(self) -> int:
-        """Take what was written down; the first part that is to be looked at."""
-        notes = self.walk.notes
-        if notes is None:
+        """Load the saved state and return the first part to process."""
+        cache = self.walk.cache
+        if cache is None:
             return 0
-        last = next((part for part in reversed(range(self.parts)) if notes.read(part) is not None), -1)
-        last = int(self.gather(torch.tensor([[last]])).min())  # a process may have been killed before it wrote
-        if last >= 0 and (found := notes.read(last)) is not None:
+        last = next((part for part in reversed(range(self.parts)) if cache.read(part) is not None), -1)
+        last = int(self.gather(torch.tensor([[last]])).min())  # a process may have been killed before writing
+        if last >= 0 and (found := cache.read(last)) is not None:
             self.scores, self.done, self.decided = found["scores"], found["done"], found["decided"]
             self.window, self.threshold = found["window"], found["threshold"]
         return last + 1
 
     def _write(self, part: int) -> None:
-        if self.walk.notes is not None:
+        if self.walk.cache is not None:
             names = ("scores", "done", "decided", "window", "threshold")
-            self.walk.notes.write(part, {name: getattr(self, name) for name in names})
+            self.walk.cache.write(part, {name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Importance of groups of units by masking one after the other: one forward pass each, as the paper has it."""
+"""Importance of bundles of units by masking: one forward pass per bundle, as in the paper."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.scoring.data import Batch
+from lightning_prune.scoring.contexts import preserved_state
+from lightning_prune.scoring.data import Batch, forward
 from lightning_prune.scoring.spvr.importance import MEASURES, Measure
 from lightning_prune.scoring.spvr.outputs import ClassScores, score_tensor
 from lightning_prune.scoring.statistics import per_unit
-from lightning_prune.scoring.undisturbed import undisturbed
 
 __all__ = ["Place", "importance_of_groups", "masked", "unmasked"]
 
 
 class Place(NamedTuple):
-    """Where units enter a layer: which of its inputs (channels, features) each of them is, shape ``(width, k)``."""
+    """A layer that consumes units, and its inputs (channels, features) of each unit, shape ``(width, k)``."""
 
     layer: nn.Module
     inputs: Tensor
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 @contextmanager
 def masked(places: Iterable[Place], units: Sequence[int]) -> Iterator[None]:
-    """The network without some units: 0 where they enter layers, after norm and activation, within the context."""
+    """Set units to 0 at the inputs of layers within the context."""
     handles = [
         place.layer.register_forward_pre_hook(
             partial(_zero, place.layer, place.inputs[list(units)].flatten()), with_kwargs=True
@@ -46,20 +46,20 @@ def masked(places: Iterable[Place], units: Sequence[int]) -> Iterator[None]:
 def unmasked(
     model: nn.Module, batches: Iterable[Batch], places: Mapping[str, Sequence[Place]]
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    r"""One pass over the samples: the network's scores as it is, and what enters layers, for `correlation`.
+    r"""Scores of the unmasked network and pooled inputs of layers, for `correlation`, from one pass over the samples.
 
-    Of units that are single numbers in a sample these are taken as they are, of maps (eq. 4)
+    Scalars are taken as they are; feature maps are pooled by (eq. 4)
 
     .. math:: S_{pq} = \sum_{r,t} \lvert S_{pqrt} \rvert.
 
     Args:
         model: The network.
         batches: The samples.
-        places: Per group of coupled axes, where its units enter layers.
+        places: Layers that consume the units, per group.
 
     Returns:
-        Scores of all samples, and per group a matrix ``(calls · samples, units)`` for each place. Groups of which a
-        place was never called are left out: there, units cannot be masked.
+        Scores of all samples, and per group a matrix ``(calls · samples, units)`` for each place. Groups with a place
+        that was never called are omitted, as they cannot be masked.
     """
     seen: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -76,8 +76,8 @@ def unmasked(
         for number, place in enumerate(found)
     ]
     try:
-        with undisturbed(model):
-            scores = torch.cat([score_tensor(model(*batch.args, **batch.kwargs)) for batch in batches])
+        with preserved_state(model):
+            scores = torch.cat([score_tensor(forward(model, batch)) for batch in batches])
     finally:
         for handle in handles:
             handle.remove()
@@ -99,33 +99,33 @@ def importance_of_groups(
     reading: ClassScores,
     measure: Measure,
 ) -> Tensor:
-    """What masking each group changes, summed over samples (eq. 2): one forward pass per batch and group.
+    """Change of outputs by masking each bundle, summed over samples (eq. 2): one forward pass per batch and bundle.
 
     Args:
         model: The network.
         batches: The samples.
-        places: Where the units enter layers.
+        places: Layers that consume the units.
         groups: Units that are masked together.
-        reading: How outputs are read.
-        measure: What is measured.
+        reading: Interpretation of the outputs.
+        measure: Measure of the change.
 
     Returns:
         Shape ``(groups,)``, in float64 on the CPU.
     """
     found = torch.zeros(len(groups), dtype=torch.float64)
-    with undisturbed(model):
+    with preserved_state(model):
         for batch in batches:
-            whole = reading.log_probabilities(score_tensor(model(*batch.args, **batch.kwargs)))
+            whole = reading.log_probabilities(score_tensor(forward(model, batch)))
             for number, units in enumerate(groups):
                 with masked(places, units):
-                    outputs = score_tensor(model(*batch.args, **batch.kwargs))
+                    outputs = score_tensor(forward(model, batch))
                 change = MEASURES[measure](whole, reading.log_probabilities(outputs))
                 found[number] += change.to("cpu", torch.float64).sum()
     return found
 
 
 def _zero(layer: nn.Module, inputs: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What enters a layer, with some of its inputs 0."""
+    """The arguments of a layer with some of its inputs set to 0."""
     x = args[0] if args else kwargs["input"]
     channel = -1 if isinstance(layer, nn.Linear) else 1 - layer.get_parameter("weight").dim()
     x = x.index_fill(channel, inputs, 0)

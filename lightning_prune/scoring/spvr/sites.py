@@ -1,4 +1,4 @@
-"""Where units are masked: at the inputs of all layers that read them, or behind one of the layers that give them."""
+"""Sites at which units are masked: the inputs of all their consumers, or the output of one producer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Site", "sites_of_groups", "sites_of_layers"]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Places at which the same units are masked at once.
+    """Stations at which the same units are masked together.
 
     Attributes:
-        name: Name of the group or layer whose units they are.
+        name: Name of the group or layer.
         width: Number of units.
-        channels: Per station, in the order of execution, the channels that each unit is: shape ``(width, k)``.
+        channels: Channels of each unit at each station, in the order of execution: shape ``(width, k)``.
     """
 
     name: str
@@ -32,16 +32,16 @@ class Site:
 
     @property
     def first(self) -> Station:
-        """Where a forward pass comes by first."""
+        """First station of the forward pass."""
         return next(iter(self.channels))
 
     def masks(self, station: Station, bundles: Sequence[Sequence[int]], total: int) -> Tensor:
-        """A row for each bundle, 0 at its channels: ``(bundles, total)``.
+        """Masks of shape ``(bundles, total)``, 0 at the channels of each bundle.
 
         Args:
             station: One of the stations.
             bundles: Units that are masked together.
-            total: Channels at the station.
+            total: Number of channels at the station.
         """
         masks = torch.ones(len(bundles), total)
         for row, units in zip(masks, bundles, strict=True):
@@ -52,15 +52,15 @@ class Site:
 def sites_of_groups(
     model: nn.Module, groups: Iterable[Group], stations: Sequence[Station]
 ) -> tuple[dict[str, Site], dict[str, str]]:
-    """Where the units of groups enter layers, so that masking is what removing them would be.
+    """Sites at the consumers of each group, where masking equals removing.
 
     Args:
         model: The network.
-        groups: What can be removed together.
-        stations: Every station of the network, in the order of execution.
+        groups: Groups of units.
+        stations: All stations of the network, in the order of execution.
 
     Returns:
-        Sites by group, and why other groups cannot be masked.
+        Sites by group, and reasons for the groups that cannot be masked.
     """
     readers = _readers(model)
     tensors = named(model)
@@ -87,7 +87,7 @@ def sites_of_groups(
 
 
 def _readers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """Plain layers by the identity of their weight, which tied ones share, and by name."""
+    """HookEngine layers by the identity of their weight, which tied ones share, and by name."""
     readers: dict[int, dict[str, nn.Module]] = {}
     for name, layer in model.named_modules():
         weight = layer._parameters.get("weight") if is_linear_layer(layer) else None
@@ -97,14 +97,14 @@ def _readers(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 
 def sites_of_layers(groups: Iterable[Group], stations: Sequence[Station]) -> tuple[dict[str, Site], dict[str, str]]:
-    """Where the units of each layer are what it gives, after its norm and activation and before any sum.
+    """Sites at the output of each layer, after its norm and activation and before any sum.
 
     Args:
-        groups: What can be removed together.
-        stations: Every station of the network, in the order of execution.
+        groups: Groups of units.
+        stations: All stations of the network, in the order of execution.
 
     Returns:
-        Sites by layer, and why other layers cannot be masked.
+        Sites by layer, and reasons for the layers that cannot be masked.
     """
     behind: dict[str, list[Station]] = {}
     for station in stations:

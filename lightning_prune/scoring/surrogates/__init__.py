@@ -1,4 +1,4 @@
-"""Models of the labels from one layer's features: how good the features are, and which of them are used."""
+"""Surrogates, which predict labels from the features of one layer and rank the features."""
 
 from lightning_prune.scoring.surrogates.boosting import XGBoost
 from lightning_prune.scoring.surrogates.estimator import SklearnEstimator

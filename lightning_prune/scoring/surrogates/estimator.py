@@ -1,4 +1,4 @@
-"""Any estimator of scikit-learn as a surrogate."""
+"""Scikit-learn estimators as surrogates."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ __all__ = ["SklearnEstimator"]
 @final
 @dataclass(frozen=True)
 class SklearnEstimator(Surrogate):
-    """Anything with scikit-learn's ``fit`` and ``predict``; needs the extra ``xgb``, which brings scikit-learn.
+    """An estimator of scikit-learn; requires the extra ``xgb``, which installs scikit-learn.
 
-    It is fitted to the first two parts of the samples together, since it does not stop early by a part of its own.
+    It is fitted to the fitting and stopping samples together, since it does not use external early stopping.
 
     Attributes:
-        estimator: An estimator, which is cloned for each layer, or the name of its class, such as
+        estimator: An estimator, which is cloned for each layer, or the path of its class, such as
             ``"sklearn.ensemble.RandomForestClassifier"``.
-        params: Arguments of the class, if it is given by its name.
         task: ``"classification"`` or ``"regression"``.
         importance: ``"own"``: ``feature_importances_``, else the mean over outputs of ``|coef_|`` times the standard
-            deviation of the feature, else as ``"permutation"``; see `Surrogate`. A pipeline is asked at its last step.
-        seed: Seed of the shuffles, and ``random_state`` of an estimator that is given by its name.
+            deviation of the feature, else permutation importance; of a pipeline, that of its last step.
+            ``"permutation"``: see `Surrogate`.
 
     Raises:
         ValueError: If a setting is out of range.
-        TypeError: If it is no estimator.
+        TypeError: If it is not an estimator.
         ModuleNotFoundError: If scikit-learn is not installed.
 
     Example:
@@ -59,7 +58,7 @@ class SklearnEstimator(Surrogate):
                 f"SklearnEstimator: expected `params` with the name of a class only, got {dict(self.params)} with a "
                 f"{type(self.estimator).__name__}. Set them on the estimator."
             )
-        self._made()
+        self._new_estimator()
 
     @override
     def train(
@@ -69,13 +68,13 @@ class SklearnEstimator(Surrogate):
         stop_features: npt.NDArray[np.float32],
         stop_labels: npt.NDArray[Any],
     ) -> Trained:
-        """Fit a clone to both parts."""
+        """Fit a clone to the fitting and stopping samples."""
         rows, truth = np.concatenate([features, stop_features]), np.concatenate([labels, stop_labels])
-        fitted = self._made().fit(rows, truth)
-        return Trained(fitted.predict, _own(fitted, rows) if self.importance == "own" else None)
+        fitted = self._new_estimator().fit(rows, truth)
+        return Trained(fitted.predict, _native_importance(fitted, rows) if self.importance == "own" else None)
 
-    def _made(self) -> Any:
-        """An estimator that has not been fitted."""
+    def _new_estimator(self) -> Any:
+        """Create an unfitted estimator."""
         if not isinstance(self.estimator, str):
             _require_estimator(self.estimator)
             return require("sklearn.base", extra="xgb").clone(self.estimator)
@@ -104,15 +103,15 @@ def _require_estimator(estimator: Any) -> None:
         )
 
 
-def _own(fitted: Any, rows: npt.NDArray[np.float32]) -> FloatArray | None:
-    """What the estimator itself says of its features; None if nothing."""
+def _native_importance(fitted: Any, rows: npt.NDArray[np.float32]) -> FloatArray | None:
+    """The estimator's own feature importances, or None."""
     steps = getattr(fitted, "steps", None)
     last, plain = (steps[-1][1], len(steps) == 1) if steps else (fitted, True)
     own: FloatArray | None = None
     if hasattr(last, "feature_importances_"):
         own = np.asarray(last.feature_importances_, dtype=np.float64)
     elif hasattr(last, "coef_"):
-        # Behind a scaler features have the same spread already.
+        # After a scaler, features have equal spread.
         spread = rows.std(0, dtype=np.float64) if plain else 1.0
         own = np.abs(np.atleast_2d(np.asarray(last.coef_, dtype=np.float64))).mean(0) * spread
     return own if own is not None and own.shape == (rows.shape[1],) else None

@@ -1,4 +1,4 @@
-"""How good predictions are, as one number: more is better."""
+"""Metrics of predictions; higher is better."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy.typing as npt
 
 __all__ = ["Metric", "Task", "accuracy", "balanced_accuracy", "metric_function", "metric_name", "r2"]
 
-#: What is predicted: one of several classes, or a number.
+#: Kind of target: a class or a number.
 Task = Literal["classification", "regression"]
 
-#: Labels and predictions, both of shape ``(n,)``, to one number.
+#: Function of labels and predictions, both of shape ``(n,)``.
 MetricFunction = Callable[[npt.NDArray[Any], npt.NDArray[Any]], float]
 
-#: A metric by its name, or a function of labels and predictions that gives a number, more of which is better.
+#: A metric by name, or a function of labels and predictions; higher is better.
 Metric = Literal["accuracy", "balanced_accuracy", "r2"] | MetricFunction
 
 
 def accuracy(labels: npt.NDArray[Any], predictions: npt.NDArray[Any]) -> float:
-    """Share of the predictions that are right, in [0, 1]."""
+    """Share of correct predictions, in [0, 1]."""
     return float(np.mean(labels == predictions))
 
 
 def balanced_accuracy(labels: npt.NDArray[Any], predictions: npt.NDArray[Any]) -> float:
-    """Mean over classes of the share of their samples that are predicted right, in [0, 1]."""
+    """Mean recall over classes, in [0, 1]."""
     right = labels == predictions
     return float(np.mean([np.mean(right[labels == label]) for label in np.unique(labels)]))
 
@@ -47,7 +47,7 @@ def metric_function(metric: Metric | None, task: Task) -> MetricFunction:
     """The function of a metric; by default accuracy for classes, R² for numbers.
 
     Raises:
-        ValueError: If it is no metric of this task.
+        ValueError: If it is not a metric of this task.
     """
     known = _OF_TASK[task]
     if metric is None:
@@ -63,6 +63,6 @@ def metric_function(metric: Metric | None, task: Task) -> MetricFunction:
 
 
 def metric_name(metric: Metric | None, task: Task) -> str:
-    """What a metric is called in tables."""
+    """Name of a metric for tables."""
     function = metric_function(metric, task)
     return str(getattr(function, "__name__", None) or type(function).__name__)

@@ -1,4 +1,4 @@
-"""The three parts of the samples that a surrogate needs: to fit, to stop fitting, and to be measured."""
+"""Split of the samples for a surrogate: fitting, early stopping and evaluation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ IndexArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Positions of samples, ascending, no sample in two parts.
+    """Disjoint positions of samples, ascending.
 
     Attributes:
-        fit: Samples that the surrogate is fitted to.
-        stop: Samples that tell when to stop.
-        held_back: Samples that it is measured on.
+        fit: Samples for fitting.
+        stop: Samples for early stopping.
+        held_back: Samples for evaluation.
     """
 
     fit: IndexArray
@@ -33,19 +33,17 @@ class Parts:
 def split_samples(
     labels: npt.NDArray[Any], task: Task, *, held_back: float = 0.2, stop: float = 0.1, seed: int = 0
 ) -> Parts:
-    """Split samples at random, class by class where there are classes.
-
-    Every part gets at least one sample of each class.
+    """Split samples at random, stratified by class; every part gets at least one sample of each class.
 
     Args:
         labels: One label per sample, shape ``(n,)``.
         task: Whether the labels are classes.
-        held_back: Share of the samples to measure on, in (0, 1).
+        held_back: Share of the samples for evaluation, in (0, 1).
         stop: Share of the samples for early stopping, in (0, 1).
-        seed: Of the draw.
+        seed: Seed of the split.
 
     Raises:
-        ValueError: If shares leave nothing to fit, there is one class only, or a class has less than three samples.
+        ValueError: If no samples are left to fit, there is only one class, or a class has less than three samples.
     """
     if not (0 < held_back < 1 and 0 < stop < 1 and held_back + stop < 1):
         raise ValueError(
@@ -60,10 +58,10 @@ def split_samples(
 
 
 def class_indices(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], IndexArray]:
-    """The classes, ascending, and the position of each sample's class among them.
+    """The classes, ascending, and the index of each sample's class.
 
     Raises:
-        ValueError: If labels are no whole numbers.
+        ValueError: If labels are not whole numbers.
     """
     whole = np.asarray(labels)
     if not np.issubdtype(whole.dtype, np.integer):
@@ -80,10 +78,10 @@ def class_indices(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], Inde
 
 
 def require_labels(labels: npt.NDArray[Any], task: Task) -> None:
-    """Check the labels of some samples, whatever others there are.
+    """Check the labels of samples.
 
     Raises:
-        ValueError: If they are not one per sample, or, for classification, no whole numbers.
+        ValueError: If there is not one per sample, or, for classification, if they are not whole numbers.
     """
     if labels.ndim != 1:
         raise ValueError(
@@ -117,7 +115,7 @@ def _strata(labels: npt.NDArray[Any], task: Task) -> list[IndexArray]:
 
 
 def _draw(order: IndexArray, held_back: float, stop: float) -> tuple[IndexArray, IndexArray, IndexArray]:
-    """Parts of samples in random order: to fit, to stop, to measure."""
+    """Split shuffled samples: for fitting, stopping and evaluation."""
     measured = min(max(round(held_back * len(order)), 1), len(order) - 2)
     stopping = min(max(round(stop * len(order)), 1), len(order) - measured - 1)
     return order[measured + stopping :], order[measured : measured + stopping], order[:measured]

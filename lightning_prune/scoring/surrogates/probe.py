@@ -23,24 +23,24 @@ __all__ = ["NeuralProbe"]
 @final
 @dataclass(frozen=True)
 class NeuralProbe(Surrogate):
-    """A dense classifier with one hidden layer, trained on the pooled features of one layer.
+    """A classifier with one hidden layer, trained on the standardised pooled features of one layer.
 
-    De Leon and Atienza, "Depth Pruning with Auxiliary Networks for TinyML" (2022), put such a network on each layer to
-    choose a depth, and train it through the network's output maps; here it takes the same pooled features as other
-    surrogates, standardised, so that features are computed once.
+    De Leon and Atienza, "Depth Pruning with Auxiliary Networks for TinyML" (2022), attach such a network to each layer
+    to choose a depth, and train it on feature maps; here it uses the same pooled features as other surrogates, which
+    are computed once.
 
     Attributes:
         task: ``"classification"`` (cross entropy) or ``"regression"`` (squared error).
         hidden: Width of the hidden layer; 0 for a linear classifier.
-        epochs: Most passes over the samples.
-        patience: Epochs without a lower loss on the second part of the samples after which training ends, with the
-            weights of the best epoch; None trains all epochs and keeps the last weights.
-        batch_size: Samples of one step.
+        epochs: Maximum number of epochs.
+        patience: Number of epochs without improvement of the loss on the stopping samples after which training ends and
+            the best weights are restored; None trains all epochs and keeps the last weights.
+        batch_size: Samples per step.
         lr: Learning rate of Adam.
-        importance: ``"weight"``: the norm of the weights that a (standardised) feature enters by, divided by the sum of
-            these norms; ``"permutation"``: see `Surrogate`.
-        device: Where it is trained.
-        seed: Seed of the first weights and of the order of the samples.
+        importance: ``"weight"``: norm of the first layer's weights of a feature, normalised to sum 1;
+            ``"permutation"``: see `Surrogate`.
+        device: Device for training.
+        seed: Seed of initial weights and shuffling.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -76,7 +76,7 @@ class NeuralProbe(Surrogate):
         stop_features: npt.NDArray[np.float32],
         stop_labels: npt.NDArray[Any],
     ) -> Trained:
-        """Train until the loss on the second part falls no more."""
+        """Train with early stopping."""
         scaler = _Scaler(features, labels if self.task == "regression" else None)
         outputs = int(labels.max()) + 1 if self.task == "classification" else 1
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(_devices(self.device)):
@@ -96,7 +96,7 @@ class NeuralProbe(Surrogate):
             return np.asarray(out[:, 0].double().numpy() * scaler.label_std + scaler.label_mean)
 
         first = network[0].get_parameter("weight").detach().double().norm(dim=0).cpu().numpy()
-        # A feature that is the same in all samples says nothing, whatever its first weights were.
+        # A constant feature has no importance, whatever its initial weights.
         return Trained(predict, np.where(scaler.varies, first, 0.0))
 
     def _network(self, width: int, outputs: int) -> nn.Sequential:
@@ -140,7 +140,7 @@ class NeuralProbe(Surrogate):
 
 
 class _Scaler:
-    """Mean and standard deviation of features, and of numbers to predict."""
+    """Mean and standard deviation of features and regression targets."""
 
     def __init__(self, features: npt.NDArray[np.float32], labels: npt.NDArray[Any] | None) -> None:
         self.mean = features.mean(0, dtype=np.float64)
@@ -152,6 +152,6 @@ class _Scaler:
 
 
 def _devices(device: str) -> list[torch.device]:
-    """Devices besides the CPU whose random state is used."""
+    """Devices besides the CPU whose random state must be preserved."""
     one = torch.device(device)
     return [one] if one.type == "cuda" else []

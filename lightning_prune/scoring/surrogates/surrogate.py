@@ -1,4 +1,4 @@
-"""What a surrogate is: fitted to the features of one layer, it says how good they are and how much it uses each."""
+"""Base class of surrogates, which are fitted to the features of one layer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Fitted", "FloatArray", "Surrogate", "Trained", "normalised"]
 
 FloatArray = npt.NDArray[np.float64]
 
-# Shuffles of each feature for its permutation importance, as scikit-learn has it.
+# Shuffles of each feature for permutation importance, as in scikit-learn.
 _REPEATS = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a surrogate has learnt.
+    """A trained surrogate.
 
     Attributes:
-        predict: Features ``(n, width)`` to positions of classes or to numbers, shape ``(n,)``.
-        importance: How much each feature is used, at least 0, shape ``(width,)``; None where it cannot tell.
-        total: How much all of its uses together have brought; None if the importance is that already.
+        predict: Predicts class indices or numbers, shape ``(n,)``, from features ``(n, width)``.
+        importance: Importance of each feature, non-negative, shape ``(width,)``; None if not available.
+        total: Total gain of each feature; None if equal to the importance.
     """
 
     predict: Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
@@ -40,14 +40,13 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What one layer's features are worth.
+    """Score and importances of one layer's features.
 
     Attributes:
-        score: μ, the metric on the held-back part.
-        importance: I, how much each feature is used, shape ``(width,)``, with sum 1; all 0 if none is used.
-        share: Each feature's share of everything that the surrogate has gained, shape ``(width,)``, with sum 1; all 0
-            if none is used.
-        predictions: Of the held-back part: classes or numbers, shape ``(n,)``.
+        score: μ, the metric on held-out samples.
+        importance: I, importance of each feature, shape ``(width,)``, with sum 1; all 0 if none is used.
+        share: Each feature's share of the total gain, shape ``(width,)``, with sum 1; all 0 if none is used.
+        predictions: Predictions for held-out samples: classes or numbers, shape ``(n,)``.
     """
 
     score: float
@@ -57,16 +56,16 @@ class Fitted:
 
 
 class Surrogate(Settings, ABC):
-    """A small model in place of the rest of the network: from one layer's features to the labels.
+    """Base class of small models that predict the labels from the features of one layer.
 
-    Concrete ones are final frozen dataclasses, and hold settings only.
+    Concrete surrogates are final frozen dataclasses that hold settings only.
 
     Attributes:
         task: ``"classification"`` or ``"regression"``.
-        packages: Optional packages that it needs.
-        importance: How the use of a feature is measured; ``"permutation"`` is known to all of them: how much the metric
-            on the held-back part falls when the feature is shuffled, the mean of five shuffles, at least 0.
-        incidental: Settings, also among ``params``, that only say where and how fast it is fitted.
+        packages: Required optional packages.
+        importance: Kind of feature importance. All surrogates support ``"permutation"``: the decrease of the metric on
+            held-out samples when the feature is shuffled, averaged over five shuffles, at least 0.
+        incidental: Settings, also among ``params``, that do not affect the result.
     """
 
     task: Task
@@ -85,22 +84,22 @@ class Surrogate(Settings, ABC):
 
     @property
     def key(self) -> str:
-        """All settings that scores depend on, as text: those of two surrogates are equal if these are."""
+        """Text of all settings that affect the scores."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.repr}  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._telling(settings))})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._relevant(settings))})"
 
-    def _telling(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _relevant(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in settings.items():
             if name == "params" and value is not None:
-                yield name, dict(self._telling(value)) or None
+                yield name, dict(self._relevant(value)) or None
             elif name not in self.incidental:
                 yield name, value
 
     def require_packages(self) -> None:
-        """Import the optional packages that it needs.
+        """Import the required optional packages.
 
         Raises:
-            ModuleNotFoundError: If one is not installed; the text says how to install it.
+            ModuleNotFoundError: If one is not installed; the message says how to install it.
         """
         for package in self.packages:
             require(package, extra="xgb")
@@ -113,29 +112,29 @@ class Surrogate(Settings, ABC):
         stop_features: npt.NDArray[np.float32],
         stop_labels: npt.NDArray[Any],
     ) -> Trained:
-        """Learn to predict labels.
+        """Fit the model.
 
         Args:
-            features: To fit, shape ``(n, width)``, finite.
-            labels: Positions of classes from 0, int64, or numbers, float64; shape ``(n,)``.
-            stop_features: The same for early stopping.
-            stop_labels: Their labels.
+            features: Finite features for fitting, shape ``(n, width)``.
+            labels: Class indices (int64) or numbers (float64), shape ``(n,)``.
+            stop_features: Features for early stopping.
+            stop_labels: Labels for early stopping.
         """
 
     def fit(
         self, features: npt.NDArray[np.float32], labels: npt.NDArray[Any], parts: Parts, metric: Metric | None = None
     ) -> Fitted:
-        """Fit to one part of the samples, stop by the second, measure on the third.
+        """Fit the model and evaluate it on held-out samples.
 
         Args:
             features: One row per sample, shape ``(n, width)``.
             labels: Shape ``(n,)``: whole numbers for classes, any for regression.
-            parts: Which samples are for what, see `split_samples`.
-            metric: What is measured; by default accuracy, or R².
+            parts: Split of the samples, see `split_samples`.
+            metric: Metric; by default accuracy, or R².
 
         Raises:
-            FloatingPointError: If features or numbers to predict are NaN or infinite.
-            ValueError: If features and labels do not fit each other, labels are no classes, or a part lacks a class.
+            FloatingPointError: If features or regression targets are NaN or infinite.
+            ValueError: If features and labels do not match, labels are not classes, or a part lacks a class.
         """
         measure = metric_function(metric, self.task)
         _check_features(features, len(labels))
@@ -144,20 +143,20 @@ class Surrogate(Settings, ABC):
         trained = self.train(fit, codes[parts.fit], stop, codes[parts.stop])
         truth = codes[parts.held_back]
 
-        def judged(predictions: npt.NDArray[Any]) -> float:
-            return _judged(measure, classes, truth, predictions)
+        def score_of(predictions: npt.NDArray[Any]) -> float:
+            return _score(measure, classes, truth, predictions)
 
         predicted = trained.predict(held_back)
-        score, predictions = judged(predicted), predicted if classes is None else classes[predicted]
+        score, predictions = score_of(predicted), predicted if classes is None else classes[predicted]
         if self.importance == "permutation" or trained.importance is None:
-            importance = _permuted(trained, held_back, judged, score, self.seed)
+            importance = _permuted(trained, held_back, score_of, score, self.seed)
             return Fitted(score, importance, importance, predictions)
         importance = normalised(trained.importance)
         share = importance if trained.total is None else normalised(trained.total)
         return Fitted(score, importance, share, predictions)
 
     def _encoded(self, labels: npt.NDArray[Any], parts: Parts) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any]]:
-        """The classes, if any, and what is to be predicted."""
+        """The classes, if any, and the targets."""
         if self.task == "regression":
             numbers = np.asarray(labels, dtype=np.float64)
             if not np.isfinite(numbers).all():
@@ -182,7 +181,7 @@ class Surrogate(Settings, ABC):
 
 
 def normalised(values: npt.NDArray[Any]) -> FloatArray:
-    """Divided by their sum; all 0 if that is 0."""
+    """Divide by the sum; all 0 if it is 0."""
     numbers = np.asarray(values, dtype=np.float64)
     total = numbers.sum()
     return numbers / total if total > 0 else np.zeros_like(numbers)
@@ -203,7 +202,7 @@ def _check_features(features: npt.NDArray[Any], samples: int) -> None:
         )
 
 
-def _judged(
+def _score(
     measure: MetricFunction,
     classes: npt.NDArray[Any] | None,
     truth: npt.NDArray[Any],
@@ -221,11 +220,11 @@ def _judged(
 def _permuted(
     trained: Trained,
     features: npt.NDArray[np.float32],
-    judged: Callable[[npt.NDArray[Any]], float],
+    score_of: Callable[[npt.NDArray[Any]], float],
     score: float,
     seed: int,
 ) -> FloatArray:
-    """How much the score falls when a feature is shuffled, as shares."""
+    """Permutation importances, normalised."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(features)) for _ in range(_REPEATS)]
     falls = np.zeros(features.shape[1])
@@ -233,6 +232,6 @@ def _permuted(
     for column in range(features.shape[1]):
         for order in orders:
             shuffled[:, column] = features[order, column]
-            falls[column] += score - judged(trained.predict(shuffled))
+            falls[column] += score - score_of(trained.predict(shuffled))
         shuffled[:, column] = features[:, column]
     return normalised(falls.clip(min=0))

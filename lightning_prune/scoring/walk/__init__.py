@@ -1,8 +1,8 @@
-"""Samples that move through a network station by station, and the rest of the network from there."""
+"""Walks: samples are moved through a network station by station, and the rest of it can be run from there."""
 
 from lightning_prune.scoring.walk.station import Point, Station
 from lightning_prune.scoring.walk.walk import (
-    Here,
+    StationBatch,
     Visit,
     Walk,
     WalkProgress,
@@ -12,9 +12,9 @@ from lightning_prune.scoring.walk.walk import (
 )
 
 __all__ = [
-    "Here",
     "Point",
     "Station",
+    "StationBatch",
     "Visit",
     "Walk",
     "WalkProgress",

@@ -1,4 +1,4 @@
-"""Norms and activations behind a layer: where what it gives has become what the next layer reads."""
+"""Finding the activation of a layer: its output after the following norms and activation functions."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from torch.nn.modules import activation, batchnorm, instancenorm, normalization
 from lightning_prune.scoring.walk.recording import ModuleCall, Recording, Step, Value, leaves, map_places
 from lightning_prune.scoring.walk.station import Station, is_layer
 
-__all__ = ["BATCH_NORMS", "CHANNELWISE", "Behind", "activations", "operator_name", "readers_of", "with_activations"]
+__all__ = [
+    "BATCH_NORMS",
+    "CHANNELWISE",
+    "ActivationSite",
+    "activations",
+    "operator_name",
+    "readers_of",
+    "with_activations",
+]
 
 _NORMS: tuple[type[nn.Module], ...] = (
     *(batchnorm._NormBase, instancenorm._InstanceNorm),
     *(normalization.GroupNorm, normalization.LayerNorm, normalization.RMSNorm),
 )
-#: Of `torch.nn`, these are no function of one number.
+#: Modules of `torch.nn.modules.activation` that are not elementwise.
 _NO_ACTIVATIONS = {"MultiheadAttention", "GLU", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(activation, name) for name in activation.__all__ if name not in _NO_ACTIVATIONS
 )
-#: Operators that change every number by itself.
+#: Elementwise operators.
 _UNARY = frozenset(
     (
         *("relu", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "softplus"),
@@ -38,9 +46,9 @@ BATCH_NORMS = frozenset(
     )
 )
 _NORM_OPERATORS = BATCH_NORMS | {"native_group_norm", "native_layer_norm", "_fused_rms_norm"}
-#: Operators that are such a function with a plain number as the other argument.
+#: Operators that are elementwise if the other argument is a number.
 _WITH_NUMBER = frozenset(("add", "sub", "mul", "div", "pow"))
-#: Operators of which every channel depends on the same channel alone, where they keep the first two dimensions.
+#: Operators whose output channels depend only on the same channel of the input, if the first two dimensions are kept.
 CHANNELWISE = frozenset(
     (
         *_UNARY,
@@ -52,20 +60,20 @@ CHANNELWISE = frozenset(
 )
 
 
-class Behind(NamedTuple):
-    """Where an activation is in a recording.
+class ActivationSite(NamedTuple):
+    """An activation in a recording.
 
     Attributes:
-        value: Its number.
-        after: Number of steps after which it is there.
+        value: Number of the value.
+        after: Number of steps after which the value exists.
     """
 
     value: int
     after: int
 
 
-def activations(recording: Recording) -> dict[Station, Behind]:
-    """The value after the norms and activations behind every call of a layer, as long as nothing else reads it."""
+def activations(recording: Recording) -> dict[Station, ActivationSite]:
+    """Find the value after the norms and activations of each call of a layer, up to where anything else reads it."""
     readers = readers_of(recording)
     calls: dict[int, list[ModuleCall]] = {}
     for call in recording.calls:
@@ -75,8 +83,8 @@ def activations(recording: Recording) -> dict[Station, Behind]:
     found = {}
     for index, step in enumerate(recording.steps):
         if step.station is not None and step.station.point == "output" and step.station.layer in layers:
-            here = Behind(step.outs[0] or 0, index + 1)
-            later: Behind | None = here
+            here = ActivationSite(step.outs[0] or 0, index + 1)
+            later: ActivationSite | None = here
             while later is not None:
                 here, later = later, _next(recording, later, readers.get(later.value, []), calls)
             found[replace(step.station, point="activation")] = here
@@ -84,7 +92,7 @@ def activations(recording: Recording) -> dict[Station, Behind]:
 
 
 def with_activations(recording: Recording) -> Recording:
-    """The recording with a mark at every activation."""
+    """The recording with a marker step at every activation."""
     marks: dict[int, list[tuple[Station, int]]] = {}
     for station, behind in activations(recording).items():
         marks.setdefault(behind.after, []).append((station, behind.value))
@@ -108,7 +116,7 @@ def with_activations(recording: Recording) -> Recording:
 
 
 def readers_of(recording: Recording) -> dict[int, list[int]]:
-    """Which steps read each value; the output counts as a step behind the last."""
+    """Steps that read each value; the output counts as one more step."""
     readers: dict[int, list[int]] = {}
     for index, step in enumerate(recording.steps):
         for number in step.reads():
@@ -120,29 +128,29 @@ def readers_of(recording: Recording) -> dict[int, list[int]]:
 
 
 def _next(
-    recording: Recording, here: Behind, readers: Sequence[int], calls: Mapping[int, Sequence[ModuleCall]]
-) -> Behind | None:
-    """The value behind one more norm or activation, None if something else reads it."""
+    recording: Recording, here: ActivationSite, readers: Sequence[int], calls: Mapping[int, Sequence[ModuleCall]]
+) -> ActivationSite | None:
+    """The value after one more norm or activation; None if anything else reads it."""
     for call in calls.get(here.value, ()):
         if call.left not in (None, here.value) and all(call.first <= reader < call.last for reader in readers):
-            return Behind(call.left or 0, call.last)
+            return ActivationSite(call.left or 0, call.last)
     if len(readers) == 1 and readers[0] < len(recording.steps):
         return _through(recording.steps[readers[0]], readers[0], here.value)
     return _through_gate(recording, here, sorted(set(readers))) if len(readers) == 2 else None
 
 
-def _through(step: Step, index: int, value: int) -> Behind | None:
-    """Through an operator that is a norm or an activation of the value."""
+def _through(step: Step, index: int, value: int) -> ActivationSite | None:
+    """The output of a step if it is a norm or an activation of the value."""
     name = operator_name(step)
     known = name in _UNARY or name in _NORM_OPERATORS or (step.station is not None and step.station.point == "output")
     first = step.args[0] if step.args else None
     if known and first == Value(value) and step.outs[0] is not None:
-        return Behind(step.outs[0], index + 1)
+        return ActivationSite(step.outs[0], index + 1)
     return None
 
 
-def _through_gate(recording: Recording, here: Behind, readers: Sequence[int]) -> Behind | None:
-    """Through ``x · f(x)`` written out: one reader starts f, the other is the product with its result."""
+def _through_gate(recording: Recording, here: ActivationSite, readers: Sequence[int]) -> ActivationSite | None:
+    """The product ``x · f(x)`` of a gate that is written out: one reader starts f, the other multiplies."""
     if len(readers) != 2 or readers[1] >= len(recording.steps):
         return None
     product = recording.steps[readers[1]]
@@ -158,11 +166,15 @@ def _through_gate(recording: Recording, here: Behind, readers: Sequence[int]) ->
             if not alone or (operator_name(step) not in _UNARY and operator_name(step) not in _WITH_NUMBER):
                 return None
             wanted = step.reads()[0]
-    return Behind(product.outs[0], readers[1] + 1) if wanted == here.value and product.outs[0] is not None else None
+    return (
+        ActivationSite(product.outs[0], readers[1] + 1)
+        if wanted == here.value and product.outs[0] is not None
+        else None
+    )
 
 
 def operator_name(step: Step) -> str:
-    """Name of a step's operator, without the underscore of its form in place; empty for a mark."""
+    """Name of a step's operator without the in-place underscore; empty for a marker."""
     if step.func is None:
         return ""
     name: str = step.func._overloadpacket.__name__

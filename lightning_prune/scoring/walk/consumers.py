@@ -1,4 +1,4 @@
-"""What reads the output of a layer: a norm, and a stream that it is added to."""
+"""Consumers of a layer's output: a batch norm, and a residual stream that it is added to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Consumer", "ConsumerFinder"]
 
 
 class Consumer(NamedTuple):
-    """What takes the output of a layer, as long as nothing else does.
+    """The only consumer of a layer's output.
 
     Attributes:
-        norm: Name of the batch norm; None if there is none.
-        stream: Number of the value that the output, or what the norm makes of it, is added to, if that is computed
-            before the layer runs; None if there is none.
+        norm: Name of the batch norm, or None.
+        stream: Number of the value that the output (after the norm) is added to, if it is computed before the layer
+            runs; else None.
     """
 
     norm: str | None = None
@@ -27,20 +27,20 @@ class Consumer(NamedTuple):
 
 @final
 class ConsumerFinder:
-    """Finds what takes the outputs of layers in a recorded forward pass in eval mode.
+    """Finds the consumers of layers in a recorded forward pass in eval mode.
 
     Attributes:
-        of: Gives that of a layer that is called once, by its name.
+        of: Returns the consumer of a layer that is called once, by name.
     """
 
     def __init__(self, recording: Recording) -> None:
-        recording = with_activations(recording)  # as a `Program` numbers its values
+        recording = with_activations(recording)  # for the same value numbers as in a `Program`
         self._steps, self._readers = recording.steps, readers_of(recording)
         self.of = cache(self._of)
         self._at = {step.station: index for index, step in enumerate(self._steps) if step.station is not None}
 
     def _of(self, layer: str) -> Consumer:
-        """What takes the output of a layer that is called once."""
+        """The consumer of a layer that is called once."""
         before = self._at[Station(layer, "input")]
         value, norm = self._steps[self._at[Station(layer, "output")]].outs[0], None
         while value is not None:

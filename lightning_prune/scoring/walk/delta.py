@@ -1,4 +1,4 @@
-"""Layers behind a station by their changed channels: what they gave, less the share of those that are masked."""
+"""Incremental computation of layers with few changed input channels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Delta", "Partial", "Shares"]
 
 
 class Shares(NamedTuple):
-    """Rows of a run, variant by variant.
+    """Rows of a batch of variants.
 
     Attributes:
         rows: Number of rows of each variant.
-        channels: The masked channels of each.
-        samples: Which sample each row is.
+        channels: Masked channels of each variant.
+        samples: Sample index of each row.
     """
 
     rows: list[int]
@@ -31,16 +31,16 @@ class Shares(NamedTuple):
 
 @final
 class Delta:
-    """Convolutions and linear layers that read a station's value, or what channelwise operators make of it.
+    """Convolutions and linear layers that read a station's value, directly or after channelwise operators.
 
     Args:
         program: The operators.
         start: Position of the station.
-        steps: Positions of those that are run behind it.
-        masked: Positions of stations that are masked beside: behind them the channels are others.
+        steps: Positions of the operators that run after it.
+        masked: Positions of other masked stations, after which the changed channels differ.
 
     Attributes:
-        layers: Position of the operator of each such layer, and the number of the value that it reads.
+        layers: Number of the value that each such layer reads, by the position of its operator.
     """
 
     def __init__(self, program: Program, start: int, steps: Sequence[int], masked: frozenset[int]) -> None:
@@ -62,7 +62,7 @@ class Delta:
                 followed.update(out for out in step.outs if out is not None)
 
     def _layer_input(self, step: Step) -> int | None:
-        """The value that a convolution (of one group, or a channel a group) or a matrix product reads, if it is one."""
+        """Input value of a step that is an ungrouped or depthwise convolution or a matrix product, else None."""
         name, args = operator_name(step), step.args
         if name in ("addmm", "mm"):
             x, weight = args[-2:]
@@ -74,19 +74,19 @@ class Delta:
 
     def _is_depthwise(self, step: Step) -> bool:
         shapes, out = self.program.shapes, step.outs[0]
-        entered = self._layer_input(step)
-        if operator_name(step) != "convolution" or entered is None or out is None or step.args[8] == 1:
+        unmasked_input = self._layer_input(step)
+        if operator_name(step) != "convolution" or unmasked_input is None or out is None or step.args[8] == 1:
             return False
-        return shapes[entered][1] == shapes[out][1]
+        return shapes[unmasked_input][1] == shapes[out][1]
 
     def _is_channelwise(self, step: Step) -> bool:
-        """Whether every channel (dimension 1) of what a step gives depends on that channel of what it reads alone."""
+        """Whether every channel (dimension 1) of a step's output depends only on the same channel of its input."""
         if step.func is None:
             return True
         name, out, shapes = operator_name(step), step.outs[0], self.program.shapes
         if name not in CHANNELWISE or out is None:
             return False
-        if name == "mean":  # over positions only
+        if name == "mean":  # spatial dimensions only
             dims = len(shapes[step.args[0].number])
             return len(step.args) > 1 and all(dim % dims > 1 for dim in step.args[1])
         values = [place.number for place in step.args if isinstance(place, Value)]
@@ -94,16 +94,16 @@ class Delta:
 
     @property
     def wanted(self) -> set[int]:
-        """Values of the unmasked network that differences are taken from."""
+        """Values of the unmasked network that are needed for differences."""
         outs = {self.program.steps[index].outs[0] for index in self.layers}
         return {*self.layers.values(), *(out for out in outs if out is not None)}
 
     def instead(self, dense: Mapping[int, Tensor], shares: Shares) -> dict[int, Partial]:
-        """By position of a layer's operator, what takes its place: a function of its arguments.
+        """Replacements of operators, by position.
 
         Args:
-            dense: What is ``wanted``.
-            shares: The rows of the run.
+            dense: The ``wanted`` values.
+            shares: Rows of the run.
         """
         found: dict[int, Partial] = {}
         for index, number in self.layers.items():
@@ -116,27 +116,32 @@ class Delta:
 
 @final
 class Partial:
-    """One layer's operator, variant by variant, over few of its input channels.
+    """An operator of a layer that computes each variant over a part of its input channels.
 
-    Where at most half of the channels are masked, it is what the layer gave less their share. Where more are, and they
-    are 0 when they enter the layer, it is the share of the others.
+    If at most half of the channels are masked, their contribution is subtracted from the unmasked output. If more are
+    masked, and they are 0, the output is computed from the other channels.
 
     Args:
         step: The operator.
-        entered: What entered the layer in the unmasked network.
-        gave: What it gave there.
-        shares: The rows of the run.
+        unmasked_input: Input of the layer in the unmasked network.
+        unmasked_output: Output of the layer in the unmasked network.
+        shares: Rows of the run.
 
     Attributes:
-        macs_saved: Multiply-accumulates less than the whole operator takes, so far.
+        macs_saved: Multiply-accumulates saved so far.
     """
 
-    def __init__(self, step: Step, entered: Tensor, gave: Tensor, shares: Shares) -> None:
-        self.step, self.entered, self.gave, self.shares = step, entered, gave, shares
+    def __init__(self, step: Step, unmasked_input: Tensor, unmasked_output: Tensor, shares: Shares) -> None:
+        self.step, self.unmasked_input, self.unmasked_output, self.shares = (
+            step,
+            unmasked_input,
+            unmasked_output,
+            shares,
+        )
         self.macs_saved = 0
 
     def __call__(self, *args: Any) -> Tensor:
-        """What the operator gives for these arguments."""
+        """Output of the operator for these arguments."""
         x, first = args[self._position], 0
         channels_all = x.shape[1]
         parts = []
@@ -163,11 +168,11 @@ class Partial:
 
     @property
     def _by_channel(self) -> bool:
-        """Whether the layer has a channel a group."""
+        """Whether the layer is a depthwise convolution."""
         return not self._is_product and self.step.args[8] != 1
 
     def _of_others(self, x: Tensor, channels: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """The layer over the channels that are not masked."""
+        """Output from the unmasked channels."""
         kept = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
         kept[channels] = False
         (others,) = kept.nonzero(as_tuple=True)
@@ -176,22 +181,22 @@ class Partial:
             return torch.add(out, args[0]) if len(args) > 2 else out
         weight, bias = args[1], args[2]
         if not len(others):
-            out = x.new_zeros(len(x), *self.gave.shape[1:])
+            out = x.new_zeros(len(x), *self.unmasked_output.shape[1:])
             return out if bias is None else out + bias.reshape(-1, *[1] * (out.dim() - 2))
         return self._convolved(x.index_select(1, others), weight.index_select(1, others), bias, args, 1)
 
     def _less(self, x: Tensor, samples: Tensor, channels: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """What the layer gave, and the share of what has changed."""
-        out = self.gave.index_select(0, samples)
+        """The unmasked output plus the contribution of the changed channels."""
+        out = self.unmasked_output.index_select(0, samples)
         if not len(channels):
             return out
-        change = x.index_select(1, channels) - self.entered.index_select(0, samples).index_select(1, channels)
+        change = x.index_select(1, channels) - self.unmasked_input.index_select(0, samples).index_select(1, channels)
         if self._is_product:
             return out.add_(change @ args[-1].index_select(0, channels))
         weight, groups = args[1], args[8]
         if groups == 1:
             return out.add_(self._convolved(change, weight.index_select(1, channels), None, args, 1))
-        # One channel a group: only the outputs of the masked ones change.
+        # Depthwise: only the outputs of masked channels change.
         each = len(weight) // groups
         outs = (channels[:, None] * each + torch.arange(each, device=channels.device)).flatten()
         part = self._convolved(change, weight.index_select(0, outs), None, args, len(channels))

@@ -1,4 +1,4 @@
-"""A forward pass that can be run from any station on, for any number of samples."""
+"""A recorded forward pass that can be run from any station, for any batch size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.data import Batch, Forward, forward
-from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.scoring.walk.chains import with_activations
 from lightning_prune.scoring.walk.recording import (
     PLACES,
     Constant,
-    Given,
+    Input,
     Recording,
     Size,
     Step,
@@ -26,6 +26,7 @@ from lightning_prune.scoring.walk.recording import (
     leaves,
     map_places,
     record,
+    storage_of,
 )
 from lightning_prune.scoring.walk.station import Station, scaled
 from lightning_prune.structure.layers import named
@@ -33,16 +34,16 @@ from lightning_prune.structure.layers import named
 __all__ = ["Context", "NotReplayable", "Program", "Rows", "Work", "take_rows", "weights_of"]
 
 
-class NotReplayable(Exception):  # noqa: N818  # no error of the user's
-    """The operators of one forward pass do not stand for the network."""
+class NotReplayable(Exception):  # noqa: N818  # handled internally
+    """The recorded operators cannot be replayed for other samples."""
 
 
 class Rows(NamedTuple):
-    """Where a value has the samples of a batch.
+    """Batch dimension of a value.
 
     Attributes:
         dim: The dimension.
-        each: Positions there that belong to one sample; those of a sample lie together.
+        each: Consecutive positions per sample.
     """
 
     dim: int
@@ -50,12 +51,12 @@ class Rows(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Steps to be run.
+    """Steps to run.
 
     Attributes:
-        steps: Their positions, in order.
-        needs: Values that have to be there before.
-        drops: Values that nothing reads behind a step, by its position.
+        steps: Positions, in order.
+        needs: Values that must be given.
+        drops: Values that are not read after a step, by its position.
     """
 
     steps: tuple[int, ...]
@@ -65,14 +66,14 @@ class Work(NamedTuple):
 
 @dataclass(eq=False)
 class Context:
-    """What steps read beside each other's values.
+    """Inputs of steps other than values.
 
     Attributes:
         weights: Parameters and buffers by name.
         inputs: Leaves of the arguments of ``forward``.
         samples: Number of samples.
-        masks: What marks multiply by.
-        dims: The dimension of channels at every station.
+        masks: Masks by station.
+        dims: Dimension of the channels by station.
     """
 
     weights: Mapping[str, Tensor]
@@ -84,19 +85,19 @@ class Context:
 
 @final
 class Program:
-    """The operators of a forward pass, as two recordings with different samples agree on them.
+    """The operators of a forward pass, merged from two recordings with different batch sizes.
 
     Args:
-        model: The network, recorded in eval mode and left as it is.
-        batch: Some samples.
-        call: How it is run.
+        model: The network, recorded in eval mode and not changed.
+        batch: Samples to record with.
+        call: Runs the network on a batch.
 
     Attributes:
-        steps: In the order of execution.
-        output: What comes out, with places in place of tensors.
-        at: Position of every station's mark.
-        shapes: Of each value, of two samples.
-        rows: Where each value has the samples, None where it has them in no such way.
+        steps: Steps in the order of execution.
+        output: The output, with placeholders for tensors.
+        at: Position of every station's marker step.
+        shapes: Shape of each value for two samples.
+        rows: Batch dimension of each value, or None.
         depends: Whether each value depends on the inputs.
 
     Raises:
@@ -104,7 +105,7 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, batch: Batch, call: Forward = forward) -> None:
-        # One of them twice: a mean over the samples, say, is another one then.
+        # One sample is repeated, to detect operators that mix samples.
         two, three = (_recorded(model, batch, rows, call) for rows in ([0, 1], [0, 1, 1]))
         if two.problems:
             raise NotReplayable("; ".join(dict.fromkeys(two.problems)))
@@ -131,22 +132,22 @@ class Program:
 
     @property
     def outputs(self) -> list[int]:
-        """Numbers of the values that come out."""
+        """Numbers of the output values."""
         return [place.number for place in leaves(self.output) if isinstance(place, Value)]
 
     @property
     def gives_tensors(self) -> bool:
-        """Whether everything that comes out was computed from the inputs."""
+        """Whether all outputs are computed from the inputs."""
         return all(isinstance(place, Value) and self.depends[place.number] for place in leaves(self.output))
 
     def value_at(self, position: int) -> int:
-        """Number of the value at a mark."""
+        """Number of the value at a marker."""
         number = self.steps[position].outs[0]
         assert number is not None
         return number
 
     def live(self, position: int) -> frozenset[int]:
-        """Values that depend on the inputs and that steps behind a mark read; always that at the mark."""
+        """Values that depend on the inputs and are read after a marker, including the value at the marker."""
         found = {
             number
             for number, made in self.produced.items()
@@ -155,11 +156,11 @@ class Program:
         return frozenset(found | {self.value_at(position)})
 
     def _segment(self, start: int, stop: int) -> Work:
-        """The steps behind ``start`` (-1 at the inputs) up to ``stop``, for the values that are live there."""
+        """The steps after ``start`` (-1 for the inputs) up to ``stop``, for the values that are live there."""
         return self.work(range(start + 1, stop + 1), self.live(stop))
 
     def _dependents(self, starts: frozenset[int]) -> frozenset[int]:
-        """Positions of the steps that read what stands at marks, directly or not; the later marks are among them."""
+        """Positions of the steps that depend on markers, including the later markers."""
         first = min(starts)
         changed, found = {self.value_at(first)}, set()
         for index in range(first + 1, len(self.steps)):
@@ -170,7 +171,7 @@ class Program:
         return frozenset(found)
 
     def work(self, among: Iterable[int], wanted: Iterable[int]) -> Work:
-        """Which of some steps, and of those that need no inputs, have to be run for certain values."""
+        """The steps to run for the wanted values, from ``among`` and from those that do not depend on the inputs."""
         allowed, chosen = set(among), set[int]()
         needs = set[int]()
         pending = list(wanted)
@@ -200,17 +201,17 @@ class Program:
 
         Args:
             work: The steps.
-            values: What has to be there. None of it is written into.
-            context: What steps read beside.
-            out_of_order: Whether steps between these are run later, so that nothing at all may be written into.
-            instead: What takes the place of operators, by position.
+            values: The needed values, which are not modified.
+            context: Other inputs of the steps.
+            out_of_order: Whether skipped steps are run later, so that no value may be modified in place.
+            instead: Replacements of operators, by position.
 
         Returns:
-            The values that remain.
+                The remaining values.
         """
         found = dict(values)
-        foreign = {_home(value) for value in values.values()} | {
-            _home(leaf) for leaf in context.inputs if isinstance(leaf, Tensor)
+        foreign = {storage_of(value) for value in values.values()} | {
+            storage_of(leaf) for leaf in context.inputs if isinstance(leaf, Tensor)
         }
         for index in work.steps:
             step = self.steps[index]
@@ -226,14 +227,15 @@ class Program:
         return found
 
     def output_of(self, values: Mapping[int, Tensor], context: Context) -> Any:
-        """What comes out, of the values that remain."""
+        """Output of the network, from the remaining values."""
         return map_places(lambda leaf: _resolved(leaf, values, context), self.output)
 
     def macs(self, steps: Iterable[int], samples: int) -> int:
-        """Multiply-accumulates of steps; those were counted for two samples."""
+        """Multiply-accumulates of steps, which were counted for two samples."""
         return sum(self.steps[index].macs for index in steps) * samples // 2
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- internals
+    # -------------------------------------------------------------------------------------------------------
 
     def _marked(self, step: Step, value: Tensor, context: Context) -> Tensor:
         station = step.station
@@ -242,13 +244,13 @@ class Program:
         return value if mask is None else scaled(value, mask, context.dims[station])
 
     def _unshared(self, step: Step, args: tuple[Any, ...], foreign: set[int] | None) -> tuple[Any, ...]:
-        """The arguments of a step that writes into one of them, which is copied if others have it."""
+        """The arguments of a step; one that is modified in place is copied if it is shared."""
         if step.writes is None:
             return args
         place = step.args[step.writes]
         own = isinstance(place, Value) and self.depends[place.number]
         target = args[step.writes]
-        if own and foreign is not None and _home(target) not in foreign:
+        if own and foreign is not None and storage_of(target) not in foreign:
             return args
         return (*args[: step.writes], target.clone(), *args[step.writes + 1 :])
 
@@ -275,15 +277,15 @@ class Program:
         depends: dict[int, bool] = {}
         for step in self.steps:
             places = leaves((step.args, dict(step.kwargs)))
-            own = any(isinstance(p, Given) or (isinstance(p, Value) and depends[p.number]) for p in places)
-            # What is made as large as the batch belongs to its samples.
+            own = any(isinstance(p, Input) or (isinstance(p, Value) and depends[p.number]) for p in places)
+            # Tensors created with the batch size belong to the samples.
             own = own or any(isinstance(p, Size) for p in places)
             depends |= {out: own for out in step.outs if out is not None}
         return [depends[number] for number in range(len(depends))]
 
 
 def take_rows(value: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
-    """A value for other samples: those of these numbers, in this order."""
+    """Select samples of a value."""
     if rows.each == 1:
         return value.index_select(rows.dim, numbers)
     shape = (*value.shape[: rows.dim], -1, rows.each, *value.shape[rows.dim + 1 :])
@@ -292,7 +294,7 @@ def take_rows(value: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
 
 def _recorded(model: nn.Module, batch: Batch, rows: Sequence[int], call: Forward) -> Recording:
     part = batch.rows([row % len(batch) for row in rows])
-    with undisturbed(model):
+    with preserved_state(model):
         return with_activations(record(model, part, call))
 
 
@@ -303,7 +305,7 @@ def _pairs(two: Recording, three: Recording) -> Iterable[tuple[Step, Step]]:
 
 
 def _merged(one: Step, other: Step) -> Step:
-    """A step of batches of two and of three samples, for any number."""
+    """Merge the steps of batches of two and three samples into one for any batch size."""
     if one.func is not other.func or one.outs != other.outs or one.station != other.station:
         raise NotReplayable(f"other operators run for other samples: `{one.func}` and `{other.func}`")
     args, kwargs = map_places(_merged_leaf, (one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)))
@@ -327,7 +329,7 @@ def _merged_leaf(one: Any, other: Any) -> Any:
 
 
 def _rows_of(two: Tensor, three: Tensor) -> Rows | None:
-    """Where a value has the samples, by its shape, and by its content when the second sample comes once more."""
+    """Batch dimension of a value, by shape, and by content for a repeated second sample."""
     differ = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
     if len(differ) != 1:
         return None
@@ -343,17 +345,13 @@ def _rows_of(two: Tensor, three: Tensor) -> Rows | None:
     return Rows(dim, each) if same else None
 
 
-def _home(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 Resolve = Callable[[Mapping[int, Tensor], Context], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def _compiled(step: Step) -> Resolve:
-    """The arguments of a step, with as little work as may be for each run."""
+    """A function that resolves the arguments of a step."""
     args = [_getter(arg) for arg in step.args]
     kwargs = {name: _getter(arg) for name, arg in step.kwargs.items()}
 
@@ -382,7 +380,7 @@ def _resolved(leaf: Any, values: Mapping[int, Tensor], context: Context) -> Any:
         return values[leaf.number]
     if isinstance(leaf, Weight):
         return context.weights[leaf.name]
-    if isinstance(leaf, Given):
+    if isinstance(leaf, Input):
         return context.inputs[leaf.leaf]
     if isinstance(leaf, Constant):
         return leaf.tensor
@@ -390,5 +388,5 @@ def _resolved(leaf: Any, values: Mapping[int, Tensor], context: Context) -> Any:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names that steps have for them, as they are now."""
+    """Current parameters and buffers, by canonical name."""
     return {name: tensor.detach() for name, tensor in named(model).items()}

@@ -1,4 +1,4 @@
-"""What a forward pass does, operator by operator, as values that are each computed once."""
+"""Recording of a forward pass, operator by operator, in single-assignment form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_prune.structure.layers import canonical, named
 
 __all__ = [
     "Constant",
-    "Given",
+    "Input",
     "ModuleCall",
     "Recording",
     "Size",
@@ -30,11 +30,12 @@ __all__ = [
     "leaves",
     "map_places",
     "record",
+    "storage_of",
 ]
 
 
 class Value(NamedTuple):
-    """What a step computed."""
+    """A result of a step."""
 
     number: int
 
@@ -45,41 +46,40 @@ class Weight(NamedTuple):
     name: str
 
 
-class Given(NamedTuple):
-    """A tensor among the arguments of ``forward``, by its number among the leaves."""
+class Input(NamedTuple):
+    """A tensor among the arguments of ``forward``, by leaf index."""
 
     leaf: int
 
 
 class Constant(NamedTuple):
-    """A tensor that came from nowhere."""
+    """A tensor that no recorded operator created."""
 
     tensor: Tensor
 
 
 class Size(NamedTuple):
-    """A number that grows with the batch: ``per_sample · samples + fixed``."""
+    """A number that depends on the batch size: ``per_sample · samples + fixed``."""
 
     per_sample: int
     fixed: int
 
 
-PLACES = (Value, Weight, Given, Constant, Size)
+PLACES = (Value, Weight, Input, Constant, Size)
 
 
 @dataclass(eq=False)
 class Step:
-    """One operator, or a mark that hands a value on under a new number.
+    """An operator, or a marker of a station that renumbers a value.
 
     Attributes:
-        func: The operator; None for a mark.
-        args: Its arguments, with places in place of tensors.
-        kwargs: And by keyword.
-        outs: A number for every leaf of what it gives, None where that is no tensor.
-        writes: Position among ``args`` of the tensor that is written into, if one is; ``outs`` then numbers what it
-            becomes.
-        macs: Multiply-accumulates of the whole batch.
-        station: What a mark stands for.
+        func: The operator; None for a marker.
+        args: Positional arguments, with placeholders for tensors.
+        kwargs: Keyword arguments.
+        outs: Value number of every leaf of the output; None for leaves that are not tensors.
+        writes: Position of the argument that is modified in place, if any; ``outs`` then numbers its new value.
+        macs: Multiply-accumulates for the whole batch.
+        station: Station of a marker.
     """
 
     func: Any
@@ -91,20 +91,20 @@ class Step:
     station: Station | None = None
 
     def reads(self) -> list[int]:
-        """Numbers of the values that enter."""
+        """Numbers of the values that the step reads."""
         return [place.number for place in leaves((self.args, dict(self.kwargs))) if isinstance(place, Value)]
 
 
 class ModuleCall(NamedTuple):
-    """One call of a module.
+    """A call of a module.
 
     Attributes:
-        name: Its name.
+        name: Name of the module.
         module: The module.
-        first: Number of steps before it.
-        last: Number of steps when it was over.
-        entered: The value that its first argument is, if it is one.
-        left: The value that it gave, if that is one tensor.
+        first: Number of steps before the call.
+        last: Number of steps after the call.
+        entered: Value of its first argument, if it is one.
+        left: Value of its output, if it is one tensor.
     """
 
     name: str
@@ -117,14 +117,14 @@ class ModuleCall(NamedTuple):
 
 @dataclass(eq=False)
 class Recording:
-    """A forward pass.
+    """A recorded forward pass.
 
     Attributes:
-        steps: In the order of execution.
-        output: What came out, with places in place of tensors.
-        calls: Of modules, in the order in which they were over.
-        values: What each value was.
-        problems: Why the steps cannot stand for the network, one sentence each.
+        steps: Steps in the order of execution.
+        output: The output, with placeholders for tensors.
+        calls: Calls of modules, in the order in which they ended.
+        values: The recorded tensor of each value.
+        problems: Reasons why the steps cannot be replayed.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Recording:
 
 
 def record(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording:
-    """Run a network once on a batch and write down what it does. Call it within `undisturbed`."""
+    """Record a forward pass on a batch; call it within `preserved_state`."""
     recorder = _Recorder(model, (batch.args, dict(batch.kwargs)))
     with torch.no_grad(), _watched(model, recorder), recorder:
         output = call(model, batch)
@@ -144,12 +144,12 @@ def record(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Leaves of a tree in which places stand for tensors."""
+    """Leaves of a tree with placeholders."""
     return tree_leaves(tree, is_leaf=_is_place)
 
 
 def map_places(function: Any, *trees: Any) -> Any:
-    """Apply a function to every leaf, a place being one."""
+    """Apply a function to every leaf, with placeholders as leaves."""
     return tree_map(function, *trees, is_leaf=_is_place)
 
 
@@ -158,7 +158,7 @@ def _is_place(thing: Any) -> bool:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every operator below autograd."""
+    """Records every operator below autograd."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -166,63 +166,64 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: dict[str, int] = {}
         self._known: dict[int, Any] = {}
         self._by_key: dict[tuple[Any, ...], Any] = {}
-        self._kept: list[Tensor] = []  # so that an id stays its own
+        self._kept: list[Tensor] = []  # kept alive, so that ids are not reused
         self._stale: set[int] = set()
-        self._at_home: dict[int, set[int]] = {}  # values by the memory they lie in
-        self._of_data: set[int] = set()  # values that depend on the inputs
+        self._by_storage: dict[int, set[int]] = {}  # values by storage
+        self._data_dependent: set[int] = set()  # values that depend on the inputs
         for name, tensor in named(model).items():
-            self._know(tensor, Weight(name))
+            self._register(tensor, Weight(name))
         for index, leaf in enumerate(tree_leaves(inputs)):
             if isinstance(leaf, Tensor):
-                self._know(leaf, Given(index))
+                self._register(leaf, Input(index))
 
-    # -- places -------------------------------------------------------------------------------------------------------
+    # -- placeholders
+    # -------------------------------------------------------------------------------------------------------
 
     def places(self, tree: Any) -> Any:
-        """The tree with places in place of tensors."""
+        """Replace tensors in a tree by placeholders."""
         return tree_map(lambda leaf: self.place(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
     def place(self, tensor: Tensor) -> Any:
-        """Where a tensor comes from."""
+        """The placeholder of a tensor."""
         known = self._known.get(id(tensor)) or self._by_key.get(_key(tensor))
         if known is None:
             known = Constant(tensor)
-            self._know(tensor, known)
+            self._register(tensor, known)
         if not isinstance(known, Value) or known.number not in self._stale:
             return known
-        if known.number in self._of_data:
+        if known.number in self._data_dependent:
             self.recording.problems.append("an operator writes into a tensor of which something else reads a view")
             return known
-        with _disable_current_modes():  # a mask, say, that is filled part by part and the same for all samples
+        with _disable_current_modes():  # for instance a mask that is filled in parts, the same for all samples
             return Constant(tensor.detach().clone())
 
     def new(self, tensor: Tensor) -> int:
-        """A number for a tensor that has just been computed."""
+        """Assign a number to a new tensor."""
         number = len(self.recording.values)
         self.recording.values.append(tensor)
-        self._know(tensor, Value(number))
+        self._register(tensor, Value(number))
         return number
 
     def mark(self, tensor: Tensor, station: Station) -> Any:
-        """Hand a value on under a new number; what it was."""
+        """Add a marker that renumbers a value; returns its previous placeholder."""
         place = self.place(tensor)
         number = self.new(tensor)
         self.recording.steps.append(Step(None, (place,), {}, (number,), station=station))
         if self._is_data(place):
-            self._of_data.add(number)
+            self._data_dependent.add(number)
         return place
 
     def restore(self, tensor: Tensor, place: Any, mark: int) -> None:
-        """Let the number of a mark no longer stand for the tensor."""
+        """Undo the renumbering by a marker."""
         if self.place(tensor) == Value(mark):
-            self._know(tensor, place)
+            self._register(tensor, place)
 
-    def _know(self, tensor: Tensor, place: Any) -> None:
+    def _register(self, tensor: Tensor, place: Any) -> None:
         self._known[id(tensor)] = place
         self._by_key[_key(tensor)] = place
         self._kept.append(tensor)
         if isinstance(place, Value):
-            self._at_home.setdefault(_home(tensor), set()).add(place.number)
+            self._by_storage.setdefault(storage_of(tensor), set()).add(place.number)
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
@@ -232,41 +233,41 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = _written(func)
         before = args[written] if written is not None and written < len(args) else None
         out = func(*args, **kwargs)
-        self._object(func, before, written)
+        self._check_replayable(func, before, written)
         is_data = any(self._is_data(place) for place in leaves(places))
         if is_data and func is torch.ops.aten._local_scalar_dense.default:
             self.recording.problems.append("a number is read out of a tensor, and what follows may depend on it")
         if isinstance(before, Tensor):
-            self._spoil(before, is_data)
+            self._mark_stale(before, is_data)
         outs = tuple(self.new(leaf) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(out))
-        self._of_data.update(number for number in outs if number is not None and is_data)
+        self._data_dependent.update(number for number in outs if number is not None and is_data)
         macs = _macs(func, args, kwargs, out)
         self.recording.steps.append(Step(func, *places, outs, written if before is not None else None, macs))
         return out
 
-    def _object(self, func: Any, before: Any, written: int | None) -> None:
-        """Note why an operator cannot be run again by itself."""
+    def _check_replayable(self, func: Any, before: Any, written: int | None) -> None:
+        """Add a problem if an operator cannot be replayed."""
         problems = self.recording.problems
-        # Attention has the tag for its dropout, which does nothing in eval mode.
+        # Attention has the tag because of dropout, which is inactive in eval mode.
         if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in str(func):
             problems.append(f"`{func}` draws random numbers")
         if written is not None and not isinstance(before, Tensor):
             problems.append(f"`{func}` writes into an argument that is no single tensor")
 
-    def _spoil(self, tensor: Tensor, is_data: bool) -> None:
-        """What lies in the memory that is written into is no longer what it was."""
-        there = self._at_home.get(_home(tensor), set())
+    def _mark_stale(self, tensor: Tensor, is_data: bool) -> None:
+        """Mark the values of a storage that is modified in place as stale."""
+        there = self._by_storage.get(storage_of(tensor), set())
         self._stale |= there
         if is_data:
-            self._of_data |= there
+            self._data_dependent |= there
 
     def _is_data(self, place: Any) -> bool:
-        return isinstance(place, Given) or (isinstance(place, Value) and place.number in self._of_data)
+        return isinstance(place, Input) or (isinstance(place, Value) and place.number in self._data_dependent)
 
 
 @contextmanager
 def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Let the recorder know of calls of modules, and mark what leaves them and what enters layers."""
+    """Record the calls of modules, and mark their outputs and the inputs of layers."""
     running: list[tuple[int, int | None, tuple[Any, Any, int] | None]] = []
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -303,13 +304,13 @@ def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 def _written(func: Any) -> int | None:
-    """Position of the argument that an operator writes into."""
+    """Position of the argument that an operator modifies in place."""
     found = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return found[0] if found else None
 
 
 def _without_content(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of an operator, without what it takes nothing but type and device of."""
+    """The arguments of an operator, with an empty tensor for one that only determines dtype and device."""
     if not func._overloadpacket.__name__.startswith("new_") or not isinstance(args[0], Tensor):
         return args
     return (torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:])
@@ -327,7 +328,7 @@ def _macs(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _attention_macs(name: str, args: Any) -> int:
-    """Of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` where they are one operator: queries as keys."""
+    """MACs of the fused operators of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, for self-attention."""
     x, embedding = args[0], args[1] if name == "_transformer_encoder_layer_fwd" else args[3]
     samples, tokens = x.shape[:2]
     macs = samples * (4 * tokens * embedding**2 + 2 * tokens**2 * embedding)
@@ -339,9 +340,10 @@ def _attention_macs(name: str, args: Any) -> int:
     return int(macs)
 
 
-def _home(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Address of a tensor's storage."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:
-    return (_home(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -1,4 +1,4 @@
-"""Places in a network at which samples are looked at."""
+"""Stations: points of a network at which a walk stops."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ Point = Literal["output", "activation", "input"]
 
 @dataclass(frozen=True)
 class Station:
-    """A layer and a point.
+    """A point at a layer.
 
     Attributes:
-        layer: Name of a convolution or linear layer; for ``"output"`` of any module that gives a tensor (a block).
-        point: ``"output"``, what the layer itself gives; ``"activation"``, that after the norms and activations behind
-            it, as long as nothing else reads it; ``"input"``, what enters the layer, and no other reader of the same
-            tensor.
-        call: Which call of a layer that is called several times in a forward pass.
+        layer: Name of a convolution or linear layer; for ``"output"``, of any module that returns a tensor (a block).
+        point: ``"output"`` of the layer; ``"activation"``, the output after the following norms and activations, up to
+            where anything else reads it; ``"input"`` of the layer, without other readers of the same tensor.
+        call: Index of the call, for a layer that is called several times in a forward pass.
 
     Raises:
-        ValueError: If the point is none of the three.
+        ValueError: If the point is unknown.
     """
 
     layer: str
@@ -51,12 +50,12 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:
-    """The dimension of a layer's inputs or outputs that channels lie on; of other modules than layers the second."""
+    """Channel dimension of a layer's inputs or outputs; dimension 1 for modules that are not layers."""
     return value.dim() - 1 if isinstance(layer, nn.Linear) else 1
 
 
 def pooled(value: Tensor, dim: int, reduction: str, absolute: bool) -> Tensor:
-    """One number per sample and channel: the mean or maximum over all positions, shape ``(samples, channels)``.
+    """Mean or maximum over all positions: shape ``(samples, channels)``.
 
     Raises:
         ValueError: If the reduction is neither ``"avg"`` nor ``"max"``.
@@ -71,7 +70,7 @@ def pooled(value: Tensor, dim: int, reduction: str, absolute: bool) -> Tensor:
 
 
 def scaled(value: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """A value times a mask: one number per channel, or per sample and channel."""
+    """Multiply a value by a mask per channel, or per sample and channel."""
     shape = [1] * value.dim()
     shape[dim] = mask.shape[-1]
     if mask.dim() == 2:

@@ -1,4 +1,4 @@
-"""Several variants of a batch at a station: which channels are masked in each, and which samples have to be run."""
+"""Variants of a batch at a station with different masks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["Variants", "product", "stacked"]
 
 @dataclass(frozen=True, eq=False)
 class Variants:
-    """What is asked for.
+    """Variants to run.
 
     Attributes:
-        number: Of the batch.
+        number: Index of the batch.
         batch: The samples.
-        station: Where.
-        dim: The dimension of its channels.
-        value: What it has.
+        station: The station.
+        dim: Dimension of its channels.
+        value: Value at the station.
         several: Masks, ``(variants, channels)``.
-        masks: What is masked at other stations anyway.
-        also: What else is masked there, ``(variants, channels there)``.
-        alive: Which samples of which variant have to be run, ``(variants, samples)``.
-        output: What the others have; None if all are run.
-        delta: Whether layers behind may be computed as differences.
+        masks: Masks at other stations for all variants.
+        also: Masks at later stations per variant, ``(variants, channels)``.
+        alive: Samples that must be run, ``(variants, samples)``.
+        output: Output for the other samples; None if all are run.
+        delta: Whether later layers may be computed as differences.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Variants:
 
 
 def product(masks: Mapping[Station, Tensor], others: Mapping[Station, Tensor]) -> dict[Station, Tensor]:
-    """Masks of both, multiplied where both have one."""
+    """Combine masks; those of the same station are multiplied."""
     together = dict(masks)
     for station, mask in others.items():
         together[station] = mask * together[station].to(mask) if station in together else mask
@@ -60,7 +60,7 @@ def stacked(asked: Variants, rest: Callable[[Tensor, Mapping[Station, Tensor]], 
 
     Args:
         asked: The variants.
-        rest: Gives the output with another value at the station and masks at others.
+        rest: Returns the output for a value at the station and masks at later stations.
     """
     found = []
     for index, mask in enumerate(asked.several):

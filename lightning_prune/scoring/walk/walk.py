@@ -1,4 +1,4 @@
-"""Samples that move through a network, station by station."""
+"""Walks of samples through a network, station by station."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.data import Batch, DataPass, Forward, forward
 from lightning_prune.scoring.spool import Spool, Stored
-from lightning_prune.scoring.undisturbed import undisturbed
 from lightning_prune.scoring.walk.consumers import Consumer, ConsumerFinder
-from lightning_prune.scoring.walk.live import Live
-from lightning_prune.scoring.walk.notes import Notes, key_of
-from lightning_prune.scoring.walk.plain import Change, Place, Plain, marked, places_of
+from lightning_prune.scoring.walk.decision_cache import DecisionCache, key_of
+from lightning_prune.scoring.walk.hook_engine import Change, HookEngine, Place, marked, places_of
 from lightning_prune.scoring.walk.program import NotReplayable, Program
 from lightning_prune.scoring.walk.recording import Recording, record
+from lightning_prune.scoring.walk.replay_engine import ReplayEngine
 from lightning_prune.scoring.walk.station import Point, Station, is_layer, pooled
 from lightning_prune.scoring.walk.variants import Variants
 from lightning_prune.structure.layers import canonical
 
-__all__ = ["Here", "Visit", "Walk", "WalkProgress", "feature_tables", "pooled_features", "stations_of"]
+__all__ = ["StationBatch", "Visit", "Walk", "WalkProgress", "feature_tables", "pooled_features", "stations_of"]
 
 Masks = Mapping[Station, Tensor]
 
 
 @dataclass(frozen=True)
 class WalkProgress:
-    """How far a walk is.
+    """Progress of a walk.
 
     Attributes:
-        station: The station that it has just left.
-        index: Its number, from 0.
+        station: The station that was just finished.
+        index: Its index.
         total: Number of stations.
-        seconds: Since the walk began.
-        seconds_left: As the stations so far let expect.
+        seconds: Elapsed time.
+        seconds_left: Estimated remaining time.
     """
 
     station: Station
@@ -53,13 +53,13 @@ class WalkProgress:
 
 
 class _Engine(Protocol):
-    """How values at stations, and the rest of the network, are computed."""
+    """Computes values at stations and the rest of the network."""
 
     macs: int
 
     def start(self) -> None: ...
 
-    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]: ...
+    def run_all(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]: ...
 
     def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None: ...
 
@@ -79,17 +79,17 @@ def stations_of(
     point: Point = "activation",
     call: Forward = forward,
 ) -> list[Station]:
-    """Stations of convolutions and linear layers that are called as modules, in the order of execution.
+    """Stations of the convolutions and linear layers that are called as modules, in the order of execution.
 
     Args:
-        model: The network, left as it is.
-        batch: Some samples; the first two are run.
-        layers: Only these layers; for ``"output"`` any modules that give one tensor.
-        point: Where at the layer.
-        call: How the network is run on the batch.
+        model: The network, which is not changed.
+        batch: A batch, of which the first two samples are run.
+        layers: Names of layers; for ``"output"``, of any modules that return one tensor. All layers by default.
+        point: Point at the layer.
+        call: Runs the network on the batch.
 
     Raises:
-        ValueError: If a layer is not among those that are called.
+        ValueError: If a layer is not called.
     """
     places, _ = _places(_recorded(model, batch, call), model)
     found = [place.station for place in places if place.station.point == point]
@@ -108,14 +108,14 @@ def stations_of(
 def pooled_features(
     model: nn.Module, data: DataPass, stations: Sequence[Station], reduction: str = "avg", *, absolute: bool = False
 ) -> dict[Station, Tensor]:
-    """One number per sample and channel at several stations, from one forward pass.
+    """Features pooled over positions at several stations, from one forward pass.
 
     Args:
-        model: The network, left as it is.
-        data: The samples; those of this process.
-        stations: Where.
-        reduction: Over positions, ``"avg"`` or ``"max"``.
-        absolute: Of absolute values.
+        model: The network, which is not changed.
+        data: The samples of this process.
+        stations: The stations.
+        reduction: Pooling over positions, ``"avg"`` or ``"max"``.
+        absolute: Whether to pool absolute values.
 
     Returns:
         Tables of shape ``(samples, channels)`` by station, on the CPU, in the order of ``data.labels``.
@@ -135,17 +135,17 @@ def feature_tables(
     absolute: bool = False,
     memory_limit: int,
 ) -> Iterator[tuple[Station, Tensor]]:
-    """The same, handed out a station at a time, in the order given, so that not all tables have to be in memory.
+    """Like `pooled_features`, but yields one station at a time, so that not all tables must be in memory.
 
-    The forward pass is run at once.
+    The forward pass is run immediately.
 
     Args:
         model: See `pooled_features`.
-        data: See there.
-        stations: See there.
-        reduction: See there.
-        absolute: See there.
-        memory_limit: Bytes of tables that are kept in memory; the others wait in temporary files.
+        data: See `pooled_features`.
+        stations: See `pooled_features`.
+        reduction: See `pooled_features`.
+        absolute: See `pooled_features`.
+        memory_limit: Bytes of tables to keep in memory; the rest is kept in temporary files.
     """
     places = _select(_places(_recorded(model, next(iter(data)), data.call), model)[0], stations)
     spool = Spool(memory_limit)
@@ -176,37 +176,37 @@ def feature_tables(
 
 @final
 class Walk:
-    """Moves samples through a network, one station after the other.
+    """Iterator that moves samples through a network, one station after the other.
 
-    At a station every batch of the data has its value there, which can be looked at, and the rest of the network can
-    be run from there with another one. What moves on can be masked. The network itself is left as it is; it is read
-    when a segment is run, so that a layer whose weights are exchanged counts from then on: two walks side by side,
-    ``zip(Walk(dense, ...), Walk(cut, ...))``, see the features of the cut network and the targets of the dense one.
+    At each station, the value of every batch can be read and masked, and the rest of the network can be run from there
+    with another value. The network is not changed. Its weights are read when a segment is run, so that replaced weights
+    take effect from then on: two walks in parallel, ``zip(Walk(dense, ...), Walk(cut, ...))``, give the features of the
+    cut network and the targets of the dense one.
 
     Args:
-        model: The network. Of a LightningModule ``forward`` is run.
-        data: The samples; under several processes each walks its own.
-        stations: Where to stop, in any order; see `stations_of`.
-        memory_limit: Bytes of live tensors that are kept in memory; the others lie in memory-mapped temporary files.
-        folder: Where `Visit.once` writes down what is decided; nothing is written without one.
-        options: What else decides, beside weights, samples and stations: it is part of the key under which finished
-            stations are found again.
-        progress: Called when a station is left.
-        plain: Run the whole network with hooks for every value: slow, the same numbers. So it is, with a warning, where
-            a network cannot be run from a station on, because its operators depend on the data, say.
-        most_rows: Samples of all variants of `Here.rest_masked` together that are run as one batch; one variant is
-            always run whole.
-        agree: Whether something holds on all processes, by what holds on this one; by default what holds here.
+        model: The network; the ``forward`` of a LightningModule.
+        data: The samples of this process.
+        stations: Stations to stop at, in any order; see `stations_of`.
+        memory_limit: Bytes of live tensors to keep in memory; the rest is kept in memory-mapped temporary files.
+        folder: Folder in which `Visit.once` stores decisions; nothing is stored if None.
+        options: Other settings that decisions depend on; part of the key under which they are stored.
+        progress: Called when a station is finished.
+        plain: Run the whole network with hooks for every value: slow, with equal results. This is also done, with a
+            warning, if the network cannot be replayed from a station, for instance because its operators depend on the
+            data.
+        most_rows: Maximum number of rows (samples × variants) that `StationBatch.rest_masked` runs as one batch; one
+            variant is always run as a whole.
+        agree: Reduces a boolean over all processes to whether it holds on all; by default for a single process.
 
     Attributes:
         model: The network.
         data: The samples.
-        stations: In the order of execution.
+        stations: Stations in the order of execution.
         forward_macs: Multiply-accumulates (1 MAC = 2 FLOPs) of one sample's forward pass.
         is_plain: Whether the whole network is run for every value.
 
     Raises:
-        ValueError: If a station is not in the network, or there is none.
+        ValueError: If there is no station, or one is not in the network.
 
     Example:
         >>> import torch
@@ -244,10 +244,10 @@ class Walk:
         self._masks: dict[Station, Tensor] = {}
         self.is_plain = plain
         self._engine: _Engine = (
-            Plain(model, self.places, forward_macs, data.call) if plain else self._live(memory_limit, most_rows)
+            HookEngine(model, self.places, forward_macs, data.call) if plain else self._live(memory_limit, most_rows)
         )
         key = None if folder is None else key_of(model, data, self.stations, options)
-        self.notes = None if folder is None or key is None else Notes(Path(folder) / key)
+        self.cache = None if folder is None or key is None else DecisionCache(Path(folder) / key)
 
     @property
     def macs(self) -> int:
@@ -256,7 +256,7 @@ class Walk:
 
     @property
     def macs_naive(self) -> int:
-        """Those of running the network from its input once for every station."""
+        """Multiply-accumulates of running the whole network once per station."""
         return len(self.stations) * len(self.data) * self.forward_macs
 
     @cached_property
@@ -264,35 +264,35 @@ class Walk:
         return ConsumerFinder(self._recording)
 
     def consumer(self, layer: str) -> Consumer:
-        """What reads the output of a layer that is called once."""
+        """The consumer of the output of a layer that is called once."""
         return self._consumers.of(layer)
 
     def first_pass(self, stations: Sequence[Station]) -> Iterator[tuple[Any, dict[Station, Tensor]]]:
-        """Run the whole network once, and look at it before the walk stops anywhere.
+        """Run the whole network once, before the walk.
 
-        What layers give is kept while half of ``memory_limit`` is free, and the walk that follows does not run them
-        again on unmasked samples. Their weights must not be exchanged in between.
+        Outputs of layers are cached while half of ``memory_limit`` is free, and the following walk reuses them for
+        unmasked samples. Weights must not change in between.
 
         Args:
-            stations: What is looked at; any of the network's.
+            stations: Any stations of the network.
 
         Yields:
-            For every batch, what the network gives, and what each of the stations has.
+            For every batch, the output and the values at the stations.
         """
         for number, batch in enumerate(self.data):
             with self.quiet():
-                found = self._engine.through(number, batch, stations)
+                found = self._engine.run_all(number, batch, stations)
             yield found
 
     def __iter__(self) -> Iterator[Visit]:
-        """Go to one station after the other; each walk begins at the inputs, without masks."""
+        """Iterate over the stations; each walk starts at the inputs, without masks."""
         return self.visits()
 
     def visits(self, batches: Sequence[int] | None = None) -> Iterator[Visit]:
-        """The same, with some of the batches.
+        """Iterate over the stations with a part of the batches.
 
         Args:
-            batches: Their positions; all by default.
+            batches: Indices of batches; all by default.
         """
         self._masks.clear()
         self._engine.start()
@@ -316,18 +316,18 @@ class Walk:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Context in which the network, or its operators, are run without a trace."""
-        untouched = undisturbed(self.model, seed=self.data.seed) if self.is_plain else nullcontext()
+        """Context for running the network, or its operators, without side effects."""
+        untouched = preserved_state(self.model, seed=self.data.seed) if self.is_plain else nullcontext()
         with untouched, torch.inference_mode(False), torch.no_grad():
             yield
 
     def _live(self, memory_limit: int, most_rows: int) -> _Engine:
-        """The engine that moves live tensors, or that of whole passes where the network cannot be taken apart."""
+        """The replay engine, or the hook engine with a warning if the network cannot be replayed."""
         first = next(iter(self.data))
         try:
             program = Program(self.model, first, self.data.call)
-            live = Live(self.model, program, self.places, memory_limit, most_rows)
-            with undisturbed(self.model, seed=self.data.seed), torch.inference_mode(False), torch.no_grad():
+            live = ReplayEngine(self.model, program, self.places, memory_limit, most_rows)
+            with preserved_state(self.model, seed=self.data.seed), torch.inference_mode(False), torch.no_grad():
                 live.check(first, self.data.call)
             return live
         except NotReplayable as problem:
@@ -337,12 +337,12 @@ class Walk:
                 f"numbers: it cannot be run from a station on, because {problem}",
                 stacklevel=3,
             )
-            return Plain(self.model, self.places, self.forward_macs, self.data.call)
+            return HookEngine(self.model, self.places, self.forward_macs, self.data.call)
 
 
 @final
 class Visit:
-    """All samples at one station: iterates over the batches there."""
+    """All samples at one station; iterates over its batches."""
 
     def __init__(
         self, walk: Walk, index: int, engine: _Engine, masks: Masks, batches: Sequence[int] | None = None
@@ -358,30 +358,30 @@ class Visit:
         """Number of channels at the station."""
         return self.place.channels
 
-    def __iter__(self) -> Iterator[Here]:
-        """One batch after the other, in the order of the data."""
+    def __iter__(self) -> Iterator[StationBatch]:
+        """Iterate over the batches, in the order of the data."""
         for number, batch in self.walk._batches(self.batches):
-            yield Here(self, number, batch)
+            yield StationBatch(self, number, batch)
 
     def features(self, reduction: str = "avg", *, absolute: bool = False) -> Tensor:
-        """One number per sample and channel, of shape ``(samples, channels)``, on the CPU.
+        """Features pooled over positions, of shape ``(samples, channels)``, on the CPU.
 
         Args:
-            reduction: Over positions, ``"avg"`` or ``"max"``.
-            absolute: Of absolute values.
+            reduction: Pooling over positions, ``"avg"`` or ``"max"``.
+            absolute: Whether to pool absolute values.
         """
         return torch.cat([pooled(here.value, self.place.dim, reduction, absolute).cpu() for here in self])
 
     def mask(self, mask: Tensor, at: Sequence[Station] | None = None) -> None:
-        """Multiply what moves on.
+        """Multiply the value by a mask from here on.
 
         Args:
             mask: One number per channel.
-            at: Later stations of the same channels in place of this one, the inputs of a group's consumers, say: all of
-                them are multiplied from now on, whether the walk stops there or not.
+            at: Stations with the same channels to mask instead of this one, for instance the inputs of a group's
+                consumers, whether the walk stops there or not.
 
         Raises:
-            ValueError: If the mask does not have a number for every channel, or a station lies behind.
+            ValueError: If the mask has another shape, or a station is before this one.
         """
         for station in (self.station,) if at is None else at:
             place = self.walk.places.get(station)
@@ -397,28 +397,28 @@ class Visit:
             self.later[station] = mask * self.later.get(station, self.masks.get(station, torch.ones_like(mask)))
 
     def once(self, decide: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """What is decided at this station: computed once, and read back when a killed walk is run again.
+        """Compute the decision at this station, or load it if an interrupted walk has stored it.
 
         Args:
-            decide: Gives tensors, numbers, strings, and lists and dicts of them.
+            decide: Returns tensors, numbers, strings, and lists and dicts of them.
 
         Returns:
-            What ``decide`` gave, now or in the walk before.
+            The result of ``decide``, of this walk or an earlier one.
         """
-        notes = self.walk.notes
-        if notes is None:
+        cache = self.walk.cache
+        if cache is None:
             return dict(decide())
-        found = notes.read(self.index)
-        # Where it is missing on one process, all compute it: they may wait for each other there.
+        found = cache.read(self.index)
+        # If it is missing on one process, all compute it, as it may use collectives.
         if not self.walk.agree(found is not None) or found is None:
             found = dict(decide())
-            notes.write(self.index, found)
+            cache.write(self.index, found)
         return found
 
 
 @final
-class Here:
-    """One batch at a station.
+class StationBatch:
+    """A batch at a station.
 
     Attributes:
         batch: The samples.
@@ -431,7 +431,7 @@ class Here:
 
     @property
     def value(self) -> Tensor:
-        """What the station has: ``(samples, channels, *positions)``; of a linear layer the channels come last."""
+        """Value at the station: ``(samples, channels, *positions)``; channels are last for a linear layer."""
         if self._value is None:
             visit = self.visit
             with visit.walk.quiet():
@@ -440,23 +440,23 @@ class Here:
 
     @property
     def stream(self) -> Tensor | None:
-        """What the layer's output, or a norm of it, is added to, in its shape; None where that is not known yet."""
+        """The residual stream that the layer's output (after its norm) is added to; None if not computed yet."""
         visit = self.visit
         stream = visit.walk.consumer(visit.station.layer).stream
         return None if stream is None else visit.engine.other(self.number, stream)
 
     @property
     def output(self) -> Any:
-        """What the network gives with the value as it is."""
+        """Output of the network with the current value."""
         if self._output is None:
             self._output = self.rest(self.value)
         return self._output
 
     def rest(self, value: Tensor, also: Masks | None = None) -> Any:
-        """What the network gives with another value at this station.
+        """Output of the network with another value at this station.
 
         Args:
-            value: In the shape of ``self.value``.
+            value: Replacement in the shape of ``self.value``.
             also: Masks at later stations, one number per channel.
         """
         visit = self.visit
@@ -467,23 +467,20 @@ class Here:
     def rest_masked(
         self, masks: Tensor, also: Masks | None = None, *, delta: bool = False, skip: bool = False, output: Any = None
     ) -> Any:
-        """What the network gives with some channels masked, in several variants.
+        """Outputs of the network with masked channels, in several variants.
 
-        Several variants are run as one batch, which may round otherwise than one after the other.
+        Variants are run as one batch, so results may differ by rounding from those of single runs.
 
         Args:
-            masks: One number per variant and channel, ``(variants, channels)``; 0 takes a channel out.
-            also: Masks of the same variants at later stations, ``(variants, channels there)``.
-            delta: Compute convolutions and linear layers behind as what they gave less the share of the masked
-                channels, or as the share of the others where these are fewer (of masks of 0 and 1): faster, and equal
-                up to rounding.
-            skip: Let samples whose masked channels are all 0 have the output as it is: exact. With ``also`` every
-                sample is run, since what is at later stations is not looked at.
-            output: What the network gives with the value as it is, where it is known from a pass before; else ``skip``
-                takes ``self.output``.
+            masks: Masks of the variants, ``(variants, channels)``; 0 removes a channel.
+            also: Masks of the same variants at later stations, ``(variants, channels)``.
+            delta: Compute the following convolutions and linear layers incrementally from the masked channels, or
+                from the others if these are fewer (for masks of 0 and 1): faster, and equal up to rounding.
+            skip: Reuse the output for samples whose masked channels are all 0: exact. Ignored with ``also``.
+            output: Output with the current value, if known; else ``skip`` uses ``self.output``.
 
         Returns:
-            The network's output with one more dimension in front of every tensor, the variants.
+            The network's output, where every tensor has a first dimension for the variants.
 
         Raises:
             ValueError: If masks have another shape.
@@ -509,7 +506,7 @@ class Here:
             return visit.engine.variants(asked)
 
     def _alive(self, masks: Tensor) -> Tensor:
-        """Whether a sample has anything in the channels that a variant masks: ``(variants, samples)``."""
+        """Whether a sample has nonzero values in the masked channels of a variant: ``(variants, samples)``."""
         seen = self.value.movedim(self.visit.place.dim, 1).flatten(2) if self.value.dim() > 2 else self.value[..., None]
         changed = (masks != 1).to(seen.device)
         return ((seen != 0).any(2)[None] & changed[:, None]).any(2).cpu()
@@ -522,18 +519,18 @@ class Here:
 
 
 def _recorded(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording:
-    """A forward pass of two samples: operators tell a batch of one apart from no batch at times."""
-    with undisturbed(model):
+    """Record a forward pass of two samples, as some operators treat a batch of one specially."""
+    with preserved_state(model):
         return record(model, batch.rows([0, min(1, len(batch) - 1)]), call)
 
 
 def _places(recording: Recording, model: nn.Module) -> tuple[list[Place], int]:
-    """The stations of a network, and the multiply-accumulates of one sample's forward pass."""
+    """The stations of a network, and the multiply-accumulates of its forward pass per sample."""
     return places_of(recording, model, 2), sum(step.macs for step in recording.steps) // 2
 
 
 def _select(places: Sequence[Place], stations: Sequence[Station]) -> list[Place]:
-    """The places of stations, in the order of execution."""
+    """The places of the given stations, in the order of execution."""
     if not stations:
         raise ValueError("expected at least one station, got none")
     missing = sorted(str(station) for station in set(stations) - {place.station for place in places})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune.scoring.undisturbed import own_random_state
+from lightning_prune.scoring.contexts import seeded_rng
 from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import tensors
 from lightning_prune.surgery.repairs.repair import Repair, Run
@@ -56,7 +56,7 @@ class Reinitialise(Repair):
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
         """New contents of every parameter, and of the buffers of norms."""
         before = {name: tensor.detach().clone() for name, tensor in _own(model).items()}
-        with own_random_state(self.seed):
+        with seeded_rng(self.seed):
             drawn = [
                 id(tensor)
                 for module in model.modules()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring import DataPass
-from lightning_prune.scoring.walk import Here, Station, Walk, stations_of
+from lightning_prune.scoring.walk import Station, StationBatch, Walk, stations_of
 from lightning_prune.structure.graph import Axes
 from lightning_prune.surgery.repairs.linear import (
     as_matrices,
@@ -162,7 +162,7 @@ class _Fit:
         """Whether a constant can be added to the outputs."""
         return self.layer.bias is not None or self.norm is not None
 
-    def see(self, dense: Here, narrow: Here) -> None:
+    def see(self, dense: StationBatch, narrow: StationBatch) -> None:
         """Add a batch: what the dense network's layer gives, and what that of the cut one takes."""
         outputs = self._positions(dense.value)
         chosen = spread(len(outputs), self.ridge.rows).to(outputs.device)

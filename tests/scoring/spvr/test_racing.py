@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.scoring import DataPass
-from lightning_prune.scoring.spvr.racing import Race, raced
-from lightning_prune.scoring.spvr.walked import RankingOptions, rank
+from lightning_prune.scoring.spvr.racing import Race, rank_by_race
+from lightning_prune.scoring.spvr.walk_ranking import RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 from tests.scoring.spvr.forms import FORMS, example
 from tests.scoring.spvr.test_walked import sites
@@ -56,7 +56,7 @@ def test_an_exact_race_decides_as_the_full_ranking(name, share):
     model, data, places, whole = full(name)
     count = round(share * sum(map(len, whole.bundles.values())))
     decides = least(count)
-    ranking = raced(model, data, places, OPTIONS, Race("exact", decides, samples=1))
+    ranking = rank_by_race(model, data, places, OPTIONS, Race("exact", decides, samples=1))
     assert ranking.bundles == whole.bundles
     taken, expected = (decides(found.bundles, found.scores) for found in (ranking, whole))
     for site in places:
@@ -80,8 +80,8 @@ def test_races_cost_less():
     places, _ = sites(model, structure, data)
     options = RankingOptions(group_size=1)
     whole = rank(model, data, places, options)
-    exact = raced(model, data, places, options, Race("exact", least(10), samples=1))
-    statistical = raced(model, data, places, options, Race("statistical", least(10), samples=1))
+    exact = rank_by_race(model, data, places, options, Race("exact", least(10), samples=1))
+    statistical = rank_by_race(model, data, places, options, Race("statistical", least(10), samples=1))
     assert exact.macs < 0.8 * whole.macs
     assert statistical.macs < exact.macs
     assert not all(found.all() for found in exact.complete.values())
@@ -94,7 +94,7 @@ def test_what_lacks_in_the_end_is_completed():
     model, data, places, whole = full("resnet")
     counts = iter([1] * 25 + [6] * 1000)  # the plan takes more than it seemed while samples were looked at
     race = Race("exact", lambda bundles, scores: least(next(counts))(bundles, scores), samples=1)
-    ranking = raced(model, data, places, OPTIONS, race)
+    ranking = rank_by_race(model, data, places, OPTIONS, race)
     taken, expected = (least(6)(found.bundles, found.scores) for found in (ranking, whole))
     for site in places:
         assert torch.equal(taken[site], expected[site])
@@ -105,7 +105,7 @@ def test_what_lacks_in_the_end_is_completed():
 def test_a_race_that_was_killed_goes_on(tmp_path, kind):
     model, data, places, _ = full("segnet")
     race = Race(kind, least(3), "least 3", samples=1)
-    whole, seen = raced(model, data, places, OPTIONS, race), []
+    whole, seen = rank_by_race(model, data, places, OPTIONS, race), []
 
     def stop(text, decided, total):
         seen.append((text, decided, total))
@@ -113,12 +113,12 @@ def test_a_race_that_was_killed_goes_on(tmp_path, kind):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        raced(model, data, places, OPTIONS, race, folder=tmp_path, progress=stop)
+        rank_by_race(model, data, places, OPTIONS, race, folder=tmp_path, progress=stop)
     assert seen[19][0].startswith("40 of 60")
-    again = raced(model, data, places, OPTIONS, race, folder=tmp_path)
+    again = rank_by_race(model, data, places, OPTIONS, race, folder=tmp_path)
     assert again.macs < whole.macs
     for site in places:
         assert torch.equal(again.scores[site], whole.scores[site])
         assert torch.equal(again.complete[site], whole.complete[site])
-    other = raced(model, data, places, OPTIONS, Race(kind, least(1), "least 1", samples=1), folder=tmp_path)
+    other = rank_by_race(model, data, places, OPTIONS, Race(kind, least(1), "least 1", samples=1), folder=tmp_path)
     assert not all(torch.equal(other.complete[site], whole.complete[site]) for site in places)

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.scoring import DataPass, KLDivergence, Misclassification, SPvR, stations_of
 from lightning_prune.scoring.spvr.sites import sites_of_groups, sites_of_layers
-from lightning_prune.scoring.spvr.walked import RankingOptions, rank
+from lightning_prune.scoring.spvr.walk_ranking import RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 from tests.scoring.spvr import reference
 from tests.scoring.spvr.forms import FORMS, example

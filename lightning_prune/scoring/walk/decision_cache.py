@@ -1,4 +1,4 @@
-"""What a walk has decided, written down so that a killed one need not decide it again."""
+"""Persistent decisions of a walk, from which an interrupted walk is resumed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.walk.station import Station
 from lightning_prune.structure.layers import named
 
-__all__ = ["Notes", "key_of"]
+__all__ = ["DecisionCache", "key_of"]
 
 
 @final
-class Notes:
-    """One file per finished station in a folder.
+class DecisionCache:
+    """Decisions in a folder, one file per finished station.
 
     Args:
-        folder: The folder, made when something is written.
+        folder: The folder, created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, index: int) -> dict[str, Any] | None:
-        """What was decided at a station, None if it is not finished."""
+        """The decision at a station, or None."""
         path = self._path(index)
         if not path.exists():
             return None
@@ -39,7 +39,7 @@ class Notes:
         return found
 
     def write(self, index: int, decided: Mapping[str, Any]) -> None:
-        """Write it down, whole or not at all."""
+        """Write a decision atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self._path(index).with_suffix(f".{os.getpid()}.part")
         torch.save(dict(decided), part)
@@ -50,13 +50,13 @@ class Notes:
 
 
 def key_of(model: nn.Module, data: DataPass, stations: Sequence[Station], options: Any) -> str:
-    """A name for everything that decides: weights and buffers, samples, stations and options.
+    """Digest of everything that decisions depend on: weights and buffers, samples, stations and options.
 
     Args:
         model: The network.
         data: The samples.
-        stations: Where the walk stops.
-        options: Whatever else decides, in plain data; other objects count by their ``repr``.
+        stations: Stations of the walk.
+        options: Other settings; objects that are not plain data count by their ``repr``.
     """
     digest = hashlib.sha256()
     for name, tensor in named(model).items():

@@ -1,4 +1,4 @@
-"""Live tensors that move from station to station, and the rest of the network from there."""
+"""Engine that replays the recorded operators of a network between stations."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.scoring.data import Batch, Forward, forward
 from lightning_prune.scoring.spool import Spool, Stored
 from lightning_prune.scoring.walk.delta import Delta, Partial, Shares
-from lightning_prune.scoring.walk.kept import Kept
-from lightning_prune.scoring.walk.plain import Place
+from lightning_prune.scoring.walk.hook_engine import Place
+from lightning_prune.scoring.walk.output_cache import OutputCache
 from lightning_prune.scoring.walk.program import Context, NotReplayable, Program, Work, take_rows, weights_of
-from lightning_prune.scoring.walk.recording import Given, leaves
+from lightning_prune.scoring.walk.recording import Input, leaves
 from lightning_prune.scoring.walk.station import Station, scaled
 from lightning_prune.scoring.walk.variants import Variants, product, stacked
 
-__all__ = ["Live"]
+__all__ = ["ReplayEngine"]
 
 Masks = Mapping[Station, Tensor]
 
 
 @dataclass(eq=False)
 class _Here:
-    """What is known of a batch at a station.
+    """Cached values of a batch at a station.
 
     Attributes:
-        number: Of the batch.
-        samples: Of the batch.
+        number: Index of the batch.
+        samples: Batch size.
         inputs: Leaves of the arguments of ``forward``.
-        sides: What steps compute that do not depend on the station, by the stations that are masked beside.
-        dense: What steps give with the station's value as it is, for differences.
-        masks: The masks that this holds for.
+        sides: Values that do not depend on the station, by the other masked stations.
+        dense: Values with the station unmasked, for differences.
+        masks: Id of the masks for which the values are valid.
     """
 
     number: int
@@ -48,19 +48,19 @@ class _Here:
 
 
 @final
-class Live:
-    """Runs a `Program` a segment at a time.
+class ReplayEngine:
+    """Runs a `Program` segment by segment.
 
     Args:
         model: The network.
-        program: Its operators.
-        places: Its stations.
-        limit: Bytes of live tensors in memory.
-        most_rows: Samples of all variants together that are run at once; one variant is always run whole.
+        program: Recorded operators of the network.
+        places: Stations of the network.
+        limit: Bytes of live tensors to keep in memory.
+        most_rows: Maximum number of rows (samples × variants) per run; one variant is always run as a whole.
 
     Attributes:
         macs: Multiply-accumulates so far.
-        spool: Where the live tensors are.
+        spool: Store of the live tensors.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Live:
         self.limit, self.most_rows = limit, most_rows
         self.macs = 0
         self.spool = Spool(limit)
-        self._kept = Kept(program, self.spool)
+        self._kept = OutputCache(program, self.spool)
         self._live: dict[int, dict[int, Stored]] = {}
         self._at: dict[int, Station] = {}
         self._here: _Here | None = None
@@ -79,7 +79,7 @@ class Live:
         self._deltas: dict[tuple[int, frozenset[int]], Delta] = {}
 
     def check(self, batch: Batch, call: Forward = forward) -> None:
-        """See whether the program gives what the network gives.
+        """Check that the program returns the same output as the network.
 
         Raises:
             NotReplayable: If not.
@@ -93,14 +93,14 @@ class Live:
                 raise NotReplayable("its operators, run one by one, give another output")
 
     def start(self) -> None:
-        """A walk begins at the inputs."""
+        """Start a walk at the inputs."""
         for live in self._live.values():
             for stored in live.values():
                 stored.free()
         self._live, self._at, self._here = {}, {}, None
 
-    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:
-        """What the network gives and has at stations; its layers need not run again while nothing is masked."""
+    def run_all(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:
+        """Output of the network and values at stations; outputs of layers are cached."""
         program = self.program
         seen = {station: program.value_at(program.at[station]) for station in stations}
         work = program.work(range(len(program.steps)), [*program.outputs, *seen.values()])
@@ -111,7 +111,7 @@ class Live:
         return program.output_of(found, context), {station: found[number] for station, number in seen.items()}
 
     def move(self, number: int, batch: Batch, station: Station, masks: Masks) -> None:
-        """Go on to a station; what no later step reads is freed."""
+        """Move a batch to a station and free values that are no longer read."""
         program, live, before = self.program, self._live.get(number, {}), self._at.get(number)
         stop = program.at[station]
         start = -1 if before is None else program.at[before]
@@ -122,35 +122,35 @@ class Live:
             values[own] = scaled(values[own], masks[before], self.dims[before])
             live.pop(own).free()
         context = self._context(batch, {name: mask for name, mask in masks.items() if name != station})
-        values = self._ran(work, values, context, number)
+        values = self._run_batch(work, values, context, number)
         self._kept.forget(number, up_to=stop)
         wanted = program.live(stop)
         for name in live.keys() - wanted:
             live.pop(name).free()
-        # In order, so that the same ones are spooled in every run.
+        # Sorted, so that the same tensors are spooled in every run.
         for name in sorted(wanted - live.keys()):
             live[name] = self.spool.put(values[name])
         self._live[number], self._at[number], self._here = live, station, None
 
     def value(self, number: int, batch: Batch, station: Station, masks: Masks) -> Tensor:  # noqa: ARG002
-        """What the station has, before its own mask."""
+        """Value at the station, before its own mask."""
         return self._live[number][self.program.value_at(self.program.at[station])].get().clone()
 
     def other(self, number: int, value: int) -> Tensor | None:
-        """Another value that is live where a batch is."""
+        """Another live value of a batch."""
         return self._live[number][value].get()
 
     def rest(self, number: int, batch: Batch, station: Station, value: Tensor, masks: Masks, also: Masks) -> Any:
-        """What the network gives with another value at the station."""
+        """Output of the network with another value at the station."""
         here, start = self._at_batch(number, batch), self.program.at[station]
-        values = {**self._beside(here, start, masks, also), self.program.value_at(start): value}
+        values = {**self._other_values(here, start, masks, also), self.program.value_at(start): value}
         context = self._context(batch, product(masks, also))
         work = self._work(start, self._marks(also))
         self.macs += self.program.macs(work.steps, here.samples)
         return self.program.output_of(self.program.run(work, values, context), context)
 
     def variants(self, asked: Variants) -> Any:
-        """What the network gives with some channels masked, many variants as one batch."""
+        """Outputs of the network with masked channels, many variants as one batch."""
         start, marks = self.program.at[asked.station], self._marks(asked.also)
         if not self._is_separable(start, marks):
             rest = partial(self.rest, asked.number, asked.batch, asked.station, masks=asked.masks)
@@ -162,27 +162,28 @@ class Live:
         ran = [chunk for chunk in chunks if chunk is not None]
         return _assembled(tree_map(lambda *parts: torch.cat(parts), *ran) if ran else None, asked)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- internals
+    # -------------------------------------------------------------------------------------------------------
 
-    def _ran(
+    def _run_batch(
         self, work: Work, values: Mapping[int, Tensor], context: Context, number: int, *, out_of_order: bool = False
     ) -> dict[int, Tensor]:
-        """Values of a whole batch behind work of which nothing is known yet, or some from a first pass."""
+        """Run work on a whole batch, using cached outputs of a first pass if nothing is masked."""
         known = {} if context.masks else self._kept.known(number, work.steps)
         found = self.program.run(work, values, context, out_of_order=out_of_order, instead=known)
         self.macs += self.program.macs((index for index in work.steps if index not in known), context.samples)
         return found
 
     def _chunk(self, here: _Here, asked: Variants, part: slice) -> Any:
-        """Outputs of the samples that have to be run, variant by variant; None if there are none."""
+        """Outputs of the samples that must be run, by variant; None if there are none."""
         alive, several = asked.alive[part].to(asked.value.device), asked.several[part].to(asked.value.device)
         variant, sample = alive.nonzero(as_tuple=True)
         if not len(sample):
             return None
         program, start, marks = self.program, self.program.at[asked.station], self._marks(asked.also)
         own, work = program.value_at(start), self._work(start, marks)
-        beside = self._beside(here, start, asked.masks, asked.also)
-        values = {number: self._taken(number, beside[number], sample) for number in work.needs - {own}}
+        others = self._other_values(here, start, asked.masks, asked.also)
+        values = {number: self._taken(number, others[number], sample) for number in work.needs - {own}}
         values[own] = scaled(asked.value.index_select(0, sample), several[variant], asked.dim)
         rows = {station: mask[part].to(several.device)[variant] for station, mask in asked.also.items()}
         inputs = [_rows(leaf, sample, here.samples) for leaf in here.inputs] if self._reads_inputs(work) else []
@@ -198,13 +199,13 @@ class Live:
         return program.output_of(found, context)
 
     def _at_batch(self, number: int, batch: Batch) -> _Here:
-        """What is known of the batch, as long as it is the same one."""
+        """Cached values of the batch."""
         if self._here is None or self._here.number != number:
             self._here = _Here(number, len(batch), tree_leaves((batch.args, dict(batch.kwargs))))
         return self._here
 
-    def _beside(self, here: _Here, start: int, masks: Masks, also: Masks) -> dict[int, Tensor]:
-        """All values that the rest of the network reads beside the station's; computed once for a batch."""
+    def _other_values(self, here: _Here, start: int, masks: Masks, also: Masks) -> dict[int, Tensor]:
+        """All other values that the rest of the network reads, computed once per batch."""
         marks = self._marks(also)
         if here.masks != id(masks):
             here.sides.clear()
@@ -217,17 +218,17 @@ class Live:
             work = program.work(between, rest.needs - {own})
             live = {number: stored.get() for number, stored in self._live[here.number].items()}
             context = Context(weights_of(self.model), here.inputs, here.samples, masks, self.dims)
-            here.sides[marks] = self._ran(work, live, context, here.number, out_of_order=True)
+            here.sides[marks] = self._run_batch(work, live, context, here.number, out_of_order=True)
         return here.sides[marks]
 
     def _dense(self, here: _Here, asked: Variants, delta: Delta) -> dict[int, Tensor]:
-        """What the layers behind the station read and give in the network as it is; computed once for a batch."""
+        """Inputs and outputs of the following layers in the unmasked network, computed once per batch."""
         if not here.dense and delta.wanted:
             program, start = self.program, self.program.at[asked.station]
             work = program.work(program.dependents(self._marks(asked.also) | {start}), delta.wanted)
-            values = {**self._beside(here, start, asked.masks, asked.also), program.value_at(start): asked.value}
+            values = {**self._other_values(here, start, asked.masks, asked.also), program.value_at(start): asked.value}
             context = Context(weights_of(self.model), here.inputs, here.samples, asked.masks, self.dims)
-            found = self._ran(work, values, context, here.number, out_of_order=True)
+            found = self._run_batch(work, values, context, here.number, out_of_order=True)
             here.dense = {number: found[number] for number in delta.wanted}
         return here.dense
 
@@ -235,7 +236,7 @@ class Live:
         return frozenset(self.program.at[station] for station in also)
 
     def _work(self, start: int, marks: frozenset[int]) -> Work:
-        """The steps that depend on a station and on others that are masked beside, for the output."""
+        """The steps that depend on a station or on other masked stations, for the output."""
         key = start, marks
         if key not in self._works:
             program = self.program
@@ -249,7 +250,7 @@ class Live:
         return self._deltas[key]
 
     def _is_separable(self, start: int, marks: frozenset[int]) -> bool:
-        """Whether samples can be put together anew from the station on."""
+        """Whether samples can be batched differently from the station on."""
         program, work = self.program, self._work(start, marks)
         read = {number for index in work.steps for number in program.steps[index].reads()} | work.needs
         first = {program.value_at(position) for position in (start, *marks)} | set(program.outputs)
@@ -258,7 +259,7 @@ class Live:
 
     def _reads_inputs(self, work: Work) -> bool:
         steps = (self.program.steps[index] for index in work.steps)
-        return any(isinstance(place, Given) for step in steps for place in leaves((step.args, dict(step.kwargs))))
+        return any(isinstance(place, Input) for step in steps for place in leaves((step.args, dict(step.kwargs))))
 
     def _taken(self, number: int, value: Tensor, sample: Tensor) -> Tensor:
         rows = self.program.rows[number]
@@ -275,7 +276,7 @@ def _rows(leaf: Any, sample: Tensor, samples: int) -> Any:
 
 
 def _assembled(rows: Any, asked: Variants) -> Any:
-    """Outputs of the samples that were run, and of the others, as variants and samples."""
+    """Combine the outputs of samples that were run with those of the others, by variant."""
     if asked.output is None:
         return tree_map(lambda leaf: leaf.unflatten(0, asked.alive.shape), rows)
     if rows is None:
@@ -294,5 +295,5 @@ def _same(one: Any, other: Any) -> bool:
         return bool(one == other)
     if one.device.type == "cpu":
         return torch.equal(one.nan_to_num(), other.nan_to_num())
-    # Elsewhere a library may choose another algorithm for the same operator.
+    # On other devices, another algorithm may be chosen for the same operator.
     return torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Which samples of some data are looked at: counted, seeded, the same share of every class."""
+"""Seeded, stratified selection of samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
+from lightning_prune.scoring.contexts import seeded_rng
 from lightning_prune.scoring.samples import Samples
-from lightning_prune.scoring.undisturbed import own_random_state
 
 __all__ = [
     *("NO_CLASS", "Choice", "batch_size_of", "choose", "class_members", "draw", "hold_back", "is_indexed"),
     "targets_of",
 ]
 
-#: Label of pixels that belong to no class, by the convention of PASCAL VOC and Cityscapes.
+#: Label of pixels to ignore, by the convention of PASCAL VOC and Cityscapes.
 NO_CLASS = 255
 
 #: Positions of samples.
@@ -31,14 +31,14 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Choice:
-    """How samples are chosen.
+    """Settings of a selection of samples.
 
     Attributes:
-        samples: How many, the same share of every class where the labels are classes; all by default.
-        per_class: Or how many of every class.
-        seed: Of the choice and the order.
-        labels: Gives the labels of a batch, None if it has none.
-        known: Whether these are the data set's own, so that its ``targets`` tell them without reading it.
+        samples: Number of samples, stratified by class if the labels are classes; all if None.
+        per_class: Number of samples of every class.
+        seed: Seed of selection and order.
+        labels: Returns the labels of a batch, or None.
+        known: Whether these are the dataset's own labels, so that its ``targets`` can be used without reading it.
     """
 
     samples: int | None
@@ -49,22 +49,22 @@ class Choice:
 
 
 def draw(batches: Iterable[Any], choice: Choice, limit: int) -> tuple[Samples, list[int]]:
-    """Read samples and choose among them.
+    """Read the selected samples.
 
-    Of a loader over a data set with a length only what is chosen is read: by class if the labels can be told without
-    reading it (``targets``, `TensorDataset`, subsets and concatenations of these), at random otherwise. Anything else
-    is read to its end, once, and so is such a loader if ``per_class`` asks for labels that cannot be told.
+    Of a loader over a map-style dataset, only the selected samples are read: stratified if the labels are known without
+    reading (``targets``, `TensorDataset`, subsets and concatenations of these), at random otherwise. Other iterables
+    are read completely, once, as are such loaders if ``per_class`` needs unknown labels.
 
     Args:
         batches: A `DataLoader` or any iterable of batches.
-        choice: How samples are chosen.
-        limit: Bytes of samples in memory.
+        choice: Settings of the selection.
+        limit: Bytes of samples to keep in memory.
 
     Returns:
-        The samples, and their numbers, shuffled by the seed.
+        The samples, and their indices in shuffled order.
     """
     store, rng = Samples(limit), np.random.default_rng(choice.seed)
-    with own_random_state(choice.seed):
+    with seeded_rng(choice.seed):
         if is_indexed(batches) and isinstance(batches, DataLoader):
             positions = _candidates(batches)
             known = targets_of(batches.dataset) if choice.known else None
@@ -85,26 +85,26 @@ def draw(batches: Iterable[Any], choice: Choice, limit: int) -> tuple[Samples, l
 
 
 def is_indexed(batches: Any) -> bool:
-    """Whether samples can be read by their position."""
+    """Whether samples can be read by index."""
     if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
         return False
     return batches.batch_sampler is not None and hasattr(batches.dataset, "__len__")
 
 
 def batch_size_of(batches: Any) -> int | None:
-    """The number of samples in a loader's batches, if it says so."""
+    """Batch size of a loader, if it has one."""
     size = getattr(batches, "batch_size", None) or getattr(getattr(batches, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) else None
 
 
 def choose(total: int, labels: Tensor | None, choice: Choice, rng: np.random.Generator) -> Indices:
-    """Positions of a choice among ``total`` samples: the same share of every class, or so many of every class.
+    """Select positions among ``total`` samples, with a warning if there are fewer than requested.
 
-    Warns where there are fewer than asked for. Labels of more than one dimension (masks of a segmentation) are sets of
-    classes: each class is in ``per_class`` of the samples at least, and ``samples`` are chosen without regard to them.
+    Labels of more than one dimension (segmentation masks) are sets of classes: each class is in at least ``per_class``
+    of the samples; ``samples`` are selected regardless of them.
 
     Raises:
-        ValueError: If ``per_class`` is given and the labels are no classes.
+        ValueError: If ``per_class`` is given and the labels are not classes.
     """
     if choice.per_class is not None:
         return _of_every_class(class_members(labels), choice.per_class, rng)
@@ -120,7 +120,7 @@ def choose(total: int, labels: Tensor | None, choice: Choice, rng: np.random.Gen
 
 
 def hold_back(total: int, labels: Tensor | None, count: int, rng: np.random.Generator) -> Indices:
-    """Positions of ``count`` among ``total`` samples, the same share of every class; warns where a class has none."""
+    """Select ``count`` of ``total`` samples, stratified by class, with a warning for classes without a sample."""
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         return rng.choice(total, count, replace=False)
     members = class_members(labels)
@@ -136,13 +136,13 @@ def hold_back(total: int, labels: Tensor | None, count: int, rng: np.random.Gene
 
 
 def class_members(labels: Tensor | None) -> dict[int, Indices]:
-    """Positions of the samples of every class, in the order of the classes.
+    """Positions of the samples of every class, by class.
 
-    Negative labels are none, nor is 255 in labels of more than one dimension, which are pixels. Floating-point labels
-    that are all 0 or 1, as ``binary_cross_entropy`` takes them, are two classes.
+    Negative labels are ignored, and so is 255 in labels of more than one dimension (pixels). Floating-point labels that
+    are all 0 or 1, as for ``binary_cross_entropy``, are two classes.
 
     Raises:
-        ValueError: If the labels are no classes.
+        ValueError: If the labels are not classes.
     """
     if labels is not None and labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all()):
         labels = labels.long()
@@ -166,7 +166,7 @@ def _of_every_class(members: Mapping[int, Indices], count: int, rng: np.random.G
         text = ", ".join(f"{label} ({n})" for label, n in short.items())
         warnings.warn(f"expected {count} samples of every class, got fewer of: {text}", stacklevel=3)
     chosen: set[int] = set()
-    # Rare classes first: what is chosen for them often shows the common ones too.
+    # Rare classes first: their samples often contain common classes too.
     for positions in sorted(members.values(), key=len):
         missing = count - len(chosen.intersection(positions.tolist()))
         others = np.array([p for p in rng.permutation(positions).tolist() if p not in chosen], np.int64)
@@ -175,7 +175,7 @@ def _of_every_class(members: Mapping[int, Indices], count: int, rng: np.random.G
 
 
 def _taken(members: Mapping[int, Indices], count: int, rng: np.random.Generator) -> Indices:
-    """So many of all members, the same share of every class, by the method of largest remainders."""
+    """Select ``count`` members, stratified by class by the method of largest remainders."""
     sizes = np.array([len(positions) for positions in members.values()])
     exact = count * sizes / sizes.sum()
     shares = np.floor(exact).astype(int)
@@ -186,7 +186,7 @@ def _taken(members: Mapping[int, Indices], count: int, rng: np.random.Generator)
 
 
 def _candidates(loader: DataLoader[Any]) -> Indices:
-    """Positions that the loader can hand out; a sampler of another kind than PyTorch's subsets hands out all."""
+    """Indices that the loader can yield: those of a `SubsetRandomSampler`, else all."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return np.sort(np.array(list(sampler.indices), np.int64))
@@ -194,7 +194,7 @@ def _candidates(loader: DataLoader[Any]) -> Indices:
 
 
 def _read(loader: DataLoader[Any], positions: Indices, store: Samples) -> None:
-    """Read samples by position, in this process: workers would draw other random numbers for an augmentation."""
+    """Read samples by index, without workers, whose random numbers for augmentation would differ."""
     size = batch_size_of(loader) or 64
     chunks = [positions[first : first + size].tolist() for first in range(0, len(positions), size)]
     for raw in DataLoader(loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn):
@@ -202,7 +202,7 @@ def _read(loader: DataLoader[Any], positions: Indices, store: Samples) -> None:
 
 
 def targets_of(dataset: Any) -> Tensor | None:
-    """Labels of a data set that are there without reading it."""
+    """Labels of a dataset that are known without reading samples."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[-1] if len(dataset.tensors) == 2 else None
     if isinstance(dataset, Subset):

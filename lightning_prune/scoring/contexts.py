@@ -1,4 +1,4 @@
-"""Contexts in which a network is run without a trace: modes, buffers, gradients and random states come back."""
+"""Context managers for running a network without side effects."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from torch import nn
 
 from lightning_prune.structure.tracing import forked_rng
 
-__all__ = ["own_random_state", "undisturbed"]
+__all__ = ["preserved_state", "seeded_rng"]
 
 
 @contextmanager
-def own_random_state(seed: int = 0) -> Iterator[None]:
-    """Draw the same random numbers every time; afterwards those of the training go on as if none had been drawn."""
+def seeded_rng(seed: int = 0) -> Iterator[None]:
+    """Seed the random generators within the context and restore them afterwards."""
     with forked_rng():
         torch.manual_seed(seed)
         yield
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, keep_modes: bool = False, seed: int = 0) -> Iterator[None]:
-    """Eval mode, after which modes, buffers, gradients and random states are what they were.
+def preserved_state(model: nn.Module, *, keep_modes: bool = False, seed: int = 0) -> Iterator[None]:
+    """Set eval mode within the context; restore modes, buffers, gradients and random states on exit.
 
     Args:
         model: The network.
-        keep_modes: Leave every module in the mode it is in.
-        seed: Of the random numbers within the context.
+        keep_modes: Keep train and eval modes instead of setting eval mode.
+        seed: Seed of the random generators within the context.
     """
     modes = [(module, module.training) for module in model.modules()]
     registers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        with own_random_state(seed):
+        with seeded_rng(seed):
             for parameter, _ in gradients:
                 parameter.grad = None
             if not keep_modes:
@@ -49,7 +49,7 @@ def undisturbed(model: nn.Module, *, keep_modes: bool = False, seed: int = 0) ->
             register.update(buffers)
         with torch.no_grad():
             for buffer, content in contents:
-                if not torch.equal(buffer, content):  # a write, even of the same, would fail a backward pass that waits
+                if not torch.equal(buffer, content):  # any in-place write would break a pending backward pass
                     buffer.copy_(content)
         for parameter, gradient in gradients:
             parameter.grad = gradient

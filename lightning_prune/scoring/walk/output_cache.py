@@ -1,4 +1,4 @@
-"""What layers gave in a first pass, kept so that they need not be run again on the same samples."""
+"""Cache of the outputs of layers in a first pass."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from lightning_prune.scoring.spool import Spool, Stored
 from lightning_prune.scoring.walk.program import Program
 
-__all__ = ["Kept"]
+__all__ = ["OutputCache"]
 
 
 @final
-class Kept:
-    """Results of the operators that have multiply-accumulates, by batch, as long as half of the memory is free.
+class OutputCache:
+    """Outputs of the operators with multiply-accumulates, by batch, while half of the memory is free.
 
     Args:
         program: The operators.
-        spool: Where they are, among other tensors.
+        spool: Tensor store, shared with other tensors.
     """
 
     def __init__(self, program: Program, spool: Spool) -> None:
@@ -28,30 +28,30 @@ class Kept:
         self._stored: dict[int, dict[int, Stored]] = {}
 
     def recorders(self, number: int) -> dict[int, Callable[..., Any]]:
-        """By position, functions that run an operator and keep what it gives.
+        """Replacements of operators, by position, that run the operator and cache its output.
 
         Args:
-            number: Of the batch.
+            number: Index of the batch.
         """
         steps = enumerate(self.program.steps)
         return {index: partial(self._run, number, index) for index, step in steps if step.macs and len(step.outs) == 1}
 
     def known(self, number: int, steps: Iterable[int]) -> dict[int, Callable[..., Any]]:
-        """By position, functions that give what an operator gave.
+        """Replacements of operators, by position, that return the cached output.
 
         Args:
-            number: Of the batch.
-            steps: The operators that are to be run.
+            number: Index of the batch.
+            steps: Positions of the operators to run.
         """
         stored = self._stored.get(number, {})
         return {index: partial(_again, stored[index]) for index in steps if index in stored}
 
     def forget(self, number: int | None = None, up_to: int | None = None) -> None:
-        """Free what operators gave.
+        """Free cached outputs.
 
         Args:
-            number: Of a batch; of all by default.
-            up_to: Up to this position; all by default.
+            number: Index of a batch; all by default.
+            up_to: Free outputs up to this position; all by default.
         """
         for batch in [*self._stored] if number is None else [number]:
             stored = self._stored.get(batch, {})
@@ -69,4 +69,4 @@ class Kept:
 
 
 def _again(stored: Stored, *_: Any, **__: Any) -> Tensor:
-    return stored.get().clone()  # others may write into it
+    return stored.get().clone()  # it may be modified in place

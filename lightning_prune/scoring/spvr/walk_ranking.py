@@ -1,4 +1,4 @@
-"""The same importances from a walk: every group starts where it is masked, not at the network's input."""
+"""Importance of bundles by a walk, which runs only the part of the network after the masked site."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import Tensor, nn
 from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.spvr.grouping import correlation, group_units
 from lightning_prune.scoring.spvr.importance import MEASURES, Measure
-from lightning_prune.scoring.spvr.outputs import ClassScores, Task, class_scores, score_tensor
+from lightning_prune.scoring.spvr.outputs import ClassScores, Task, class_scores, labels_of, score_tensor
 from lightning_prune.scoring.spvr.sites import Site
-from lightning_prune.scoring.walk import Here, Station, Visit, Walk
+from lightning_prune.scoring.walk import Station, StationBatch, Visit, Walk
 
-__all__ = ["Masking", "Ranking", "RankingOptions", "first_stations", "prepared", "rank"]
+__all__ = ["Masking", "Ranking", "RankingOptions", "first_stations", "prepare_masking", "rank"]
 
-# Numbers of masked outputs that are held at once: 64 MiB in float32.
+# Most elements of masked outputs in memory at once: 64 MiB in float32.
 _HELD = 2**24
 
 
 @dataclass(frozen=True)
 class RankingOptions:
-    """What a ranking depends on, besides network and samples.
+    """Settings of a ranking.
 
     Attributes:
-        measure: What masking changes.
-        group_size: Units of a group, d.
-        task: What the outputs are scores of; found out if None.
-        normalized: Whether the outputs are probabilities; found out if None.
-        fast: Compute layers behind as differences, skip samples whose masked units are all 0, and run several variants
-            as one batch: equal up to rounding.
-        plain: Run the whole network with hooks for every group: the oracle.
-        memory_limit: Bytes of activations that are kept in memory.
+        measure: Measure of the change.
+        group_size: Units per bundle, d.
+        task: Kind of classification; inferred if None.
+        normalized: Whether the outputs are probabilities; inferred if None.
+        fast: Compute the next layers as differences, skip samples whose masked units are all 0, and run several
+            variants as one batch: equal up to rounding.
+        plain: Run the whole network with hooks for every bundle, as a reference.
+        memory_limit: Bytes of activations to keep in memory.
     """
 
     measure: Measure = "prediction_change"
@@ -50,17 +50,17 @@ class RankingOptions:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Groups of units, and what masking each of them changes.
+    """Bundles of units with their scores.
 
     Attributes:
         bundles: Units that were masked together, by site.
-        scores: A number for each bundle, in float64 on the CPU, by site.
-        samples: Samples of this process that were looked at.
-        macs: Multiply-accumulates spent on this process (1 MAC = 2 FLOPs).
-        macs_naive: Those of one pass to begin with and one full forward pass for each bundle.
-        seconds: Time that it took.
-        complete: Which bundles were masked in all samples, by site; None if all were. The scores of the others are sums
-            over fewer samples, in a race.
+        scores: Score of each bundle, in float64 on the CPU, by site.
+        samples: Number of samples of this process.
+        macs: Multiply-accumulates of this process (1 MAC = 2 FLOPs).
+        macs_naive: Multiply-accumulates of one full forward pass per bundle and one without a mask.
+        seconds: Elapsed time.
+        complete: Whether each bundle was masked in all samples, by site; None if all were. In a race, scores of others
+            are partial sums.
     """
 
     bundles: Mapping[str, list[tuple[int, ...]]]
@@ -72,7 +72,7 @@ class Ranking:
     complete: Mapping[str, Tensor] | None = None
 
     def unit_scores(self, name: str) -> Tensor:
-        """Every unit's number, that of its bundle: shape ``(width,)``."""
+        """Scores of units, which are those of their bundles: shape ``(width,)``."""
         found = torch.empty(sum(map(len, self.bundles[name])), dtype=torch.float64)
         for units, score in zip(self.bundles[name], self.scores[name], strict=True):
             found[list(units)] = score
@@ -90,17 +90,17 @@ def rank(
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     agree: Callable[[bool], bool] = bool,
 ) -> Ranking:
-    """Group the units of all sites by one pass over the samples, and mask one group after the other.
+    """Bundle the units of all sites by one pass over the samples, and mask the bundles one by one.
 
     Args:
-        model: The network; left as it is.
-        data: The samples; under several processes each has its own.
-        sites: Where units are masked, by name.
-        options: What is measured and how.
-        folder: Where finished sites are written down: a ranking that was killed goes on from there.
-        progress: Called with the site that is finished, the groups of units done, and their number.
-        gather: Rows of all processes, from those of this one.
-        agree: Whether something holds on all processes, by what holds on this one.
+        model: The network, which is not changed.
+        data: The samples of this process.
+        sites: Sites at which units are masked, by name.
+        options: Settings of the ranking.
+        folder: Folder for finished sites, from which an interrupted ranking is resumed.
+        progress: Called with the finished site, the bundles done, and the number of bundles.
+        gather: Gathers rows from all processes.
+        agree: Reduces a boolean over all processes to whether it holds on all.
     """
     began = perf_counter()
     walk = Walk(
@@ -113,7 +113,7 @@ def rank(
         plain=options.plain,
         agree=agree,
     )
-    masking, outputs = prepared(walk, sites, options, gather)
+    masking, outputs = prepare_masking(walk, sites, options, gather)
     bundles = masking.bundles
     scores: dict[str, Tensor] = {}
     done, count = 0, sum(map(len, bundles.values()))
@@ -133,19 +133,19 @@ def rank(
 
 
 def first_stations(sites: Mapping[str, Site]) -> list[Station]:
-    """Where walks stop."""
+    """Stations at which walks stop: the first of each site."""
     return list(dict.fromkeys(site.first for site in sites.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class Masking:
-    """What masked networks are compared with, and how.
+    """Bundles, and the comparison of masked outputs.
 
     Attributes:
         bundles: Units that are masked together, by site.
-        reading: How outputs are read.
-        options: What is measured and how.
-        most: Bundles whose outputs are held at once.
+        reading: Interpretation of the outputs.
+        options: Settings of the ranking.
+        most: Most bundles whose outputs are in memory at once.
     """
 
     bundles: Mapping[str, list[tuple[int, ...]]]
@@ -153,14 +153,14 @@ class Masking:
     options: RankingOptions
     most: int
 
-    def changes(self, here: Here, site: Site, bundles: Sequence[Sequence[int]], unmasked: Any) -> Tensor:
-        """What masking some of a site's bundles changes for every sample of a batch.
+    def changes(self, here: StationBatch, site: Site, bundles: Sequence[Sequence[int]], unmasked: Any) -> Tensor:
+        """Change of the outputs of every sample of a batch by masking bundles of a site.
 
         Args:
             here: The batch at the site's first station.
-            site: Where.
+            site: The site.
             bundles: Units that are masked together.
-            unmasked: What the network gives as it is.
+            unmasked: Output of the unmasked network.
 
         Returns:
             Shape ``(bundles, samples)``, in float64 on the CPU.
@@ -177,13 +177,13 @@ class Masking:
         return torch.stack(found).to("cpu", torch.float64)
 
 
-def prepared(
+def prepare_masking(
     walk: Walk, sites: Mapping[str, Site], options: RankingOptions, gather: Callable[[Tensor], Tensor]
 ) -> tuple[Masking, list[Any]]:
-    """Group the units of all sites by one pass over the samples; also what the network gives, batch by batch."""
+    """Bundle the units of all sites by one pass over the samples; also returns the outputs of each batch."""
     outputs, features = _first_pass(walk, sites)
     scores = torch.cat([*map(score_tensor, outputs)])
-    reading = class_scores(scores, _labels(walk.data), options.task, options.normalized)
+    reading = class_scores(scores, labels_of(walk.data), options.task, options.normalized)
     bundles = {
         name: group_units(torch.stack([correlation(gather(x)) for x in found]).mean(0), options.group_size)
         for name, found in features.items()
@@ -192,7 +192,7 @@ def prepared(
 
 
 def _importance(visit: Visit, site: Site, unmasked: Sequence[Any], masking: Masking) -> Tensor:
-    """Sums over samples, one for each bundle."""
+    """Scores of bundles, summed over samples."""
     bundles = masking.bundles[site.name]
     changes = (
         masking.changes(here, site, bundles, output).sum(1) for here, output in zip(visit, unmasked, strict=True)
@@ -201,9 +201,9 @@ def _importance(visit: Visit, site: Site, unmasked: Sequence[Any], masking: Mask
 
 
 def _first_pass(walk: Walk, sites: Mapping[str, Site]) -> tuple[list[Any], dict[str, list[Tensor]]]:
-    """What the network gives batch by batch, and at every station of a site one number per sample and unit.
+    """Outputs of each batch, and pooled values of units at every station of a site.
 
-    Single numbers are taken as they are, of maps the sums of absolute values (eq. 4).
+    Scalars are taken as they are; feature maps are pooled by sums of absolute values (eq. 4).
     """
     stations = list(dict.fromkeys(station for site in sites.values() for station in site.channels))
     rows: dict[tuple[str, Station], list[Tensor]] = {}
@@ -219,10 +219,3 @@ def _first_pass(walk: Walk, sites: Mapping[str, Site]) -> tuple[list[Any], dict[
                 rows.setdefault((name, station), []).append(pooled.cpu())
     features = {name: [torch.cat(rows[name, station]) for station in site.channels] for name, site in sites.items()}
     return outputs, features
-
-
-def _labels(data: DataPass) -> Tensor | None:
-    """Of all samples; None where a batch has none."""
-    labels = [batch.labels for batch in data]
-    known = [found for found in labels if found is not None]
-    return torch.cat(known) if known and len(known) == len(labels) else None

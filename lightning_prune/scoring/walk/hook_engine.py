@@ -1,4 +1,4 @@
-"""Whole forward passes with hooks: what every walk has to equal, and the way of networks that can be run no other."""
+"""Engine that runs whole forward passes with hooks: the reference, and the fallback if replaying is impossible."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from lightning_prune.scoring.walk.station import Station, channel_dim, scaled
 from lightning_prune.scoring.walk.variants import Variants, product, stacked
 from lightning_prune.structure.layers import canonical
 
-__all__ = ["Change", "Place", "Plain", "marked", "places_of"]
+__all__ = ["Change", "HookEngine", "Place", "marked", "places_of"]
 
-#: Takes the value at a station and gives the one that takes its place.
+#: Maps the value at a station to its replacement.
 Change = Callable[[Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """A station as a forward pass finds it.
+    """A station in a forward pass.
 
     Attributes:
         station: The station.
-        order: Position among all stations of the forward pass.
-        dim: The dimension that channels lie on.
+        order: Position among all stations.
+        dim: Dimension of the channels.
         channels: Number of channels.
-        macs: Multiply-accumulates of one sample's forward pass up to here.
-        behind: For an activation, the operators that run from the layer's output to it.
+        macs: Multiply-accumulates per sample up to the station.
+        behind: For an activation, the operators between it and the layer's output.
     """
 
     station: Station
@@ -46,12 +46,12 @@ class Place(NamedTuple):
 
 
 def places_of(recording: Recording, model: nn.Module, samples: int) -> list[Place]:
-    """All stations of a recording, in the order in which a forward pass comes by them.
+    """All stations of a recording, in the order of execution.
 
     Args:
-        recording: What the forward pass does.
+        recording: The recorded forward pass.
         model: The network.
-        samples: Samples in the batch that was recorded.
+        samples: Batch size of the recording.
     """
     layers = {canonical(name): module for name, module in model.named_modules()}
     macs = [0, *accumulate(step.macs for step in recording.steps)]
@@ -60,7 +60,7 @@ def places_of(recording: Recording, model: nn.Module, samples: int) -> list[Plac
 
     def add(station: Station, value: Tensor, after: int, behind: tuple[Any, ...] = ()) -> None:
         dim = channel_dim(layers[station.layer], value)
-        if dim >= value.dim():  # a metric's number, say
+        if dim >= value.dim():  # for instance the scalar of a metric
             return
         found.append((after, Place(station, 0, dim, value.shape[dim], macs[after] // samples, behind)))
 
@@ -72,16 +72,16 @@ def places_of(recording: Recording, model: nn.Module, samples: int) -> list[Plac
         steps = recording.steps[outputs[station.layer, station.call] : behind.after]
         operators = tuple(step.func for step in steps if step.func is not None)
         add(station, recording.values[behind.value], behind.after, operators)
-    found.sort(key=lambda entry: entry[0])  # stable: an output before its activation
+    found.sort(key=lambda entry: entry[0])  # stable: outputs before activations
     return [place._replace(order=order) for order, (_, place) in enumerate(found)]
 
 
 @contextmanager
 def marked(model: nn.Module, changes: Mapping[Place, Change]) -> Iterator[None]:
-    """Within the context a forward pass has its values at some stations seen and exchanged.
+    """Observe and replace the values at stations in forward passes within the context.
 
     Raises:
-        ValueError: If other operators run behind a layer than when its activation was looked for.
+        ValueError: If other operators run after a layer than in the recording.
     """
     by_layer: dict[str, list[tuple[Place, Change]]] = {}
     for place, change in changes.items():
@@ -103,7 +103,7 @@ def marked(model: nn.Module, changes: Mapping[Place, Change]) -> Iterator[None]:
 
 @final
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows operators behind layers, up to their activations."""
+    """Follows the operators from the outputs of layers to their activations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,16 +112,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @staticmethod
     def needed(changes: Mapping[Place, Change]) -> bool:
-        """Whether an activation has to be followed."""
+        """Whether any of the stations requires it."""
         return any(place.behind for place in changes)
 
     def expect(self, place: Place, change: Change) -> None:
-        """The layer has just given its output."""
+        """Start to follow the output of a layer."""
         self._awaited.append((place, 0, change))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the context operators are not the network's."""
+        """Ignore operators within the context."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -150,7 +150,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Hooks:
-    """Hooks of one layer."""
+    """Forward hooks of one layer."""
 
     def __init__(self, changes: list[tuple[Place, Change]], watch: _Watch) -> None:
         self.changes, self.watch, self.call = changes, watch, -1
@@ -161,7 +161,7 @@ class _Hooks:
                 yield place, change
 
     def before(self, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Exchange what enters."""
+        """Replace the input."""
         self.call += 1
         name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
         with self.watch.paused():
@@ -173,7 +173,7 @@ class _Hooks:
         return args, kwargs
 
     def after(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
-        """Exchange what comes out, and wait for what becomes of it."""
+        """Replace the output, or follow it to its activation."""
         for place, change in self._here("output", "activation"):
             if place.behind:
                 self.watch.expect(place, change)
@@ -189,18 +189,18 @@ def _nothing() -> Iterator[None]:
 
 
 class _Reached(BaseException):
-    """Ends a forward pass of which no more is needed; no `except Exception` of a network stops it."""
+    """Aborts a forward pass; a BaseException, so that the network does not catch it."""
 
 
 @final
-class Plain:
-    """Runs the whole network for everything that is asked: exact for every network, and slow.
+class HookEngine:
+    """Runs the whole network for every value: slow, but exact for every network.
 
     Args:
         model: The network.
-        places: Its stations.
-        macs: Multiply-accumulates of one sample's forward pass.
-        call: How the network is run.
+        places: Stations of the network.
+        macs: Multiply-accumulates of the forward pass per sample.
+        call: Runs the network on a batch.
 
     Attributes:
         macs: Multiply-accumulates so far.
@@ -211,10 +211,10 @@ class Plain:
         self.macs = 0
 
     def start(self) -> None:
-        """A walk begins: nothing is kept from batch to batch."""
+        """Start a walk: nothing to do."""
 
-    def through(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:  # noqa: ARG002
-        """What the network gives and has at stations."""
+    def run_all(self, number: int, batch: Batch, stations: Sequence[Station]) -> tuple[Any, dict[Station, Tensor]]:  # noqa: ARG002
+        """Output of the network and values at stations."""
         found: dict[Station, Tensor] = {}
 
         def see(station: Station, value: Tensor) -> Tensor:
@@ -225,10 +225,10 @@ class Plain:
         return self._run(batch, {self.places[station]: partial(see, station) for station in stations}), found
 
     def move(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> None:
-        """Go on to a station: there is nothing to be moved."""
+        """Move a batch to a station: nothing to do."""
 
     def value(self, number: int, batch: Batch, station: Station, masks: Mapping[Station, Tensor]) -> Tensor:  # noqa: ARG002
-        """What a station has, before its own mask."""
+        """Value at a station, before its own mask."""
         found: list[Tensor] = []
 
         def see(value: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class Plain:
         return found[0]
 
     def other(self, number: int, value: int) -> Tensor | None:  # noqa: ARG002
-        """Nothing is kept between stations."""
+        """None: values are not kept."""
         return None
 
     def rest(
@@ -254,13 +254,13 @@ class Plain:
         masks: Mapping[Station, Tensor],
         also: Mapping[Station, Tensor],
     ) -> Any:
-        """What the network gives with another value at a station."""
+        """Output of the network with another value at a station."""
         masked = self._masked(product(masks, also), without=station)
         self.macs += len(batch) * self.forward_macs
         return self._run(batch, {**masked, self.places[station]: lambda _: value})
 
     def variants(self, asked: Variants) -> Any:
-        """What the network gives with some channels masked, one variant after the other."""
+        """Outputs of the network with masked channels, one variant after the other."""
         number, batch, station, masks = asked.number, asked.batch, asked.station, asked.masks
         return stacked(asked, lambda value, also: self.rest(number, batch, station, value, masks, also))
 
