@@ -65,7 +65,7 @@ def test_a_network_that_computes_otherwise_at_the_widths_left_is_refused() -> No
     net = Otherwise(nn.Linear(4, 12), nn.Linear(12, 3))
     x = torch.randn(5, 4)
     before = net(x).detach()
-    with pytest.raises(StructureError, match="Otherwise works otherwise at the widths of this cut"):
+    with pytest.raises(StructureError, match=r"Otherwise .* at the widths of this cut"):
         prune(net, x, pruning_ratio=0.75)
     assert torch.equal(net(x), before)
     assert prune(net, x, pruning_ratio=0.5).final is not None
