@@ -27,12 +27,12 @@ from benchmarks.common import add_resume, computed, publish, quiet, rows_in, sho
 from lightning_prune import inspect
 from lightning_prune.data import ImageFolder
 from lightning_prune.models import ImageClassifier
-from lightning_prune.planning import Amount, Original, plan_by_use
+from lightning_prune.planning import Amount, plan_by_use
 from lightning_prune.reporting import backbone_modules
 from lightning_prune.scoring import DataPass, Station, XGBoost, pooled_features, stations_of
 from lightning_prune.scoring.surrogates import split_samples
 from lightning_prune.scoring.xgb import LayerScorer, group_usage
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Size, Structure
 from tests.support import pretrained
 
 NETWORKS = ("ResNet-20", "Lite0")
@@ -92,7 +92,7 @@ def score(job: dict[str, Any], root: Path, work: Path) -> dict[str, Any]:
         best = best or max(one.score for one in found.values())
     sizes = {}
     for name, (amount, same_trees) in AMOUNTS.items():
-        plan, _ = plan_by_use(structure, uses[same_trees], amount, Original.of(structure))
+        plan, _ = plan_by_use(structure, uses[same_trees], amount, Size.of(structure))
         sizes[name] = structure.cost.params(structure.take(plan.kept).widths, backbone)
     return {"sizes": sizes, "dense": structure.cost.params(structure.widths, backbone), "best": best}
 

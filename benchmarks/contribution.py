@@ -41,9 +41,9 @@ from lightning_prune import L1, Contribution, Geometric, Random, StructuredPruni
 from lightning_prune.data import ImageData, ImageTensors
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
-from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, Statistic, score_groups
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named
 
@@ -290,7 +290,7 @@ def cut_accuracy(
     module: LightningModule, structure: Structure, scores: Mapping[str, Tensor], share: float, held: Held
 ) -> float:
     """Test accuracy right after a cut, which is then undone."""
-    plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Original.of(structure))
+    plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Size.of(structure))
     with cut(module, structure.axes(plan.kept)):
         return accuracy(module, held.parts()["test"])
 

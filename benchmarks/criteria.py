@@ -29,9 +29,9 @@ from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
 from lightning_prune.models import ResNetCIFAR, load_pretrained
-from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, DataPass, criteria, score_groups
-from lightning_prune.structure import Axes, Structure, TracedModel, trace
+from lightning_prune.structure import Axes, Size, Structure, TracedModel, trace
 from lightning_prune.surgery import ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
@@ -75,7 +75,7 @@ class Bench:
         else:
             scores = self._our_scores(name, seed)
         target = Target.of(budget={"macs": 1 / self.given.divide})
-        plan = make_plan(self.structure, scores, target, 1.0, Scope(), Original.of(self.structure))
+        plan = make_plan(self.structure, scores, target, 1.0, Scope(), Size.of(self.structure))
         return self.structure.axes(plan.kept), self.structure.take(plan.kept)
 
     def contents(self, axes: Axes, state: str, seed: int) -> dict[str, Tensor]:

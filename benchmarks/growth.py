@@ -42,7 +42,7 @@ class Watch(Callback):
         cuts = self.pruning.report.cuts
         if len(cuts) <= len(self.rows):
             return
-        row: Row = {"cut": len(cuts), "seconds": cuts[-1].seconds, "params": cuts[-1].params}
+        row: Row = {"cut": len(cuts), "seconds": cuts[-1].seconds, "params": cuts[-1].size.params}
         if len(cuts) % self.every == 0 or len(cuts) == 1:
             gc.collect()
             objects = gc.get_objects()

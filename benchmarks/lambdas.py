@@ -23,9 +23,9 @@ from benchmarks.contribution import PAPER_MLP, SHARES, Held, accuracy, loaded, m
 from lightning_prune import L1, Contribution, Random
 from lightning_prune.data import ImageTensors
 from lightning_prune.extras import require
-from lightning_prune.planning import Original, Plan, Scope, Target, make_plan
+from lightning_prune.planning import Plan, Scope, Target, make_plan
 from lightning_prune.scoring import ContributionStatistic, Criterion, Ratio, score_groups
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.surgery import cut
 from lightning_prune.surgery.tensors import named
 
@@ -107,7 +107,7 @@ def scores_of(
 
 
 def planned(structure: Structure, scores: Mapping[str, Tensor], share: float) -> Plan:
-    return make_plan(structure, scores, Target.of(share), 1.0, Scope(), Original.of(structure))
+    return make_plan(structure, scores, Target.of(share), 1.0, Scope(), Size.of(structure))
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from benchmarks.common import EVIDENCE, add_resume, command, fill, here, machine
 from lightning_prune import L1, Contribution, OneShot, StructuredPruning
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, MLPClassifier
-from lightning_prune.planning import Original, Scope, Target, make_plan
+from lightning_prune.planning import Scope, Target, make_plan
 from lightning_prune.scoring import contributions_of, score_groups
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.surgery import transaction
 from lightning_prune.surgery.tensors import named
 
@@ -244,7 +244,7 @@ def time_cut(
 
     tensors = {name: tensor.detach() for name, tensor in named(model).items()}
     scores = timed("scores", lambda: score_groups(L1(), structure.groups, tensors, None))
-    target, original = Target.of(0.5), Original.of(structure)
+    target, original = Target.of(0.5), Size.of(structure)
     plan = timed("plan", lambda: make_plan(structure, scores, target, 1.0, Scope(), original))
     timed("axes", lambda: structure.axes(plan.kept))
 
@@ -330,7 +330,7 @@ def half_of_the_macs(size: int, batch_size: int, rounds: int) -> dict[str, Any]:
     macs = pruning.report.metrics()["pruning/macs"]
     return {
         "dense_step_ms": round(1e3 * median(dense), 1),
-        "macs": round(macs / Original.of(trace(TracedModel.of(networks["dense"], torch.zeros(1, *shape)))).macs, 4),
+        "macs": round(macs / Size.of(trace(TracedModel.of(networks["dense"], torch.zeros(1, *shape)))).macs, 4),
         "narrow": ratio(times["narrow"][1:], dense),
         "masked": ratio(times["masked"][1:], dense),
     }

@@ -29,9 +29,9 @@ from lightning_prune.data import CIFAR10, ImageTensors
 from lightning_prune.data.tensors import crop_and_mirror
 from lightning_prune.extras import require
 from lightning_prune.models import CNNClassifier, ResNetCIFAR, load_pretrained
-from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, DataPass, score_groups
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
@@ -111,7 +111,7 @@ def measure(
     print(f"{name}: {dense} % dense", flush=True)
     for criterion, share in product((L1(), Contribution()), SHARES):
         scores = scores_of(criterion, structure, names, module, drawn)
-        plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Original.of(structure))
+        plan = make_plan(structure, scores, Target.of(share), 1.0, Scope(), Size.of(structure))
         axes, after = structure.axes(plan.kept), structure.take(plan.kept)
         for label, chosen in repairs(batches).items():
             began = time.perf_counter()

@@ -23,9 +23,9 @@ from lightning_prune.callbacks.extensions.extension import CutExtension, require
 from lightning_prune.callbacks.scheduled import note_what_stays, require_names
 from lightning_prune.callbacks.traced_models import require_network, traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
-from lightning_prune.reporting import Cut, Report, Size, backbone_modules, latency, size_on_disk, versions
+from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
-from lightning_prune.structure import Call, Structure, StructureError, TracedModel, Tracing
+from lightning_prune.structure import Call, Size, Structure, StructureError, TracedModel, Tracing
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -209,7 +209,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
-        report.pruned_before(Size.of(structure, original, backbone_modules(model)), present, number)
+        report.pruned_before(size_of(structure, original, backbone_modules(model)), present, number)
     report.notes += structure.notes
     note_what_stays(report, staying(structure, target, scope, selected, original))
     after = structure
@@ -230,7 +230,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
             keep_history(model)
         report.cuts.append(
             Cut.of(
-                Size.of(after, backbone=backbone_modules(model)),
+                size_of(after, backbone=backbone_modules(model)),
                 number,
                 0,
                 0,
@@ -366,8 +366,8 @@ def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
 
 def _size(traced: TracedModel, structure: Structure, *, measure: bool) -> Size:
     timings = latency(traced, batch_sizes=(1,)) if measure else {}
-    size = Size.of(structure, backbone=backbone_modules(traced.model))
-    return replace(size.timed(timings), bytes=size_on_disk(traced.model))
+    size = size_of(structure, backbone=backbone_modules(traced.model))
+    return replace(timed(size, timings), bytes=size_on_disk(traced.model))
 
 
 def _require_own(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_prune.callbacks.processes import gathered, made_on_first
-from lightning_prune.planning import Amount, Depth, Original, Plan, Target, best_depth, best_unit, plan_by_use
+from lightning_prune.planning import Amount, Depth, Plan, Target, best_depth, best_unit, plan_by_use
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
 from lightning_prune.scoring.surrogates import Metric, metric_name, split_samples
@@ -31,7 +31,7 @@ from lightning_prune.scoring.xgb import (
     unmaskable,
     unscorable,
 )
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Size, Structure
 from lightning_prune.structure.boundaries import Boundary
 from lightning_prune.structure.graph import Group
 
@@ -129,7 +129,7 @@ class ScoringRun:
         trainer: Trainer,
         module: LightningModule,
         structure: Structure,
-        original: Original,
+        original: Size,
         data: DataPass,
         options: ScoreOptions,
         folder: Path,
@@ -223,7 +223,7 @@ class ScoringRun:
         """
         target = Target.of(None, budget.value)
         selected = [group.name for group in groups]
-        limit = target.fraction(self.original, selected) * self.original.size(target.quantity, selected)
+        limit = target.fraction(self.original, selected) * self.original.amount(target.quantity, selected)
         low, high = _LOWEST, _HIGHEST
         passes, best = 0.0, math.inf
         nearest: tuple[Mapping[Station, LayerScore], Path] | None = None
@@ -244,7 +244,7 @@ class ScoringRun:
 
     def _size(self, plan: Plan, target: Target, selected: Sequence[str]) -> float:
         after = self.structure.take(plan.kept)
-        return Original.of(after).size(target.quantity, selected)
+        return Size.of(after).amount(target.quantity, selected)
 
     # -- features and surrogates --------------------------------------------------------------------------------------
 

@@ -40,8 +40,8 @@ from lightning_prune.planning import (
     choose_masks,
     select,
 )
-from lightning_prune.reporting import Cut, Report, Size, require
-from lightning_prune.structure import Call, Structure, TracedModel, trace
+from lightning_prune.reporting import Cut, Report, require, size_of
+from lightning_prune.structure import Call, Size, Structure, TracedModel, trace
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.tracing import FakeCopy
 from lightning_prune.surgery import (
@@ -255,7 +255,7 @@ class MaskPruning(ScheduledPruning):
         if self.report.dense is None:
             present = named(module)
             widths = {_layer(name): present[name].numel() for name in self._maskable(module)}
-            size = Size.of(structure, original_of(module, structure), backbone_in(trainer, module))
+            size = size_of(structure, original_of(module, structure), backbone_in(trainer, module))
             dense = replace(size, widths=widths, zeros=0)
             self.report.dense = self.session.writer(self, trainer).measure(traced, dense)
             self._dense_network = traced.copy("meta").module
@@ -426,7 +426,7 @@ class MaskPruning(ScheduledPruning):
         """Parameters that are not masked; MACs as they are, because a zero is multiplied like any other number."""
         assert self._structure is not None
         masks, modules = masks_of(module), backbone_in(module.trainer, module)
-        size = Size.of(self._structure, backbone=modules)
+        size = size_of(self._structure, backbone=modules)
         params, backbone = size.params - _count(masks), size.backbone
         if backbone is not None and modules is not None:
             backbone -= _count({name: mask for name, mask in masks.items() if name.rpartition(".")[0] in modules})

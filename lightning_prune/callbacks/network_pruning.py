@@ -29,10 +29,10 @@ from lightning_prune.callbacks.showing import Showing, log_now, log_scores
 from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
-from lightning_prune.planning import AtStart, CutPoint, Original, Plan, Schedule
-from lightning_prune.reporting import Cut, Scores, Size, require
+from lightning_prune.planning import AtStart, CutPoint, Plan, Schedule
+from lightning_prune.reporting import Cut, Scores, require, size_of
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Structure, TracedModel, trace, verify_shapes
+from lightning_prune.structure import Size, Structure, TracedModel, trace, verify_shapes
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of, with_history
 
 __all__ = ["Decision", "NetworkPruning"]
@@ -136,7 +136,7 @@ class NetworkPruning(ScheduledPruning):
         super()._unprepare()
         self._structure: Structure | None = None
         self._traced_model: TracedModel | None = None
-        self._original = Original(0, 0, {})
+        self._original = Size(0, 0, {})
         self._own_averages: OwnAverages | None = None  # until the first cut
 
     @property
@@ -148,7 +148,7 @@ class NetworkPruning(ScheduledPruning):
 
     @abstractmethod
     def _check(
-        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
         """Check the run before any weight has changed, and return its cuts, see `_moments`.
 
@@ -309,7 +309,7 @@ class NetworkPruning(ScheduledPruning):
         self._carry_over(self._reached)
         if self.report.dense is None:
             backbone = backbone_in(trainer, module)
-            dense = Size.of(structure, self._original, backbone)
+            dense = size_of(structure, self._original, backbone)
             if history is None:
                 self.report.dense = self.session.writer(self, trainer).measure(traced, dense)
                 self._dense_network = traced.copy("meta").module
@@ -389,7 +389,7 @@ class NetworkPruning(ScheduledPruning):
             self._done, self._original = point.index, original_of(module, after)
             if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
                 layers = {} if self.report.dense is None else self.report.dense.layers
-                dense = Size.of(after, self._original, backbone_in(trainer, module))
+                dense = size_of(after, self._original, backbone_in(trainer, module))
                 self.report.dense, self._dense_network = replace(dense, layers=layers), None
             epoch, step, seconds = trainer.current_epoch, trainer.global_step, perf_counter() - began
             widths = _changed(structure, after)
@@ -475,7 +475,7 @@ class NetworkPruning(ScheduledPruning):
     def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None
         assert self._traced_model is not None
-        return Size.of(self._structure, backbone=backbone_in(trainer, self._traced_model.model))
+        return size_of(self._structure, backbone=backbone_in(trainer, self._traced_model.model))
 
     def _run(self, trainer: Trainer, module: LightningModule) -> RunContext:
         assert self._traced_model is not None

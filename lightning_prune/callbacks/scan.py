@@ -11,11 +11,11 @@ from rich.progress import track
 from torch import nn
 
 from lightning_prune.callbacks.traced_models import traced_model_for
-from lightning_prune.planning import Original, Scope, Target, make_plan, select
+from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups
 from lightning_prune.scoring.contexts import preserved_state
-from lightning_prune.structure import Structure, trace
+from lightning_prune.structure import Size, Structure, trace
 from lightning_prune.surgery import cut, with_history
 from lightning_prune.surgery.tensors import named
 
@@ -75,7 +75,7 @@ def sensitivity(
         except (TypeError, ValueError) as error:
             raise TypeError(f"expected `evaluate` to return a number, got {metric!r}") from error
 
-    original, dense = Original.of(structure), measured()
+    original, dense = Size.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
     # Without a terminal no bar at all: a disabled one still prints an empty line before rich 14.3.
     for name in track(selected, "Sensitivity", transient=True) if Console().is_terminal else selected:

@@ -23,7 +23,8 @@ from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
 from lightning_prune.callbacks.spawned import hand_back, patch_spawn_launcher
 from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
-from lightning_prune.reporting import Report, Size, plain, require, versions
+from lightning_prune.reporting import Report, plain, require, versions
+from lightning_prune.structure import Size
 from lightning_prune.surgery import refuse
 
 __all__ = ["ScheduledPruning", "instance_of", "note_what_stays", "require_names"]

@@ -22,17 +22,11 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.telling import telling
 from lightning_prune.extras import require
-from lightning_prune.reporting import (
-    Report,
-    Size,
-    latencies,
-    layer_parameters,
-    size_on_disk,
-)
+from lightning_prune.reporting import Report, latencies, layer_parameters, size_on_disk, timed
 from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
-from lightning_prune.structure import TracedModel
+from lightning_prune.structure import Size, TracedModel
 
 __all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
 
@@ -210,9 +204,9 @@ class Showing:
             )
             now, before = {}, []
         if before and self.report.dense is not None:
-            self.report.dense = self.report.dense.timed(before[0])
+            self.report.dense = timed(self.report.dense, before[0])
         model = traced.model
-        return replace(size.timed(now), bytes=size_on_disk(model), layers=layer_parameters(model))
+        return replace(timed(size, now), bytes=size_on_disk(model), layers=layer_parameters(model))
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """Print the table, write the files, hand the results to the loggers.

@@ -19,7 +19,7 @@ from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.processes import gathered, holds_everywhere, made_on_first
 from lightning_prune.callbacks.ranking_display import RankingProgress
 from lightning_prune.callbacks.training_data import training_data
-from lightning_prune.planning import CutPoint, NoEffectWarning, Original, Plan, Schedule, Target, select
+from lightning_prune.planning import CutPoint, NoEffectWarning, Plan, Schedule, Target, select
 from lightning_prune.planning.ranked import Ranked, RankedPlan, by_stage, in_order, plan_ranked
 from lightning_prune.scoring import DataPass, SPvR, stations_of
 from lightning_prune.scoring.contexts import preserved_state
@@ -27,7 +27,7 @@ from lightning_prune.scoring.spvr import Task, class_scores, score_tensor
 from lightning_prune.scoring.spvr.racing import Race, RaceKind, rank_by_race
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
 from lightning_prune.scoring.spvr.walk_ranking import Ranking, RankingOptions, rank
-from lightning_prune.structure import Structure, StructureError, TracedModel
+from lightning_prune.structure import Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.bypass import Bypasses, find_bypasses
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.stages import stages_of
@@ -211,7 +211,7 @@ class SPvRPruning(NetworkPruning):
 
     @override
     def _check(
-        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
         if self._last_done >= 0:  # what it was to look at may be gone
             return self._moments(trainer)
@@ -281,7 +281,7 @@ class SPvRPruning(NetworkPruning):
             warnings.warn(f"SPvRPruning cannot rank, so these stay as they are: {reasons}", stacklevel=2)
         return left
 
-    def _limit(self, original: Original) -> int:
+    def _limit(self, original: Size) -> int:
         """Parameters that may be left."""
         remaining = self.target.remaining
         if isinstance(remaining, int):
@@ -289,7 +289,7 @@ class SPvRPruning(NetworkPruning):
         assert isinstance(remaining, float)
         return math.floor(remaining * original.params + 1e-9)
 
-    def _require_feasible(self, structure: Structure, original: Original) -> None:
+    def _require_feasible(self, structure: Structure, original: Size) -> None:
         """Refuse a budget below what is left when everything goes, in whatever order."""
         size = self.options.group_size
         removals = [

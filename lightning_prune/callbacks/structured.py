@@ -30,7 +30,6 @@ from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
     CutPoint,
     NoEffectWarning,
-    Original,
     Plan,
     Schedule,
     Scope,
@@ -43,7 +42,7 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import require
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
-from lightning_prune.structure import LatencyTable, Structure, StructureError, TracedModel
+from lightning_prune.structure import LatencyTable, Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
@@ -207,7 +206,7 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def _check(
-        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         self._observed = selected

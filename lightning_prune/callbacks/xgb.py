@@ -28,7 +28,6 @@ from lightning_prune.planning import (
     CutPoint,
     Depth,
     NoEffectWarning,
-    Original,
     Schedule,
     Scope,
     Target,
@@ -41,7 +40,7 @@ from lightning_prune.reporting import SizeAtThreshold
 from lightning_prune.scoring import DataPass, NeuralProbe, Surrogate, XGBoost
 from lightning_prune.scoring.surrogates import Metric, metric_function, metric_name, require_labels
 from lightning_prune.scoring.xgb import log_importance
-from lightning_prune.structure import Structure, StructureError
+from lightning_prune.structure import Size, Structure, StructureError
 from lightning_prune.structure.boundaries import Boundary, find_boundaries
 from lightning_prune.surgery import Repair, Ridge, Transaction
 from lightning_prune.surgery.truncation import truncated
@@ -240,7 +239,7 @@ class XGBPruning(NamesHead, NetworkPruning):
 
     @override
     def _check(
-        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
         if self._last_done >= 0 and not self.only_score:  # what it was to look at may be gone
             return self._moments(trainer, 0.5)

@@ -17,9 +17,10 @@ import lightning_prune
 from lightning_prune.cli import runs
 from lightning_prune.cli.messages import OneLineParser
 from lightning_prune.cli.verbs import example_of
-from lightning_prune.reporting import ComparedNetwork, Comparison, Report, Size, comparison_figure
+from lightning_prune.reporting import ComparedNetwork, Comparison, Report, comparison_figure
 from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page, Picture
+from lightning_prune.structure import Size
 
 __all__ = ["FinishedRun", "compare", "main", "read_runs"]
 

@@ -27,7 +27,7 @@ from lightning_prune.planning.schedules import (
     reaches,
 )
 from lightning_prune.planning.scope import Scope, ScopeKind, select
-from lightning_prune.planning.target import NoEffectWarning, Original, Target
+from lightning_prune.planning.target import NoEffectWarning, Target
 
 __all__ = [
     "NM",
@@ -45,7 +45,6 @@ __all__ = [
     "LinearSchedule",
     "NoEffectWarning",
     "OneShot",
-    "Original",
     "Plan",
     "Pool",
     "RunLength",

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from lightning_prune.planning.plan import Plan, make_plan
 from lightning_prune.planning.scope import Scope
-from lightning_prune.planning.target import Original, Target
+from lightning_prune.planning.target import Target
 from lightning_prune.scoring.xgb import Usage
+from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["Amount", "Rule", "best_unit", "dividing_threshold", "plan_by_use", "widths_at"]
@@ -109,7 +110,7 @@ class Amount:
 
 
 def plan_by_use(
-    structure: Structure, use: Mapping[str, Usage], amount: Amount, original: Original
+    structure: Structure, use: Mapping[str, Usage], amount: Amount, original: Size
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and the groups that would have been emptied and keep their best unit instead.
 

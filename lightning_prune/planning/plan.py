@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.planning.scope import Scope
-from lightning_prune.planning.target import Original, Quantity, Target
+from lightning_prune.planning.target import Quantity, Target
+from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["Plan", "feasible", "make_plan", "staying"]
@@ -80,7 +81,7 @@ def make_plan(
     target: Target,
     share: float,
     scope: Scope,
-    original: Original,
+    original: Size,
     bundles: Bundles | None = None,
 ) -> Plan:
     """Choose the units that stay so that ``share`` of the way from the dense network to the target is gone.
@@ -136,7 +137,7 @@ def make_plan(
         fraction = 1 - share * (1 - target.fraction(original, dense))
         merits = scope.kind == "global"
         keys = _merits(vanishing, ranked, scores, scope) if merits else _paces(vanishing, now, original, scope)
-        widths = _descend(vanishing, keys, target.quantity, fraction * original.size(target.quantity, dense))
+        widths = _descend(vanishing, keys, target.quantity, fraction * original.amount(target.quantity, dense))
     kept = {
         name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
         for name, order in ranked.items()
@@ -150,7 +151,7 @@ def feasible(
     target: Target,
     scope: Scope,
     selected: Collection[str],
-    original: Original | None = None,
+    original: Size | None = None,
     bundles: Bundles | None = None,
 ) -> float:
     """Check before training that the target can be reached.
@@ -170,7 +171,7 @@ def feasible(
         ValueError: If the target is larger than the network or smaller than what can be reached, has shares per layer
             in a global scope, or wants all of a group that cannot vanish.
     """
-    original = original or Original.of(structure)
+    original = original or Size.of(structure)
     vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope, bundles)
     smallest = vanishing.size(
         vanishing.settle({n: ladder[-1] for n, ladder in vanishing.ladders.items()}), target.quantity
@@ -181,14 +182,14 @@ def feasible(
                 raise ValueError(f"a `pruning_ratio` of 1 for {name!r} cannot be met: {vanishing.refusal(name)}.")
         return smallest
     dense = original.among(selected, structure)
-    limit = target.fraction(original, dense) * original.size(target.quantity, dense)
+    limit = target.fraction(original, dense) * original.amount(target.quantity, dense)
     if not _holds(smallest, limit, target.quantity):
         raise ValueError(_unreachable(smallest, limit, target.quantity, scope))
     return smallest
 
 
 def staying(
-    structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Original
+    structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Size
 ) -> dict[str, str]:
     """What to say of groups that keep more units than their share, because of the limits of the widths.
 
@@ -362,7 +363,7 @@ def _rounded(wanted: float, step: int) -> int:
     return math.floor(wanted / step + 0.5 + _EPSILON) * step
 
 
-def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Original, scope: Scope) -> dict[str, FloatArray]:
+def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Size, scope: Scope) -> dict[str, FloatArray]:
     """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds.
 
     Under ``"erk"`` and ``"random"`` shares are relative to the densities, under ``"erk"`` those of the dense network.
@@ -384,7 +385,7 @@ def _drawn(seed: int, name: str) -> float:
     return 1 - float(np.random.default_rng([zlib.crc32(name.encode()), seed % 2**63]).random())
 
 
-def _densities(structure: Structure, names: Collection[str], original: Original) -> dict[str, float]:
+def _densities(structure: Structure, names: Collection[str], original: Size) -> dict[str, float]:
     """Erdős–Rényi kernel densities, up to a common factor: sum over product of the sizes of the producing weights."""
     sizes = {tensor: list(shape) for tensor, shape in structure.cost.shapes.items()}
     for group in structure.groups:

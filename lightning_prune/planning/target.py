@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 from lightning_prune.planning.scope import pick
+from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["NoEffectWarning", "Original", "Quantity", "Target"]
+__all__ = ["NoEffectWarning", "Quantity", "Target"]
 
 #: What a target counts: 1 MAC = 2 FLOPs; memory is bytes of activations and latency milliseconds, both of one sample.
 Quantity = Literal["units", "params", "macs", "memory", "latency"]
@@ -18,49 +19,6 @@ Quantity = Literal["units", "params", "macs", "memory", "latency"]
 
 class NoEffectWarning(UserWarning):
     """What was asked for changes nothing."""
-
-
-@dataclass(frozen=True)
-class Original:
-    """Size of the dense network, to which every target is relative, however often it was cut since.
-
-    Attributes:
-        params: Number of parameters.
-        macs: Multiply-accumulates of one sample's forward pass.
-        widths: Units per group.
-        memory: Bytes of the activations of one sample.
-        latency: Milliseconds of one sample's forward pass, if they were measured.
-    """
-
-    params: int
-    macs: int
-    widths: Mapping[str, int] = field(default_factory=dict)
-    memory: int = 0
-    latency: float | None = None
-
-    @classmethod
-    def of(cls, structure: Structure) -> Original:
-        """The size of a network that was not cut yet."""
-        widths, cost = structure.widths, structure.cost
-        latency = None if cost.latency_table is None else cost.latency(widths)
-        return cls(cost.params(widths), cost.macs(widths), widths, cost.memory(widths), latency)
-
-    def among(self, selected: Collection[str], structure: Structure) -> tuple[str, ...]:
-        """The ``selected`` groups, and those that have vanished: they were there once."""
-        return (*selected, *(self.widths.keys() - structure.widths.keys()))
-
-    def size(self, quantity: Quantity, selected: Collection[str]) -> float:
-        """The dense size in ``quantity``; units are counted over the ``selected`` groups only.
-
-        Raises:
-            ValueError: If the latency is asked for and was not measured.
-        """
-        if quantity == "units":
-            return sum(self.widths[name] for name in selected)
-        size: float | None = getattr(self, quantity)
-        if size is None:
-            raise ValueError("expected a latency that was measured, got none: the structure needs a table of latencies")
-        return size
 
 
 @dataclass(frozen=True)
@@ -158,12 +116,12 @@ class Target:
             )
         return replace(self, remaining=found), tuple(found)
 
-    def fraction(self, original: Original, selected: Collection[str]) -> float:
+    def fraction(self, original: Size, selected: Collection[str]) -> float:
         """What remains as a share of the dense network, in (0, 1].
 
         Args:
             original: Size of the dense network.
-            selected: Names of the groups that may be pruned, or were (`Original.among`).
+            selected: Names of the groups that may be pruned, or were (`Size.among`).
 
         Raises:
             ValueError: If a count is larger than the network.
@@ -173,7 +131,7 @@ class Target:
         if isinstance(self.remaining, Mapping):
             widths = {name: original.widths[name] for name in selected if name in self.remaining}
             return sum(self.remaining[name] * width for name, width in widths.items()) / sum(widths.values())
-        size = original.size(self.quantity, selected)
+        size = original.amount(self.quantity, selected)
         if self.remaining > size:
             whole = "its prunable groups have" if self.quantity == "units" else "it has"
             raise ValueError(

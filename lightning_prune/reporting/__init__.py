@@ -14,7 +14,7 @@ from lightning_prune.reporting.layer_scores import (
 from lightning_prune.reporting.measure import Timing, latencies, latency, size_on_disk, versions
 from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
 from lightning_prune.reporting.plots import report_figure
-from lightning_prune.reporting.record import Cut, Measurement, Scores, Size, SizeCheckpoint
+from lightning_prune.reporting.record import Cut, Measurement, Scores, SizeCheckpoint, size_of, timed
 from lightning_prune.reporting.report import Report, plain
 from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.thresholds import SizeAtThreshold, threshold_figure, thresholds_grid
@@ -32,7 +32,6 @@ __all__ = [
     "ScoredLayer",
     "Scores",
     "Sensitivity",
-    "Size",
     "SizeAtThreshold",
     "SizeCheckpoint",
     "Timing",
@@ -48,8 +47,10 @@ __all__ = [
     "report_figure",
     "require",
     "score_figure",
+    "size_of",
     "size_on_disk",
     "threshold_figure",
     "thresholds_grid",
+    "timed",
     "versions",
 ]

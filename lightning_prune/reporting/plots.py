@@ -150,7 +150,7 @@ def _size_panel(axes: Axes, report: Record, clock: _Clock) -> None:
     word = "parameters" if report.what == "units" else "non-zero weights"
     lines = (("params", word, _BLUE, "-", 2.4), ("macs", "MACs per sample", _ORANGE, "--", 1.8))
     for quantity, word, colour, line, width in lines:
-        sizes = [getattr(size, quantity) for size in (report.start or report.dense, *report.cuts)]
+        sizes = [getattr(size, quantity) for size in (report.start or report.dense, *(cut.size for cut in report.cuts))]
         left = [100 * size / (getattr(report.dense, quantity) or 1) for size in (*sizes, sizes[-1])]
         label = f"{word}: {count(getattr(report.dense, quantity))} → {count(sizes[-1])}"
         axes.step(x, left, line, where="post", color=colour, lw=width, label=label)

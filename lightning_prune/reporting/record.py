@@ -10,73 +10,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.planning import Original
 from lightning_prune.reporting.comparison import ComparedNetwork
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
 from lightning_prune.reporting.measure import Timing
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, mode_of_metric
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Size, Structure
 
-__all__ = ["Cut", "Measurement", "Record", "Scores", "Size", "SizeCheckpoint"]
+__all__ = ["Cut", "Measurement", "Record", "Scores", "SizeCheckpoint", "size_of", "timed"]
 
 
-@dataclass(frozen=True)
-class Size:
-    """What a network costs.
+def size_of(structure: Structure, dense: Size | None = None, backbone: Collection[str] | None = None) -> Size:
+    """What is known of a network without running it.
 
-    Attributes:
-        params: Number of parameters; with masks, of those that are not masked.
-        macs: Multiply-accumulates of one sample's forward pass (1 MAC = 2 FLOPs).
-        widths: Units per group.
-        bytes: Size of the saved ``state_dict``.
-        latency: Milliseconds per forward pass by batch size.
-        latency_spread: Half of the interquartile range of these, where it is known.
-        memory: Bytes of the activations of one sample, see `CostModel.memory`.
-        table_latency: Milliseconds of one sample by the table of latencies, if there is one.
-        backbone: Number of parameters of the backbone alone, where it is known which part that is.
-        layers: Parameters of the convolutional layers of the backbone, the first one first, see `layer_parameters`.
-        reachable: Shares of ``"params"`` and ``"macs"`` that lie on what can be pruned, where they are known; see
-            `Structure.reachable`.
-        zeros: Number of masked weights, where there are masks.
+    Args:
+        structure: Of the network as it is.
+        dense: Size of the dense network, if that is wanted.
+        backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network stay
+            unknown where layers have gone.
     """
+    size, cost = dense or Size.of(structure), structure.cost
+    # With the parameters of a layer that has gone, the terms of those that are left do not add up.
+    is_whole = backbone is not None and cost.params(size.widths) == size.params
+    parameters = cost.params(size.widths, backbone) if is_whole else None
+    reachable = structure.reachable if size.widths == structure.widths else {}
+    return replace(size, backbone=parameters, reachable=reachable)
 
-    params: int
-    macs: int
-    widths: Mapping[str, int] = field(default_factory=dict)
-    bytes: int | None = None
-    latency: Mapping[int, float] = field(default_factory=dict)
-    latency_spread: Mapping[int, float] = field(default_factory=dict)
-    memory: int | None = None
-    table_latency: float | None = None
-    backbone: int | None = None
-    layers: Mapping[str, int] = field(default_factory=dict)
-    reachable: Mapping[str, float] = field(default_factory=dict)
-    zeros: int | None = None
 
-    @classmethod
-    def of(
-        cls, structure: Structure, original: Original | None = None, backbone: Collection[str] | None = None
-    ) -> Size:
-        """What is known of a network without running it.
-
-        Args:
-            structure: Of the network as it is.
-            original: Size of the dense network, if that is wanted.
-            backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network stay
-                unknown where layers have gone.
-        """
-        now, cost = original or Original.of(structure), structure.cost
-        # With the parameters of a layer that has gone, the terms of those that are left do not add up.
-        is_whole = backbone is not None and cost.params(now.widths) == now.params
-        parameters = cost.params(now.widths, backbone) if is_whole else None
-        size = cls(now.params, now.macs, dict(now.widths), memory=now.memory, table_latency=now.latency)
-        reachable = structure.reachable if now.widths == structure.widths else {}
-        return replace(size, backbone=parameters, reachable=reachable)
-
-    def timed(self, timings: Mapping[int, Timing]) -> Size:
-        """The same with what `latency` has measured."""
-        spread = {batch: timing.spread for batch, timing in timings.items() if timing.spread is not None}
-        return replace(self, latency={batch: timing.ms for batch, timing in timings.items()}, latency_spread=spread)
+def timed(size: Size, timings: Mapping[int, Timing]) -> Size:
+    """The same size with what `latency` has measured."""
+    spread = {batch: timing.spread for batch, timing in timings.items() if timing.spread is not None}
+    return replace(size, latency={batch: timing.ms for batch, timing in timings.items()}, latency_spread=spread)
 
 
 @dataclass(frozen=True)
@@ -118,13 +81,8 @@ class Cut:
         step: Optimizer steps that had been trained.
         before: Units before the cut, of the groups that changed.
         after: Units after it, of the same groups.
-        params: Parameters after the cut, see `Size`.
-        macs: MACs of one sample after the cut.
+        size: The network after it, without ``widths``.
         seconds: Time the cut took.
-        memory: Bytes of the activations of one sample after it.
-        table_latency: Milliseconds of one sample after it by the table of latencies, if there is one.
-        backbone: Parameters of the backbone alone after it, where they are known.
-        zeros: Masked weights after it, where there are masks.
         scores: Scores of the units before it, by group, where units are scored.
     """
 
@@ -133,13 +91,8 @@ class Cut:
     step: int
     before: Mapping[str, int]
     after: Mapping[str, int]
-    params: int
-    macs: int
+    size: Size
     seconds: float
-    memory: int | None = None
-    table_latency: float | None = None
-    backbone: int | None = None
-    zeros: int | None = None
     scores: Mapping[str, Scores] = field(default_factory=dict)
 
     @classmethod
@@ -154,8 +107,7 @@ class Cut:
         seconds: float,
     ) -> Cut:
         """The cut that has led to a network of this size."""
-        what = (index, epoch, step, dict(before), dict(after), size.params, size.macs, seconds)
-        return cls(*what, size.memory, size.table_latency, size.backbone, size.zeros)
+        return cls(index, epoch, step, dict(before), dict(after), replace(size, widths={}, reachable={}), seconds)
 
 
 @dataclass(frozen=True)
@@ -270,9 +222,7 @@ class Record:
         """The network as it is now: at the end, after the last cut, or dense."""
         if self.final or not self.cuts:
             return self.final or self.start or self.dense
-        last = self.cuts[-1]
-        size = Size(last.params, last.macs, self.widths, memory=last.memory, table_latency=last.table_latency)
-        return replace(size, backbone=last.backbone, zeros=last.zeros)
+        return replace(self.cuts[-1].size, widths=self.widths)
 
     @property
     def epochs(self) -> int:
@@ -347,7 +297,7 @@ class Record:
         first, name = self.start or self.dense, self.main_metric
         if not found and first is not None:
             found = [(first.params, first.macs, self.outcome[0])]
-            found += [(cut.params, cut.macs, self.around(cut)[2]) for cut in self.cuts]
+            found += [(cut.size.params, cut.size.macs, self.around(cut)[2]) for cut in self.cuts]
         last = len(found) - 1
         return [
             ComparedNetwork("", name or "", metric, params, macs, is_final=place == last)

@@ -19,9 +19,10 @@ from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, dep
 from lightning_prune.reporting.over_depth import over_depth_grid
 from lightning_prune.reporting.pages import Page, Picture, html_of
 from lightning_prune.reporting.plots import report_figure
-from lightning_prune.reporting.record import Cut, Measurement, Record, Scores, Size, SizeCheckpoint
+from lightning_prune.reporting.record import Cut, Measurement, Record, Scores, SizeCheckpoint
 from lightning_prune.reporting.report_pages import report_pages
 from lightning_prune.reporting.typed import require
+from lightning_prune.structure import Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["Report", "plain"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
-_FORMAT = 3
+_FORMAT = 4
 
-# Where each form has the checkpoints of each size.
-_SIZES = {1: "rungs", 2: "size_checkpoints", 3: "size_checkpoints"}
+#: Figures of a cut that stood beside the rest before format 4.
+_SIZES_OF_CUTS = ("params", "macs", "memory", "table_latency", "backbone", "zeros")
 
 # Two latencies that differ by less, as a share of the larger, are not told apart, however little each one varies.
 _NOISE = 0.1
@@ -76,7 +77,8 @@ class Report(Record):
         values["start"] = _size(stored.get("start"))
         values["cuts"] = [_cut(cut) for cut in stored["cuts"]]
         values["history"] = [Measurement(**row) for row in stored["history"]]
-        values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(_SIZES[stored["format"]], [])]
+        saved_sizes = "rungs" if stored["format"] == 1 else "size_checkpoints"
+        values["size_checkpoints"] = [SizeCheckpoint(**saved) for saved in stored.get(saved_sizes, [])]
         values["scored"] = [ScoredLayer(**row) for row in stored.get("scored", [])]
         values["depths"] = [ScoredDepth(**row) for row in stored.get("depths", [])]
         report = cls(**values)
@@ -211,8 +213,15 @@ class Report(Record):
         for cut in self.cuts:
             units = f"{sum(widths.values()):,} → {sum({**widths, **cut.after}.values()):,}"
             widths.update(cut.after)
-            what = units if self.what == "units" else MISSING if cut.zeros is None else count(cut.zeros)
-            cells = (str(cut.index + 1), str(cut.epoch), f"{cut.step:,}", what, count(cut.params), count(cut.macs))
+            what = units if self.what == "units" else MISSING if cut.size.zeros is None else count(cut.size.zeros)
+            cells = (
+                str(cut.index + 1),
+                str(cut.epoch),
+                f"{cut.step:,}",
+                what,
+                count(cut.size.params),
+                count(cut.size.macs),
+            )
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
         notes = ["Units are those of the whole network; MACs are per sample."]
@@ -282,7 +291,10 @@ def _with_table_latency(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(stored: Mapping[str, Any]) -> Cut:
-    return Cut(**{**stored, "scores": {name: Scores(**found) for name, found in stored.get("scores", {}).items()}})
+    cut = {**stored, "scores": {name: Scores(**found) for name, found in stored.get("scores", {}).items()}}
+    if "size" not in cut:
+        cut["size"] = {name: cut.pop(name) for name in _SIZES_OF_CUTS if name in cut}
+    return Cut(**{**cut, "size": _size(cut["size"])})
 
 
 def _size(stored: Mapping[str, Any] | None) -> Size | None:

@@ -4,6 +4,7 @@ from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, Term
 from lightning_prune.structure.discovery import Tracing, trace, verify_shapes
 from lightning_prune.structure.graph import Axes, Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.layers import refresh, relax_unflatten
+from lightning_prune.structure.size import Size
 from lightning_prune.structure.traced_model import StructureError, TracedModel
 from lightning_prune.structure.tracing import Call
 
@@ -17,6 +18,7 @@ __all__ = [
     "LatencyTable",
     "Member",
     "Role",
+    "Size",
     "Structure",
     "StructureError",
     "Term",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.planning.target import Original
+from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.stubs import Kind
@@ -111,7 +111,7 @@ class Replace:
 
     modules: Mapping[str, LayerSpec]
     widths: Mapping[str, int]
-    original: Original
+    original: Size
     new_dense: bool
     epoch: int
     step: int
@@ -261,14 +261,14 @@ def write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
     }
 
 
-def _write_original(original: Original) -> dict[str, Any]:
+def _write_original(original: Size) -> dict[str, Any]:
     """The size of a dense network as plain data."""
     return {
         "params": int(original.params),
         "macs": int(original.macs),
         "widths": {group: int(width) for group, width in original.widths.items()},
-        "memory": int(original.memory),
-        **({} if original.latency is None else {"latency": float(original.latency)}),
+        "memory": int(original.memory or 0),
+        **({} if original.table_latency is None else {"latency": float(original.table_latency)}),
     }
 
 
@@ -335,10 +335,10 @@ def _read_replace(edit: dict[str, Any]) -> Replace:
     return Replace(modules, widths, original, plain.entry(edit, "new_dense", bool), *_when(edit), _info(edit))
 
 
-def _read_original(found: dict[str, Any]) -> Original:
+def _read_original(found: dict[str, Any]) -> Size:
     params, macs, memory = (plain.count(found, key) for key in ("params", "macs", "memory"))
     latency = plain.number(found["latency"], "latency") if "latency" in found else None
-    return Original(params, macs, plain.counts(found, "widths"), memory, latency)
+    return Size(params, macs, plain.counts(found, "widths"), memory=memory, table_latency=latency)
 
 
 def _when(edit: dict[str, Any]) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.planning.target import Original
+from lightning_prune.structure import Size
 from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
@@ -119,31 +119,23 @@ class History:
 
     Attributes:
         shapes: Dense shape of every tensor of the dense network that was ever cut.
-        params: Parameters of the dense network.
-        macs: Its MACs for one sample (1 MAC = 2 FLOPs).
-        widths: Its units by group.
+        size: Size of the dense network; its memory is unknown in files of version 1.
         edits: What was done, in order.
         dense: What it takes to widen the live network; not part of a checkpoint.
-        memory: Bytes of the dense network's activations for one sample; ``None`` in files of version 1.
         latency: What its latency is computed from, if that was measured: one table for all of the network's life.
     """
 
     shapes: Mapping[str, Shape]
-    params: int
-    macs: int
-    widths: Mapping[str, int]
+    size: Size
     edits: tuple[Edit, ...] = ()
     dense: Dense = field(default_factory=Dense)
-    memory: int | None = None
     latency: LatencyTable | None = None
 
     @classmethod
     def begin(cls, structure: Structure) -> History:
         """The empty history of a dense network."""
-        widths, cost = structure.widths, structure.cost
-        return cls(
-            {}, cost.params(widths), cost.macs(widths), widths, memory=cost.memory(widths), latency=cost.latency_table
-        )
+        size = Size.of(structure)
+        return cls({}, replace(size, table_latency=None), latency=structure.cost.latency_table)
 
     def add(self, edit: Edit, model: nn.Module) -> History:
         """The history with ``edit``, which is about to be done to ``model``.
@@ -190,7 +182,7 @@ class History:
             raise HistoryError(f"Expected the last edit to be a replacement, got {last.kind!r}.")
         before = replace(self, edits=self.edits[:-1])
         if new_dense:
-            original = Original.of(structure)
+            original = Size.of(structure)
         else:
             units = before.widths_now
             fresh = {
@@ -205,20 +197,21 @@ class History:
 
     def _known(self) -> Known:
         """Shapes and units after the last edit."""
-        known = Known({name: list(shape) for name, shape in self.shapes.items()}, dict(self.widths))
+        known = Known({name: list(shape) for name, shape in self.shapes.items()}, dict(self.size.widths))
         for edit in self.edits:
             known.follow(edit)
         return known
 
     @property
-    def original(self) -> Original:
+    def original(self) -> Size:
         """The dense network that shares refer to; its memory is 0 where a file of version 1 did not say."""
         for edit in reversed(self.edits):
             if isinstance(edit, Replace):
                 return edit.original
-        memory = self.memory or 0
-        latency = None if self.latency is None or not memory else self.latency.value(self.widths, memory)
-        return Original(self.params, self.macs, self.widths, memory, latency)
+        size = self.size
+        if self.latency is None or not size.memory:
+            return size
+        return replace(size, table_latency=self.latency.value(size.widths, size.memory))
 
     @property
     def dense_is_measurable(self) -> bool:
@@ -299,10 +292,10 @@ class History:
             "version": VERSION,
             "original": {
                 "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-                "params": int(self.params),
-                "macs": int(self.macs),
-                "widths": {group: int(width) for group, width in self.widths.items()},
-                **({} if self.memory is None else {"memory": int(self.memory)}),
+                "params": int(self.size.params),
+                "macs": int(self.size.macs),
+                "widths": {group: int(width) for group, width in self.size.widths.items()},
+                **({} if self.size.memory is None else {"memory": int(self.size.memory)}),
                 **({} if self.latency is None else {"latency": self.latency.to_plain()}),
             },
             "edits": [write_edit(edit, known) for edit in self.edits],
@@ -331,7 +324,7 @@ class History:
         params, macs = (plain.count(original, key) for key in ("params", "macs"))
         memory = plain.count(original, "memory") if "memory" in original else None
         latency = _table(plain.entry(original, "latency", dict), known.units) if "latency" in original else None
-        return cls(shapes, params, macs, widths, edits, memory=memory, latency=latency)
+        return cls(shapes, Size(params, macs, widths, memory=memory), edits, latency=latency)
 
 
 def attach(model: nn.Module, history: History | None) -> None:
@@ -376,10 +369,10 @@ def latency_table(traced: TracedModel, structure: Structure) -> LatencyTable:
     history = history_of(traced.model)
     if history is not None and history.latency is not None:
         return history.latency
-    return measure_latency(traced, structure, None if history is None else history.widths)
+    return measure_latency(traced, structure, None if history is None else history.size.widths)
 
 
-def original_of(model: nn.Module, structure: Structure) -> Original:
+def original_of(model: nn.Module, structure: Structure) -> Size:
     """The size of the network that ``model`` was before its first cut.
 
     Args:
@@ -391,7 +384,7 @@ def original_of(model: nn.Module, structure: Structure) -> Original:
     """
     history = history_of(model)
     if history is None:
-        return Original.of(structure)
+        return Size.of(structure)
     original = history.original
     if structure.widths.keys() != history.groups_now:
         raise HistoryError(
@@ -400,10 +393,10 @@ def original_of(model: nn.Module, structure: Structure) -> Original:
         )
     cost, table = structure.cost, history.latency or structure.cost.latency_table
     memory = original.memory or cost.memory(original.widths)
-    latency = original.latency
+    latency = original.table_latency
     if latency is None and table is not None and history.dense_is_measurable:
         latency = table.value(original.widths, memory)
-    return replace(original, memory=memory, latency=latency)
+    return replace(original, memory=memory, table_latency=latency)
 
 
 def save_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:

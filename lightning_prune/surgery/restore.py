@@ -137,7 +137,7 @@ def _conform(
 
 def _repeat(change: Change, model: nn.Module, history: History) -> Dense:
     """Do to a dense network all that a history tells; what it takes to widen it again."""
-    done = History({}, 0, 0, history.widths)
+    done = History({}, history.size)
     for step in history.steps:
         done = done.add(step, model)
         apply(change, step, model)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery.change import Change, CutError
@@ -240,7 +241,7 @@ class Transaction(Change):
                 "Expected the structure of the network as it is before a module is replaced: shares go on referring to "
                 "it. Trace it before, or let the new network be the dense one (`new_dense=True`)."
             )
-        return History({}, 0, 0, {}, memory=0)
+        return History({}, Size(0, 0, memory=0))
 
     def _attach(self, histories: Mapping[nn.Module, History]) -> None:
         for network, history in histories.items():

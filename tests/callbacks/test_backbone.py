@@ -17,8 +17,8 @@ from typing_extensions import override
 from lightning_prune import GradualUnfreezing, MagnitudePruning, OneShot, StructuredPruning, prune
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.planning import CutPoint, Plan
-from lightning_prune.reporting import Report, Size, backbone_modules
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.reporting import Report, backbone_modules, size_of
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.surgery import spec_of, transaction
 from tests.callbacks.networks import fit
 
@@ -96,7 +96,7 @@ def test_a_run_tells_the_backbone_before_and_after(tmp_path: Path) -> None:
     assert report.dense is not None
     assert report.final is not None
     now = counted(model, "features")
-    assert (report.dense.backbone, report.cuts[0].backbone, report.final.backbone) == (dense, now, now)
+    assert (report.dense.backbone, report.cuts[0].size.backbone, report.final.backbone) == (dense, now, now)
     assert now < dense
     assert report.metrics()["pruning/backbone_params"] == now
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -165,7 +165,7 @@ def test_no_head_no_backbone() -> None:
     with transaction(model, run=lambda: model(x)) as change:
         structure = change.replace({"2": spec_of(model[2], out_features=5)}, lambda: trace(traced), new_dense=True)
     assert backbone_modules(model) == {"0"}
-    assert Size.of(structure, backbone=backbone_modules(model)).backbone == 4 * 8 + 8
+    assert size_of(structure, backbone=backbone_modules(model)).backbone == 4 * 8 + 8
     report = prune(model, x, pruning_ratio=0.5)
     assert report.size is not None
     assert report.size.backbone == 4 * 4 + 4

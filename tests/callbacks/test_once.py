@@ -17,9 +17,9 @@ from lightning_prune import AtStart, LinearSchedule, MagnitudePruning, OneShot, 
 from lightning_prune.callbacks import Decision, NetworkPruning, live_transaction
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.processes import agreed
-from lightning_prune.planning import CutPoint, Original, Plan
+from lightning_prune.planning import CutPoint, Plan
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Size, Structure
 from lightning_prune.surgery import Transaction, history_of, masks_of, spec_of
 from tests.callbacks import ranked
 from tests.callbacks.contents import untimed
@@ -47,7 +47,7 @@ class Variance(NetworkPruning):
         super().__init__(schedule, None, None, True, None, extensions)
 
     def _check(
-        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Original
+        self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
         assert structure.widths["first"] in (6, 12)
         return self._moments(trainer)

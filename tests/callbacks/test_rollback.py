@@ -19,6 +19,7 @@ from lightning_prune import OneShot, Rewind, StructuredPruning
 from lightning_prune.callbacks.extensions.rollback import Rollback, go_back, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
+from lightning_prune.structure import Size
 from lightning_prune.surgery import history_of
 from tests.callbacks.small import Small, loaders, trainer
 
@@ -231,7 +232,7 @@ def test_snapshot_and_back(tmp_path: Path) -> None:
 
 def report(name: str, *values: tuple[int, float]) -> Report:
     """Metrics by step; the cut was made at step 10, in epoch 2."""
-    made = Report(cuts=[Cut(0, 2, 10, {}, {}, 0, 0, 0.0)])
+    made = Report(cuts=[Cut(0, 2, 10, {}, {}, Size(0, 0), 0.0)])
     for step, value in values:
         made.log(step // 5, step, {name: value})
     return made

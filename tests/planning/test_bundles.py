@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lightning_prune.planning.plan import feasible, make_plan
 from lightning_prune.planning.scope import Scope
-from lightning_prune.planning.target import Original, Target
+from lightning_prune.planning.target import Target
+from lightning_prune.structure import Size
 
 widths_lists = st.lists(st.integers(1, 20), min_size=1, max_size=4)
 
@@ -34,7 +35,7 @@ def taken(plan, structure, name):
 def test_a_global_budget_takes_the_lowest_bundles_and_no_more_than_it_needs(mlp, widths, seed, percent):
     structure = mlp(widths)
     bundles, scores = draw(structure, seed)
-    original, scope, target = Original.of(structure), Scope("global", normalize="none"), Target("params", percent / 100)
+    original, scope, target = Size.of(structure), Scope("global", normalize="none"), Target("params", percent / 100)
     limit = percent * original.params / 100 + 1e-6
     # The order in which they go: by score, then by layer, then by first unit; the last of each layer stays.
     queue = []
@@ -69,7 +70,7 @@ def ordered_by_score(bundles, scores):
 def test_a_local_ratio_is_met_to_the_nearest_width(mlp, widths, seed, ratio):
     structure = mlp(widths)
     bundles, scores = draw(structure, seed)
-    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, Scope(), Original.of(structure), bundles)
+    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, Scope(), Size.of(structure), bundles)
     for name, found in ordered_by_score(bundles, scores).items():
         width = structure.widths[name]
         allowed = [width - sum(map(len, found[:count])) for count in range(len(found))]
@@ -83,7 +84,7 @@ def test_other_layers_go_unit_by_unit(mlp):
     structure = mlp([4, 4])
     scores = {"net.0": np.array([1.0, 2, 3, 4]), "net.2": np.array([0.0, 5, 5, 0])}
     plan = make_plan(
-        structure, scores, Target("units", 5), 1.0, Scope("global", normalize="none"), Original.of(structure),
+        structure, scores, Target("units", 5), 1.0, Scope("global", normalize="none"), Size.of(structure),
         {"net.2": [(0, 3), (1, 2)]},
     )  # fmt: skip
     assert plan.kept == {"net.0": (1, 2, 3), "net.2": (1, 2)}
@@ -93,6 +94,6 @@ def test_refuses_what_is_no_partition_and_widths_that_cannot_be_met(mlp):
     structure = mlp([4])
     arguments = (structure, {"net.0": np.arange(4.0)}, Target("units", 0.5), 1.0)
     with pytest.raises(ValueError, match=r"each of the 4 units of group 'net.0' in one bundle"):
-        make_plan(*arguments, Scope(), Original.of(structure), {"net.0": [(0, 1), (1, 2)]})
+        make_plan(*arguments, Scope(), Size.of(structure), {"net.0": [(0, 1), (1, 2)]})
     with pytest.raises(ValueError, match=r"`round_to` of 1 .* got 2 and 2 groups of 'net.0'"):
-        make_plan(*arguments, Scope(round_to=2), Original.of(structure), {"net.0": [(0, 1), (2, 3)]})
+        make_plan(*arguments, Scope(round_to=2), Size.of(structure), {"net.0": [(0, 1), (2, 3)]})

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_prune.planning import Original, Scope, Target, feasible, make_plan
-from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.planning import Scope, Target, feasible, make_plan
+from lightning_prune.structure import Size, Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 
 
@@ -56,7 +56,7 @@ def plan(order: tuple[str, ...] | list[str], ratio: float, **scope: object) -> d
         Target("units", 1 - ratio),
         1.0,
         Scope("global", **scope),
-        Original.of(STRUCTURE),  # type: ignore[arg-type]
+        Size.of(STRUCTURE),  # type: ignore[arg-type]
     )
     return STRUCTURE.widths | made.widths
 
@@ -86,14 +86,14 @@ def test_by_default_one_unit_stays() -> None:
 
 def test_shares_that_round_to_nothing() -> None:
     structure, scope = STRUCTURE, Scope(min_width=0)
-    made = make_plan(structure, scores_of(NAMES), Target("units", 0.1), 1.0, scope, Original.of(structure))
+    made = make_plan(structure, scores_of(NAMES), Target("units", 0.1), 1.0, scope, Size.of(structure))
     # The later one of the parallel paths keeps a unit, and so does the stem.
     assert structure.widths | made.widths == {"stem": 1, "a": 0, "b": 0, "b2": 0, "c": 0, "d": 1}
 
 
 def test_what_is_ignored_is_not_taken_along() -> None:
     scores = {name: value for name, value in scores_of(NAMES).items() if name != "b2"}
-    made = make_plan(STRUCTURE, scores, Target("units", 0.1), 1.0, Scope(min_width=0), Original.of(STRUCTURE))
+    made = make_plan(STRUCTURE, scores, Target("units", 0.1), 1.0, Scope(min_width=0), Size.of(STRUCTURE))
     assert made.widths["b"] == 1
     assert made.widths["a"] == 0
 
@@ -108,7 +108,7 @@ def test_what_is_ignored_is_not_taken_along() -> None:
 def test_a_budget_holds_and_one_step_more_does_not(
     order: list[str], quantity: str, kind: str, remaining: float, round_to: int
 ) -> None:
-    original, scope = Original.of(STRUCTURE), Scope(kind, 0, round_to, "none")  # type: ignore[arg-type]
+    original, scope = Size.of(STRUCTURE), Scope(kind, 0, round_to, "none")  # type: ignore[arg-type]
     target = Target(quantity, remaining)  # type: ignore[arg-type]
     try:
         feasible(STRUCTURE, target, scope, NAMES)
@@ -131,7 +131,7 @@ def test_smaller_budgets_contain_larger_ones(order: list[str], one: float, other
 
 
 def test_in_two_cuts_as_in_one() -> None:
-    original = Original.of(STRUCTURE)
+    original = Size.of(STRUCTURE)
     scope, target = Scope("global", 0, normalize="none"), Target("units", 0.4)
     for order in itertools.islice(itertools.permutations(NAMES), 0, 720, 37):
         scores = scores_of(order)
@@ -148,7 +148,7 @@ def test_all_of_a_branch_may_be_asked_for() -> None:
     feasible(STRUCTURE, target, Scope(min_width=0), ("a", "b"))
     made = make_plan(
         STRUCTURE, {name: torch.arange(float(STRUCTURE.widths[name])) for name in "ab"}, target, 1.0,
-        Scope(min_width=0), Original.of(STRUCTURE),
+        Scope(min_width=0), Size.of(STRUCTURE),
     )  # fmt: skip
     assert made.widths == {"a": 0, "b": 2}
 

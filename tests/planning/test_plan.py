@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lightning_prune.planning.plan import Plan, feasible, make_plan
 from lightning_prune.planning.scope import Scope
-from lightning_prune.planning.target import Original, Target
+from lightning_prune.planning.target import Target
+from lightning_prune.structure import Size
 
 widths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 ratios = st.floats(0, 0.99)
@@ -51,7 +52,7 @@ def test_local_ratio_is_each_layers_share_to_the_nearest_unit(mlp, widths, seed,
     structure = mlp(widths)
     scores = draw_scores(structure, seed)
     scope = Scope("local", min_width, round_to)
-    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, scope, Original.of(structure))
+    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, scope, Size.of(structure))
     for name, width in structure.widths.items():
         kept = plan.kept.get(name, tuple(range(width)))
         wanted = width * (1 - ratio)
@@ -72,14 +73,14 @@ def test_local_ratio_is_each_layers_share_to_the_nearest_unit(mlp, widths, seed,
 def test_local_examples(mlp, width, ratio, expected):
     structure = mlp([width])
     scores = {"net.0": np.arange(width)}
-    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, Scope(), Original.of(structure))
+    plan = make_plan(structure, scores, Target("units", 1 - ratio), 1.0, Scope(), Size.of(structure))
     assert (structure.widths | plan.widths)["net.0"] == expected
 
 
 @given(widths_lists, seeds, ratios, quantities, kinds, st.sampled_from([1, 4]), st.integers(1, 3))
 def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quantity, kind, round_to, min_width):
     structure = mlp(widths)
-    original = Original.of(structure)
+    original = Size.of(structure)
     total = original.size(quantity, widths_names := list(structure.widths))
     target = Target(quantity, max(1, round(total * (1 - ratio))))
     scope = Scope(kind, min_width, round_to)
@@ -110,7 +111,7 @@ def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, no
     target, scope = Target("params", 1 - ratio), Scope("global", min_width, normalize=normalize)
     if not reachable(structure, target, scope):
         return
-    plan = make_plan(structure, scores, target, 1.0, scope, Original.of(structure))
+    plan = make_plan(structure, scores, target, 1.0, scope, Size.of(structure))
 
     kept = {name: list(range(width)) for name, width in structure.widths.items()}
     scale = {n: (np.abs(s).mean() or 1.0) if normalize == "mean" else 1.0 for n, s in scores.items()}
@@ -146,7 +147,7 @@ def test_erk_and_random_keep_what_the_densities_say(mlp, widths, seed, ratio, de
     target = Target("units", 1 - ratio)
     if not reachable(structure, target, scope):
         return
-    plan = make_plan(structure, draw_scores(structure, seed), target, 1.0, scope, Original.of(structure))
+    plan = make_plan(structure, draw_scores(structure, seed), target, 1.0, scope, Size.of(structure))
     found = list((structure.widths | plan.widths).values())
     limit = math.floor(sum(widths) * (1 - ratio) + 0.5 + 1e-9)
 
@@ -165,10 +166,10 @@ def test_erk_and_random_keep_what_the_densities_say(mlp, widths, seed, ratio, de
 def test_another_seed_draws_another_allocation(mlp):
     structure = mlp([40, 40, 40])
     target, scores, scope = Target("units", 0.5), draw_scores(structure, 0), Scope("random", draws=20)
-    plans = [make_plan(structure, scores, target, 1.0, one, Original.of(structure)) for one in scope.drawn]
+    plans = [make_plan(structure, scores, target, 1.0, one, Size.of(structure)) for one in scope.drawn]
     assert len({tuple(plan.widths.items()) for plan in plans}) == 20
-    assert plans[0] == make_plan(structure, scores, target, 1.0, scope, Original.of(structure))
-    assert plans[3] == make_plan(structure, scores, target, 1.0, Scope("random", seed=3), Original.of(structure))
+    assert plans[0] == make_plan(structure, scores, target, 1.0, scope, Size.of(structure))
+    assert plans[3] == make_plan(structure, scores, target, 1.0, Scope("random", seed=3), Size.of(structure))
 
 
 @given(widths_lists, seeds, ratios, ratios, quantities, kinds, st.sampled_from([1, 4]))
@@ -180,7 +181,7 @@ def test_plans_nest_as_the_ratio_grows(mlp, widths, seed, a, b, quantity, kind, 
     if not reachable(structure, Target(quantity, 1 - more), scope):
         return
     small, large = (
-        make_plan(structure, scores, Target(quantity, 1 - r), 1.0, scope, Original.of(structure)) for r in (less, more)
+        make_plan(structure, scores, Target(quantity, 1 - r), 1.0, scope, Size.of(structure)) for r in (less, more)
     )
     for name, width in structure.widths.items():
         everything = range(width)
@@ -195,7 +196,7 @@ def test_local_plans_do_not_change_under_monotone_transforms(mlp, widths, seed, 
     if not reachable(structure, target, Scope()):
         return
     transformed = {name: 1000 * np.exp(3 * values) - 7 for name, values in scores.items()}
-    plans = [make_plan(structure, s, target, 1.0, Scope(), Original.of(structure)) for s in (scores, transformed)]
+    plans = [make_plan(structure, s, target, 1.0, Scope(), Size.of(structure)) for s in (scores, transformed)]
     assert plans[0] == plans[1]
 
 
@@ -207,7 +208,7 @@ def test_same_plan_from_any_order_or_container(mlp, widths, seed, ratio, quantit
     if not reachable(structure, target, scope):
         return
     backwards = {name: torch.tensor(scores[name], requires_grad=True) for name in reversed(scores)}
-    plans = [make_plan(structure, s, target, 1.0, scope, Original.of(structure)) for s in (scores, backwards)]
+    plans = [make_plan(structure, s, target, 1.0, scope, Size.of(structure)) for s in (scores, backwards)]
     assert plans[0] == plans[1]
     assert plans[0].to_plain() == plans[1].to_plain()
 
@@ -216,7 +217,7 @@ def test_same_plan_from_any_order_or_container(mlp, widths, seed, ratio, quantit
 def test_ties_go_by_index(mlp, kind):
     structure = mlp([4, 4])
     scores = {"net.2": np.ones(4), "net.0": np.ones(4)}
-    plan = make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(kind), Original.of(structure))
+    plan = make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(kind), Size.of(structure))
     expected = {"net.0": (2, 3), "net.2": (2, 3)} if kind == "local" else {"net.0": (3,), "net.2": (1, 2, 3)}
     assert plan.kept == expected
 
@@ -225,7 +226,7 @@ def test_ties_go_by_index(mlp, kind):
 def test_cuts_add_up_to_one_cut(mlp, widths, seed, ratio, quantity, kind, round_to, shares):
     """However many cuts lead there, the same units are left, because amounts are relative to the dense network."""
     structure = dense = mlp(widths)
-    original = Original.of(dense)
+    original = Size.of(dense)
     # raw scores: a mean over the units of a group changes when some are gone
     scope = Scope(kind, round_to=round_to, normalize="none")
     target = Target(quantity, 1 - ratio)
@@ -250,13 +251,13 @@ def test_blocks_of_equal_scores_go_one_after_the_other(mlp):
     structure = mlp([17])
     scores = {"net.0": np.full(17, 0.1)}  # the mean of eight of them is a bit below 0.1
     scope = Scope("global", round_to=8, normalize="none")
-    plan = make_plan(structure, scores, Target("units", 16), 1.0, scope, Original.of(structure))
+    plan = make_plan(structure, scores, Target("units", 16), 1.0, scope, Size.of(structure))
     assert plan.kept == {"net.0": tuple(range(1, 17))}
 
 
 def test_a_cut_is_counted_in_present_positions_and_dense_shares(mlp):
     dense = mlp([10])
-    original = Original.of(dense)
+    original = Size.of(dense)
     target = Target("units", 0.5)
     first = make_plan(dense, {"net.0": np.arange(10)[::-1]}, target, 0.4, Scope(), original)
     assert first.kept["net.0"] == tuple(range(8))
@@ -267,7 +268,7 @@ def test_a_cut_is_counted_in_present_positions_and_dense_shares(mlp):
 def test_only_scored_groups_shrink(mlp):
     structure = mlp([10, 10])
     plan = make_plan(
-        structure, {"net.2": np.arange(10)}, Target("units", 0.5), 1.0, Scope("global"), Original.of(structure)
+        structure, {"net.2": np.arange(10)}, Target("units", 0.5), 1.0, Scope("global"), Size.of(structure)
     )
     assert plan.widths == {"net.2": 5}
 
@@ -275,7 +276,7 @@ def test_only_scored_groups_shrink(mlp):
 def test_normalizing_spares_layers_whose_sums_have_few_terms(mlp):
     structure = mlp([10, 10])
     scores = {"net.0": np.linspace(100, 200, 10), "net.2": np.linspace(1, 2, 10)}
-    target, original = Target("units", 0.5), Original.of(structure)
+    target, original = Target("units", 0.5), Size.of(structure)
     raw = make_plan(structure, scores, target, 1.0, Scope("global", normalize="none"), original)
     assert raw.widths == {"net.0": 9, "net.2": 1}
     assert make_plan(structure, scores, target, 1.0, Scope("global"), original).widths == {"net.0": 5, "net.2": 5}
@@ -291,7 +292,7 @@ def test_normalizing_spares_layers_whose_sums_have_few_terms(mlp):
 def test_coupled_groups_meet_macs(resnet_like):
     rng = np.random.default_rng(0)
     scores = {group.name: rng.random(group.width) for group in resnet_like.groups}
-    original = Original.of(resnet_like)
+    original = Size.of(resnet_like)
     for kind, fraction in itertools.product(("local", "global"), (0.9, 0.5, 0.2)):
         plan = make_plan(resnet_like, scores, Target("macs", fraction), 1.0, Scope(kind), original)
         left = size(resnet_like, plan.widths, "macs") / original.macs
@@ -314,7 +315,7 @@ def test_feasible(mlp):
         feasible(structure, Target("params", 10**6), scope, ["net.2"])
     assert feasible(structure, Target("units", 0.05), scope, ["net.0", "net.2"]) == 6  # min_width wins over a ratio
     narrow = structure.take({"net.0": [0, 1, 2], "net.2": [0, 1, 2]})
-    assert feasible(narrow, Target("params", 0.9), scope, ["net.0"], Original.of(structure)) == smallest
+    assert feasible(narrow, Target("params", 0.9), scope, ["net.0"], Size.of(structure)) == smallest
 
 
 @pytest.mark.parametrize(
@@ -330,13 +331,13 @@ def test_feasible(mlp):
 def test_bad_scores(mlp, scores, message):
     structure = mlp([4])
     with pytest.raises(ValueError, match=message):
-        make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(), Original.of(structure))
+        make_plan(structure, scores, Target("units", 0.5), 1.0, Scope(), Size.of(structure))
 
 
 def test_bad_share(mlp):
     structure = mlp([4])
     with pytest.raises(ValueError, match=r"`share` in \[0, 1\], got 1.1"):
-        make_plan(structure, {"net.0": np.ones(4)}, Target("units", 0.5), 1.1, Scope(), Original.of(structure))
+        make_plan(structure, {"net.0": np.ones(4)}, Target("units", 0.5), 1.1, Scope(), Size.of(structure))
 
 
 def test_plan_is_a_printable_storable_value(mlp):
@@ -367,7 +368,7 @@ def test_bad_plans(kept, message):
 def test_a_large_network_is_planned_within_a_second(mlp):
     structure = mlp([2048] * 8 + [512] * 20)  # 26,000 units, as ResNet-50
     scores = draw_scores(structure, 0)
-    original = Original.of(structure)
+    original = Size.of(structure)
     for kind, quantity in itertools.product(("local", "global"), ("params", "macs")):
         start = time.perf_counter()
         plan = make_plan(structure, scores, Target(quantity, 0.5), 1.0, Scope(kind), original)
@@ -379,7 +380,7 @@ def test_a_large_network_is_planned_within_a_second(mlp):
 @given(widths_lists, seeds, st.lists(ratios, min_size=5, max_size=5), st.floats(0, 1))
 def test_ratios_per_layer_are_the_plans_of_each_layer_alone(mlp, widths, seed, each, share):
     structure = mlp(widths)
-    scores, original = draw_scores(structure, seed), Original.of(structure)
+    scores, original = draw_scores(structure, seed), Size.of(structure)
     wanted = dict(zip(structure.widths, each, strict=False))
     target, selected = Target.of(pruning_ratio=wanted | {"net.0": 0.3}).resolve(structure, [*wanted])
     assert selected == tuple(wanted)
@@ -399,4 +400,4 @@ def test_ratios_per_layer_need_a_local_scope(mlp):
         feasible(structure, target, Scope("global"), selected)
     for kind in ("global", "erk", "random"):
         with pytest.raises(ValueError, match=f"with a scope of '{kind}'"):
-            make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope(kind), Original.of(structure))
+            make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope(kind), Size.of(structure))

@@ -4,9 +4,10 @@ import pickle
 
 import pytest
 
-from lightning_prune.planning.target import NoEffectWarning, Original, Target
+from lightning_prune.planning.target import NoEffectWarning, Target
+from lightning_prune.structure import Size
 
-ORIGINAL = Original(params=1000, macs=5000, widths={"a": 30, "b": 10, "c": 60})
+ORIGINAL = Size(params=1000, macs=5000, widths={"a": 30, "b": 10, "c": 60})
 
 
 def test_the_two_ways_to_say_it():
@@ -79,7 +80,7 @@ def test_ratios_per_layer(mlp):
     resolved, selected = target.resolve(structure, tuple(structure.widths))
     assert resolved.remaining == {"net.0": 0.8, "net.2": 0.5, "net.4": 0.8}
     assert selected == ("net.0", "net.2", "net.4")
-    assert resolved.fraction(Original.of(structure), selected) == pytest.approx((24 + 5 + 48) / 100)
+    assert resolved.fraction(Size.of(structure), selected) == pytest.approx((24 + 5 + 48) / 100)
     # What is not named stays, and so does what may not be pruned.
     assert Target.of(pruning_ratio={"net.2": 0.5}).resolve(structure, ("net.0", "net.2"))[1] == ("net.2",)
     assert target.resolve(structure, ("net.0",))[0].remaining == {"net.0": 0.8}

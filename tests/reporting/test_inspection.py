@@ -5,8 +5,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.planning import Original
-from lightning_prune.reporting import Inspection, Report, Size
+from lightning_prune.reporting import Inspection, Report, size_of
 from lightning_prune.structure import TracedModel, trace
 
 
@@ -58,11 +57,11 @@ def test_what_a_recurrent_layer_holds_cannot_be_reached():
         "macs": pytest.approx(ours / (ours + lstm)),
     }
     assert "5.4 % of the parameters and 5.6 % of the MACs" in " ".join(str(Inspection(structure)).split())
-    size = Size.of(structure)
+    size = size_of(structure)
     assert size.reachable == structure.reachable
     report = " ".join(str(Report(dense=size, final=size)).split())
     assert "What can be pruned holds 5.4 % of the parameters and 5.6 % of the MACs." in report
-    assert not Size.of(structure.take({"hidden": (0, 1)}), Original.of(structure)).reachable
+    assert not size_of(structure.take({"hidden": (0, 1)}), size).reachable
 
 
 def test_table_names_couplings_widths_and_reasons():

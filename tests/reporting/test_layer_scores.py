@@ -12,7 +12,6 @@ from lightning_prune.reporting import (
     Report,
     ScoredDepth,
     ScoredLayer,
-    Size,
     SizeAtThreshold,
     importance_figure,
     over_depth_figure,
@@ -22,6 +21,7 @@ from lightning_prune.reporting import (
 )
 from lightning_prune.scoring import Station
 from lightning_prune.scoring.xgb import LayerScore
+from lightning_prune.structure import Size
 
 
 def found(layer: str, score: float, importance: list[float], call: int = 0) -> LayerScore:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.reporting import Cut, Report, Scores, Size, report_figure
+from lightning_prune.reporting import Cut, Report, Scores, report_figure
 from lightning_prune.reporting.plots import _Clock, panel_figures, scores_figure
+from lightning_prune.structure import Size
 
 
 def draw(report):
@@ -71,7 +72,7 @@ def test_no_cuts(make_report):
 
 def test_one_epoch_is_drawn_in_steps(make_report):
     report = make_report(epochs=1, cut_epochs=())
-    report.cuts.append(Cut(0, 0, 4, {"net.0": 20}, {"net.0": 10}, 500, 2500, 0.1))
+    report.cuts.append(Cut(0, 0, 4, {"net.0": 20}, {"net.0": 10}, Size(500, 2500), 0.1))
     metric, size, _ = draw(report)
     assert metric.get_xlabel() == "optimizer steps trained, cuts dashed"
     assert cut_lines(size) == [4]
@@ -110,7 +111,7 @@ def test_the_scores_of_a_cut():
     scores = {"a": Scores.of(torch.arange(11.0), kept=[5, 6, 7, 8, 9, 10]), "b": Scores.of(torch.ones(3))}
     assert (scores["a"].q25, scores["a"].median, scores["a"].max, scores["a"].removed) == (2.5, 5.0, 10.0, 4.0)
     assert scores["b"].removed is None
-    (axes,) = scores_figure(Cut(0, 1, 2, {}, {}, 1, 1, 0.1, scores=scores)).axes
+    (axes,) = scores_figure(Cut(0, 1, 2, {}, {}, Size(1, 1), 0.1, scores=scores)).axes
     ranges, quartiles = ([path.vertices[:, 1].tolist() for path in lines.get_paths()] for lines in axes.collections)
     assert ranges == [[0, 10], [1, 1]]
     assert quartiles == [[2.5, 7.5], [1, 1]]
@@ -121,7 +122,7 @@ def test_the_scores_of_a_cut():
 
 
 def test_scores_that_differ_by_orders_are_drawn_on_a_logarithmic_axis():
-    cut = Cut(0, 1, 2, {}, {}, 1, 1, 0.1, scores={"a": Scores.of(torch.tensor([0.01, 1.0]))})
+    cut = Cut(0, 1, 2, {}, {}, Size(1, 1), 0.1, scores={"a": Scores.of(torch.tensor([0.01, 1.0]))})
     assert scores_figure(cut).axes[0].get_yscale() == "log"
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_prune.reporting import Cut, Measurement, Report, Size, SizeCheckpoint, Timing, plain
+from lightning_prune.reporting import Cut, Measurement, Report, SizeCheckpoint, Timing, plain, timed
+from lightning_prune.structure import Size
 
 
 def test_metrics_of_one_step_are_one_measurement():
@@ -93,7 +94,7 @@ def test_size_now(make_report):
     assert report.widths == {"net.0": 16, "net.1": 24}
     assert report.size == Size(640, 3200, {"net.0": 16, "net.1": 24})
     assert report.pruning_ratio == pytest.approx(0.2)
-    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25})
+    report.final = Size(640, 3200, report.widths, bytes=4096, latency={1: 0.25})
     assert report.size is report.final
     assert report.metrics() == {
         "pruning/params": 640,
@@ -115,7 +116,7 @@ def test_only_changed_groups_are_in_a_cut(make_report):
 
 def test_round_trip_through_a_checkpoint(make_report):
     report = make_report()
-    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25, 64: math.inf})
+    report.final = Size(640, 3200, report.widths, bytes=4096, latency={1: 0.25, 64: math.inf})
     report.config = {"schedule": {"start": 0.1}, "layers": ["a"]}
     file = io.BytesIO()
     torch.save(report.to_plain(), file)
@@ -129,14 +130,14 @@ def test_round_trip_through_a_checkpoint(make_report):
 
 def test_a_newer_format_is_refused():
     stored = {**Report().to_plain(), "format": 99}
-    with pytest.raises(ValueError, match=r"format 3 or older, got 99.*update"):
+    with pytest.raises(ValueError, match=r"format 4 or older, got 99.*update"):
         Report.from_plain(stored)
 
 
 def test_json_has_null_where_there_is_no_number(make_report, tmp_path):
     report = make_report()
     report.log(9, 99, {"val_acc": math.nan, "val_loss": -math.inf})
-    report.final = Size(640, 3200, report.widths, 4096, {64: math.nan})
+    report.final = Size(640, 3200, report.widths, bytes=4096, latency={64: math.nan})
     report.to_json(tmp_path / "report.json")
 
     def refuse(word):
@@ -152,7 +153,7 @@ def test_json_has_null_where_there_is_no_number(make_report, tmp_path):
 
 def test_markdown_says_what_was_won_and_lost(make_report):
     report = make_report()
-    report.final = Size(640, 3200, report.widths, 4096, {1: 0.25, 64: math.nan})
+    report.final = Size(640, 3200, report.widths, bytes=4096, latency={1: 0.25, 64: math.nan})
     report.config = {"pruning_ratio": 0.2}
     page = report.pages()[0].markdown()
     for line in (
@@ -186,8 +187,8 @@ def test_units_are_those_of_the_whole_network(make_report):
 
 def timed_report(old, new):
     """Of a network whose latency at batch 1 was ``(ms, spread)`` and is another one."""
-    report = Report(Size(100, 1000, {"a": 10}).timed({1: Timing(*old)}))
-    report.final = Size(50, 500, {"a": 5}).timed({1: Timing(*new)})
+    report = Report(timed(Size(100, 1000, {"a": 10}), {1: Timing(*old)}))
+    report.final = timed(Size(50, 500, {"a": 5}), {1: Timing(*new)})
     return report
 
 
@@ -326,6 +327,10 @@ def test_a_latency_by_the_table_had_another_name():
     size = Size(10, 20, {"a": 2}, table_latency=1.5)
     cut = Cut.of(size, 0, 1, 2, {"a": 4}, {"a": 2}, 0.1)
     stored = Report(dense=size, start=size, cuts=[cut]).to_plain()
+    beside = ("params", "macs", "memory", "table_latency", "backbone", "zeros")
+    for made in stored["cuts"]:
+        size_then = made.pop("size")
+        made.update({name: size_then[name] for name in beside})
     for old in (stored["dense"], stored["start"], *stored["cuts"]):
         old["reckoned"] = old.pop("table_latency")
     found = Report.from_plain({**stored, "format": 2})

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from lightning_prune.reporting import Report, Scores, Size, SizeCheckpoint
+from lightning_prune.reporting import Report, Scores, SizeCheckpoint
+from lightning_prune.structure import Size
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def report(make_report) -> Report:
     report = make_report()
     scores = {name: Scores.of(torch.arange(20.0), kept=range(2, 20)) for name in report.widths}
     vars(report.cuts[-1])["scores"] = scores
-    report.final = Size(640, 3200, report.widths, 4096)
+    report.final = Size(640, 3200, report.widths, bytes=4096)
     report.config = {"pruning_ratio": 0.2, "cuts": [["epoch", 2, 0.5], ["epoch", 4, 1.0]]}
     return report
 

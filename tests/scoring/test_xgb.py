@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_prune import inspect
-from lightning_prune.planning import Amount, Original, best_unit, plan_by_use
+from lightning_prune.planning import Amount, best_unit, plan_by_use
 from lightning_prune.scoring import DataPass, Station, Walk, XGBoost, pooled_features, stations_of
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint, read_scores
 from lightning_prune.scoring.surrogates import split_samples
@@ -24,6 +24,7 @@ from lightning_prune.scoring.xgb import (
     score_layers_in_turn,
     unscorable,
 )
+from lightning_prune.structure import Size
 from tests.support.xgb_reference import NETWORKS, images, naive, network
 
 RULES = [("threshold", 0.1), ("quantile", 0.4), ("gain", 0.9), ("pruning_ratio", 0.5)]
@@ -41,7 +42,7 @@ def scored(net: Any, mode: str, amount: Amount, reduction: str = "avg", memory: 
     scorer = LayerScorer(XGBoost(), y, split_samples(y, "classification"), memory=memory)
     if mode == "one_shot":
         found = score_layers(scorer, stations, lambda left: pooled_features(net, data, left, reduction).items())
-        plan, _ = plan_by_use(structure, group_usage(structure.groups, found), amount, Original.of(structure))
+        plan, _ = plan_by_use(structure, group_usage(structure.groups, found), amount, Size.of(structure))
         return found, {g.name: list(plan.kept.get(g.name, range(g.width))) for g in structure.groups}
     kept: dict[str, list[int]] = {}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structure import TracedModel, trace
+from lightning_prune.structure import Size, TracedModel, trace
 from lightning_prune.surgery import history as history_module
 from lightning_prune.surgery import restore as restore_module
 from lightning_prune.surgery.edits import Keep
@@ -81,7 +81,7 @@ class TestLoading:
         _load(fresh, checkpoint)
         assert torch.equal(fresh(net.example()), model(net.example()))
         assert {n: m for n, m in _attributes(fresh).items() if n} == {n: m for n, m in _attributes(model).items() if n}
-        assert history_of(fresh).widths == net.structure(net.model()).widths
+        assert history_of(fresh).size.widths == net.structure(net.model()).widths
 
     def test_a_pruned_network_takes_any_other_checkpoint_of_its_run(self, net):
         """Narrower, wider, dense, and the same widths again."""
@@ -186,7 +186,7 @@ class TestLoading:
         """From the narrow shapes alone one could not tell two groups of one channel from a depthwise layer."""
         layer = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2))
         axes = {"0.weight": {0: np.array([1, 5])}, "0.bias": {0: np.array([1, 5])}}
-        history = History({}, 0, 0, {"0": 4}).add(Keep(axes, {"0": (1,)}, 0, 0, 0), layer)
+        history = History({}, Size(0, 0, {"0": 4})).add(Keep(axes, {"0": (1,)}, 0, 0, 0), layer)
         dense = {"state_dict": copy.deepcopy(layer.state_dict())}
         cut(layer, axes)
         attach(layer, history)
@@ -268,7 +268,7 @@ class TestAnotherArchitecture:
         """Its dense shapes count, not its present ones, which happen to agree."""
         model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         axes = {"0.weight": {0: np.arange(8)}, "0.bias": {0: np.arange(8)}, "2.weight": {1: np.arange(8)}}
-        history = History({}, 0, 0, {}).add(Keep(axes, {}, 0, 0, 0), model)
+        history = History({}, Size(0, 0, {})).add(Keep(axes, {}, 0, 0, 0), model)
         cut(model, axes)
         attach(model, history)
         self._refuse(model, checkpoint, r"0.weight was \[8, 6\] .* here it is \[9, 6\]", photograph, same)
@@ -318,13 +318,13 @@ class TestPlain:
         axes = {"0.bias": {0: np.arange(3)}}
         info = {"a": np.float32(0.5), "b": np.int64(3), "c": True}
         keep = Keep(axes, {"0": tuple(np.arange(3))}, np.int64(1), np.int64(2), 0, info)
-        plain = History({}, np.int64(1), 0, {"0": np.int64(8)}).add(keep, model).to_plain()
+        plain = History({}, Size(np.int64(1), 0, {"0": np.int64(8)})).add(keep, model).to_plain()
         assert self._only_plain(plain)
         assert plain["edits"][0]["info"] == {"a": 0.5, "b": 3, "c": 1}
 
     def test_positions_may_come_as_lists(self, zoo):
         model = zoo["mlp"].model()
-        history = History({}, 0, 0, {})
+        history = History({}, Size(0, 0, {}))
         for kept in ([0, 2, 5], [0, 2]):
             history = history.add(Keep({"0.bias": {0: kept}}, {}, 0, 0, 0), model)
             cut(model, {"0.bias": {0: kept}})
@@ -334,7 +334,7 @@ class TestPlain:
         model = zoo["mlp"].model()
         keep = Keep({"0.bias": {0: np.arange(3)}}, {}, 0, 0, 0, {"metric": torch.tensor(1.0)})
         with pytest.raises(HistoryError, match="`info\\['metric'\\]` to be a plain number, got Tensor"):
-            History({}, 0, 0, {}).add(keep, model)
+            History({}, Size(0, 0, {})).add(keep, model)
 
     def test_units_that_are_not_there_are_refused_before_the_cut(self, zoo):
         model = zoo["mlp"].model()
@@ -345,7 +345,7 @@ class TestPlain:
 
     def test_an_edit_of_what_is_not_there(self, zoo):
         with pytest.raises(HistoryError, match=r"got 'nine.weight'"):
-            History({}, 0, 0, {}).add(Keep({"nine.weight": {0: np.arange(3)}}, {}, 0, 0, 0), zoo["mlp"].model())
+            History({}, Size(0, 0, {})).add(Keep({"nine.weight": {0: np.arange(3)}}, {}, 0, 0, 0), zoo["mlp"].model())
 
     def test_equal_positions_are_written_once(self, zoo):
         """A group has dozens of members in a real network, and each tensor of its own costs an entry in the file."""
