@@ -22,7 +22,7 @@ from lightning_prune.callbacks.compiled import as_written, forget_code
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
 from lightning_prune.callbacks.scheduled import note_what_stays, require_names
 from lightning_prune.callbacks.traced_models import require_network, traced_model_for
-from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, select, staying
+from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select
 from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
 from lightning_prune.structure import Call, Size, Structure, StructureError, TracedModel, Tracing
@@ -211,7 +211,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(size_of(structure, original, backbone_modules(model)), present, number)
     report.notes += structure.notes
-    note_what_stays(report, staying(structure, target, scope, selected, original))
+    note_what_stays(report, notes_on_widths(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
         tracing.verify_shapes(plan.kept)

@@ -342,7 +342,7 @@ class SPvRPruning(NetworkPruning):
         assert self._structure is not None
         steps = self._steps(self._structure, bundles, scores)
         try:
-            count = plan_ranked(self._structure, (step.removal for step in steps), limit, self._bypasses).looked_at
+            count = plan_ranked(self._structure, (step.removal for step in steps), limit, self._bypasses).examined
         except ValueError:  # in this order it cannot be reached
             count = len(steps)
         decisive = {name: torch.zeros(len(found), dtype=torch.bool) for name, found in bundles.items()}

@@ -37,8 +37,8 @@ from lightning_prune.planning import (
     Target,
     feasible,
     make_plan,
+    notes_on_widths,
     select,
-    staying,
 )
 from lightning_prune.reporting import require
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
@@ -222,7 +222,7 @@ class StructuredPruning(NetworkPruning):
             self._data_at_cut = data_at_cut(trainer, module, self._traced_model, batch, self.criterion.amount)
         self._data_of_draws = self._for_draws(trainer, module, batch)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
-        note_what_stays(self.report, staying(structure, self._resolved, self.scope, selected, original))
+        note_what_stays(self.report, notes_on_widths(structure, self._resolved, self.scope, selected, original))
         return timeline
 
     def _for_draws(self, trainer: Trainer, module: LightningModule, batch: Any) -> DataPass | None:

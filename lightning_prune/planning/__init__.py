@@ -1,4 +1,4 @@
-"""How much to remove, when and where: plain values that can be printed, stored, sent and tested without a model."""
+"""Targets, schedules, scopes and plans: how much to remove, when and where."""
 
 from lightning_prune.planning.amount import Amount, best_unit, dividing_threshold, plan_by_use, widths_at
 from lightning_prune.planning.depth import Depth, best_depth, require_depth
@@ -12,7 +12,7 @@ from lightning_prune.planning.granularity import (
     Weight,
     choose_masks,
 )
-from lightning_prune.planning.plan import Plan, feasible, make_plan, staying
+from lightning_prune.planning.plan import Plan, feasible, make_plan, notes_on_widths
 from lightning_prune.planning.schedules import (
     AtStart,
     Cubic,
@@ -60,10 +60,10 @@ __all__ = [
     "due",
     "feasible",
     "make_plan",
+    "notes_on_widths",
     "plan_by_use",
     "reaches",
     "require_depth",
     "select",
-    "staying",
     "widths_at",
 ]

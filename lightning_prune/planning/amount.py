@@ -1,4 +1,4 @@
-"""How much of a layer goes, by how much a surrogate uses its units: a threshold, or what takes its place."""
+"""Amount to remove per group, by the feature importances of a surrogate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_prune.structure.graph import Structure
 
 __all__ = ["Amount", "Rule", "best_unit", "dividing_threshold", "plan_by_use", "widths_at"]
 
-#: What an amount is given as.
+#: Rules that determine the units to remove.
 Rule = Literal["threshold", "quantile", "gain", "pruning_ratio", "budget"]
 
 _DEFAULT_GAIN = 0.99
 
-# Sums of shares are floats: units that hold all of the gain must not miss it by a bit.
+# Tolerance for sums of shares.
 _EPSILON = 1e-12
 
 _RANGES: Mapping[str, tuple[str, Any]] = {
@@ -36,14 +36,14 @@ _RANGES: Mapping[str, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Amount:
-    """Which units of a group go.
+    """Rule for the units of a group to remove.
 
     Attributes:
-        rule: ``"threshold"``: those with I ≤ ρ. ``"quantile"``: likewise, with ρ this quantile of the group's I.
-            ``"gain"``: those that are left over when the most used units hold this share of the gain.
-            ``"pruning_ratio"``: this share of the group's units, those with the lowest I (equal ones by index).
-            ``"budget"``: those with the lowest I of all groups, until the budget holds.
-        value: The number; of a budget what `Target.of` takes.
+        rule: ``"threshold"``: units with I ≤ ρ. ``"quantile"``: the same, where ρ is this quantile of the group's I.
+            ``"gain"``: all but the most important units, which together have this share of the gain.
+            ``"pruning_ratio"``: this share of the group's units, those with the lowest I (ties by index).
+            ``"budget"``: units with the lowest I over all groups, until the budget is met.
+        value: The number; for a budget, as for `Target.of`.
     """
 
     rule: Rule
@@ -70,11 +70,11 @@ class Amount:
         pruning_ratio: float | None = None,
         budget: float | int | dict[str, float | int] | None = None,
     ) -> Amount:
-        """The one that is given; ``gain=0.99`` if none is.
+        """The amount for the given argument; ``gain=0.99`` by default.
 
         Raises:
-            ValueError: If there are several, or a number is out of range.
-            TypeError: If it is no number.
+            ValueError: If several are given, or a number is out of range.
+            TypeError: If it is not a number.
         """
         rules: dict[Rule, Any] = {
             "threshold": threshold,
@@ -94,14 +94,14 @@ class Amount:
 
     @property
     def is_local(self) -> bool:
-        """Whether each group is decided by itself."""
+        """Whether each group is decided independently."""
         return self.rule != "budget"
 
     def kept(self, use: Usage) -> tuple[int, ...]:
-        """Units of a group that stay, ascending; none if all of them go by the rule.
+        """Units of a group to keep, ascending; may be empty.
 
         Raises:
-            ValueError: If it is a budget, which looks at all groups.
+            ValueError: For a budget, which depends on all groups.
         """
         if self.rule == "budget":
             raise ValueError("expected a rule that decides each group by itself, got a budget")
@@ -112,12 +112,12 @@ class Amount:
 def plan_by_use(
     structure: Structure, use: Mapping[str, Usage], amount: Amount, original: Size
 ) -> tuple[Plan, tuple[str, ...]]:
-    """The plan, and the groups that would have been emptied and keep their best unit instead.
+    """Make a plan; also returns the groups that keep their best unit although the rule removes all.
 
     Args:
-        structure: The network as it is now.
-        use: Per group that may be pruned.
-        amount: What goes.
+        structure: Structure of the network.
+        use: Importances of the groups that may be pruned.
+        amount: Rule for the units to remove.
         original: Size of the dense network, which a budget is relative to.
 
     Raises:
@@ -135,11 +135,11 @@ def plan_by_use(
 
 
 def widths_at(structure: Structure, use: Mapping[str, Usage], threshold: float) -> dict[str, int]:
-    """Units of every group if those with an importance of at most ρ go; a group keeps its best one.
+    """Widths of all groups if units with an importance of at most ρ are removed; a group keeps its best unit.
 
     Args:
-        structure: The network as it is now.
-        use: Per group that may be pruned; all others stay.
+        structure: Structure of the network.
+        use: Importances of the groups that may be pruned.
         threshold: ρ.
     """
     left = {name: max(int(_above(one, threshold).sum()), 1) for name, one in use.items()}
@@ -147,14 +147,14 @@ def widths_at(structure: Structure, use: Mapping[str, Usage], threshold: float) 
 
 
 def dividing_threshold(use: Usage, kept: Sequence[int]) -> float | None:
-    """The ρ that divides a group as it was decided: the largest importance of the units that go.
+    """The threshold ρ that corresponds to a decision: the largest importance of the removed units.
 
     Args:
-        use: Of the group.
-        kept: Units that stay.
+        use: Importances of the group.
+        kept: Units to keep.
 
     Returns:
-        None where nothing goes, or where the order is another than that of importances (by the gain, say).
+        None if nothing is removed, or if units were not removed in the order of importances.
     """
     stays = np.zeros(len(use.importance), dtype=np.bool_)
     stays[list(kept)] = True
@@ -165,7 +165,7 @@ def dividing_threshold(use: Usage, kept: Sequence[int]) -> float | None:
 
 
 def best_unit(use: Usage) -> int:
-    """The most used unit, the first of equal ones."""
+    """The most important unit; ties by index."""
     return int(np.argmax(use.importance))
 
 

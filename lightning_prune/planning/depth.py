@@ -1,4 +1,4 @@
-"""How deep a network is to be, by the score that each depth has."""
+"""Choice of a network's depth by the scores of its layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Depth = Literal["argmax"] | float
 
 
 def require_depth(depth: object) -> None:
-    """Refuse what is no way of choosing a depth.
+    """Validate the argument ``depth``.
 
     Raises:
         ValueError: If it is neither None, ``"argmax"`` nor a number of at least 0.
@@ -29,7 +29,7 @@ def require_depth(depth: object) -> None:
 
 
 def best_depth(scores: Sequence[float], depth: Depth) -> int:
-    """Position of the depth that is chosen; of equal ones the shallower.
+    """Index of the chosen depth; ties in favour of the shallower one.
 
     Args:
         scores: μ of every depth, the shallowest first.

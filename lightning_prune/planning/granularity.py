@@ -1,4 +1,4 @@
-"""What a mask takes together: single weights, n of m, kernels or whole units; and which of them a mask takes."""
+"""Granularities of masks (weights, n:m blocks, kernels, channels), and the choice of masks."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = [
     "choose_masks",
 ]
 
-#: What is compared with what: all layers together, each layer by itself, each filter by itself.
+#: Scores are compared over all layers, within each layer, or within each filter.
 Pool = Literal["global", "local", "filter"]
 
-# 0.7 * 50 weights must count as 35: shares are floats.
+# So that 0.7 * 50 weights count as 35.
 _EPSILON = 1e-6
 
 
@@ -58,13 +58,13 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one layer, or one group of coupled layers, offers to a mask: cells that go or stay whole.
+    """Cells of one layer, or one group of coupled layers, that are masked as a whole.
 
     Attributes:
-        scores: Shape (rows, cells), at least 0, low = goes first; a row is a filter, or a block of n of m.
-        places: By name of the tensor, positions of each cell's weights in the flat tensor: (rows, cells, n).
+        scores: Shape (rows, cells), non-negative, lowest first; a row is a filter, or an n:m block.
+        places: Positions of each cell's weights in the flattened tensor, by name: (rows, cells, n).
         shapes: Shapes of these tensors.
-        never_empty: Whether the best cell stays, whatever the sparsity.
+        never_empty: Whether the best cell is always kept.
     """
 
     scores: Tensor
@@ -78,14 +78,14 @@ class Part:
         return sum(place.shape[2] for place in self.places.values())
 
     def masked(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Which cells are masked whole already, shape (rows, cells)."""
+        """Cells that are fully masked already, shape (rows, cells)."""
         found = torch.ones_like(self.scores, dtype=torch.bool)
         for name, place in self.places.items():
             found &= masks[name].flatten()[place].all(2) if name in masks else torch.zeros_like(found)
         return found
 
-    def spread(self, gone: Tensor) -> dict[str, Tensor]:
-        """Masks by tensor, true where a weight goes, from what goes of the cells (rows, cells)."""
+    def to_masks(self, gone: Tensor) -> dict[str, Tensor]:
+        """Convert a mask of cells (rows, cells) to masks by tensor, True where a weight is masked."""
         masks = {}
         for name, place in self.places.items():
             mask = torch.zeros(self.shapes[name].numel(), dtype=torch.bool, device=place.device)
@@ -95,11 +95,11 @@ class Part:
 
 
 class Granularity(Settings, ABC):
-    """What a mask takes together. Concrete ones are final frozen dataclasses of settings.
+    """Base class of granularities, the sets of weights that are masked together.
 
     Attributes:
-        of_units: Whether it takes units of the network's structure rather than parts of single weights.
-        pool: The comparison it implies, if it leaves no choice.
+        of_units: Whether it masks units of the network's structure rather than parts of single weights.
+        pool: The only possible comparison of scores, if any.
     """
 
     of_units: ClassVar[bool] = False
@@ -107,20 +107,20 @@ class Granularity(Settings, ABC):
 
     @property
     def sparsity(self) -> float | None:
-        """The sparsity it implies, if it leaves no choice."""
+        """The only possible sparsity, if any."""
         return None
 
-    def objection(self, shape: Sequence[int]) -> str | None:  # noqa: ARG002
-        """Why a weight of this shape (filters, inputs, *kernel) cannot be masked so, in words; None if it can."""
+    def problem_with(self, shape: Sequence[int]) -> str | None:  # noqa: ARG002
+        """Reason why a weight of this shape (filters, inputs, *kernel) cannot be masked; None if it can."""
         return None
 
     def is_for(self, shape: Sequence[int]) -> bool:  # noqa: ARG002
-        """Whether a weight of this shape is masked where no layers are named."""
+        """Whether a weight of this shape is masked by default."""
         return True
 
     @abstractmethod
     def parts(self, weights: Sequence[Weight], groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> list[Part]:
-        """What can be masked, with scores.
+        """Cells that can be masked, with scores.
 
         Args:
             weights: The selected weights.
@@ -130,11 +130,11 @@ class Granularity(Settings, ABC):
 
 
 class WeightGranularity(Granularity):
-    """Cells are pieces of single weights, scored by their L2 norm: a subclass says how a weight falls into them."""
+    """Base class of granularities that split single weights into cells, scored by their L2 norm."""
 
     @abstractmethod
     def cells(self, filters: Tensor) -> Tensor:
-        """Values on a weight, (filters, inputs, *kernel), as (rows, cells, weights of a cell)."""
+        """Reshape values on a weight, (filters, inputs, *kernel), to (rows, cells, weights of a cell)."""
 
     @override
     def parts(self, weights: Sequence[Weight], groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> list[Part]:
@@ -150,7 +150,7 @@ class WeightGranularity(Granularity):
 @final
 @dataclass(frozen=True)
 class Element(WeightGranularity):
-    """Single weights, by their absolute value."""
+    """Single weights, scored by their absolute value."""
 
     @override
     def cells(self, filters: Tensor) -> Tensor:
@@ -160,14 +160,14 @@ class Element(WeightGranularity):
 @final
 @dataclass(frozen=True)
 class NM(WeightGranularity):
-    """Of each m weights that follow each other along the inputs, n stay: 2:4 is what sparse tensor cores run.
+    """n:m sparsity: n of m consecutive weights along the inputs are kept; sparse tensor cores support 2:4.
 
-    The comparison is within each block, so there is no scope, and the sparsity is 1 - n/m. On the way there (with a
-    schedule of several steps) blocks keep more.
+    Weights are compared within blocks, so there is no scope, and the sparsity is 1 - n/m. Before the last step of a
+    schedule, blocks keep more.
 
     Args:
-        n: Weights of a block that stay.
-        m: Weights of a block.
+        n: Weights to keep per block.
+        m: Weights per block.
 
     Raises:
         ValueError: Unless 0 < n < m.
@@ -189,7 +189,7 @@ class NM(WeightGranularity):
         return 1 - self.n / self.m
 
     @override
-    def objection(self, shape: Sequence[int]) -> str | None:
+    def problem_with(self, shape: Sequence[int]) -> str | None:
         return f"{shape[1]} inputs are not a multiple of {self.m}" if shape[1] % self.m else None
 
     @override
@@ -200,10 +200,10 @@ class NM(WeightGranularity):
 @final
 @dataclass(frozen=True)
 class Kernel(WeightGranularity):
-    """Kernels of convolutions, one for each filter and input channel, by their L2 norm."""
+    """Kernels of convolutions, one per filter and input channel, scored by their L2 norm."""
 
     @override
-    def objection(self, shape: Sequence[int]) -> str | None:
+    def problem_with(self, shape: Sequence[int]) -> str | None:
         return None if self.is_for(shape) else "a linear layer has no kernels"
 
     @override
@@ -218,10 +218,9 @@ class Kernel(WeightGranularity):
 @final
 @dataclass(frozen=True)
 class Channel(Granularity):
-    """Whole units (neurons, channels) by the L2 norm of the weights that produce them, coupled layers together.
+    """Units (neurons, channels), scored by the L2 norm of the weights that produce them in all coupled layers.
 
-    All that produces a unit or follows it (bias, normalisation) is masked; the weights that take it as input stay. Each
-    group keeps its best unit.
+    Weights, biases and norms of a unit are masked, but not the weights that consume it. Each group keeps its best unit.
     """
 
     of_units: ClassVar[bool] = True
@@ -246,16 +245,16 @@ class Channel(Granularity):
 
 
 def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], sparsity: float, pool: Pool) -> dict[str, Tensor]:
-    """Masks by tensor, true where a weight is zero for good.
+    """Choose masks by tensor, True where a weight is masked.
 
-    In each pool the cells with the lowest scores go, equal ones by their position, until ``sparsity`` of the pool's
-    weights are gone, to the nearest cell, halves up. What is masked stays masked and counts first.
+    In each pool, the cells with the lowest scores (ties by position) are masked until ``sparsity`` of the pool's
+    weights are, rounded to the nearest cell, half up. Masked weights stay masked and count first.
 
     Args:
-        parts: What can be masked.
-        masks: What is masked already.
-        sparsity: Share of the weights to be masked, in [0, 1].
-        pool: What is compared with what.
+        parts: Cells that can be masked.
+        masks: Current masks.
+        sparsity: Share of the weights to mask, in [0, 1].
+        pool: Scores that are compared with each other.
 
     Raises:
         FloatingPointError: If a weight is NaN or infinite.
@@ -286,13 +285,13 @@ def choose_masks(parts: Sequence[Part], masks: Mapping[str, Tensor], sparsity: f
         gone = [_lowest(values, _ones(values[0]), sparsity) for values in scores]
     chosen = dict(masks)
     for part, cells in zip(parts, gone, strict=True):
-        for name, mask in part.spread(cells).items():
+        for name, mask in part.to_masks(cells).items():
             chosen[name] = mask | chosen[name] if name in chosen else mask
     return chosen
 
 
 def _lowest(scores: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """The lowest of each row, up to a share ``sparsity`` of its size, true; shapes (rows, cells), (cells,)."""
+    """Mask the lowest scores of each row up to a share ``sparsity`` of its size; shapes (rows, cells), (cells,)."""
     order = scores.argsort(dim=1, stable=True)
     sorted_sizes = sizes.expand_as(scores).gather(1, order)
     middles = sorted_sizes.cumsum(1) - sorted_sizes / 2

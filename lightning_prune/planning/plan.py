@@ -1,4 +1,4 @@
-"""Which units stay: a plan is a value, made from scores, and the same on every machine that makes it."""
+"""Plans: the units to keep, computed deterministically from scores."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lightning_prune.planning.target import Quantity, Target
 from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["Plan", "feasible", "make_plan", "staying"]
+__all__ = ["Plan", "feasible", "make_plan", "notes_on_widths"]
 
 FloatArray = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.int64]
-#: Units that go together, by group of the structure.
+#: Units that are removed together, by group.
 Bundles = Mapping[str, Sequence[Sequence[int]]]
 
-# Shares are floats: 0.7 * 50 units must count as 35, and a limit may be missed by a few bits, never by a unit.
+# Tolerance of comparisons, so that 0.7 * 50 units count as 35.
 _EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one cut leaves of the groups that it changes.
+    """Units that a cut keeps, for the groups that it changes.
 
     Attributes:
-        kept: Units that stay, per group: ascending positions in the width before the cut; none where it vanishes.
-        before: Width before the cut of the same groups.
+        kept: Units to keep per group, ascending; empty for a group that is removed.
+        before: Widths of these groups before the cut.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -66,12 +66,12 @@ class Plan:
         return ", ".join(f"{n} {self.before[n]}→{w}" for n, w in self.widths.items()) or "nothing to remove"
 
     def to_plain(self) -> dict[str, Any]:
-        """Dicts, lists and ints only, as checkpoints and other processes take them."""
+        """Plain dicts, lists and ints, for checkpoints and other processes."""
         return {"kept": {name: list(units) for name, units in self.kept.items()}, "before": dict(self.before)}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Plan:
-        """The plan that `to_plain` wrote."""
+        """Read what `to_plain` wrote."""
         return cls({name: tuple(units) for name, units in plain["kept"].items()}, dict(plain["before"]))
 
 
@@ -84,37 +84,38 @@ def make_plan(
     original: Size,
     bundles: Bundles | None = None,
 ) -> Plan:
-    """Choose the units that stay so that ``share`` of the way from the dense network to the target is gone.
+    """Choose the units to keep so that ``share`` of the way from the dense network to the target is done.
 
-    The amount is relative to the dense network, so it does not matter in how many cuts it is reached: with R the share
-    that the target leaves, 1 − share · (1 − R) remains. Within a group the lowest scores go, equal ones by index.
+    The amount is relative to the dense network, independent of the number of cuts: if the target leaves the share R,
+    1 − share · (1 − R) remains. Within a group, units with the lowest scores are removed; ties by index.
 
-    - Local, a share of units (one for all or one per group): every group has that share of its dense width, rounded to
-      the nearest unit (or multiple of ``round_to``), halves up; never below ``min_width``, which wins over the ratio.
-    - Local, anything else: all groups shrink at the same pace, one unit or block at a time, until the budget holds.
-    - ERK: groups keep shares proportional to their density, at most 1, until the budget holds.
-    - Random: the same with a drawn number as density, which depends on the seed and the group's name alone; of several
-      draws this makes the first.
-    - Global: units (blocks, by their mean score) go by score over all groups, equal ones in the order of execution,
-      until the budget holds.
-    - With ``min_width=0`` a group may lose its last unit if the network's outputs then still depend on its inputs;
-      groups that are in the same branch go with it. Where that is not so, one unit (or block) stays.
-    - With ``bundles`` units go in these, the one with the lowest mean score first: every width is one that whole
-      bundles leave, and a ratio is met to the nearest such width.
+    - Local scope, a share of units (global or per group): every group keeps that share of its dense width, rounded to
+      the nearest unit (or multiple of ``round_to``), half up, and at least ``min_width``.
+    - Local scope, other targets: all groups shrink at the same rate, one unit or block at a time, until the budget is
+      met.
+    - ERK: groups keep shares proportional to their density, at most 1, until the budget is met.
+    - Random: the same with random densities, which depend on the seed and the group's name alone. For several draws,
+      this is the first one.
+    - Global scope: units (or blocks, by their mean score) are removed by score over all groups, ties in the order of
+      execution, until the budget is met.
+    - With ``min_width=0``, a group may be removed entirely if the network's outputs still depend on its inputs,
+      together with the other groups of the branch. Otherwise one unit (or block) is kept.
+    - With ``bundles``, whole bundles are removed, the one with the lowest mean score first, and a ratio is met to the
+      nearest possible width.
 
     Args:
-        structure: The network as it is now.
-        scores: Per group that may be pruned one finite number per unit, shape ``(present width,)``; low goes first.
-        target: What remains in the end; shares per layer resolved (`Target.resolve`).
+        structure: Structure of the network.
+        scores: Finite scores, shape ``(width,)``, of each group that may be pruned; the lowest are removed first.
+        target: The target, with shares per layer resolved (`Target.resolve`).
         share: Share of the way, in [0, 1].
         scope: Comparison within or across groups, and limits of the widths.
         original: Size of the dense network.
-        bundles: Units that go together, by group: a partition of its units. Of groups that are left out each unit goes
-            by itself.
+        bundles: Units that are removed together, by group: a partition of its units. Units of other groups are removed
+            one by one.
 
     Raises:
-        ValueError: If scores or bundles do not fit the structure, scores are not finite, the budget cannot be reached,
-            or there are shares per layer in a global scope.
+        ValueError: If scores or bundles do not match the structure, scores are not finite, the budget cannot be
+            reached, or shares per layer are given for a global scope.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"expected `share` in [0, 1], got {share}")
@@ -126,12 +127,12 @@ def make_plan(
     if (shares := _shares(target, scope, now)) is not None:
         left = {name: 1 - share * (1 - remaining) for name, remaining in shares.items()}
         nearest = {
-            name: _closest(original.widths[name] * left[name], ladder)
+            name: _closest(original.widths[name] * left[name], allowed_widths)
             if name in sorted_bundles
-            else _nearest(original.widths[name] * left[name], ladder, vanishing.steps[name])
-            for name, ladder in vanishing.ladders.items()
+            else _nearest(original.widths[name] * left[name], allowed_widths, vanishing.steps[name])
+            for name, allowed_widths in vanishing.allowed.items()
         }
-        widths = vanishing.settle(nearest)
+        widths = vanishing.resolve(nearest)
     else:
         dense = original.among(now, structure)
         fraction = 1 - share * (1 - target.fraction(original, dense))
@@ -157,28 +158,28 @@ def feasible(
     """Check before training that the target can be reached.
 
     Args:
-        structure: The network as it is now.
-        target: What is to remain.
+        structure: Structure of the network.
+        target: The target.
         scope: Limits of the widths.
         selected: Names of the groups that may be pruned.
         original: Size of the dense network, if ``structure`` was already cut.
-        bundles: Units that go together, by group; only their number and sizes count.
+        bundles: Units that are removed together, by group; only number and sizes matter.
 
     Returns:
         The smallest reachable size in the target's quantity.
 
     Raises:
-        ValueError: If the target is larger than the network or smaller than what can be reached, has shares per layer
-            in a global scope, or wants all of a group that cannot vanish.
+        ValueError: If the target is larger than the network or cannot be reached, has shares per layer in a global
+            scope, or removes all units of a group that cannot be removed.
     """
     original = original or Size.of(structure)
     vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope, bundles)
     smallest = vanishing.size(
-        vanishing.settle({n: ladder[-1] for n, ladder in vanishing.ladders.items()}), target.quantity
+        vanishing.resolve({n: allowed_widths[-1] for n, allowed_widths in vanishing.allowed.items()}), target.quantity
     )
     if (shares := _shares(target, scope, selected)) is not None:
         for name in (name for name, remaining in shares.items() if remaining == 0):
-            if vanishing.ladders[name][-1] > 0:
+            if vanishing.allowed[name][-1] > 0:
                 raise ValueError(f"a `pruning_ratio` of 1 for {name!r} cannot be met: {vanishing.refusal(name)}.")
         return smallest
     dense = original.among(selected, structure)
@@ -188,14 +189,14 @@ def feasible(
     return smallest
 
 
-def staying(
+def notes_on_widths(
     structure: Structure, target: Target, scope: Scope, selected: Collection[str], original: Size
 ) -> dict[str, str]:
-    """What to say of groups that keep more units than their share, because of the limits of the widths.
+    """Notes on groups that keep more units than their share because of the limits of the widths.
 
-    These are groups that keep a unit, of which less than half a one was to stay, and groups that stay wider by a unit
-    or more and are at their narrowest. Takes what `feasible` takes, where a budget that cannot be met is an error: only
-    shares of units can ask for this.
+    These are groups that keep a unit although less than half a unit should remain, and groups that are wider by at
+    least one unit and at their minimum. Takes the arguments of `feasible`; only targets that are shares of units have
+    notes.
     """
     shares = _shares(target, scope, selected)
     if shares is None:
@@ -203,33 +204,36 @@ def staying(
     now = {name: structure.widths[name] for name in selected}
     vanishing = _Vanishing(structure, now, scope)
     left = {name: original.widths[name] * share for name, share in shares.items()}
-    nearest = {name: _nearest(left[name], ladder, vanishing.steps[name]) for name, ladder in vanishing.ladders.items()}
-    settled = vanishing.settle(nearest)
+    nearest = {
+        name: _nearest(left[name], allowed_widths, vanishing.steps[name])
+        for name, allowed_widths in vanishing.allowed.items()
+    }
+    resolved = vanishing.resolve(nearest)
     notes: dict[str, str] = {}
     for name, step in vanishing.steps.items():
-        over = settled[name] - left[name]
-        if scope.min_width == 0 and settled[name] > 0 and _rounded(left[name], step) == 0:
+        over = resolved[name] - left[name]
+        if scope.min_width == 0 and resolved[name] > 0 and _rounded(left[name], step) == 0:
             notes[name] = f"One unit of {name} stays: {vanishing.why(name)}."
-        elif over >= 1 and (over > step / 2 or settled[name] == now[name]):
+        elif over >= 1 and (over > step / 2 or resolved[name] == now[name]):
             notes[name] = (
-                f"{name} keeps {settled[name]} of {original.widths[name]} units where {left[name]:.4g} were asked for: "
-                f"min_width={scope.min_width}, and units go {step} at a time (round_to={scope.round_to})."
+                f"{name} keeps {resolved[name]} of {original.widths[name]} units where {left[name]:.4g} were asked "
+                f"for: min_width={scope.min_width}, and units go {step} at a time (round_to={scope.round_to})."
             )
     return notes
 
 
 class _Vanishing:
-    """The widths that groups may have, and what goes along when some of them vanish.
+    """The widths that groups may have, and the groups that are removed with others.
 
     Args:
-        structure: The network as it is now.
-        now: Present widths of the groups that may be pruned, in the order of execution.
+        structure: Structure of the network.
+        now: Current widths of the groups that may be pruned, in the order of execution.
         scope: Limits of the widths.
-        bundles: Units that go together, in the order in which they go.
+        bundles: Units that are removed together, in the order of removal.
 
     Attributes:
-        steps: Units from one width to the next, per group; 1 where bundles go.
-        ladders: Per group every width it may have, descending.
+        steps: Units from one width to the next, per group; 1 for bundles.
+        allowed: Allowed widths of each group, descending.
     """
 
     def __init__(
@@ -238,7 +242,7 @@ class _Vanishing:
         self.structure, self.names, self.scope = structure, frozenset(now), scope
         may = {name: scope.min_width == 0 and self.closed({name}) is not None for name in now}
         self.steps = {name: scope.step(structure.group(name)) for name in now}
-        self.ladders = {name: scope.ladder(now[name], self.steps[name], vanish=may[name]) for name in now}
+        self.allowed = {name: scope.allowed_widths(now[name], self.steps[name], vanish=may[name]) for name in now}
         for name, found in ((name, found) for name, found in (bundles or {}).items() if name in now):
             if self.steps[name] > 1:
                 raise ValueError(
@@ -247,10 +251,10 @@ class _Vanishing:
                 )
             left = now[name] - np.cumsum([0, *map(len, found)])
             least = scope.narrowest(now[name], 1, vanish=may[name])
-            self.ladders[name] = [width for width in left.tolist() if width >= least]
+            self.allowed[name] = [width for width in left.tolist() if width >= least]
 
     def closed(self, groups: Collection[str]) -> frozenset[str] | None:
-        """Groups that vanish when ``groups`` do; ``None`` if they cannot, or would take along what is to stay."""
+        """Groups that are removed with ``groups``; None if impossible, or if that includes groups not selected."""
         flow = self.structure.flow
         removal = None if flow is None else flow.without(groups)
         if flow is None or removal is None or isinstance(removal, str):
@@ -259,9 +263,9 @@ class _Vanishing:
         return gone if gone <= self.names else None
 
     def why(self, group: str) -> str:
-        """Why a group that is to vanish keeps a unit."""
+        """Reason why a group keeps a unit."""
         flow = self.structure.flow
-        assert flow is not None  # there is one wherever a group may vanish
+        assert flow is not None  # given wherever a group may be removed
         removal = flow.without({group})
         if isinstance(removal, str):
             return removal
@@ -271,24 +275,24 @@ class _Vanishing:
         return "others vanish, and with it nothing of the input would reach the output"
 
     def refusal(self, group: str) -> str:
-        """Why all of a group cannot go, and what to do."""
+        """Reason why a group cannot be removed, and what to do."""
         if self.scope.min_width > 0:
             return f"`min_width` is {self.scope.min_width}. Give scope=Scope(min_width=0) to take its layers out"
         return f"{self.why(group)}. Leave some of its units, a share below 1"
 
-    def settle(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Widths in which nothing vanishes that cannot: groups in order, the later one keeps a unit."""
+    def resolve(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Correct widths of 0 that are not possible; of groups that exclude each other, the later one keeps a unit."""
         gone: frozenset[str] = frozenset()
-        settled = dict(widths)
+        resolved = dict(widths)
         for name, width in widths.items():
             if width == 0 and name not in gone:
                 together = self.closed(gone | {name})
-                settled[name] = 0 if together is not None else self.ladders[name][-2]
+                resolved[name] = 0 if together is not None else self.allowed[name][-2]
                 gone = gone if together is None else together
-        return settled | dict.fromkeys(gone, 0)
+        return resolved | dict.fromkeys(gone, 0)
 
     def size(self, widths: Mapping[str, int], quantity: Quantity) -> float:
-        """Size of the network if the groups in ``widths`` have these, and all others their present one."""
+        """Size of the network with these widths; other groups keep theirs."""
         if quantity == "units":
             return sum(widths.values())
         gone = [name for name, width in widths.items() if width == 0]
@@ -300,7 +304,7 @@ class _Vanishing:
 
 
 def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, float] | None:
-    """The share of its units that each group keeps in the end; ``None`` where the groups share one budget."""
+    """Final share of units per group; None if the groups share one budget."""
     remaining = target.remaining
     if isinstance(remaining, Mapping):
         if scope.kind != "local":
@@ -315,7 +319,7 @@ def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, f
 
 
 def _ranked(structure: Structure, scores: Mapping[str, Tensor | FloatArray]) -> dict[str, IndexArray]:
-    """Units of every scored group from the lowest score to the highest, groups in the order of execution."""
+    """Units of every scored group by ascending score, groups in the order of execution."""
     widths = structure.widths
     if not scores:
         raise ValueError(f"expected scores of at least one group ({', '.join(widths)}), got none")
@@ -342,21 +346,21 @@ def _array(scores: Tensor | FloatArray) -> FloatArray:
 
 
 def _sorted(name: str, scores: Tensor | FloatArray, bundles: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Bundles from the lowest mean score to the highest, equal ones by their first unit."""
+    """Bundles by ascending mean score; ties by their first unit."""
     values = _array(scores)
     if sorted(unit for bundle in bundles for unit in bundle) != list(range(len(values))):
         raise ValueError(f"expected each of the {len(values)} units of group {name!r} in one bundle, got {bundles}")
     return sorted(map(sorted, bundles), key=lambda units: (values[units].mean(), units[0]))
 
 
-def _closest(wanted: float, ladder: Sequence[int]) -> int:
-    """The width of a ladder with steps of any size that is nearest to ``wanted``, halves up."""
-    return min(ladder, key=lambda width: abs(width - wanted) - (_EPSILON if width > wanted else 0))
+def _closest(wanted: float, allowed_widths: Sequence[int]) -> int:
+    """The allowed width nearest to ``wanted``, half up, for irregular steps."""
+    return min(allowed_widths, key=lambda width: abs(width - wanted) - (_EPSILON if width > wanted else 0))
 
 
-def _nearest(wanted: float, ladder: Sequence[int], step: int) -> int:
-    """The allowed width nearest to ``wanted``, halves up."""
-    return min(ladder[0], max(_rounded(wanted, step), ladder[-1]))
+def _nearest(wanted: float, allowed_widths: Sequence[int], step: int) -> int:
+    """The allowed width nearest to ``wanted``, half up."""
+    return min(allowed_widths[0], max(_rounded(wanted, step), allowed_widths[-1]))
 
 
 def _rounded(wanted: float, step: int) -> int:
@@ -364,24 +368,24 @@ def _rounded(wanted: float, step: int) -> int:
 
 
 def _paces(vanishing: _Vanishing, now: Mapping[str, int], original: Size, scope: Scope) -> dict[str, FloatArray]:
-    """When each step down of a group is due if all shrink alike: minus the dense share at which the width rounds.
+    """Sort keys of the steps of each group if all shrink at the same rate: minus the dense share at which it rounds.
 
-    Under ``"erk"`` and ``"random"`` shares are relative to the densities, under ``"erk"`` those of the dense network.
+    For ``"erk"`` and ``"random"``, shares are relative to the densities; those of ``"erk"`` are of the dense network.
     """
     density = dict.fromkeys(now, 1.0)
     if scope.kind == "erk":
         density = _densities(vanishing.structure, now, original)
     elif scope.kind == "random":
-        density = {name: _drawn(scope.seed, name) for name in now}
+        density = {name: _random_density(scope.seed, name) for name in now}
     return {
-        name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(ladder)])
-        for name, ladder in vanishing.ladders.items()
+        name: np.array([-(a + b) / 2 / original.widths[name] / density[name] for a, b in pairwise(allowed_widths)])
+        for name, allowed_widths in vanishing.allowed.items()
     }
 
 
-def _drawn(seed: int, name: str) -> float:
-    """Uniform in (0, 1], the same in every process and at every cut."""
-    # `hash` of a string differs between processes
+def _random_density(seed: int, name: str) -> float:
+    """Random number in (0, 1], the same in every process and at every cut."""
+    # Python's `hash` differs between processes.
     return 1 - float(np.random.default_rng([zlib.crc32(name.encode()), seed % 2**63]).random())
 
 
@@ -407,38 +411,37 @@ def _merits(
     scores: Mapping[str, Tensor | FloatArray],
     scope: Scope,
 ) -> dict[str, FloatArray]:
-    """What each step down of a group costs: the mean score of the units that go, comparable across groups."""
+    """Cost of each step of a group: the mean score of the removed units, comparable across groups."""
     merits = {}
     for name, order in ranked.items():
         values = _array(scores[name])
         mean = np.abs(values).mean()
         if scope.normalize != "none" and mean > 0:
             values = values / mean
-        ladder = np.array(vanishing.ladders[name])
-        starts, sizes = ladder[0] - ladder[:-1], ladder[:-1] - ladder[1:]
-        removable = values[order][: ladder[0] - ladder[-1]]
+        allowed_widths = np.array(vanishing.allowed[name])
+        starts, sizes = allowed_widths[0] - allowed_widths[:-1], allowed_widths[:-1] - allowed_widths[1:]
+        removable = values[order][: allowed_widths[0] - allowed_widths[-1]]
         means = np.add.reduceat(removable, starts) / sizes if sizes.size else np.empty(0)
-        # Means of equal scores may differ in the last bit; a group must still go down its ladder step by step.
+        # Steps of a group must stay in order despite rounding.
         merits[name] = np.maximum.accumulate(means)
     return merits
 
 
 def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Quantity, limit: float) -> dict[str, int]:
-    """Take the steps with the lowest keys first, and no more of them than the limit needs.
+    """Take the steps with the lowest keys until the limit is met.
 
-    All steps stand in one fixed order, so the first position at which the limit holds is found by bisection, one more
-    step never goes back on another, and a smaller limit always contains a larger one.
+    The order of steps is fixed, so the number of steps is found by bisection, and smaller limits remove supersets.
     """
-    names, ladders = list(keys), [vanishing.ladders[name] for name in keys]
-    group = np.repeat(np.arange(len(names)), [len(ladder) - 1 for ladder in ladders])
-    steps = np.concatenate([-np.diff(ladder) for ladder in ladders])
-    left = np.concatenate([ladder[1:] for ladder in ladders])
+    names, allowed = list(keys), [vanishing.allowed[name] for name in keys]
+    group = np.repeat(np.arange(len(names)), [len(allowed_widths) - 1 for allowed_widths in allowed])
+    steps = np.concatenate([-np.diff(allowed_widths) for allowed_widths in allowed])
+    left = np.concatenate([allowed_widths[1:] for allowed_widths in allowed])
     order = np.argsort(np.concatenate([keys[name] for name in names]), kind="stable")
     gone: list[tuple[int, frozenset[str]]] = [(-1, frozenset())]
     for position in np.flatnonzero(left[order] == 0).tolist():
         together = vanishing.closed(gone[-1][1] | {names[group[order[position]]]})
         if together is None:
-            steps[order[position]] = 0  # others have vanished that would have led around it
+            steps[order[position]] = 0  # there is no other path left
         else:
             gone.append((position, together))
 
@@ -446,7 +449,7 @@ def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Qu
         first = order[:count]
         lost = np.bincount(group[first], weights=steps[first], minlength=len(names))
         vanished = gone[bisect_left(gone, count, key=lambda event: event[0]) - 1][1]
-        found = {name: ladder[0] - int(n) for name, ladder, n in zip(names, ladders, lost, strict=True)}
+        found = {name: allowed_widths[0] - int(n) for name, allowed_widths, n in zip(names, allowed, lost, strict=True)}
         return found | dict.fromkeys(vanished, 0)
 
     def holds(count: int) -> bool:
@@ -460,7 +463,7 @@ def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Qu
 
 
 def _holds(size: float, limit: float, quantity: Quantity) -> bool:
-    """Units are met to the nearest one, halves up; everything else is never exceeded."""
+    """Whether a limit is met: units to the nearest one, half up; other quantities are never exceeded."""
     return size <= (math.floor(limit + 0.5 + _EPSILON) if quantity == "units" else limit * (1 + _EPSILON))
 
 
@@ -474,5 +477,5 @@ def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope
 
 
 def _of(quantity: Quantity) -> str:
-    """What a number of ``quantity`` counts, in words."""
+    """Name of a quantity for messages."""
     return {"memory": "bytes of memory", "latency": "milliseconds of latency"}.get(quantity, quantity)

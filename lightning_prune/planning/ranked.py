@@ -1,4 +1,4 @@
-"""Whole groups of units go, the least important first, until the parameters hold: layers may vanish."""
+"""Plans from ranked removals, in which whole layers may be removed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from lightning_prune.structure.vanishing import Removal as Vanished
 __all__ = ["Ranked", "RankedPlan", "Removal", "by_stage", "in_order", "plan_ranked"]
 
 BoolArray = npt.NDArray[np.bool_]
-#: Units that go at once, by group of the structure.
+#: Units that are removed together, by group.
 Removal = Mapping[str, Sequence[int]]
 
 
 class Ranked(NamedTuple):
-    """Units that go at once.
+    """A ranked removal.
 
     Attributes:
         removal: The units.
-        decisive: The bundles whose scores give the removal its place: ranked name, and position among its bundles. With
-            higher scores of other bundles it stays where it is.
+        decisive: The bundles, as name and index, whose scores determine its rank.
     """
 
     removal: Removal
@@ -37,14 +36,14 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class RankedPlan:
-    """What is left of a network.
+    """Units and layers that a cut keeps.
 
     Attributes:
-        kept: Units that stay, per group that becomes narrower or is taken out with its branch (none then).
-        bypassed: Groups that vanish from a chain.
-        params: Parameters that are left.
-        stays: Why groups keep their last units although these would have gone.
-        looked_at: How many of the removals were looked at: those behind had no part.
+        kept: Units to keep per changed group; empty for a group that is removed with its branch.
+        bypassed: Groups that are removed from a chain.
+        params: Remaining parameters.
+        stays: Reasons why groups keep their last units, by group.
+        examined: Number of removals that were examined.
         params_before: Parameters before the last removal.
     """
 
@@ -52,16 +51,16 @@ class RankedPlan:
     bypassed: tuple[str, ...] = ()
     params: int = 0
     stays: Mapping[str, str] = field(default_factory=dict)
-    looked_at: int = 0
+    examined: int = 0
     params_before: int = 0
 
 
 def in_order(bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Sequence[float]]) -> list[Ranked]:
-    """Bundles of all groups from the lowest score to the highest; equal ones by group, then by first unit.
+    """Bundles of all groups by ascending score; ties by group, then by first unit.
 
     Args:
-        bundles: Units that go together, by group.
-        scores: A number for each bundle, by group.
+        bundles: Units that are removed together, by group.
+        scores: Score of each bundle, by group.
     """
     keyed = [
         (float(score), number, min(units), Ranked({name: tuple(units)}, ((name, position),)))
@@ -77,17 +76,17 @@ def by_stage(
     bundles: Mapping[str, Sequence[Sequence[int]]],
     scores: Mapping[str, Sequence[float]],
 ) -> list[Ranked]:
-    """Bundles of layers that are ranked one by one, where all layers of a stage lose as many.
+    """Bundles of layers by ascending score, where all layers of a stage lose the same number (appendix B of SPvR).
 
-    Whenever a bundle of a layer is next, every layer of its stage loses its own least one, so that streams stay as wide
-    as each other (appendix B of SPvR); a layer with r times as many bundles loses r of them. Only widths follow from
-    that, for weights that are initialized again: a removal always lists the last units of a group.
+    Whenever a bundle of a layer is next, every layer of its stage loses its lowest one; a layer with r times as many
+    bundles loses r of them. Only widths are meaningful, for weights that are re-initialized: a removal lists the last
+    units of a group.
 
     Args:
-        structure: Of the network.
-        stages: Groups inside the branches of each stream (`stages_of`). All other groups go by themselves.
-        bundles: Units that go together, by layer that produces them.
-        scores: A number for each bundle, by layer.
+        structure: Structure of the network.
+        stages: Groups inside the branches of each stream (`stages_of`). Other groups are independent.
+        bundles: Units that are removed together, by producing layer.
+        scores: Score of each bundle, by layer.
     """
     inside = {name for groups in stages.values() for name in groups}
     keyed: list[tuple[float, int, int, Ranked]] = []
@@ -109,7 +108,7 @@ def by_stage(
 
 
 def _next(ordered: Mapping[str, Sequence[tuple[float, int]]], level: int) -> tuple[float, tuple[tuple[str, int], ...]]:
-    """The least score of all layers at a level, and the bundles that decide it."""
+    """The lowest score of all layers at a level, and the bundles that determine it."""
     levels = min(map(len, ordered.values()))
     firsts = {layer: round(level * len(found) / levels) for layer, found in ordered.items()}
     least = min(firsts, key=lambda layer: ordered[layer][firsts[layer]][0])
@@ -118,14 +117,14 @@ def _next(ordered: Mapping[str, Sequence[tuple[float, int]]], level: int) -> tup
 
 
 def _share(ordered: Mapping[str, Sequence[tuple[float, int]]], layer: str, level: int) -> list[int]:
-    """Positions of the bundles that a layer loses at a level."""
+    """Indices of the bundles that a layer loses at a level."""
     levels, found = min(map(len, ordered.values())), ordered[layer]
     first, last = (round(k * len(found) / levels) for k in (level, level + 1))
     return [place for _, place in found[first:last]]
 
 
 def _ordered(bundles: Sequence[Sequence[int]], scores: Sequence[float]) -> list[tuple[float, int]]:
-    """Scores and positions of a layer's bundles, from the least."""
+    """Scores and indices of a layer's bundles, by ascending score."""
     keyed = [(float(score), min(units), i) for i, (score, units) in enumerate(zip(scores, bundles, strict=True))]
     return [(score, place) for score, _, place in sorted(keyed)]
 
@@ -133,29 +132,28 @@ def _ordered(bundles: Sequence[Sequence[int]], scores: Sequence[float]) -> list[
 def plan_ranked(
     structure: Structure, removals: Iterable[Removal], limit: int, bypasses: Bypasses | None = None
 ) -> RankedPlan:
-    """Remove what comes first until at most ``limit`` parameters are left.
+    """Apply removals in order until at most ``limit`` parameters are left.
 
-    A group that loses its last units vanishes: with its branch where another path leads around it, else out of the
-    chain where ``bypasses`` says so. Where neither can be, or other groups have vanished that would have led around it,
-    the removal is left out, and the next one is taken. The size need not fall with each of them: the layers behind one
-    that vanishes read what it read. The first size that holds is taken, so it is less than one removal below the limit.
+    A group that loses its last units is removed: with its branch if there is another path, else from its chain if
+    ``bypasses`` has it. If neither is possible, the removal is skipped. The size may also grow with a removal, since
+    the layers after a removed one read its input; the first size within the limit is used.
 
     Args:
-        structure: Of the network as it is, with its flow (`with_flow`) if branches may vanish.
-        removals: What goes, in this order.
-        limit: Parameters that may be left.
-        bypasses: How groups can vanish from chains; not without weights that are drawn anew.
+        structure: Structure of the network, with its flow (`with_flow`) if branches may be removed.
+        removals: Removals in order.
+        limit: Maximum number of parameters.
+        bypasses: Groups that can be removed from chains, for networks that are re-initialized.
 
     Raises:
-        ValueError: If more parameters are left at the end.
+        ValueError: If the limit cannot be reached.
     """
     state = _State(structure, bypasses or Bypasses({}, {}))
     params = before = state.params()
-    looked_at = 0
+    examined = 0
     for removal in removals:
         if params <= limit:
             break
-        looked_at += 1
+        examined += 1
         if state.remove(removal):
             before, params = params, state.params()
     if params > limit:
@@ -165,35 +163,35 @@ def plan_ranked(
             + (f" What stays: {why}." if why else "")
             + " Give a larger budget, or free more layers; an int is a count, a float a share."
         )
-    return replace(state.plan(params), looked_at=looked_at, params_before=before)
+    return replace(state.plan(params), examined=examined, params_before=before)
 
 
 class _State:
-    """What is left after some removals."""
+    """State after some removals."""
 
     def __init__(self, structure: Structure, bypasses: Bypasses) -> None:
         self.structure, self.bypasses = structure, bypasses
         self.left = {group.name: np.ones(group.width, dtype=np.bool_) for group in structure.groups}
         self.bypassed: list[str] = []
-        self.vanished: frozenset[str] = frozenset()  # with their branches
+        self.vanished: frozenset[str] = frozenset()  # removed with their branches
         self.stays: dict[str, str] = {}
         self._cost, self._removed = structure.cost, tuple[str, ...]()
 
     def remove(self, removal: Removal) -> bool:
-        """Take it away, whole or not at all; whether anything has gone."""
+        """Apply a removal if possible; returns whether anything was removed."""
         after = {name: self._without(name, units) for name, units in removal.items() if self.left[name].any()}
         emptied = [name for name, mask in after.items() if not mask.any()]
         if not self._can_vanish([name for name in emptied if name not in self.bypasses.groups]):
             return False
         for name in emptied:
-            if self.left[name].any():  # it may have gone along with another one
+            if self.left[name].any():  # it may have been removed with another one
                 self._vanish(name)
         for name, mask in after.items():
             self.left[name] &= mask
         return bool(after)
 
     def params(self) -> int:
-        """Parameters that are left."""
+        """Number of remaining parameters."""
         widths = {name: int(mask.sum()) for name, mask in self.left.items()}
         now = self.bypasses.widths(widths, self.bypassed)
         return round(sum(t.value(now) for t in self._cost.parameters if not is_within(t.layer, self._removed)))
@@ -214,21 +212,21 @@ class _State:
         return mask
 
     def _can_vanish(self, names: Sequence[str]) -> bool:
-        """Whether these can vanish together, with their branches."""
+        """Whether groups can be removed together with their branches."""
         removal = self._removal(names)
         if isinstance(removal, str):
             self.stays |= dict.fromkeys(names, removal)
         return not isinstance(removal, str)
 
     def _removal(self, names: Sequence[str]) -> Vanished | str:
-        """What goes along where other paths lead around groups, else why they cannot go."""
+        """The removal of groups with their branches, or the reason why it is impossible."""
         flow = self.structure.flow
         if not names:
             return Vanished()
         return "it would leave no path through it" if flow is None else flow.without({*self.vanished, *names})
 
     def _vanish(self, name: str) -> None:
-        """Let a group vanish that can, with all that goes along."""
+        """Remove a group with its branch or from its chain."""
         removal = self._removal([name])
         if isinstance(removal, str):
             self.bypassed.append(name)

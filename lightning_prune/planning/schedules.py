@@ -1,4 +1,4 @@
-"""When cuts happen and how far each one goes on the way to the target: plain values, known before training starts."""
+"""Schedules: when cuts are made and how much of the target each one completes."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ __all__ = [
     "reaches",
 ]
 
-#: What the moments of a schedule are counted in.
+#: Unit of the moments of a schedule.
 Unit = Literal["auto", "epoch", "step"]
 
-# Shares of the run where nothing else is said: the network first matures, and recovers in the last 40 % of the run.
+# Defaults: the network is trained first, and recovers in the last 40 % of the run.
 _START, _END, _CUTS = 0.1, 0.6, 5
 
-# Positions are products of floats; 0.1 * 30 must not miss the moment 3 by one bit.
+# Tolerance, so that 0.1 * 30 is moment 3.
 _EPSILON = 1e-9
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a training run is; ``None`` = without limit, or not known.
+    """Length of a training run; None for unlimited or unknown.
 
     Attributes:
         epochs: ``max_epochs`` of the run.
         steps: ``max_steps`` of the run (optimizer steps).
-        steps_per_epoch: Optimizer steps of one epoch; ``None`` for data of unknown length.
+        steps_per_epoch: Optimizer steps per epoch; None for data of unknown length.
     """
 
     epochs: int | None
@@ -59,7 +59,7 @@ class RunLength:
 
     @property
     def limited_by_steps(self) -> bool:
-        """Whether ``steps`` ends the run before ``epochs`` do (taken as given where that cannot be known)."""
+        """Whether ``steps`` ends the run before ``epochs`` (assumed if unknown)."""
         if self.steps is None:
             return False
         if self.epochs is None or self.steps_per_epoch is None:
@@ -67,7 +67,7 @@ class RunLength:
         return self.steps < self.epochs * self.steps_per_epoch
 
     def total(self, unit: Literal["epoch", "step"]) -> int | None:
-        """Number of epochs (a started one counts) or steps of the run, ``None`` if there is no telling."""
+        """Number of epochs (including a partial one) or steps of the run; None if unknown."""
         per_epoch = self.steps_per_epoch
         if unit == "epoch":
             limits = [self.epochs, math.ceil(self.steps / per_epoch) if self.steps and per_epoch else None]
@@ -78,14 +78,14 @@ class RunLength:
 
 @dataclass(frozen=True)
 class CutPoint:
-    """One moment at which the network is cut.
+    """A scheduled cut.
 
     Attributes:
-        index: Number of the cut, from 0.
-        at: Epochs or optimizer steps that have been trained when the cut is made: the cut of ``at=3`` happens before
-            the first batch of the epoch that Lightning numbers 3.
-        unit: What ``at`` counts.
-        share: Share of the way from the dense size to the target that is gone after this cut, in (0, 1].
+        index: Index of the cut, from 0.
+        at: Number of epochs or optimizer steps trained before the cut: with ``at=3``, it is made before the first batch
+            of epoch 3 in Lightning's numbering.
+        unit: Unit of ``at``.
+        share: Share of the way from the dense size to the target that is done after this cut, in (0, 1].
     """
 
     index: int
@@ -95,43 +95,43 @@ class CutPoint:
 
 
 class Schedule(Settings, ABC):
-    """When cuts happen in a run, and how much of the target each one completes.
+    """Base class of schedules: when cuts are made in a run, and how much of the target each one completes.
 
-    A subclass is a frozen dataclass of settings. Moments are given as *float* = share of the run in [0, 1] or as *int*
-    = absolute epoch or step. Shares of a run are rounded to whole epochs (steps); one above 0 never falls before the
-    first epoch has been trained, none falls beyond the start of the last epoch.
+    Subclasses are frozen dataclasses of settings. Moments are a *float*, a share of the run in [0, 1], or an *int*, an
+    absolute epoch or step. Shares are rounded to whole epochs (steps); a share above 0 is at least one epoch, and none
+    is later than the start of the last epoch.
     """
 
     unit: Unit
 
     @abstractmethod
     def share(self, progress: float, remaining: float) -> float:
-        """Share of the way to the target that is done at ``progress``: pure, monotone, 0 at 0 and 1 at 1.
+        """Share of the way to the target at ``progress``: pure, monotone, 0 at 0 and 1 at 1.
 
         Args:
             progress: Share of the cuts that are done, in [0, 1].
-            remaining: What the target leaves of the network, in (0, 1].
+            remaining: Share of the network that the target leaves, in (0, 1].
         """
 
     @abstractmethod
     def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
-        """Every cut as ``(moment, progress)``, in order, moments not yet rounded.
+        """All cuts in order as ``(moment, progress)``, with unrounded moments.
 
         Args:
-            length: Epochs or steps of the run, ``None`` if not known.
-            remaining: What the target leaves of the network, in (0, 1).
+            length: Epochs or steps of the run; None if unknown.
+            remaining: Share of the network that the target leaves, in (0, 1).
         """
 
     @property
     @abstractmethod
     def marks(self) -> tuple[float | int | None, ...]:
-        """The moments and intervals the schedule was given, to tell shares (float) from absolute ones (int)."""
+        """Moments and intervals of the schedule's arguments."""
 
     def resolve_unit(self, run: RunLength) -> Literal["epoch", "step"]:
-        """What the schedule counts in this run: ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+        """The unit in this run: ``"auto"`` means epochs, or steps if there is one epoch or ``max_steps``.
 
         Raises:
-            ValueError: If ``"auto"`` would silently read absolute numbers as steps because of ``max_steps``.
+            ValueError: If ``"auto"`` is ambiguous for absolute numbers because of ``max_steps``.
         """
         if self.unit != "auto":
             return self.unit
@@ -147,17 +147,16 @@ class Schedule(Settings, ABC):
         return "step"
 
     def timeline(self, run: RunLength, remaining: float) -> tuple[CutPoint, ...]:
-        """The cuts of a run: explicit moments, ascending; of several on one moment only the last remains.
+        """The cuts of a run, ascending; of several at one moment, only the last is kept.
 
-        Cuts that would fall beyond the end of the run are left out: see `reaches`. Without anything to remove
-        (``remaining=1``) there are none.
+        Cuts beyond the end of the run are omitted, see `reaches`. There are none for ``remaining=1``.
 
         Args:
-            run: How long the run is.
-            remaining: What the target leaves of the network, in (0, 1].
+            run: Length of the run.
+            remaining: Share of the network that the target leaves, in (0, 1].
 
         Raises:
-            ValueError: If the run's length is needed and not known, or no cut falls into the run.
+            ValueError: If the run's length is needed but unknown, or no cut is within the run.
         """
         if not 0 < remaining <= 1:
             raise ValueError(f"expected `remaining` in (0, 1], got {remaining}")
@@ -182,11 +181,11 @@ class Schedule(Settings, ABC):
         return tuple(CutPoint(index, at, unit, share) for index, (at, share) in enumerate(inside))
 
     def plot(self, run: RunLength | None = None, remaining: float = 0.5) -> Figure:
-        """What is left of the network over a run, as a figure (needs the extra ``plot``).
+        """Plot the size of the network over a run (requires the extra ``plot``).
 
         Args:
-            run: How long the run is, 100 epochs by default.
-            remaining: What the target leaves of the network, in (0, 1).
+            run: Length of the run; 100 epochs by default.
+            remaining: Share of the network that the target leaves, in (0, 1).
         """
         run = run or RunLength(epochs=100)
         points = self.timeline(run, remaining)
@@ -206,7 +205,7 @@ class Schedule(Settings, ABC):
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """Everything in one cut.
+    """A single cut.
 
     Args:
         at: Moment of the cut: a share of the run (float) or an absolute epoch or step (int).
@@ -236,11 +235,10 @@ class OneShot(Schedule):
 
 @dataclass(frozen=True)
 class AtStart(Schedule):
-    """Everything in one cut, before the first training batch of the run.
+    """A single cut before the first training batch of the run.
 
-    For methods that act once. The cut is made when the training data, the optimizers and what a checkpoint holds are
-    there, and before any step; a resumed run does not repeat it. A criterion that has to observe training first
-    (`SNIP`, `Contribution`) is given one batch.
+    The cut is made after training data and optimizers are set up and a checkpoint is loaded, before any step; a resumed
+    run does not repeat it. A criterion that observes training (`SNIP`, `Contribution`) is given one batch.
     """
 
     unit: Unit = field(default="step", init=False, repr=False)
@@ -261,12 +259,12 @@ class AtStart(Schedule):
 
 @dataclass(frozen=True)
 class Spread(Schedule):
-    """Cuts at even distances, each with an even share of the progress: ``cuts`` of them, or one ``every`` so often.
+    """Base class of schedules with evenly spaced cuts: a number of ``cuts``, or one at ``every`` interval.
 
     Args:
         start: Moment of the first cut: a share of the run (float) or an absolute epoch or step (int).
         end: Moment of the last cut (with ``every``: at the latest).
-        cuts: How many cuts; 5 if neither this nor ``every`` is given.
+        cuts: Number of cuts; 5 if ``every`` is not given either.
         every: Distance between two cuts, instead of ``cuts``: a share of the run (float) or epochs or steps (int).
         unit: What ints count; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
     """
@@ -309,7 +307,7 @@ class Spread(Schedule):
 
 @dataclass(frozen=True)
 class LinearSchedule(Spread):
-    """Every cut removes the same amount: share = progress."""
+    """Cuts of equal amounts: share = progress."""
 
     @override
     def share(self, progress: float, remaining: float) -> float:
@@ -318,10 +316,10 @@ class LinearSchedule(Spread):
 
 @dataclass(frozen=True)
 class Cubic(Spread):
-    """Large cuts first, ever smaller ones later: share = 1 − (1 − progress)³.
+    """Cuts of decreasing amounts: share = 1 − (1 − progress)³.
 
-    Zhu & Gupta, *To prune, or not to prune* (2017), eq. 1. There nothing is removed at the first moment; here the first
-    moment is the first cut.
+    Zhu & Gupta, *To prune, or not to prune* (2017), eq. 1, where nothing is removed at the first moment; here, the
+    first moment is the first cut.
     """
 
     @override
@@ -331,10 +329,10 @@ class Cubic(Spread):
 
 @dataclass(frozen=True)
 class Geometric(Schedule):
-    """Every cut removes the same share of the *current* size, until the target is met (the last cut may be smaller).
+    """Cuts of a constant share of the *current* size, until the target is met (the last cut may be smaller).
 
-    After cut i, max(R, (1 − rate)^i) of the network is left, R being what the target leaves; so the number of cuts is
-    ⌈ln R / ln(1 − rate)⌉. As a share of the way: (1 − R^progress) / (1 − R).
+    After cut i, max(R, (1 − rate)^i) of the network is left, where R is the share that the target leaves. The number of
+    cuts is ⌈ln R / ln(1 − rate)⌉, and share = (1 − R^progress) / (1 − R).
 
     ``Geometric(rate=0.1, start=30, every=15)`` removes 10 % of the current width every 15 epochs, first after 30.
 
@@ -398,7 +396,7 @@ class Geometric(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """A list of cuts: ``Explicit(((10, 0.5), (20, 1.0)))`` goes half of the way after epoch 10, and all of it after 20.
+    """A list of cuts: ``Explicit(((10, 0.5), (20, 1.0)))`` is halfway to the target after epoch 10, and there after 20.
 
     Args:
         cuts: Pairs of a moment — a share of the run (float) or an absolute epoch or step (int) — and the share of the
@@ -439,10 +437,9 @@ class Explicit(Schedule):
 
 
 def due(timeline: Sequence[CutPoint], done: int, now: int) -> CutPoint | None:
-    """The cut that is due now, or ``None``: the latest one at or before ``now`` that comes after cut ``done``.
+    """The latest cut at or before ``now`` after cut ``done``, or None.
 
-    Asking again after the cut gives ``None``, however often; of cuts that were missed only the last is due, because its
-    share includes theirs.
+    Of several missed cuts only the last is due, as its share includes theirs.
 
     Args:
         timeline: The cuts of the run.
@@ -454,15 +451,15 @@ def due(timeline: Sequence[CutPoint], done: int, now: int) -> CutPoint | None:
 
 
 def reaches(timeline: Sequence[CutPoint]) -> float:
-    """Share of the way to the target that the timeline goes: below 1 if the run ends too early."""
+    """Share of the way to the target at the end of the timeline; below 1 if the run ends too early."""
     return timeline[-1].share if timeline else 0.0
 
 
 def _position(value: int | float, length: int | None) -> float:
-    """A moment in epochs or steps, between the bounds that keep a share of the run inside it."""
+    """A moment in epochs or steps; shares are clipped to stay within the run."""
     if isinstance(value, int):
         return value
-    assert length is not None  # `timeline` has refused shares of a run of unknown length
+    assert length is not None  # checked by `timeline`
     first = 1 if value > 0 else 0
     return max(first, min(value * length, length - 1))
 
@@ -480,7 +477,7 @@ def _evenly(first: float, last: float, count: int) -> list[float]:
 
 
 def _whole(moment: float) -> int:
-    """Rounded half up."""
+    """Round half up."""
     return math.floor(moment + 0.5 + _EPSILON)
 
 

@@ -1,4 +1,4 @@
-"""Where units may be removed: which layers, compared within a layer or over all of them, and down to which width."""
+"""Scopes (how removal is distributed over groups, and limits of widths), and selection of layers."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ ScopeKind = Literal["local", "global", "erk", "random"]
 
 @dataclass(frozen=True)
 class Scope(Settings):
-    """How the amount to remove is distributed over the groups.
+    """Distribution of the amount to remove over the groups.
 
     Attributes:
-        kind: ``"local"``: every group loses the same share (uniform). ``"global"``: the lowest scores of all groups go,
-            wherever they are (non-uniform). ``"erk"``: what a group keeps is proportional to
-            (fan in + fan out + kernel sizes) / (their product) of the weights that produce it, so that wide layers lose
-            most (Erdős–Rényi kernel: Evci et al., 2020, there of single weights); `LAMP` under ``"global"`` is another
-            such allocation. ``"random"``: what a group keeps is proportional to a number that is drawn for it,
-            uniformly in (0, 1], and at most all (random channel pruning: Li et al., 2022).
-        min_width: Units that every group keeps. With 0, groups may lose all of them where another path leads around
-            (the branch of a residual block), and their layers are taken out of the network; elsewhere one unit stays.
-        round_to: Channels and features after a cut are multiples of this (8 or 16 suit tensor cores), to the nearest
-            where a ratio asks for a width in between; a narrower group stays. Where a unit is several channels (those
-            of a group norm), so many fewer units make a step.
-        normalize: What scores of different groups are divided by before a global comparison: ``"mean"`` = the mean of
-            their absolute values within the group, so that layers whose sums have more terms are not favoured;
-            ``"none"`` = nothing: scores are compared as they are (the plain L1 ranking over a whole network). By
-            default ``"none"`` for `LAMP` and `NetworkSlimming`, whose scores are made for that, else ``"mean"``.
-        draws: Of ``"random"``, how many allocations are drawn; the one with the least loss is taken. Each is cut out of
-            a copy of the network and run as it is on up to 1,000 samples of the training data, or on ``data`` of
-            `prune`. Li et al. fit the weights of each to the dense network's activations first.
-        seed: Of ``"random"``: another seed, other allocations.
+        kind: ``"local"``: every group loses the same share (uniform). ``"global"``: the lowest scores over all groups
+            are removed (non-uniform). ``"erk"``: what a group keeps is proportional to (fan in + fan out + kernel
+            sizes) / (their product) of the weights that produce it, so that wide layers lose most (Erdős–Rényi kernel:
+            Evci et al., 2020, there of single weights); `LAMP` under ``"global"`` is another such allocation.
+            ``"random"``: what a group keeps is proportional to a random number, uniform in (0, 1] (random channel
+            pruning: Li et al., 2022).
+        min_width: Minimum number of units per group. With 0, groups that another path leads around (the branch of a
+            residual block) may lose all units, and their layers are removed; other groups keep one unit.
+        round_to: Channels and features after a cut are multiples of this (8 or 16 for tensor cores), rounded to
+            nearest; narrower groups keep their width. If a unit is several channels (those of a group norm), the step
+            in units is smaller accordingly.
+        normalize: Normalisation of scores before a global comparison: ``"mean"`` divides by the mean absolute score of
+            the group, so that layers with more weights per unit are not favoured; ``"none"`` compares scores directly
+            (the plain L1 ranking over a whole network). By default ``"none"`` for comparable criteria such as `LAMP`
+            and `NetworkSlimming`, else ``"mean"``.
+        draws: Number of allocations for ``"random"``; the one with the lowest loss is used. Each is cut out of a copy
+            of the network and evaluated on up to 1,000 samples of the training data, or on ``data`` of `prune`. Li et
+            al. first fit the weights of each to the dense network's activations.
+        seed: Seed for ``"random"``.
     """
 
     kind: ScopeKind = "local"
@@ -63,32 +63,32 @@ class Scope(Settings):
 
     @classmethod
     def of(cls, scope: ScopeKind | Scope, *, comparable: bool = False) -> Scope:
-        """The scope itself, or the one of this kind with every other setting at its default.
+        """Convert a kind to a scope with default settings.
 
         Args:
-            scope: What the user gave.
-            comparable: Whether scores of different groups compare as they are.
+            scope: A scope or its kind.
+            comparable: Whether scores of different groups are comparable.
         """
         given = scope if isinstance(scope, Scope) else cls(scope)
         return replace(given, normalize="none") if comparable and given.normalize is None else given
 
     @property
     def drawn(self) -> tuple[Scope, ...]:
-        """Scopes with one draw each, which are to be compared; otherwise the scope itself."""
+        """One scope per draw."""
         return tuple(replace(self, draws=1, seed=self.seed + number) for number in range(self.draws))
 
     def step(self, group: Group) -> int:
-        """Units from one allowed width to the next: the channels of every layer that makes or takes them are even."""
+        """Units from one allowed width to the next, so that channels of all producers and consumers are rounded."""
         sizes = {member.index.shape[1] for member in group.members if member.role != "along"} or {1}
         return math.lcm(*(self.round_to // math.gcd(self.round_to, size) for size in sizes))
 
     def narrowest(self, width: int, step: int, *, vanish: bool = False) -> int:
-        """Smallest width that a group of ``width`` units may be cut to, if it may ``vanish`` or not."""
+        """Smallest allowed width of a group of ``width`` units, which may be 0 if it may ``vanish``."""
         least = self.min_width if vanish else max(self.min_width, 1)
         return min(width, -(-least // step) * step)
 
-    def ladder(self, width: int, step: int, *, vanish: bool = False) -> list[int]:
-        """Every width that a group of ``width`` units may have, descending, itself first."""
+    def allowed_widths(self, width: int, step: int, *, vanish: bool = False) -> list[int]:
+        """Allowed widths of a group of ``width`` units, descending, starting with ``width``."""
         below = (width - 1) // step * step
         return [width, *range(below, self.narrowest(width, step, vanish=vanish) - 1, -step)]
 
@@ -98,22 +98,22 @@ def select(
     layers: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The groups that may be pruned, and why every other layer may not.
+    """Select the groups to prune.
 
-    A name is a layer's (``"encoder.fc1"``), a glob (``"encoder.*"``, ``"*.fc?"``), or the name of a module, which means
-    everything inside. It picks a group if it fits the group's name or any layer that produces its units: these layers
-    can only shrink together.
+    A pattern is the name of a layer (``"encoder.fc1"``), a glob (``"encoder.*"``, ``"*.fc?"``), or the name of a
+    module, for all layers inside. It selects a group if it matches the group's name or any layer that produces its
+    units, as these layers can only shrink together.
 
     Args:
-        structure: What the network consists of.
-        layers: Only these; everything by default.
-        ignore: Not these. Wins over ``layers``.
+        structure: Structure of the network.
+        layers: Patterns of layers to prune; all by default.
+        ignore: Patterns of layers not to prune; takes precedence over ``layers``.
 
     Returns:
-        Names of the selected groups in the order of execution, and the reason for every other layer by its name.
+        Names of the selected groups in the order of execution, and reasons for all other layers by name.
 
     Raises:
-        ValueError: If a name fits nothing or only what cannot be pruned, or nothing prunable remains.
+        ValueError: If a pattern matches nothing or only what cannot be pruned, or nothing is selected.
     """
     frozen = _reasons(structure)
     if not structure.groups:
@@ -140,17 +140,17 @@ def select(
 
 
 def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[str, str]:
-    """The first of the ``patterns`` (names, globs, names of modules) that fits each group; groups without one left out.
+    """The first of the ``patterns`` (names, globs, names of modules) that matches each group.
 
     Raises:
-        ValueError: If a pattern fits nothing, only what cannot be pruned, or only what earlier ones fit already.
+        ValueError: If a pattern matches nothing, only what cannot be pruned, or only what earlier patterns match.
     """
     frozen = _reasons(structure)
     for pattern in patterns:
         _check(argument, pattern, structure, frozen)
     first = {group.name: next((p for p in patterns if _picks(p, group)), None) for group in structure.groups}
     for pattern in patterns:
-        if pattern not in first.values() and not _was(pattern, structure):
+        if pattern not in first.values() and not _names_removed_group(pattern, structure):
             taken = ", ".join(f"{g.name} ({first[g.name]!r})" for g in structure.groups if _picks(pattern, g))
             raise ValueError(
                 f"{argument}={pattern!r} has no effect: earlier names fit the same layers: {taken}. The first that "
@@ -160,7 +160,7 @@ def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[s
 
 
 def _reasons(structure: Structure) -> dict[str, str]:
-    """The first reason of every layer with a frozen axis."""
+    """Reason for every layer with a frozen axis."""
     reasons: dict[str, str] = {}
     for entry in structure.frozen:
         reasons.setdefault(entry.layer, entry.reason)
@@ -180,13 +180,13 @@ def _picks(pattern: str, group: Group) -> bool:
 
 
 def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, str]) -> None:
-    """Refuse a name that has no effect, and say which one might have been meant."""
-    if any(_picks(pattern, group) for group in structure.groups) or _was(pattern, structure):
+    """Raise an error for a pattern without effect, with suggestions."""
+    if any(_picks(pattern, group) for group in structure.groups) or _names_removed_group(pattern, structure):
         return
     names = list(dict.fromkeys(name for group in structure.groups for name in (group.name, *group.producers)))
     if fixed := {layer: reason for layer, reason in frozen.items() if _fits(pattern, layer)}:
         if argument == "ignore":
-            return  # it stays as it is, which is what was asked for
+            return  # it is not pruned anyway
         raise ValueError(f"{argument}={pattern!r}: expected layers that can be pruned. {_why(fixed)} {_can(names)}")
     if heads := [g.name for g in structure.groups if any(_fits(pattern, member.layer) for member in g.members)]:
         raise ValueError(
@@ -198,8 +198,8 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
     raise ValueError(f"{argument}={pattern!r} fits no layer.{guess} {_can(names)}")
 
 
-def _was(pattern: str, structure: Structure) -> bool:
-    """Whether a name fits a group that has vanished: the run that goes on was told the same at its start."""
+def _names_removed_group(pattern: str, structure: Structure) -> bool:
+    """Whether a pattern matches a group that was removed, as may be the case in a resumed run."""
     return any(_fits(pattern, name) for name in structure.vanished)
 
 

@@ -1,4 +1,4 @@
-"""How much of the network is to remain: one number and what it counts."""
+"""Targets: how much of the network remains."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lightning_prune.structure.graph import Structure
 
 __all__ = ["NoEffectWarning", "Quantity", "Target"]
 
-#: What a target counts: 1 MAC = 2 FLOPs; memory is bytes of activations and latency milliseconds, both of one sample.
+#: Quantity of a target (1 MAC = 2 FLOPs; memory in bytes of activations and latency in ms, both for one sample).
 Quantity = Literal["units", "params", "macs", "memory", "latency"]
 
 
 class NoEffectWarning(UserWarning):
-    """What was asked for changes nothing."""
+    """Warning that a setting has no effect."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to remain.
+    """Size of the network to reach.
 
     Attributes:
-        quantity: What is counted: ``"units"`` of the prunable groups; of the whole network ``"params"``, ``"macs"``,
-            ``"memory"`` (bytes of activations) or ``"latency"`` (milliseconds), the last three for one sample.
-        remaining: A float is the share of the dense network that remains, in (0, 1]; an int is a count; a mapping
-            gives the share of the units per layer, by name or glob, and all other layers stay as they are.
+        quantity: ``"units"`` of the prunable groups, or of the whole network ``"params"``, ``"macs"``, ``"memory"``
+            (bytes of activations) or ``"latency"`` (milliseconds), the last three for one sample.
+        remaining: What remains: a share of the dense network (float in (0, 1]), a count (int), or shares of units per
+            layer (mapping of names or globs; other layers are not pruned).
     """
 
     quantity: Quantity
@@ -62,7 +62,7 @@ class Target:
         pruning_ratio: float | Mapping[str, float] | None = None,
         budget: float | int | Mapping[str, float | int] | None = None,
     ) -> Target:
-        """The target behind a user's ``pruning_ratio`` or ``budget``; exactly one of the two must be given.
+        """The target for a ``pruning_ratio`` or a ``budget``, of which exactly one must be given.
 
         Args:
             pruning_ratio: Share of the units that is *removed*, in [0, 1): of every group (local scope), or of all
@@ -74,8 +74,8 @@ class Target:
                 milliseconds too). A bare number counts parameters.
 
         Raises:
-            ValueError: If both are given or none, a number is out of range, or the budget's key is unknown.
-            TypeError: If a number is none.
+            ValueError: If both or none are given, a number is out of range, or the budget's key is unknown.
+            TypeError: If a value is not a number.
 
         Warns:
             NoEffectWarning: If nothing is to be removed.
@@ -94,16 +94,16 @@ class Target:
         return target
 
     def resolve(self, structure: Structure, selected: Collection[str]) -> tuple[Target, tuple[str, ...]]:
-        """The target with a share for each group instead of names and globs, and the groups that have one.
+        """Resolve names and globs to shares per group; also returns the groups that have one.
 
-        A target for the whole network stays as it is.
+        A target for the whole network is returned unchanged.
 
         Args:
-            structure: What the network consists of.
+            structure: Structure of the network.
             selected: Names of the groups that may be pruned.
 
         Raises:
-            ValueError: If a name or glob fits nothing that may be pruned; the text says what does.
+            ValueError: If a name or glob matches nothing that may be pruned.
         """
         if not isinstance(self.remaining, Mapping):
             return self, tuple(selected)
@@ -151,7 +151,7 @@ def _remaining(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
         raise TypeError(
             f"expected `pruning_ratio` to be a share for each layer's name or glob, got {unnamed[0]!r} as a name"
         )
-    # Of one layer all may go, where there is a way around it: `feasible` knows.
+    # A single layer may be removed; `feasible` checks whether that is possible.
     return {name: 1 - _ratio(share, f"`pruning_ratio` of {name!r}", whole=True) for name, share in ratio.items()}
 
 
@@ -178,5 +178,5 @@ def _known() -> str:
 
 
 def _hint(number: float) -> str:
-    """Somebody who writes 50 means per cent."""
+    """Suggestion for a number that looks like a percentage."""
     return f" (did you mean {number / 100:g}?)" if 1 < number < 100 and float(number).is_integer() else ""

@@ -83,7 +83,7 @@ def templates(
         attributes: Dense configuration of layers that were cut, by name.
     """
     going = {name: found for name in names if not is_within(name, known) and (found := layer(model, name)) is not None}
-    staying = {
+    notes_on_widths = {
         id(tensor)
         for prefix, module in model.named_modules(remove_duplicate=False)
         if not is_within(canonical(prefix), going)
@@ -94,7 +94,7 @@ def templates(
         for name, tensor in named(module).items():
             if id(tensor) not in memo or f"{prefix}.{name}" in shapes:
                 dense = shapes.get(f"{prefix}.{name}")
-                memo[id(tensor)] = tensor if id(tensor) in staying else _empty(tensor, dense)
+                memo[id(tensor)] = tensor if id(tensor) in notes_on_widths else _empty(tensor, dense)
     for tensor in (tensor for module in known.values() for tensor in named(module).values()):
         memo.setdefault(id(tensor), tensor)
     # In one copy, so that what is tied stays tied.

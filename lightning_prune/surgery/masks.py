@@ -240,7 +240,7 @@ def maskable(
         )
     _refuse(
         granularity,
-        {w.name.rpartition(".")[0]: granularity.objection(w.filters(w.tensor).shape) for w in weights},
+        {w.name.rpartition(".")[0]: granularity.problem_with(w.filters(w.tensor).shape) for w in weights},
     )
     return tuple(weights)
 

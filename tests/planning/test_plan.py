@@ -96,8 +96,8 @@ def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quanti
         # giving one block back to some group must exceed the budget
         larger = []
         for name in plan.widths:
-            ladder = scope.ladder(structure.widths[name], scope.round_to)
-            wider = ladder[ladder.index(plan.widths[name]) - 1]
+            allowed_widths = scope.allowed_widths(structure.widths[name], scope.round_to)
+            wider = allowed_widths[allowed_widths.index(plan.widths[name]) - 1]
             larger.append(size(structure, plan.widths | {name: wider}, quantity))
         assert max(larger) > target.remaining
     assert all(plan.widths.get(name, min_width) >= min(min_width, structure.widths[name]) for name in widths_names)

@@ -18,10 +18,10 @@ from lightning_prune.structure.graph import Frozen, Group, Member, Structure
 @given(width=st.integers(1, 200), min_width=st.integers(1, 50), round_to=st.integers(1, 20))
 def test_ladder(width, min_width, round_to):
     scope = Scope(min_width=min_width, round_to=round_to)
-    ladder = scope.ladder(width, round_to)
+    allowed_widths = scope.allowed_widths(width, round_to)
     reference = [width] + [w for w in range(width - 1, 0, -1) if w % round_to == 0 and w >= min_width]
-    assert ladder == reference
-    assert scope.narrowest(width, round_to) == ladder[-1] or ladder == [width]
+    assert allowed_widths == reference
+    assert scope.narrowest(width, round_to) == allowed_widths[-1] or allowed_widths == [width]
 
 
 @pytest.mark.parametrize(
