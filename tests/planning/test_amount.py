@@ -14,6 +14,7 @@ from torch import nn
 from lightning_prune import inspect
 from lightning_prune.planning import Amount, dividing_threshold, plan_by_use, widths_at
 from lightning_prune.scoring.xgb import Usage
+from lightning_prune.structure import Size
 
 NUMBERS = np.array([0.0, 0.1, 0.4, 0.0, 0.2, 0.3])
 USE = Usage(NUMBERS, NUMBERS[::-1])
@@ -67,7 +68,7 @@ def test_more_goes_by_a_higher_amount(values: np.ndarray, one: float, other: flo
 def network() -> tuple[Any, Any]:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     structure = inspect(net, torch.zeros(1, 4)).structure
-    return structure.of(structure)
+    return structure, Size.of(structure)
 
 
 def test_plan() -> None:
@@ -142,6 +143,6 @@ def test_widths_at_a_threshold_are_those_of_its_plan() -> None:
     first, second = (group.name for group in structure.groups)
     use = {first: USE}
     for threshold in (0.0, 0.2, 0.35, 0.9):
-        plan, _ = plan_by_use(structure, use, Amount("threshold", threshold).of(structure))
+        plan, _ = plan_by_use(structure, use, Amount("threshold", threshold), Size.of(structure))
         assert widths_at(structure, use, threshold) == structure.take(plan.kept).widths
     assert widths_at(structure, use, 0.9) == {first: 1, second: 5}

@@ -119,7 +119,7 @@ def test_a_budget_holds_and_one_step_more_does_not(
     made = make_plan(STRUCTURE, scores_of(order), target, 1.0, scope, original)
     after = STRUCTURE.take(made.kept)  # raises where the network would fall apart
     if not (quantity == "units" and kind == "local"):
-        limit = remaining * original.size(quantity, NAMES)  # type: ignore[arg-type]
+        limit = remaining * original.amount(quantity, NAMES)  # type: ignore[arg-type]
         size = sum(after.widths.values()) if quantity == "units" else getattr(after.cost, quantity)(after.widths)
         assert size <= (np.floor(limit + 0.5) if quantity == "units" else limit + 1e-6)
 

@@ -81,7 +81,7 @@ def test_local_examples(mlp, width, ratio, expected):
 def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quantity, kind, round_to, min_width):
     structure = mlp(widths)
     original = Size.of(structure)
-    total = original.size(quantity, widths_names := list(structure.widths))
+    total = original.amount(quantity, widths_names := list(structure.widths))
     target = Target(quantity, max(1, round(total * (1 - ratio))))
     scope = Scope(kind, min_width, round_to)
     scores = draw_scores(structure, seed, levels=5)
@@ -373,7 +373,7 @@ def test_a_large_network_is_planned_within_a_second(mlp):
         start = time.perf_counter()
         plan = make_plan(structure, scores, Target(quantity, 0.5), 1.0, Scope(kind), original)
         assert time.perf_counter() - start < 1
-        left = size(structure, plan.widths, quantity) / original.size(quantity, [])
+        left = size(structure, plan.widths, quantity) / original.amount(quantity, [])
         assert math.isclose(left, 0.5, rel_tol=1e-3)
 
 
