@@ -163,13 +163,12 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
     Args:
         trainer: The run.
         table: What was found.
-        folder: Where files go.
+        folder: Where the scores are, and files go.
         threshold: ρ, if it is one for all layers.
         prints: Whether the table is printed: of a run that only scores.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(table, folder, threshold)
     parts = ["# Scores of layers", *(f"![{path.stem}]({path.name})" for path in pictures)]
     page = "\n\n".join([*parts, *(grid.markdown() for grid in table.grids())])
