@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         Scope,
     )
     from lightning_prune.scoring import (
+        CHIP,
         FPGM,
         L1,
         L2,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CHIP",
     "FPGM",
     "L1",
     "L2",
@@ -147,6 +149,7 @@ _ROOM_OF = {
     "AtStart": "planning",
     "APoZ": "scoring",
     "BNScale": "scoring",
+    "CHIP": "scoring",
     "Channel": "planning",
     "Contribution": "scoring",
     "ContributionPruning": "callbacks",

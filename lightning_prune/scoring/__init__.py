@@ -2,6 +2,7 @@
 
 from lightning_prune.scoring.contributions import Contributions, Ratio, contributions_of
 from lightning_prune.scoring.criteria import (
+    CHIP,
     FPGM,
     L1,
     L2,
@@ -47,6 +48,7 @@ from lightning_prune.scoring.table import criteria_table
 from lightning_prune.scoring.walk import Station, StationBatch, Visit, Walk, WalkProgress, pooled_features, stations_of
 
 __all__ = [
+    "CHIP",
     "FPGM",
     "L1",
     "L2",

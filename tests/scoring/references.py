@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring import (
+    CHIP,
     FPGM,
     L1,
     L2,
@@ -241,6 +242,17 @@ def hrank(criterion, evidence):
             a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(2 if len(a) in (4, 6) else len(a), -1)
         )
     )
+
+
+@reference(CHIP(), CHIP(every_n_batches=1, samples=2))
+def chip(criterion, evidence):
+    means = []
+    for layer, units in evidence.consumers():
+        passes = [a for seen, _ in evidence.batches for x in seen[layer] for a in x[: criterion.samples]]
+        maps = [np.stack([a[units == unit].flatten() for unit in evidence.units]) for a in passes]
+        norms = [[np.linalg.svd(np.delete(m, gone, 0))[1].sum() for gone in ([], *evidence.units)] for m in maps]
+        means.append(np.mean([[whole - without for without in rest] for whole, *rest in norms], 0))
+    return np.round(np.mean(means, 0), 12) + 0.0
 
 
 @reference(NISP())

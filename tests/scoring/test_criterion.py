@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_prune.scoring import (
+    CHIP,
     L1,
     LAMP,
     SNIP,
@@ -52,9 +53,10 @@ def test_observing_every_zeroth_batch_is_refused(kind):
         kind(every_n_batches=0)
 
 
-def test_hrank_looks_at_one_sample_at_least():
-    with pytest.raises(ValueError, match="HRank: expected `samples` to be at least 1, got 0"):
-        HRank(samples=0)
+@pytest.mark.parametrize("kind", [CHIP, HRank])
+def test_one_sample_is_looked_at_at_least(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__}: expected `samples` to be at least 1, got 0"):
+        kind(samples=0)
 
 
 @pytest.mark.parametrize("criterion", [Contribution(), Taylor()])

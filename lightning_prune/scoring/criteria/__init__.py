@@ -2,6 +2,7 @@
 
 from lightning_prune.scoring.criteria.apoz import APoZ
 from lightning_prune.scoring.criteria.bn_scale import BNScale
+from lightning_prune.scoring.criteria.chip import CHIP
 from lightning_prune.scoring.criteria.contribution import Contribution
 from lightning_prune.scoring.criteria.fisher import Fisher
 from lightning_prune.scoring.criteria.fpgm import FPGM
@@ -21,6 +22,7 @@ from lightning_prune.scoring.criteria.synflow import SynFlow
 from lightning_prune.scoring.criteria.taylor import Taylor
 
 __all__ = [
+    "CHIP",
     "FPGM",
     "L1",
     "L2",
