@@ -142,7 +142,7 @@ def _repairs(extensions: object) -> tuple[Repair, ...]:
         if isinstance(extension, CutExtension):
             raise TypeError(
                 f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}, which goes with the "
-                "cuts of a run. Usage it with a callback."
+                "cuts of a run. Use it with a callback."
             )
         if not isinstance(extension, Repair):
             raise TypeError(f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}.")

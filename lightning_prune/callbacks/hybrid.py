@@ -44,6 +44,6 @@ class HybridPruning(MaskPruning):
         if granularity is not None and (granularity.of_units or granularity.pool is not None):
             raise ValueError(
                 f"HybridPruning: expected a granularity within a filter, Element() or Kernel(), got {granularity!r}. "
-                "Usage MagnitudePruning for it."
+                "Use MagnitudePruning for it."
             )
         super().__init__(sparsity, granularity, "filter", schedule, layers, ignore, rewind, dirpath)

@@ -65,13 +65,13 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         if state is not None:
             raise ValueError(
                 f"{name}: expected a communication hook without a state, got {type(state).__name__}: what it keeps has "
-                "the shapes before a cut. Usage a hook such as `fp16_compress_hook`."
+                "the shapes before a cut. Use a hook such as `fp16_compress_hook`."
             )
         return
     if isinstance(strategy, SingleDeviceStrategy):
         return
     raise ValueError(
-        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}. Usage "
+        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}. Use "
         '`Trainer(devices=1)` or `Trainer(strategy="ddp")`: layers of sharded networks cannot be cut yet.'
     )
 

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from lightning_prune.callbacks.moments import run_length
 from lightning_prune.planning import CutPoint
 from lightning_prune.structure.layers import is_within
-from lightning_prune.surgery import Edit, Replace, carry, history_of
+from lightning_prune.surgery import Edit, Replace, history_of, transform_stored
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["RewindSnapshot"]
@@ -62,7 +62,7 @@ class RewindSnapshot:
         """The same without what a cut has removed; modules that it has put in the place of others were not there."""
         if self.weights is None:
             return self
-        return self.holding(reduce(lambda weights, edit: carry(edit, weights), edits, self.weights))
+        return self.holding(reduce(lambda weights, edit: transform_stored(edit, weights), edits, self.weights))
 
     def holding(self, weights: dict[str, Tensor] | None) -> RewindSnapshot:
         """Another one that keeps these weights."""

@@ -43,7 +43,7 @@ Coupling = Literal["group", "stage"]
 _RACES: dict[RaceKind | None, list[str]] = {
     "exact": ["The ranking was rank_by_race: scores of groups that stay may be of fewer samples."],
     "statistical": [
-        "The ranking was rank_by_race statistically: scores are of fewer samples, and near the threshold groups may "
+        "The ranking was raced statistically: scores are of fewer samples, and near the threshold groups may "
         "have been taken for others."
     ],
 }

@@ -12,7 +12,7 @@ from typing import Literal
 from lightning_prune.arguments import Settings
 from lightning_prune.structure.graph import Group, Structure
 
-__all__ = ["Scope", "ScopeKind", "pick", "select"]
+__all__ = ["Scope", "ScopeKind", "as_patterns", "matches", "pick", "select"]
 
 #: How the amount to remove is distributed.
 ScopeKind = Literal["local", "global", "erk", "random"]
@@ -118,7 +118,7 @@ def select(
     frozen = _reasons(structure)
     if not structure.groups:
         raise ValueError(f"the model has nothing that can be pruned. {_why(frozen)}")
-    wanted, unwanted = _patterns(layers), _patterns(ignore)
+    wanted, unwanted = as_patterns(layers), as_patterns(ignore)
     for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
         for pattern in patterns:
             _check(argument, pattern, structure, frozen)
@@ -167,16 +167,18 @@ def _reasons(structure: Structure) -> dict[str, str]:
     return reasons
 
 
-def _patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Patterns as a tuple."""
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
-def _fits(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern (name, glob or name of a parent module) matches a name."""
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
 def _picks(pattern: str, group: Group) -> bool:
-    return any(_fits(pattern, name) for name in (group.name, *group.producers))
+    return any(matches(pattern, name) for name in (group.name, *group.producers))
 
 
 def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, str]) -> None:
@@ -184,11 +186,11 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
     if any(_picks(pattern, group) for group in structure.groups) or _names_removed_group(pattern, structure):
         return
     names = list(dict.fromkeys(name for group in structure.groups for name in (group.name, *group.producers)))
-    if fixed := {layer: reason for layer, reason in frozen.items() if _fits(pattern, layer)}:
+    if fixed := {layer: reason for layer, reason in frozen.items() if matches(pattern, layer)}:
         if argument == "ignore":
             return  # it is not pruned anyway
         raise ValueError(f"{argument}={pattern!r}: expected layers that can be pruned. {_why(fixed)} {_can(names)}")
-    if heads := [g.name for g in structure.groups if any(_fits(pattern, member.layer) for member in g.members)]:
+    if heads := [g.name for g in structure.groups if any(matches(pattern, member.layer) for member in g.members)]:
         raise ValueError(
             f"{argument}={pattern!r}: expected a layer that produces units; this one follows {', '.join(heads)}, "
             f"so name that instead."
@@ -200,7 +202,7 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
 
 def _names_removed_group(pattern: str, structure: Structure) -> bool:
     """Whether a pattern matches a group that was removed, as may be the case in a resumed run."""
-    return any(_fits(pattern, name) for name in structure.vanished)
+    return any(matches(pattern, name) for name in structure.vanished)
 
 
 def _can(names: Iterable[str]) -> str:

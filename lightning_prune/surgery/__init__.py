@@ -1,20 +1,19 @@
-"""Removing what a plan removes: from the network, its optimizers and its checkpoints, whole or not at all."""
+"""Applying plans to networks, optimizers and checkpoints, atomically."""
 
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.dead import dead_units, without_dead
-from lightning_prune.surgery.edits import Drop, Edit, Keep, Replace, carry
+from lightning_prune.surgery.edits import Drop, Edit, Keep, Replace, transform_stored
 from lightning_prune.surgery.history import (
     History,
     HistoryError,
     attach,
-    begun,
     edits_of,
     history_of,
+    history_or_new,
     latency_table,
     original_of,
     save_into,
 )
-from lightning_prune.surgery.judged import losses_of_plans
 from lightning_prune.surgery.masks import (
     Masks,
     apply_masks,
@@ -28,6 +27,7 @@ from lightning_prune.surgery.masks import (
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
+from lightning_prune.surgery.plan_losses import losses_of_plans
 from lightning_prune.surgery.repairs import (
     FoldMean,
     ReestimateBatchNorm,
@@ -39,7 +39,7 @@ from lightning_prune.surgery.repairs import (
     install,
     repaired,
 )
-from lightning_prune.surgery.restore import conform, load_from, replay, with_history
+from lightning_prune.surgery.restore import load_from, match_checkpoint_shapes, replay, with_history
 from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
@@ -74,15 +74,13 @@ __all__ = [
     "apply_masks",
     "attach",
     "attach_masks",
-    "begun",
-    "carry",
     "check",
-    "conform",
     "cut",
     "dead_units",
     "edits_of",
     "forget",
     "history_of",
+    "history_or_new",
     "install",
     "latency_table",
     "load_from",
@@ -90,6 +88,7 @@ __all__ = [
     "mask",
     "maskable",
     "masks_of",
+    "match_checkpoint_shapes",
     "original_of",
     "refuse",
     "repaired",
@@ -100,6 +99,7 @@ __all__ = [
     "spec_of",
     "take",
     "transaction",
+    "transform_stored",
     "with_history",
     "without_dead",
     "zero_gradients",

@@ -1,4 +1,4 @@
-"""Layers that vanish from a chain: identities in their place, and the layers behind built for what now reaches them."""
+"""Removing layers from a chain: they become identities, and the layers after them are re-created."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["bypassed"]
 def bypassed(
     model: nn.Module, bypasses: Bypasses, gone: Collection[str], widths: Mapping[str, int]
 ) -> dict[str, LayerSpec]:
-    """What takes the place of modules when groups vanish from chains, for ``Transaction.replace``.
+    """Replacements of modules when groups are removed from chains, for ``Transaction.replace``.
 
-    The layers behind are new and have weights of their own: for networks that are trained from scratch.
+    The layers after them are re-created with new weights: for networks that are trained from scratch.
 
     Args:
-        model: The network, already as narrow as it will be otherwise.
-        bypasses: How groups vanish.
-        gone: Those that do.
-        widths: Present widths by group.
+        model: The network, after all other cuts.
+        bypasses: Groups that can be removed.
+        gone: Groups to remove.
+        widths: Current widths by group.
 
     Raises:
-        ValueError: If a layer behind is of a kind that cannot be described (a subclass, say).
+        ValueError: If a layer to re-create cannot be described by a spec (a subclass, for instance).
     """
     specs = {name: LayerSpec("Identity") for name in bypasses.modules(gone)}
     for name, (group, size) in bypasses.consumers(gone).items():
         module = layer(model, name)
-        assert module is not None  # it was found in this network
+        assert module is not None
         if isinstance(module, Empty):  # it has vanished with its branch, whatever it would read
             continue
         option = "in_features" if isinstance(module, nn.Linear) else "in_channels"

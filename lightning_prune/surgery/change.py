@@ -1,4 +1,4 @@
-"""What was done to a live network, and the way back."""
+"""Reversible changes of a live network."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["Change", "CutError", "whole", "writable"]
+__all__ = ["Change", "CutError", "undo_on_error", "writable"]
 
 
 class CutError(PruningError, RuntimeError):
-    """A cut that could not be made or did not pass its check; the network is as it was before."""
+    """Raised when a cut fails; the network is unchanged."""
 
 
 @contextmanager
 def writable() -> Iterator[None]:
-    """Let tensors that are made inside be trained later, also if the caller is in inference mode."""
+    """Disable inference mode and gradients, so that new tensors can be trained later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 @contextmanager
-def whole(change: Change) -> Iterator[None]:
-    """Undo ``change`` if anything is raised inside, interrupts included."""
+def undo_on_error(change: Change) -> Iterator[None]:
+    """Undo ``change`` if anything is raised within the context, including KeyboardInterrupt."""
     try:
         yield
     except BaseException:
@@ -37,26 +37,25 @@ def whole(change: Change) -> Iterator[None]:
 
 
 class Change:
-    """What was done to a network, and the way back.
+    """A log of changes to a network that can be undone.
 
-    As a context manager it is undone at the end of the block. It holds the memory of what was replaced until it is
-    dropped. Going back is bit for bit if nothing was trained in between; of what has not been cut, later training
-    stays.
+    As a context manager, it is undone on exit. It keeps the replaced tensors in memory. Undoing restores every bit if
+    nothing was trained in between; training of tensors that were not changed is kept.
     """
 
     def __init__(self) -> None:
         self._done: list[tuple[_Place, Any]] = []
 
     def undo(self) -> None:
-        """Put everything back; a second call does nothing."""
+        """Undo everything; a second call does nothing."""
         self._undo()
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put everything back within the context, and do it again after it; it stays undone if anything is raised."""
+        """Undo everything within the context and redo it on exit; it stays undone if anything is raised."""
         again = self._undo()
         yield
-        with writable(), whole(self):
+        with writable(), undo_on_error(self):
             for place, new in reversed(again):
                 self._done.append((place, place.read()))
                 place.write(new)
@@ -67,27 +66,27 @@ class Change:
     def __exit__(self, *exception: object) -> None:
         self.undo()
 
-    # Each step is written down before it is done, so that an interrupt in between is undone too.
+    # Each step is logged before it is applied, so that an interrupt in between is undone too.
 
     def assign(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> bool:
-        """Give a parameter or buffer another content, perhaps of another shape; the object stays.
+        """Set the data and gradient of a parameter or buffer, possibly of another shape; the object stays the same.
 
         Returns:
-            Whether an autograd graph that knows the old shape is still alive.
+            Whether an autograd graph with the old shape is still alive.
         """
         place = _Content(tensor)
         self._done.append((place, place.read()))
         return place.write((data, grad))
 
     def overwrite(self, tensor: Tensor, content: Tensor) -> None:
-        """Write other values of the same shape into a tensor's own memory."""
+        """Copy values of the same shape into a tensor."""
         place = _Values(tensor)
         self._done.append((place, place.read()))
         with writable():
             place.write(content)
 
     def replace_entries(self, entries: dict[Any, Any], new: Mapping[Any, Any]) -> None:
-        """Give a dictionary other entries; the object stays."""
+        """Replace the entries of a dictionary; the object stays the same."""
         place = _Entries(entries)
         self._done.append((place, place.read()))
         place.write(new)
@@ -102,16 +101,16 @@ class Change:
         old = place.read()
         self._done.append((place, old))
         edit()
-        # From here on only what the edit has changed goes back, not what others change later (`training`, say).
+        # Only what the edit has changed is undone, not later changes by others (such as `training`).
         now = vars(module)
         place.names = {name for name in now.keys() | old.keys() if now.get(name) is not old.get(name)}
 
     def also(self, back: Callable[[], object]) -> None:
-        """Run ``back`` too when this is undone, once; what it undoes is not done again by :meth:`undone`."""
-        self._done.append((_Elsewhere(back), None))
+        """Call ``back`` once when this is undone; :meth:`undone` does not redo it."""
+        self._done.append((_Callback(back), None))
 
     def _undo(self) -> list[tuple[_Place, Any]]:
-        """Put everything back; what it takes to do it again, the last step first."""
+        """Undo everything and return what is needed to redo it, the last step first."""
         again: list[tuple[_Place, Any]] = []
         with writable():
             while self._done:
@@ -124,7 +123,7 @@ class Change:
 
 
 class _Place(Protocol):
-    """Something that holds a content, which can be read and written."""
+    """A piece of state that can be read and written."""
 
     def read(self) -> Any: ...
 
@@ -190,8 +189,8 @@ class _Attributes:
                 self.attributes.pop(name, None)
 
 
-class _Elsewhere:
-    """What somebody else knows how to put back."""
+class _Callback:
+    """A function to call on undo."""
 
     def __init__(self, back: Callable[[], object]) -> None:
         self.back = back
@@ -203,14 +202,14 @@ class _Elsewhere:
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> bool:
-    # A gradient must have its tensor's shape when it is set, and not longer when the data change.
+    # The gradient must have the tensor's shape, so it is set after the data.
     tensor.grad = None
     tensor.data = data
     stale = tensor.requires_grad and _shape_in_graph(tensor) != data.shape
     if stale or not tensor.requires_grad:
-        # As long as an old graph lives, so does the tensor's node of gradient accumulation, which remembers the old
-        # shape and makes the next backward fail. Autograd forgets the node when the type of the data changes. A frozen
-        # tensor cannot be asked for its node, but may be unfrozen later.
+        # While an old graph is alive, so is the tensor's AccumulateGrad node, which has the old shape and makes the
+        # next # backward pass fail. Autograd discards the node when the dtype of the data changes. The node of a frozen
+        # tensor # cannot be inspected, but the tensor may be unfrozen later.
         tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype == torch.float32 else torch.float32)
         tensor.data = data
     tensor.grad = grad

@@ -1,4 +1,4 @@
-"""Units that masks have left without effect: found by their weights, removed where the outputs stay the same."""
+"""Removal of dead units, which masks have left without effect, where the outputs stay the same."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TOLERANCE = 1e-10
 
 
 def dead_units(group: Group, tensors: Mapping[str, Tensor]) -> list[int]:
-    """Units of a group whose producing weights, or all weights that take them as input, are zero.
+    """Units of a group whose producing weights, or all consuming weights, are zero.
 
-    The first unit is never among them if all are: a group cannot be empty.
+    The first unit is excluded if all are dead, as a group cannot be empty.
     """
     sides = [[m for m in group.members if m.role == role] for role in ("out", "in")]
     dead = torch.zeros(group.width, dtype=torch.bool)
@@ -40,19 +40,18 @@ def dead_units(group: Group, tensors: Mapping[str, Tensor]) -> list[int]:
 def without_dead(
     model: nn.Module, structure: Structure, run: Callable[[nn.Module], object]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
-    """Which units stay when those that are dead leave, and what parameters and buffers then hold.
+    """Units to keep if dead units are removed, and the new contents of parameters and buffers.
 
-    What a unit gives that has no inputs left, a constant, is added to the next layer's bias. Group by group the
-    narrower network is run beside the other in float64; where the outputs differ (a constant under zero padding, a norm
-    over the units) the group stays whole.
+    The constant output of a unit without inputs is added to the next layer's bias. Each group is verified in float64;
+    if the outputs differ (a constant under zero padding, a norm over the units), the group is left whole.
 
     Args:
         model: A copy of the network in float64 and eval mode, which is not changed.
-        structure: Its groups.
-        run: A forward pass of it.
+        structure: Structure of the network.
+        run: Runs a forward pass.
 
     Returns:
-        Units kept by group, only of groups that change, and new contents by name, in the shapes after the cut.
+        Units to keep, for groups that change, and new contents by name, in the shapes after the cut.
     """
     expected = _outputs(model, run)
     once = DataPass([torch.zeros(1)]).using(call=lambda copied, _: run(copied))
@@ -61,7 +60,7 @@ def without_dead(
     contents: dict[str, Tensor] = {}
     refused: set[str] = set()
     found = True
-    while found:  # what fed only a dead unit is dead after it
+    while found:  # units that feed only dead units are dead too
         found = False
         for name in [name for name in widths if name not in refused]:
             dead = dead_units(structure.group(name), named(model))
@@ -71,7 +70,7 @@ def without_dead(
             axes = structure.axes({name: stay})
             trial = copy.deepcopy(model)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a mean could not be folded: the outputs will tell
+                warnings.simplefilter("ignore")  # a mean that cannot be folded shows in the outputs
                 new = repaired(iter([trial]).__next__, axes, [FoldMean(batches=1)], once)
             if not _same(expected, _outputs(trial, run)):
                 refused.add(name)

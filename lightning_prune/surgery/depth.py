@@ -1,4 +1,4 @@
-"""Taking whole layers out of a live network, and putting them back."""
+"""Removing whole layers from a live network, and restoring them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ __all__ = ["drop", "layer", "put", "restore", "stays", "templates"]
 
 
 def layer(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of this name as it reads without ``torch.compile``, or ``None``."""
+    """The module with this canonical name, or None."""
     return next((module for prefix, module in model.named_modules() if canonical(prefix) == name), None)
 
 
 def drop(
     change: Change, models: Iterable[nn.Module], drops: Mapping[str, str], optimizers: Iterable[Optimizer] = ()
 ) -> None:
-    """Take layers out of networks that are alike; their parameters leave the optimizers, with their state.
+    """Replace layers by stubs, in a network and its copies, and remove their parameters from the optimizers.
 
     Args:
-        change: Writes down the way back.
+        change: Logs the changes.
         models: The network and copies of it.
-        drops: What takes the place of each layer, by name (`Removal.modules`).
-        optimizers: Every optimizer that steps one of the parameters. Their groups stay, empty if need be.
+        drops: Kind of stub of each layer, by name (`Removal.modules`).
+        optimizers: All optimizers of the parameters. Their groups are kept, even if empty.
 
     Raises:
-        ValueError: If there is no such layer, or nothing can take its place.
+        ValueError: If there is no such layer, or it cannot be replaced.
     """
     models = tuple(models)
     before = {id(parameter) for model in models for parameter in model.parameters()}
@@ -46,7 +46,7 @@ def drop(
             if found is None or not name:
                 raise ValueError(f"the network (or one of its copies) has no layer {name!r} to take out")
             put(change, model, name, make_stub(kind, found))
-    # What an optimizer steps beside these networks is none of our business.
+    # Optimizers may have other parameters.
     gone = before - {id(parameter) for model in models for parameter in model.parameters()}
     for optimizer in map(unwrap, optimizers):
         for group in optimizer.param_groups:
@@ -59,7 +59,7 @@ def drop(
 
 
 def stays(tensor: str, drops: Mapping[str, str]) -> bool:
-    """Whether a parameter or buffer is still there, with its meaning, without these layers: of a constant its bias."""
+    """Whether a parameter or buffer is kept when layers are removed: of a constant layer, its bias."""
     owner, _, own = tensor.rpartition(".")
     return owner not in drops or (drops[owner] == "constant" and own == "bias")
 
@@ -71,14 +71,14 @@ def templates(
     shapes: Mapping[str, tuple[int, ...]],
     attributes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, nn.Module]:
-    """What it takes to put modules back that are about to go: copies in their dense form, without content.
+    """Templates from which modules can be restored after they are removed: dense copies without contents.
 
-    A tensor that is tied to one that stays remains that tensor, and tensors tied among them stay tied.
+    Tied tensors stay tied.
 
     Args:
-        model: The network as it is.
-        names: Modules that go. Those that belong to a module that has gone before are none of the dense network.
-        known: Templates of modules that have gone before.
+        model: The network.
+        names: Modules to remove; those inside of a module that was removed before are ignored.
+        known: Templates of modules that were removed before.
         shapes: Dense shapes of the dense network's tensors that were cut, by name.
         attributes: Dense configuration of layers that were cut, by name.
     """
@@ -97,7 +97,7 @@ def templates(
                 memo[id(tensor)] = tensor if id(tensor) in notes_on_widths else _empty(tensor, dense)
     for tensor in (tensor for module in known.values() for tensor in named(module).values()):
         memo.setdefault(id(tensor), tensor)
-    # In one copy, so that what is tied stays tied.
+    # Copied together, so that tied tensors stay tied.
     bare: dict[str, nn.Module] = copy.deepcopy({**known, **going}, memo)
     for prefix in going:
         for path, module in bare[prefix].named_modules():
@@ -108,7 +108,7 @@ def templates(
 
 
 def restore(change: Change, model: nn.Module, templates: Mapping[str, nn.Module]) -> None:
-    """Put modules back, dense and zero, where others stand now; what is tied to a tensor of the network stays tied."""
+    """Restore modules from templates, dense and zero; tied tensors stay tied."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     memo: dict[int, Any] = {}
     for tensor in (tensor for bare in templates.values() for tensor in named(bare).values()):
@@ -120,7 +120,7 @@ def restore(change: Change, model: nn.Module, templates: Mapping[str, nn.Module]
 
 
 def put(change: Change, model: nn.Module, name: str, module: nn.Module) -> None:
-    """Let a module stand under a name at which another one stands now."""
+    """Replace the module of this name."""
     parent = _parent(model, name)
     change.replace_entries(parent._modules, {**parent._modules, name.rpartition(".")[2]: module})
 
@@ -132,7 +132,7 @@ def _put_into(model: nn.Module, name: str, module: nn.Module) -> None:
 def _parent(model: nn.Module, name: str) -> nn.Module:
     parent = layer(model, name.rpartition(".")[0])
     assert parent is not None
-    inner = parent._modules.get("_orig_mod")  # a compiled module has the layers in the one that it stands around
+    inner = parent._modules.get("_orig_mod")  # a compiled module wraps the one with the layers
     return parent if inner is None else inner
 
 

@@ -1,7 +1,7 @@
-"""The edits that a network's history consists of: a closed set, since a checkpoint must load for ever.
+"""Edits, the entries of a network's history: a closed set, since checkpoints must stay loadable.
 
-For each kind this file says how it is applied, which shapes and names follow from it without weights, what becomes of
-tensors that are stored elsewhere, and how it is written and read in plain data.
+For each kind, this file defines how it is applied, the resulting shapes and names, how stored tensors are transformed,
+and the plain-data format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_prune.surgery import plain
 from lightning_prune.surgery.change import Change
 from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.plain import HistoryError
-from lightning_prune.surgery.replacing import exchange
+from lightning_prune.surgery.replacing import replace_modules
 from lightning_prune.surgery.shrink import shrink
 from lightning_prune.surgery.specs import LayerSpec
 from lightning_prune.surgery.tensors import canonical, take
@@ -34,12 +34,12 @@ __all__ = [
     "Drop",
     "Edit",
     "Keep",
-    "Known",
+    "NetworkState",
     "Replace",
     "apply",
-    "carry",
     "read_edit",
     "same_effect",
+    "transform_stored",
     "write_edit",
 ]
 
@@ -48,15 +48,15 @@ UPGRADE = "It was written by a newer lightning_prune: `pip install --upgrade lig
 
 @dataclass(frozen=True, eq=False)
 class Keep:
-    """One cut: the units that were kept.
+    """A cut that keeps some units.
 
     Attributes:
-        axes: Positions kept by name of parameter or buffer and dimension, counted before this cut.
-        kept: Units kept by group, counted before this cut.
-        epoch: The epoch in which it was made.
-        step: Optimizer steps that went before.
-        cut: Its place in the schedule, from 0.
-        info: Plain numbers worth remembering (the pruning ratio, a metric).
+        axes: Kept positions by name of parameter or buffer and dimension, in the numbering before this cut.
+        kept: Kept units by group, in the numbering before this cut.
+        epoch: Epoch of the cut.
+        step: Number of optimizer steps before the cut.
+        cut: Index of the cut in the schedule, from 0.
+        info: Additional numbers (the pruning ratio, a metric).
     """
 
     kind: ClassVar[str] = "keep"
@@ -71,14 +71,14 @@ class Keep:
 
 @dataclass(frozen=True, eq=False)
 class Drop:
-    """Layers that were taken out.
+    """A removal of layers.
 
     Attributes:
-        modules: What has taken the place of each layer, by its name (`Removal.modules`).
-        groups: Groups that are gone with them.
-        epoch: The epoch in which it was done.
-        step: Optimizer steps that went before.
-        cut: Its place in the schedule, from 0; a `Keep` of the same cut comes before it.
+        modules: Kind of stub of each removed layer, by name (`Removal.modules`).
+        groups: Removed groups.
+        epoch: Epoch of the removal.
+        step: Number of optimizer steps before the removal.
+        cut: Index of the cut in the schedule, from 0; a `Keep` of the same cut precedes it.
     """
 
     kind: ClassVar[str] = "drop"
@@ -92,19 +92,19 @@ class Drop:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Modules that were exchanged for others: a new head, a tail or a layer that became an identity.
+    """A replacement of modules: a new head, or identities for a tail or a layer.
 
-    The network is traced again afterwards, and what was found is part of the edit: later cuts refer to it.
+    The network is traced again afterwards, and the structure is part of the edit, as later cuts refer to it.
 
     Attributes:
-        modules: What has taken the place of each module, by its name.
-        widths: Units by group, as they were found right after it.
-        original: The dense network that shares refer to from here on. Its ``widths`` also hold groups that are gone.
-        new_dense: Whether that is the network as it was right after this edit.
-        epoch: The epoch in which it was done.
-        step: Optimizer steps that went before.
-        cut: Its place in the schedule, from 0.
-        info: Plain numbers worth remembering.
+        modules: Spec of the new module, by name.
+        widths: Units by group after the edit.
+        original: The dense network that shares refer to from here on. Its ``widths`` include removed groups.
+        new_dense: Whether that is the network after this edit.
+        epoch: Epoch of the replacement.
+        step: Number of optimizer steps before the replacement.
+        cut: Index of the cut in the schedule, from 0.
+        info: Additional numbers.
     """
 
     kind: ClassVar[str] = "replace"
@@ -125,18 +125,18 @@ Edit = Keep | Drop | Replace
 def apply(
     change: Change, edit: Edit, model: nn.Module, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()
 ) -> None:
-    """Do an edit to a live network, its optimizers and its averaged copies.
+    """Apply an edit to a live network, its optimizers and its averaged copies.
 
     Args:
-        change: Writes down the way back.
-        edit: What to do.
+        change: Logs the changes.
+        edit: The edit.
         model: The network.
-        optimizers: Every optimizer that steps one of its parameters.
-        copies: Modules of the same structure, edited alike.
+        optimizers: All optimizers of its parameters.
+        copies: Modules of the same structure, which are edited too.
 
     Raises:
-        CutError: If the edit does not fit the network.
-        OptimizerRefusedError: If an optimizer cannot follow.
+        CutError: If the edit does not match the network.
+        OptimizerRefusedError: If an optimizer is not supported.
     """
     optimizers, copies = tuple(optimizers), tuple(copies)
     if isinstance(edit, Keep):
@@ -144,13 +144,13 @@ def apply(
     elif isinstance(edit, Drop):
         shrink(change, model, {}, optimizers, copies, edit.modules)
     else:
-        exchange(change, (model, *copies), edit.modules, optimizers)
+        replace_modules(change, (model, *copies), edit.modules, optimizers)
 
 
-def carry(edit: Edit, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What becomes of tensors that are stored by the name of a parameter or buffer (a snapshot, say).
+def transform_stored(edit: Edit, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Apply an edit to tensors that are stored by name of parameter or buffer, such as a snapshot.
 
-    Of a `Replace`, those of the replaced modules are left out; what the new ones start with is for the caller to add.
+    For a `Replace`, tensors of the replaced modules are removed; the caller adds those of the new ones.
     """
     if isinstance(edit, Keep):
         return {name: take(tensor, edit.axes.get(name, {})) for name, tensor in stored.items()}
@@ -160,14 +160,14 @@ def carry(edit: Edit, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass
-class Known:
-    """What is known of a network without its weights, as one edit after the other is read or made.
+class NetworkState:
+    """Shapes and widths of a network, to which edits are applied without weights.
 
     Attributes:
-        lengths: Lengths of the axes of tensors, by name.
+        lengths: Shapes of tensors, by name.
         units: Units by group.
         cut: Names of the dense network's tensors that were cut.
-        replaced: Names of the modules that were replaced so far.
+        replaced: Names of the modules that were replaced.
     """
 
     lengths: dict[str, list[int]]
@@ -176,7 +176,7 @@ class Known:
     replaced: set[str] = field(default_factory=set)
 
     def follow(self, edit: Edit) -> None:
-        """Go from before an edit to after it."""
+        """Apply an edit."""
         if isinstance(edit, Keep):
             self._follow_keep(edit)
         elif isinstance(edit, Drop):
@@ -210,7 +210,7 @@ class Known:
 
 
 def same_effect(first: Edit, second: Edit) -> bool:
-    """Whether two edits do the same to a network, whenever they were made."""
+    """Whether two edits have the same effect on a network."""
     if isinstance(first, Keep) and isinstance(second, Keep):
         return _same_axes(first.axes, second.axes)
     if isinstance(first, Drop | Replace) and type(first) is type(second):
@@ -230,7 +230,7 @@ def _same_axes(first: Axes, second: Axes) -> bool:
 
 
 def write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
-    """One edit as plain data; equal positions share a tensor among all that is ``known``."""
+    """Convert an edit to plain data; equal positions share a tensor, by ``known``."""
 
     def tensor(positions: IndexArray | tuple[int, ...]) -> Tensor:
         # Most axes of a group have the same positions, and `torch.save` writes a tensor once.
@@ -272,11 +272,11 @@ def _write_original(original: Size) -> dict[str, Any]:
     }
 
 
-def read_edit(found: object, known: Known) -> Edit:
-    """One edit of a history; what is ``known`` goes from before it to after it.
+def read_edit(found: object, known: NetworkState) -> Edit:
+    """Read an edit and apply it to ``known``.
 
     Raises:
-        HistoryError: If anything is missing, of another type, out of range or in contradiction with what is known.
+        HistoryError: If anything is missing, of another type, out of range or inconsistent.
     """
     edit: dict[str, Any] = plain.value(found, dict, "an edit")
     kind = plain.entry(edit, "kind", str)
@@ -293,7 +293,7 @@ def read_edit(found: object, known: Known) -> Edit:
     return made
 
 
-def _read_keep(edit: dict[str, Any], known: Known) -> Keep:
+def _read_keep(edit: dict[str, Any], known: NetworkState) -> Keep:
     axes: Axes = {}
     for name, dims in plain.items(edit, "axes", dict):
         length = known.lengths.get(name, [])
@@ -311,7 +311,7 @@ def _read_keep(edit: dict[str, Any], known: Known) -> Keep:
     return Keep(axes, kept, *_when(edit), _info(edit))
 
 
-def _read_drop(edit: dict[str, Any], known: Known) -> Drop:
+def _read_drop(edit: dict[str, Any], known: NetworkState) -> Drop:
     modules = dict(plain.items(edit, "modules", str))
     if unknown := {kind for kind in modules.values() if kind not in get_args(Kind)}:
         raise HistoryError(f"The pruning history puts an unknown {min(unknown)!r} in place of a layer. {UPGRADE}")
@@ -342,7 +342,7 @@ def _read_original(found: dict[str, Any]) -> Size:
 
 
 def _when(edit: dict[str, Any]) -> tuple[int, int, int]:
-    # What is removed at the end of a run without cuts has the place before the first.
+    # Index -1: removed at the end of a run without cuts.
     return plain.count(edit, "epoch"), plain.count(edit, "step"), plain.count(edit, "cut", least=-1)
 
 
@@ -351,7 +351,7 @@ def _info(edit: dict[str, Any]) -> dict[str, int | float]:
 
 
 def _plain_number(name: str, value: object) -> int | float:
-    # Scalars of numpy pass for numbers, but do not load with `weights_only=True`.
+    # NumPy scalars cannot be loaded with `weights_only=True`.
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):

@@ -1,4 +1,4 @@
-"""What was done to a network, kept with it and in its checkpoints, so that any of them can be loaded."""
+"""History of a network's edits, stored with the network and in its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_prune.surgery.edits import (
     Drop,
     Edit,
     Keep,
-    Known,
+    NetworkState,
     Replace,
     read_edit,
     write_edit,
@@ -38,17 +38,17 @@ __all__ = [
     "History",
     "HistoryError",
     "attach",
-    "begun",
     "edits_of",
     "history_of",
+    "history_or_new",
     "latency_table",
     "original_of",
     "save_into",
 ]
 
-#: Where a checkpoint keeps the history.
+#: Key of the history in a checkpoint.
 KEY = "lightning_prune"
-#: Version of the format that is written; all versions up to it are read.
+#: Version of the format; all earlier versions can be read.
 VERSION = 3
 
 #: The attribute of a network that holds its history.
@@ -59,12 +59,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """What a cut takes from a network and no checkpoint holds: kept with the live network, to widen it again.
+    """State of the dense network that checkpoints do not contain, to widen the live network again.
 
     Attributes:
-        buffers: Buffers that a ``state_dict`` leaves out, whole.
-        attributes: The configuration that layers have written down, by name of the module.
-        layers: Modules that were taken out or replaced, dense and without content, by name.
+        buffers: Non-persistent buffers.
+        attributes: Configuration attributes of layers, by name of the module.
+        layers: Templates of modules that were removed or replaced, by name.
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -72,21 +72,21 @@ class Dense:
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def with_cut(self, model: nn.Module, names: Iterable[str]) -> Dense:
-        """With what to remember of ``model`` before its tensors ``names`` are cut for the first time."""
+        """Add the state of ``model`` before its tensors ``names`` are cut for the first time."""
         present, unsaved = named(model), non_persistent(model)
         touched = {id(present[name]) for name in names}
         buffers = {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched}
         attributes = {
-            # `__constants__` is where PyTorch's layers list the attributes that configure them.
+            # PyTorch's layers list their configuration attributes in `__constants__`.
             canonical(prefix): {name: vars(module)[name] for name in module.__constants__ if name in vars(module)}
             for prefix, module in model.named_modules()
             if hasattr(module, "__constants__") and any(id(t) in touched for t in tensors(module).values())
         }
-        # The other way round a layer cut before would be remembered as it is now.
+        # Earlier entries take precedence.
         return replace(self, buffers={**buffers, **self.buffers}, attributes={**attributes, **self.attributes})
 
     def shape_of(self, name: str, tensor: Tensor) -> Shape:
-        """The dense shape of a tensor that was not cut yet; the weight of a layer without inputs has none of them."""
+        """The dense shape of a tensor that was not cut yet."""
         owner, _, own = name.rpartition(".")
         bare = self.layers.get(owner)
         return tuple((tensor if bare is None else tensors(bare)[own]).shape)
@@ -94,13 +94,13 @@ class Dense:
     def without(
         self, model: nn.Module, names: Iterable[str], shapes: Mapping[str, Shape], replaced: Collection[str]
     ) -> Dense:
-        """With what to remember of ``model`` before the modules ``names`` go.
+        """Add the state of ``model`` before the modules ``names`` are removed.
 
         Args:
-            model: The network as it is.
-            names: Modules that are about to go.
+            model: The network.
+            names: Modules to remove.
             shapes: Dense shapes of the dense network's tensors that were cut.
-            replaced: Modules that were replaced before: what is in them is none of the dense network.
+            replaced: Modules that were replaced before, and so are not part of the dense network.
         """
         names = [name for name in names if not is_within(name, replaced)]
         present = named(model)
@@ -115,7 +115,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """All that was done to a network since it was dense.
+    """All edits of a network since it was dense.
 
     Attributes:
         shapes: Dense shape of every tensor of the dense network that was ever cut.
@@ -138,14 +138,12 @@ class History:
         return cls({}, replace(size, table_latency=None), latency=structure.cost.latency_table)
 
     def add(self, edit: Edit, model: nn.Module) -> History:
-        """The history with ``edit``, which is about to be done to ``model``.
-
-        To be called before the edit, while the model still has what will be lost, and attached after it.
+        """Append ``edit``; must be called before it is applied to ``model``.
 
         Raises:
-            HistoryError: If the edit does not fit the model and this history, or is not made of plain numbers.
+            HistoryError: If the edit does not match the model and this history, or does not consist of plain numbers.
         """
-        known, present = self._known(), named(model)
+        known, present = self._state_now(), named(model)
         new: dict[str, Shape] = {}
         if isinstance(edit, Keep):
             edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
@@ -162,20 +160,20 @@ class History:
                     raise HistoryError(f"Expected the name of a layer of the network, got {name!r}.")
             shapes = {name: shape for name, shape in self.shapes.items() if not is_within(name, known.replaced)}
             dense = self.dense.without(model, map(canonical, edit.modules), shapes, known.replaced)
-        # What is written must be readable: better an error now than a lost checkpoint.
+        # Verify that the edit can be read back.
         edit = read_edit(write_edit(edit, {}), known)
-        # A table of latencies is one of the groups as they were.
+        # A latency table is valid only for the same groups.
         latency = None if isinstance(edit, Replace) else self.latency
         shapes = {**self.shapes, **new}
         return replace(self, shapes=shapes, edits=(*self.edits, edit), dense=dense, latency=latency)
 
     def found(self, structure: Structure, *, new_dense: bool) -> History:
-        """The history whose last edit, a `Replace`, is through: with what was found when the network was traced again.
+        """Complete the last edit, a `Replace`, with the structure that was traced after it.
 
         Args:
-            structure: Of the network as it is now.
-            new_dense: Whether shares refer to this network from here on. Else they go on referring to the dense network
-                as it was, and of the groups only those that are new have a new dense width.
+            structure: Structure of the network.
+            new_dense: Whether shares refer to this network from here on, rather than to the previous dense network, to
+                which only the widths of new groups are added.
         """
         last = self.edits[-1]
         if not isinstance(last, Replace):
@@ -192,19 +190,19 @@ class History:
             }
             original = replace(last.original, widths={**last.original.widths, **fresh})
         edit = replace(last, widths=structure.widths, original=original, new_dense=new_dense)
-        read_edit(write_edit(edit, {}), before._known())
+        read_edit(write_edit(edit, {}), before._state_now())
         return replace(self, edits=(*before.edits, edit), latency=structure.cost.latency_table)
 
-    def _known(self) -> Known:
+    def _state_now(self) -> NetworkState:
         """Shapes and units after the last edit."""
-        known = Known({name: list(shape) for name, shape in self.shapes.items()}, dict(self.size.widths))
+        known = NetworkState({name: list(shape) for name, shape in self.shapes.items()}, dict(self.size.widths))
         for edit in self.edits:
             known.follow(edit)
         return known
 
     @property
     def original(self) -> Size:
-        """The dense network that shares refer to; its memory is 0 where a file of version 1 did not say."""
+        """The dense network that shares refer to; its memory is 0 for files of version 1."""
         for edit in reversed(self.edits):
             if isinstance(edit, Replace):
                 return edit.original
@@ -215,19 +213,19 @@ class History:
 
     @property
     def dense_is_measurable(self) -> bool:
-        """Whether a table of latencies that is measured now covers the dense network."""
+        """Whether a latency table measured now covers the dense network."""
         last = [edit for edit in self.edits if isinstance(edit, Replace)][-1:]
         return not last or last[0].new_dense
 
     @property
     def drops(self) -> dict[str, str]:
-        """Every layer that was taken out since the last replacement, and what is in its place."""
+        """Layers that were removed since the last replacement, with the kinds of their stubs."""
         drops = [edit for edit in self.since_replaced if isinstance(edit, Drop)]
         return {name: kind for edit in drops for name, kind in edit.modules.items()}
 
     @property
     def vanished(self) -> frozenset[str]:
-        """Groups of the dense network that have lost all their units, or went with a module that was replaced."""
+        """Groups of the dense network that were removed, alone or with a replaced module."""
         units = self.widths_now
         return frozenset(name for name in self.original.widths if not units.get(name))
 
@@ -244,22 +242,22 @@ class History:
 
     @property
     def axes(self) -> Axes:
-        """What remains of the network since it was dense or a module was last replaced: all edits as one."""
+        """All cuts since the last replacement as one."""
         return _composed(self.since_replaced)
 
     @property
     def widths_now(self) -> dict[str, int]:
-        """Units by group after the last edit; 0 where all are gone."""
-        return self._known().units
+        """Units by group after the last edit; 0 for removed groups."""
+        return self._state_now().units
 
     @property
     def shapes_now(self) -> dict[str, Shape]:
-        """Shapes after the last edit, of the tensors that were ever cut or came with a replacement."""
-        return {name: tuple(lengths) for name, lengths in self._known().lengths.items()}
+        """Shapes after the last edit, of tensors that were cut or replaced."""
+        return {name: tuple(lengths) for name, lengths in self._state_now().lengths.items()}
 
     @property
     def steps(self) -> tuple[Edit, ...]:
-        """The edits with the same effect in fewer: cuts between two replacements as one."""
+        """Equivalent edits, with cuts between replacements merged."""
         steps: list[Edit] = []
         since: list[Edit] = []
         for edit in (*self.edits, None):
@@ -286,7 +284,7 @@ class History:
         return self.edits[last + 1 :]
 
     def to_plain(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings, numbers and int64 tensors: what loads with ``weights_only=True``."""
+        """Plain data: dicts, lists, strings, numbers and int64 tensors, loadable with ``weights_only=True``."""
         known: dict[bytes, Tensor] = {}
         return {
             "version": VERSION,
@@ -303,11 +301,11 @@ class History:
 
     @classmethod
     def from_plain(cls, found: object) -> History:
-        """Read what :meth:`to_plain` gave, from whatever file it comes.
+        """Read what :meth:`to_plain` returned.
 
         Raises:
-            HistoryError: If it is of a newer version, or anything in it is missing, of another type, out of range or
-                in contradiction with the rest.
+            HistoryError: If it is of a newer version, or anything is missing, of another type, out of range or
+                inconsistent.
         """
         top: dict[str, Any] = plain.value(found, dict, "the history")
         version = plain.count(top, "version", least=1)
@@ -316,7 +314,7 @@ class History:
         original = plain.entry(top, "original", dict)
         shapes = {name: plain.shape(lengths, name) for name, lengths in plain.items(original, "shapes", list)}
         widths = plain.counts(original, "widths")
-        known = Known({name: list(shape) for name, shape in shapes.items()}, dict(widths))
+        known = NetworkState({name: list(shape) for name, shape in shapes.items()}, dict(widths))
         edits = tuple(read_edit(edit, known) for edit in plain.entry(top, "edits", list))
         untouched = shapes.keys() - known.cut
         if untouched:
@@ -328,7 +326,7 @@ class History:
 
 
 def attach(model: nn.Module, history: History | None) -> None:
-    """Keep ``history`` with ``model``; ``None`` for a network that is dense again."""
+    """Store ``history`` with ``model``; None removes it."""
     if history is not None:
         setattr(model, ATTRIBUTE, history)
     elif history_of(model) is not None:
@@ -336,13 +334,13 @@ def attach(model: nn.Module, history: History | None) -> None:
 
 
 def history_of(model: nn.Module) -> History | None:
-    """What was done to ``model``, or ``None`` if nothing."""
+    """The history of ``model``, or None."""
     history: History | None = getattr(model, ATTRIBUTE, None)
     return history
 
 
-def begun(model: nn.Module, structure: Structure) -> History:
-    """The history of ``model`` as a next edit takes it: its own or a new one, with the latencies that are known."""
+def history_or_new(model: nn.Module, structure: Structure) -> History:
+    """The history of ``model``, or a new one, with the structure's latency table if it has none."""
     history = history_of(model) or History.begin(structure)
     return history if history.latency is not None else replace(history, latency=structure.cost.latency_table)
 
@@ -355,7 +353,7 @@ def edits_of(
     cut: int,
     info: Mapping[str, float] | None = None,
 ) -> tuple[Edit, ...]:
-    """The edits that a cut consists of: what becomes narrower, and what is taken out."""
+    """The edits of a cut: a `Keep` and a `Drop`."""
     axes, drops = structure.axes(kept), structure.drops(kept)
     narrow = {name: units for name, units in kept.items() if units}
     edits: list[Edit] = [Keep(axes, narrow, epoch, step, cut, info or {})] if axes or narrow else []
@@ -365,7 +363,7 @@ def edits_of(
 
 
 def latency_table(traced: TracedModel, structure: Structure) -> LatencyTable:
-    """The table that the network was cut by before, or else one that is measured now."""
+    """The latency table of earlier cuts, or a new one."""
     history = history_of(traced.model)
     if history is not None and history.latency is not None:
         return history.latency
@@ -373,14 +371,14 @@ def latency_table(traced: TracedModel, structure: Structure) -> LatencyTable:
 
 
 def original_of(model: nn.Module, structure: Structure) -> Size:
-    """The size of the network that ``model`` was before its first cut.
+    """The size of the dense network.
 
     Args:
         model: The network, with its history if it was cut.
-        structure: Its structure as it is now, with a table of latencies if one is needed.
+        structure: Structure of the network, with a latency table if needed.
 
     Raises:
-        HistoryError: If the groups are not those that the network was cut with.
+        HistoryError: If the groups are not those of the history.
     """
     history = history_of(model)
     if history is None:
@@ -400,14 +398,14 @@ def original_of(model: nn.Module, structure: Structure) -> Size:
 
 
 def save_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
-    """Write the history of ``model``, if it has one, into a checkpoint that is being saved."""
+    """Add the history of ``model``, if any, to a checkpoint."""
     history = history_of(model)
     if history is not None:
         checkpoint[KEY] = history.to_plain()
 
 
 def _table(found: dict[str, Any], units: Mapping[str, int]) -> LatencyTable:
-    """A table of latencies that gives one for the network as it is after the last edit."""
+    """Read a latency table and check that it is valid for the network after the last edit."""
     gone = [group for group, width in units.items() if not width]
     try:
         table = LatencyTable.from_plain(found)
@@ -421,7 +419,7 @@ def _table(found: dict[str, Any], units: Mapping[str, int]) -> LatencyTable:
 
 
 def _composed(edits: Iterable[Edit]) -> Axes:
-    """What remains after several cuts, counted before the first."""
+    """Compose several cuts."""
     whole: Axes = {}
     for edit in edits:
         if not isinstance(edit, Keep):

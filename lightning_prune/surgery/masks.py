@@ -1,6 +1,6 @@
-"""Masks: weights that are zero for good, kept with a network and in its checkpoints.
+"""Masks of weights, stored with a network and in its checkpoints.
 
-A mask is true where a weight is masked. The network stays plain: a masked weight is a zero in an ordinary parameter.
+A mask is True where a weight is masked. Masked weights are zeros in ordinary parameters.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.planning import Granularity, Weight
+from lightning_prune.planning.scope import as_patterns, matches
 from lightning_prune.structure.graph import Axes
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.optimizers import unwrap
@@ -42,10 +42,10 @@ __all__ = [
     "zero_moments",
 ]
 
-#: Masks by qualified name of the parameter, true where a weight is zero for good.
+#: Masks by qualified name of the parameter, True where a weight is masked.
 Masks = Mapping[str, Tensor]
 
-#: Where a checkpoint keeps the masks.
+#: Key of the masks in a checkpoint.
 MASKS_KEY = "lightning_prune_masks"
 
 _ATTRIBUTE = "_lightning_prune_masks"
@@ -56,13 +56,13 @@ _VERSION = 1
 
 
 def masks_of(model: nn.Module) -> Masks:
-    """The masks of a network; empty if it has none."""
+    """The masks of a network; may be empty."""
     masks: Masks = getattr(model, _ATTRIBUTE, {})
     return masks
 
 
 def attach_masks(model: nn.Module, masks: Masks) -> None:
-    """Keep ``masks`` with ``model``; empty for a network that has none any more."""
+    """Store ``masks`` with ``model``; empty masks remove the attribute."""
     if masks:
         setattr(model, _ATTRIBUTE, dict(masks))
     elif masks_of(model):
@@ -70,7 +70,7 @@ def attach_masks(model: nn.Module, masks: Masks) -> None:
 
 
 def narrowed(model: nn.Module, axes: Axes) -> dict[str, Any]:
-    """Attributes of a network that is cut along ``axes``: its masks, cut alike."""
+    """Attributes of a network after a cut along ``axes``: its masks."""
     masks = masks_of(model)
     if not masks:
         return {}
@@ -80,7 +80,7 @@ def narrowed(model: nn.Module, axes: Axes) -> dict[str, Any]:
 
 
 def without_masks(model: nn.Module, modules: Collection[str]) -> None:
-    """Take the masks of these modules, by name, from a network: their weights are gone."""
+    """Remove the masks of these modules, by name, from a network."""
     masks = masks_of(model)
     left = {n: m for n, m in masks.items() if not any(n.startswith(f"{module}.") for module in modules)}
     if len(left) < len(masks):
@@ -88,7 +88,7 @@ def without_masks(model: nn.Module, modules: Collection[str]) -> None:
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:
-    """Set what is masked to zero, in place."""
+    """Set masked weights to zero, in place."""
     present = named(model)
     with torch.inference_mode(False), torch.no_grad():
         for name, mask in masks.items():
@@ -96,7 +96,7 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
 
 
 def revived(model: nn.Module) -> dict[str, int]:
-    """How many masked weights are not zero, by name of the parameter; only those with any."""
+    """Number of masked weights that are not zero, by name of the parameter."""
     present = named(model)
     counts = {n: int((present[n].detach()[m.to(present[n].device)] != 0).sum()) for n, m in masks_of(model).items()}
     return {name: count for name, count in counts.items() if count}
@@ -113,7 +113,7 @@ def zero_gradients(parameters: Iterable[Tensor], masks: Mapping[Tensor, Tensor])
 
 
 def zero_moments(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
-    """Set masked weights of an optimizer's parameters to zero, and all that it remembers of them."""
+    """Set masked weights of an optimizer's parameters, and their state, to zero."""
     optimizer = unwrap(optimizer)
     with torch.no_grad():
         for group in optimizer.param_groups:
@@ -131,7 +131,7 @@ def zero_moments(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
 
 
 def save_masks_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> None:
-    """Write the masks of ``model``, if it has any, into a checkpoint that is being saved: a bit per weight."""
+    """Add the masks of ``model``, if any, to a checkpoint, with one bit per weight."""
     masks = masks_of(model)
     if masks:
         packed = {
@@ -142,7 +142,7 @@ def save_masks_into(checkpoint: MutableMapping[str, Any], model: nn.Module) -> N
 
 
 def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The masks in a checkpoint, by name, on the CPU.
+    """Read the masks of a checkpoint, by name, on the CPU.
 
     Raises:
         HistoryError: If they are damaged or of a newer version.
@@ -169,10 +169,10 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def attach_read(model: nn.Module, masks: Masks) -> None:
-    """Keep the masks of a checkpoint with ``model``, which has the widths of the checkpoint already.
+    """Attach the masks of a checkpoint to ``model``, which must have the widths of the checkpoint.
 
     Raises:
-        HistoryError: If they are of another architecture; nothing has changed.
+        HistoryError: If they are of another architecture; the network is unchanged.
     """
     present = named(model)
     for name, mask in masks.items():
@@ -195,16 +195,16 @@ def maskable(
     layers: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
 ) -> tuple[Weight, ...]:
-    """The weights that a mask is laid over: by default those of all linear and convolutional layers.
+    """The weights to mask: by default those of all linear and convolutional layers.
 
-    A name is a layer's, a glob, or the name of a module, which means everything inside. Any other layer with a weight
-    of two dimensions or more (an embedding) takes part if its own name is among ``layers``.
+    Patterns are names of layers, globs, or names of modules, for all layers inside. Other layers with a weight of at
+    least two dimensions (an embedding) are included if their own name is among ``layers``.
 
     Raises:
-        ValueError: If a name fits nothing, nothing is left, or a weight is tied, frozen, computed from others or of a
-            shape that the granularity cannot mask.
+        ValueError: If a pattern matches nothing, no weights are left, or a weight is tied, frozen, computed from others
+            or of a shape that the granularity cannot mask.
     """
-    wanted, unwanted = _patterns(layers), _patterns(ignore)
+    wanted, unwanted = as_patterns(layers), as_patterns(ignore)
     modules = {canonical(name): module for name, module in model.named_modules()}
     candidates = {
         name: module
@@ -213,7 +213,7 @@ def maskable(
     }
     for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
         for pattern in patterns:
-            if not any(_fits(pattern, name) for name in candidates) and not (
+            if not any(matches(pattern, name) for name in candidates) and not (
                 argument == "ignore" and pattern in modules
             ):
                 near = get_close_matches(pattern, [*modules], n=3, cutoff=0.5)
@@ -225,8 +225,8 @@ def maskable(
     selected = {
         name: module
         for name, module in candidates.items()
-        if (layers is None or any(_fits(pattern, name) for pattern in wanted))
-        and not any(_fits(pattern, name) for pattern in unwanted)
+        if (layers is None or any(matches(pattern, name) for pattern in wanted))
+        and not any(matches(pattern, name) for pattern in unwanted)
     }
     owners = _owners(model)
     _refuse(granularity, {name: _problem(module, owners) for name, module in selected.items()})
@@ -246,7 +246,7 @@ def maskable(
 
 
 def _refuse(granularity: Granularity, problems: Mapping[str, str | None]) -> None:
-    """Name every layer that has a problem, so that leaving them out takes one attempt."""
+    """Raise an error that lists all layers with problems."""
     found = {name: why for name, why in problems.items() if why}
     if found:
         reasons = "; ".join(f"{name}: {why}" for name, why in found.items())
@@ -258,7 +258,7 @@ def _refuse(granularity: Granularity, problems: Mapping[str, str | None]) -> Non
 
 
 def _problem(module: nn.Module, owners: Mapping[int, set[str]]) -> str | None:
-    """Why no mask can be laid over the weight of a layer."""
+    """Reason why the weight of a layer cannot be masked, or None."""
     tensor = module._parameters.get("weight")
     if tensor is None:
         return "it has no weight of its own, or one that is computed from others (a parametrization)"
@@ -281,17 +281,9 @@ def _weight(name: str, module: nn.Module) -> Weight:
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """Names of the modules that own each parameter, by its identity; a module counts once, whatever its names."""
+    """Names of the modules that own each parameter, by `id`; each module counts once."""
     owners: dict[int, set[str]] = {}
     for prefix, module in model.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(canonical(prefix) or type(model).__name__)
     return owners
-
-
-def _patterns(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

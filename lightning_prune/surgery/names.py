@@ -1,4 +1,4 @@
-"""The names of the tensors that a checkpoint has to hold, as they follow from a history."""
+"""Names of the tensors that a checkpoint must have according to its history."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["missing_or_unexpected"]
 def missing_or_unexpected(
     model: nn.Module, gone: Mapping[str, nn.Module], steps: Iterable[Edit], state_dict: Mapping[str, Any]
 ) -> Iterator[str]:
-    """In words: the tensors that a checkpoint lacks, or has beyond those of the network that its history leads to.
+    """Messages about missing and unexpected tensors in a checkpoint.
 
-    What a module loads by rules of its own (a hook, a ``_load_from_state_dict``) is left to it.
+    Modules with their own loading rules (a hook, a ``_load_from_state_dict``) are skipped.
 
     Args:
-        model: The network as it is.
-        gone: The modules that were taken out of it or replaced, as they were when it was dense.
+        model: The network.
+        gone: Modules that were removed or replaced, in their dense form.
         steps: The checkpoint's edits.
         state_dict: The checkpoint's weights.
     """

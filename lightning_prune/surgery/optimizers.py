@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a parameter, and how it follows a cut."""
+"""Slicing of optimizer state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_prune.surgery.tensors import take
 
 __all__ = ["OptimizerRefusedError", "UnsliceableStateError", "migrate", "refuse", "unwrap"]
 
-#: Optimizers, by class name (subclasses count), that cannot follow a cut, and why.
+#: Unsupported optimizers by class name, including subclasses, with reasons.
 _REFUSED = {
     "LBFGS": "keeps its history as flat vectors over all parameters at once",
     "ZeroRedundancyOptimizer": "shards its state over the processes",
@@ -22,27 +22,27 @@ _REFUSED = {
 
 
 class OptimizerRefusedError(PruningError, ValueError):
-    """An optimizer whose state cannot follow a cut."""
+    """Raised for an optimizer whose state cannot be sliced."""
 
 
 class UnsliceableStateError(PruningError, ValueError):
-    """A piece of optimizer state that lies on none of its parameter's axes."""
+    """Raised for optimizer state that does not match the parameter's axes."""
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself where Lightning's ``LightningOptimizer`` stands around it."""
-    # The wrapper's own `__dict__` is a stale copy, and its class is recognised by name: this room knows no Lightning.
+    """Unwrap Lightning's ``LightningOptimizer``."""
+    # Recognised by name, as this package does not import Lightning; the wrapper's `__dict__` is a stale copy.
     if "LightningOptimizer" in _ancestry(optimizer):
         return optimizer.optimizer  # type: ignore[attr-defined, no-any-return]  # only the wrapper has it
     return optimizer
 
 
 def refuse(optimizers: Iterable[Optimizer]) -> None:
-    """Do nothing if every optimizer can follow a cut.
+    """Check that all optimizers are supported.
 
     Raises:
-        OptimizerRefusedError: If one flattens or shards its parameters; the text says which, why and what to use.
-        TypeError: If something else than an optimizer comes.
+        OptimizerRefusedError: If one flattens or shards its parameters.
+        TypeError: If one is not an optimizer.
     """
     for optimizer in map(unwrap, optimizers):
         if not isinstance(optimizer, Optimizer):
@@ -56,12 +56,11 @@ def refuse(optimizers: Iterable[Optimizer]) -> None:
 
 
 def migrate(state: Mapping[str, Any], shape: tuple[int, ...], kept: Mapping[int, IndexArray]) -> dict[str, Any]:
-    """One parameter's optimizer state after a cut of that parameter.
+    """Slice the optimizer state of a parameter.
 
-    Tensors of the parameter's shape (momentum, second moments) are sliced like it; factored ones, whose every axis is
-    either the parameter's or of length 1 (Adafactor's row and column means), along the axes they have; single numbers
-    (step counts) are kept. A factored mean still contains what the removed units contributed: it fades with the
-    optimizer's own decay.
+    Tensors of the parameter's shape (momentum, second moments) are sliced like it; factored ones, whose axes are the
+    parameter's or of length 1 (Adafactor's row and column means), along the axes they have; scalars (step counts) are
+    kept. The contribution of removed units to a factored mean decays with the optimizer's own rate.
 
     Args:
         state: ``optimizer.state[parameter]``.
@@ -69,7 +68,7 @@ def migrate(state: Mapping[str, Any], shape: tuple[int, ...], kept: Mapping[int,
         kept: Positions kept by dimension.
 
     Raises:
-        UnsliceableStateError: If an entry fits none of this; the text names its key.
+        UnsliceableStateError: If an entry has another shape or type; the message names its key.
     """
     return {key: _migrated(key, value, shape, kept) for key, value in state.items()}
 

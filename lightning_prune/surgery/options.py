@@ -1,7 +1,4 @@
-"""The options of layers that can be described in plain data, and the values that each may have.
-
-PyTorch checks few of them before the layer runs, and some not even then.
-"""
+"""Options of the layers that specs support, and their allowed values, most of which PyTorch does not check."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["KINDS", "Option", "require_options"]
 
-#: What an option of a layer can be: a number, a switch, a word, nothing, or a size per dimension.
+#: Value of an option: a number, a bool, a string, None, or a size per dimension.
 Option = int | float | bool | str | tuple[int | None, ...] | None
 
 _CONVOLUTION = (
@@ -21,7 +18,7 @@ _BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
-#: The options of every layer that can be described, by the name of its class in ``torch.nn``; besides, `Sequential`.
+#: Options of all supported layers, by class name in ``torch.nn``; `Sequential` is supported too.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "Identity": (),
     "Linear": ("in_features", "out_features", "bias"),
@@ -49,15 +46,15 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("AvgPool2d", "AvgPool3d"), (*_AVERAGE_POOL, "divisor_override")),
 }  # fmt: skip
 
-#: Whether a layer of a kind can have a value.
+#: Checks a value for a kind of layer.
 Test = Callable[[str, object], bool]
 
 
 def require_options(kind: str, options: Mapping[str, object]) -> None:
-    """Refuse options that a layer of a kind does not have, or values that it cannot have.
+    """Validate the options of a layer.
 
     Raises:
-        ValueError: If there is one; the text names layer, option and value.
+        ValueError: If an option is unknown or its value invalid.
     """
     for name, value in options.items():
         if name not in KINDS[kind]:
@@ -120,7 +117,7 @@ _SWITCH: tuple[str, Test] = ("True or False", lambda _, value: type(value) is bo
 _INDEX: tuple[str, Test] = ("a whole number", lambda _, value: type(value) is int)
 _NUMBER: tuple[str, Test] = ("a finite number", lambda _, value: _is_number(value))
 
-#: Of every option: what it is to be, in words, and whether it is.
+#: Description and check of every option.
 _RULES: Mapping[str, tuple[str, Test]] = {
     **dict.fromkeys(("in_features", "out_features", "in_channels", "out_channels", "groups"), _COUNT),
     **dict.fromkeys(("num_features", "num_groups", "num_channels", "num_parameters"), _COUNT),
@@ -158,7 +155,7 @@ _RULES: Mapping[str, tuple[str, Test]] = {
 }
 
 
-# -- values that have to agree -----------------------------------------------------------------------------------------
+# -- pairs of values -----------------------------------------------------------------------------------------
 
 
 def _per_dimension(kind: str, value: object) -> Sequence[int]:
@@ -182,7 +179,7 @@ def _is_in_order(_: str, options: Mapping[str, object]) -> bool:
     return (start < 0) != (end < 0) or start <= end  # type: ignore[operator]
 
 
-#: Two options, what the first one is to be beside the second, in words, and whether it is.
+#: Pairs of options with a description of the first and a check.
 _PAIRS: tuple[tuple[str, str, str, Callable[[str, Mapping[str, object]], bool]], ...] = (
     ("padding", "kernel_size", "at most half of the kernel", _pads_half),
     ("output_padding", "stride", "smaller than the stride or the dilation", _is_within_step),

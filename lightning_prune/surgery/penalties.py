@@ -1,7 +1,7 @@
-"""What pulls units towards zero while a network trains, so that removing them later takes little away.
+"""Penalties that drive units towards zero during training, so that their removal changes little.
 
-A penalty adds its gradient to those of the loss right before a step of the optimizer, or corrects the step right after
-it. It holds settings only and decides by the weights as they are, so that a resumed run goes on as if never stopped.
+A penalty adds its gradient to that of the loss right before an optimizer step, or corrects the weights right after it.
+It holds settings only and depends on the current weights, so that resumed runs are identical.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Parameters = Mapping[str, Tensor]
 
 
 class Penalty(Settings, ABC):
-    """A pull on the units of groups during training."""
+    """Base class of penalties on the units of groups."""
 
     @abstractmethod
     def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:
-        """Add to the gradients of one step.
+        """Add the penalty's gradient before a step.
 
         Args:
-            groups: Groups whose units are pulled.
-            parameters: Trained parameters with a gradient, by qualified name; those of other optimizers left out.
-            step: Optimizer steps that went before, from 0.
-            scale: Factor on all gradients (mixed precision), which the step divides by again.
+            groups: Penalized groups.
+            parameters: Trained parameters of the optimizer with a gradient, by qualified name.
+            step: Number of optimizer steps before this one.
+            scale: Gradient scale of mixed precision.
         """
 
     def remember(self, groups: Iterable[Group], parameters: Parameters) -> dict[str, Tensor]:  # noqa: ARG002
-        """What ``after_step`` has to know of the weights before the step."""
+        """Weights before the step that ``after_step`` needs."""
         return {}
 
     def after_step(
@@ -48,27 +48,27 @@ class Penalty(Settings, ABC):
         """Correct the weights after a step, in place.
 
         Args:
-            groups: Groups whose units are pulled.
+            groups: Penalized groups.
             parameters: Trained parameters by qualified name.
-            step: Optimizer steps that went before this one.
-            before: What ``remember`` returned.
+            step: Number of optimizer steps before this one.
+            before: Result of ``remember``.
         """
 
     def members(self, group: Group) -> Sequence[Member]:
-        """What is pulled of a group."""
+        """Penalized members of a group."""
         return group.members
 
     def unsuited(self, group: Group) -> str | None:  # noqa: ARG002
-        """Why a group has nothing to pull, or None."""
+        """Reason why a group cannot be penalized, or None."""
         return None
 
 
 @final
 @dataclass(frozen=True)
 class ScaleL1(Penalty):
-    r"""L1 on the scales of normalisation, :math:`\lambda \sum |\gamma|` (network slimming: Liu et al., 2017).
+    r"""L1 penalty on the scales of norms, :math:`\lambda \sum |\gamma|` (network slimming: Liu et al., 2017).
 
-    The subgradient :math:`\lambda \, \mathrm{sign}(\gamma)` joins the gradient.
+    The subgradient :math:`\lambda \, \mathrm{sign}(\gamma)` is added to the gradient.
 
     Args:
         strength: :math:`\lambda`, at least 0; the paper has 1e-4 on CIFAR and 1e-5 on ImageNet.
@@ -101,10 +101,10 @@ class ScaleL1(Penalty):
 @final
 @dataclass(frozen=True)
 class GroupLasso(Penalty):
-    r"""L2 norm of everything that goes with a unit, :math:`\lambda \sum_k \lVert w_k \rVert_2`, not squared.
+    r"""Group lasso over all members of a unit, :math:`\lambda \sum_k \lVert w_k \rVert_2`.
 
-    Weights that produce the unit and that take it, biases and norms, in all coupled layers, stand or fall together, as
-    the cut takes them together (structured sparsity: Wen et al., 2016; over dependency groups: Fang et al., 2023).
+    :math:`w_k` are all weights that produce or consume the unit, biases and norms, in all coupled layers (structured
+    sparsity: Wen et al., 2016; over dependency groups: Fang et al., 2023).
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -128,16 +128,16 @@ class GroupLasso(Penalty):
 @final
 @dataclass(frozen=True)
 class GrowingL2(Penalty):
-    r"""An L2 penalty that grows step by step on the units with the smallest weights (GReg-1: Wang et al., 2021).
+    r"""Growing L2 penalty on the units with the smallest weights (GReg-1: Wang et al., 2021).
 
     :math:`\lambda(t) = \min(\delta \lfloor t / K \rfloor, \lambda_{max})`, on the weights that produce a unit. The
-    paper chooses the units once; here they are the lowest share at every step, which the penalty itself keeps lowest.
+    paper selects the units once; here, they are the lowest share at every step, which the penalty keeps lowest.
 
     Args:
-        share: Share of every group's units that is pulled, in (0, 1): what a cut is to remove.
-        delta: By how much the factor grows.
-        every: After how many optimizer steps, at least 1.
-        ceiling: Where it stops.
+        share: Share of every group's units to penalize, in (0, 1): the share to remove.
+        delta: Increment :math:`\delta`.
+        every: Number of optimizer steps between increments :math:`K`, at least 1.
+        ceiling: Maximum :math:`\lambda_{max}`.
     """
 
     share: float = 0.5
@@ -176,13 +176,12 @@ class GrowingL2(Penalty):
 @final
 @dataclass(frozen=True)
 class HalfSpace(Penalty):
-    r"""Group lasso, then projection to zero of units that turn back (half-space projection, OTO: Chen et al., 2021).
+    r"""Group lasso, then half-space projection of units to zero (OTO: Chen et al., 2021).
 
-    In the first stage the subgradient of :math:`\lambda \sum_k \lVert w_k \rVert_2` joins the gradient. From step
-    ``start`` on, a unit whose new weights :math:`x'` leave the half-space of the old ones,
-    :math:`\langle x', x \rangle < \varepsilon \lVert x \rVert^2`, is set to zero and stays there. A unit is everything
-    that produces it and follows it (weights, bias, norm), so that it gives zero where it is zero; the layers that take
-    it do not count.
+    The subgradient of :math:`\lambda \sum_k \lVert w_k \rVert_2` is added to the gradient. From step ``start`` on, a
+    unit whose new weights :math:`x'` leave the half-space of the old ones, :math:`\langle x', x \rangle < \varepsilon
+    \lVert x \rVert^2`, is set to zero and stays zero. The weights of a unit are those that produce it, its bias and its
+    norm, without the layers that consume it.
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -201,12 +200,12 @@ class HalfSpace(Penalty):
         _at_least_zero(self, strength=self.strength, start=self.start)
 
     def members(self, group: Group) -> list[Member]:
-        """What produces the units and follows them."""
+        """Weights, biases and norms of the units, without consumers."""
         return _producers(group, along=True)
 
     @torch.no_grad()
     def before_step(self, groups: Iterable[Group], parameters: Parameters, step: int, scale: float = 1.0) -> None:  # noqa: ARG002
-        """As `GroupLasso`, over what produces a unit and follows it."""
+        """Add the gradient of the group lasso over these members."""
         for group in groups:
             members = self.members(group)
             norms = _sums(members, group.width, parameters).sqrt()
@@ -221,7 +220,7 @@ class HalfSpace(Penalty):
     def after_step(
         self, groups: Iterable[Group], parameters: Parameters, step: int, before: Mapping[str, Tensor]
     ) -> None:
-        """Project."""
+        """Project units to zero."""
         if step < self.start:
             return
         for group in groups:
@@ -270,7 +269,7 @@ def _rows(member: Member, tensor: Tensor) -> Tensor:
 
 
 def _sums(members: Sequence[Member], width: int, parameters: Parameters) -> Tensor:
-    """Squares of everything that goes with a unit, shape ``(width,)``."""
+    """Sums of squares over all members of a unit, shape ``(width,)``."""
     total = torch.zeros(width)
     for place, member in enumerate(members):
         for weight in _present(member, parameters):

@@ -1,4 +1,4 @@
-"""Reading plain data from a file that may be damaged or foreign: a value of the promised type, or an error."""
+"""Validated reading of plain data from files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class HistoryError(PruningError, ValueError):
-    """A history that is damaged, foreign or does not belong to the network; no weight has changed."""
+    """Raised for a history that is damaged or does not belong to the network; the network is unchanged."""
 
 
 def damaged(problem: str) -> HistoryError:

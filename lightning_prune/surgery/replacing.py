@@ -1,4 +1,4 @@
-"""Exchanging modules of a live network for others, and what an optimizer steps instead of what is gone."""
+"""Replacing modules of a live network, and their parameters in the optimizers."""
 
 from __future__ import annotations
 
@@ -11,65 +11,64 @@ from torch.optim import Optimizer
 
 from lightning_prune.scoring.contexts import seeded_rng
 from lightning_prune.structure.layers import canonical, is_within, tensors
-from lightning_prune.surgery.change import Change, CutError, whole, writable
+from lightning_prune.surgery.change import Change, CutError, undo_on_error, writable
 from lightning_prune.surgery.depth import layer, put
 from lightning_prune.surgery.masks import without_masks
 from lightning_prune.surgery.optimizers import refuse, unwrap
 from lightning_prune.surgery.specs import LayerSpec
 
-__all__ = ["exchange", "require_modules"]
+__all__ = ["replace_modules", "require_modules"]
 
 Named = list[tuple[str, nn.Parameter]]
-#: Number of an optimizer, and of one of its groups.
-Home = tuple[int, int]
+#: Indices of an optimizer and one of its parameter groups.
+GroupIndex = tuple[int, int]
 
 
-def exchange(
+def replace_modules(
     change: Change,
     models: Sequence[nn.Module],
     specs: Mapping[str, LayerSpec],
     optimizers: Iterable[Optimizer] = (),
     seed: int = 0,
 ) -> None:
-    """Put other modules in the place of named ones, as part of a ``change``, which is undone whole if it fails.
+    """Replace modules, as part of a ``change``, which is undone if it fails.
 
-    The new modules have the device, the floating-point type and the mode of those they replace, and are alike in all
-    networks. In the optimizers a new parameter takes the place of the old one of the same name. One without takes its
-    group from the parameters of the replaced module, else from the nearest parameter before it, of its kind (weights
-    with two or more dimensions; biases and scales) where there is one, and stands in the group in the order of
-    ``model.parameters()``: where ``configure_optimizers`` puts it when it runs on the changed network.
+    New modules have the device, dtype and mode of the old ones and equal weights in all copies. In the optimizers, a
+    new parameter replaces the old one of the same name. Others are added to the parameter group of the replaced
+    module's parameters, else of the nearest parameter, preferably of the same kind (weights with at least two
+    dimensions, or biases and scales), in the order of ``model.parameters()``: where ``configure_optimizers`` would put
+    them.
 
     Args:
-        change: Writes down the way back.
-        models: The network, and copies of it.
-        specs: What takes the place of each module, by name.
-        optimizers: Every optimizer that steps one of the network's parameters.
-        seed: Of the random numbers that the new weights are drawn from; those of the training are not touched.
+        change: Logs the changes.
+        models: The network and copies of it.
+        specs: Specs of the new modules, by name.
+        optimizers: All optimizers of the network's parameters.
+        seed: Seed of the new weights; the global random state is not changed.
 
     Raises:
         CutError: If a network has no such module.
-        OptimizerRefusedError: If an optimizer cannot follow.
+        OptimizerRefusedError: If an optimizer is not supported.
     """
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
     refuse(optimizers)
     require_modules(models, specs)
     before = _parameters(models[0], tied=True)
-    with writable(), whole(change):
+    with writable(), undo_on_error(change):
         with seeded_rng(seed):
             new = {name: _build(spec, models[0], name) for name, spec in specs.items()}
         for number, model in enumerate(models):
             for name, module in new.items():
                 put(change, model, name, copy.deepcopy(module) if number else module)
             change.edit_attributes(model, lambda model=model: without_masks(model, specs))  # type: ignore[misc]
-        _step_instead(change, optimizers, before, _parameters(models[0]), specs)
+        _update_optimizers(change, optimizers, before, _parameters(models[0]), specs)
 
 
 def require_modules(models: Iterable[nn.Module], names: Collection[str]) -> None:
-    """Refuse to replace what is no module of all these networks.
+    """Check that modules can be replaced.
 
     Raises:
-        CutError: If a network has no such module, one of them is part of another one, or the network uses a layer of it
-            elsewhere too.
+        CutError: If a network has no such module, one is inside of another one, or a layer is also used elsewhere.
     """
     networks = tuple(models)
     for name in names:
@@ -94,12 +93,12 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _used_elsewhere(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Two places by name, one of them replaced, where the network has the same layer with tensors."""
+    """Pairs of names of the same layer, of which one is to be replaced."""
     known: dict[int, set[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if tensors(module):
             place = canonical(prefix)
-            # Within one module that goes whole, a layer may stand several times.
+            # Within a replaced module, a layer may be used several times.
             known.setdefault(id(module), set()).add(next((name for name in names if is_within(place, [name])), place))
     for places in known.values():
         if len(places) > 1 and places & set(names):
@@ -115,20 +114,20 @@ def _build(spec: LayerSpec, model: nn.Module, name: str) -> nn.Module:
 
 
 def _parameters(model: nn.Module, *, tied: bool = False) -> Named:
-    """Parameters by name in the order of ``model.parameters()``; ``tied`` ones on request under each of their names."""
+    """Parameters by name in the order of ``model.parameters()``; with ``tied``, under each of their names."""
     return [(canonical(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=not tied)]
 
 
-def _step_instead(
+def _update_optimizers(
     change: Change, optimizers: Sequence[Optimizer], before: Named, after: Named, replaced: Collection[str]
 ) -> None:
     present = {id(parameter) for _, parameter in after}
     gone = {id(parameter) for _, parameter in before} - present
-    homes = _homes(optimizers, before, after, replaced)
+    homes = _param_groups_of(optimizers, before, after, replaced)
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
             here = [(name, p) for name, p in after if homes.get(id(p)) == (number, index)]
-            params = _arranged(group["params"], gone, here, dict(before), after)
+            params = _new_params(group["params"], gone, here, dict(before), after)
             if [id(p) for p in params] != [id(p) for p in group["params"]]:
                 change.replace_entries(group, {**group, "params": params, **_names(group, params, after)})
         state = {key: value for key, value in optimizer.state.items() if id(key) not in gone}
@@ -136,15 +135,17 @@ def _step_instead(
             change.replace_entries(optimizer.state, state)
 
 
-def _homes(optimizers: Sequence[Optimizer], before: Named, after: Named, replaced: Collection[str]) -> dict[int, Home]:
-    """Where each new parameter belongs, by identity; those that no optimizer would step are left out."""
+def _param_groups_of(
+    optimizers: Sequence[Optimizer], before: Named, after: Named, replaced: Collection[str]
+) -> dict[int, GroupIndex]:
+    """Parameter group of each new parameter, by `id`; parameters without an optimizer are omitted."""
     known = {
         id(parameter): (number, index)
         for number, optimizer in enumerate(optimizers)
         for index, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     }
-    old, homes = {id(parameter) for _, parameter in before}, dict[int, Home]()
+    old, homes = {id(parameter) for _, parameter in before}, dict[int, GroupIndex]()
     for position, (name, parameter) in enumerate(after):
         if id(parameter) in old:
             continue
@@ -162,20 +163,20 @@ def _homes(optimizers: Sequence[Optimizer], before: Named, after: Named, replace
 
 
 def _alike_first(parameter: Tensor, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Others of the kind of a parameter, then the rest: weights and biases often have groups of their own."""
+    """Sort parameters of the same kind first, as weights and biases often have separate groups."""
     return sorted(others, key=lambda other: (other.ndim > 1) != (parameter.ndim > 1))
 
 
-def _arranged(
+def _new_params(
     params: Sequence[nn.Parameter],
     gone: Collection[int],
     new: Named,
     before: Mapping[str, nn.Parameter],
     after: Named,
 ) -> list[nn.Parameter]:
-    """The parameters of a group: new ones in the place of their namesakes, the others by the order of the network."""
-    heirs = {id(before[name]): parameter for name, parameter in new if name in before and id(before[name]) in gone}
-    arranged = [heirs.get(id(p), p) for p in params if id(p) not in gone or id(p) in heirs]
+    """New parameters of a group: those of the same name are replaced, others inserted in the network's order."""
+    successors = {id(before[name]): parameter for name, parameter in new if name in before and id(before[name]) in gone}
+    arranged = [successors.get(id(p), p) for p in params if id(p) not in gone or id(p) in successors]
     order = {id(parameter): place for place, (_, parameter) in enumerate(after)}
     for _, parameter in new:
         if any(parameter is one for one in arranged):
@@ -189,7 +190,7 @@ def _arranged(
 
 
 def _names(group: Mapping[str, object], params: Sequence[nn.Parameter], after: Named) -> dict[str, list[str]]:
-    """The names of a group's parameters, where it was given named ones."""
+    """``param_names`` of a group, if it has them."""
     known = group.get("param_names")
     if not isinstance(known, list) or not isinstance(group["params"], list):
         return {}

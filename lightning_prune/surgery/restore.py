@@ -1,4 +1,4 @@
-"""A network becomes as narrow or as wide as a checkpoint, before its weights are loaded."""
+"""Matching the shapes of a network to a checkpoint before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.layers import is_within
-from lightning_prune.surgery.change import Change, whole
+from lightning_prune.surgery.change import Change, undo_on_error
 from lightning_prune.surgery.depth import restore
 from lightning_prune.surgery.edits import Drop, Keep, Replace, apply, same_effect
 from lightning_prune.surgery.history import KEY, Dense, History, HistoryError, Shape, attach, history_of
@@ -22,52 +22,51 @@ from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
 from lightning_prune.surgery.names import missing_or_unexpected
 from lightning_prune.surgery.tensors import blank, canonical, named
 
-__all__ = ["conform", "load_from", "replay", "with_history"]
+__all__ = ["load_from", "match_checkpoint_shapes", "replay", "with_history"]
 
 
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
-    """Give ``model`` the widths and masks of ``checkpoint``, ready for its ``state_dict`` to be loaded.
+    """Set the widths and masks of ``model`` to those of ``checkpoint``, before its ``state_dict`` is loaded.
 
     Args:
-        checkpoint: What `save_into` and `save_masks_into` have written into, with its ``state_dict``.
-        model: The network, as in :func:`conform`.
-        copies: Networks of the same structure, which get the same.
-        strict: As in :func:`conform`.
+        checkpoint: The checkpoint, see `save_into` and `save_masks_into`.
+        model: The network, as in :func:`match_checkpoint_shapes`.
+        copies: Networks of the same structure, which are changed too.
+        strict: As in :func:`match_checkpoint_shapes`.
 
     Raises:
-        HistoryError: If its history or its masks are damaged, or it is of another architecture; nothing has changed.
+        HistoryError: If history or masks are damaged or of another architecture; the network is unchanged.
     """
     history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None
     masks = read_masks(checkpoint)
     change = Change()
-    with whole(change):
+    with undo_on_error(change):
         for network in (model, *copies):
-            _conform(change, network, checkpoint["state_dict"], history, strict=strict)
+            _match_shapes(change, network, checkpoint["state_dict"], history, strict=strict)
             change.edit_attributes(network, partial(attach_read, network, masks))
 
 
-def conform(model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool = False) -> None:
-    """Make a network as narrow or wide as a checkpoint, ready for ``load_state_dict``.
+def match_checkpoint_shapes(
+    model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool = False
+) -> None:
+    """Change the shapes of a network to those of a checkpoint, before ``load_state_dict``.
 
-    Only tensors that the checkpoint's or the network's own history names change their shape. If the network was cut
-    in another way before, they are zero afterwards, without a gradient: loading is to follow. Optimizers keep their
-    parameters, but their state has to be loaded too, and so have masks.
+    Only tensors that the checkpoint's or the network's history names change their shape. If the network was cut
+    differently before, they are set to zero. Optimizers keep their parameters; their state and masks must be loaded
+    too. If anything is raised, the network is unchanged.
 
     Args:
-        model: A dense network, or a pruned one with its history attached. It gets the checkpoint's history.
+        model: A dense network, or a pruned one with its history. It gets the checkpoint's history.
         state_dict: The checkpoint's weights, named as in ``model.state_dict()``.
-        history: The checkpoint's history; ``None`` if it is of a dense network.
-        strict: Whether the weights will be loaded strictly: then a tensor too many or too few is an error, too. An edit
-            that is missing in a history shows in it.
+        history: The checkpoint's history; None for a dense network.
+        strict: Whether missing and unexpected tensors are errors, which also detects missing edits.
 
     Raises:
-        HistoryError: If the checkpoint is of another architecture; the text names the first tensors that differ.
-
-    Whatever is raised, the network is then as it was.
+        HistoryError: If the checkpoint is of another architecture; the message names the first tensors that differ.
     """
     change = Change()
-    with whole(change):
-        _conform(change, model, state_dict, history, strict=strict)
+    with undo_on_error(change):
+        _match_shapes(change, model, state_dict, history, strict=strict)
 
 
 def with_history(structure: Structure, traced: TracedModel) -> Structure:
@@ -98,17 +97,17 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
 
 
 def replay(model: nn.Module, history: History) -> None:
-    """Do to a dense network all that ``history`` tells; the weights that remain are kept.
+    """Apply all edits of ``history`` to a dense network, keeping the remaining weights.
 
     Raises:
-        HistoryError: If the network has been pruned before, or is of another architecture.
+        HistoryError: If the network was pruned before, or is of another architecture.
     """
     if history_of(model) is not None:
         raise HistoryError("Expected a dense network to replay a history on, got one that has been pruned before.")
-    conform(model, {}, history)
+    match_checkpoint_shapes(model, {}, history)
 
 
-def _conform(
+def _match_shapes(
     change: Change, model: nn.Module, state_dict: Mapping[str, Any], history: History | None, *, strict: bool
 ) -> None:
     mine = history_of(model)
@@ -131,12 +130,12 @@ def _conform(
         if mine is not None:
             _widen(change, model, mine)
         if history is not None:
-            history = replace(history, dense=_repeat(change, model, history))
+            history = replace(history, dense=_replay(change, model, history))
     change.edit_attributes(model, partial(attach, model, history))
 
 
-def _repeat(change: Change, model: nn.Module, history: History) -> Dense:
-    """Do to a dense network all that a history tells; what it takes to widen it again."""
+def _replay(change: Change, model: nn.Module, history: History) -> Dense:
+    """Apply all edits to a dense network; returns what is needed to widen it again."""
     done = History({}, history.size)
     for step in history.steps:
         done = done.add(step, model)
@@ -162,7 +161,7 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
 
 
 def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors by name, and the modules, of the network that ``model`` was: with what has gone."""
+    """Tensors by name, and names of modules, of the dense network."""
     present = named(model)
     modules = {canonical(prefix) for prefix, _ in model.named_modules(remove_duplicate=False)}
     for prefix, bare in mine.dense.layers.items() if mine is not None else ():
@@ -176,16 +175,16 @@ def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], 
 def _differences(
     model: nn.Module, mine: History | None, history: History | None, state_dict: Mapping[str, Any]
 ) -> Iterator[str]:
-    """In words: where a checkpoint does not fit the network that ``model`` was when it was dense."""
+    """Messages about differences between a checkpoint and the dense network."""
     present, modules = _before(model, mine)
-    # By object, as a tied tensor has several names and a history may know only one of them.
+    # By `id`, as a tied tensor has several names, of which a history may have only one.
     dense = {id(tensor): tuple(tensor.shape) for tensor in present.values() if not is_lazy(tensor)}
     if mine is not None:
         dense.update((id(present[name]), shape) for name, shape in mine.shapes.items())
     keys: dict[str, object] = {name: id(tensor) for name, tensor in present.items()}
     expected: dict[object, Shape] = dict(dense.items())
     if history is not None:
-        problems = list(_unlike(history, {name: dense.get(id(tensor)) for name, tensor in present.items()}))
+        problems = list(_shape_differences(history, {name: dense.get(id(tensor)) for name, tensor in present.items()}))
         yield from problems or _follow(history, modules, keys, expected)
         if problems:
             return
@@ -195,7 +194,7 @@ def _differences(
             yield f"{canonical(full_name)} is {list(weight.shape)}, here it should be {list(wanted)}"
 
 
-def _unlike(history: History, dense: Mapping[str, Shape | None]) -> Iterator[str]:
+def _shape_differences(history: History, dense: Mapping[str, Shape | None]) -> Iterator[str]:
     for name, shape in history.shapes.items():
         here = dense.get(name)
         if here != shape:
@@ -203,7 +202,7 @@ def _unlike(history: History, dense: Mapping[str, Shape | None]) -> Iterator[str
 
 
 def _follow(history: History, modules: set[str], keys: dict[str, object], shapes: dict[object, Shape]) -> Iterator[str]:
-    """Go through all edits without weights: names of modules, keys of tensors by name, shapes by key."""
+    """Apply all edits to names of modules, keys of tensors by name and shapes by key; yields problems."""
     for step in history.steps:
         if isinstance(step, Keep):
             for name, axes in step.axes.items():

@@ -1,4 +1,4 @@
-"""Cutting a live network and its optimizers in place: whole or not at all."""
+"""Cutting a live network and its optimizers in place, atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import refresh, relax_unflatten, tensors
-from lightning_prune.surgery.change import Change, CutError, whole, writable
+from lightning_prune.surgery.change import Change, CutError, undo_on_error, writable
 from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
@@ -30,26 +30,25 @@ def cut(
     copies: Iterable[nn.Module] = (),
     drops: Mapping[str, str] | None = None,
 ) -> Change:
-    """Make a network physically narrower, in place, with everything that follows it.
+    """Make a network physically narrower, in place, with its optimizers.
 
-    Parameters, their gradients, buffers and the optimizers' state are sliced, and the layers' width attributes set.
-    All objects stay the same, so parameter groups, schedulers, tied weights, hooks and averaged copies live on.
+    Parameters, gradients, buffers and optimizer state are sliced, and width attributes of layers updated. All objects
+    stay the same, so parameter groups, schedulers, tied weights, hooks and averaged copies remain valid. If anything is
+    raised, the network is unchanged.
 
     Args:
         model: The network.
-        axes: What to keep, by name of parameter or buffer and dimension (``structure.axes(kept)``).
-        optimizers: Every optimizer that steps one of its parameters.
-        copies: Modules of the same structure (averaged weights) that are cut alike.
-        drops: Layers that are taken out whole, after that, by name (``structure.drops(kept)``).
+        axes: Positions to keep, by name of parameter or buffer and dimension (``structure.axes(kept)``).
+        optimizers: All optimizers of its parameters.
+        copies: Modules of the same structure (averaged weights), which are cut too.
+        drops: Layers to remove afterwards, by name (``structure.drops(kept)``).
 
     Returns:
-        The handle that undoes it.
+        The change, which can be undone.
 
     Raises:
-        CutError: If ``axes`` do not fit the network.
-        OptimizerRefusedError: If an optimizer cannot follow.
-
-    Whatever is raised, by this function or inside it, the network is then as it was.
+        CutError: If ``axes`` do not match the network.
+        OptimizerRefusedError: If an optimizer is not supported.
     """
     change = Change()
     shrink(change, model, axes, optimizers, copies, drops)
@@ -64,20 +63,20 @@ def shrink(
     copies: Iterable[nn.Module] = (),
     drops: Mapping[str, str] | None = None,
 ) -> None:
-    """Cut a network as part of a ``change``, which is undone whole if it fails; arguments and errors of :func:`cut`."""
+    """Cut a network as part of a ``change``, which is undone if it fails; see :func:`cut`."""
     optimizers, modules = [unwrap(optimizer) for optimizer in optimizers], [model, *copies]
     refuse(optimizers)
     pieces = _pieces(modules, axes)
     touched = {id(piece.tensor) for piece in pieces}
-    # A dict: a module in a copy and in the model counts once.
+    # A module may be in both the model and a copy.
     owners = {
         owner: {name: tensor.shape for name, tensor in tensors(owner).items()}
         for module in modules
         for owner in module.modules()
         if any(id(tensor) in touched for tensor in tensors(owner).values())
     }
-    with writable(), whole(change):
-        # First all that takes memory and time; what follows it are assignments.
+    with writable(), undo_on_error(change):
+        # All allocations first, then only assignments.
         narrow = [(_apply(take, piece, piece.tensor.data), _narrow_grad(piece)) for piece in pieces]
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for optimizer in optimizers:
@@ -88,7 +87,7 @@ def shrink(
             change.replace_entries(entries, new_entries)
         for owner, old_shapes in owners.items():
             change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
-        _loosen(change, modules)
+        _relax_unflatten(change, modules)
         try:
             drop(change, modules, drops or {}, optimizers)
         except ValueError as error:
@@ -106,36 +105,36 @@ def shrink(
 
 
 def mask(model: nn.Module, axes: Axes) -> Change:
-    """Set to zero all that :func:`cut` would remove from parameters and buffers, in place; the same errors."""
+    """Set all that :func:`cut` would remove from parameters and buffers to zero, in place; same errors."""
     change = Change()
-    with writable(), whole(change):
+    with writable(), undo_on_error(change):
         for piece in _pieces([model], axes):
             change.assign(piece.tensor, _apply(zero, piece, piece.tensor.data), piece.tensor.grad)
     return change
 
 
 def forget(change: Change, optimizers: Iterable[Optimizer]) -> None:
-    """Clear the state of optimizers, as part of a ``change``: they step as if for the first time."""
+    """Clear the state of optimizers, as part of a ``change``."""
     for optimizer in map(unwrap, optimizers):
         change.replace_entries(optimizer.state, {})
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor that is cut and what is kept of it."""
+    """A tensor to cut with the positions to keep."""
 
     name: str
     tensor: Tensor
     kept: Mapping[int, IndexArray]
 
 
-def _loosen(change: Change, modules: Iterable[nn.Module]) -> None:
+def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:
     for part in (part for module in modules for part in module.modules() if isinstance(part, nn.Unflatten)):
         change.edit_attributes(part, lambda part=part: relax_unflatten(part))  # type: ignore[misc]
 
 
 def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
-    """What has to be cut, tied tensors once."""
+    """Tensors to cut; tied tensors once."""
     shapes = {name: tensor.shape for name, tensor in named(modules[0]).items() if not is_lazy(tensor)}
     pieces: dict[int, _Piece] = {}
     for module in modules:
@@ -183,7 +182,7 @@ def _narrow_grad(piece: _Piece) -> Tensor | None:
 
 
 def _narrow_state(optimizer: Optimizer, piece: _Piece) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The entries that an optimizer keeps for a tensor and what they become: one pair or none."""
+    """State of a tensor in an optimizer, and the sliced state: one pair or none."""
     if piece.tensor not in optimizer.state:
         return
     entries = optimizer.state[piece.tensor]
@@ -191,10 +190,11 @@ def _narrow_state(optimizer: Optimizer, piece: _Piece) -> Iterator[tuple[dict[st
         yield entries, migrate(entries, tuple(piece.tensor.shape), piece.kept)
     except UnsliceableStateError as error:
         warnings.warn(
-            f"{type(optimizer).__name__} starts anew for {piece.name}: its state cannot follow the cut, {error}.",
+            f"{type(optimizer).__name__} starts with an empty state for {piece.name}: its state cannot be sliced, "
+            f"{error}.",
             stacklevel=4,
         )
-        # An empty state is what every optimizer of PyTorch takes as "not begun".
+        # Every optimizer of PyTorch initialises an empty state at the next step.
         yield entries, {}
 
 

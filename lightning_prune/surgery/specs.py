@@ -1,4 +1,4 @@
-"""Layers described in plain data: what a replaced layer is built from, here and from a checkpoint."""
+"""Specs of layers in plain data, from which replaced layers are built."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ _SEQUENTIAL = "Sequential"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer of PyTorch, or a sequence of them, without weights: what it takes to build it.
+    """Description of a PyTorch layer, or a sequence of layers, without weights.
 
     Attributes:
         kind: Name of its class in ``torch.nn``: one of `KINDS`, or ``"Sequential"``.
-        options: Arguments of the class by name, in plain data; those left out take the class's default.
-        layers: Of a ``"Sequential"``, its layers in order.
+        options: Arguments of the class by name, in plain data; the class's defaults if missing.
+        layers: Layers of a ``"Sequential"``.
 
     Raises:
-        ValueError: For a kind or an option that is not known, or a value that makes no layer: a padding wider than half
-            of a pooling's kernel, say. The text names layer, option and value.
+        ValueError: For an unknown kind or option, or an invalid value.
 
     Example:
         >>> LayerSpec("Linear", {"in_features": 4, "out_features": 2}).build()
@@ -56,15 +55,15 @@ class LayerSpec:
             module = _make(self.kind, given, "meta")
         except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{self} cannot be built ({type(error).__name__}: {error})") from error
-        # All of them are written down: a later version of PyTorch may have other defaults.
+        # All options are stored, as defaults may change in later versions of PyTorch.
         object.__setattr__(self, "options", {name: _as_tuple(_read(module, name)) for name in KINDS[self.kind]})
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-        """The layer, its weights drawn as the class draws them.
+        """Build the layer with its default initialization.
 
         Args:
-            device: Where its tensors are; on ``"meta"`` they have shapes only.
-            dtype: Type of its floating-point tensors; by default PyTorch's.
+            device: Device of its tensors.
+            dtype: Dtype of its floating-point tensors; PyTorch's default if None.
         """
         module = self._built(device)
         return module if dtype is None else module.to(dtype)
@@ -76,7 +75,7 @@ class LayerSpec:
         return {name: tuple(t.shape) for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
     def to_plain(self) -> dict[str, Any]:
-        """Dictionaries, lists, numbers and strings only."""
+        """Plain dicts, lists, numbers and strings."""
         if self.kind == _SEQUENTIAL:
             return {"kind": self.kind, "layers": [layer.to_plain() for layer in self.layers]}
         options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()}
@@ -84,10 +83,10 @@ class LayerSpec:
 
     @classmethod
     def from_plain(cls, found: object) -> LayerSpec:
-        """Read what `to_plain` gave.
+        """Read what `to_plain` returned.
 
         Raises:
-            HistoryError: If it is damaged, or of a kind that is not known here.
+            HistoryError: If it is damaged or of an unknown kind.
         """
         top: dict[str, Any] = plain.value(found, dict, "a layer")
         kind = plain.entry(top, "kind", str)
@@ -112,12 +111,11 @@ class LayerSpec:
 
 
 def spec_of(module: nn.Module, **changes: Option) -> LayerSpec:
-    """Describe a layer, so that one like it can be built.
+    """Create the spec of a layer.
 
     Args:
-        module: A layer of a kind in `KINDS`, or a ``nn.Sequential`` of such layers. Subclasses are refused: they may
-            do more than their base.
-        **changes: Options that are to differ: ``spec_of(conv, in_channels=64)``.
+        module: A layer of a kind in `KINDS`, or a ``nn.Sequential`` of such layers; no subclasses.
+        **changes: Options to change: ``spec_of(conv, in_channels=64)``.
 
     Raises:
         ValueError: If the layer is of another kind, or has no such option.

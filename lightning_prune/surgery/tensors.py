@@ -1,4 +1,4 @@
-"""The one slicing primitive, and how tensors of a network are found by name."""
+"""Slicing of tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_prune.structure.layers import canonical, named
 
 __all__ = ["blank", "canonical", "named", "non_persistent", "take", "zero"]
 
-#: Bytes of a block; only tensors of many blocks are worth it.
+#: Bytes per block.
 _BLOCK = 1 << 18
 
 
 def non_persistent(model: nn.Module) -> set[str]:
-    """Canonical names of the buffers that a ``state_dict`` leaves out."""
+    """Canonical names of non-persistent buffers."""
     return {
         canonical(f"{prefix}.{name}" if prefix else name)
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -28,21 +28,21 @@ def non_persistent(model: nn.Module) -> set[str]:
 
 
 def take(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tensor:
-    """A copy of ``tensor`` with only the positions ``kept`` along each named dimension.
+    """Copy ``tensor`` with only the positions ``kept`` along each given dimension.
 
-    Dtype, device and the order of the dimensions in memory (channels-last, transposed) stay as they are.
+    Dtype, device and memory format (channels-last, transposed) are preserved.
 
     Args:
-        tensor: A dense tensor; fake and meta tensors work too.
-        kept: Positions to keep, strictly ascending, by dimension; dimensions left out stay whole.
+        tensor: A dense tensor, possibly fake or meta.
+        kept: Positions to keep, strictly ascending, by dimension; other dimensions are kept whole.
 
     Raises:
-        ValueError: If the tensor is sparse, or a dimension or position does not exist on it or is out of order.
+        ValueError: If the tensor is sparse, or a dimension or position is out of range or out of order.
     """
     _require_dense(tensor)
     for dim, positions in kept.items():
         _require_positions(tensor, dim, positions)
-    # index_select returns its result row-major: it is done on the dimensions as they lie in memory.
+    # index_select returns a contiguous tensor, so dimensions are permuted to memory order first.
     order = _memory_order(tensor)
     out = tensor.permute(order)
     selection = {order.index(dim): _index(positions, tensor) for dim, positions in kept.items()}
@@ -50,7 +50,7 @@ def take(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tens
 
 
 def _select(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
-    """``index_select`` along several dimensions; of a large tensor in blocks that fit a processor's cache."""
+    """``index_select`` along several dimensions; for large tensors in blocks that fit into the CPU cache."""
     if 0 in selection and len(selection) > 1 and tensor.is_cpu and tensor.nbytes > 64 * _BLOCK:
         rows, inner = selection[0], {dim: index for dim, index in selection.items() if dim}
         shape = [len(selection[dim]) if dim in selection else n for dim, n in enumerate(tensor.shape)]
@@ -66,7 +66,7 @@ def _select(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
 
 
 def zero(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tensor:
-    """A copy of ``tensor`` that is zero wherever :func:`take` would remove it; same arguments and errors."""
+    """Copy ``tensor`` with zeros where :func:`take` would remove it; same arguments and errors."""
     _require_dense(tensor)
     out = tensor.clone()
     for dim, positions in kept.items():
@@ -84,7 +84,7 @@ def blank(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _memory_order(tensor: Tensor) -> list[int]:
     """Dimensions from the slowest to the fastest in memory."""
-    # Dimensions of one element have arbitrary strides: behind the longer ones of the same stride they change nothing.
+    # Dimensions of length 1 have arbitrary strides and are sorted after longer ones of equal stride.
     return sorted(range(tensor.ndim), key=lambda dim: (tensor.stride()[dim], tensor.shape[dim]), reverse=True)
 
 
@@ -94,7 +94,7 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 def _index(positions: IndexArray | Sequence[int], like: Tensor) -> Tensor:
     if isinstance(like, FakeTensor):
-        # Only the number of positions matters, and a real index beside a fake tensor is refused.
+        # Only the number of positions matters, and fake tensors cannot be indexed with real ones.
         return like.new_zeros(len(positions), dtype=torch.int64)
     return torch.as_tensor(np.asarray(positions, dtype=np.int64), device=like.device)
 
@@ -108,7 +108,7 @@ def _require_dense(tensor: Tensor) -> None:
 
 
 def _require_positions(tensor: Tensor, dim: int, positions: IndexArray | Sequence[int]) -> None:
-    # Checked here because an index out of range on a GPU takes the whole process down.
+    # Checked here, as an index out of range on a GPU aborts the process.
     if not 0 <= dim < tensor.ndim:
         raise ValueError(f"Expected a dimension of a tensor of shape {tuple(tensor.shape)}, got {dim}.")
     array = np.asarray(positions, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The one way to change a live network: all edits and new contents together, checked once, or nothing."""
+"""Atomic changes of a live network: edits and new contents, verified once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.edits import Replace, apply
-from lightning_prune.surgery.history import ATTRIBUTE, History, HistoryError, begun, edits_of, history_of
+from lightning_prune.surgery.history import ATTRIBUTE, History, HistoryError, edits_of, history_of, history_or_new
 from lightning_prune.surgery.masks import Masks, attach_masks
 from lightning_prune.surgery.optimizers import unwrap
 from lightning_prune.surgery.repairs import install
@@ -38,32 +38,31 @@ def transaction(
     step: int = 0,
     cut: int | None = None,
 ) -> Iterator[Transaction]:
-    """Change a network, its optimizers and its averaged copies, whole or not at all.
+    """Change a network, its optimizers and its averaged copies atomically.
 
-    Within the context, edits are made and contents installed, in any number; a network need not be able to run in
-    between. At its end the network is run forward and backward once, and has to give finite outputs and gradients if it
-    did before. Whatever is raised within the context or at its end, interrupts included, takes everything back, to the
-    bit. Histories are attached at each edit.
+    Within the context, any number of edits and contents can be applied; the network need not run in between. On exit,
+    the network is run forward and backward once, and must have finite outputs and gradients if it had before. If
+    anything is raised, including KeyboardInterrupt, everything is undone exactly. Histories are updated at each edit.
 
     Args:
         model: The network.
-        optimizers: Every optimizer that steps one of its parameters. They stay the same objects, with their groups.
-        copies: Modules of the same structure (averaged weights) that are changed alike.
-        run: A forward pass of the network on an example, in the mode and precision that training uses. Without one
-            nothing is checked, which is for contents that change no shape (masks).
-        epoch: The epoch in which this is done, for the history.
-        step: Optimizer steps that went before, for the history.
-        cut: Its place in the schedule, from 0, for the history; by default the number of cuts before.
+        optimizers: All optimizers of its parameters. They stay the same objects, with their groups.
+        copies: Modules of the same structure (averaged weights), which are changed too.
+        run: Runs a forward pass on an example, in the mode and precision of the training. Nothing is verified if None,
+            for changes that keep all shapes (masks).
+        epoch: Epoch, for the history.
+        step: Number of optimizer steps so far, for the history.
+        cut: Index of the cut in the schedule, for the history; by default the number of cuts so far.
 
     Yields:
-        The `Transaction`. Kept after the end, it can be undone as long as nothing was trained.
+        The `Transaction`, which can also be undone later, as long as nothing was trained.
 
     Raises:
-        CutError: If an edit does not fit, or the network does not run after it.
-        HistoryError: If an edit does not fit the history.
+        CutError: If an edit does not match, or the network does not run after it.
+        HistoryError: If an edit does not match the history.
 
     Example:
-        Half of a layer goes, then the head is replaced and the network traced again:
+        Remove half of a layer, then replace the head and trace the network again:
 
         >>> import torch
         >>> from torch import nn
@@ -89,7 +88,7 @@ def transaction(
 
 
 class Transaction(Change):
-    """What is done to a network within :func:`transaction`, which makes it: edits and contents, and the way back."""
+    """Edits and contents applied within :func:`transaction`, which can be undone."""
 
     def __init__(
         self,
@@ -109,27 +108,27 @@ class Transaction(Change):
             cut = 0 if history is None else len({edit.cut for edit in history.edits})
         self.when = (epoch, step, cut)
         self._run = run
-        self._checked = 0  # steps of the change that a run of the network has passed
+        self._checked = 0  # steps of the change that are verified
 
     def keep(
         self, structure: Structure, kept: Mapping[str, tuple[int, ...]], info: Mapping[str, float] | None = None
     ) -> Structure:
-        """Make the network narrower; a group that keeps no unit is taken out with its layers.
+        """Make the network narrower; groups without units are removed with their layers.
 
         Args:
-            structure: Of the network as it is now.
-            kept: Units to keep by group, ascending, counted in the present widths; groups left out stay whole.
-            info: Plain numbers worth remembering (a share, a metric).
+            structure: Structure of the network.
+            kept: Units to keep by group, ascending, in the current numbering; other groups keep all units.
+            info: Additional numbers for the history (a share, a metric).
 
         Returns:
-            The structure after it.
+            The structure after the cut.
 
         Raises:
-            CutError: If it cannot be done; everything was taken back.
-            HistoryError: If it does not fit the history; nothing was done.
+            CutError: If the cut fails.
+            HistoryError: If it does not match the history.
         """
         for edit in edits_of(structure, kept, *self.when, info):
-            histories = {network: begun(network, structure).add(edit, network) for network in self._networks}
+            histories = {network: history_or_new(network, structure).add(edit, network) for network in self._networks}
             with _as_cut_error():
                 apply(self, edit, self.model, self.optimizers, self.copies)
             self._attach(histories)
@@ -144,35 +143,26 @@ class Transaction(Change):
         new_dense: bool = False,
         info: Mapping[str, float] | None = None,
     ) -> Structure:
-        """Exchange modules for others, and trace the network again.
+        """Replace modules and trace the network again.
 
-        The new weights are drawn by their class's rule from random numbers of their own, alike in all processes; for
-        others, :meth:`install` them.
+        New weights have the default initialization with a fixed seed, equal in all processes; use :meth:`install` for
+        others.
 
         Args:
-            modules: What takes the place of each module, by its name: see `spec_of`. They go together: a network whose
-                tail becomes an identity needs its new head before it can run.
+            modules: Specs of the new modules, by name: see `spec_of`. All are replaced before the network is traced.
             retrace: Traces the changed network: ``lambda: trace(traced)`` with the same `TracedModel`, which holds the
                 live network.
-            structure: Of the network as it is now. May be left out if ``new_dense``, or if the network was cut before.
-            new_dense: Whether shares (of units, parameters ...) refer to the new network from here on: for a new head
-                at the start of a run. Else they go on referring to the network as it was: for a truncation.
-            info: Plain numbers worth remembering.
-
-        Returns:
-            The structure after it, which later cuts take.
-
-        Raises:
-            TypeError: If ``modules`` is not a mapping of names to `LayerSpec`; nothing was done.
-            CutError: If there is no such module; everything was taken back.
-            StructureError: If the network cannot be traced; at the end of the context everything is taken back.
+            structure: Structure of the network; optional with ``new_dense``, or if the network was cut before.
+            new_dense: Whether shares (of units, parameters, ...) refer to the new network from here on, as for a new
+                head at the start of a run, rather than to the previous dense network, as for a truncation.
+            info: Additional numbers for the history.
         """
         modules = _specs(modules)
         require_modules(self._networks, modules)
         edits, histories = {}, {}
         for network in self._networks:
             history = self._history(network, structure, new_dense=new_dense)
-            # Until the network is traced: what is known to stand.
+            # Until the network is traced, the groups that are known to remain.
             widths = {g: width for g, width in history.widths_now.items() if width and not is_within(g, modules)}
             edits[network] = Replace(modules, widths, history.original, new_dense, *self.when, info or {})
             histories[network] = history.add(edits[network], network)
@@ -184,18 +174,18 @@ class Transaction(Change):
         return after
 
     def install(self, contents: Mapping[str, Tensor]) -> None:
-        """Give parameters and buffers other contents, by name and in their present shapes.
+        """Set the contents of parameters and buffers, by name and in their current shapes.
 
-        Averaged copies keep what they have.
+        Averaged copies are not changed.
         """
         if contents:
             install(self, self.model, contents)
 
     def mask(self, masks: Masks) -> None:
-        """Set weights to zero for good: in the network, which keeps the masks, its copies and the optimizers' state.
+        """Set the masks of the network and apply them to its weights, copies and optimizer state.
 
         Args:
-            masks: All masks that the network has from now on, by name of the parameter; true where a weight is zero.
+            masks: All masks of the network, by name of the parameter; True where a weight is masked.
         """
         self.edit_attributes(self.model, lambda: attach_masks(self.model, masks))
         present = named(self.model)
@@ -212,11 +202,11 @@ class Transaction(Change):
             self.overwrite(tensor, tensor.detach().masked_fill(mask.to(tensor.device), 0))
 
     def forget(self) -> None:
-        """Clear the state of the optimizers: they step as if for the first time."""
+        """Clear the state of the optimizers."""
         forget(self, self.optimizers)
 
     def verify(self) -> None:
-        """Run the network forward and backward, if it was changed since the last time; called at the end.
+        """Run the network forward and backward if it was changed since the last verification; called on exit.
 
         Raises:
             CutError: If it fails, or outputs or gradients are no longer finite.
@@ -232,7 +222,7 @@ class Transaction(Change):
 
     def _history(self, network: nn.Module, structure: Structure | None, *, new_dense: bool) -> History:
         if structure is not None:
-            return begun(network, structure)
+            return history_or_new(network, structure)
         history = history_of(network)
         if history is not None:
             return history

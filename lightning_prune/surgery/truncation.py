@@ -1,4 +1,4 @@
-"""A network without the tail of its backbone, as replacements."""
+"""Truncation of a network's backbone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ __all__ = ["truncated"]
 
 
 def truncated(model: nn.Module, boundary: Boundary) -> dict[str, LayerSpec]:
-    """What takes the place of modules when a network ends at a boundary, for ``Transaction.replace``.
+    """Replacements of modules that truncate a network at a boundary, for ``Transaction.replace``.
 
     Args:
-        model: The network, as wide as it was when the boundary was found.
-        boundary: Where it ends.
+        model: The network, with the widths for which the boundary was found.
+        boundary: The boundary.
 
     Returns:
-        Identities for the tail, and a new first layer of the head with as many inputs as there are then and as many
-        outputs as before, its weights drawn anew.
+        Identities for the tail, and a re-initialized first layer of the head with the new number of inputs.
 
     Raises:
-        ValueError: If the first layer of the head cannot be described (a subclass, say).
+        ValueError: If the first layer of the head cannot be described by a spec (a subclass, for instance).
     """
     specs = {name: LayerSpec("Identity") for name in boundary.tail}
     for name, inputs in boundary.readers.items():

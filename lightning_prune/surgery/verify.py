@@ -1,4 +1,4 @@
-"""Running a network once, forward and backward, to see whether it works: no trace remains."""
+"""Verification of a network by a forward and backward pass without side effects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from lightning_prune.structure.hooks import computing_hooks, hook_stores_restore
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.tensors import named
 
-__all__ = ["check", "silent", "verify"]
+__all__ = ["check", "hooks_removed", "verify"]
 
 
 def check(run: Callable[[], Any], model: nn.Module) -> bool:
-    """Run the network forward and backward once and leave no trace.
+    """Run the network forward and backward once, without side effects.
 
-    Random states, buffers and gradients are put back. Of the users' hooks those run that take part in what the network
-    computes, and what they store is put back, too. Where no output is differentiable (a ``forward`` that returns
-    classes) only the forward pass is run.
+    Random states, buffers and gradients are restored. Only users' hooks that affect the output run, and what they store
+    is restored too. Without a differentiable output (a ``forward`` that returns classes), only the forward pass is run.
 
     Args:
-        run: A forward pass; what it returns may be nested in lists, tuples, mappings and dataclasses.
-        model: The network it runs.
+        run: Runs a forward pass; its result may be nested in lists, tuples, mappings and dataclasses.
+        model: The network.
 
     Returns:
         Whether all outputs and gradients are finite.
@@ -34,7 +33,7 @@ def check(run: Callable[[], Any], model: nn.Module) -> bool:
     Raises:
         CutError: If one of the passes fails.
     """
-    with _undisturbed(model):
+    with _state_restored(model):
         try:
             outputs = [out for out in _leaves(run()) if out.is_floating_point() or out.is_complex()]
         except Exception as error:
@@ -52,13 +51,12 @@ def check(run: Callable[[], Any], model: nn.Module) -> bool:
 
 
 def verify(change: Change, run: Callable[[], Any], model: nn.Module) -> None:
-    """Run a changed network forward and backward; see :func:`check`.
+    """Verify a changed network; see :func:`check`.
 
-    A network may have infinite values by design, or have diverged before: only what is new speaks against the change.
+    Non-finite values that existed before the change are accepted.
 
     Raises:
-        CutError: If a pass fails, or outputs or gradients are no longer finite and were without the change, which is
-            undone then.
+        CutError: If a pass fails, or outputs or gradients are no longer finite.
     """
     if not check(run, model):
         with change.undone():
@@ -67,7 +65,7 @@ def verify(change: Change, run: Callable[[], Any], model: nn.Module) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _state_restored(model: nn.Module) -> Iterator[None]:
     accelerators = {tensor.device for tensor in named(model).values() if tensor.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in accelerators), "cuda")
     devices = sorted(device.index or 0 for device in accelerators)
@@ -76,7 +74,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices, device_type=kind),
-        silent(model, hooks),
+        hooks_removed(model, hooks),
         hook_stores_restored(hooks.values(), model),
         _contents_kept(model),
     ):
@@ -84,14 +82,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def silent(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
-    """Hooks of modules and parameters taken off, but for those by which PyTorch itself computes (weight_norm ...).
+def hooks_removed(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
+    """Remove hooks of modules and parameters within the context, except PyTorch's own (weight_norm).
 
-    Those that are registered within the context run, and stay.
+    Hooks that are registered within the context stay.
 
     Args:
         model: The network.
-        but: Numbers of other hooks that run.
+        but: Ids of other hooks to keep.
     """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     registers = [getattr(module, kind) for module in model.modules() for kind in kinds]
@@ -112,7 +110,7 @@ def silent(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def _contents_kept(model: nn.Module) -> Iterator[None]:
-    """Gradients and buffers set aside: what happens to them inside does not remain."""
+    """Restore gradients and buffers on exit."""
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     registers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     data = [(buffer, buffer.data) for buffer in model.buffers()]
@@ -137,7 +135,7 @@ def _is_of_torch(hook: object) -> bool:
 
 
 def _leaves(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested outputs."""
+    """All tensors in a nested output."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -364,7 +364,9 @@ def failing(*_: Any, **__: Any) -> Any:
 
 PLACES = {
     **dict.fromkeys(("score_groups", "make_plan", "score_summary"), structured),
-    **dict.fromkeys(("apply", "edits_of", "begun", "verify"), import_module("lightning_prune.surgery.transaction")),
+    **dict.fromkeys(
+        ("apply", "edits_of", "history_or_new", "verify"), import_module("lightning_prune.surgery.transaction")
+    ),
     "same_everywhere": live_transaction,
     **dict.fromkeys(("verify_shapes", "reset_monitors", "log_now"), network_pruning),
 }

@@ -23,7 +23,7 @@ from lightning_prune.surgery.history import (
     save_into,
 )
 from lightning_prune.surgery.masks import attach_masks, masks_of
-from lightning_prune.surgery.restore import conform, load_from, replay
+from lightning_prune.surgery.restore import load_from, match_checkpoint_shapes, replay
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import named
 
@@ -218,7 +218,7 @@ class TestReplay:
         history = History.from_plain(checkpoint[KEY])
         replay(twin, history)
         assert torch.equal(twin(net.example()), model(net.example()))
-        conform(conformed, checkpoint["state_dict"], history)
+        match_checkpoint_shapes(conformed, checkpoint["state_dict"], history)
         assert [t.shape for t in named(twin).values()] == [t.shape for t in named(conformed).values()]
         assert history_of(twin).shapes_now == {name: tuple(named(model)[name].shape) for name in history.shapes}
 

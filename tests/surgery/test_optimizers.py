@@ -9,7 +9,7 @@ from torch import nn, optim
 from lightning_prune.surgery.edits import Keep
 from lightning_prune.surgery.history import History, attach
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, UnsliceableStateError, migrate, refuse, unwrap
-from lightning_prune.surgery.restore import conform
+from lightning_prune.surgery.restore import match_checkpoint_shapes
 from lightning_prune.surgery.shrink import cut, mask
 from lightning_prune.surgery.tensors import take
 from tests.support.surgery import cut_and_check
@@ -240,7 +240,7 @@ def test_a_saved_optimizer_goes_on_with_a_fresh_narrow_network(zoo, kind, option
     net.step(model, optimizer, 1)
 
     fresh = net.model(seed=5)
-    conform(fresh, model.state_dict(), history)
+    match_checkpoint_shapes(fresh, model.state_dict(), history)
     fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     resumed = _build(kind, options, fresh.parameters())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -306,7 +306,7 @@ def test_state_that_cannot_be_sliced_is_rebuilt_with_a_warning(zoo, photograph, 
     before = photograph(model, [optimizer])
     axes = {"0.weight": {0: np.arange(3)}, "0.bias": {0: np.arange(3)}, "2.weight": {1: np.arange(3)}}
     with pytest.warns(
-        UserWarning, match=r"Flat starts anew for [02].weight: its state .* `flat` has shape \(4[08],\)"
+        UserWarning, match=r"Flat starts with an empty state for [02].weight: its state .* `flat` has shape \(4[08],\)"
     ) as seen:
         change = cut(model, axes, [optimizer])
     assert len(seen) == 2  # a flat bias is a bias
@@ -327,7 +327,7 @@ def test_a_warning_that_is_an_error_changes_nothing(zoo, photograph, same):
     optimizer = Flat(model.parameters(), lr=0.1)
     net.step(model, optimizer)
     before = photograph(model, [optimizer])
-    with pytest.raises(UserWarning, match="starts anew"):
+    with pytest.raises(UserWarning, match="starts with an empty state"):
         cut(model, net.axes(model), [optimizer])
     assert same(photograph(model, [optimizer]), before)
 

@@ -22,9 +22,9 @@ from lightning_prune.surgery import (
     HistoryError,
     LayerSpec,
     attach,
-    conform,
     history_of,
     load_from,
+    match_checkpoint_shapes,
     original_of,
     replay,
     save_into,
@@ -640,7 +640,7 @@ def test_masks_of_what_is_replaced_go() -> None:
     assert masks_of(model).keys() == {n for n, _ in model.named_parameters() if not n.startswith("11.")}
     assert all(mask.shape == model.get_parameter(name).shape for name, mask in masks_of(model).items())
     attach(model, None)
-    conform(model, {}, None)
+    match_checkpoint_shapes(model, {}, None)
     assert np.all([mask.any().item() is False for mask in masks_of(model).values()])
 
 

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report, require
-from lightning_prune.surgery import Edit, History, conform, history_of
+from lightning_prune.surgery import Edit, History, history_of, match_checkpoint_shapes
 
 __all__ = ["Rollback", "Verdict", "go_back", "snapshot"]
 
@@ -217,7 +217,7 @@ def go_back(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> 
     for parameter in module.parameters():
         parameter.grad = None
     for network, weights in zip((module, *copies), (kept["weights"], *kept.get("averages", ())), strict=True):
-        conform(network, weights, history)
+        match_checkpoint_shapes(network, weights, history)
         network.load_state_dict(weights)
     count_from(trainer, kept.get("counts", counts(trainer)))  # not in checkpoints of earlier versions
     parameters = dict(module.named_parameters())

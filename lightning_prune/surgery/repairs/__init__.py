@@ -1,4 +1,4 @@
-"""Changing the layers that stay, right after a cut: by statistics, by least squares, or by starting over."""
+"""Repairs, which change the remaining layers after a cut."""
 
 from lightning_prune.surgery.repairs.batch_norms import ReestimateBatchNorm
 from lightning_prune.surgery.repairs.repair import Repair, install, repaired

@@ -1,9 +1,8 @@
-"""Running statistics of batch norms, taken from the network after the cut."""
+"""Re-estimation of batch norm statistics after a cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_prune.structure.tracing.contexts import buffers_restored
 from lightning_prune.surgery.repairs.linear import double
 from lightning_prune.surgery.repairs.repair import Repair, Run, require_positive
 from lightning_prune.surgery.tensors import canonical
@@ -24,12 +24,11 @@ __all__ = ["ReestimateBatchNorm", "batch_norms"]
 class ReestimateBatchNorm(Repair):
     """Re-estimates the running mean and variance of every batch norm on the network after the cut.
 
-    The mean over batches of their means and unbiased variances, in the mode the network trains in (dropout is active).
-    Batch norms in eval mode (frozen) and those without running statistics stay as they are, and so do all other
-    buffers.
+    Statistics are averages over batches of means and unbiased variances, in train mode (with dropout). Batch norms in
+    eval mode (frozen), those without running statistics and all other buffers are not changed.
 
     Args:
-        batches: Batches of training data.
+        batches: Number of batches of training data.
     """
 
     batches: int = 32
@@ -50,7 +49,7 @@ class ReestimateBatchNorm(Repair):
             seen = torch.stack([values.mean(1), values.var(1), torch.ones_like(values[:, 0])])
             sums[name] = [sums[name][0] + seen] if sums[name] else [seen]
 
-        with _buffers_restored(model), ExitStack() as hooks:
+        with buffers_restored(model.buffers()), ExitStack() as hooks:
             for name, norm in norms.items():
                 hooks.callback(norm.register_forward_pre_hook(partial(see, name)).remove)
             run(model, self.batches)
@@ -63,20 +62,9 @@ class ReestimateBatchNorm(Repair):
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Batch norms whose running statistics follow the training, by name."""
+    """Batch norms in train mode with running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
     }
-
-
-@contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Buffers are as before afterwards."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, content in saved:
-            buffer.copy_(content)

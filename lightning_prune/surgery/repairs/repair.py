@@ -1,6 +1,6 @@
-"""What a repair is: new contents for the layers that stay, computed on copies of the network from a few batches.
+"""Base class of repairs, which compute new contents for the remaining layers on copies of the network.
 
-The live network only takes them over. All sums are in float64.
+Sums are computed in float64.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lightning_prune.surgery.tensors import named, take
 
 __all__ = ["Repair", "Run", "install", "repaired", "require_positive"]
 
-#: Runs the first n batches of some data, always the same, through a network.
+#: Runs the first n batches of the data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
 
 
 class Repair(Settings, ABC):
-    """What is changed in the layers that stay, right after a cut.
+    """Base class of repairs.
 
     Attributes:
-        batches: Batches of training data that are looked at.
-        restarts: Whether training starts anew from the new contents, so that the optimizer's state is cleared.
+        batches: Number of batches of training data.
+        restarts: Whether training restarts from the new contents, so that the optimizer state is cleared.
     """
 
     batches: int
@@ -40,15 +40,15 @@ class Repair(Settings, ABC):
 
     @property
     def info(self) -> Mapping[str, float]:
-        """Plain numbers that the history of the cut is to remember."""
+        """Additional numbers for the history."""
         return {}
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
-        """New contents by name of parameter or buffer, in the shapes before the cut, from the network before it.
+        """New contents by name, in the shapes before the cut, computed from the network before it.
 
         Args:
             model: A copy of the network in eval mode.
-            axes: What the cut keeps; of the inputs of a layer that becomes a constant, none.
+            axes: Positions that the cut keeps; for a layer that becomes constant, no inputs.
             run: Runs batches through the network.
         """
         return {}
@@ -60,18 +60,18 @@ class Repair(Settings, ABC):
         axes: Axes,  # noqa: ARG002
         data: DataPass,  # noqa: ARG002
     ) -> dict[str, Tensor]:
-        """New contents from the networks before and after the cut side by side.
+        """New contents, computed from the networks before and after the cut.
 
         Args:
             dense: A copy of the network before the cut.
-            narrow: One after it, which may be changed: what it holds then is set from the contents.
-            axes: What the cut keeps.
+            narrow: A copy of the network after it, which may be modified.
+            axes: Positions that the cut keeps.
             data: Batches for both.
         """
         return {}
 
     def after(self, model: nn.Module, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
-        """New contents from the network after the cut (a copy, in the mode it trains in)."""
+        """New contents, computed from a copy of the network after the cut, in its training mode."""
         return {}
 
 
@@ -82,18 +82,18 @@ def repaired(
     data: DataPass | None,
     drops: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """What parameters and buffers hold after a cut and its repairs, by name, where the repairs change them.
+    """Contents of parameters and buffers that repairs change, by name, in the shapes after the cut.
 
     Args:
-        copied: Gives a copy of the network before the cut, in the modes it trains in.
-        axes: What is kept.
-        repairs: In the order in which they happen; where two write the same tensor, the later one counts.
-        data: Batches that are run through the copies; None if no repair reads any.
-        drops: Layers that the cut takes out whole (``structure.drops(kept)``).
+        copied: Returns a copy of the network before the cut, in its training mode.
+        axes: Positions that the cut keeps.
+        repairs: Repairs in order; a later one overrides earlier ones.
+        data: Batches for the repairs; None if no repair needs any.
+        drops: Layers that the cut removes (``structure.drops(kept)``).
 
     Raises:
         CutError: If a content is not finite.
-        ValueError: If a repair reads batches, and there are none.
+        ValueError: If a repair needs batches, and there are none.
     """
     drops, model = drops or {}, copied()
     compares = [type(repair).between is not Repair.between for repair in repairs]
@@ -135,7 +135,7 @@ def _required(data: DataPass | None, repairs: Sequence[Repair]) -> DataPass:
 
 
 def install(change: Change, model: nn.Module, contents: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers of a network other contents of the same shapes, as part of a ``change``."""
+    """Set the contents of parameters and buffers of a network, as part of a ``change``."""
     present = named(model)
     for name, content in contents.items():
         tensor = present[name]
@@ -151,7 +151,7 @@ def _copy_into(model: nn.Module, contents: Mapping[str, Tensor]) -> None:
 
 
 def require_positive(repair: Any) -> None:
-    """Every setting is above 0."""
+    """Check that every setting is above 0."""
     for name in repair.__dataclass_fields__:
         if getattr(repair, name) <= 0:
             raise ValueError(

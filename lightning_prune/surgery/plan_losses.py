@@ -1,4 +1,4 @@
-"""Which of several plans for one cut harms least."""
+"""Losses of a network under several plans."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["losses_of_plans"]
 
 
 def losses_of_plans(copy: nn.Module, structure: Structure, plans: Iterable[Plan], data: DataPass) -> Tensor:
-    """Run a network as each plan would leave it, in eval mode and without any repair.
+    """Evaluate a network cut by each plan, in eval mode and without repairs.
 
     Args:
-        copy: The network, or a copy of it where the loss is that of a training step; left as it is.
-        structure: What it consists of.
-        plans: What to keep.
-        data: The samples, with a loss that is a mean over the samples of a batch.
+        copy: The network, or a copy if the loss is that of a training step; not changed.
+        structure: Structure of the network.
+        plans: The plans.
+        data: The samples, with a loss that is a mean over the batch.
 
     Returns:
-        For each plan the loss summed over samples, shape ``(plans,)``, float64; infinite where it is no number.
+        Loss of each plan summed over samples, shape ``(plans,)``, float64; infinity for NaN.
 
     Raises:
-        ValueError: If the data has no loss, or it is no scalar.
+        ValueError: If the data has no loss, or it is not a scalar.
     """
     sums: list[float] = []
     for plan in plans:
