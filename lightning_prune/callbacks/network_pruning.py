@@ -25,7 +25,7 @@ from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import all_or_none, from_first, made_on_first
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.showing import Showing, log_now, log_scores
+from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
@@ -370,8 +370,7 @@ class NetworkPruning(ScheduledPruning):
         if self.reset_monitors:
             reset_monitors(trainer)
         seconds = {f"{self.session.writer(self, trainer).name}/seconds": self.report.cuts[-1].seconds}
-        log_now(trainer, {**self.report.metrics(), **decision.numbers, **seconds})
-        log_scores(trainer, decision.scores)
+        log_now(trainer, {**self.report.metrics(), **decision.numbers, **seconds}, decision.scores)
 
     def _apply(
         self, trainer: Trainer, module: LightningModule, decision: Decision, point: CutPoint, began: float

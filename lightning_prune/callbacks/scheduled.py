@@ -19,9 +19,10 @@ from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
 from lightning_prune.callbacks.session import CutMade, Participant, Session
-from lightning_prune.callbacks.showing import Pace, Showing, log_now, wandb_run
+from lightning_prune.callbacks.showing import Pace, Showing, log_now
 from lightning_prune.callbacks.spawned import hand_back, patch_spawn_launcher
 from lightning_prune.callbacks.surroundings import refuse_surroundings
+from lightning_prune.callbacks.wandb_run import wandb_run
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
 from lightning_prune.structure import Size

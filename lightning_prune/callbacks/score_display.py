@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_prune.callbacks.layer_scores import Scored
+from lightning_prune.callbacks.showing import step_of
+from lightning_prune.callbacks.wandb_run import log_media
 from lightning_prune.planning import dividing_threshold, widths_at
 from lightning_prune.reporting import (
     LayerScores,
@@ -25,6 +27,7 @@ from lightning_prune.reporting import (
     threshold_figure,
 )
 from lightning_prune.reporting.grid import console_for
+from lightning_prune.reporting.numeric import Table, of_dataclasses
 from lightning_prune.scoring.xgb import LayerScore, unit_axes
 from lightning_prune.structure import Structure
 from lightning_prune.structure.graph import Group
@@ -179,19 +182,19 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
         console.print(f"Scores: {folder}", soft_wrap=True)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            _to_wandb(logger, table, pictures)
+            log_media(logger, "pruning", _tables(table), pictures, step_of(trainer))
 
 
-def _to_wandb(logger: WandbLogger, table: LayerScores, pictures: Iterable[Path]) -> None:
-    """Every picture, the tables of the page, and the numbers behind the histograms."""
-    for path in pictures:
-        logger.log_image(f"pruning/{path.stem}", [str(path)])
-    for grid in table.grids():
-        logger.log_table(
-            f"pruning/scored/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows]
-        )
-    columns = ["layer", "channel", "importance I", "Λ = ln(I + 1e-16)", "decided"]
-    logger.log_table("pruning/scored/Channels", columns=columns, data=[list(row) for row in table.channels()])
+def _tables(table: LayerScores) -> dict[str, Table]:
+    """The numbers behind the page and its histograms."""
+    channels = Table(("layer", "channel", "importance", "log importance", "decided"), list(table.channels()))
+    found = {
+        "layers": of_dataclasses(table.rows),
+        "depths": of_dataclasses(table.depths),
+        "thresholds": of_dataclasses(table.sizes),
+        "channels": channels,
+    }
+    return {name: rows for name, rows in found.items() if rows.rows}
 
 
 def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list[Path]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
@@ -16,82 +16,64 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks.wandb_run import log_checkpoints, log_report
 from lightning_prune.extras import require
-from lightning_prune.reporting import Report, latencies, layer_parameters, size_on_disk, timed
+from lightning_prune.reporting import Report, Scores, latencies, layer_parameters, size_on_disk, timed
 from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Size, TracedModel
 
-__all__ = ["Pace", "Showing", "log_now", "log_scores", "score_summary", "wandb_run"]
+__all__ = ["Pace", "Showing", "log_now", "split_halves", "step_of"]
 
 
-def log_now(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+def log_now(trainer: Trainer, numbers: Mapping[str, float], scores: Mapping[str, Tensor] | None = None) -> None:
     """Send numbers to every logger at once, on the step axis of Lightning's own curves, and to other callbacks.
 
     ``self.log`` would drop what falls between two steps of ``log_every_n_steps``; cuts must not be lost.
-    """
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(numbers), step=_step(trainer))
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
-
-
-def log_scores(trainer: Trainer, scores: Mapping[str, Tensor]) -> None:
-    """Send a histogram of every group's scores to W&B and TensorBoard, which can draw it."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            Histogram = require("wandb", extra="wandb").Histogram  # noqa: N806
-            drawn = {f"pruning/scores/{name}": Histogram(values.numpy()) for name, values in scores.items()}
-            logger.log_metrics(drawn, step=_step(trainer))
-        elif isinstance(logger, TensorBoardLogger):
-            for name, values in scores.items():
-                logger.experiment.add_histogram(f"pruning/scores/{name}", values, _step(trainer))
-
-
-def wandb_run(trainer: Trainer, before: str | None) -> str | None:
-    """Id of the W&B run that the curves go to.
-
-    W&B begins its run before any callback sees the checkpoint, so that all there is to do about another one is to
-    say so.
 
     Args:
         trainer: The run.
-        before: The W&B run of the checkpoint that is resumed, if any.
-
-    Returns:
-        The id; without a W&B logger the one from before, so that a later resume still knows it.
+        numbers: What to log.
+        scores: Scores of the units by group: histograms for W&B and TensorBoard, quantiles for other loggers.
     """
-    now = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
-    if now is not None and before is not None and now != before:
-        rank_zero_info(
-            f"The curves of this checkpoint are in the W&B run '{before}', these go to another, '{now}'. To continue "
-            f"the former, give `WandbLogger(id='{before}')`."
-        )
-    return before if now is None else str(now)
+    scores, step = scores or {}, step_of(trainer)
+    for logger in trainer.loggers:
+        logger.log_metrics({**numbers, **_shown_scores(logger, scores)}, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            for name, values in scores.items():
+                logger.experiment.add_histogram(f"pruning/scores/{name}", values, step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
 
 
-def _step(trainer: Trainer) -> int:
+def _shown_scores(logger: Logger, scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    if isinstance(logger, TensorBoardLogger) or not scores:
+        return {}
+    if isinstance(logger, WandbLogger):
+        Histogram = require("wandb", extra="wandb").Histogram  # noqa: N806
+        return {f"pruning/scores/{name}": Histogram(values.numpy()) for name, values in scores.items()}
+    quantiles = {name: asdict(Scores.of(values)) for name, values in scores.items()}
+    return {
+        f"pruning/scores/{name}/{label}": value
+        for name, found in quantiles.items()
+        for label, value in found.items()
+        if value is not None
+    }
+
+
+def step_of(trainer: Trainer) -> int:
     """Where Lightning's own curves are."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def score_summary(scores: Mapping[str, Tensor], statistic: Statistic | None) -> dict[str, float]:
-    """Quantiles of the scores of every group and the agreement of two halves of the batches, for loggers."""
-    numbers: dict[str, float] = {}
-    for name, values in scores.items():
-        quantiles = torch.quantile(values, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=values.dtype)).tolist()
-        for label, value in zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True):
-            numbers[f"pruning/score/{name}/{label}"] = value
-        if statistic is not None:
-            agreement = statistic.split_half(name)
-            if not math.isnan(agreement):
-                numbers[f"pruning/split_half/{name}"] = agreement
-    return numbers
+def split_halves(names: Iterable[str], statistic: Statistic | None) -> dict[str, float]:
+    """How far two halves of the batches agree on the scores of each group, for loggers."""
+    found = {} if statistic is None else {f"pruning/split_half/{name}": statistic.split_half(name) for name in names}
+    return {name: agreement for name, agreement in found.items() if not math.isnan(agreement)}
 
 
 @dataclass
@@ -236,7 +218,9 @@ class Showing:
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 pictures = [folder / f"{picture.name}.png" for picture in beside.pictures]
-                _to_wandb(logger, self.name, self.report, numbers, pictures)
+                log_report(logger, self.name, self.report, pictures, step_of(self.trainer))
+                if logger._log_model:
+                    log_checkpoints(logger, self.trainer, self.report)
 
     def _pages(self) -> tuple[Page, Page]:
         try:
@@ -267,17 +251,3 @@ def _is_of(runs: Sequence[str], folder: Path) -> bool:
         return json.loads(file.read_text(encoding="utf-8"))["config"]["run"] in runs
     except (ValueError, KeyError, TypeError):
         return False  # somebody else's file of that name
-
-
-def _to_wandb(
-    logger: WandbLogger, name: str, report: Report, numbers: Mapping[str, float], pictures: Sequence[Path]
-) -> None:
-    """The recipe and final widths in the run's config, the results in its summary, the pictures and the tables."""
-    run: Any = logger.experiment
-    run.config.update({name: {**report.to_plain()["config"], "final_widths": report.widths}}, allow_val_change=True)
-    run.summary.update(numbers)
-    for grid in report.grids():
-        if grid.title:
-            logger.log_table(f"{name}/{grid.title}", columns=list(grid.columns), data=[list(row) for row in grid.rows])
-    for path in pictures:
-        logger.log_image(f"{name}/{path.stem}", [str(path)])

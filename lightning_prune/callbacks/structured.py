@@ -24,7 +24,7 @@ from lightning_prune.callbacks.processes import (
 )
 from lightning_prune.callbacks.scheduled import instance_of, note_what_stays
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.showing import score_summary
+from lightning_prune.callbacks.showing import split_halves
 from lightning_prune.callbacks.telling import telling
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
@@ -368,7 +368,7 @@ class StructuredPruning(NetworkPruning):
                 self._selected = self._observable(statistic.unobservable(module), self._selected)
             groups = [structure.group(name) for name in self._selected]
             scores = score_groups(self.criterion, groups, tensors, statistic)
-            numbers = score_summary(scores, statistic)
+            numbers = split_halves(scores, statistic)
             bundles = bundles_of(self.criterion, groups, statistic)
         plans = [
             make_plan(structure, scores, self._resolved, point.share, scope, self._original, bundles)

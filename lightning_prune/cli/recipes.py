@@ -56,6 +56,12 @@ def study(name: str) -> Path:
     return _named(name, "study", {file.stem: file for file in sorted((folder() / "studies").glob("*.yaml"))})
 
 
+def _experiment(name: str) -> Path:
+    """A file to read or to copy: a recipe, or what makes several runs of one, such as ``sweeps/digits``."""
+    several = {f"{file.parent.name}/{file.stem}": file for file in sorted(folder().glob("*/*.yaml"))}
+    return _named(name, "recipe", {**recipes(), **several})
+
+
 def _named(name: str, kind: str, known: Mapping[str, Path]) -> Path:
     found = known.get(name.removesuffix(".yaml"))
     if found is None:
@@ -83,7 +89,7 @@ def copy(name: str, destination: Path) -> Path:
         FileNotFoundError: If there is no such recipe.
         FileExistsError: If the new file exists; it is left as it is.
     """
-    source = path(name)
+    source = _experiment(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
         raise FileExistsError(f"expected a new file, got {target}, which exists. Give another name or remove it.")
@@ -121,13 +127,13 @@ def main(words: Sequence[str]) -> None:
     show = verbs.add_parser("show", help="print a recipe")
     take = verbs.add_parser("copy", help="copy a recipe to edit it")
     for verb in (show, take):
-        verb.add_argument("name", help="name of the recipe")
+        verb.add_argument("name", help="name of the recipe, or studies/NAME or sweeps/NAME")
     take.add_argument("destination", nargs="?", default=".", type=Path, help="folder or new file (default: here)")
     given = parser.parse_args(words)
     if given.verb in (None, "list"):
         _print_list()
     elif given.verb == "show":
-        sys.stdout.write(path(given.name).read_text(encoding="utf-8"))
+        sys.stdout.write(_experiment(given.name).read_text(encoding="utf-8"))
     else:
         sys.stdout.write(f"{copy(given.name, given.destination)}\n")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
 import lightning_prune.scoring.criteria
+from lightning_prune.callbacks.scheduled import ScheduledPruning
+from lightning_prune.callbacks.wandb_run import log_checkpoints
 from lightning_prune.cli import runs
 from lightning_prune.cli.bar import SizeProgressBar
 from lightning_prune.cli.checkpoints import BestCheckpoint, with_checkpoints
@@ -109,9 +112,10 @@ class RunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         runs.set_aside(folder / runs.CONFIG)
         self.parser.save(self.config, folder / runs.CONFIG, skip_none=False, multifile=False)
+        settings = _settings(self.config.as_dict())
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # it would write the same file again
-                logger.log_hyperparams({"config": self.config.as_dict()})
+                logger.log_hyperparams(settings)
         curves = _wandb_logger(trainer.loggers)
         if curves is not None:
             (folder / runs.WANDB).write_text(str(curves.version), encoding="utf-8")
@@ -193,13 +197,14 @@ class PruningCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self.config[self.subcommand].trainer
+        whole = self.config[self.subcommand]
+        config = whole.trainer
         leaves_nothing = self.subcommand == "inspect" or config.fast_dev_run
         folder = None if leaves_nothing else self._folder()
         if folder:
             kwargs["default_root_dir"] = str(folder)
         if config.logger in (None, True):
-            kwargs["logger"] = _loggers(folder) if folder and self.subcommand != "score" else False
+            kwargs["logger"] = _loggers(folder, _tags(whole)) if folder and self.subcommand != "score" else False
         if self.subcommand != "inspect":
             built = self._get(self.config_init, "trainer"), self._get(self.config_init, "checkpoint")
             kwargs["callbacks"] = with_checkpoints(*built)
@@ -213,6 +218,9 @@ class PruningCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
+        for part in (self.model, self.datamodule):
+            if part is not None:  # how the command line has made it is no hyperparameter
+                vars(part).get("_hparams_initial", {}).pop("_instantiator", None)
         if isinstance(self.datamodule, ImageData):
             # Good advice for others; ours are tensors in memory.
             warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
@@ -229,6 +237,16 @@ class PruningCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 rank_zero_only(runs.set_aside)(Path(logger.log_dir) / "metrics.csv")
+
+    def after_fit(self) -> None:
+        """Gives W&B the last and the best checkpoint, where the curves go by default."""
+        curves = _wandb_logger(self.trainer.loggers)
+        if self.config.fit.trainer.logger not in (None, True) or curves is None or not self.trainer.is_global_zero:
+            return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        pruning = next((one for one in callbacks if isinstance(one, ScheduledPruning)), None)
+        if pruning is not None:
+            log_checkpoints(curves, self.trainer, pruning.report)
 
     def predict(self, **kwargs: Any) -> None:
         """Writes what the network says of the data into the run's folder, and where."""
@@ -338,19 +356,39 @@ def _without_advertisements() -> Iterator[None]:
         source.removeFilter(useful)
 
 
-def _loggers(folder: Path) -> list[Logger]:
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was made with: without names of files, what is nothing, and what the Trainer does anyway."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: told(item) for key, item in value.items() if item is not None}
+        return [told(item) for item in value] if isinstance(value, list) else value
+
+    usual = {name: argument.default for name, argument in signature(Trainer).parameters.items()}
+    trainer = {key: value for key, value in config["trainer"].items() if value != usual.get(key)}
+    settings = {**config, "trainer": trainer, "config": None}
+    return {key: told(value) for key, value in settings.items() if value is not None and told(value) != {}}
+
+
+def _tags(config: Any) -> list[str]:
+    """Network, data and callbacks of a run, by the names of their classes."""
+    callbacks = config.trainer.callbacks or []
+    parts = [config.get("model"), config.get("data"), *(callbacks if isinstance(callbacks, list) else [callbacks])]
+    return [part.class_path.rpartition(".")[2] for part in parts if part is not None and "class_path" in part]
+
+
+def _loggers(folder: Path, tags: list[str]) -> list[Logger]:
     # A logger's log folder is save_dir/name/version, and Lightning puts checkpoints there.
     loggers: list[Logger] = [CSVLogger(folder.parent, name="", version=folder.name)]
     if find_spec("wandb"):
         project = os.environ.get("WANDB_PROJECT", "lightning-prune")
-        mode = os.environ.get("WANDB_MODE", "offline")
+        # Runs of a sweep's agent are online unless the user says otherwise.
+        mode = os.environ.get("WANDB_MODE", None if "WANDB_SWEEP_ID" in os.environ else "offline")
         name = f"{folder.parent.name}/{folder.name}"
         # Quiet: it says where the run is, and leaves the summary to the report.
-        settings = {"quiet": True}
+        names: dict[str, Any] = {"name": name, "group": folder.parent.name, "tags": tags, "settings": {"quiet": True}}
         # Absolute: W&B writes from a process of its own, which may have begun in another working folder.
-        loggers.append(
-            WandbLogger(name=name, save_dir=folder.absolute(), project=project, mode=mode, settings=settings)
-        )
+        loggers.append(WandbLogger(save_dir=folder.absolute(), project=project, mode=mode, **names))
     return loggers
 
 

@@ -305,6 +305,30 @@ class Record:
             if metric is not None and not math.isnan(metric)
         ]
 
+    def summary(self) -> dict[str, float]:
+        """What the run came to: `metrics`, shares that are left in [0, 1], and the main metric of each network."""
+        numbers, size, name = self.metrics(), self.size, self.main_metric
+        if self.dense is not None and size is not None:
+            shares = {"params": (size.params, self.dense.params), "macs": (size.macs, self.dense.macs)}
+            numbers |= {f"pruning/{what}_left": now / whole for what, (now, whole) in shares.items() if whole}
+        before, best, last = self.outcome
+        if name is not None:
+            found = {name: last, f"pruning/{name}_best": best}
+            found |= {f"pruning/{name}_dense": before} if self.start is None else {}
+            numbers |= {key: value for key, value in found.items() if value is not None}
+        return numbers
+
+    def at_step(self, step: int) -> dict[str, Any]:
+        """The network after so many optimizer steps: its size, and the main metric as it was measured then."""
+        made = [cut for cut in self.cuts if cut.step < step]
+        size = made[-1].size if made else self.start or self.dense
+        if size is None:
+            return {"step": step}
+        what = "params" if self.what == "units" else "nonzero_weights"
+        known = {"step": step, what: size.params, "macs": size.macs, "cuts": self.earlier + len(made)}
+        measured = [value for at, value in self.values(self.main_metric or "") if at <= step]
+        return known | ({str(self.main_metric): measured[-1]} if measured else {})
+
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end.
 
@@ -328,9 +352,10 @@ class Record:
         if size.backbone is not None:
             numbers["pruning/backbone_params"] = size.backbone
         if size.memory is not None:
-            numbers["pruning/memory"] = size.memory
+            numbers["pruning/memory_bytes"] = size.memory
         if size.table_latency is not None:
             numbers["pruning/latency_ms"] = size.table_latency
-        if size.bytes is not None:
-            numbers["pruning/bytes"] = size.bytes
-        return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in size.latency.items()}
+        if size is self.final and size.bytes is not None:
+            numbers["pruning/disk_bytes"] = size.bytes
+        timed = size.latency if size is self.final else {}
+        return numbers | {f"pruning/latency_ms/batch_{batch}": ms for batch, ms in timed.items()}

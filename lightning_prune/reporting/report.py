@@ -89,8 +89,8 @@ class Report(Record):
         return report
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything, and `metrics` as ``summary``; what is not a number becomes null."""
-        content = _without_nan({**self.to_plain(), "summary": plain(self.metrics())})
+        """Write everything, and `summary`; what is not a number becomes null."""
+        content = _without_nan({**self.to_plain(), "summary": plain(self.summary())})
         Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     # showing

@@ -26,7 +26,7 @@ from lightning_prune import (
     SaveEachSize,
     StructuredPruning,
 )
-from lightning_prune.callbacks import showing
+from lightning_prune.callbacks import showing, wandb_run
 from lightning_prune.callbacks.showing import Pace
 from lightning_prune.reporting import Timing
 from tests.callbacks.networks import BATCHES, Curves, fit, make
@@ -48,10 +48,11 @@ def test_curves_reach_every_logger(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in cuts] == [BATCHES, 3 * BATCHES]
     assert [float(row["pruning/width/first"]) for row in cuts] == [9, 6]
     assert [float(row["pruning/width/second"]) for row in cuts] == [6, 4]
-    for name in ("params", "macs", "memory", "ratio", "score/first/median", "score/second/max", "split_half/first"):
+    scores = ("scores/first/median", "scores/second/max", "split_half/first")
+    for name in ("params", "macs", "memory_bytes", "ratio", *scores):
         assert all(row[f"pruning/{name}"] for row in cuts), name
     assert float(cuts[-1]["pruning/ratio"]) == 0.5
-    assert float(cuts[0]["pruning/score/first/min"]) < float(cuts[0]["pruning/score/first/max"])
+    assert float(cuts[0]["pruning/scores/first/min"]) < float(cuts[0]["pruning/scores/first/max"])
     assert len(curves.of("pruning/overhead")) >= 3
     assert all(share >= 0 for share in curves.of("pruning/overhead"))
     # One row at every epoch's end, so that the curve of the size has no holes.
@@ -206,15 +207,26 @@ def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeyp
         named = re.compile(rf"{kind}/(graph_1)?first\.weight\.values")
         seen = [sum(value) for row in before + after for name, value in row.items() if named.fullmatch(name)]
         assert (seen[0], seen[-1], sorted(seen, reverse=True)) == (12 * 6, 6 * 6, seen), kind
-    assert wandb_files.config(second)["pruning"]["final_widths"] == {"first": 6, "second": 4}
-    assert wandb_files.summary(second)["pruning/ratio"] == 0.5
-    for table in ("What was won and lost", "Cuts", "Widths"):
+    settings, results = wandb_files.config(second)["pruning"], wandb_files.summary(second)
+    assert settings["schedule"].items() >= {"class": "LinearSchedule", "start": 1, "end": 3, "cuts": 2}.items()
+    assert settings["criterion"]["every_n_batches"] == 2
+    assert settings["extensions"] == [{"class": "SaveEachSize"}]
+    assert settings.keys().isdisjoint({"run", "wandb"})
+    assert (results["pruning/ratio"], results["pruning/width/first"]) == (0.5, 6)
+    assert 0 < results["pruning/macs_left"] < results["pruning/params_left"] < 1
+    assert results.keys() >= {"val_loss", "pruning/val_loss_dense", "pruning/val_loss_best"}
+    tables = ("tables/summary", "tables/cuts", "tables/widths", "metric_against_size_table")
+    for table in tables:
         file = next(row[f"pruning/{table}.path"] for row in after if f"pruning/{table}.path" in row)
-        assert json.loads((second / "files" / file).read_text())["data"], table
+        rows = json.loads((second / "files" / file).read_text())["data"]
+        assert all(isinstance(cell, int | float | None) for row in rows for cell in row[1:]), table
+        assert rows
+    assert wandb_files.charts(second) == {"pruning/metric_against_size"}
     for name in ("report", "sizes"):
-        key = f"pruning/{name}.filenames"
-        (picture,) = next(row[key] for row in after if key in row)
+        key = f"pruning/pictures/{name}.path"
+        picture = next(row[key] for row in after if key in row)
         assert (second / "files" / picture).stat().st_size > 10_000
+    assert all("trainer/global_step" in row for row in before + after)
 
 
 def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
@@ -225,9 +237,10 @@ def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
     (segment,) = wandb_files.segments(tmp_path)
     config, rows = wandb_files.config(segment), wandb_files.rows(segment)
     assert config["pruning"]["sparsity"] == 0.5
-    assert config["pruning-2"]["final_widths"] == {"first": 6, "second": 4}
-    for name in ("pruning/Weights by layer", "pruning-2/Widths", "pruning/Cuts", "pruning-2/Sizes"):
+    assert config["pruning-2"]["target"] == {"quantity": "units", "remaining": 0.5}
+    for name in ("pruning/tables/widths", "pruning-2/tables/widths", "pruning/tables/cuts", "pruning-2/tables/cuts"):
         assert any(f"{name}.path" in row for row in rows), name
+    assert len(wandb_files.sections(segment)) <= 12
     assert len(curves.of("pruning/overhead")) == len(curves.of("pruning-2/overhead")) == 5
     assert (len(curves.of("pruning/seconds")), len(curves.of("pruning-2/seconds"))) == (1, 2)
     for pruner in (masks, cuts):
@@ -242,11 +255,11 @@ def test_two_callbacks_are_both_seen(wandb: Any, tmp_path: Path) -> None:
 
 def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(showing, "rank_zero_info", said.append)
+    monkeypatch.setattr(wandb_run, "rank_zero_info", said.append)
 
     def before(name: str | None, known: str | None) -> str | None:
         loggers = [CSVLogger(tmp_path), WandbLogger(save_dir=tmp_path, id=name)] if name else [CSVLogger(tmp_path)]
-        return showing.wandb_run(SimpleNamespace(loggers=loggers), known)  # type: ignore[arg-type]
+        return wandb_run.wandb_run(SimpleNamespace(loggers=loggers), known)  # type: ignore[arg-type]
 
     assert [before(None, None), before("a", None), before("a", "a"), before(None, "a")] == [None, "a", "a", "a"]
     assert said == []
@@ -263,6 +276,21 @@ def test_tensorboard_has_the_scores(tmp_path: Path) -> None:
     curves.Reload()
     drawn = curves.Histograms("pruning/scores/first")
     assert [(event.step, event.histogram_value.num) for event in drawn] == [(BATCHES, 12), (3 * BATCHES, 9)]
+
+
+@pytest.mark.parametrize(
+    ("written", "nested"),
+    [
+        (repr(LinearSchedule(start=1, end=3, cuts=2)), {"class": "LinearSchedule", "start": 1, "end": 3, "cuts": 2}),
+        ("Outer(inner=Inner(x=-1), rows=(1, 'b'))", {"inner": {"class": "Inner", "x": -1}, "rows": [1, "b"]}),
+        ("local", "local"),
+        ("<lambda> at 0x7f>", "<lambda> at 0x7f>"),
+        ({"a": ["AtStart()", 1, None]}, {"a": [{"class": "AtStart"}, 1, None]}),
+    ],
+)  # fmt: skip
+def test_settings_are_nested_values(written: Any, nested: Any) -> None:
+    found = wandb_run.nested(written)
+    assert found == nested or found.items() >= nested.items()
 
 
 def test_overhead_is_the_share_of_observed_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -560,13 +560,13 @@ def test_wandb_gets_pictures_and_their_numbers(measured: None, tmp_path: Path) -
     (segment,) = wandb_files.segments(tmp_path)
     logged = {name: value for row in wandb_files.rows(segment) for name, value in row.items()}
     for picture in ("importances", "scores", "thresholds", "depth", "report"):
-        (file,) = logged[f"pruning/{picture}.filenames"]
+        file = logged[f"pruning/pictures/{picture}.path"]
         assert (segment / "files" / file).stat().st_size > 5_000, picture
     tables = {}
-    for table in ("scored/Layers", "scored/Sizes by threshold", "scored/Channels", "Parameters over depth"):
-        tables[table] = json.loads((segment / "files" / logged[f"pruning/{table}.path"]).read_text())["data"]
+    for table in ("layers", "thresholds", "channels", "widths"):
+        tables[table] = json.loads((segment / "files" / logged[f"pruning/tables/{table}.path"]).read_text())["data"]
         assert tables[table], table
-    decided = [row[4] for row in tables["scored/Channels"] if row[0] == "net.c1"]
+    decided = [row[4] for row in tables["channels"] if row[0] == "net.c1"]
     assert decided.count("kept") == len(kept(module)["c1"])
     assert len(decided) == 8
 

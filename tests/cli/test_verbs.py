@@ -180,12 +180,15 @@ def test_wandb_obeys_its_own_switch(switch: str | None, mode: str, monkeypatch: 
     if switch:
         monkeypatch.setenv("WANDB_MODE", switch)
     monkeypatch.setenv("WANDB_PROJECT", "ours")
-    csv_logger, wandb_logger = verbs._loggers(Path("runs/first/001"))
+    csv_logger, wandb_logger = verbs._loggers(Path("runs/first/001"), ["Digits"])
     assert isinstance(csv_logger, CSVLogger)
     assert csv_logger.log_dir == "runs/first/001"
     assert isinstance(wandb_logger, WandbLogger)
     assert wandb_logger._wandb_init["mode"] == mode
     assert (wandb_logger._project, wandb_logger._name) == ("ours", "first/001")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "one")  # the agent of a sweep has to be online
+    wandb_logger = verbs._loggers(Path("runs/first/001"), ["Digits"])[1]
+    assert wandb_logger._wandb_init["mode"] == switch  # type: ignore[attr-defined]
 
 
 def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,10 +102,34 @@ def test_size_now(make_report):
         "pruning/ratio": pytest.approx(0.2),
         "pruning/width/net.0": 16,
         "pruning/width/net.1": 24,
-        "pruning/bytes": 4096,
+        "pruning/disk_bytes": 4096,
         "pruning/latency_ms/batch_1": 0.25,
     }
-    assert Report().metrics() == {}
+    assert Report().metrics() == Report().summary() == {}
+
+
+def test_the_summary_has_shares_and_the_metric_of_each_network(make_report):
+    report = make_report()
+    numbers = report.summary()
+    assert numbers.items() >= report.metrics().items()
+    assert {name: numbers[name] for name in numbers.keys() - report.metrics().keys()} == {
+        "pruning/params_left": 0.64,
+        "pruning/macs_left": 0.64,
+        "val_acc": 0.5,
+        "pruning/val_acc_best": 0.5,
+        "pruning/val_acc_dense": 0.7,
+    }
+    report.pruned_before(report.dense, Size(900, 4000, {"net.0": 18}), 1)
+    assert "pruning/val_acc_dense" not in report.summary(), "of a network that was pruned already"
+
+
+@pytest.mark.parametrize(
+    ("step", "params", "cuts", "metric"), [(10, 1000, 0, 0.6), (20, 1000, 0, 0.7), (30, 800, 1, 0.5), (60, 640, 2, 0.5)]
+)
+def test_the_network_of_a_checkpoint(make_report, step, params, cuts, metric):
+    found = make_report().at_step(step)  # cut after steps 20 and 40, accuracies .6 .7 | .5 .6 | .4 .5
+    assert found == {"step": step, "params": params, "macs": 5 * params, "cuts": cuts, "val_acc": metric}
+    assert Report().at_step(5) == {"step": 5}
 
 
 def test_only_changed_groups_are_in_a_cut(make_report):

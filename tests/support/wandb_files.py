@@ -41,6 +41,29 @@ def summary(segment: Path) -> dict[str, Any]:
     return {item.key: json.loads(item.value_json) for part in found for item in part.update if item.key}
 
 
+def charts(segment: Path) -> set[str]:
+    """Names of custom charts."""
+    found = [record.config for record in _records(segment) if record.WhichOneof("record_type") == "config"]
+    keys = [tuple(item.nested_key) for part in found for item in part.update]
+    return {key[2] for key in keys if key[:2] == ("_wandb", "visualize")}
+
+
+def sections(segment: Path) -> set[str]:
+    """What comes before the last slash in the names of everything that was logged: W&B's sections."""
+    return {name.rpartition("/")[0] for row in rows(segment) for name in row if not name.startswith("_")}
+
+
+def artifacts(segment: Path, kind: str) -> list[tuple[str, set[str], dict[str, Any]]]:
+    """Name, aliases and metadata of each artifact of a kind."""
+    found = [record.artifact for record in _records(segment) if record.WhichOneof("record_type") == "artifact"]
+    return [(one.name, set(one.aliases), json.loads(one.metadata)) for one in found if one.type == kind]
+
+
+def group_and_tags(segment: Path) -> tuple[str, list[str]]:
+    run = next(record.run for record in _records(segment) if record.WhichOneof("record_type") == "run")
+    return run.run_group, list(run.tags)
+
+
 def _records(segment: Path) -> list[Any]:
     """All records of a run that has ended; W&B's own process may still be writing the last ones."""
     for _ in range(200):
