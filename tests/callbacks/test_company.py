@@ -162,6 +162,8 @@ def test_reports_tell_the_same(tmp_path: Path) -> None:
     pruners, model, curves = COMPANIES["two structures in turn"](), make(), Curves()
     fit(tmp_path, model, *pruners, epochs=EPOCHS, logger=curves)
     first, second = (untimed(pruner.report.to_plain())["cuts"] for pruner in pruners)
+    scored = [(bool(cut.pop("scores")), bool(other.pop("scores"))) for cut, other in zip(first, second, strict=True)]
+    assert {*scored} == {(True, False), (False, True)}, "who cuts knows the scores"
     assert first == second
     assert [cut["step"] for cut in first] == sorted(cut["step"] for cut in first)
     assert len(first) == 5
