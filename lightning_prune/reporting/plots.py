@@ -24,6 +24,8 @@ FloatArray = npt.NDArray[np.float64]
 
 # Okabe & Ito's palette: told apart with every common colour blindness, and by lightness in print.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+# Between the parts of a headline.
+_BETWEEN = "   ·   "
 
 # Above this many layers their names would overlap; their place in the order of execution stands instead.
 _MOST_NAMES = 70
@@ -53,7 +55,8 @@ def report_figure(report: Record) -> Figure:
     _metric_panel(figure.add_subplot(grid[0, 0]), report, clock)
     _size_panel(figure.add_subplot(grid[0, 1]), report, clock)
     _width_panel(figure.add_subplot(grid[1, :]), report)
-    figure.suptitle(headline(report), fontsize="large")
+    lines = headline(report).split(_BETWEEN)
+    figure.suptitle("\n".join(lines), fontsize="large" if max(map(len, lines)) < 80 else "small")
     return figure
 
 
@@ -225,4 +228,4 @@ def headline(report: Record) -> str:
         then, end = report.when
         kind = "dense" if report.start is None else "pruned earlier"
         parts.append(f"{report.main_metric} {number(before)} ({kind}, {then}) → {number(last)} ({end})")
-    return "   ·   ".join(parts)
+    return _BETWEEN.join(parts)

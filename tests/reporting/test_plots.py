@@ -51,6 +51,20 @@ def test_metrics_and_sizes_over_epochs_with_the_cuts(make_report):
     assert metric.get_xlabel() == "epochs trained, cuts dashed"
 
 
+@pytest.mark.parametrize("metric", ["val_acc", "validation/multiclass_accuracy_top_5"])
+def test_the_title_fits_into_the_picture(make_report, metric):
+    report = make_report()
+    for row in report.history:
+        row.metrics[metric] = row.metrics["val_acc"]
+    report.metric = metric
+    figure = report_figure(report)
+    figure.savefig(io.BytesIO())
+    inside, title = figure.bbox, figure._suptitle.get_window_extent()
+    assert metric in figure._suptitle.get_text()
+    assert inside.x0 <= title.x0 < title.x1 <= inside.x1
+    assert title.y1 <= inside.y1
+
+
 def test_a_report_draws_itself(make_report):
     report = make_report()
     assert [axes.get_ylabel() for axes in report.figure().axes] == [a.get_ylabel() for a in report_figure(report).axes]
