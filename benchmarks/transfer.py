@@ -321,7 +321,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
     for axes, task in zip(panels, tasks, strict=False):
         points = {name: mean for name in names if (mean := means(rows, task, name)) is not None}
         for name, (size, right) in points.items():
-            marker = "*" if name == "reference" else "s" if "printed" in name else "o"
+            marker = "*" if name == "reference" else "s" if "printed" in name else "D" if "masks" in name else "o"
             axes.plot(size, right, marker, ms=9, color=colours[name], label=name)
         axes.plot(*zip(*frontier(list(points.values())), strict=True), color="0.6", lw=1, zorder=0, label="frontier")
         axes.set(title=task, xlabel="parameters of the backbone, millions", ylabel="test accuracy, % (mean over seeds)")

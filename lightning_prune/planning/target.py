@@ -68,7 +68,7 @@ class Target:
             pruning_ratio: Share of the units that is *removed*, in [0, 1): of every group (local scope), or of all
                 prunable units (global scope). ``{"layers.1": 0.5, "encoder.*": 0.2}`` gives the share per layer, by
                 name, glob or name of a module that contains it, the first that fits; all others stay as they are.
-                StationBatch 1 takes a branch out of the network, with ``Scope(min_width=0)``.
+                There 1 takes a branch out of the network, with ``Scope(min_width=0)``.
             budget: What *remains*: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``, ``{"memory": 0.5}``,
                 ``{"latency": 0.6}``; a float is a share of the dense network in (0, 1], an int a count (of bytes and
                 milliseconds too). A bare number counts parameters.
