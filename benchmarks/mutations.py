@@ -178,26 +178,29 @@ class Watch:
 
 def failing(tree: Path, tests: list[str], seconds: int, *options: str, names: Iterable[str] = ()) -> list[str]:
     """The tests that fail, in a fork, which need not import torch and Lightning, but has to import the package."""
-    notes = tree.parent / "failing.txt"
+    notes, log = tree.parent / "failing.txt", tree.parent / "pytest.log"
     notes.write_text("", encoding="utf-8")
     child = os.fork()
     if child:
         limit = threading.Timer(4 * seconds, os.killpg, (child, signal.SIGKILL))  # should it wait for ever
         limit.start()
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
         limit.cancel()
-        return notes.read_text("utf-8").splitlines()
+        found = notes.read_text("utf-8").splitlines()
+        if not found and os.waitstatus_to_exitcode(status) not in (0, 5, -signal.SIGXCPU, -signal.SIGKILL):
+            raise RuntimeError(f"expected pytest to run, see {log}")
+        return found
     os.setsid()
-    log = os.open(tree.parent / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for output in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), output)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
     sys.path[:] = [str(tree), *(place for place in sys.path if Path(place or ".").resolve() != ROOT)]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lightning_prune", "benchmarks")]:
         del sys.modules[name]
-    os._exit(int(pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", *options, *tests], [Watch(notes, names)])))
+    always = ("-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider")
+    os._exit(int(pytest.main([*always, *options, *tests], [Watch(notes, names)])))
 
 
 def _write(file: Path, source: str) -> None:
