@@ -16,9 +16,12 @@ from lightning_prune import (
     Contribution,
     ContributionPruning,
     LinearSchedule,
+    MagnitudePruning,
+    NetworkSlimming,
     OneShot,
     Ridge,
     StructuredPruning,
+    XGBPruning,
 )
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.surgery import OptimizerRefusedError
@@ -55,6 +58,21 @@ def test_amounts_are_refused_at_once(arguments: dict[str, Any], text: str) -> No
 def test_an_argument_of_another_type_is_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"StructuredPruning: expected `{next(iter(arguments))}` to be"):
         StructuredPruning(0.5, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (StructuredPruning, "schedule"),
+        (StructuredPruning, "criterion"),
+        (NetworkSlimming, "penalty"),
+        (XGBPruning, "surrogate"),
+        (MagnitudePruning, "granularity"),
+    ],
+)
+def test_what_is_no_part_of_a_method_is_named(kind: type, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__}: expected `{name}` to be an instance of .*, got 'L1'"):
+        kind(**({} if kind is MagnitudePruning else {"pruning_ratio": 0.5}), **{name: "L1"})
 
 
 def test_what_is_no_extension_is_named() -> None:
