@@ -64,6 +64,8 @@ class ScheduledPruning(Participant):
         self.reset_monitors = reset_monitors
         self.dirpath = None if dirpath is None else fspath(dirpath)
         self._is_fit = True
+        # What `Trainer.validate` has found of a network before it trains: the dense accuracy of a pretrained one.
+        self._validated: tuple[LightningModule | None, dict[str, torch.Tensor]] = None, {}
         self.session = Session([self])  # until a run begins
         patch_spawn_launcher()
         self._forget()
@@ -173,6 +175,10 @@ class ScheduledPruning(Participant):
         elif self._is_fit:
             self._forget()
             self.run_id = trainer.strategy.broadcast(self.run_id)  # one run, one name
+            validated, metrics = self._validated
+            if validated is pl_module:
+                self.report.log(0, 0, metrics)
+            self._validated = None, {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +206,8 @@ class ScheduledPruning(Participant):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_fit and not trainer.sanity_checking:
             self._collect(trainer)
+        elif not self._is_fit and trainer.global_step == 0:
+            self._validated = pl_module, self._metrics(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -399,15 +407,20 @@ class ScheduledPruning(Participant):
 
     def _collect(self, trainer: Trainer) -> None:
         """Write down what was measured since the last time; a metric of an earlier validation stays as it is."""
-        metrics = {
-            name: value
-            for name, value in trainer.callback_metrics.items()
-            if name != "params" and not _OURS.match(name) and value.numel() == 1
-        }
+        metrics = self._metrics(trainer)
         new = {name: value for name, value in metrics.items() if self._measured.get(name) is not value}
         self._measured = metrics
         if new:
             self.report.log(trainer.current_epoch, trainer.global_step, new)
+
+    @staticmethod
+    def _metrics(trainer: Trainer) -> dict[str, torch.Tensor]:
+        """What the user's module logs."""
+        return {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name != "params" and not _OURS.match(name) and value.numel() == 1
+        }
 
 
 def instance_of(callback: Callback, name: str, value: object, kind: type, example: str) -> None:

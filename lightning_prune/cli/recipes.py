@@ -144,6 +144,8 @@ def described(recipe: Path) -> tuple[str, str, str]:
     head = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
     data, _, rest = head.partition(": ")
     what = re.split(r"(?<=\.) ", rest)[0]
+    if data.startswith("Method"):
+        return data, "the network's", what
     time = re.search(r"(?:^|[.,] )((?:[Hh]alf )?[\w½]+(?: of)? (?:seconds|minutes?|hours?))\b|for a (GPU)", rest, re.I)
     return data, (time[1] or f"a {time[2]}").lower().replace("gpu", "GPU") if time else "–", what
 

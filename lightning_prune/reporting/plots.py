@@ -33,6 +33,9 @@ _MOST_NAMES = 70
 # Characters that fit side by side below the widths, per inch.
 _CHARACTERS = 10
 
+# Characters of a legend that fit in one line above a panel.
+_LEGEND = 75
+
 # Two layers alone would make bars as wide as walls.
 _FEWEST_SLOTS = 4
 
@@ -208,7 +211,8 @@ def _frame(axes: Axes, clock: _Clock, report: Record, label: str) -> None:
 
 def _legend(axes: Axes) -> None:
     # Above the panel, where no curve can be, however many cuts and layers there are.
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 3}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+    place["ncols"] = 3 if sum(len(name) + 6 for name in axes.get_legend_handles_labels()[1]) <= _LEGEND else 1
     axes.legend(fontsize="small", frameon=False, columnspacing=1.2, handlelength=1.6, **place)
 
 
@@ -221,7 +225,7 @@ def headline(report: Record) -> str:
     dense, now = report.dense, report.size
     if dense is None or now is None:
         return "Pruning report"
-    left = "parameters left" if report.what == "units" else "weights not zero"
+    left = "parameters are left" if report.what == "units" else "weights are not zero"
     parts = [f"{share(now.params, dense.params)} of the {left} after {plural(len(report.cuts), 'cut')}"]
     before, _, last = report.outcome
     if report.main_metric and last is not None and report.cuts:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_prune import (
+    AtStart,
     Contribution,
     ContributionPruning,
     LinearSchedule,
@@ -29,7 +30,7 @@ from lightning_prune import (
 from lightning_prune.callbacks import showing, wandb_run
 from lightning_prune.callbacks.showing import Pace
 from lightning_prune.reporting import Timing
-from tests.callbacks.networks import BATCHES, Curves, fit, make
+from tests.callbacks.networks import BATCHES, Curves, fit, loader, make, refit, trainer
 from tests.support import wandb_files
 
 SCHEDULE = LinearSchedule(start=1, end=3, cuts=2)
@@ -108,6 +109,19 @@ def test_files(measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "What was won and lost" in printed
     assert "50.0 % of the units are gone" in printed
+
+
+@pytest.mark.parametrize("which", ["the same", "another"])
+def test_a_network_that_was_validated_before_the_fit_has_a_dense_metric(which: str, tmp_path: Path) -> None:
+    """A pretrained network is cut before it has trained here; `Trainer.validate` says how good it was."""
+    pruner, model = StructuredPruning(0.5, schedule=AtStart()), make()
+    run = trainer(tmp_path, pruner, epochs=2)
+    (found,) = run.validate(model if which == "the same" else make(), loader(2), verbose=False)
+    refit(run, model)
+    before, _, last = pruner.report.outcome
+    assert before == (pytest.approx(found["val_loss"]) if which == "the same" else None)
+    assert last is not None
+    assert pruner.report.grids()[0].columns[1] == "dense, before the first cut"
 
 
 def test_dense_and_pruned_are_timed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,27 @@ def test_the_scores_of_a_cut():
 def test_scores_that_differ_by_orders_are_drawn_on_a_logarithmic_axis():
     cut = Cut(0, 1, 2, {}, {}, Size(1, 1), 0.1, scores={"a": Scores.of(torch.tensor([0.01, 1.0]))})
     assert scores_figure(cut).axes[0].get_yscale() == "log"
+
+
+def test_the_title_fits(make_report):
+    figure = report_figure(make_report())
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 < title.x1 <= figure.bbox.x1
+    assert "(dense, at epoch 2, before the first cut)" in figure._suptitle.get_text()
+
+
+def test_a_legend_that_is_too_long_has_a_line_for_each_name(make_report):
+    report = make_report()
+    assert panel_figures(report)[1].axes[0].get_legend()._ncols == 3
+    report.dense = replace(report.dense, params=123_456, macs=999_999)
+    report.cuts[-1] = replace(report.cuts[-1], size=Size(100_000, 990_000))
+    report.what = "weights"
+    figure = panel_figures(report)[1]
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend()
+    assert legend._ncols == 1
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_panels_for_a_phone_are_those_of_the_picture(make_report):
