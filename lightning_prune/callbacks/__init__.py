@@ -1,4 +1,4 @@
-"""When it happens in a Lightning run: one thin callback per method, loading, and a look before anything is pruned."""
+"""Lightning callbacks, one per method, and functions for inspecting, pruning and loading networks."""
 
 from lightning_prune.callbacks.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.contribution import ContributionPruning

@@ -1,4 +1,4 @@
-"""Copies of the network in which Lightning's callbacks average its weights: cut, taken back and loaded as it is."""
+"""Averaged copies of the network in Lightning's weight averaging callbacks."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-__all__ = ["OwnAverages", "as_validated", "averages", "count_from", "counts"]
+__all__ = ["ManualAverages", "averages", "count_from", "counts", "validation_weights"]
 
 # Elements of each parameter that are compared.
 _COMPARED = 64
 
 
 def averages(trainer: Trainer) -> tuple[nn.Module, ...]:
-    """The averaged copies there are now, in the order of their callbacks."""
+    """The averaged copies, in the order of their callbacks."""
     models = [(callback, callback._average_model) for callback in _averaging(trainer)]
     return tuple(model.module if isinstance(callback, WeightAveraging) else model for callback, model in models)
 
 
 def counts(trainer: Trainer) -> list[int]:
-    """How many networks each copy is the average of; the next one weighs accordingly."""
+    """Number of averaged networks of each copy."""
     return [0 if (count := _count(callback)) is None else int(count) for callback in _averaging(trainer)]
 
 
 def count_from(trainer: Trainer, numbers: Sequence[int]) -> None:
-    """Let each copy be the average of so many networks."""
+    """Set the number of averaged networks of each copy."""
     for callback, number in zip(_averaging(trainer), numbers, strict=True):
         count = _count(callback)
-        if count is not None:  # else SWA has not begun, and there were none before either
+        if count is not None:  # else SWA has not started
             count.fill_(number)
 
 
@@ -50,10 +50,10 @@ def _count(callback: Any) -> torch.Tensor | None:
 
 
 @contextmanager
-def as_validated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within the context the network has the weights that are validated: averaged ones, where Lightning averages.
+def validation_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Give the network the weights that are validated, averaged ones if Lightning averages, within the context.
 
-    Lightning saves the others in a checkpoint with ``weights_only``.
+    Lightning saves the other ones with ``weights_only``.
     """
     swapping = [callback for callback in _averaging(trainer) if isinstance(callback, WeightAveraging)]
     for callback in swapping:
@@ -65,33 +65,33 @@ def as_validated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             callback._swap_models(module)
 
 
-class OwnAverages:
-    """Averages of parts of a network that the user's own code keeps inside of it: no cut can follow them.
+class ManualAverages:
+    """Detects averages that the user's code keeps inside the module, which cannot be cut.
 
-    By names and shapes they could be a teacher as well. An average is what moves although no optimizer steps it.
+    An average mirrors a trained part of the network and changes although no optimizer steps it (unlike a teacher).
 
     Args:
         trainer: The run.
-        module: What trains.
+        module: The LightningModule.
         cut: Names of the parameters that cuts change.
 
     Attributes:
-        step: Optimizer steps made when it began to look.
+        step: Number of optimizer steps at creation.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, cut: Collection[str]) -> None:
         self._trainer, self.step = trainer, trainer.global_step
-        self._twins = _twins(trainer, module, cut)  # of the part that may be an average
-        self._parts = {name: module.get_submodule(name) for name in self._twins}
+        self._mirrors = _mirrors(trainer, module, cut)  # parts that may be averages
+        self._parts = {name: module.get_submodule(name) for name in self._mirrors}
         self._before = {name: _sample(part) for name, part in self._parts.items()}
 
     @property
     def suspects(self) -> str:
-        """The parts that may be averages, and what they mirror, in words; empty if there are none."""
-        return self._words(self._twins)
+        """Description of the parts that may be averages, and what they mirror; empty if there are none."""
+        return self._describe(self._mirrors)
 
     def found(self) -> str:
-        """The parts that have moved since, and what they mirror, in words; empty if none has."""
+        """Description of the parts that have changed since, and what they mirror; empty if there are none."""
         stepped = _stepped(self._trainer)
         moved = [
             name
@@ -99,14 +99,14 @@ class OwnAverages:
             if not any(id(p) in stepped for p in part.parameters())
             and any(not torch.equal(now, then) for now, then in zip(_sample(part), self._before[name], strict=True))
         ]
-        return self._words(moved)
+        return self._describe(moved)
 
-    def _words(self, names: Collection[str]) -> str:
-        return ", ".join(f"`{name}` (of `{self._twins[name]}`)" for name in names)
+    def _describe(self, names: Collection[str]) -> str:
+        return ", ".join(f"`{name}` (of `{self._mirrors[name]}`)" for name in names)
 
 
-def _twins(trainer: Trainer, module: nn.Module, cut: Collection[str]) -> dict[str, str]:
-    """Parts that no optimizer steps, and for each another part, which is trained and cut, of the same form."""
+def _mirrors(trainer: Trainer, module: nn.Module, cut: Collection[str]) -> dict[str, str]:
+    """Parts that no optimizer steps, each with a trained part of the same names and shapes."""
     stepped, found = _stepped(trainer), dict[str, str]()
     trained: dict[tuple[tuple[str, torch.Size], ...], str] = {}
     parts = {name: dict(part.named_parameters()) for name, part in module.named_modules() if name}

@@ -1,4 +1,4 @@
-"""Batches of the training data for repairs, apart from the loop that trains."""
+"""Training batches for repairs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ __all__ = ["Calibration"]
 
 
 class Calibration:
-    """Runs training batches through copies of a module, without a trace in module, loop and random states.
+    """Runs training batches through copies of a module, without side effects on the run.
 
-    The samples are the same every time, whatever was trained in between: a run that was interrupted repairs as one
-    that never stopped. The batches go through ``training_step``, on a copy whose logging, metrics and optimizers do
-    nothing.
+    The samples are always the same, so that resumed runs are identical. The batches are passed to ``training_step`` of
+    a copy with stubs for logging, metrics and optimizers.
 
     Args:
-        trainer: The run, whose training data and devices are used.
-        module: The module that trains.
-        traced: How copies of it are made.
-        batches: How many are read at most.
-        reader: Who reads them, for texts; ``None`` if nobody does.
+        trainer: The run.
+        module: The LightningModule.
+        traced: The network with its calls, for copies.
+        batches: Maximum number of batches.
+        reader: Name of the repair that needs them, for messages; None if there is none.
 
     Raises:
-        ValueError: If the training data is needed and not one loader over a data set with a length.
+        ValueError: If batches are needed and the training data is not one loader over a dataset with a length.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The history of a network, and its masks, in every checkpoint, and the narrow network out of any of them."""
+"""Saving history and masks in checkpoints, and loading pruned networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint"]
 
 Module = TypeVar("Module", bound=LightningModule)
 
-# One load at a time: it borrows a hook of the class.
+# Loading replaces a hook of the class temporarily.
 _loading = RLock()
 
 
@@ -30,15 +30,15 @@ class StatefulCallback(Callback):
     """A callback whose state in a checkpoint is checked before the network changes."""
 
     def snapshot_state(self) -> Callable[[], None]:
-        """Return a function that brings the callback back to what it knows now."""
+        """Return a function that restores the current state of the callback."""
         return partial(vars(self).update, dict(vars(self)))
 
 
 def keep_history(module: LightningModule) -> None:
-    """From now on the module's checkpoints carry its history and masks; loading one gives it the widths it needs.
+    """Save history and masks in the module's checkpoints, and set widths when one is loaded.
 
-    The module's own hooks are wrapped, not a callback's: they also run for ``save_weights_only`` and after the fit, and
-    before the shapes are compared. Twice is once.
+    The module's hooks are wrapped, since they also run for ``save_weights_only``, after the fit, and before shapes are
+    compared. Calling it again has no effect.
     """
     if not isinstance(vars(module).get("on_save_checkpoint"), partial):
         # Partials of functions of this module, so that the network can still be pickled and copied.
@@ -53,23 +53,22 @@ def load_from_checkpoint(
     strict: bool | None = None,
     **init: Any,
 ) -> Module:
-    """The network of a checkpoint, as narrow as it was saved; no callback is needed.
+    """Load a pruned or dense network from a checkpoint, without a callback.
 
     Args:
-        model_class: The LightningModule's class.
-        checkpoint_path: A checkpoint of a pruned or of a dense network.
-        map_location: Where to put the tensors, as in ``torch.load``.
+        model_class: The LightningModule class.
+        checkpoint_path: The checkpoint.
+        map_location: As in ``torch.load``.
         strict: As in ``LightningModule.load_from_checkpoint``.
-        **init: Arguments of the class that ``save_hyperparameters()`` did not save, or that shall differ.
+        **init: Arguments of the class that ``save_hyperparameters()`` did not save, or to override.
 
     Returns:
-        A plain instance of ``model_class`` in the widths of the checkpoint. It keeps its history: checkpoints written
-        from it load again.
+        An instance of ``model_class`` with the widths of the checkpoint and its history.
 
     Raises:
         HistoryError: If the checkpoint is of another architecture or its history is damaged.
-        TypeError: If ``model_class`` is no LightningModule class.
-        ValueError: If the file was torn.
+        TypeError: If ``model_class`` is not a LightningModule class.
+        ValueError: If the file is incomplete.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
         raise TypeError(
@@ -83,8 +82,8 @@ def load_from_checkpoint(
         own(self, checkpoint)
         load_from(checkpoint, self, strict=self.strict_loading if strict is None else strict)
 
-    # Lightning builds the instance, calls this hook on it and then loads the weights: there is no other way in between,
-    # and a subclass of our own would not be the class that the checkpoint of a LightningCLI asks for.
+    # Lightning creates the instance, calls this hook and then loads the weights. A subclass would not be the class that
+    # a # LightningCLI checkpoint names.
     with _loading, torch.inference_mode(False):
         before = vars(model_class).get("on_load_checkpoint")
         model_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
@@ -112,7 +111,7 @@ def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    # The user's hook may still build layers that the checkpoint asks for.
+    # The user's hook may create layers that the checkpoint needs.
     type(module).on_load_checkpoint(module, checkpoint)
     copies: tuple[nn.Module, ...] = ()
     if module._trainer is not None:
@@ -122,14 +121,14 @@ def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def _check_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuse a damaged state of a callback: Lightning loads it when the network has changed already."""
+    """Check the states of callbacks before the network changes, as Lightning loads them later."""
     states = checkpoint.get("callbacks", {})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StatefulCallback) and callback.state_key in states:
             back = callback.snapshot_state()
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # they come when it is loaded
+                    warnings.simplefilter("ignore")  # shown when it is loaded
                     callback.load_state_dict(states[callback.state_key])
             finally:
                 back()

@@ -1,4 +1,4 @@
-"""``torch.compile``: hooks that fire, and code that fits the shapes."""
+"""Support of ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-__all__ = ["as_written", "forget_code", "is_compiled"]
+__all__ = ["eager", "is_compiled", "reset_compiled"]
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module or a part of it runs through ``torch.compile``."""
+    """Whether the module or a part of it is compiled."""
     return bool(getattr(module, "_compiler_ctx", None)) or any(
         isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in module.modules()
     )
 
 
 @contextmanager
-def as_written(module: nn.Module) -> Iterator[None]:
-    """Within the context the Python code runs: compiled code does not know of hooks that came later."""
+def eager(module: nn.Module) -> Iterator[None]:
+    """Run eagerly within the context, as compiled code ignores hooks registered later."""
     if not is_compiled(module):
         yield
         return
@@ -30,8 +30,8 @@ def as_written(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def forget_code(module: nn.Module) -> None:
-    """Before shapes change: compiled code may hold a graph of the last step, and counts for a limit."""
+def reset_compiled(module: nn.Module) -> None:
+    """Discard compiled code before shapes change: it may hold a graph, and counts towards the recompile limit."""
     if is_compiled(module):
         torch.compiler.reset()
         gc.collect()  # frames that a compiled step was captured from are in reference cycles

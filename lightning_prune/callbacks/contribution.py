@@ -1,4 +1,4 @@
-"""Contribution pruning: remove the units that add least to what the next layer computes."""
+"""Contribution pruning: remove the units that contribute least to the next layer."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ __all__ = ["ContributionPruning"]
 class ContributionPruning(StructuredPruning):
     """`StructuredPruning` by contribution ratios (Reddy et al., "Neural Importance-based Train-time Pruning").
 
-    While the network trains, every unit's share in what the next layer computes is observed; at each cut the units with
-    the smallest share leave, and the training goes on with the narrower layers.
-
-    Takes the arguments of `StructuredPruning`; ``criterion`` is `Contribution()` by default.
+    During training, the contribution of every unit to the outputs of the next layer is observed; at each cut, the units
+    with the smallest contributions are removed, and training continues with narrower layers.
 
     Args:
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
             share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``.
-        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
+        budget: What remains, instead of a ratio: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}`` (a float is
             a share of the dense network in (0, 1], an int a count; a bare number counts parameters).
-        criterion: How contributions are weighed and how often batches are observed; by default `Contribution()`.
-        schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
+        criterion: Weights of the contributions and interval of observed batches; `Contribution()` by default.
+        schedule: When cuts are made; by default five, the first after 10 % and the last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"``, or a `Scope` with limits of the widths.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
-            best at the final size, and let early stopping wait for the last cut.
+        layers: Layers to prune: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to prune.
+        reset_monitors: Reset ``ModelCheckpoint`` and ``EarlyStopping`` after each cut, so that "best" means best at the
+            final size, and delay early stopping until the last cut.
         dirpath: Folder for the report; by default the logger's folder.
-        extensions: What goes with every cut, such as `Ridge`, `Rollback`, `SaveEachSize`; see `StructuredPruning`.
+        extensions: Repairs and cut extensions, such as `Ridge`, `Rollback`, `SaveEachSize`; see `StructuredPruning`.
 
     Example:
         >>> from lightning_prune import ContributionPruning

@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.compiled import as_written, forget_code
+from lightning_prune.callbacks.compiled import eager, reset_compiled
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
-from lightning_prune.callbacks.scheduled import note_what_stays, require_names
+from lightning_prune.callbacks.scheduled import require_names, warn_of_kept_units
 from lightning_prune.callbacks.traced_models import require_network, traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select
 from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
 from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
+from lightning_prune.scoring.data import forward
 from lightning_prune.structure import Call, Size, Structure, StructureError, TracedModel, Tracing
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
@@ -62,42 +63,41 @@ def prune(
     optimizers: Optimizer | Iterable[Optimizer] = (),
     measure: bool = False,
 ) -> Report:
-    """Remove units from a network at once, in place, and tell what that won.
+    """Prune a network in place, without training, and return a report.
 
-    The network that remains is the masked one, exactly: what is kept has its weights, and an optimizer keeps its state.
-    Every amount is a share of the dense network, also where the network was pruned before.
+    The pruned network equals the masked one exactly; optimizers keep their state. Amounts are relative to the dense
+    network, even if the network was pruned before.
 
     Args:
         model: A LightningModule or any module.
-        example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords. By default a
-            LightningModule's ``example_input_array``, or what ``data`` gives.
+        example: Input of ``forward``: a tensor, a tuple of arguments or a dict of keyword arguments. By default a
+            LightningModule's ``example_input_array``, or a batch of ``data``.
         pruning_ratio: Share of the units to remove, in [0, 1), for all or per layer; see `StructuredPruning`.
-        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
+        budget: What remains, instead of a ratio: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
-        criterion: How much each unit matters; by default `L1`. Most others look at ``data``: in eval mode, all of it.
-        scope: ``"local"``, ``"global"``, ``"erk"``, ``"random"``, or a `Scope`; the best of several draws is found on
-            ``data`` by its ``loss``.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        data: Samples for criteria and repairs: a `DataPass`, or batches ``(x, y)`` as a `DataLoader` or a list gives
-            them. They are moved to the network's device.
-        loss: What criteria of gradients (`Taylor`, `GraSP`, ...) take them of, ``loss(outputs, labels)``, such as
+        criterion: Criterion of importance; `L1` by default. Most others require ``data``, all of which is used, in eval
+            mode.
+        scope: ``"local"``, ``"global"``, ``"erk"``, ``"random"``, or a `Scope`; several draws are compared by the
+            ``loss`` on ``data``.
+        layers: Layers to prune: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to prune.
+        data: Samples for criteria and repairs: a `DataPass`, or batches ``(x, y)``, such as a `DataLoader` or a list.
+            They are moved to the network's device.
+        loss: Loss for gradient-based criteria (`Taylor`, `GraSP`, ...), ``loss(outputs, labels)``, such as
             ``torch.nn.functional.cross_entropy``; not needed for a `DataPass` with a loss.
-        extensions: Repairs of the weights that stay, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm` from
-            ``data``, or `Reinitialise`. They see the network in the mode it is in, or in training mode if the whole of
-            it is in eval mode.
-        optimizers: One or several optimizers of the network, whose state follows.
-        measure: Time a forward pass of one sample before and after the cut, on copies of the network, for the report.
-            That takes longer than the cut.
+        extensions: Repairs of the remaining weights, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm` from
+            ``data``, or `Reinitialise`. They use the network's current mode, or train mode if it is in eval mode.
+        optimizers: One or several optimizers of the network, whose state is pruned too.
+        measure: Measure the latency of one sample before and after the cut, which takes longer than the cut.
 
     Returns:
-        The report: sizes before and after, widths, seconds; with `measure`, milliseconds of a forward pass.
+            The report: sizes before and after, widths, seconds; with `measure`, latencies.
 
     Raises:
-        ValueError: If an amount, a layer, the criterion, the example or an optimizer does not fit; nothing has changed
-            then.
-        StructureError: If the network computes otherwise at the new widths; nothing has changed then.
-        CutError: If the narrower network fails; it is taken back whole.
+            ValueError: If an amount, a layer, the criterion, the example or an optimizer is invalid; nothing has
+                changed.
+            StructureError: If the network computes something else at the new widths; nothing has changed.
+            CutError: If the narrower network fails; nothing has changed.
 
     Example:
         >>> import torch
@@ -125,15 +125,15 @@ def prune(
     steppers = _optimizers(optimizers)
     refuse(steppers)
     _require_own(model, steppers)
-    forget_code(model)
-    with as_written(model):
+    reset_compiled(model)
+    with eager(model):
         written = model._orig_mod if isinstance(model, OptimizedModule) else model
         cut = _Cut(target, criterion, scope, (layers, ignore), passes, repairs, measure)
         return _prune(written, example, cut, steppers)
 
 
 def _repairs(extensions: object) -> tuple[Repair, ...]:
-    """The extensions, if they are repairs that can go together."""
+    """Validate the extensions."""
     if not isinstance(extensions, Sequence) or isinstance(extensions, str):
         raise TypeError(
             f"prune: expected `extensions` to be a list, got {extensions!r}. Give `extensions=[Ridge()]`, say."
@@ -151,7 +151,7 @@ def _repairs(extensions: object) -> tuple[Repair, ...]:
 
 
 def _require_loss(loss: object) -> None:
-    """Refuse what cannot be called with outputs and labels."""
+    """Validate the loss."""
     if loss is not None and (not callable(loss) or isinstance(loss, type)):
         raise TypeError(
             f"prune: expected `loss` to be a function of outputs and labels, got {loss!r}. Give "
@@ -171,7 +171,7 @@ def _optimizers(optimizers: object) -> tuple[Optimizer, ...]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What is asked for."""
+    """Arguments of a cut."""
 
     target: Target
     criterion: Criterion
@@ -204,21 +204,21 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     scores = score_groups(asked.criterion, groups, named(model), statistic)
     plans = [make_plan(structure, scores, target, 1.0, drawn, original, bundles) for drawn in scope.drawn]
     plan = plans[0] if len(plans) == 1 else _best(asked, traced, structure, plans)
-    with _runs_on_the_example(model, call):
+    with _example_errors(model, call):
         present = _size(traced, structure, measure=asked.measure)
     report, number = Report(dense=present, versions=versions()), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(size_of(structure, original, backbone_modules(model)), present, number)
     report.notes += structure.notes
-    note_what_stays(report, notes_on_widths(structure, target, scope, selected, original))
+    warn_of_kept_units(report, notes_on_widths(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
         tracing.verify_shapes(plan.kept)
         contents = _repaired(asked, traced, structure, plan)
         info = {name: value for repair in asked.repairs for name, value in repair.info.items()}
         with (
-            _runs_on_the_example(model, call),
+            _example_errors(model, call),
             transaction(model, optimizers, run=lambda: model(*call.args, **call.kwargs)) as change,
         ):
             after = change.keep(structure, plan.kept, info)
@@ -244,20 +244,20 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
 
 
 def _best(asked: _Cut, traced: TracedModel, structure: Structure, plans: Sequence[Plan]) -> Plan:
-    """The plan whose network has the least loss, the first of equal ones."""
+    """The plan with the lowest loss; ties by order."""
     data = asked.data
     if data is None or data.loss is None:
         raise ValueError(
             f"prune: expected `data=` and `loss=` to compare {len(plans)} draws, got no "
             f"{'data' if data is None else 'loss'}. Give batches `(x, y)` and a loss, or `draws=1`."
         )
-    with _told_as_of_the_data():
+    with _data_errors():
         losses = losses_of_plans(traced.copy("real").module, structure, plans, data).tolist()
     return plans[min(range(len(plans)), key=losses.__getitem__)]
 
 
 def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any, Tensor], Tensor] | None) -> DataPass:
-    """The samples, on the network's device and with a loss."""
+    """Prepare the data: on the network's device, with a loss."""
     passes = data if isinstance(data, DataPass) else DataPass(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -265,7 +265,7 @@ def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any
         assert loss is not None
         if batch.labels is None:
             raise ValueError("prune: expected data with labels for the loss, got none. Give batches `(x, y)`.")
-        return loss(model(*batch.args, **batch.kwargs), batch.labels)
+        return loss(forward(model, batch), batch.labels)
 
     def transfer(raw: Any) -> Any:
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, raw)
@@ -277,7 +277,7 @@ def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any
 def _observed(
     asked: _Cut, traced: TracedModel, structure: Structure, selected: tuple[str, ...]
 ) -> tuple[Statistic | None, tuple[str, ...]]:
-    """What the criterion has seen of the data, and the groups that it can score."""
+    """Collect the criterion's statistic; also returns the groups that can be scored."""
     of_selected = replace(structure, groups=tuple(group for group in structure.groups if group.name in selected))
     statistic, criterion = asked.criterion.statistic(of_selected), asked.criterion
     if statistic is None:
@@ -298,7 +298,7 @@ def _observed(
         raw = {"args": call.args, "kwargs": dict(call.kwargs)}
         data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
     copy = traced.copy("real").module
-    with _told_as_of_the_data():
+    with _data_errors():
         statistic.collect(copy, data)
     lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
     kept = tuple(name for name in selected if name not in lost)
@@ -313,8 +313,8 @@ def _observed(
 
 
 @contextmanager
-def _told_as_of_the_data() -> Iterator[None]:
-    """A network or loss that fails on the data is told from a fault in here."""
+def _data_errors() -> Iterator[None]:
+    """Convert errors of the network or loss on the data to a ValueError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -327,7 +327,7 @@ def _told_as_of_the_data() -> Iterator[None]:
 
 
 def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan) -> dict[str, Tensor]:
-    """What parameters and buffers hold after the cut, where the repairs change them."""
+    """Contents that the repairs change, in the shapes after the cut."""
     if not asked.repairs:
         return {}
     readers = [repair for repair in asked.repairs if repair.batches]
@@ -336,21 +336,21 @@ def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan
 
     def copied() -> nn.Module:
         copy: nn.Module = traced.copy("real").module
-        # It is not frozen: it is evaluated.
+        # A network wholly in eval mode is not frozen but evaluated.
         return copy if any(module.training for module in copy.modules()) else copy.train()
 
     return repaired(copied, structure.axes(plan.kept), asked.repairs, asked.data, structure.drops(plan.kept))
 
 
 def _of_weights() -> list[str]:
-    """Names of the criteria that need nothing but the weights."""
+    """Names of the criteria that need no data."""
     kinds = {name: getattr(criteria, name) for name in criteria.__all__}
     return [name for name, kind in kinds.items() if kind.statistic is Criterion.statistic]
 
 
 @contextmanager
-def _runs_on_the_example(model: nn.Module, call: Call) -> Iterator[None]:
-    """Tell an example on which the network fails from a cut that fails."""
+def _example_errors(model: nn.Module, call: Call) -> Iterator[None]:
+    """Raise a StructureError if the dense network fails on the example too."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):

@@ -1,4 +1,4 @@
-"""Hybrid pruning: every filter loses its own smallest weights."""
+"""Hybrid pruning: mask the smallest weights of each filter."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ __all__ = ["HybridPruning"]
 
 @final
 class HybridPruning(MaskPruning):
-    """Sets the smallest weights of each filter to zero: a threshold per filter, not one per network.
+    """Sets the smallest weights of each filter to zero, with a threshold per filter instead of per network.
 
-    Between unstructured and filter pruning: all filters stay, each with the same share of its weights, so none dies
-    before the others. Otherwise as `MagnitudePruning`.
+    All filters keep the same share of their weights, so that none is emptied. Otherwise like `MagnitudePruning`.
 
     Args:
         sparsity: Share of each filter's weights that become zero, in [0, 1); 0.5 by default.
-        granularity: What goes together: `Element()` (default) or `Kernel()`.
+        granularity: Weights that are masked together: `Element()` (default) or `Kernel()`.
         schedule: When weights are masked; by default `Cubic()`.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        rewind: After each step go back to the weights as they were after so many epochs, see `MagnitudePruning`.
+        layers: Layers to mask: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to mask.
+        rewind: Rewind to the weights after this many epochs at each step, see `MagnitudePruning`.
         dirpath: Folder for the report; by default the logger's folder.
 
     Example:

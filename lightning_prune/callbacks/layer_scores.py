@@ -1,4 +1,4 @@
-"""How a run scores its layers by surrogates: samples of all processes, one surrogate, what is finished written down."""
+"""Scoring of layers by surrogates in a run, over the samples of all processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_prune.callbacks.processes import gathered, made_on_first
+from lightning_prune.callbacks.processes import gathered, run_on_rank_zero
 from lightning_prune.planning import Amount, Depth, Plan, Target, best_depth, best_unit, plan_by_use
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
@@ -37,28 +37,28 @@ from lightning_prune.structure.graph import Group
 
 __all__ = ["Mode", "ScoreOptions", "Scored", "ScoringRun"]
 
-#: All layers on the network as it is, or one after the other on what earlier decisions have left.
+#: Score all layers of the unpruned network, or each layer after the layers before it were pruned.
 Mode = Literal["one_shot", "layer_wise"]
 
-# Walks of a bisection over the threshold, for a budget in layer-wise mode, and the range of its logarithm to base 10.
+# Number of bisection steps over the threshold for a budget in layer-wise mode, and the range of its log10.
 _WALKS, _LOWEST, _HIGHEST = 12, -10.0, 0.0
 
-# A network this much smaller than a budget is near enough, as a share of the budget.
+# Tolerance below a budget, as a share of it.
 _NEAR = 0.01
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What layers are scored by.
+    """Settings of the scoring.
 
     Attributes:
         mode: ``"one_shot"`` or ``"layer_wise"``.
-        reduction: What the positions of a channel become: their mean or their maximum.
-        surrogate: What is fitted.
-        metric: What μ is.
-        held_back: Share of the samples that μ is measured on.
-        seed: Of the split of the samples.
-        memory_limit: Bytes of samples and activations together that are kept in memory.
+        reduction: Pooling over positions: mean or maximum.
+        surrogate: The surrogate.
+        metric: Metric μ.
+        held_back: Share of held-out samples.
+        seed: Seed of the split of the samples.
+        memory_limit: Bytes of samples and activations to keep in memory.
     """
 
     mode: Mode
@@ -70,7 +70,7 @@ class ScoreOptions:
     memory_limit: int = 2**30
 
     def plain(self) -> dict[str, Any]:
-        """What scores depend on, besides network and samples."""
+        """Settings that scores depend on, as plain data."""
         return {
             "mode": self.mode,
             "reduction": self.reduction,
@@ -83,17 +83,17 @@ class ScoreOptions:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a scoring has found.
+    """Result of a scoring.
 
     Attributes:
         layers: Scores, in the order of execution.
-        use: How much the units of each group are used.
-        plan: Which of them stay; not decided yet for a budget of a network that is cut in depth.
-        emptied: Groups that would have lost all units, and keep their best one.
-        file: Where the scores are written down.
-        passes: Forward work in passes over the samples, counted in multiply-accumulates.
-        depths: μ of every place at which the backbone can end, the shallowest first.
-        end: Where it is to end; None where it stays as deep as it is.
+        use: Importances of the units of each group.
+        plan: The plan; empty for a budget if the network is truncated first.
+        emptied: Groups that keep their best unit although the rule removes all.
+        file: File of the scores.
+        passes: Number of equivalent forward passes over the samples, by multiply-accumulates.
+        depths: μ of every boundary, the shallowest first.
+        end: Boundary at which the network is truncated; None to keep its depth.
     """
 
     layers: Mapping[Station, LayerScore]
@@ -107,21 +107,21 @@ class Scored:
 
 
 class ScoringRun:
-    """Scores the layers of a network on one set of samples.
+    """Scores the layers of a network on a set of samples.
 
     Args:
         trainer: The run.
         module: The network.
-        structure: Its groups.
+        structure: Structure of the network.
         original: Size of the dense network, which a budget is relative to.
         data: The samples of this process.
-        options: What layers are scored by.
-        folder: Where finished layers are written down.
-        table: A file with scores that are to be taken.
-        see: Told every layer, and how many there are.
+        options: Settings of the scoring.
+        folder: Folder for the scores.
+        table: A file with existing scores to use.
+        see: Called with every score and the number of layers.
 
     Raises:
-        ValueError: If the labels do not suit, or ``table`` holds scores of something else.
+        ValueError: If the labels are unsuitable, or ``table`` has scores under another key.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ScoringRun:
         }
 
     def unscorable(self, groups: Sequence[Group]) -> dict[str, str]:
-        """Groups that cannot be scored, or not in this mode, and why."""
+        """Groups that cannot be scored in this mode, with reasons."""
         lost = unscorable(groups, self._order)
         if self.options.mode == "layer_wise":
             lost |= unmaskable(self.module, [group for group in groups if group.name not in lost])
@@ -161,13 +161,13 @@ class ScoringRun:
     def run(
         self, groups: Sequence[Group], amount: Amount, ends: Sequence[Boundary] = (), depth: Depth | None = None
     ) -> Scored:
-        """Score the layers that give the units of groups, and decide which of these stay.
+        """Score the layers that produce the units of groups, and make a plan.
 
         Args:
-            groups: Those that may be pruned.
-            amount: How many go.
-            ends: Where the backbone may end, the shallowest first, the last its whole.
-            depth: How one of these is chosen.
+            groups: Groups that may be pruned.
+            amount: Rule for the units to remove.
+            ends: Boundaries of the backbone, the shallowest first, the last its end.
+            depth: Rule for choosing one of them.
         """
         producers = {layer for group in groups for layer in group.producers}
         places = [end_station(end.layers, self._order, is_layer=end.is_layer) for end in ends]
@@ -178,13 +178,13 @@ class ScoringRun:
         depths = tuple((end, found[place].score) for end, place in zip(ends, places, strict=True))
         chosen = None if depth is None else ends[best_depth([score for _, score in depths], depth)]
         if chosen is not None and chosen.tail:
-            # Units behind the end go with it, and those of the head will read something else.
+            # Units after the boundary are removed with it, and those of the head get another input.
             groups = [group for group in groups if not set(chosen.layers).isdisjoint(group.producers)]
             left = {station: score for station, score in found.items() if station.layer in chosen.layers}
         else:
             chosen = None
         use = group_usage(groups, left)
-        if chosen is not None and not amount.is_local:  # it counts what is left of the shallower network
+        if chosen is not None and not amount.is_local:  # relative to the truncated network
             return Scored(found, use, Plan({}, {}), (), file, passes, depths, chosen)
         plan, emptied = plan_by_use(self.structure, use, amount, self.original)
         return Scored(found, use, plan, emptied, file, passes, depths, chosen)
@@ -192,7 +192,7 @@ class ScoringRun:
     def _found(
         self, groups: Sequence[Group], stations: Sequence[Station], amount: Amount
     ) -> tuple[Mapping[Station, LayerScore], float, Path]:
-        """Scores, forward passes, and the file."""
+        """Scores, number of forward passes, and the file."""
         if self.options.mode == "one_shot":
             scorer, file = self._scorer(len(stations), {})
             return score_layers(scorer, stations, self._features), self._passes, file
@@ -216,10 +216,9 @@ class ScoringRun:
     def _near(
         self, groups: Sequence[Group], stations: Sequence[Station], budget: Amount
     ) -> tuple[Mapping[Station, LayerScore], float, Path]:
-        """Walk with one threshold after the other until what is left is near to the budget.
+        """Find a threshold near the budget by bisection, with one walk per step.
 
-        What a threshold leaves has to be walked to be known, so the search ends after some walks, and the units whose
-        use is next to the threshold make up the difference.
+        The number of walks is limited; units with importances near the threshold make up the difference.
         """
         target = Target.of(None, budget.value)
         selected = [group.name for group in groups]
@@ -258,7 +257,7 @@ class ScoringRun:
 
     @property
     def _memory_left(self) -> int:
-        """Bytes for activations, of those that samples do not take."""
+        """Bytes left for activations."""
         return max(self.options.memory_limit - self.data.in_memory, 0)
 
     def _visited(self, visit: Any) -> Tensor:
@@ -266,24 +265,24 @@ class ScoringRun:
             return gathered(visit.features(self.options.reduction))
 
     def _scorer(self, layers: int, decided: Mapping[str, Any]) -> tuple[LayerScorer, Path]:
-        """What scores a layer, and the file that it writes."""
+        """The scorer and its file."""
         key = {**self._key, **decided}
         name = f"scores-{hashlib.sha256(json.dumps(key, default=repr).encode()).hexdigest()[:12]}.jsonl"
-        opened = made_on_first(self.trainer, lambda: self._opened(self.folder / name, key))
-        memory = _Shared(opened, self.trainer.is_global_zero)
+        opened = run_on_rank_zero(self.trainer, lambda: self._opened(self.folder / name, key))
+        memory = _SharedScores(opened, self.trainer.is_global_zero)
         scorer = LayerScorer(
             self.options.surrogate,
             self.labels,
             self.parts,
             self.options.metric,
             memory,
-            on_rank_zero=lambda make: made_on_first(self.trainer, make),
+            on_rank_zero=lambda make: run_on_rank_zero(self.trainer, make),
             see=lambda found: self._see(found, layers),
         )
         return scorer, opened.path
 
     def _opened(self, path: Path, key: Mapping[str, Any]) -> ScoreFile:
-        """The file of this scoring, with what is known of it: from before a kill, from another run, from the user."""
+        """Open the file of this scoring, with scores from an interrupted run, other runs, or the user."""
         own = ScoreFile(path, key)
         others = [] if self.table is None else [self.table]
         home = path.parent.parent
@@ -305,13 +304,13 @@ class ScoringRun:
 
 
 def _differences(found: Mapping[str, tuple[str | None, str]]) -> str:
-    """What differs between a table and a run, as text."""
+    """Describe the differences between a table and a run."""
     digests = {"network": "the network's weights or shapes differ", "samples": "the training samples differ"}
     return "; ".join(digests.get(name, f"{name} is {theirs}, here {ours}") for name, (theirs, ours) in found.items())
 
 
-class _Shared:
-    """What the first process has read is known to all; it alone writes."""
+class _SharedScores:
+    """Scores read by rank zero and shared by all processes; only rank zero writes."""
 
     def __init__(self, file: ScoreFile, writes: bool) -> None:
         self._file, self._writes = file, writes

@@ -1,4 +1,4 @@
-"""Changing a network that a Trainer trains: in all processes and callbacks, whole or not at all."""
+"""Atomic changes of a network during training, in all processes and callbacks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.compiled import as_written, forget_code
-from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
+from lightning_prune.callbacks.compiled import eager, reset_compiled
+from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.session import Session
 from lightning_prune.structure import TracedModel
 from lightning_prune.surgery import Transaction, transaction
@@ -22,42 +22,42 @@ __all__ = ["live_transaction"]
 def live_transaction(
     trainer: Trainer, module: LightningModule, traced: TracedModel, session: Session, cut: int
 ) -> Iterator[Transaction]:
-    """Change the network of a run with its optimizers, averaged copies and pruning callbacks, whole or not at all.
+    """Change the network of a run, with its optimizers, averaged copies and pruning callbacks, atomically.
 
     A `transaction` that also discards compiled code, rebuilds the DDP wrapper, and restores the state of the session's
-    callbacks if anything fails. It has to succeed in every process; all must enter it.
+    callbacks if anything fails. All processes must enter it, and it must succeed in all.
 
     Args:
         trainer: The run.
-        module: What trains.
-        traced: How the network is run on an example.
+        module: The LightningModule.
+        traced: The network with its calls.
         session: The pruning callbacks of the run, which may change within the context.
-        cut: Place of the cut in the schedule, from 0, for the history.
+        cut: Index of the cut in the schedule, for the history.
 
     Yields:
-        The `Transaction`, to make edits and install contents with.
+            The `Transaction`.
 
     Raises:
-        CutError: If an edit does not fit, or the network does not run after it.
-        DisagreementError: If another process has failed, or the weights are not the same in all of them.
+            CutError: If an edit does not match, or the network does not run after it.
+            DisagreementError: If another process has failed, or weights differ between processes.
     """
     call = traced.calls[0]
 
     def run() -> Any:
-        with trainer.precision_plugin.forward_context(), as_written(module):
+        with trainer.precision_plugin.forward_context(), eager(module):
             return module(*call.args, **call.kwargs)
 
     when = {"epoch": trainer.current_epoch, "step": trainer.global_step, "cut": cut}
-    forget_code(module)
-    way_back = session.snapshot_state()
+    reset_compiled(module)
+    restore = session.snapshot_state()
     change: Transaction | None = None
     try:
         with unwrapped(trainer, module):
             with all_or_none(), transaction(module, trainer.optimizers, averages(trainer), run, **when) as change:
                 yield change
-            same_everywhere(module)  # a new wrapper would make it so
+            assert_same_parameters(module)  # a new DDP wrapper would synchronize them
     except BaseException:
         if change is not None:
             change.undo()
-        way_back()
+        restore()
         raise

@@ -14,30 +14,28 @@ __all__ = ["MagnitudePruning"]
 class MagnitudePruning(MaskPruning):
     """Sets the smallest weights to zero and keeps them zero (Han et al., 2015).
 
-    The method of "Learning both Weights and Connections for Efficient Neural Networks". Masked are the weights of
-    linear and convolutional layers; biases, normalisations, embeddings and what recurrent layers and
-    ``nn.MultiheadAttention`` pack into one parameter stay. After every step of an optimizer masked
-    weights are zero again, with all that the optimizer remembers of them; at the end of every epoch this is checked.
-    Checkpoints hold the masks, so that every ``ckpt_path`` keeps them. At the end units that have no effect any more
-    are removed physically. The best so far of ``ModelCheckpoint`` and ``EarlyStopping`` starts anew with each cut.
+    The method of "Learning both Weights and Connections for Efficient Neural Networks". Weights of linear and
+    convolutional layers are masked, but not biases, norms, embeddings, and the packed parameters of recurrent layers
+    and ``nn.MultiheadAttention``. After every optimizer step, masked weights and their optimizer state are set to zero;
+    this is checked at the end of every epoch. Checkpoints contain the masks. At the end of the training, dead units are
+    removed physically. ``ModelCheckpoint`` and ``EarlyStopping`` are reset at each cut.
 
     Args:
-        sparsity: Share of the weights that become zero, in [0, 1); 0.5 by default, with `NM` what it implies.
-        granularity: What goes together: `Element()` (default), `NM(2, 4)`, `Kernel()` or `Channel()`.
-        scope: ``"global"``: one threshold for all weights; ``"local"``: one per layer. Without meaning for `NM`.
-        schedule: When weights are masked; by default `Cubic()`: five steps from 10 % to 60 % of the run, the
-            largest first.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        rewind: After each step go back to the weights as they were after so many epochs (0 = as the run began), with
-            the new masks and optimizers that begin anew: the lottery ticket (Frankle & Carbin, 2019). Learning rates go
-            on as scheduled.
+        sparsity: Share of the weights to mask, in [0, 1); 0.5 by default, or as implied by `NM`.
+        granularity: Weights that are masked together: `Element()` (default), `NM(2, 4)`, `Kernel()` or `Channel()`.
+        scope: ``"global"``: one threshold for all weights; ``"local"``: one per layer. Ignored for `NM`.
+        schedule: When weights are masked; by default `Cubic()`: five steps from 10 % to 60 % of the run, the largest
+            first.
+        layers: Layers to mask: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to mask.
+        rewind: Rewind to the weights after this many epochs (0 = initialization) at each step, with the new masks and
+            cleared optimizer state: the lottery ticket (Frankle & Carbin, 2019). Learning rates continue as scheduled.
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
 
     Raises:
-        ValueError: At once for amounts out of range; before the first training step for everything that depends on
-            network and trainer (a tied or frozen weight, inputs that n:m does not divide, a rewind to weights that were
-            not kept).
+            ValueError: If an amount is out of range; before the first training step, if the network or trainer is not
+                supported (a tied or frozen weight, inputs that m does not divide, a rewind to weights that were not
+                saved).
 
     Example:
         >>> from lightning_prune import NM, MagnitudePruning, OneShot

@@ -1,4 +1,4 @@
-"""Masks while Lightning trains: weights become zero and stay zero; decides *when*, the rooms below know how."""
+"""Base class of callbacks that mask weights during training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_prune.callbacks.averages import averages, count_from, counts
-from lightning_prune.callbacks.compiled import as_written, is_compiled
+from lightning_prune.callbacks.compiled import eager, is_compiled
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.monitors import reset_monitors
-from lightning_prune.callbacks.processes import agreed, all_or_none, same_everywhere, unwrapped
+from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, broadcast_plan, unwrapped
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
@@ -62,15 +62,15 @@ from lightning_prune.surgery.tensors import named
 
 __all__ = ["MaskPruning"]
 
-# What a mask takes where nothing is said.
+# Default sparsity.
 _SPARSITY = 0.5
 
 
 class MaskPruning(ScheduledPruning):
-    """What all mask callbacks share; use `MagnitudePruning` or `HybridPruning`.
+    """Base class of mask callbacks; use `MagnitudePruning` or `HybridPruning`.
 
-    A masked weight is a zero in an ordinary parameter: there is no parametrization, and a ``state_dict`` is that of the
-    plain network. After every step of an optimizer it is zero again, with all that the optimizer remembers of it.
+    Masked weights are zeros in ordinary parameters, without parametrizations, so that the ``state_dict`` is that of the
+    plain network. After every optimizer step, they and their optimizer state are set to zero.
     """
 
     _aims = ("sparsity",)
@@ -119,15 +119,15 @@ class MaskPruning(ScheduledPruning):
         return float(sparsity)
 
     @override
-    def _forget(self) -> None:
-        super()._forget()
+    def _reset(self) -> None:
+        super()._reset()
         self.report = Report(what="weights")
         asker = f"{type(self).__name__}(rewind={self.rewind})"
         self._kept = None if self.rewind is None else RewindSnapshot(self.rewind, asker)
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
         self._structure: Structure | None = None
         self._traced_model: TracedModel | None = None
         self._batch: Call | None = None  # real data, to see whether what is removed had an effect
@@ -143,8 +143,8 @@ class MaskPruning(ScheduledPruning):
         super().on_fit_start(trainer, pl_module)
         self._stop_enforcing()
         for optimizer in trainer.optimizers:
-            # Not Lightning's hook after the batch: with accumulation, manual optimization or a step that a gradient
-            # scaler skips, only the optimizer itself knows when weights have changed.
+            # An optimizer hook, as Lightning's batch hooks do not tell whether a step was made (accumulation, manual #
+            # optimization, steps skipped by a gradient scaler).
             self._enforcing.append(optimizer.register_step_post_hook(self._enforce))
 
     def _enforce(self, optimizer: Optimizer, *_: Any) -> None:
@@ -246,7 +246,7 @@ class MaskPruning(ScheduledPruning):
         if self._done is None or not masks_of(module):
             self._done = -1  # a new run, or another network was loaded: it catches up with the next cut
         self._timeline = self._moments(trainer, 1 - self.sparsity)
-        self._carry_over(partial(self._reached, module))
+        self._adopt_progress(partial(self._reached, module))
         self._structure, self._traced_model, self._batch = structure, traced, call_on(module, batch, traced)
         if self._kept is not None and self.pending:
             self._kept.require(trainer, self._timeline)
@@ -270,7 +270,7 @@ class MaskPruning(ScheduledPruning):
 
     @override
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
-        """Choose what is masked from now on, and mask it: in the network, its optimizers and its averaged copies."""
+        """Choose new masks and apply them to the network, its optimizers and its averaged copies."""
         began, back = perf_counter(), self.snapshot_state()
         before, present = masks_of(module), named(module)
         chosen = self._chosen(module, point)
@@ -289,10 +289,10 @@ class MaskPruning(ScheduledPruning):
         with transaction(module, trainer.optimizers, averages(trainer)) as change:
             change.also(back)
             if self._kept is not None:
-                self._go_back(trainer, module, self._kept, change)
+                self._rewind(trainer, module, self._kept, change)
             change.mask(masks)
             self._watch(module)
-            same_everywhere(module)
+            assert_same_parameters(module)
         reset_monitors(trainer)
         self._warn_of_empty(module)
         size, new = self._size(module), self._left(module)
@@ -311,12 +311,12 @@ class MaskPruning(ScheduledPruning):
         return choose_masks(parts, known, point.share * self.sparsity, self.pool)
 
     def _reached(self, module: LightningModule) -> int:
-        """Index of the last cut that masks nothing more, -1 for none."""
+        """Index of the last cut that would mask nothing more; -1 if there is none."""
         masked = _count(masks_of(module))
         return next((p.index for p in self._timeline[::-1] if _count(self._chosen(module, p)) == masked), -1)
 
-    def _go_back(self, trainer: Trainer, module: LightningModule, kept: RewindSnapshot, change: Transaction) -> None:
-        """Weights and buffers as they were when they were kept; optimizers and averages begin anew."""
+    def _rewind(self, trainer: Trainer, module: LightningModule, kept: RewindSnapshot, change: Transaction) -> None:
+        """Restore the saved weights and buffers, and reset optimizers and averages."""
         weights, present = kept.get(), named(module)
         for name, content in weights.items():
             change.overwrite(present[name], content)
@@ -331,12 +331,12 @@ class MaskPruning(ScheduledPruning):
             kept.weights = None
 
     def _watch(self, module: LightningModule) -> None:
-        """Let the optimizers' hooks know the masks."""
+        """Update the masks of the optimizer hooks."""
         present = named(module)
         self._masks = {present[name]: mask.to(present[name].device) for name, mask in masks_of(module).items()}
 
     def _check(self, trainer: Trainer, module: LightningModule, when: str) -> None:
-        """Set to zero, with a warning, what somebody else than an optimizer has changed."""
+        """Set masked weights that were changed by others to zero, with a warning."""
         counts = revived(module)
         if counts:
             who = ", ".join(f"{count} in {name}" for name, count in counts.items())
@@ -367,7 +367,7 @@ class MaskPruning(ScheduledPruning):
         try:
             self.report.notes.extend(self._remove_dead(trainer, module))
         except Exception as error:
-            # The network is trained and as sparse as it was to be: hours of work are not lost for what is only tidier.
+            # The training is not lost if only the clean-up fails.
             note = (
                 f"Dead units stay, as zeros: removing them failed and was taken back ({type(error).__name__}: {error})."
             )
@@ -375,7 +375,7 @@ class MaskPruning(ScheduledPruning):
             warnings.warn(note, stacklevel=2)
 
     def _remove_dead(self, trainer: Trainer, module: LightningModule) -> list[str]:
-        """Make the network narrower by the units that have no effect any more, whole or not at all; what to note."""
+        """Remove dead units from the network; returns notes."""
         structure, traced, call = self._structure, self._traced_model, self._batch
         assert structure is not None
         assert traced is not None
@@ -393,12 +393,12 @@ class MaskPruning(ScheduledPruning):
             args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
             kept, contents = without_dead(copied, structure, lambda network: network.forward(*args, **kwargs))
         widths = structure.widths
-        plan = agreed(trainer, Plan(kept, {name: widths[name] for name in kept}))
+        plan = broadcast_plan(trainer, Plan(kept, {name: widths[name] for name in kept}))
         if plan.is_empty:
             return []
 
         def run() -> Any:
-            with trainer.precision_plugin.forward_context(), as_written(module):
+            with trainer.precision_plugin.forward_context(), eager(module):
                 return module(*call.args, **call.kwargs)
 
         epoch, step = trainer.current_epoch, trainer.global_step
@@ -423,7 +423,7 @@ class MaskPruning(ScheduledPruning):
     # -- showing ------------------------------------------------------------------------------------------------------
 
     def _size(self, module: LightningModule) -> Size:
-        """Parameters that are not masked; MACs as they are, because a zero is multiplied like any other number."""
+        """Size with unmasked parameters; MACs are unchanged, as zeros are multiplied too."""
         assert self._structure is not None
         masks, modules = masks_of(module), backbone_in(module.trainer, module)
         size = size_of(self._structure, backbone=modules)
@@ -433,14 +433,14 @@ class MaskPruning(ScheduledPruning):
         return replace(size, params=params, zeros=_count(masks), backbone=backbone, widths=self._left(module))
 
     def _maskable(self, module: LightningModule) -> list[str]:
-        """Names of the parameters that have or may get a mask."""
+        """Names of the parameters that can be masked."""
         present = named(module)
         own = [weight.name for weight in self._weights]
         own += [m.tensor for group in self._groups for m in group.members if _is_masked(m, present)]
         return list(dict.fromkeys([*own, *masks_of(module)]))
 
     def _left(self, module: LightningModule) -> dict[str, int]:
-        """Weights that are not masked, by layer."""
+        """Number of unmasked weights, by layer."""
         present, masks = named(module), masks_of(module)
         return {
             _layer(name): present[name].numel() - (int(masks[name].sum()) if name in masks else 0)

@@ -1,4 +1,4 @@
-"""What watches a metric must not compare a narrow network with the wider one it was."""
+"""Resetting callbacks that monitor a metric, so that networks of different sizes are not compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Thresholds", "hold_early_stopping", "reset_monitors"]
 
 
 def reset_monitors(trainer: Trainer) -> None:
-    """Let the best so far of every ``ModelCheckpoint`` and ``EarlyStopping`` start anew; files stay."""
+    """Reset the best scores of every ``ModelCheckpoint`` and ``EarlyStopping``; files are kept."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             callback.best_k_models = {}
@@ -23,30 +23,30 @@ def reset_monitors(trainer: Trainer) -> None:
 
 
 def hold_early_stopping(trainer: Trainer) -> None:
-    """Any next value is an improvement for every ``EarlyStopping``: it does not stop before that."""
+    """Reset every ``EarlyStopping``, so that the next value is an improvement."""
     for callback in _early_stopping(trainer):
         callback.wait_count = 0
         callback.best_score = _worst(callback.mode)
 
 
 class Thresholds:
-    """Values that are good enough for ``EarlyStopping`` to end a run, taken away until the network is small enough.
+    """Disables ``stopping_threshold`` of ``EarlyStopping`` until the network is small enough.
 
-    Values that are too bad stay: a run that diverges ends.
+    ``divergence_threshold`` stays active.
     """
 
     def __init__(self) -> None:
         self._withheld: list[tuple[EarlyStopping, float]] = []
 
     def withhold(self, trainer: Trainer) -> None:
-        """Take them away."""
+        """Disable the thresholds."""
         for callback in _early_stopping(trainer):
             if callback.stopping_threshold is not None:
                 self._withheld.append((callback, callback.stopping_threshold))
                 callback.stopping_threshold = None
 
     def give_back(self) -> None:
-        """They count again."""
+        """Enable the thresholds again."""
         while self._withheld:
             callback, threshold = self._withheld.pop()
             callback.stopping_threshold = threshold

@@ -1,4 +1,4 @@
-"""What all callbacks share that change the network itself, whatever they go by."""
+"""Base class of callbacks that change the network itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import OwnAverages
-from lightning_prune.callbacks.compiled import as_written, forget_code
+from lightning_prune.callbacks.averages import ManualAverages
+from lightning_prune.callbacks.compiled import eager, reset_compiled
 from lightning_prune.callbacks.extensions.applied import Extensions
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext, require_one_restart
-from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
+from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.monitors import reset_monitors
-from lightning_prune.callbacks.processes import all_or_none, from_first, made_on_first
+from lightning_prune.callbacks.processes import all_or_none, from_rank_zero, run_on_rank_zero
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import Showing, log_now
-from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Plan, Schedule
@@ -37,9 +37,9 @@ from lightning_prune.surgery import Repair, Replace, Transaction, history_of, or
 
 __all__ = ["Decision", "NetworkPruning"]
 
-# Samples by which extensions judge a cut, where the method itself looks at none.
+# Samples for extensions that judge a cut, if the method itself uses none.
 _JUDGED = 2000
-_OWN_AVERAGE = (
+_MANUAL_AVERAGE = (
     "averaged copy that is kept by hand inside the module, {}: it would stay as it is when the other is cut. Average "
     "with the callback `EMAWeightAveraging` of Lightning, whose copy is cut too, or leave these layers out (`ignore`)."
 )
@@ -47,13 +47,13 @@ _OWN_AVERAGE = (
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done at one cut.
+    """Decision at a cut.
 
     Attributes:
-        plan: Units to keep, the same in all processes. It may be empty where modules are replaced.
-        info: Plain numbers that the history remembers.
-        numbers: Plain numbers for loggers.
-        scores: Scores of the units by group, for loggers, which draw their histograms.
+        plan: Units to keep, equal in all processes; may be empty if modules are replaced.
+        info: Additional numbers for the history.
+        numbers: Numbers for loggers.
+        scores: Scores of the units by group, for histograms in loggers.
     """
 
     plan: Plan
@@ -62,34 +62,34 @@ class Decision:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def summaries(self) -> dict[str, Scores]:
-        """The scores in a few numbers, for the report."""
+        """Summaries of the scores, for the report."""
         return {name: Scores.of(values, self.plan.kept.get(name)) for name, values in self.scores.items()}
 
 
 class NetworkPruning(ScheduledPruning):
-    """Base of callbacks that remove units and layers, or replace modules, at the moments of a schedule.
+    """Base class of callbacks that remove units and layers, or replace modules, by a schedule.
 
-    A subclass decides, and this class does what it decides: whole or not at all, in all processes, with optimizers,
-    averaged copies, extensions, history and report. A subclass has three things to say:
+    Subclasses decide on cuts, which this class applies atomically, in all processes, with optimizers, averaged copies,
+    extensions, history and report. A subclass implements:
 
-    - `_check`, before the first training batch: check what can be checked, and return the cuts of the run;
-    - `_decide`, at each cut: which units to keep, with all the data and time that takes;
-    - `_change`, if more is to be done than to keep these units: replace modules, install weights.
+    - `_check`, before the first training batch: validate the run and return its cuts;
+    - `_decide`, at each cut: choose the units to keep;
+    - `_change`, optionally, to replace modules or install weights.
 
-    A method that acts once in a run (`acts_once`) has `AtStart` as its schedule, or one later moment. By `AtStart` its
-    cut is made at the first ``on_train_batch_start`` of the run: the training data, the optimizers and what a
-    checkpoint holds are there, and no step has been made. A resumed run does not act a second time.
+    A method that acts once (`acts_once`) has the schedule `AtStart` or one with a single moment. With `AtStart`, the
+    cut is made at the first ``on_train_batch_start``, after training data and optimizers are set up and a checkpoint is
+    loaded, before any step. A resumed run does not act again.
 
     Attributes:
-        acts_once: Whether the schedule may have one moment only.
+        acts_once: Whether the schedule must have a single moment.
 
     Args:
-        schedule: When cuts happen.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut.
+        schedule: When cuts are made.
+        layers: Layers to prune: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to prune.
+        reset_monitors: Reset ``ModelCheckpoint`` and ``EarlyStopping`` after each cut.
         dirpath: Folder for the report; by default the logger's folder.
-        extensions: What goes with every cut.
+        extensions: Repairs and cut extensions.
     """
 
     acts_once: ClassVar[bool] = False
@@ -127,53 +127,51 @@ class NetworkPruning(ScheduledPruning):
         return tuple(extensions or ())
 
     @override
-    def _forget(self) -> None:
-        super()._forget()
+    def _reset(self) -> None:
+        super()._reset()
         self._extensions = Extensions(self.extensions)
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
         self._structure: Structure | None = None
         self._traced_model: TracedModel | None = None
         self._original = Size(0, 0, {})
-        self._own_averages: OwnAverages | None = None  # until the first cut
+        self._manual_averages: ManualAverages | None = None  # until the first cut
 
     @property
     def structure(self) -> Structure | None:
-        """Groups of the network as it is now; None before the first training batch."""
+        """Structure of the network; None before the first training batch."""
         return self._structure
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- for subclasses -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
-        """Check the run before any weight has changed, and return its cuts, see `_moments`.
+        """Validate the run before any weight has changed, and return its cuts, see `_moments`.
 
         Args:
-            trainer: The run. Its training data, its optimizers and what a checkpoint held are there.
-            module: What trains.
+            trainer: The run, with training data and optimizers set up and a checkpoint loaded.
+            module: The LightningModule.
             batch: The first training batch, on its device.
-            structure: What can be removed of the network as it is.
-            original: Size of the network before any cut.
+            structure: Structure of the network.
+            original: Size of the dense network.
         """
 
     @abstractmethod
     def _decide(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> Decision | None:
-        """What to do at a cut, the same in all processes; ``None`` if nothing is to be done.
+        """Decide on a cut, equally in all processes; None if there is nothing to do.
 
-        Nothing has changed yet, and nothing may be changed here. What a subclass needs later in `_change` goes into a
-        subclass of `Decision`.
+        Must not change anything. A subclass of `Decision` can hold data for `_change`.
         """
 
     def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
-        """Make a cut within a transaction; the structure after it.
+        """Make a cut within a transaction, and return the structure after it.
 
-        By default the units of the plan are kept, see `_keep`. A subclass may replace modules before or after that,
-        ``change.replace(modules, self._retrace(trainer), structure)``, and go on with ``change.install(contents)`` and
-        ``change.forget()``.
+        By default, the units of the plan are kept, see `_keep`. A subclass may also call ``change.replace(modules,
+        self._retrace(trainer), structure)``, ``change.install(contents)`` and ``change.forget()``.
         """
         assert self._structure is not None
         return self._keep(change, trainer, module, decision, self._structure)
@@ -191,12 +189,12 @@ class NetworkPruning(ScheduledPruning):
         Args:
             change: The open transaction.
             trainer: The run.
-            module: What trains.
-            decision: What to keep.
-            structure: Of the network as it is within the transaction.
+            module: The LightningModule.
+            decision: The decision.
+            structure: Structure of the network within the transaction.
 
         Returns:
-            The structure after it.
+                The structure after the cut.
         """
         traced, plan = self._traced_model, decision.plan
         assert traced is not None
@@ -206,10 +204,10 @@ class NetworkPruning(ScheduledPruning):
         axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         with all_or_none():
             repairs = self._extensions.repairs(context)
-            with telling(trainer, "Repairing the weights that stay"):
+            with log_status(trainer, "Repairing the weights that stay"):
                 contents = self._extensions.contents(context, repairs, axes, drops)
-        contents = from_first(trainer, contents)
-        notes = made_on_first(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
+        contents = from_rank_zero(trainer, contents)
+        notes = run_on_rank_zero(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
         verify_shapes(traced, structure, plan.kept)
         after = change.keep(structure, plan.kept, {**decision.info, **notes})
         change.install(contents)
@@ -217,15 +215,14 @@ class NetworkPruning(ScheduledPruning):
             change.forget()
         return after
 
-    def _know(self, structure: Structure) -> None:
-        """Know the network as it is after a cut of one's own."""
+    def _set_structure(self, structure: Structure) -> None:
+        """Update the state after a cut of this callback."""
         self._structure = structure
 
     def _reached(self) -> int:
-        """Index of the last cut of the timeline that the network is as small as already, -1 for none.
+        """Index of the last cut of the timeline that the network's size already meets; -1 if there is none.
 
-        For a checkpoint without this callback's state, and for a run that is resumed with another target. By default
-        the history says that something was done, not how much.
+        For checkpoints without this callback's state, and runs that are resumed with another target.
         """
         module = None if self._traced_model is None else self._traced_model.model
         history = None if module is None else history_of(module)
@@ -242,7 +239,7 @@ class NetworkPruning(ScheduledPruning):
         return timeline
 
     def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:  # noqa: ARG002
-        """The structure, with all that planning has to know."""
+        """The structure for planning."""
         return with_history(trace(traced), traced)
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -255,7 +252,7 @@ class NetworkPruning(ScheduledPruning):
     def _restore(self, state: Mapping[str, Any]) -> None:
         extensions = state.get("extensions", {})
         if "extensions" not in state and self.extensions and (state.get("kept") or state.get("rewind")):
-            warnings.warn("extensions begin anew: a version of format 1 wrote the checkpoint", stacklevel=2)
+            warnings.warn("extensions start without their state: the checkpoint is of format 1", stacklevel=2)
         require(extensions, dict[str, Any], "extensions")
         self._extensions.restore(extensions)
 
@@ -278,9 +275,9 @@ class NetworkPruning(ScheduledPruning):
     # -- before the first step ----------------------------------------------------------------------------------------
 
     @override
-    def _said_of_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:
+    def _message_for_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:
         if not self.acts_once:
-            return super()._said_of_other_aims(others)
+            return super()._message_for_other_aims(others)
         differences = "; ".join(f"`{name}` was {then!r} and is {now!r}" for name, (then, now) in others.items())
         gone = f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone"
         return (
@@ -290,8 +287,8 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        # `true` precisions have another default type, which tensors made in `forward` take.
-        with trainer.precision_plugin.module_init_context(), telling(trainer, "Tracing the network"):
+        # `true` precisions change the default dtype, which tensors created in `forward` have.
+        with trainer.precision_plugin.module_init_context(), log_status(trainer, "Tracing the network"):
             traced = traced_model_of(module, batch, convert=trainer.precision_plugin.convert_input)
             structure = self._traced(trainer, traced)
         for note in structure.notes:
@@ -300,13 +297,13 @@ class NetworkPruning(ScheduledPruning):
         self._timeline = self._check(trainer, module, batch, structure, self._original)
         history = history_of(module)
         if self._done is None:
-            # A checkpoint of a run without this callback's state; what was cut before this run began does not count.
+            # A checkpoint without this callback's state; cuts before this run do not count.
             self._done = self._reached() if history is not None and trainer.global_step > 0 else -1
         if self._timeline and self._done < 0 and history is not None and self._is_met():
             self._timeline = ()
         if self.pending or not self._timeline:
             self._extensions.prepare(self._run(trainer, module))
-        self._carry_over(self._reached)
+        self._adopt_progress(self._reached)
         if self.report.dense is None:
             backbone = backbone_in(trainer, module)
             dense = size_of(structure, self._original, backbone)
@@ -318,7 +315,7 @@ class NetworkPruning(ScheduledPruning):
         self._begin_report()
 
     def _is_met(self) -> bool:
-        """Whether a network that was pruned before this run began leaves nothing to do; says so, if it does."""
+        """Whether a network that was pruned before this run meets the target already, with a warning."""
         return False
 
     @override
@@ -333,20 +330,22 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        if self.pending and not self.report.cuts and batch_idx <= 1:  # what is updated after a batch, or after an epoch
-            self._refuse_own_averages(trainer, module)
+        if self.pending and not self.report.cuts and batch_idx <= 1:  # updated after a batch, or after an epoch
+            self._refuse_manual_averages(trainer, module)
         super().act(trainer, module, batch_idx)
 
-    def _refuse_own_averages(self, trainer: Trainer, module: LightningModule) -> OwnAverages:
-        """Refuse averages that the user's code keeps inside the module, as soon as they can be told from others."""
+    def _refuse_manual_averages(self, trainer: Trainer, module: LightningModule) -> ManualAverages:
+        """Raise an error for averages that the user's code keeps inside the module, as soon as they are detected."""
         assert self._structure is not None
-        if self._own_averages is None:
+        if self._manual_averages is None:
             groups = [group for group in self._structure.groups if not self.own_groups or group.name in self.own_groups]
-            self._own_averages = OwnAverages(trainer, module, {m.tensor for group in groups for m in group.members})
-        found = self._own_averages.found()
+            self._manual_averages = ManualAverages(
+                trainer, module, {m.tensor for group in groups for m in group.members}
+            )
+        found = self._manual_averages.found()
         if found:
-            raise ValueError(f"{type(self).__name__}: expected no {_OWN_AVERAGE.format(found)}")
-        return self._own_averages
+            raise ValueError(f"{type(self).__name__}: expected no {_MANUAL_AVERAGE.format(found)}")
+        return self._manual_averages
 
     # -- a cut --------------------------------------------------------------------------------------------------------
 
@@ -358,9 +357,9 @@ class NetworkPruning(ScheduledPruning):
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         began = perf_counter()
         if not self.report.cuts:
-            own = self._refuse_own_averages(trainer, module)
+            own = self._refuse_manual_averages(trainer, module)
             if own.suspects and trainer.global_step == own.step:
-                warnings.warn(f"there may be an {_OWN_AVERAGE.format(own.suspects)}", stacklevel=2)
+                warnings.warn(f"there may be an {_MANUAL_AVERAGE.format(own.suspects)}", stacklevel=2)
         decision = self._decide(trainer, module, point)
         if decision is None:
             self._done = point.index
@@ -375,7 +374,7 @@ class NetworkPruning(ScheduledPruning):
     def _apply(
         self, trainer: Trainer, module: LightningModule, decision: Decision, point: CutPoint, began: float
     ) -> None:
-        """The cut itself: network, optimizers, history, and what the callbacks of the run know, together."""
+        """Apply a cut to network, optimizers, history and the callbacks of the run."""
         structure, traced = self._structure, self._traced_model
         assert structure is not None
         assert traced is not None
@@ -384,7 +383,7 @@ class NetworkPruning(ScheduledPruning):
             after = self._change(change, trainer, module, decision)
             history = history_of(module)
             edits = history.edits[len(before.edits) if before is not None else 0 :] if history is not None else ()
-            self._know(after)
+            self._set_structure(after)
             self._done, self._original = point.index, original_of(module, after)
             if any(isinstance(edit, Replace) and edit.new_dense for edit in edits):
                 layers = {} if self.report.dense is None else self.report.dense.layers
@@ -399,7 +398,7 @@ class NetworkPruning(ScheduledPruning):
             self.session.tell_others(self, trainer, module, CutMade(decision.plan, edits, cut))
 
     def _retrace(self, trainer: Trainer) -> Callable[[], Structure]:
-        """What traces the network again after a module was replaced."""
+        """A function that traces the network again after a module was replaced."""
         traced = self._traced_model
         assert traced is not None
 
@@ -439,19 +438,19 @@ class NetworkPruning(ScheduledPruning):
                 self._take_back(trainer, module, extension, why)
 
     def _take_back(self, trainer: Trainer, module: LightningModule, extension: CutExtension, why: str) -> None:
-        """Network and optimizers become as before the last cut, and what is known of them; nothing more is cut."""
+        """Undo the last cut of network and optimizers, and make no further cuts."""
         note = f"Cut {self.report.cuts[-1].index + 1} was taken back and no other made: {why}."
         now, back = snapshot(trainer, module), self.snapshot_state()
-        forget_code(module)
+        reset_compiled(module)
         try:
             extension.take_back(self._run(trainer, module))
             self._extensions.after_take_back()
             self.report.cuts.pop()
             self.report.notes.append(note)
-            self._know(self._retrace(trainer)())
+            self._set_structure(self._retrace(trainer)())
             self._done = self._timeline[-1].index if self._timeline else self._done
         except BaseException:
-            go_back(now, trainer, module)
+            restore_snapshot(now, trainer, module)
             back()
             raise
         if self.reset_monitors:
@@ -468,7 +467,7 @@ class NetworkPruning(ScheduledPruning):
     @override
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
         assert self._traced_model is not None
-        with as_written(module):
+        with eager(module):
             return showing.measure(self._traced_model, self._size(showing.trainer), self._dense_network)
 
     def _size(self, trainer: Trainer) -> Size:
@@ -483,12 +482,12 @@ class NetworkPruning(ScheduledPruning):
         return RunContext(trainer, module, self._traced_model, self.report, folder, self._timeline, samples)
 
     def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
-        """Samples of the training data that extensions judge a cut by, all of them in every process.
+        """Samples of the training data for extensions, the same in every process.
 
         Args:
             trainer: The run.
             module: The network.
-            batches: So many batches only.
+            batches: Number of batches, if limited.
         """
         assert self._traced_model is not None
         samples = _JUDGED if batches is None else None
@@ -497,7 +496,7 @@ class NetworkPruning(ScheduledPruning):
 
 
 def _changed(before: Structure, after: Structure) -> tuple[dict[str, int], dict[str, int]]:
-    """Widths before and after a cut, of the groups that are not as they were; 0 where a group is not there."""
+    """Widths of changed groups before and after a cut; 0 for missing groups."""
     then, now = before.widths, after.widths
     names = [name for name in (*then, *(now.keys() - then.keys())) if then.get(name) != now.get(name)]
     return {name: then.get(name, 0) for name in names}, {name: now.get(name, 0) for name in names}

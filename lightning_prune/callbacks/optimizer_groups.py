@@ -1,4 +1,4 @@
-"""Parameters that join an optimizer while it trains: a group of their own, which its schedulers know of."""
+"""Adding parameter groups to an optimizer and its schedulers during training."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 
 __all__ = ["add_group", "without_optimizer"]
 
-# Lists in which PyTorch's schedulers hold something for each group.
+# Attributes of PyTorch's schedulers with one value per group.
 _PER_GROUP = ("base_lrs", "lr_lambdas", "max_lrs", "min_lrs", "_last_lr")
 
 
 def without_optimizer(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Those parameters that no optimizer of the run has, by name; compared by identity, not by value."""
+    """Parameters without an optimizer, by name."""
     given = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     return {name: parameter for name, parameter in parameters.items() if id(parameter) not in given}
 
 
 def add_group(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give the run's one optimizer a group with the options, as they are now, of its first one.
+    """Add a parameter group to the run's only optimizer, with the current options of its first group.
 
     Args:
         trainer: The run.
-        parameters: What the group holds, by name; may be empty.
+        parameters: Parameters of the group, by name; may be empty.
     """
     (optimizer,) = trainer.optimizers
     groups = len(optimizer.param_groups)
@@ -39,14 +39,14 @@ def add_group(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _all(scheduler: Any) -> Iterator[Any]:
-    """A scheduler and those that it is made of."""
+    """A scheduler and its nested schedulers."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _all(part)
 
 
 def _extend(scheduler: Any, groups: int) -> None:
-    """Let a scheduler treat a new group as it treats the first one."""
+    """Extend a scheduler by a group that is treated like the first one."""
     for name in _PER_GROUP:
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) == groups:

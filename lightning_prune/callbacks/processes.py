@@ -1,6 +1,6 @@
-"""Several processes, one network: statistics merged, one plan for all, the wrapper off during a cut and on again.
+"""Distributed training: merging statistics, broadcasting plans and rebuilding the DDP wrapper.
 
-Everything here does nothing with a single process. The private names of Lightning's DDP strategy are used here only.
+Functions have no effect in a single process. Only this file uses private names of Lightning's DDP strategy.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ T = TypeVar("T")
 
 __all__ = [
     "DisagreementError",
-    "agreed",
     "all_or_none",
-    "from_first",
+    "assert_same_parameters",
+    "broadcast_plan",
+    "from_rank_zero",
     "gathered",
-    "holds_everywhere",
+    "holds_on_all_ranks",
     "in_exception",
-    "made_on_first",
-    "measured_on_first",
+    "measure_on_rank_zero",
     "merged",
-    "on_first",
+    "on_rank_zero",
     "refuse_strategy",
+    "run_on_rank_zero",
     "same_buffers",
-    "same_everywhere",
     "several",
     "unwrapped",
 ]
 
 
 class DisagreementError(PruningError, RuntimeError):
-    """Processes that must hold the same hold different things, or one of them has failed."""
+    """Raised when processes have different states, or one of them has failed."""
 
 
 def refuse_strategy(name: str, trainer: Trainer) -> None:
-    """Refuse the strategies in which a cut cannot be made safe.
+    """Raise an error for unsupported strategies.
 
     Args:
-        name: Who refuses, for the message.
+        name: Name of the callback, for the message.
         trainer: The run.
 
     Raises:
-        ValueError: For anything but one device or DDP, and for DDP that compresses with a state of its own.
+        ValueError: For anything but one device or DDP, and for DDP communication hooks with a state.
     """
     strategy = trainer.strategy
     if type(strategy) is DDPStrategy:
@@ -77,13 +77,13 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
 
 
 def several() -> bool:
-    """Whether this process trains together with others."""
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
 def merged(statistic: Statistic | None) -> Iterator[None]:
-    """Within the context a statistic holds what all processes observed, merged by its declared reductions."""
+    """Merge a statistic over all processes within the context."""
     if statistic is None or not several():
         yield
         return
@@ -95,26 +95,26 @@ def merged(statistic: Statistic | None) -> Iterator[None]:
 
 
 def in_exception() -> bool:
-    """Whether an exception is being handled, in which other processes may not take part in a collective."""
+    """Whether an exception is being handled, so that other processes may not take part in a collective."""
     return sys.exc_info()[0] is not None
 
 
-def agreed(trainer: Trainer, plan: Plan) -> Plan:
-    """The plan of the first process."""
+def broadcast_plan(trainer: Trainer, plan: Plan) -> Plan:
+    """Broadcast the plan of rank zero."""
     if not several():
         return plan
     return Plan.from_plain(trainer.strategy.broadcast(plan.to_plain()))
 
 
-def measured_on_first(trainer: Trainer, measure: Callable[[], LatencyTable]) -> LatencyTable:
-    """What the first process measures, on all of them."""
+def measure_on_rank_zero(trainer: Trainer, measure: Callable[[], LatencyTable]) -> LatencyTable:
+    """Measure on rank zero and broadcast the result."""
     if not several():
         return measure()
     return LatencyTable.from_plain(trainer.strategy.broadcast(measure().to_plain() if trainer.is_global_zero else {}))
 
 
-def from_first(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the first process: others may see other data, or round differently."""
+def from_rank_zero(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Broadcast tensors of rank zero."""
     if not several() or not contents:
         return contents
     plain = {name: content.cpu() for name, content in contents.items()}
@@ -123,16 +123,13 @@ def from_first(trainer: Trainer, contents: dict[str, Tensor]) -> dict[str, Tenso
 
 @contextmanager
 def same_buffers(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within the context all processes have the first one's buffers: norms have seen other data in each.
-
-    Afterwards each has its own again.
-    """
+    """Use the buffers of rank zero in all processes within the context, then restore each process's own."""
     if not several():
         yield
         return
     buffers = dict(module.named_buffers())
     own = {name: buffer.clone() for name, buffer in buffers.items()}
-    for name, content in from_first(trainer, buffers).items():
+    for name, content in from_rank_zero(trainer, buffers).items():
         buffers[name].copy_(content)
     try:
         yield
@@ -141,11 +138,11 @@ def same_buffers(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             buffer.copy_(own[name])
 
 
-def made_on_first(trainer: Trainer, make: Callable[[], T]) -> T:
-    """What the first process makes, on all of them; what it raises there, the others hear of.
+def run_on_rank_zero(trainer: Trainer, make: Callable[[], T]) -> T:
+    """Run a function on rank zero and broadcast its result.
 
     Raises:
-        DisagreementError: In the other processes, if it has failed.
+        DisagreementError: On other ranks, if it has failed.
     """
     if not several():
         return make()
@@ -166,10 +163,10 @@ def made_on_first(trainer: Trainer, make: Callable[[], T]) -> T:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """Rows of all processes, on the CPU, in the order of the samples that were dealt out to them one after the other.
+    """Gather rows from all processes to the CPU, in the original order of the samples.
 
     Args:
-        rows: One per sample of this process, on any device.
+        rows: One row per sample of this process, on any device.
     """
     if not several():
         return rows
@@ -181,16 +178,16 @@ def gathered(rows: Tensor) -> Tensor:
     return whole
 
 
-def holds_everywhere(mine: bool) -> bool:
-    """Whether something holds in every process, by whether it holds in this one."""
+def holds_on_all_ranks(mine: bool) -> bool:
+    """Whether a condition holds on all ranks."""
     return _failures(int(not mine)) == 0
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """What is done within the context has to succeed in every process.
+    """Require that the context succeeds in every process.
 
-    An interrupt of one process (anything but an `Exception`) ends it without asking the others.
+    A KeyboardInterrupt or similar is raised without communication.
 
     Raises:
         DisagreementError: If it has succeeded here, but not in another process.
@@ -208,7 +205,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def _failures(mine: int) -> int:
-    """In how many processes something has failed."""
+    """Number of processes that have failed."""
     if not several():
         return mine
     failed = torch.tensor(float(mine), device=_device())
@@ -216,7 +213,7 @@ def _failures(mine: int) -> int:
     return int(failed.item())
 
 
-def same_everywhere(module: LightningModule) -> None:
+def assert_same_parameters(module: LightningModule) -> None:
     """Assert that all processes hold the same parameters.
 
     Raises:
@@ -239,17 +236,17 @@ def same_everywhere(module: LightningModule) -> None:
 
 @contextmanager
 def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within the context no DDP wrapper watches the parameters; afterwards a new one does.
+    """Remove the DDP wrapper within the context and create a new one afterwards.
 
-    A live wrapper's reducer holds autograd nodes of the old shapes, and backward would fail in it. After an error,
-    which ends the run, none is made: it would ask all processes, and some may not come.
+    The reducer of a wrapper has autograd nodes of the old shapes, so that backward would fail. After an error, none is
+    created, as other processes may not take part.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
         yield
         return
     strategy.model = module
-    gc.collect()  # the wrapper is in reference cycles; its hooks go when it goes
+    gc.collect()  # the wrapper is in reference cycles, and its hooks are removed with it
     yield
     strategy.model = strategy._setup_model(module)
     strategy._register_ddp_hooks()
@@ -257,14 +254,14 @@ def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def _device() -> torch.device:
-    """Where the backend's collectives work."""
+    """Device for collectives of the backend."""
     if several() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def on_first(statistic: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What this process restores of merged sums: all of it the first, nothing the others."""
+def on_rank_zero(statistic: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Restore merged sums on rank zero only; zeros on other ranks."""
     if not several() or dist.get_rank() == 0:
         return statistic
     return {name: value if name == "batches" else torch.zeros_like(value) for name, value in statistic.items()}

@@ -1,4 +1,4 @@
-"""A progress bar while groups of units are ranked."""
+"""Progress bar for rankings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["RankingProgress"]
 
 
 class RankingProgress:
-    """A bar with the groups that are done and the time left, where the Trainer has a bar of its own.
+    """Progress bar of a ranking, shown if the Trainer has a progress bar.
 
     Args:
         trainer: The run.
@@ -37,11 +37,11 @@ class RankingProgress:
         self._bar.stop()
 
     def see(self, name: str, done: int, total: int) -> None:
-        """A layer is finished.
+        """Update the bar.
 
         Args:
-            name: Its name.
-            done: Groups of units that were masked so far.
-            total: How many there are.
+            name: Name of the finished layer.
+            done: Number of masked bundles.
+            total: Number of bundles.
         """
         self._bar.update(self._task, total=total, completed=done, description=name)

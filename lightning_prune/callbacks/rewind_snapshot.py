@@ -1,4 +1,4 @@
-"""Weights to go back to, kept while a run trains."""
+"""Snapshot of weights for rewinding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.callbacks.moments import run_length
+from lightning_prune.callbacks.progress import run_length
 from lightning_prune.planning import CutPoint
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery import Edit, Replace, history_of, transform_stored
@@ -19,22 +19,22 @@ __all__ = ["RewindSnapshot"]
 
 
 class RewindSnapshot:
-    """Parameters and buffers, those of metrics left out, as an epoch found them; as narrow as the network is.
+    """Parameters and buffers (without those of metrics) at the start of an epoch, cut like the network.
 
     Args:
-        epoch: Which epoch.
-        asker: Who goes back to them, for texts: ``"Rewind(1)"``.
+        epoch: The epoch.
+        asker: The extension that uses it, for messages: ``"Rewind(1)"``.
     """
 
     def __init__(self, epoch: int, asker: str) -> None:
         self.epoch, self.asker = epoch, asker
-        self.weights: dict[str, Tensor] | None = None  # in memory of the processor
+        self.weights: dict[str, Tensor] | None = None  # on the CPU
 
     def require(self, trainer: Trainer, timeline: Sequence[CutPoint]) -> None:
-        """Refuse a run that has passed the epoch without keeping them, cuts before it, or has kept others.
+        """Check that the run can save or has saved the weights.
 
         Raises:
-            ValueError: With what to do.
+            ValueError: If it has passed the epoch without saving them, cuts before it, or has weights of other shapes.
         """
         if self.weights is not None:
             self._compare(self.weights, trainer.lightning_module)
@@ -50,22 +50,22 @@ class RewindSnapshot:
         if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) > (self.epoch, 0):
             raise ValueError(
                 f"{self.asker}: expected the weights of epoch {self.epoch} in the checkpoint, but they were not kept. "
-                "Resume from a whole checkpoint of a run that goes back to it, or start anew."
+                "Resume from a whole checkpoint of a run that goes back to it, or start a new run."
             )
 
     def begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Keep them if this is the epoch."""
+        """Save the weights if this is the epoch."""
         if trainer.current_epoch == self.epoch and self.weights is None:
             self.weights = {name: t.detach().to("cpu", copy=True) for name, t in _weights_of(module).items()}
 
     def after_cut(self, edits: Iterable[Edit]) -> RewindSnapshot:
-        """The same without what a cut has removed; modules that it has put in the place of others were not there."""
+        """The snapshot after a cut; replaced modules are removed."""
         if self.weights is None:
             return self
         return self.holding(reduce(lambda weights, edit: transform_stored(edit, weights), edits, self.weights))
 
     def holding(self, weights: dict[str, Tensor] | None) -> RewindSnapshot:
-        """Another one that keeps these weights."""
+        """A snapshot with these weights."""
         other = RewindSnapshot(self.epoch, self.asker)
         other.weights = weights
         return other
@@ -74,7 +74,7 @@ class RewindSnapshot:
         """The weights by name.
 
         Raises:
-            ValueError: If the run has not come to the epoch.
+            ValueError: If the run has not reached the epoch.
         """
         if self.weights is None:
             raise ValueError(
@@ -87,7 +87,7 @@ class RewindSnapshot:
         history = history_of(module)
         edits = () if history is None else history.edits
         new = [name for edit in edits if isinstance(edit, Replace) for name in edit.modules]
-        # A layer that gives a constant has no inputs left, and nothing is kept of its weight.
+        # A constant layer has no weight.
         present = {name: tensor for name, tensor in _weights_of(module).items() if tensor.numel()}
         expected = {
             name: _form(tensor) for name, tensor in present.items() if name in weights or not is_within(name, new)
@@ -106,7 +106,7 @@ def _form(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _weights_of(module: LightningModule) -> dict[str, Tensor]:
-    """By the first of their names, which a cut knows tied ones by."""
+    """Weights by name; tied ones by their first name."""
     seen = {id(t) for part in module.modules() if isinstance(part, Metric) for t in part.buffers()}
     found = {}
     for name, tensor in named(module).items():

@@ -1,4 +1,4 @@
-"""Which layers can lose much: every one is cut alone, measured, and given back."""
+"""Sensitivity analysis: metric of the network with one layer cut at a time."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def sensitivity(
     layers: str | list[str] | None = None,
     ignore: str | list[str] | None = None,
 ) -> Sensitivity:
-    """Measure a network with one layer cut at a time, to choose how much each may lose.
+    """Measure a network with one layer cut at a time, to choose pruning ratios per layer.
 
     Args:
-        model: A LightningModule or any module. It is the same afterwards, whatever happens.
-        evaluate: Gives the metric of a network, an accuracy on some validation batches say. It is called once for the
-            dense network and once per layer and share, with the model itself, cut, in eval mode and without gradients.
-        example: What ``forward`` takes; by default a LightningModule's ``example_input_array``.
-        criterion: Which units go first, by the weights alone; by default `L1`.
+        model: A LightningModule or any module, which is restored afterwards.
+        evaluate: Returns the metric of a network, such as an accuracy on validation batches. It is called for the dense
+            network and for each layer and share, with the model itself, cut, in eval mode and without gradients.
+        example: Input of ``forward``; by default a LightningModule's ``example_input_array``.
+        criterion: A criterion of weights; `L1` by default.
         shares: Shares of a layer's units to remove, ascending, in (0, 1).
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
+        layers: Layers to measure: names, globs, or names of parent modules; all by default.
+        ignore: Layers not to measure.
 
     Returns:
-        The metrics: print them, draw them with ``figure()``, take ratios per layer from them with ``ratios()``.
+        The metrics, which can be printed, plotted with ``figure()``, and converted to ratios with ``ratios()``.
 
     Raises:
-        ValueError: If shares, layers or the criterion do not fit.
-        TypeError: If the criterion is none, or ``evaluate`` gives no number.
+        ValueError: If shares, layers or the criterion are invalid.
+        TypeError: If the criterion has another type, or ``evaluate`` does not return a number.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ def sensitivity(
 
     @torch.no_grad()
     def measured() -> float:
-        with preserved_state(model):  # in training mode norms would learn from what is only measured
+        with preserved_state(model):
             metric = evaluate(model)
         try:
             return float(metric)
@@ -77,7 +77,7 @@ def sensitivity(
 
     original, dense = Size.of(structure), measured()
     metrics: dict[str, tuple[float, ...]] = {}
-    # Without a terminal no bar at all: a disabled one still prints an empty line before rich 14.3.
+    # No bar without a terminal: before rich 14.3, a disabled one prints an empty line.
     for name in track(selected, "Sensitivity", transient=True) if Console().is_terminal else selected:
         values: list[float] = []
         for share in shares:

@@ -1,4 +1,4 @@
-"""What all pruning callbacks share: when something is due in a run, what is written down, what a resume needs."""
+"""Base class of pruning callbacks: schedule, report and resuming."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from typing_extensions import override
 
 from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.moments import is_rehearsal, now, run_length
+from lightning_prune.callbacks.compatibility import require_compatible
+from lightning_prune.callbacks.progress import is_fast_dev_run, now, run_length
 from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.callbacks.showing import Pace, Showing, log_now
-from lightning_prune.callbacks.spawned import hand_back, patch_spawn_launcher
-from lightning_prune.callbacks.surroundings import refuse_surroundings
+from lightning_prune.callbacks.spawned import patch_spawn_launcher, return_history
 from lightning_prune.callbacks.wandb_run import wandb_run
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
 from lightning_prune.structure import Size
 from lightning_prune.surgery import refuse
 
-__all__ = ["ScheduledPruning", "instance_of", "note_what_stays", "require_names"]
+__all__ = ["ScheduledPruning", "instance_of", "require_names", "warn_of_kept_units"]
 
-# How a note begins that is true of a fit, but perhaps not of a longer one that resumes it.
+# Prefix of notes that a longer, resumed fit removes.
 _MISSED = "The target was not reached: "
 
-# What pruning callbacks log.
+# Metrics logged by pruning callbacks.
 _OURS = re.compile(r"pruning(-\d+)?/")
 
-# Form of the callback's state in a checkpoint, and the older ones that are read.
+# Format of the callback's state in a checkpoint, and readable formats.
 _FORMAT, _READ = 2, (1, 2)
 
 
 class ScheduledPruning(Participant):
-    """Prunes at the moments of a schedule, always before a training batch, and keeps a report.
+    """Base class of callbacks that prune by a schedule, before training batches, and keep a report.
 
-    A subclass says what is found before the first batch (`_prepare`), what a cut is (`_cut`) and how large the network
-    is at the end (`_measure`); it adds to state and settings what it needs itself. Several in one run share a
-    `Session`, which calls them in order.
+    Subclasses implement the preparation before the first batch (`_prepare`), a cut (`_cut`) and the final size
+    (`_measure`), and extend state and settings. Several callbacks in a run share a `Session`, which calls them in
+    order.
 
     Args:
-        schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
-        reset_monitors: Let early stopping wait for the last cut; a subclass may do more.
+        schedule: When cuts are made; by default five, the first after 10 % and the last after 60 % of the run.
+        reset_monitors: Delay early stopping until the last cut; a subclass may do more.
         dirpath: Folder for the report; by default the logger's folder.
     """
 
-    #: Settings by which it is decided what goes: a resumed run with others is told.
+    #: Settings that determine what is removed; a resumed run with others gets a warning.
     _aims: ClassVar[tuple[str, ...]] = ("target",)
 
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
@@ -68,18 +68,18 @@ class ScheduledPruning(Participant):
         self._validated: tuple[LightningModule | None, dict[str, torch.Tensor]] = None, {}
         self.session = Session([self])  # until a run begins
         patch_spawn_launcher()
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """A run of its own begins: nothing is known of the network, nothing was done."""
+    def _reset(self) -> None:
+        """Reset all state at the start of a new run."""
         self.report = Report()
         self.run_id = uuid.uuid4().hex
         self._done: int | None = None  # index of the last cut that was made, -1 for none; None: the history knows
         self._trained: LightningModule | None = None  # by the last fit that came to a batch
-        self._unprepare()
+        self._reset_fit()
 
-    def _unprepare(self) -> None:
-        """What is found anew whenever a fit begins."""
+    def _reset_fit(self) -> None:
+        """Reset the state of a fit."""
         self._is_prepared = False
         self._timeline: tuple[CutPoint, ...] = ()
         self._measured: dict[str, torch.Tensor] = {}  # metrics as they were last written down
@@ -93,7 +93,7 @@ class ScheduledPruning(Participant):
 
     @property
     def removes_layers(self) -> bool:
-        """Whether a cut may take whole layers out of the network."""
+        """Whether a cut may remove whole layers."""
         return False
 
     @property
@@ -110,70 +110,71 @@ class ScheduledPruning(Participant):
     def _last_done(self) -> int:
         return -1 if self._done is None else self._done
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- for subclasses to implement
+    # -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether this fit continues the last one of this callback: same trainer and network, cut by nobody else."""
+        """Whether this fit continues the last one: same trainer and network, without other cuts."""
 
     @abstractmethod
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Check all that can be checked before any weight has changed; set the timeline and what was done so far."""
+        """Validate the run before any weight has changed; set the timeline and the last cut made."""
 
     @abstractmethod
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
-        """Do what is due, whole or not at all."""
+        """Make a cut, atomically."""
 
     @abstractmethod
     def _measure(self, showing: Showing, module: LightningModule) -> Size:
-        """The network as it is at the end."""
+        """Size of the network at the end of the run."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What the user chose, for the report."""
+        """Settings for the report."""
 
     @override
     def finish_batch(self) -> None:
         """Clean up after the last batch; by default there is nothing."""
 
     def _begin_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Before an epoch's first batch and what is due at it."""
+        """Called at the start of an epoch, before a cut that is due."""
 
     def _waits(self) -> bool:
-        """Whether what is due has to wait."""
+        """Whether a cut that is due must wait."""
         return False
 
     def _begin_batch(self, trainer: Trainer, module: LightningModule) -> bool:  # noqa: ARG002
-        """After what was due; whether the batch is slower for what is observed."""
+        """Called before a batch, after a cut that is due; returns whether the batch is observed."""
         return False
 
     @override
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
-        """Follow a cut that another callback has made: know the network as it is now."""
+        """Update the state after a cut of another callback."""
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
-        """The training is over, the report not written."""
+        """Called at the end of the training, before the report is written."""
 
     def _state(self) -> dict[str, Any]:
-        """What else a checkpoint holds."""
+        """Additional state for checkpoints."""
         return {}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the additional state."""
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_surroundings(self, trainer, pl_module)
+        require_compatible(self, trainer, pl_module)
         Session.join(self, trainer)
         keep_history(pl_module)
-        hand_back(trainer)
+        return_history(trainer)
         self._is_fit = stage == "fit"
         if self._is_fit and self._continues_previous_fit(trainer, pl_module):
-            self._unprepare()
+            self._reset_fit()
         elif self._is_fit:
-            self._forget()
+            self._reset()
             self.run_id = trainer.strategy.broadcast(self.run_id)  # one run, one name
             validated, metrics = self._validated
             if validated is pl_module:
@@ -256,7 +257,7 @@ class ScheduledPruning(Participant):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._is_fit:
-            return  # a checkpoint that is only looked at does not change what this run has done
+            return  # only a fit restores the state
         if isinstance(state_dict, dict) and state_dict.get("format") not in _READ:
             raise ValueError(
                 f"expected a {type(self).__name__} state of format {_FORMAT}, got {state_dict.get('format')}. "
@@ -280,8 +281,8 @@ class ScheduledPruning(Participant):
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
     def _moments(self, trainer: Trainer, fraction: float) -> tuple[CutPoint, ...]:
-        """The cuts of this run, that bring a share of the network to remove."""
-        if is_rehearsal(trainer):
+        """The cuts of this run, for a remaining share ``fraction`` of the network."""
+        if is_fast_dev_run(trainer):
             return ()
         timeline = self.schedule.timeline(run_length(trainer), fraction)
         self.report.notes[:] = [note for note in self.report.notes if not note.startswith(_MISSED)]
@@ -293,7 +294,7 @@ class ScheduledPruning(Participant):
         return timeline
 
     def _miss(self, why: str) -> None:
-        """Say now, and in the report, why this run does not get to its target."""
+        """Warn, and note in the report, why this run does not reach its target."""
         self.report.notes.append(f"{_MISSED}{why}")
         warnings.warn(why, stacklevel=2)
 
@@ -306,7 +307,7 @@ class ScheduledPruning(Participant):
         self._trained, self._is_prepared = module, True
 
     def _order(self, before: Any) -> list[str]:
-        """All pruning callbacks by their names in checkpoints; a warning if it was another order before."""
+        """State keys of all pruning callbacks in order; warns if the order has changed."""
         order = self.session.order
         if self.state_key == order[0] and before is not None and before != order and sorted(before) == sorted(order):
             warnings.warn(
@@ -317,11 +318,11 @@ class ScheduledPruning(Participant):
             )
         return order
 
-    def _carry_over(self, reached: Callable[[], int]) -> None:
-        """Go on from a run with another schedule or target: what it has reached counts, not how many cuts it took.
+    def _adopt_progress(self, reached: Callable[[], int]) -> None:
+        """Continue a run with another schedule or target, by the share that was reached.
 
         Args:
-            reached: Index of the last cut of this run that the network is as small as already, -1 for none.
+            reached: Returns the index of the last cut of this run that the network's size already meets; -1 for none.
         """
         before = self.report.config.get("cuts") or []
         now = [[point.unit, point.at, point.share] for point in self._timeline]
@@ -331,7 +332,7 @@ class ScheduledPruning(Participant):
         others = self._other_aims()
         if others:
             self._done = reached()
-            warnings.warn(self._said_of_other_aims(others), stacklevel=2)
+            warnings.warn(self._message_for_other_aims(others), stacklevel=2)
             return
         if made == now[: len(made)]:
             return
@@ -346,14 +347,14 @@ class ScheduledPruning(Participant):
         )
 
     def _other_aims(self) -> dict[str, tuple[Any, Any]]:
-        """Settings by which it is decided what goes that are not those of the run so far: then and now."""
+        """Changed settings that determine what is removed: previous and current value."""
         settings = self._settings()
         named = [name for name in self._aims if name in settings]  # a method of one's own may have no target
         pairs = {name: (plain(self.report.config.get(name)), plain(settings[name])) for name in named}
         return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
-    def _said_of_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:  # noqa: ARG002
-        """What a run is told that is resumed with other aims."""
+    def _message_for_other_aims(self, others: Mapping[str, tuple[Any, Any]]) -> str:  # noqa: ARG002
+        """Warning for a run that is resumed with other settings."""
         so_far = f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone"
         goes_on = (
             "The cuts that go further are made, what is overdue at once: give a schedule with later moments to "
@@ -378,7 +379,7 @@ class ScheduledPruning(Participant):
         mine, report = dict(vars(self)), self.report
         cuts, notes, dense = list(report.cuts), list(report.notes), report.dense
 
-        # Not a context manager: an interrupt as it is left would end it as if its block had failed.
+        # Not a context manager, so that an interrupt on exit does not restore the state.
         def back() -> None:
             vars(self).update(mine)
             report.cuts[:], report.notes[:], report.dense = cuts, notes, dense
@@ -394,11 +395,11 @@ class ScheduledPruning(Participant):
         self.report.config = {"run": self.run_id, **self._settings(), "cuts": cuts}
 
     def _numbers(self, trainer: Trainer) -> dict[str, float]:  # noqa: ARG002
-        """What loggers and the progress bar are told of the network as it is."""
+        """Metrics for loggers and the progress bar."""
         return self.report.metrics()
 
     def _show_size(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        """Parameters left, in the progress bar, at the start of an epoch and after a cut."""
+        """Show the number of parameters in the progress bar, at the start of an epoch and after a cut."""
         cuts = self.report.cuts
         is_cut = bool(cuts) and cuts[-1].step == trainer.global_step
         params = self._numbers(trainer).get("pruning/params") if is_cut or batch_idx == 0 else None
@@ -406,7 +407,7 @@ class ScheduledPruning(Participant):
             module.log("params", params, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def _collect(self, trainer: Trainer) -> None:
-        """Write down what was measured since the last time; a metric of an earlier validation stays as it is."""
+        """Add metrics logged since the last call to the report; those of an earlier validation are kept."""
         metrics = self._metrics(trainer)
         new = {name: value for name, value in metrics.items() if self._measured.get(name) is not value}
         self._measured = metrics
@@ -424,10 +425,10 @@ class ScheduledPruning(Participant):
 
 
 def instance_of(callback: Callback, name: str, value: object, kind: type, example: str) -> None:
-    """Refuse an argument of another type.
+    """Check the type of an argument.
 
     Raises:
-        TypeError: If ``value`` is no ``kind``.
+        TypeError: If ``value`` is not a ``kind``.
     """
     if not isinstance(value, kind):
         raise TypeError(
@@ -436,8 +437,8 @@ def instance_of(callback: Callback, name: str, value: object, kind: type, exampl
         )
 
 
-def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
-    """Say, in the report too, which groups keep more units than they were to, and why."""
+def warn_of_kept_units(report: Report, stays: Mapping[str, str]) -> None:
+    """Warn, and note in the report, which groups keep more units than their share, and why."""
     for note in stays.values():
         if note not in report.notes:
             report.notes.append(note)
@@ -445,14 +446,14 @@ def note_what_stays(report: Report, stays: Mapping[str, str]) -> None:
 
 
 def require_names(asker: str, **arguments: object) -> None:
-    """Refuse arguments that are neither a name of layers, nor several, nor nothing.
+    """Check that arguments are a name of layers, several names, or None.
 
     Args:
-        asker: Who takes them, for the text.
-        arguments: What came, by the argument's name.
+        asker: Name of the callback or function, for the message.
+        arguments: The arguments by name.
 
     Raises:
-        TypeError: If one is something else.
+        TypeError: If one has another type.
     """
     for name, value in arguments.items():
         several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
@@ -464,7 +465,7 @@ def require_names(asker: str, **arguments: object) -> None:
 
 
 def _require_config(config: Mapping[str, Any]) -> None:
-    """Refuse a recipe in a checkpoint that no run can have written, as far as a resumed run reads it."""
+    """Validate the settings in a checkpoint that a resumed run reads."""
     require(config.get("order"), list[str] | None, "order")
     require(config.get("criterion"), str | None, "criterion")
     require(config.get("cuts"), list[list[Any]] | None, "cuts")
@@ -477,7 +478,7 @@ def _require_config(config: Mapping[str, Any]) -> None:
 
 
 def _require_done(done: object, cuts: Sequence[Any]) -> None:
-    """Refuse a number of the last cut that was made, which is -1 before the first, that no run can have written."""
+    """Validate the index of the last cut, which is -1 before the first."""
     if done is not None and done != -1:
         require(done, int, "done")
         if cuts and done >= len(cuts):  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What a run shows of its layers' scores: a progress bar while it scores, a page and pictures afterwards."""
+"""Progress bar, tables and figures of layer scores."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from lightning_prune.structure.layers import is_within
 
 __all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
 
-# Thresholds that are worth a row: these times a power of ten.
+# Thresholds of the table.
 _SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 1.5, 2, 3, 5, 7))
 
 
 class ScoreProgress:
-    """A bar with the layer that was scored last, its μ and the time left, where the Trainer has a bar of its own.
+    """Progress bar of a scoring, shown if the Trainer has a progress bar.
 
     Args:
         trainer: The run.
@@ -65,11 +65,11 @@ class ScoreProgress:
         self._bar.stop()
 
     def see(self, found: LayerScore, layers: int) -> None:
-        """One layer is finished.
+        """Update the bar.
 
         Args:
-            found: What was found.
-            layers: How many there are.
+            found: Score of the finished layer.
+            layers: Number of layers.
         """
         description = f"{found.station.layer}: μ {found.score:.3f}"
         self._bar.update(self._task, total=layers, advance=1, description=description)
@@ -83,15 +83,15 @@ def table_of(
     sizes: Sequence[SizeAtThreshold] = (),
     whole: str = "the network",
 ) -> LayerScores:
-    """The tables of what was found.
+    """Create the tables of a scoring.
 
     Args:
-        scored: What was found.
-        groups: Those that were scored.
-        metric: Name of the metric that μ is.
-        threshold: ρ, if it is one for all layers; else what divides each group as it was decided.
-        sizes: What other thresholds would leave, see `sizes_at_thresholds`.
-        whole: What the parameters of these are those of.
+        scored: Result of the scoring.
+        groups: Scored groups.
+        metric: Name of the metric μ.
+        threshold: Global threshold ρ, if any; else one is derived for each group.
+        sizes: Sizes at other thresholds, see `sizes_at_thresholds`.
+        whole: Name of the part whose parameters are counted.
     """
     layers = [found for station, found in scored.layers.items() if station.point == "activation"]
     depths = [
@@ -105,12 +105,12 @@ def table_of(
 
 
 def sizes_at_thresholds(scored: Scored, structure: Structure, backbone: Iterable[str] | None) -> list[SizeAtThreshold]:
-    """What every threshold of a series would leave, at the depth that was chosen; from scores alone.
+    """Sizes of the network at a series of thresholds, at the chosen depth.
 
     Args:
-        scored: What was found, all layers on the same network.
-        structure: The network as it is, before the cut.
-        backbone: Its modules, whose parameters are counted; all of them where that is not known.
+        scored: Result of a one-shot scoring.
+        structure: Structure of the network before the cut.
+        backbone: Modules whose parameters are counted; all if None.
     """
     tail = () if scored.end is None else scored.end.tail
     modules = {term.layer for term in structure.cost.parameters} if backbone is None else set(backbone)
@@ -130,7 +130,7 @@ def sizes_at_thresholds(scored: Scored, structure: Structure, backbone: Iterable
 
 
 def _thresholds(scored: Scored, groups: Iterable[Group], threshold: float | None) -> dict[str, float]:
-    """ρ by layer, where one above 0 divides the channels that stay from those that go."""
+    """Threshold ρ > 0 between kept and removed channels, by layer."""
     found: dict[str, float] = {}
     for group in groups:
         use, kept = scored.use.get(group.name), scored.plan.kept.get(group.name)
@@ -143,7 +143,7 @@ def _thresholds(scored: Scored, groups: Iterable[Group], threshold: float | None
 
 
 def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[int]]:
-    """Channels of every layer's output that stay, ascending; those that no group has cannot go."""
+    """Kept output channels of every layer, ascending."""
     widths = {station.layer: len(found.importance) for station, found in scored.layers.items()}
     tail = scored.end.tail if scored.end is not None else ()
     kept: dict[str, set[int]] = {}

@@ -1,4 +1,4 @@
-"""The coordinator of a run: pruning callbacks act in order, and each knows what the others have done."""
+"""Coordination of all pruning callbacks of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.checkpoints import StatefulCallback
-from lightning_prune.callbacks.compiled import as_written
+from lightning_prune.callbacks.compiled import eager
 from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
 from lightning_prune.callbacks.showing import Showing
 from lightning_prune.planning import Plan
@@ -23,12 +23,12 @@ __all__ = ["CutMade", "Participant", "Session"]
 
 @dataclass(frozen=True)
 class CutMade:
-    """A cut, as the other callbacks of the run are told of it.
+    """A cut, for the other callbacks of the run.
 
     Attributes:
-        plan: Units kept of every group that changed.
-        edits: What was done, as the history has it.
-        cut: What the report says of it.
+        plan: Units kept of every changed group.
+        edits: The edits of the history.
+        cut: The entry of the report.
     """
 
     plan: Plan
@@ -37,20 +37,20 @@ class CutMade:
 
     @property
     def replaced(self) -> bool:
-        """Whether modules were replaced, so that the network has to be traced again."""
+        """Whether modules were replaced, so that the network must be traced again."""
         return any(isinstance(edit, Replace) for edit in self.edits)
 
 
 class Participant(StatefulCallback, ABC):
-    """What a session asks of a pruning callback.
+    """Interface of pruning callbacks in a session.
 
     Attributes:
-        session: The session that the callback takes part in.
-        run_id: Name of the run, the same in all processes.
-        report: What the callback has done and measured.
-        layers: Layers that it was given.
-        dirpath: The user's folder for its report.
-        reset_monitors: Whether early stopping waits for its last cut.
+        session: The session of the callback.
+        run_id: Id of the run, the same in all processes.
+        report: Report of the callback.
+        layers: The argument ``layers``.
+        dirpath: The user's folder for the report.
+        reset_monitors: Whether early stopping is delayed until its last cut.
     """
 
     session: Session
@@ -68,39 +68,39 @@ class Participant(StatefulCallback, ABC):
     @property
     @abstractmethod
     def pending(self) -> bool:
-        """Whether cuts are still to come."""
+        """Whether there are further cuts."""
 
     @property
     def own_groups(self) -> tuple[str, ...]:
-        """Groups that no other callback may cut, once it is prepared."""
+        """Groups that no other callback may cut."""
         return ()
 
     def objection(self, other: Participant) -> str | None:  # noqa: ARG002
-        """Why it cannot be in one run with ``other``, and what to do; ``None`` if it can."""
+        """Error message if the callback cannot be combined with ``other``, else None."""
         return None
 
     @abstractmethod
     def finish_batch(self) -> None:
-        """Clean up after the last batch, however it has ended."""
+        """Clean up after the last batch, even if it has failed."""
 
     @abstractmethod
     def prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Check all that can be checked before any weight changes."""
+        """Validate the run before any weight changes."""
 
     @abstractmethod
     def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        """Make the cut that is due before this batch, if one is."""
+        """Make the cut that is due before this batch, if any."""
 
     @abstractmethod
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
-        """Follow a cut that another callback has made."""
+        """Update the state after a cut of another callback."""
 
 
 class Session:
-    """All pruning callbacks of one run, in the Trainer's order.
+    """All pruning callbacks of a run, in the Trainer's order.
 
-    The first of them drives the session from its own hooks, so that all are prepared, and have done what is due, before
-    any of them observes a batch.
+    The first one drives the session, so that all callbacks are prepared and have made their cuts before any observes a
+    batch.
 
     Args:
         participants: The callbacks.
@@ -112,10 +112,10 @@ class Session:
 
     @staticmethod
     def join(participant: Participant, trainer: Trainer) -> None:
-        """Give a participant the session of a run that begins; the first one makes it for all.
+        """Join the session of a new run, which the first participant creates for all.
 
         Raises:
-            ValueError: If two of the run's pruning callbacks exclude each other.
+            ValueError: If two pruning callbacks cannot be combined.
         """
         found = [one for one in trainer.callbacks if isinstance(one, Participant)]  # type: ignore[attr-defined]
         if not found or participant is not found[0]:
@@ -123,38 +123,38 @@ class Session:
         session = Session(found)
         session._refuse_pairs()
         for one in found:
-            one.session.close()  # of a run that ended without a word
+            one.session.close()  # of a run that was not torn down
             one.session = session
 
     @property
     def is_shared(self) -> bool:
-        """Whether several callbacks prune."""
+        """Whether there are several pruning callbacks."""
         return len(self.participants) > 1
 
     @property
     def order(self) -> list[str]:
-        """The callbacks by their names in checkpoints."""
+        """State keys of the callbacks, in order."""
         return [one.state_key for one in self.participants]
 
     @property
     def pending(self) -> bool:
-        """Whether cuts of any callback are still to come."""
+        """Whether any callback has further cuts."""
         return any(one.pending for one in self.participants)
 
     def writer(self, participant: Participant, trainer: Trainer) -> Showing:
-        """What writes a participant's report, into a folder that no other report of the run uses."""
+        """The writer of a participant's report, with a separate folder per report."""
         runs, place = [one.run_id for one in self.participants], self.participants.index(participant)
         return Showing(participant.report, trainer, participant.dirpath, runs, place)
 
-    # -- the course of a run ------------------------------------------------------------------------------------------
+    # -- during a run ------------------------------------------------------------------------------------------
 
     def begin_batch(
         self, caller: Participant, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prepare every callback that is not yet, and let each make the cut that is due; on the first one's call."""
+        """Prepare all callbacks and make the cuts that are due; called by all, run for the first one."""
         if caller is not self.participants[0]:
             return
-        with as_written(module):
+        with eager(module):
             for one in self.participants:
                 one.finish_batch()
             self._prepare(trainer, module, batch)
@@ -167,40 +167,40 @@ class Session:
             self.hold_early_stopping(trainer)
 
     def _prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Prepare those that are not: at the first batch, and when another one has replaced modules."""
+        """Prepare callbacks at the first batch, and after another one has replaced modules."""
         for one in self.participants:
             if not one.is_prepared:
                 one.prepare(trainer, module, batch)
         self._refuse_overlap()
 
     def hold_early_stopping(self, trainer: Trainer) -> None:
-        """Let early stopping wait as long as a callback that asks for it has cuts to come."""
+        """Delay early stopping while a callback with ``reset_monitors`` has further cuts."""
         if any(one.pending and one.reset_monitors for one in self.participants):
             hold_early_stopping(trainer)
             self._thresholds.withhold(trainer)
 
     def tell_others(self, cutter: Participant, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
-        """Let all callbacks but the one that has cut follow its cut."""
+        """Notify all other callbacks of a cut."""
         for one in self.participants:
             if one is not cutter:
                 one.on_other_cut(trainer, module, made)
 
     def snapshot_state(self) -> Callable[[], None]:
-        """Return a function that brings all callbacks back to what they know now."""
-        ways_back = [one.snapshot_state() for one in self.participants]
+        """Return a function that restores the current state of all callbacks."""
+        restorers = [one.snapshot_state() for one in self.participants]
 
         # Not a context manager: an interrupt as it is left would end it as if its block had failed.
         def back() -> None:
-            for way_back in ways_back:
-                way_back()
+            for restore in restorers:
+                restore()
 
         return back
 
     def close(self) -> None:
-        """Give back what was taken from other callbacks for the run; a second call does nothing."""
+        """Restore other callbacks at the end of the run; a second call has no effect."""
         self._thresholds.give_back()
 
-    # -- who may be in one run ----------------------------------------------------------------------------------------
+    # -- compatibility ----------------------------------------------------------------------------------------
 
     def _refuse_pairs(self) -> None:
         for one, other in permutations(self.participants, 2):
@@ -211,7 +211,7 @@ class Session:
                 raise ValueError(f"{type(one).__name__} beside {type(other).__name__}: {why}.")
 
     def _refuse_overlap(self) -> None:
-        """Refuse groups that two callbacks cut."""
+        """Raise an error if two callbacks cut the same group."""
         for other, one in permutations(self.participants, 2):
             both = [name for name in one.own_groups if name in other.own_groups]
             if both:

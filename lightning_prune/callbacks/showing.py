@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.wandb_run import log_checkpoints, log_report
 from lightning_prune.extras import require
 from lightning_prune.reporting import Report, Scores, latencies, layer_parameters, size_on_disk, timed
@@ -176,7 +176,7 @@ class Showing:
         try:
             if dense is not None:
                 networks.append(_filled(dense, next(networks[0].parameters()).device))
-            with self.trainer.precision_plugin.forward_context(), telling(self.trainer, "Measuring the latency"):
+            with self.trainer.precision_plugin.forward_context(), log_status(self.trainer, "Measuring the latency"):
                 now, *before = latencies(traced.calls[0], networks)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             warnings.warn(
@@ -202,7 +202,7 @@ class Showing:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
-        with telling(self.trainer, "Drawing the report"):
+        with log_status(self.trainer, "Drawing the report"):
             beside, inside = self._pages()
         for picture in beside.pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png)

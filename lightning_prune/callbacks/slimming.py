@@ -1,4 +1,4 @@
-"""Network slimming: scales of normalisation are pulled to zero in training, and the smallest are cut."""
+"""Network slimming: train with an L1 penalty on the scales of normalisation layers, then remove the smallest."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ __all__ = ["NetworkSlimming"]
 
 @final
 class NetworkSlimming(StructuredPruning):
-    """Pulls units to zero until they are cut: L1 on BatchNorm's scales, then one threshold over all of them.
+    """Trains with an L1 penalty on BatchNorm's scales, then prunes all layers by one threshold on them.
 
-    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (2017). The penalty's gradient
-    joins that of the loss right before the optimizer steps: once per step however many batches accumulate, on gradients
-    that are averaged over processes already, unscaled under mixed precision, and before they are clipped. It ends with
-    the last cut; what is left trains on without it.
+        Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (2017). The penalty's gradient
+        is added to that of the loss right before each optimizer step: once per step with gradient accumulation, after
+        gradients are averaged over processes and unscaled, and before they are clipped. The penalty ends with the last
+        cut; training continues without it.
 
-    Other penalties make other methods: `GroupLasso` over everything that is cut with a unit, `GrowingL2` (growing
-    regularisation), `HalfSpace` (half-space projection). Give them a criterion that sees what they pull on: `L2`.
+    Other penalties give other methods: `GroupLasso` over everything that is cut with a unit, `GrowingL2` (growing
+        regularisation), `HalfSpace` (half-space projection). Combine them with a criterion on the same weights: `L2`.
 
     Args:
         pruning_ratio: Share of the units to remove, in [0, 1), over all layers together; see `StructuredPruning`.
         budget: Instead of a ratio, what remains; see `StructuredPruning`.
-        penalty: What pulls; by default `ScaleL1()`, which needs layers with normalisation. Layers that it has no hold
-            on stay as they are.
-        criterion: How much each unit matters; by default `BNScale`.
-        schedule: When cuts happen; by default one, after 60 % of the run.
-        scope: By default one threshold over all layers, on scales as they are.
+        penalty: The penalty; by default `ScaleL1()`, which needs layers with normalisation. Layers it does not apply to
+            are not pruned.
+        criterion: Score of the units; by default `BNScale`.
+        schedule: When to cut; by default once, after 60 % of the run.
+        scope: By default one threshold over all layers, without normalising the scales.
         **options: ``layers``, ``ignore``, ``reset_monitors``, ``dirpath`` and ``extensions``, see `StructuredPruning`.
 
     Raises:
-        ValueError: Before the first training step if no layer has what the penalty pulls on.
+        ValueError: Before the first training step if the penalty applies to no layer.
 
     Example:
         >>> from lightning_prune import NetworkSlimming
@@ -84,9 +84,9 @@ class NetworkSlimming(StructuredPruning):
         )
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
-        self._steps: dict[int, Callable[[], None]] = {}  # what is left to do after a step, by optimizer
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
+        self._steps: dict[int, Callable[[], None]] = {}  # the penalty's work after a step, by optimizer
 
     @override
     def _settings(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class NetworkSlimming(StructuredPruning):
                 stacklevel=2,
             )
 
-    # -- pulling ------------------------------------------------------------------------------------------------------
+    # -- the penalty --------------------------------------------------------------------------------------------------
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""SPvR: groups of units are ranked by what masking them changes, and the least go, whole layers among them."""
+"""SPvR: rank groups of units by the effect of masking them, and remove the lowest, entire layers included."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import gathered, holds_everywhere, made_on_first
+from lightning_prune.callbacks.processes import gathered, holds_on_all_ranks, run_on_rank_zero
 from lightning_prune.callbacks.ranking_display import RankingProgress
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import CutPoint, NoEffectWarning, Plan, Schedule, Target, select
 from lightning_prune.planning.ranked import Ranked, RankedPlan, by_stage, in_order, plan_ranked
 from lightning_prune.scoring import DataPass, SPvR, stations_of
 from lightning_prune.scoring.contexts import preserved_state
+from lightning_prune.scoring.data import forward
 from lightning_prune.scoring.spvr import Task, class_scores, score_tensor
 from lightning_prune.scoring.spvr.racing import Race, RaceKind, rank_by_race
 from lightning_prune.scoring.spvr.sites import Site, sites_of_groups, sites_of_layers
@@ -36,12 +37,12 @@ from lightning_prune.surgery.bypassing import bypassed
 
 __all__ = ["Coupling", "SPvRPruning"]
 
-#: What is ranked where layers are coupled: all of it as one, or each layer by itself.
+#: How coupled layers are ranked: as one, or each layer separately.
 Coupling = Literal["group", "stage"]
 
 
 _RACES: dict[RaceKind | None, list[str]] = {
-    "exact": ["The ranking was rank_by_race: scores of groups that stay may be of fewer samples."],
+    "exact": ["The ranking was raced: scores of groups that stay may be of fewer samples."],
     "statistical": [
         "The ranking was raced statistically: scores are of fewer samples, and near the threshold groups may "
         "have been taken for others."
@@ -50,58 +51,59 @@ _RACES: dict[RaceKind | None, list[str]] = {
 
 
 @dataclass(frozen=True)
-class _Vanishing(Decision):
-    """What is to be done, with the groups that vanish from chains."""
+class _Removal(Decision):
+    """A decision with the groups that are removed entirely from chains."""
 
     bypassed: tuple[str, ...] = ()
 
 
 @final
 class SPvRPruning(NetworkPruning):
-    """Ranks groups of units by what masking them changes, and removes the least until a parameter budget holds.
+    """Ranks groups of units by the effect of masking them, and removes the lowest until a parameter budget is met.
 
     A. Hassan, J. H. Paik and S. Khare, "SPvR: Structured Pruning via Ranking" (2025). Units of a layer whose
     activations correlate form groups; each group is masked alone, and its importance is the number of predictions that
     change plus the change of the predicted class's probability, summed over samples. The groups of the whole network
-    are sorted by that number as it is, and the least go. No layer keeps a minimum: one that loses all its groups is
-    taken out, with its norm and activation, and with its pooling or stride if its whole stage goes; what read it reads
-    what it read. Then all weights are drawn anew, the optimizer begins anew, and the small network trains from scratch.
+    are sorted by this importance, and the lowest are removed. Layers have no minimum width: a layer that loses all its
+        groups is removed with its norm and activation, and with its pooling or stride if its whole stage is removed;
+        its input goes to the next layer. Then all weights and the optimizer's state are reinitialised, and the small
+        network trains from scratch.
 
-    It acts once: before the first training batch, or at the moment of its schedule. The layers that read the network's
-    input keep their best group, and so does a layer that the network cannot do without (a change of the size of a map
-    that later layers count on, say); the report says which. In a network that is ranked the module's ``forward`` has to
-    return class scores.
+    It prunes once: before the first training batch, or at the point its schedule gives. The layers that read the
+        network's input keep their best group, and so do layers that cannot be removed (because they change the size of
+        a map that later layers need, for example); the report lists them. The module's ``forward`` has to return class
+        scores.
 
     Args:
-        budget: Parameters that remain: ``{"params": 0.1}`` or 0.1 for a tenth, ``{"params": 50_000}`` for a count. What
-            is left is never above it, and less than one group of units below.
-        group_size: Units of a group, d. The paper has 2 for CIFAR-10, 4 for TinyImageNet, 8 for ImageNet.
-        samples_per_class: Training samples of every class that masked networks are run on; of dense prediction, images
-            that contain the class. The paper has 50, and 20 for ImageNet.
-        reinit: Draw all weights anew by each module's own rule, ``reset_parameters``; a `Reinitialise` for another rule
-            or seed; ``False`` to keep them and fine-tune. Then layers of a chain keep their best group.
-        coupling: ``"group"``: what can only shrink together (the layers that add to one residual stream) is masked and
-            ranked as one. ``"stage"``: every layer is ranked by itself, behind its norm and before the sum; when one of
-            its groups is next, every layer of its stage, inner ones included, loses its own least (the paper's appendix
-            B). That is for weights that are drawn anew, since only widths follow from it.
-        race: ``"exact"``: groups that are far from the budget's threshold are masked in fewer samples, and their scores
-            are lower bounds; the plan is that of the full ranking. ``"statistical"``: groups that go, too, for much
-            less; the plan is nearly always the same. None: all groups in all samples. See
+        budget: Parameters that remain: ``{"params": 0.1}`` or 0.1 for a tenth, ``{"params": 50_000}`` for a count. The
+            result is never above it, and less than one group of units below.
+        group_size: Units per group, d. The paper uses 2 for CIFAR-10, 4 for TinyImageNet, 8 for ImageNet.
+        samples_per_class: Training samples per class that masked networks are run on; for dense prediction, images that
+            contain the class. The paper uses 50, and 20 for ImageNet.
+        reinit: Reinitialise all weights by each module's ``reset_parameters``; a `Reinitialise` for another rule or
+            seed; ``False`` to keep the weights and fine-tune, in which case layers of a chain keep their best group.
+        coupling: ``"group"``: coupled layers (those that add to one residual stream) are masked and ranked as one.
+            ``"stage"``: every layer is ranked separately, after its norm and before the sum; when one of its groups is
+            next, every layer of its stage, inner ones included, loses its own lowest group (the paper's appendix B).
+            This is for reinitialised weights, since it determines widths only.
+        race: ``"exact"``: groups far above the budget's threshold are masked in fewer samples, and their scores are
+            lower bounds; the plan is that of the full ranking. ``"statistical"``: groups below it too, at much less
+            cost; the plan is nearly always the same. None: all groups in all samples. See
             `lightning_prune.scoring.spvr.racing.Race`.
-        task: What the outputs are scores of; found out by default, see `lightning_prune.scoring.spvr.class_scores`.
-        normalized: Whether the outputs are probabilities already; found out by default.
-        schedule: When it acts; at once by default. It has one moment.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        seed: Of the choice of samples.
+        task: Task of the class scores; by default inferred, see `lightning_prune.scoring.spvr.class_scores`.
+        normalized: Whether the outputs are probabilities; by default inferred.
+        schedule: When to prune, exactly once; by default at the start.
+        layers: Layers to prune, all by default: names, globs, or names of modules that contain them.
+        ignore: Layers not to prune.
+        seed: Seed of the choice of samples.
         reset_monitors: See `StructuredPruning`.
         dirpath: Folder for the report; by default the logger's folder.
-        extensions: What goes with the cut, see `StructuredPruning`; with ``reinit`` no repairs.
-        memory_limit: Bytes of activations and samples that are kept in memory; the others go to temporary files.
+        extensions: Extensions of the cut, see `StructuredPruning`; with ``reinit`` no repairs.
+        memory_limit: Bytes of activations and samples kept in memory; the rest is written to temporary files.
 
     Raises:
-        ValueError: At once for settings that are out of range; before the first training step for a budget below the
-            smallest network that can be reached, outputs that are no class scores, and fewer samples than classes.
+        ValueError: On construction for settings out of range; before the first training step for a budget below the
+            smallest reachable network, outputs that are not class scores, and fewer samples than classes.
 
     Example:
         >>> from lightning_prune import SPvRPruning
@@ -163,20 +165,20 @@ class SPvRPruning(NetworkPruning):
         repairs = [type(one).__name__ for one in self.extensions if isinstance(one, Repair)]
         if repairs and self.reinit is not None:
             raise ValueError(
-                f"SPvRPruning: expected no repair with `reinit`, which draws all weights anew, got {repairs[0]}. Leave "
-                "it out, or give `reinit=False`."
+                f"SPvRPruning: expected no repair with `reinit`, which reinitialises all weights, got {repairs[0]}. "
+                "Leave it out, or give `reinit=False`."
             )
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
         self._bypasses = Bypasses({}, {})
         self._selected: tuple[str, ...] = ()
         self._ranking: Ranking | None = None
 
     @property
     def ranking(self) -> Ranking | None:
-        """What was found in this fit: groups of units and their importances; None before."""
+        """Groups of units and their importances; None before they were ranked in this fit."""
         return self._ranking
 
     @property
@@ -213,7 +215,7 @@ class SPvRPruning(NetworkPruning):
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
-        if self._last_done >= 0:  # what it was to look at may be gone
+        if self._last_done >= 0:  # the layers to rank may have been removed
             return self._moments(trainer)
         assert self._traced_model is not None
         self._selected = select(structure, self.layers, self.ignore)[0]
@@ -231,7 +233,7 @@ class SPvRPruning(NetworkPruning):
 
     @override
     def _reached(self) -> int:
-        return self._last_done  # it acts once, whatever the network's size
+        return self._last_done  # it prunes once, whatever the network's size
 
     def _data(self, trainer: Trainer, module: LightningModule) -> DataPass:
         return training_data(
@@ -243,7 +245,7 @@ class SPvRPruning(NetworkPruning):
         )
 
     def _require_scores(self, trainer: Trainer, module: LightningModule, data: DataPass) -> None:
-        """Refuse outputs that are no class scores, by a first batch, and training data without classes."""
+        """Check on a first batch that outputs are class scores and that the training data has classes."""
         try:
             batch = next(iter(data))
         except ValueError as error:
@@ -251,17 +253,17 @@ class SPvRPruning(NetworkPruning):
                 f"SPvRPruning takes `samples_per_class` samples of every class from the training data: {error}"
             ) from error
         with preserved_state(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            outputs = score_tensor(module(*batch.args, **batch.kwargs))
+            outputs = score_tensor(forward(module, batch))
         reading = class_scores(outputs, batch.labels, self.options.task, self.options.normalized)
         classes = outputs.shape[1] if reading.task == "multiclass" else 2
-        if data.total < classes and outputs.dim() <= 2:  # an image that is segmented shows several
+        if data.total < classes and outputs.dim() <= 2:  # a segmented image contains several
             raise ValueError(
                 f"SPvRPruning: expected a sample or more for each of the {classes} classes, got {data.total} in all. "
                 "Train on more data."
             )
 
     def _sites(self, module: nn.Module, data: DataPass, structure: Structure) -> tuple[dict[str, Site], dict[str, str]]:
-        """Where units are masked, and the groups for which there is no place, with the reason."""
+        """Sites at which groups are masked, and the reasons for groups without one."""
         groups = [structure.group(name) for name in self._selected]
         batch = next(iter(data))
         if self.coupling == "group":
@@ -271,7 +273,11 @@ class SPvRPruning(NetworkPruning):
         return {name: site for name, site in sites.items() if not _in_any(name, lost, structure)}, lost
 
     def _scorable(self, module: LightningModule, data: DataPass, structure: Structure) -> tuple[str, ...]:
-        """The selected groups without those that cannot be masked; an error if the user named one of these."""
+        """Selected groups that can be masked.
+
+        Raises:
+            StructureError: If one that the user named cannot.
+        """
         _, lost = self._sites(module, data, structure)
         left = tuple(name for name in self._selected if name not in lost)
         reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
@@ -282,7 +288,7 @@ class SPvRPruning(NetworkPruning):
         return left
 
     def _limit(self, original: Size) -> int:
-        """Parameters that may be left."""
+        """Maximum number of parameters."""
         remaining = self.target.remaining
         if isinstance(remaining, int):
             return remaining
@@ -290,7 +296,7 @@ class SPvRPruning(NetworkPruning):
         return math.floor(remaining * original.params + 1e-9)
 
     def _require_feasible(self, structure: Structure, original: Size) -> None:
-        """Refuse a budget below what is left when everything goes, in whatever order."""
+        """Check that the budget can be met by removing everything that can be removed."""
         size = self.options.group_size
         removals = [
             {name: tuple(range(first, min(first + size, structure.widths[name])))}
@@ -311,7 +317,7 @@ class SPvRPruning(NetworkPruning):
         ranking = self._ranked(trainer, module, data, sites, limit)
         self._ranking = ranking
         removals = [step.removal for step in self._steps(structure, ranking.bundles, ranking.scores)]
-        plan = made_on_first(trainer, lambda: plan_ranked(structure, removals, limit, self._bypasses))
+        plan = run_on_rank_zero(trainer, lambda: plan_ranked(structure, removals, limit, self._bypasses))
         if not plan.kept and not plan.bypassed:
             self._warn_of_no_effect()
             return None
@@ -328,7 +334,7 @@ class SPvRPruning(NetworkPruning):
         folder = self.session.writer(self, trainer).folder().parent / "rankings"
         with RankingProgress(trainer) as bar, trainer.precision_plugin.forward_context():
             settings: dict[str, Any] = {"folder": folder, "progress": bar.see}
-            settings |= {"gather": gathered, "agree": holds_everywhere}
+            settings |= {"gather": gathered, "agree": holds_on_all_ranks}
             if self.race is None:
                 return rank(module, data, sites, self.options, **settings)
             key = repr((limit, self.coupling, self._selected, sorted(self._bypasses.groups)))
@@ -338,12 +344,12 @@ class SPvRPruning(NetworkPruning):
     def _decisive(
         self, limit: int, bundles: Mapping[str, Sequence[Sequence[int]]], scores: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Which bundles decide what goes, if these are their scores."""
+        """Masks of the bundles that decide the plan at these scores."""
         assert self._structure is not None
         steps = self._steps(self._structure, bundles, scores)
         try:
             count = plan_ranked(self._structure, (step.removal for step in steps), limit, self._bypasses).examined
-        except ValueError:  # in this order it cannot be reached
+        except ValueError:  # the budget cannot be met in this order
             count = len(steps)
         decisive = {name: torch.zeros(len(found), dtype=torch.bool) for name, found in bundles.items()}
         for name, place in (entry for step in steps[:count] for entry in step.decisive):
@@ -374,12 +380,12 @@ class SPvRPruning(NetworkPruning):
             "pruning/ranking/groups": float(sum(map(len, ranking.bundles.values()))),
         }
         scores = {name: ranking.unit_scores(name) for name in ranking.bundles}
-        return _Vanishing(kept, info, numbers, scores, plan.bypassed)
+        return _Removal(kept, info, numbers, scores, plan.bypassed)
 
     @override
     def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
         structure = super()._change(change, trainer, module, decision)
-        if isinstance(decision, _Vanishing) and decision.bypassed:
+        if isinstance(decision, _Removal) and decision.bypassed:
             specs = bypassed(module, self._bypasses, decision.bypassed, structure.widths)
             structure = change.replace(specs, self._retrace(trainer), structure, info=decision.info)
         if self.reinit is not None:
@@ -391,7 +397,7 @@ class SPvRPruning(NetworkPruning):
 
 
 def _among(bypasses: Bypasses, selected: Iterable[str]) -> Bypasses:
-    """Those that take along selected groups only."""
+    """Bypasses that remove selected groups only."""
     names = set(selected)
     groups = {name: found for name, found in bypasses.groups.items() if {name, *found.along} <= names}
     return Bypasses(groups, {pool: stage for pool, stage in bypasses.pools.items() if stage <= groups.keys()})

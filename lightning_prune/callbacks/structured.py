@@ -1,4 +1,4 @@
-"""Structured pruning while Lightning trains: decides *when*; the rooms below know how."""
+"""Structured pruning during training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_prune.callbacks.extensions.extension import CutExtension
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.processes import (
-    agreed,
     all_or_none,
+    broadcast_plan,
     gathered,
-    measured_on_first,
+    measure_on_rank_zero,
     merged,
-    on_first,
+    on_rank_zero,
 )
-from lightning_prune.callbacks.scheduled import instance_of, note_what_stays
+from lightning_prune.callbacks.scheduled import instance_of, warn_of_kept_units
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.showing import split_halves
-from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
     CutPoint,
@@ -59,7 +59,7 @@ _SAMPLES_OF_DRAWS = 1000
 
 
 class StructuredOptions(TypedDict, total=False):
-    """Arguments of `StructuredPruning` that its presets take as they are; see there."""
+    """Arguments that presets pass on to `StructuredPruning`; see there."""
 
     layers: str | list[str] | None
     ignore: str | list[str] | None
@@ -69,40 +69,41 @@ class StructuredOptions(TypedDict, total=False):
 
 
 class StructuredPruning(NetworkPruning):
-    """Makes the layers of a LightningModule physically narrower while it trains.
+    """Removes units of a LightningModule's layers while it trains, so that the layers become physically narrower.
 
-    At each cut of the schedule the units with the lowest scores leave: weights, gradients, optimizer state and
-    statistics are sliced, the narrower network is run forward and backward, and only then the cut counts. Optimizer,
-    schedulers, parameter groups and hooks stay the same objects. Checkpoints carry what was done, so that every
-    ``ckpt_path`` loads and training resumes; ``load_from_checkpoint`` gives the narrow network without a callback.
+    At each cut of the schedule the units with the lowest scores are removed: weights, gradients, optimizer state and
+    statistics are sliced, and the narrower network is run forward and backward before the cut is accepted. Optimizer,
+    schedulers, parameter groups and hooks stay the same objects. Checkpoints store the cuts, so that every
+    ``ckpt_path`` loads and training resumes; ``load_from_checkpoint`` returns the narrow network without a callback.
 
-    Cuts happen before a training batch, so a validation always measures the network that is saved with it.
+    Cuts are made before a training batch, so that validation always measures the network that is saved with it.
 
     Args:
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
-            share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that fits counts, and what
-            none fits stays; here 1 takes a branch out of the network, with ``Scope(min_width=0)``.
-        budget: Instead of a ratio, what remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
+            share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that matches counts, and
+            layers that match none are not pruned; here 1 removes a branch from the network, with
+            ``Scope(min_width=0)``.
+        budget: Instead of a ratio, the size that remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` (bytes of one sample's activations) or ``{"latency": 0.6}`` (milliseconds of one sample,
-            by a table that is measured when the run begins). A float is a share of the dense network in (0, 1], an int
+            by a table measured at the start of the run). A float is a share of the dense network in (0, 1], an int
             a count; a bare number counts parameters.
-        criterion: How much each unit matters; by default `L1`.
-        schedule: When cuts happen; by default five, the first after 10 % and the last after 60 % of the run.
-        scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores go, wherever they are),
-            ``"erk"`` (wide layers lose most), ``"random"`` (a drawn allocation), or a `Scope` with limits of the
+        criterion: Score of the units; by default `L1`.
+        schedule: When to cut; by default five times, first after 10 % and last after 60 % of the run.
+        scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores over all layers go),
+            ``"erk"`` (wide layers lose most), ``"random"`` (a random allocation), or a `Scope` with limits of the
             widths, such as the best of twenty draws, ``Scope("random", draws=20)``.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        reset_monitors: Let ``ModelCheckpoint`` and ``EarlyStopping`` start anew after each cut, so that "best" means
-            best at the final size, and let early stopping wait for the last cut.
+        layers: Layers to prune, all by default: names, globs, or names of modules that contain them.
+        ignore: Layers not to prune.
+        reset_monitors: Reset ``ModelCheckpoint`` and ``EarlyStopping`` after each cut, so that "best" means best at the
+            final size, and disable early stopping until the last cut.
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
-        extensions: What goes with every cut, in order. Repairs of the weights: `Ridge`, `FoldMean` and
-            `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. And what the run does around a cut:
-            `Rewind`, `Rollback`, `SaveEachSize`.
+        extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `FoldMean` and
+            `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of the run: `Rewind`,
+            `Rollback`, `SaveEachSize`.
 
     Raises:
-        ValueError: At once for amounts out of range; before the first training step for everything that depends on
-            network, optimizer and trainer. The text says what was expected, what came and what to do.
+        ValueError: On construction for amounts out of range; before the first training step for everything that depends
+            on network, optimizer and trainer.
 
     Example:
         >>> from lightning_prune import L2, OneShot, StructuredPruning
@@ -132,19 +133,19 @@ class StructuredPruning(NetworkPruning):
         super().__init__(schedule, layers, ignore, reset_monitors, dirpath, extensions)
 
     @override
-    def _forget(self) -> None:
-        super()._forget()
+    def _reset(self) -> None:
+        super()._reset()
         self._observation = Observation()
-        self._latency: LatencyTable | None = None  # as measured when the run began
+        self._latency: LatencyTable | None = None  # measured at the start of the run
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
-        self._data_at_cut: DataPass | None = None  # what a statistic with passes of its own looks at
-        self._data_of_draws: DataPass | None = None  # what drawn allocations are compared on
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
+        self._data_at_cut: DataPass | None = None  # for a statistic that runs the network itself
+        self._data_of_draws: DataPass | None = None  # to compare random allocations
         self._resolved = self.target
         self._selected: tuple[str, ...] = ()
-        self._observed: tuple[str, ...] = ()  # the same before it showed which of them cannot be scored
+        self._observed: tuple[str, ...] = ()  # including those that cannot be scored
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def finish_batch(self) -> None:
-        self._observation.stop()  # a callback may have ended the last batch before its time
+        self._observation.stop()  # a callback may have ended the last batch early
 
     @override
     def on_train_batch_end(
@@ -188,9 +189,11 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
-        saved, before = on_first(dict(state["statistic"])), state["report"]["config"].get("criterion")
+        saved, before = on_rank_zero(dict(state["statistic"])), state["report"]["config"].get("criterion")
         if saved and before not in (None, repr(self.criterion)):
-            warnings.warn(f"{self.criterion!r} observes anew: the checkpoint's numbers are of {before}", stacklevel=2)
+            warnings.warn(
+                f"{self.criterion!r} starts without observations: those of the checkpoint are of {before}", stacklevel=2
+            )
             saved = {}
         require(state["batches"], int, "batches")
         self._observation = Observation(saved=saved, batches=state["batches"])
@@ -222,11 +225,11 @@ class StructuredPruning(NetworkPruning):
             self._data_at_cut = data_at_cut(trainer, module, self._traced_model, batch, self.criterion.amount)
         self._data_of_draws = self._for_draws(trainer, module, batch)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
-        note_what_stays(self.report, notes_on_widths(structure, self._resolved, self.scope, selected, original))
+        warn_of_kept_units(self.report, notes_on_widths(structure, self._resolved, self.scope, selected, original))
         return timeline
 
     def _for_draws(self, trainer: Trainer, module: LightningModule, batch: Any) -> DataPass | None:
-        """Samples with a loss, where several drawn allocations are to be compared."""
+        """Samples with a loss, if several random allocations are to be compared."""
         if self.scope.draws == 1:
             return None
         assert self._traced_model is not None
@@ -239,7 +242,7 @@ class StructuredPruning(NetworkPruning):
         return data
 
     def _bundles(self, structure: Structure) -> Mapping[str, Sequence[Sequence[int]]]:
-        """Units that the criterion lets go together only, as far as that is known before anything is observed."""
+        """Units that the criterion removes only together, as far as known before observations."""
         return bundles_of(self.criterion, (structure.group(name) for name in self._selected), None)
 
     @override
@@ -251,7 +254,7 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:
-        """The structure, with all that planning has to know."""
+        """The structure with everything that planning needs."""
         structure, history = super()._traced(trainer, traced), history_of(traced.model)
         if self.scope.min_width == 0 and structure.flow is None:
             structure = with_flow(structure, traced, history.vanished if history is not None else ())
@@ -260,11 +263,11 @@ class StructuredPruning(NetworkPruning):
         return structure
 
     def _latency_table(self, trainer: Trainer, traced: TracedModel, structure: Structure) -> LatencyTable:
-        """What latencies are computed from, measured once on the first process: another table would be another plan."""
+        """Latency table, measured once on rank zero so that all processes make the same plan."""
         if self._latency is None:
-            saying = telling(trainer, "Measuring the latency of each layer at several widths")
+            saying = log_status(trainer, "Measuring the latency of each layer at several widths")
             with trainer.precision_plugin.forward_context(), saying:
-                self._latency = measured_on_first(trainer, lambda: latency_table(traced, structure))
+                self._latency = measure_on_rank_zero(trainer, lambda: latency_table(traced, structure))
         return self._latency
 
     @property
@@ -295,11 +298,15 @@ class StructuredPruning(NetworkPruning):
         return None
 
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
-        """Groups that the user and the method let be cut."""
+        """Groups that the settings and the method allow to prune."""
         return select(structure, self.layers, self.ignore)[0]
 
     def _observable(self, silent: Mapping[str, str], selected: tuple[str, ...]) -> tuple[str, ...]:
-        """The selected groups that the criterion can score; an error if the user named one that it cannot."""
+        """Selected groups that the criterion can score.
+
+        Raises:
+            StructureError: If one that the user named cannot be scored.
+        """
         lost = {name: why for name, why in silent.items() if name in selected}
         kept = tuple(name for name in selected if name not in lost)
         reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
@@ -330,7 +337,7 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def _waits(self) -> bool:
-        # A cut at the very beginning, or one that a longer run than before adds, has nothing to go by yet.
+        # A cut at the very start, or one that a longer run than before adds, has no observations yet.
         return super()._waits() or self._observation.is_empty
 
     @override
@@ -357,7 +364,7 @@ class StructuredPruning(NetworkPruning):
     def _plan(
         self, trainer: Trainer, module: LightningModule, point: CutPoint
     ) -> tuple[Plan, dict[str, torch.Tensor], dict[str, float]]:
-        """What a cut keeps, the same in all processes, the scores by group, and numbers for loggers."""
+        """Plan of a cut, the same in all processes, scores by group, and values to log."""
         structure, statistic = self._structure, self._observation.statistic
         assert structure is not None
         tensors = {name: tensor.detach() for name, tensor in named(module).items()}
@@ -375,10 +382,10 @@ class StructuredPruning(NetworkPruning):
             for scope in self.scope.drawn
         ]
         plan, found = self._best(trainer, plans)
-        return agreed(trainer, plan), scores, {**numbers, **found}
+        return broadcast_plan(trainer, plan), scores, {**numbers, **found}
 
     def _best(self, trainer: Trainer, plans: Sequence[Plan]) -> tuple[Plan, dict[str, float]]:
-        """The plan whose network has the least loss, the first of equal ones, and numbers for loggers."""
+        """Plan whose network has the lowest loss, the first of equal ones, and values to log."""
         data, structure = self._data_of_draws, self._structure
         if data is None:
             return plans[0], {}
@@ -391,15 +398,15 @@ class StructuredPruning(NetworkPruning):
         return plans[best], {"pruning/draw": float(best), "pruning/draw_loss": losses[best] / samples}
 
     @override
-    def _know(self, structure: Structure) -> None:
-        super()._know(structure)
+    def _set_structure(self, structure: Structure) -> None:
+        super()._set_structure(structure)
         self._selected = tuple(name for name in self._selected if name in structure.widths)
         self._observed = tuple(name for name in self._observed if name in structure.widths)
         # Contributions count from the last cut.
         self._observation = Observation(self.criterion.statistic(_only(structure, self._observed)))
 
     def _let_collect(self, statistic: Statistic, module: LightningModule, data: DataPass) -> None:
-        """Let a statistic run the network, or a copy of it if it is the training step that is run."""
+        """Collect a statistic on the network, or on a copy if the training step is run."""
         assert self._traced_model is not None
         statistic.collect(self._traced_model.copy("real").module if statistic.uses_loss else module, data)
 
@@ -407,14 +414,14 @@ class StructuredPruning(NetworkPruning):
     def on_other_cut(self, trainer: Trainer, module: LightningModule, made: CutMade) -> None:
         super().on_other_cut(trainer, module, made)
         if made.replaced:
-            self._observation = Observation()  # of layers that may be others now
+            self._observation = Observation()  # the layers may have been replaced
             return
         assert self._structure is not None
-        # What was observed is of units that are all there: the other one cuts other groups.
+        # The observed units all remain: the other callback cuts other groups.
         statistic = self.criterion.statistic(_only(self._structure, self._observed))
         self._observation = self._observation.paused().of(statistic)
 
 
 def _only(structure: Structure, names: tuple[str, ...]) -> Structure:
-    """The structure with these groups alone: to observe what is not pruned would only cost time."""
+    """Restrict the structure to these groups, so that only layers that are pruned are observed."""
     return replace(structure, groups=tuple(group for group in structure.groups if group.name in names))

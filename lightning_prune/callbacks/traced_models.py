@@ -1,7 +1,8 @@
-"""From a LightningModule and a batch to what can be traced: how it is run, and what must be kept off.
+"""Build a `TracedModel` from a LightningModule and a batch.
 
-``forward`` is traced, and the ``training_step`` with it: a head that only the training uses would be missed otherwise.
-The step runs on a copy whose metrics, logging, optimizers and trainer are stand-ins that do nothing.
+``forward`` is traced, and ``training_step`` too, which may use a head that ``forward`` does not. The step runs on a
+copy whose metrics, logging, optimizers and trainer are stubs. The step runs on a copy whose metrics, logging,
+optimizers and trainer are stand-ins that do nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ __all__ = ["call_on", "inputs_of", "inspect", "require_network", "traced_model_f
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
-    """What can be pruned in a network, and what cannot and why; print it, or let a notebook show it.
+    """Show what can be pruned in a network, and what cannot and why; print the result, or display it in a notebook.
 
     Args:
-        model: A LightningModule or any module. It is left as it is.
+        model: A LightningModule or any module. It is not modified.
         example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords, or a training batch (its
             inputs are found by trying). By default the module's ``example_input_array``.
 
@@ -50,7 +51,7 @@ def inspect(model: nn.Module, example: Any = None) -> Inspection:
 
 
 def traced_model_for(model: nn.Module, example: Any = None) -> TracedModel:
-    """Any network as a traced of tracing, by what ``forward`` takes.
+    """Build the `TracedModel` of any network from an example input.
 
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
@@ -64,7 +65,7 @@ def traced_model_for(model: nn.Module, example: Any = None) -> TracedModel:
 
 
 def require_network(model: object) -> None:
-    """Refuse what is no network, or has no shapes yet.
+    """Check that a network is a module without uninitialized lazy layers.
 
     Raises:
         TypeError: If it is no module.
@@ -89,19 +90,19 @@ def traced_model_of(
     own_example: bool = True,
     convert: Callable[[Any], Any] = lambda example: example,
 ) -> TracedModel:
-    """A LightningModule as a traced of tracing.
+    """Build the `TracedModel` of a LightningModule.
 
     Args:
         module: The network.
         batch: A training batch, for the example (where there is no ``example_input_array``) and the training step.
         step: Trace ``training_step`` too.
         own_example: Take the module's ``example_input_array``, if it has one, rather than a part of the batch.
-        convert: Gives the module's own example the type that training has; the batch has it already.
+        convert: Converts the module's own example to the dtype of training; the batch has it already.
 
     Raises:
         StructureError: If there is no example that ``forward`` accepts.
     """
-    prepare, memo = _Standins(module), _kept_off(module)
+    prepare, memo = _Stubs(module), _memo_of(module)
     example = convert(module.example_input_array) if own_example else None
     calls = _forward_calls(module, batch, example, memo=memo, prepare=prepare)
     optional: tuple[Call, ...] = ()
@@ -111,23 +112,23 @@ def traced_model_of(
 
 
 def call_on(module: LightningModule, batch: Any, traced: TracedModel) -> Call:
-    """How ``forward`` takes a training batch.
+    """Return the call of ``forward`` on a training batch.
 
-    An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
+    An ``example_input_array`` may be random or a single sample; it is used only if no part of the batch fits.
     """
     if module.example_input_array is None:
         return traced.calls[0]
     try:
-        return _forward_calls(module, batch, None, memo=_kept_off(module), prepare=_Standins(module))[0]
+        return _forward_calls(module, batch, None, memo=_memo_of(module), prepare=_Stubs(module))[0]
     except StructureError as error:
         warnings.warn(f"the `example_input_array` is run: {error}", stacklevel=2)
         return traced.calls[0]
 
 
 def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Callable[[Any], Any]:
-    """What ``forward`` takes of a training batch, for criteria that look at data.
+    """Return a function that picks the inputs of ``forward`` from a training batch, for criteria that use data.
 
-    An ``example_input_array`` may be random or a single sample; it stands in only where no part of the batch fits.
+    An ``example_input_array`` may be random or a single sample; it is used only if no part of the batch fits.
 
     Args:
         module: The network.
@@ -138,7 +139,7 @@ def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Calla
         A function of any batch, for `DataPass`.
     """
     try:
-        number = _accepted(module, batch, memo=_kept_off(module), prepare=_Standins(module))
+        number = _accepted(module, batch, memo=_memo_of(module), prepare=_Stubs(module))
     except StructureError as error:
         call = traced.calls[0]
         if module.example_input_array is not None:
@@ -153,7 +154,7 @@ def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Calla
 
 
 def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: Any) -> tuple[Call, ...]:
-    """Forward in eval and in train mode on the first candidate that the network accepts."""
+    """Calls of ``forward`` in eval and in train mode, on the first candidate that the network accepts."""
     candidates = list(_candidates(batch, own_example))
     if len(candidates) == 1:
         return _calls(model, candidates[0])
@@ -167,7 +168,7 @@ def _calls(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> 
 
 
 def _accepted(model: nn.Module, batch: Any, own_example: Any = None, **copying: Any) -> int:
-    """Number of the first candidate that the network accepts.
+    """Index of the first candidate that the network accepts.
 
     Raises:
         StructureError: If it accepts none.
@@ -205,7 +206,7 @@ def _moved(leaf: Any, device: torch.device) -> Any:
 
 
 def _candidates(batch: Any, own_example: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments to try, the likeliest first."""
+    """Yield arguments to try, the most likely first."""
     if isinstance(batch, _Arguments):
         yield tuple(batch), {}
         yield from _candidates(tuple(batch), None)
@@ -233,19 +234,19 @@ def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
     return (batch, 0) if "batch_idx" in accepts or len(accepts) > 1 else (batch,)
 
 
-def _kept_off(module: LightningModule) -> dict[int, Any]:
-    """The trainer is not copied with the module, as it holds data, loggers and optimizers; nor is compiled code."""
+def _memo_of(module: LightningModule) -> dict[int, Any]:
+    """Copy memo that excludes the trainer, which holds data, loggers and optimizers, and compiled code."""
     trainer, compiled = getattr(module, "_trainer", None), getattr(module, "_compiler_ctx", None)
-    kept_off: dict[int, Any] = {} if trainer is None else {id(trainer): _TrainerStandin(trainer)}
-    return kept_off if compiled is None else {**kept_off, id(compiled): {}}
+    memo: dict[int, Any] = {} if trainer is None else {id(trainer): _TrainerStub(trainer)}
+    return memo if compiled is None else {**memo, id(compiled): {}}
 
 
 class _Arguments(tuple[Any, ...]):
-    """An example that a user gave as a tuple: first of all the arguments of ``forward``."""
+    """An example given as a tuple, which is tried first as the arguments of ``forward``."""
 
 
 class _Silent:
-    """Takes every call, holds every attribute, does nothing."""
+    """Stub that accepts every call and attribute access and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -268,8 +269,8 @@ class _Silent:
         return self
 
 
-class _TrainerStandin(_Silent):
-    """A trainer that tells its numbers and does nothing."""
+class _TrainerStub(_Silent):
+    """Stub of a trainer that returns its plain values and does nothing else."""
 
     def __init__(self, trainer: Any) -> None:
         vars(self)["_real"] = trainer
@@ -281,11 +282,11 @@ class _TrainerStandin(_Silent):
         return value if isinstance(value, (bool, int, float, str, type(None))) else _Silent()
 
 
-class _MetricStandin(nn.Module):
-    """In place of a metric, whose real one may depend on data: what it sees must keep its size."""
+class _MetricStub(nn.Module):
+    """Stub of a metric, whose code may depend on data; its inputs must keep their sizes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A number; the inputs go through an operator that lets no width change."""
+        """Return zero; the inputs go through an operator that lets no width change."""
         for leaf in (*args, *kwargs.values()):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 torch.cumsum(leaf.reshape(-1), 0)
@@ -301,31 +302,31 @@ class _MetricStandin(nn.Module):
 
 
 class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """In place of a SyncBatchNorm: the same channels, one process."""
+    """Replacement of a SyncBatchNorm in a single process."""
 
     def _check_input_dim(self, _: Tensor) -> None:
         return
 
 
 def _drop_compiled(copy: nn.Module) -> None:
-    """What is compiled, by ``module.compile()`` or by Lightning, is bound to the original."""
+    """Remove compiled methods, by ``module.compile()`` or by Lightning, which are bound to the original."""
     vars(copy).pop("_compiled_call_impl", None)
     if vars(copy).get("_compiler_ctx") is not None:
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(copy).pop(name, None)
 
 
-class _Standins:
-    """Makes the copy of a LightningModule ready for a training step that leaves no trace.
+class _Stubs:
+    """Prepares a copy of a LightningModule for a training step without side effects.
 
     Args:
-        module: The original; tells how many optimizers there are.
+        module: The original, for the number of its optimizers.
     """
 
     def __init__(self, module: LightningModule) -> None:
         trainer = getattr(module, "_trainer", None)
         self.optimizers = len(trainer.optimizers) if trainer is not None and trainer.optimizers else 1
-        self.trainer = None if trainer is None else _TrainerStandin(trainer)
+        self.trainer = None if trainer is None else _TrainerStub(trainer)
 
     def __call__(self, copy: nn.Module) -> None:
         _drop_compiled(copy)
@@ -338,7 +339,7 @@ class _Standins:
                 parent.__class__ = _AnyBatchNorm  # type: ignore[assignment]
             for name, child in list(parent._modules.items()):
                 if isinstance(child, (Metric, MetricCollection)):
-                    parent._modules[name] = _MetricStandin()
+                    parent._modules[name] = _MetricStub()
         for name in (
             "log",
             "log_dict",

@@ -1,4 +1,4 @@
-"""Samples of the training data, read apart from the loop that trains."""
+"""Samples of the training data, read without touching the training loop's loader."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def training_data(
     memory_limit: int = 2**30,
     is_shared: bool = True,
 ) -> DataPass:
-    """Samples of the training loader, read by a loader of its own in this process when they are first needed.
+    """Return samples of the training data, read lazily by a separate loader in this process.
 
-    They are the same in every run, and the loop that trains is not touched. Batches come as the training gets them: of
-    its type, on its device. With ``overfit_batches`` the samples are among those that the run trains on.
+    They are the same in every run, and the training loop is not affected. Batches have the dtype and device of
+    training. With ``overfit_batches`` the samples are among those that the run trains on.
 
     Args:
-        trainer: The run.
-        module: The network, whose hooks around a transfer are called.
-        batches: Full batches of the loader's size.
-        samples: Instead, how many samples at most; all by default.
-        per_class: Or how many of every class.
-        seed: Of the choice and the order.
+        trainer: The trainer of the run.
+        module: The network, whose batch transfer hooks are called.
+        batches: Number of full batches of the loader's size.
+        samples: Instead, maximum number of samples; all by default.
+        per_class: Instead, number of samples per class.
+        seed: Seed of the choice and the order.
         labels: Labels of a batch, see `DataPass`.
         memory_limit: Bytes of samples in memory.
-        is_shared: Give each process a part of the samples; else all of them to each.
+        is_shared: Split the samples over the processes; otherwise each process reads all of them.
 
     Raises:
         ValueError: If the training data is not one loader over a data set with a length.
@@ -56,7 +56,7 @@ def training_data(
     overfits = bool(getattr(trainer, "overfit_batches", 0))
     if overfits:
         limit = min(limit, int(trainer.num_training_batches) * size)
-    if loader.batch_sampler is None:  # the data set hands out whole batches
+    if loader.batch_sampler is None:  # the data set returns batches
         count = limit if batches is None else min(batches, limit)
         chosen: Any = np.linspace(0, limit, count, endpoint=False).astype(int).tolist()
         source = DataLoader(loader.dataset, batch_size=None, sampler=chosen, collate_fn=loader.collate_fn)
@@ -91,13 +91,13 @@ def training_data(
 def data_at_cut(
     trainer: Trainer, module: LightningModule, traced: TracedModel, batch: Any, amount: Mapping[str, int]
 ) -> DataPass:
-    """What a criterion looks at when a cut is due: samples of the training data, or a batch where it cannot be read.
+    """Return the data of a criterion at a cut: samples of the training data, or one batch if it cannot be read.
 
     Args:
-        trainer: The run.
+        trainer: The trainer of the run.
         module: The network.
         traced: How it is run.
-        batch: The training batch at hand.
+        batch: The current training batch.
         amount: How much data, see `Criterion.amount`.
     """
     loss = step_loss(traced) if traced.optional else None
@@ -106,11 +106,11 @@ def data_at_cut(
     if not is_readable(trainer):
         return at_hand
     counts: Any = {**amount}
-    if "batches" in counts:  # each process its own
+    if "batches" in counts:  # per process
         counts["batches"] *= trainer.world_size
     data = training_data(trainer, module, **counts).using(loss=loss, inputs=inputs)
     try:
-        with warnings.catch_warnings():  # a criterion's numbers are what it looks at if it is there
+        with warnings.catch_warnings():  # the amounts of a criterion are upper limits
             warnings.filterwarnings("ignore", "expected .* samples")
             len(data)
     except ValueError as error:
@@ -122,7 +122,7 @@ def data_at_cut(
 
 
 def step_loss(traced: TracedModel) -> Callable[[nn.Module, Batch], Tensor]:
-    """The loss of a training step, on a copy of the module that is ready for it."""
+    """Return a function that computes the loss of a training step on a prepared copy of the module."""
     (step,) = traced.optional
 
     def loss(copy: nn.Module, batch: Batch) -> Tensor:
@@ -148,12 +148,12 @@ def is_readable(trainer: Trainer) -> bool:
 def require_readable(
     trainer: Trainer, reader: str, remedy: str = "Leave it out of `extensions`, or train from such a loader."
 ) -> DataLoader[Any]:
-    """The training loader.
+    """Return the training loader.
 
     Args:
-        trainer: The run.
-        reader: Who reads, for the text.
-        remedy: What to do, for the text.
+        trainer: The trainer of the run.
+        reader: What reads the samples, for the message.
+        remedy: What to do, for the message.
 
     Raises:
         ValueError: If samples cannot be read by their position.

@@ -11,14 +11,14 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune.callbacks.checkpoints import StatefulCallback, keep_history
-from lightning_prune.callbacks.compiled import forget_code
+from lightning_prune.callbacks.compatibility import require_compatible
+from lightning_prune.callbacks.compiled import reset_compiled
 from lightning_prune.callbacks.heads import NamesHead
-from lightning_prune.callbacks.moments import is_rehearsal, run_length
 from lightning_prune.callbacks.optimizer_groups import add_group, without_optimizer
 from lightning_prune.callbacks.processes import unwrapped
+from lightning_prune.callbacks.progress import is_fast_dev_run, run_length
 from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.callbacks.showing import log_now
-from lightning_prune.callbacks.surroundings import refuse_surroundings
 from lightning_prune.reporting import require
 from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm
 from lightning_prune.structure.layers import is_within
@@ -29,7 +29,7 @@ __all__ = ["GradualUnfreezing"]
 # Form of the callback's state in a checkpoint.
 _FORMAT = 1
 
-# Of an epoch: shares are sums of floats.
+# In epochs: shares are sums of floats.
 _TOLERANCE = 1e-6
 
 
@@ -41,31 +41,29 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
     Transfer Learning Efficiency" (2024): the convolutional backbone is frozen, the rest trains for ``e_f`` epochs, and
     then, ``l`` times, the network trains for ``e_u`` epochs *before* the last frozen convolution is unfrozen. So the
     i-th convolution from the end trains from epoch ``e_f + i·e_u`` on, and in a run of exactly ``e_f + l·e_u`` epochs
-    the first convolution never trains, as printed. A longer run goes on with all layers.
+    the first convolution never trains, as printed. A longer run trains all layers afterwards.
 
     A convolution is unfrozen together with its norm; frozen BatchNorm uses and keeps its running statistics. Layers
-    that pruning has removed are not waited for. With a pruning callback in the same run, each training batch begins
-    with what that one does, and new layers of the backbone are frozen as those that they replace.
+    that pruning has removed are skipped. A pruning callback in the same run acts first in each training batch, and new
+    layers of the backbone are frozen like those they replace.
 
-    `configure_optimizers` may give all parameters, or only those that require gradients when it is called: then each
-    layer becomes a parameter group of its own when it is unfrozen, with the options that the first group has at that
-    time, learning rate included. A resumed run, also from the middle of an epoch, has the same layers frozen and the
-    same groups in the same order.
+    `configure_optimizers` may pass all parameters, or only those that require gradients: then each layer is added as a
+        parameter group when it is unfrozen, with the options that the first group has at that time, learning rate
+        included. A resumed run, also from within an epoch, has the same frozen layers and parameter groups.
 
     Args:
         e_f: Epochs in which the backbone is frozen; may be a fraction.
-        e_u: Epochs between one layer and the next, more than 0; may be a fraction, such as 0.1 for a deep backbone. A
-            moment within an epoch is the first batch at or after it, with accumulated gradients the first batch of a
-            step.
-        head: Names or globs of the modules that train from the beginning, with all that is inside of them. By default
-            everything behind the last convolution and its norm. Needed where the classifier is a convolution itself.
+        e_u: Epochs between one layer and the next, more than 0; may be a fraction, such as 0.1 for a deep backbone.
+            Within an epoch, a layer is unfrozen at the first batch at or after that time, with gradient accumulation at
+            the first batch of a step.
+        head: Names or globs of the modules that train from the beginning, with their submodules. By default everything
+            after the last convolution and its norm. Required if the classifier is a convolution.
         train_bn: Let the norms of the backbone train from the beginning, with their statistics.
 
     Raises:
-        ValueError: At once for numbers out of range; before the first training batch for a network without
-            convolutions or without a head, for parameters that no optimizer has where it is not clear which one should
-            get them, for strategies other than one device and DDP, and for a run that is shorter than
-            ``e_f + l·e_u`` epochs.
+        ValueError: On construction for numbers out of range; before the first training batch for a network without
+            convolutions or without a head, for parameters without an optimizer if there are several optimizers, for
+            strategies other than one device and DDP, and for a run that is shorter than ``e_f + l·e_u`` epochs.
 
     Example:
         >>> from lightning_prune import GradualUnfreezing
@@ -84,18 +82,18 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         self._begin()
 
     def _begin(self) -> None:
-        """Nothing is unfrozen yet."""
+        """Reset to the state in which nothing is unfrozen."""
         self._thawed: list[str] = []  # layers in the order in which they were unfrozen, those removed later included
         self._groups: list[list[str]] = []  # parameters of each group that was added to the optimizer
         self._frozen_by_user: dict[str, bool] = {}
         self._backbone = Backbone((), {})
-        self._still: list[nn.Module] = []  # norms that must not train now
+        self._still: list[nn.Module] = []  # norms kept in eval mode
         self._history: History | None = None  # of the network that `_backbone` was made from
         self._is_checked = False  # whether the run is long enough for the network that it trains
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The convolutions that are frozen, the next one to be unfrozen first."""
+        """Frozen convolutions, the next one to be unfrozen first."""
         return tuple(layer.name for layer in reversed(self._backbone.layers) if layer.name not in self._thawed)
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
@@ -106,14 +104,14 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         if not self._is_fit:
             return
         self._begin()
-        refuse_surroundings(self, trainer, pl_module)
+        require_compatible(self, trainer, pl_module)
         keep_history(pl_module)
         _act_after_pruning(self, trainer)
         self.freeze_before_training(pl_module)
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        """Freeze the backbone as it is now; what trains is left to `configure_optimizers`."""
-        self._look(pl_module)
+        """Freeze the backbone before `configure_optimizers` is called."""
+        self._find_layers(pl_module)
         self._apply()
 
     @override
@@ -146,7 +144,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look(pl_module)  # `configure_model` may have built it after `setup`
+        self._find_layers(pl_module)  # `configure_model` may have built it after `setup`
         self._refuse_network(pl_module)
         if not any(isinstance(one, ScheduledPruning) and one.removes_layers for one in _callbacks(trainer)):
             self._refuse_short(trainer)
@@ -158,8 +156,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
             add_group(trainer, group)
         self._refuse_optimizers(trainer)
         if any(isinstance(one, ScheduledPruning) for one in _callbacks(trainer)):
-            # What prunes at the first batch is to find the weights as they are without this callback; frozen ones are
-            # not masked, for example.
+            # Pruning at the first batch must see the weights as without this callback: frozen ones are not masked, say.
             self._apply(lifted=True)
 
     @override
@@ -175,7 +172,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         history = history_of(pl_module)
         is_changed = history is not self._history
         if is_changed:
-            self._look(pl_module)
+            self._find_layers(pl_module)
             self._refuse_network(pl_module)
         if not self._is_checked:
             self._refuse_unknown(pl_module)
@@ -187,9 +184,9 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         if due:
             self._thaw(trainer, pl_module, due)
         if due or is_changed:
-            self._set_modes()  # not before: Lightning warns of a fit that begins with modules in eval mode
+            self._set_modes()  # not before: Lightning warns if a fit starts with modules in eval mode
         for norm in self._still:
-            norm.training = False  # whatever has called `train()` on the network
+            norm.training = False  # `train()` may have been called on the network
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -212,11 +209,11 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         return frozen[: max(reached - len(self._thawed), 0)]
 
     def _refuse_short(self, trainer: Trainer) -> None:
-        """Refuse a run that ends before its last layer is due."""
+        """Check that the run is long enough to unfreeze the last layer."""
         length = run_length(trainer)
         layers = len(self._backbone.layers) + len(set(self._thawed) - {layer.name for layer in self._backbone.layers})
         needed = self.e_f + layers * self.e_u
-        if is_rehearsal(trainer):
+        if is_fast_dev_run(trainer):
             return
         given: list[tuple[float | None, str]] = [(length.epochs, f"max_epochs={trainer.max_epochs}")]
         if length.steps is not None and length.steps_per_epoch is not None:
@@ -232,8 +229,8 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _look(self, module: LightningModule) -> None:
-        """Find the layers of the network as it is now."""
+    def _find_layers(self, module: LightningModule) -> None:
+        """Find the convolutional layers of the current network."""
         self._backbone, self._history = Backbone.of(module, self.head), history_of(module)
         for layer in self._backbone.layers:
             for name, parameter in layer.parameters.items():
@@ -243,7 +240,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         return layer.name not in self._thawed and not (self.train_bn and is_norm(owner))
 
     def _wanted(self, *, lifted: bool = False) -> Iterator[tuple[nn.Parameter, bool]]:
-        """Every parameter of the backbone, and whether it trains now."""
+        """Yield every parameter of the backbone and whether it is trained."""
         for layer in self._backbone.layers:
             for owner_name, owner in layer.modules.items():
                 for own, parameter in owner._parameters.items():
@@ -260,10 +257,10 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         for parameter, trains in self._wanted(lifted=lifted):
             parameter.requires_grad_(trains)
             if not trains:
-                parameter.grad = None  # an optimizer would go on stepping by it
+                parameter.grad = None  # an optimizer would keep stepping by it
 
     def _set_modes(self) -> None:
-        """Let the norms of frozen layers use and keep their statistics."""
+        """Put the norms of frozen layers in eval mode, and those of other layers back in train mode."""
         before, self._still = self._still, []
         for layer in self._backbone.layers:
             for norm in layer.norms.values():
@@ -274,15 +271,15 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
                 norm.train()
 
     def _apply_in(self, trainer: Trainer, module: LightningModule) -> None:
-        """The same in a run: DDP and compiled code have to know what trains."""
+        """Freeze and unfreeze parameters during a run, and update DDP and compiled code."""
         if all(parameter.requires_grad == trains for parameter, trains in self._wanted()):
             return
-        forget_code(module)
+        reset_compiled(module)
         with unwrapped(trainer, module):
             self._apply()
 
     def _thaw(self, trainer: Trainer, module: LightningModule, names: tuple[str, ...]) -> None:
-        """Unfreeze layers; the optimizer gets what it does not have."""
+        """Unfreeze layers and add their missing parameters to the optimizer."""
         self._thawed.extend(names)
         self._apply_in(trainer, module)
         for name in names:
@@ -294,7 +291,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         log_now(trainer, {"unfreezing/layers": float(len(self._thawed)), "unfreezing/params": float(count)})
 
     def _parameters(self, names: Any) -> Mapping[str, nn.Parameter]:
-        """Those parameters of some layers that train once they are unfrozen, by name."""
+        """Parameters of layers that are trained once unfrozen, by name."""
         wanted = set(names)
         return {
             name: parameter
@@ -305,7 +302,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
         }
 
     def _release(self) -> None:
-        """Nothing stays frozen by this callback; what it remembers stays, for a checkpoint that is saved later."""
+        """Unfreeze everything this callback has frozen, but keep its state for a later checkpoint."""
         self._apply(lifted=True)
         thawed, self._thawed = self._thawed, [*self._thawed, *self.frozen]
         self._set_modes()
@@ -330,7 +327,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
             )
 
     def _refuse_unknown(self, module: LightningModule) -> None:
-        """Refuse the state of another network; layers that cuts have removed since are known."""
+        """Check that the state belongs to this network or to one that it was cut from."""
         edits = () if self._history is None else self._history.edits
         removed = [name for edit in edits if not isinstance(edit, Keep) for name in edit.modules]
         known = {layer.name for layer in self._backbone.layers}
@@ -343,7 +340,7 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
             )
 
     def _refuse_given(self, trainer: Trainer, group: Mapping[str, nn.Parameter]) -> None:
-        """Refuse an optimizer that has from the beginning what the checkpoint's got later."""
+        """Check that the optimizer does not already have parameters that the checkpoint's got later."""
         given = group.keys() - without_optimizer(trainer, group).keys()
         if given:
             raise ValueError(
@@ -364,12 +361,12 @@ class GradualUnfreezing(NamesHead, StatefulCallback):
 
 
 def _act_after_pruning(callback: Callback, trainer: Trainer) -> None:
-    """Let a callback come after those that prune: what they put into the network is frozen before it trains."""
+    """Move a callback behind the pruning callbacks, so that new layers are frozen before they train."""
     callbacks = _callbacks(trainer)
     last = max((i for i, one in enumerate(callbacks) if isinstance(one, ScheduledPruning)), default=-1)
     here = callbacks.index(callback)
     if here < last:
-        # A new list: Lightning is going through the old one.
+        # A new list: Lightning is iterating over the old one.
         others = [*callbacks[:here], *callbacks[here + 1 : last + 1], callback, *callbacks[last + 1 :]]
         trainer.callbacks = others  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""The XGB pruner: what boosted trees on a layer's features do not use goes (Ratajczyk and Horzyk, 2024)."""
+"""The XGB pruner: remove units that boosted trees on a layer's features do not use (Ratajczyk and Horzyk, 2024)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_prune.callbacks.extensions import CutExtension, ReestimateIfBetter
 from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
-from lightning_prune.callbacks.moments import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import agreed, made_on_first, same_buffers
+from lightning_prune.callbacks.processes import broadcast_plan, run_on_rank_zero, same_buffers
+from lightning_prune.callbacks.progress import now
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.traced_models import inputs_of
@@ -50,7 +50,7 @@ __all__ = ["XGBPruning"]
 
 @dataclass(frozen=True)
 class _Choice(Decision):
-    """Units to keep, and where the network is to end."""
+    """A decision with the scores it was made from."""
 
     scored: Scored | None = None
 
@@ -60,67 +60,65 @@ class XGBPruning(NamesHead, NetworkPruning):
     """Removes units that a surrogate on their layer's features does not use.
 
     I. Ratajczyk and A. Horzyk, "Advancing ConvNet Architectures: A Novel XGB-Based Pruning Algorithm for Transfer
-    Learning Efficiency" (2024). Of each layer what the next one reads, its output after norm and activation, becomes
-    one number per channel; gradient-boosted trees predict the labels from these. The importance of a channel is how
-    much the trees use it, and units whose importance is at most ρ go. μ of a layer is how well the trees predict
-    samples that were held back.
+    Learning Efficiency" (2024). The output of each layer after norm and activation is pooled to one number per channel,
+    and gradient-boosted trees predict the labels from these. The importance of a channel is how much the trees use it,
+    and units with an importance of at most ρ are removed. μ of a layer is how well the trees predict held-out samples.
 
-    It acts once: before the first training batch, after a checkpoint was restored, or at the moment of its schedule.
-    Layers that can only shrink together count by the maximum over them; a layer that would be emptied keeps its best
-    unit, with a warning. What is scored is written down layer by layer, so that a run that is killed scores at most one
-    layer again, and `lightning-prune score` scores without pruning.
+    It prunes once: before the first training batch, after a checkpoint was restored, or at the point its schedule
+    gives. Coupled layers are scored by the maximum over them; a layer that would be emptied keeps its best unit, with a
+    warning. Scores are saved layer by layer, so that an interrupted run scores at most one layer again, and
+    `lightning-prune score` scores without pruning.
 
-    Where the paper leaves a choice open: its parameters of XGBoost cannot be had, see `XGBoost` for ours; μ is measured
-    on a share of the *training* data and early stopping by another, so that validation and test data stay untouched;
-    by default the layers that read what was cut are fitted again (`Ridge`), and batch norms are re-estimated where
-    samples that were held back say so (`ReestimateIfBetter`): the paper freezes the network as the cut has left it,
-    which ``extensions=[]`` does.
+    Where the paper leaves a choice open: its parameters of XGBoost are not available, see `XGBoost` for ours; μ is
+    measured on a share of the *training* data, and early stopping uses another, so that validation and test data are
+    not used; by default the layers after a cut one are refitted (`Ridge`), and batch norms are re-estimated if held-out
+    samples gain from it (`ReestimateIfBetter`). The paper leaves the network as it is after the cut: ``extensions=[]``.
 
     Args:
-        mode: ``"one_shot"``: all layers are scored on the network as it is. ``"layer_wise"``: one after the other, each
-            on what is left of those before it.
-        threshold: ρ in [0, 1): units with an importance of at most ρ go. Importances of one layer have sum 1. At most
-            one of this and the next four is given; without any, ``gain=0.99``.
+        mode: ``"one_shot"``: all layers are scored on the unpruned network. ``"layer_wise"``: one after the other, each
+            with the previous layers pruned.
+        threshold: ρ in [0, 1): units with an importance of at most ρ are removed. Importances of one layer sum to 1. At
+            most one of this and the next four is given; without any, ``gain=0.99``.
         quantile: Instead, a share in [0, 1): ρ of every layer is this quantile of its importances.
-        gain: Instead, a share in (0, 1]: the most used units stay that together hold this share of everything that the
-            trees have gained on their layer (the sums of gains, where importances are means).
+        gain: Instead, a share in (0, 1]: the most used units that together hold this share of the layer's total gain
+            are kept (of the sums of gains, whereas importances are means).
         pruning_ratio: Instead, the share of the units of every layer to remove, in [0, 1).
-        budget: Instead, what remains of the network, see `StructuredPruning`: units go by their importance, wherever
-            they are. In layer-wise mode that takes several walks, with one threshold after the other.
-        depth: Whether the network is also cut in depth, behind the layer (of a residual network: the block) whose μ is
-            the best, ``"argmax"``, the paper's choice; or behind the first one whose μ is within a tolerance of the
-            best, 0.02 say. Of equal ones the shallower counts. What is behind becomes the identity, and the first layer
-            of the head is made anew where it reads another number of channels. Importances then count over the layers
-            that are left; the head is not pruned. By default the depth stays.
-        head: With ``depth``: names or globs of the modules that are the head; by default all behind the last
+        budget: Instead, the size that remains, see `StructuredPruning`: units are removed by importance over all
+            layers. Layer-wise mode takes several passes for it, one per threshold.
+        depth: Also cut the network in depth, after the layer (in a residual network: the block) with the best μ,
+            ``"argmax"``, the paper's choice; or after the first one whose μ is within a tolerance of the best, such as
+            0.02. Of equal ones the shallower is chosen. Later layers become the identity, and the first layer of the
+            head is created anew if its number of input channels changes. Importances are then taken over the layers
+            that are left; the head is not pruned. By default the depth is kept.
+        head: With ``depth``: names or globs of the modules of the head; by default everything after the last
             convolution and its norm.
-        reduction: What becomes one number per channel: the mean (``"avg"``) or the maximum (``"max"``) over positions.
-        surrogate: What predicts the labels: `XGBoost` by default, with ``task="regression"`` for numbers; `NeuralProbe`
-            or `SklearnEstimator`.
-        metric: What μ is: ``"accuracy"`` (default), ``"balanced_accuracy"``, ``"r2"`` (default for regression), or a
+        reduction: Pooling to one number per channel: the mean (``"avg"``) or the maximum (``"max"``) over positions.
+        surrogate: Model that predicts the labels: `XGBoost` by default, with ``task="regression"`` for numbers;
+            `NeuralProbe` or `SklearnEstimator`.
+        metric: Metric of μ: ``"accuracy"`` (default), ``"balanced_accuracy"``, ``"r2"`` (default for regression), or a
             function of labels and predictions.
-        samples: How many training samples are used at most, the same share of every class; all by default.
-        per_class: Instead of ``samples``, how many of every class.
+        samples: Maximum number of training samples, the same share of every class; all by default.
+        per_class: Instead of ``samples``, number of samples per class.
         labels: Labels of a training batch, one per sample; by default the second of a pair ``(x, y)``.
-        inputs: What ``forward`` takes of a training batch; by default found by trying. See `DataPass`.
+        inputs: Inputs of ``forward`` in a training batch; by default found by trying. See `DataPass`.
         held_back: Share of the samples that μ is measured on, in (0, 1).
-        seed: Of the choice and split of samples.
-        scores: A file that `lightning-prune score` has written; it has to fit network, samples and options. Files of
-            runs in folders beside this one's are found without it.
-        schedule: When it acts; at once by default. It has one moment.
-        layers: Only these layers: names, globs, or names of modules that contain them.
-        ignore: Not these layers.
-        extensions: What goes with the cut, see `StructuredPruning`; by default ``[Ridge(), ReestimateIfBetter()]``, on
-            the samples, task and split that layers are scored by. An empty list is the paper's own form.
+        seed: Seed of the choice and split of samples.
+        scores: A file written by `lightning-prune score`, which has to match network, samples and options. Files of
+            runs in neighbouring folders are found without it.
+        schedule: When to prune, exactly once; by default at the start.
+        layers: Layers to prune, all by default: names, globs, or names of modules that contain them.
+        ignore: Layers not to prune.
+        extensions: Extensions of the cut, see `StructuredPruning`; by default ``[Ridge(), ReestimateIfBetter()]``, on
+            the samples, task and split that layers are scored by. An empty list gives the method of the paper.
         reset_monitors: See `StructuredPruning`.
         dirpath: Folder for report, scores and pictures; by default the logger's folder.
-        memory_limit: Bytes of samples, activations and features together that are kept in memory, samples at most half
-            of them; the others go to temporary files.
+        memory_limit: Bytes of samples, activations and features kept in memory, samples at most half of it; the rest is
+            written to temporary files.
 
     Raises:
-        ValueError: At once for settings that are out of range; before the first training step for all that depends on
-            network, data and trainer.
-        FileNotFoundError: Before the first training step, if ``scores`` is no file.
+        ValueError: On construction for settings out of range; before the first training step for everything that
+            depends on network, data and trainer.
+        FileNotFoundError: Before the first training step if ``scores`` does not exist.
 
     Example:
         >>> from lightning_prune import XGBPruning
@@ -178,13 +176,13 @@ class XGBPruning(NamesHead, NetworkPruning):
             raise ValueError(
                 f"XGBPruning: expected `samples` or `per_class`, got both ({samples} and {per_class}). Leave one out."
             )
-        # Its arguments are checked here, not when it is read.
+        # Check its arguments early.
         DataPass(
             [], samples=samples, per_class=per_class, seed=seed, labels=labels, inputs=inputs, memory_limit=memory_limit
         )
         self.samples, self.per_class, self.scores = samples, per_class, scores
         self._labels_of, self._inputs_of = labels, inputs
-        #: Whether the fit ends when layers are scored: how `lightning-prune score` runs.
+        #: Whether the fit ends after scoring, as in `lightning-prune score`.
         self.only_score = False
         super().__init__(
             schedule,
@@ -201,16 +199,16 @@ class XGBPruning(NamesHead, NetworkPruning):
         return [Ridge(), ReestimateIfBetter(probe=probe, held_back=options.held_back, seed=options.seed)]
 
     @override
-    def _unprepare(self) -> None:
-        super()._unprepare()
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
         self._scored: Scored | None = None
         self._ends: tuple[Boundary, ...] = ()
         self._selected: tuple[str, ...] = ()
-        self._inputs: Callable[[Any], Any] | None = None  # what `forward` takes of a batch, found by trying
+        self._inputs: Callable[[Any], Any] | None = None  # inputs of `forward` in a batch, found by trying
 
     @property
     def scored(self) -> Scored | None:
-        """What was found in this fit: scores of layers, use of units; None before."""
+        """Scores of layers and usage of units; None before they were scored in this fit."""
         return self._scored
 
     @property
@@ -241,7 +239,7 @@ class XGBPruning(NamesHead, NetworkPruning):
     def _check(
         self, trainer: Trainer, module: LightningModule, batch: Any, structure: Structure, original: Size
     ) -> tuple[CutPoint, ...]:
-        if self._last_done >= 0 and not self.only_score:  # what it was to look at may be gone
+        if self._last_done >= 0 and not self.only_score:  # the layers to score may have been removed
             return self._moments(trainer, 0.5)
         assert self._traced_model is not None
         self._check_data(trainer, batch)
@@ -253,19 +251,19 @@ class XGBPruning(NamesHead, NetworkPruning):
         fraction = 0.5
         if not self.amount.is_local:
             target = Target.of(None, self.amount.value)
-            if self.depth is None:  # a shallower network may be as small as the units cannot make this one
+            if self.depth is None:  # with `depth` the network may become smaller than by units alone
                 feasible(structure, target, Scope("global", normalize="none"), self._selected, original)
             fraction = target.fraction(original, original.among(self._selected, structure))
         return self._moments(trainer, fraction)
 
     def _check_data(self, trainer: Trainer, batch: Any) -> None:
-        """Refuse what scoring would refuse when it is due, which may be many epochs later."""
+        """Check early what scoring needs, since it may run many epochs later."""
         surrogate = self.options.surrogate
         surrogate.require_packages()
         require_readable(trainer, type(self).__name__, "Train from such a loader.")
         labels = DataPass([batch], labels=self._labels_of).labels
         require_labels(labels.detach().cpu().numpy(), surrogate.task)
-        made_on_first(trainer, self._require_table)  # which is the one that reads it
+        run_on_rank_zero(trainer, self._require_table)  # which reads it
 
     def _require_table(self) -> None:
         if self.scores is not None and not Path(self.scores).is_file():
@@ -276,17 +274,17 @@ class XGBPruning(NamesHead, NetworkPruning):
 
     @override
     def _other_aims(self) -> dict[str, tuple[Any, Any]]:
-        return {} if self.only_score else super()._other_aims()  # nothing is to be cut
+        return {} if self.only_score else super()._other_aims()  # nothing is pruned
 
     @override
     def _reached(self) -> int:
-        return self._last_done  # it acts once, whatever was done to the network before
+        return self._last_done  # it prunes once, whatever was done to the network before
 
     # -- the cut ------------------------------------------------------------------------------------------------------
 
     @override
     def act(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        """Cut if that is due; where only scores are asked for, score and end the fit."""
+        """Prune if a cut is due; with ``only_score``, score and end the fit."""
         if self.only_score:
             first = self._timeline[0] if self._timeline and self._last_done < 0 else None
             if first is not None and now(trainer, first) < first.at:
@@ -314,7 +312,7 @@ class XGBPruning(NamesHead, NetworkPruning):
             return None
         scores = {name: torch.from_numpy(log_importance(use.importance)) for name, use in scored.use.items()}
         numbers = {f"pruning/mu/{station.layer}": found.score for station, found in scored.layers.items()}
-        return _Choice(agreed(trainer, scored.plan), {}, numbers, scores, scored)
+        return _Choice(broadcast_plan(trainer, scored.plan), {}, numbers, scores, scored)
 
     @override
     def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
@@ -323,13 +321,13 @@ class XGBPruning(NamesHead, NetworkPruning):
         end, use = decision.scored.end, decision.scored.use
         if end is not None:
             self._structure = change.replace(truncated(module, end), self._retrace(trainer), self._structure)
-            # A budget counts what is left of the shallower network.
+            # A budget refers to the shallower network.
             plan, _ = plan_by_use(self._structure, use, self.amount, self._original)
-            decision = replace(decision, plan=agreed(trainer, plan))
+            decision = replace(decision, plan=broadcast_plan(trainer, plan))
         return super()._change(change, trainer, module, decision)
 
     def _score(self, trainer: Trainer, module: LightningModule) -> Scored:
-        """Score the layers of the network as it is now, and show what was found."""
+        """Score the layers of the current network and show the results."""
         assert self._structure is not None
         groups = [self._structure.group(name) for name in self._selected]
         folder = self.session.writer(self, trainer).folder()
@@ -358,7 +356,7 @@ class XGBPruning(NamesHead, NetworkPruning):
         return scored
 
     def _sizes(self, trainer: Trainer, module: LightningModule, scored: Scored) -> tuple[list[SizeAtThreshold], str]:
-        """What other thresholds would leave of what; layer-wise, where each needs a walk of its own, nothing."""
+        """Sizes at other thresholds, and of what; none in layer-wise mode, where each needs its own pass."""
         assert self._structure is not None
         backbone = backbone_in(trainer, module)
         one_shot = self.options.mode == "one_shot"
@@ -366,7 +364,11 @@ class XGBPruning(NamesHead, NetworkPruning):
         return sizes, "the network" if backbone is None else "the backbone"
 
     def _without(self, lost: Mapping[str, str]) -> tuple[str, ...]:
-        """The selected groups without those that cannot be scored; an error if the user named one of these."""
+        """Selected groups that can be scored.
+
+        Raises:
+            StructureError: If one that the user named cannot be scored.
+        """
         left = tuple(name for name in self._selected if name not in lost)
         reasons = "; ".join(f"{name}: {why}" for name, why in lost.items())
         if lost and (self.layers is not None or not left):
@@ -394,7 +396,7 @@ class XGBPruning(NamesHead, NetworkPruning):
             per_class=self.per_class if batches is None else None,
             seed=self.options.seed,
             labels=self._labels_of,
-            memory_limit=self.options.memory_limit // 2,  # activations have what samples leave
+            memory_limit=self.options.memory_limit // 2,  # the rest is for activations
             is_shared=is_shared,
         )
         return data.using(inputs=self._inputs_of or self._inputs)

@@ -55,7 +55,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "_traced_model",
         *("_data_at_cut", "_data_of_draws"),  # read the run's own loader
         "_dense_network",  # is timed at the end
-        "_own_averages",  # looks at the network before its first cut
+        "_manual_averages",  # looks at the network before its first cut
         "_trained",
         "_structure",
         "_observation",

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.compiled import as_written, forget_code
-from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
+from lightning_prune.callbacks.compiled import eager, reset_compiled
+from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.structure import trace
 from lightning_prune.surgery import LayerSpec, history_of, transaction
@@ -69,8 +69,8 @@ class Truncation(Callback):
         traced, copies = traced_model_of(pl_module, batch), averages(trainer)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         modules = {"second": LayerSpec("Identity"), "third": LayerSpec("Identity"), "head": HEAD}
-        forget_code(pl_module)
-        with as_written(pl_module), unwrapped(trainer, pl_module):
+        reset_compiled(pl_module)
+        with eager(pl_module), unwrapped(trainer, pl_module):
             with (
                 all_or_none(),
                 transaction(
@@ -80,7 +80,7 @@ class Truncation(Callback):
                 structure = change.replace(modules, lambda: trace(traced), trace(traced))
                 kept = {group.name: tuple(range(1, group.width, 2)) for group in structure.groups}
                 change.keep(structure, kept)
-            same_everywhere(pl_module)
+            assert_same_parameters(pl_module)
 
 
 def state_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def train(folder: Path, optimizer: str = "adamw", *others: Callback, model: Any 
         settings |= {"devices": processes(), "strategy": "ddp", "use_distributed_sampler": False}
     run = fit(folder, model, Truncation(), saver, *others, data=share(), validate=False, **settings)
     if processes() > 1:
-        same_everywhere(model)
+        assert_same_parameters(model)
     return state_of(run, model), run, model
 
 

@@ -307,7 +307,7 @@ def rich_bar(folder: Path) -> None:
 
 
 def together(*callbacks: Callback) -> Callable[[Path], None]:
-    """What works is tested thoroughly in `test_company`."""
+    """What works is tested thoroughly in `test_two_callbacks`."""
 
     def case(folder: Path) -> None:
         model = make()

@@ -167,7 +167,7 @@ POINTS = {
     "optimizer": (shrink, "migrate"),
     "installing": (TRANSACTION, "install"),
     "history": (TRANSACTION, "edits_of"),
-    "comparing": (live_transaction, "same_everywhere"),
+    "comparing": (live_transaction, "assert_same_parameters"),
     "monitors": (network_pruning, "reset_monitors"),
     "logging": (network_pruning, "log_now"),
 }

@@ -699,7 +699,7 @@ def test_a_mask_that_fails_is_taken_back(rewind: int | None, monkeypatch: pytest
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             seen.update(weights=copy.deepcopy(weights(module)), state=state(trainer), trainer=trainer)
 
-    monkeypatch.setattr(masking, "same_everywhere", failing)
+    monkeypatch.setattr(masking, "assert_same_parameters", failing)
     with pytest.raises(CutError, match="planted"):
         fit(tmp_path, model, Before(), mine)
     assert equal(weights(model), seen["weights"])

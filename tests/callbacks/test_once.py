@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_prune import AtStart, LinearSchedule, MagnitudePruning, OneShot, Ridge, load_from_checkpoint
 from lightning_prune.callbacks import Decision, NetworkPruning, live_transaction
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.processes import agreed
+from lightning_prune.callbacks.processes import broadcast_plan
 from lightning_prune.planning import CutPoint, Plan
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Size, Structure
@@ -70,7 +70,7 @@ class Variance(NetworkPruning):
             }
         )
         kept = tuple(sorted(everything.argsort(descending=True)[:6].tolist()))
-        return WithHead(agreed(trainer, Plan({"first": kept}, {"first": 12})))
+        return WithHead(broadcast_plan(trainer, Plan({"first": kept}, {"first": 12})))
 
     def _change(self, change: Transaction, trainer: Trainer, module: LightningModule, decision: Decision) -> Structure:
         after = super()._change(change, trainer, module, decision)
@@ -188,7 +188,7 @@ class Wider(Variance):
 def test_the_dense_network_is_the_one_with_its_new_head(fails: bool, tmp_path: Path, monkeypatch: Any) -> None:
     pruner, model = Wider(extensions=[Ridge(batches=2)]), make()
     if fails:
-        monkeypatch.setattr(live_transaction, "same_everywhere", lambda _: 1 / 0)
+        monkeypatch.setattr(live_transaction, "assert_same_parameters", lambda _: 1 / 0)
         before = weights(model)
         with pytest.raises(ZeroDivisionError):
             fit(tmp_path, model, pruner, epochs=1)

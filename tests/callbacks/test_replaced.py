@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.extensions.rollback import go_back, snapshot
+from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction
@@ -228,7 +228,7 @@ def test_a_rollback_outlives_a_replacement(tmp_path: Path) -> None:
     """Weights, and state and names of the optimizer go back."""
     before = Before()
     _, run, model = train(tmp_path, "adamw", before, model=make(ByName))
-    go_back(before.kept, run, model)
+    restore_snapshot(before.kept, run, model)
     assert history_of(model) is None
     assert same(weights(model), before.kept["weights"])
     found = run.optimizers[0].state_dict()

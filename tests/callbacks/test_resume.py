@@ -288,7 +288,9 @@ def test_another_criterion_observes_anew(tmp_path: Path) -> None:
     before = StructuredPruning(0.5, criterion=Taylor(every_n_batches=1), schedule=SCHEDULE)
     fit(tmp_path / "whole", make(), before, saver, epochs=EPOCHS)
     model, pruner = make(), StructuredPruning(0.5, criterion=Contribution(every_n_batches=1), schedule=SCHEDULE)
-    with pytest.warns(UserWarning, match=r"Contribution\(.* observes anew: the checkpoint's numbers are of Taylor\("):
+    with pytest.warns(
+        UserWarning, match=r"Contribution\(.* starts without observations: those of the checkpoint are of Taylor\("
+    ):
         fit(tmp_path / "other", model, pruner, epochs=EPOCHS, ckpt_path=tmp_path / "ends" / "epoch=2.ckpt")
     assert widths(model) == (6, 4)
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_prune import OneShot, Rewind, StructuredPruning
-from lightning_prune.callbacks.extensions.rollback import Rollback, go_back, snapshot
+from lightning_prune.callbacks.extensions.rollback import Rollback, restore_snapshot, snapshot
 from lightning_prune.planning import Explicit
 from lightning_prune.reporting import Cut, Report
 from lightning_prune.structure import Size
@@ -218,7 +218,7 @@ def test_snapshot_and_back(tmp_path: Path) -> None:
     run.fit(module, *loaders())
     assert module.net[0].out_features == 4
     torch.save(kept[0], tmp_path / "kept.pt")
-    go_back(torch.load(tmp_path / "kept.pt", weights_only=True), run, module)
+    restore_snapshot(torch.load(tmp_path / "kept.pt", weights_only=True), run, module)
     assert module.net[0].out_features == 8
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, kept[0]["weights"][name])

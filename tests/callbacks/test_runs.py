@@ -367,7 +367,7 @@ PLACES = {
     **dict.fromkeys(
         ("apply", "edits_of", "history_or_new", "verify"), import_module("lightning_prune.surgery.transaction")
     ),
-    "same_everywhere": live_transaction,
+    "assert_same_parameters": live_transaction,
     **dict.fromkeys(("verify_shapes", "reset_monitors", "log_now"), network_pruning),
 }
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_prune import load_from_checkpoint
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.processes import all_or_none, same_everywhere, unwrapped
+from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.extras import require
 from lightning_prune.planning import Scope, Target, make_plan
@@ -235,7 +235,7 @@ class Replacing(Callback):
                 scores = score_groups(L1(), structure.groups, named(pl_module), None)
                 target, _ = Target.of(pruning_ratio=0.5).resolve(structure, tuple(structure.widths))
                 change.keep(structure, make_plan(structure, scores, target, 1.0, Scope(), original).kept)
-            same_everywhere(pl_module)
+            assert_same_parameters(pl_module)
         self.seconds = perf_counter() - began
         self.params.append(_count(pl_module))
         self.after = {name: tensor.detach().clone() for name, tensor in pl_module.network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What goes with the cuts of a run: saving, judging, going back; repairs of weights are in ``surgery``."""
+"""Extensions of a run's cuts: checkpoints, rollback, rewinding; repairs of weights are in ``surgery``."""
 
 from lightning_prune.callbacks.extensions.applied import Extensions
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext

@@ -1,4 +1,4 @@
-"""The extensions of one run, in the order in which they were given."""
+"""The extensions of a run, in the given order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Extensions:
     """Calls the hooks of all extensions of a run, and computes their repairs together.
 
     Args:
-        given: What the user gave. Extensions with a state are copied.
+        given: Extensions as passed by the user. Those with state are copied.
     """
 
     def __init__(self, given: Sequence[Repair | CutExtension]) -> None:
@@ -31,42 +31,42 @@ class Extensions:
 
     @property
     def waits(self) -> bool:
-        """Whether one of them lets the next cut wait."""
+        """Whether an extension postpones the next cut."""
         return any(part.waits for part in self.parts)
 
     def prepare(self, run: RunContext) -> None:
         """Check the run before its first training step.
 
         Raises:
-            ValueError: If one of them does not fit it.
+            ValueError: If an extension does not support it.
         """
         self._calibration(run, [one for one in self._all if isinstance(one, Repair)])
         for part in self.parts:
             part.prepare(run)
 
     def before_cut(self, run: RunContext) -> None:
-        """Call the hook of each."""
+        """Call the hook of each extension."""
         for part in self.parts:
             part.before_cut(run)
 
     def repairs(self, run: RunContext) -> list[Repair]:
-        """All repairs of the next cut, in order."""
+        """Return all repairs of the next cut, in order."""
         lists = ([one] if isinstance(one, Repair) else one.repairs(run) for one in self._all)
         return [repair for found in lists for repair in found]
 
     def contents(
         self, run: RunContext, repairs: Sequence[Repair], axes: Axes, drops: Mapping[str, str]
     ) -> dict[str, Tensor]:
-        """What parameters and buffers, by name, hold after a cut with these repairs, where not what they held.
+        """Compute the new values of parameters and buffers that these repairs change at a cut, by name.
 
         Args:
             run: The run, before the cut.
-            repairs: What `repairs` gave.
-            axes: What the cut keeps.
-            drops: Layers that it takes out, and what takes their place.
+            repairs: The repairs returned by `repairs`.
+            axes: Indices that the cut keeps.
+            drops: Layers that the cut removes, and their replacements.
 
         Raises:
-            CutError: If a content is not finite.
+            CutError: If a value is not finite.
         """
         if not repairs:
             return {}
@@ -74,26 +74,26 @@ class Extensions:
         return repaired(batches.copy, axes, repairs, batches.data, drops)
 
     def after_cut(self, edits: Sequence[Edit]) -> None:
-        """Call the hook of each."""
+        """Call the hook of each extension."""
         for part in self.parts:
             part.after_cut(edits)
 
     def after_take_back(self) -> None:
-        """Call the hook of each."""
+        """Call the hook of each extension."""
         for part in self.parts:
             part.after_take_back()
 
     def on_train_end(self, run: RunContext) -> None:
-        """Call the hook of each."""
+        """Call the hook of each extension."""
         for part in self.parts:
             part.on_train_end(run)
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint must hold, by extension."""
+        """Return the state for a checkpoint, by extension."""
         return {name: state for name, part in self._named() if (state := part.state())}
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave; an extension that is not in it begins anew.
+        """Restore the states; an extension without one keeps its initial state.
 
         Raises:
             TypeError: If a value is of another type.
@@ -104,7 +104,7 @@ class Extensions:
                 part.restore(states[name])
 
     def snapshot_state(self) -> Callable[[], None]:
-        """Return a function that brings every extension back to what it knows now."""
+        """Return a function that restores the current state of every extension."""
         known = [dict(vars(part)) for part in self.parts]
 
         def back() -> None:
@@ -116,7 +116,7 @@ class Extensions:
         return back
 
     def _named(self) -> list[tuple[str, CutExtension]]:
-        """By class; of several of one class the later ones are numbered."""
+        """Extensions by class name, numbered if there are several of a class."""
         seen: Counter[str] = Counter()
         found = []
         for part in self.parts:

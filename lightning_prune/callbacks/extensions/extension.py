@@ -1,4 +1,4 @@
-"""The interface of what goes with every cut of a run."""
+"""Base class of extensions of a run's cuts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["CutExtension", "RunContext", "require_one_restart"]
 
 @dataclass(frozen=True)
 class RunContext:
-    """What an extension can see of a training run.
+    """A training run as seen by extensions.
 
     Attributes:
         trainer: Its trainer.
         module: The network that trains.
         traced: How copies of the network are made.
-        report: What was done and measured so far.
-        folder: Gives the folder for files; all processes must call it.
-        timeline: The cuts of the run, those already made included.
-        samples: Gives samples of the training data with their labels, the same in every process: those that the method
-            decides by, if it looks at labels. With a number so many batches only, to check them.
+        report: The report so far.
+        folder: Returns the folder for files; all processes must call it.
+        timeline: The cuts of the run, including those already made.
+        samples: Returns labelled samples of the training data, the same in every process: those that the method scores
+            by, if it uses labels. A number limits them to so many batches, for checks.
     """
 
     trainer: Trainer
@@ -44,15 +44,14 @@ class RunContext:
 
 
 class CutExtension(Settings):
-    """Base of what a pruning callback does around its cuts, given to it in ``extensions=[...]``.
+    """Base class for actions around the cuts of a pruning callback, passed in ``extensions=[...]``.
 
-    Every hook does nothing by default. An instance holds settings; a run works on a copy of it, so that one instance
-    serves several fits and callbacks. What changes the weights that a cut leaves, and works without a Trainer, is a
-    `Repair` instead.
+    All hooks do nothing by default. An instance holds settings, and each run uses a copy, so that one instance can be
+    passed to several fits and callbacks. To change the remaining weights without a Trainer, write a `Repair` instead.
 
     Attributes:
-        is_exclusive: Whether no second pruning callback may be in the run.
-        restarts: Whether it decides on all weights that a cut leaves, so that only one such part can be there.
+        is_exclusive: Whether the run must have no other pruning callback.
+        restarts: Whether it sets all remaining weights, so that only one such extension is allowed.
     """
 
     is_exclusive: ClassVar[bool] = False
@@ -60,48 +59,48 @@ class CutExtension(Settings):
 
     @property
     def waits(self) -> bool:
-        """Whether the next cut has to wait."""
+        """Whether the next cut is postponed."""
         return False
 
     def prepare(self, run: RunContext) -> None:
-        """Check the run before its first training step; raises ``ValueError`` where the extension does not fit it."""
+        """Check the run before its first training step; raises ``ValueError`` if it is not supported."""
 
     def on_epoch_start(self, run: RunContext) -> None:
-        """Act before the first batch of an epoch, and before a cut that is due there."""
+        """Called before the first batch of an epoch, and before a cut that is due there."""
 
     def before_cut(self, run: RunContext) -> None:
-        """Act right before a cut."""
+        """Called right before a cut."""
 
     def repairs(self, run: RunContext) -> tuple[Repair, ...]:  # noqa: ARG002
-        """Repairs that become part of the next cut, in the place that the extension has in the list."""
+        """Return repairs for the next cut, applied at the extension's position in the list."""
         return ()
 
     def after_cut(self, edits: Sequence[Edit]) -> None:
-        """Act when a cut has been made.
+        """Called after a cut.
 
         Args:
-            edits: What was done to the network, as its history has it.
+            edits: The changes of the network, as in its history.
         """
 
     def judge(self, run: RunContext) -> str | None:  # noqa: ARG002
-        """Why the last cut has to be taken back, or ``None``; asked at the start of every epoch."""
+        """Return why the last cut must be undone, or ``None``; called at the start of every epoch."""
         return None
 
     def take_back(self, run: RunContext) -> None:
-        """Bring network and optimizers back to before the last cut, after `judge` has asked for it."""
+        """Restore network and optimizers from before the last cut; called after `judge` returned a reason."""
 
     def after_take_back(self) -> None:
-        """Act when the last cut has been taken back, by this extension or another one; no other cut is made."""
+        """Called after the last cut was undone by any extension; no further cut is made."""
 
     def on_train_end(self, run: RunContext) -> None:
-        """Act when the training is over, before the report is written."""
+        """Called at the end of training, before the report is written."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold: plain data and tensors."""
+        """Return the state for a checkpoint: plain data and tensors."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
             TypeError: If a value is of another type.
@@ -109,10 +108,10 @@ class CutExtension(Settings):
 
 
 def require_one_restart(asker: str, extensions: Sequence[Repair | CutExtension]) -> None:
-    """Refuse extensions of which several decide on all weights.
+    """Check that at most one extension sets all weights.
 
     Raises:
-        ValueError: With what to do.
+        ValueError: If several do.
     """
     several = [one for one in extensions if one.restarts]
     if len(several) > 1:

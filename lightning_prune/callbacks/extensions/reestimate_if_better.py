@@ -1,4 +1,4 @@
-"""Statistics of batch norms that are re-estimated after a cut where the task gains from it."""
+"""Re-estimation of batch norm statistics after a cut, if the task gains from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_prune.surgery.tensors import named
 
 __all__ = ["ReestimateIfBetter"]
 
-# Numbers in the history of a cut: the score without and with the new statistics, and whether these stay.
+# Values in the history of a cut: the score without and with the new statistics, and whether these are used.
 _WITHOUT, _WITH, _STAY = "score_norms_kept", "score_norms_reestimated", "norms_reestimated"
 
 
@@ -36,30 +36,30 @@ _WITHOUT, _WITH, _STAY = "score_norms_kept", "score_norms_reestimated", "norms_r
 class ReestimateIfBetter(CutExtension):
     r"""Re-estimates the running statistics of batch norms after a cut if features then predict the labels better.
 
-    Whether new statistics help depends on how far the training data are from those that the old ones were taken from:
-    in transfer learning even the network before the cut gains or loses by them. So the task decides, not closeness to
-    the network before the cut. The pooled features that enter the head are computed twice for samples of the training
-    data: with the statistics that the cut and the repairs before this extension have left, and with those of
-    `ReestimateBatchNorm`. A probe, linear by default, is fitted to each and predicts samples that were held back.
-    With :math:`d_i` what sample :math:`i` gains (1 if it is right only with the new statistics, −1 if only with the old
-    ones; for numbers to predict, by how much the squared error falls), the new statistics stay if the mean of the
-    :math:`n` gains is above its standard error, :math:`\bar d > s_d / \sqrt n`, and the old ones otherwise.
+    Whether new statistics help depends on how far the training data are from the data of the old statistics: in
+    transfer learning they change even the accuracy of the unpruned network. So the criterion is the task, not closeness
+    to the network before the cut. The pooled features that enter the head are computed twice for samples of the
+    training data: with the statistics left by the cut and earlier extensions, and with those of
+    `ReestimateBatchNorm`. A probe, linear by default, is fitted to each and predicts held-out samples. With :math:`d_i`
+    the gain on sample :math:`i` (1 if it is correct only with the new statistics, −1 if only with the old ones; in
+    regression, the decrease of the squared error), the new statistics are used if the mean of the :math:`n` gains is
+    above its standard error, :math:`\bar d > s_d / \sqrt n`, and the old ones otherwise.
 
-    The head is left out because in transfer learning it is new. Where none is known, the features are what enters the
-    last layer. Both scores and the choice are in the report and in the history of the cut. A network without batch
-    norms that train is left as it is. It takes two forward passes over the samples and two fits of the probe.
+    The head is left out because in transfer learning it is untrained. If no head is known, the features are the inputs
+    of the last layer. Both scores and the choice are in the report and in the history of the cut. A network without
+    trained batch norms is not changed. The cost is two forward passes over the samples and two fits of the probe.
 
     Args:
         batches: Batches of training data for `ReestimateBatchNorm`.
-        probe: What is fitted to the features: `NeuralProbe`, without a hidden layer by default, with
-            ``task="regression"`` for numbers; `XGBoost` or `SklearnEstimator`.
-        held_back: Share of the samples that are predicted, in (0, 0.9). The samples are those that `XGBPruning` scores
-            layers by; of other callbacks up to 2,000 of the training data.
-        seed: Of the split of the samples.
+        probe: Model fitted to the features: `NeuralProbe`, without a hidden layer by default, with
+            ``task="regression"`` for continuous labels; `XGBoost` or `SklearnEstimator`.
+        held_back: Share of held-out samples, in (0, 0.9). The samples are those that `XGBPruning` scores layers on; for
+            other callbacks up to 2,000 of the training data.
+        seed: Seed of the split.
 
     Raises:
-        ValueError: At once for settings out of range; before the first training step for training data or labels that
-            do not suit.
+        ValueError: On construction for settings out of range; before the first training step for unsuitable training
+            data or labels.
 
     Example:
         >>> from lightning_prune import ReestimateIfBetter, Ridge, StructuredPruning
@@ -104,7 +104,7 @@ class ReestimateIfBetter(CutExtension):
 
 
 class _Choice(Repair):
-    """The running statistics after a cut, if they are better than those that are there."""
+    """Repair that re-estimates the running statistics if the new ones are better."""
 
     def __init__(self, settings: ReestimateIfBetter, run: RunContext) -> None:
         self.batches = settings.batches
@@ -167,5 +167,5 @@ def _is_better(truth: npt.NDArray[Any], before: npt.NDArray[Any], after: npt.NDA
         gains = (before - truth) ** 2 - (after - truth) ** 2
     if len(gains) < 2:
         return False
-    # A single sample that is gained lies exactly at the limit, and is chance.
+    # A single gained sample lies exactly at the limit, and is chance.
     return bool(gains.mean() > (1 + 1e-9) * gains.std(ddof=1) / math.sqrt(len(gains)))

@@ -1,4 +1,4 @@
-"""Going back to the weights of an earlier epoch with every cut."""
+"""Rewinding of weights to an earlier epoch at every cut."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Rewind"]
 @final
 @dataclass
 class Rewind(CutExtension):
-    """Takes the weights that a cut leaves back to what they were after some epochs (Frankle et al., 2020).
+    """Rewinds the weights that remain after a cut to their values at an earlier epoch (Frankle et al., 2020).
 
-    Parameters and buffers go back; ``epoch=0`` is the initialisation (the lottery ticket: Frankle and Carbin, 2019).
-    They are kept in memory and in checkpoints from that epoch on. The optimizer's state is cleared; learning rate and
-    schedulers go on as they are, so choose them for the epochs after the cut.
+    Parameters and buffers are rewound; ``epoch=0`` is the initialisation (the lottery ticket: Frankle and Carbin,
+    2019). Their values are kept in memory and in checkpoints from that epoch on. The optimizer's state is cleared;
+    learning rate and schedulers are not rewound, so choose them for the epochs after the cut.
 
     Args:
-        epoch: Epochs trained before the weights are kept, at least 0 and not after the first cut.
+        epoch: Epochs trained before the weights are stored, at least 0 and not after the first cut.
     """
 
     restarts = True
@@ -53,7 +53,7 @@ class Rewind(CutExtension):
     @override
     def repairs(self, run: RunContext) -> tuple[Repair, ...]:
         present = {name: tensor.shape for name, tensor in named(run.module).items()}
-        # Not those of modules that the same cut has taken out or put others in the place of.
+        # Without modules that this cut removes or replaces.
         kept = {name: weight for name, weight in self._snapshot.get().items() if present.get(name) == weight.shape}
         return (StoredWeights(kept),)
 
@@ -63,7 +63,7 @@ class Rewind(CutExtension):
 
     @override
     def after_take_back(self) -> None:
-        self._snapshot = RewindSnapshot(self.epoch, repr(self))  # narrower than the network is again
+        self._snapshot = RewindSnapshot(self.epoch, repr(self))  # the stored weights are narrower than the network now
 
     @override
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A cut that the network does not recover from is taken back."""
+"""Rollback of cuts that the network does not recover from."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.reporting import Report, require
 from lightning_prune.surgery import Edit, History, history_of, match_checkpoint_shapes
 
-__all__ = ["Rollback", "Verdict", "go_back", "snapshot"]
+__all__ = ["Rollback", "Verdict", "restore_snapshot", "snapshot"]
 
-#: Of the last cut: it may still recover, has recovered, has not recovered in time, or there is nothing to compare with.
+#: State of the last cut: may still recover, has recovered, has not recovered in time, or has nothing to compare with.
 Verdict = Literal["open", "recovered", "failed", "unknown"]
 
 
 @final
 @dataclass
 class Rollback(CutExtension):
-    """Takes back a cut that does not recover in time, and lets the run go on without further cuts.
+    """Undoes a cut from which a metric does not recover in time, and continues the run without further cuts.
 
-    Before each cut the network and the optimizers' state are kept in memory, and in checkpoints, until the cut is
-    judged: at the start of every epoch, by the metric as last measured before the cut and as measured since. The next
-    cut waits for that. Learning rates and schedules go on as they are. A cut also waits where a run is resumed from a
-    checkpoint of an epoch's last batch, whose metrics Lightning does not measure any more, until they are measured.
+    Before each cut the network and the optimizers' state are stored in memory, and in checkpoints, until the cut is
+    judged: at the start of every epoch the metric since the cut is compared with its last value before. The next cut
+    is postponed until then. Learning rates and schedules are not rolled back. A cut is also postponed after a run is
+    resumed from a checkpoint of an epoch's last batch, whose validation Lightning skips, until metrics are logged.
 
     Args:
-        epochs: Epochs that a cut is given, at least 1.
-        tolerance: How much worse than before the cut is good enough, in units of the metric, at least 0.
+        epochs: Epochs to recover, at least 1.
+        tolerance: Accepted loss of the metric against its value before the cut, at least 0.
         monitor: Name of a metric, which must have been logged before the first cut; by default the first accuracy that
-            was logged, else the first loss, those of the validation before those of the training. Its name tells
-            whether less is better (a loss, an error).
+            was logged, else the first loss, of the validation rather than the training. Its name determines whether
+            less is better (a loss, an error).
     """
 
-    is_exclusive = True  # the other callback's work since the cut would be taken back too
+    is_exclusive = True  # another callback's work since the cut would be undone too
 
     epochs: int = 3
     tolerance: float = 0.01
     monitor: str | None = None
-    #: The network before a cut that is not judged yet.
+    #: Snapshot from before a cut that is not judged yet.
     _kept: dict[str, Any] | None = field(init=False, repr=False, compare=False)
-    #: The same of a cut that may still fail.
+    #: Snapshot for the cut in progress, which may still fail.
     _next: dict[str, Any] | None = field(init=False, repr=False, compare=False)
-    #: The epoch until which a resumed run may lack the metric, and waits.
+    #: Epoch until which cuts of a resumed run are postponed if the metric is missing.
     _blind_until: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Rollback(CutExtension):
     @override
     def prepare(self, run: RunContext) -> None:
         if run.trainer.global_step > 0 and self.missing(run.report) is not None:
-            # The rest of the epoch in which the checkpoint was saved was left out, with what is measured there.
+            # The rest of the checkpoint's epoch is skipped, with its validation.
             self._blind_until = run.trainer.current_epoch + (run.trainer.check_val_every_n_epoch or 1)
 
     @override
@@ -107,7 +107,7 @@ class Rollback(CutExtension):
         if verdict == "open":
             return None
         if verdict == "failed":
-            return self.words(run.report)
+            return self.describe(run.report)
         self._kept = None
         return None
 
@@ -115,7 +115,7 @@ class Rollback(CutExtension):
     def take_back(self, run: RunContext) -> None:
         assert self._kept is not None
         with unwrapped(run.trainer, run.module):
-            go_back(self._kept, run.trainer, run.module)
+            restore_snapshot(self._kept, run.trainer, run.module)
 
     @override
     def after_take_back(self) -> None:
@@ -125,7 +125,7 @@ class Rollback(CutExtension):
     def on_train_end(self, run: RunContext) -> None:
         if self._kept is not None and self.verdict(run.report, run.trainer.current_epoch) != "recovered":
             warnings.warn(
-                f"the run ended before its last cut had recovered ({self.words(run.report)}): it stays. Train "
+                f"the run ended before its last cut had recovered ({self.describe(run.report)}): it stays. Train "
                 "longer, or cut earlier.",
                 stacklevel=2,
             )
@@ -137,7 +137,7 @@ class Rollback(CutExtension):
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
         kept = state["kept"]
-        # Better now than when a cut has to be taken back.
+        # Check now rather than when a cut is undone.
         require(kept["weights"], dict[str, Tensor], "weights before the cut")
         require(kept["optimizers"], list[dict[Any, Any]], "optimizers before the cut")
         # Not in checkpoints of earlier versions.
@@ -148,13 +148,13 @@ class Rollback(CutExtension):
             History.from_plain(kept["history"])
         self._kept = kept
 
-    # -- the judgement ------------------------------------------------------------------------------------------------
+    # -- judgement ------------------------------------------------------------------------------------------------
 
     def verdict(self, report: Report, epoch: int) -> Verdict:
         """Whether the last cut of the report has recovered.
 
         Args:
-            report: What was measured, in time order.
+            report: The report, with the logged metrics.
             epoch: Epochs trained so far.
         """
         last = report.cuts[-1]
@@ -166,15 +166,15 @@ class Rollback(CutExtension):
             return "recovered"
         return "failed" if after and epoch - last.epoch >= self.epochs else "open"
 
-    def words(self, report: Report) -> str:
-        """The metric before and after the last cut, for messages."""
+    def describe(self, report: Report) -> str:
+        """Describe the metric before and after the last cut, for messages."""
         view, step = self._view(report), report.cuts[-1].step
         before, after = view.between(-1, step), view.between(step, math.inf)
         best = (max if view.mode == "max" else min)(after, default=math.nan)
         return f"{view.main_metric} {before[-1] if before else math.nan:.4g} before it, {best:.4g} at best since"
 
     def missing(self, report: Report) -> str | None:
-        """Why nothing can be compared yet, or ``None``."""
+        """Return why there is nothing to compare with yet, or ``None``."""
         view = self._view(report)
         if view.main_metric is not None:
             return None
@@ -182,7 +182,7 @@ class Rollback(CutExtension):
         return f"no value of {self.monitor or 'an accuracy or a loss'} was logged before it (logged: {known})"
 
     def _view(self, report: Report) -> Report:
-        """The report with the monitored metric as its main one."""
+        """The report with the monitored metric as its main metric."""
         return replace(report, metric=self.monitor or report.metric)
 
     def _is_good(self, value: float, before: float, mode: str) -> bool:
@@ -190,7 +190,7 @@ class Rollback(CutExtension):
 
 
 def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """Network, history, optimizers' state and averaged copies, on the CPU: plain data, as checkpoints take it."""
+    """Return network, history, optimizers' state and averaged copies on the CPU, as plain data for checkpoints."""
     history, optimizers = history_of(module), trainer.optimizers
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
@@ -206,11 +206,10 @@ def snapshot(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     }
 
 
-def go_back(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
-    """The network and the optimizers' state as they were when ``kept`` was made; gradients are cleared.
+def restore_snapshot(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
+    """Restore the network, the optimizers' state and averaged copies from a snapshot; gradients are cleared.
 
-    Parameters, optimizers and their groups stay the same objects, and their hyperparameters are not touched. Averaged
-    copies go back too.
+    Optimizers and their groups stay the same objects, and hyperparameters are not changed.
     """
     copies, optimizers = averages(trainer), trainer.optimizers
     history = None if kept["history"] is None else History.from_plain(kept["history"])
@@ -222,7 +221,7 @@ def go_back(kept: dict[str, Any], trainer: Trainer, module: LightningModule) -> 
     count_from(trainer, kept.get("counts", counts(trainer)))  # not in checkpoints of earlier versions
     parameters = dict(module.named_parameters())
     for optimizer, groups in zip(optimizers, kept.get("groups", ()), strict=False):
-        # Parameters of layers that were taken out, and are back, are new ones.
+        # Parameters of layers that were removed and are restored are new objects.
         optimizer.state.clear()
         for group, names in zip(optimizer.param_groups, groups, strict=True):
             if None not in names:

@@ -1,4 +1,4 @@
-"""Every size that a network passes through, saved: one training gives accuracy against size."""
+"""Checkpoints of every size of a network: accuracy against size from one training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import final
 
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import as_validated
+from lightning_prune.callbacks.averages import validation_weights
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
-from lightning_prune.callbacks.moments import is_rehearsal
+from lightning_prune.callbacks.progress import is_fast_dev_run
 from lightning_prune.reporting import SizeCheckpoint
 
 __all__ = ["SaveEachSize"]
@@ -22,20 +22,20 @@ _FOLDER = "sizes"
 @final
 @dataclass(frozen=True)
 class SaveEachSize(CutExtension):
-    """Saves the network before each cut and at the end, as ``sizes/params=12345.ckpt`` beside the report.
+    """Saves the network before each cut and at the end, as ``sizes/params=12345.ckpt`` in the report's folder.
 
-    The report gets a table and a picture of the main metric against size. The checkpoints hold weights,
-    hyperparameters and history, but no optimizer: they are made for ``load_from_checkpoint`` and ``Trainer.test``. Of
-    several networks with the same number of parameters the last one stays.
+    The report gets a table and a picture of the main metric against size. The checkpoints contain weights,
+    hyperparameters and history, but no optimizer: use them with ``load_from_checkpoint`` and ``Trainer.test``. Of
+    several networks with the same number of parameters the last one is kept.
     """
 
     @override
     def before_cut(self, run: RunContext) -> None:
         trainer, report, size = run.trainer, run.report, run.report.size
-        if is_rehearsal(trainer) or size is None:
+        if is_fast_dev_run(trainer) or size is None:
             return
         file = f"{_FOLDER}/params={size.params}.ckpt"
-        with as_validated(trainer, run.module):
+        with validation_weights(trainer, run.module):
             trainer.save_checkpoint(run.folder() / file, weights_only=True)
         since = report.cuts[-1].step if report.cuts else -1
         measured = report.between(since, math.inf)

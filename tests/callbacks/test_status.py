@@ -1,4 +1,4 @@
-"""What takes long says so, once."""
+"""Status messages of slow operations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lightning_prune.callbacks import telling as module
-from lightning_prune.callbacks.telling import telling
+from lightning_prune.callbacks import status as module
+from lightning_prune.callbacks.status import log_status
 
 
 def a_run(*, bar=None, first=True):
@@ -19,22 +19,22 @@ def a_run(*, bar=None, first=True):
 
 @pytest.mark.parametrize(("seconds", "first", "lines"), [(0.3, True, 1), (0.3, False, 0), (0.0, True, 0)])
 def test_one_line_without_a_terminal(seconds, first, lines, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
-    with telling(a_run(first=first), "Tracing the network"):
+    monkeypatch.setattr(module, "_DELAY", 0.05)
+    with log_status(a_run(first=first), "Tracing the network"):
         sleep(seconds)
     assert [record.getMessage() for record in caplog.records] == ["Tracing the network ..."] * lines
 
 
 def test_a_clock_in_a_terminal(monkeypatch, caplog):
     written = StringIO()
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "_DELAY", 0.05)
     monkeypatch.setattr(module, "Console", lambda: Console(file=written, force_terminal=True, width=80))
 
     def failing():
         sleep(0.3)
         raise KeyError
 
-    with pytest.raises(KeyError), telling(a_run(bar=object()), "Tracing the network"):
+    with pytest.raises(KeyError), log_status(a_run(bar=object()), "Tracing the network"):
         failing()
     assert "Tracing the network" in written.getvalue()
     assert "0:00:0" in written.getvalue()

@@ -1,4 +1,4 @@
-"""Where a run stands, counted as schedules count."""
+"""Progress and length of a run, in the units of schedules."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from lightning.pytorch import Trainer
 
 from lightning_prune.planning import CutPoint, RunLength
 
-__all__ = ["is_rehearsal", "now", "run_length"]
+__all__ = ["is_fast_dev_run", "now", "run_length"]
 
 
-def is_rehearsal(trainer: Trainer) -> bool:
-    """Whether this is a ``fast_dev_run``, too short for a schedule: everything is checked, nothing is cut."""
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, in which everything is checked and nothing is cut."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def now(trainer: Trainer, point: CutPoint) -> int:
-    """How long the run has gone, in the unit of a cut."""
+    """Epochs or steps trained so far, in the unit of a cut."""
     if point.unit == "epoch":
         return trainer.current_epoch
-    # The two differ under manual optimization, where several optimizers step on one batch: `max_steps` counts all.
+    # Under manual optimization, several optimizers may step on one batch, and `max_steps` counts all steps.
     return trainer.global_step if trainer.max_steps != -1 else trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def run_length(trainer: Trainer) -> RunLength:
-    """How long the run is, as far as the trainer knows."""
+    """Length of the run, as far as known."""
     epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
     steps = trainer.max_steps if trainer.max_steps != -1 else None
     batches = trainer.num_training_batches

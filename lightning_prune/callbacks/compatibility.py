@@ -1,4 +1,4 @@
-"""What a network cannot be pruned in the company of is refused before anything happens."""
+"""Refuse trainers, strategies, callbacks and modules that pruning does not support."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.callbacks.processes import refuse_strategy
 
-__all__ = ["refuse_surroundings"]
+__all__ = ["require_compatible"]
 
 
-def refuse_surroundings(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a trainer, strategy or module that a cut cannot be made safe in.
+def require_compatible(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+    """Check that trainer, strategy, callbacks and module support a cut.
 
     Args:
-        callback: Who prunes.
-        trainer: The run.
-        module: What trains.
+        callback: The pruning callback.
+        trainer: The trainer of the run.
+        module: The network.
 
     Raises:
         TypeError: For a trainer of another package.
