@@ -227,7 +227,7 @@ def test_a_failure_while_a_cut_is_taken_back(tmp_path: Path, monkeypatch: pytest
 
     def prepare(*args: Any) -> None:
         prepared(*args)
-        monkeypatch.setattr(structured, "trace", fails)
+        monkeypatch.setattr(network_pruning, "trace", fails)
 
     vars(callback)["_prepare"] = prepare
     with pytest.raises((KeyboardInterrupt, SystemExit)):
