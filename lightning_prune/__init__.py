@@ -143,7 +143,7 @@ __all__ = [
     "sensitivity",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOM_OF = {
     "AtStart": "planning",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import requires
 from types import ModuleType
 
 __all__ = ["require"]
@@ -28,7 +29,15 @@ def require(module: str, *, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
+        packages = " ".join(f'"{name}"' for name in _packages(extra))
         raise ModuleNotFoundError(
-            f'`{package}` is needed here and is not installed. Install it with: pip install "lightning-prune[{extra}]"',
+            f"`{package}` is needed here and is not installed. It belongs to the extra `{extra}`: pip install "
+            f"{packages}",
             name=error.name,
         ) from error
+
+
+def _packages(extra: str) -> list[str]:
+    """What an extra installs, by the metadata of the installed package: it may be on no index."""
+    found = (line.partition(";") for line in requires("lightning-prune") or ())
+    return [name.strip() for name, _, marker in found if marker.replace("'", '"').strip() == f'extra == "{extra}"']
