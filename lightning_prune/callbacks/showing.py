@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
@@ -221,6 +222,17 @@ class Showing:
                 log_report(logger, self.name, self.report, pictures, step_of(self.trainer))
                 if logger._log_model:
                     log_checkpoints(logger, self.trainer, self.report)
+            elif isinstance(logger, TensorBoardLogger):
+                self._to_tensorboard(logger, beside)
+
+    def _to_tensorboard(self, logger: TensorBoardLogger, page: Page) -> None:
+        """The tables as text, and the pictures."""
+        tables = "\n\n".join(grid.markdown() for grid in self.report.grids())
+        logger.experiment.add_text(f"{self.name}/report", tables, step_of(self.trainer))
+        for picture in page.pictures:
+            pixels = require("matplotlib.image", extra="plot").imread(BytesIO(picture.png))
+            name = f"{self.name}/pictures/{picture.name}"
+            logger.experiment.add_image(name, pixels, step_of(self.trainer), dataformats="HWC")
 
     def _pages(self) -> tuple[Page, Page]:
         try:

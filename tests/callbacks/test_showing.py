@@ -281,13 +281,16 @@ def test_another_wandb_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "WandbLogger(id='a')" in said[0]
 
 
-def test_tensorboard_has_the_scores(tmp_path: Path) -> None:
+def test_tensorboard_has_scores_and_report(measured: None, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="", version="v")
     fit(tmp_path, make(), contribution(), epochs=5, logger=logger, log_every_n_steps=50)
     curves = EventAccumulator(str(tmp_path / "v"), size_guidance={"histograms": 0})
     curves.Reload()
+    assert {"pruning/pictures/report", "pruning/pictures/sizes"} <= set(curves.Tags()["images"])
+    (text,) = curves.Tensors("pruning/report/text_summary")
+    assert b"What was won and lost" in text.tensor_proto.string_val[0]
     drawn = curves.Histograms("pruning/scores/first")
     assert [(event.step, event.histogram_value.num) for event in drawn] == [(BATCHES, 12), (3 * BATCHES, 9)]
 
