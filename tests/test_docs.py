@@ -109,7 +109,7 @@ def test_commands_are_understood(
             if verb == "study":
                 assert (page.parent / options[1]).is_file() or recipes.study(options[1])
             elif options[1:]:
-                assert verb == "compare" or recipes.path(options[1])
+                assert verb == "compare" or recipes.experiment(options[1])
             parsed(partial(main, [verb, *options]), monkeypatch)
         case ("lightning-prune", *options):
             Path("mine.yaml").write_text(recipes.path("digits_mlp_contribution").read_text())

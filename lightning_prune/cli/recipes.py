@@ -14,7 +14,7 @@ import yaml
 
 from lightning_prune.cli.messages import OneLineParser, near
 
-__all__ = ["copy", "described", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
+__all__ = ["copy", "described", "experiment", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
 
 # Columns of a terminal that is a file.
 _FILE_WIDTH = 250
@@ -56,7 +56,7 @@ def study(name: str) -> Path:
     return _named(name, "study", {file.stem: file for file in sorted((folder() / "studies").glob("*.yaml"))})
 
 
-def _experiment(name: str) -> Path:
+def experiment(name: str) -> Path:
     """A file to read or to copy: a recipe, or what makes several runs of one, such as ``sweeps/digits``."""
     several = {f"{file.parent.name}/{file.stem}": file for file in sorted(folder().glob("*/*.yaml"))}
     return _named(name, "recipe", {**recipes(), **several})
@@ -89,7 +89,7 @@ def copy(name: str, destination: Path) -> Path:
         FileNotFoundError: If there is no such recipe.
         FileExistsError: If the new file exists; it is left as it is.
     """
-    source = _experiment(name)
+    source = experiment(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
         raise FileExistsError(f"expected a new file, got {target}, which exists. Give another name or remove it.")
@@ -133,7 +133,7 @@ def main(words: Sequence[str]) -> None:
     if given.verb in (None, "list"):
         _print_list()
     elif given.verb == "show":
-        sys.stdout.write(_experiment(given.name).read_text(encoding="utf-8"))
+        sys.stdout.write(experiment(given.name).read_text(encoding="utf-8"))
     else:
         sys.stdout.write(f"{copy(given.name, given.destination)}\n")
 
