@@ -100,7 +100,7 @@ def test_commands_are_understood(
         case ("pip", "install", what):
             package, _, extras = what.rstrip("]").partition("[")
             project = (ROOT / "pyproject.toml").read_text()
-            assert f'name = "{package}"' in project
+            assert package == ".", "the package is on no index"
             assert all(f"\n{extra} = [" in project for extra in extras.split(","))
         case ("python", "-m", module, *options) if module.startswith("benchmarks."):
             monkeypatch.setattr(sys, "argv", [module, *options])
