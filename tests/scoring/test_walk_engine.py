@@ -230,6 +230,20 @@ def test_multiply_accumulates_are_those_of_the_cost_model(name):
     assert walk.macs_naive == len(walk.stations) * len(data) * walk.forward_macs
 
 
+def test_fused_attention_costs_the_products_of_queries_keys_and_values():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            y = self.first(x)[:, None]
+            return self.last(F.scaled_dot_product_attention(y[:, :, :3], y, y))[:, 0]
+
+    walk = Walk(Attends().eval(), DataPass([torch.randn(2, 5, 4)]), [Station("first", "output")])
+    assert walk.forward_macs == 5 * 4 * 6 + 3 * 5 * (6 + 6) + 3 * 6 * 2
+
+
 def test_the_rest_costs_what_lies_behind():
     model, data = build("chain"), DataPass(raw_batches("chain", total=4))
     # Per sample: 3·5·9·64, 5·6·9·16, 24·7, 7·3.
