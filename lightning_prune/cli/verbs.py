@@ -124,7 +124,7 @@ class RunConfig(SaveConfigCallback):
 class PruningCLI(LightningCLI):
     """LightningCLI whose runs never meet.
 
-    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it goes on in that run's folder and
+    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it continues in that run's folder and
     in its W&B run. The other verbs, given such a checkpoint, make a folder inside that run. The root is
     ``--trainer.default_root_dir``, ``runs`` if left out. Without ``--trainer.logger`` the curves go to ``metrics.csv``
     and, where W&B is installed, to an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
@@ -334,7 +334,7 @@ def _wandb_logger(loggers: Sequence[Logger]) -> WandbLogger | None:
 
 
 def _continue_wandb(loggers: Sequence[Logger], folder: Path) -> None:
-    """Let a run that goes on in its folder go on in its W&B run, unless the user names another."""
+    """Resume the W&B run of a run that is resumed in its folder, unless the user names another."""
     logger, file = _wandb_logger(loggers), folder / runs.WANDB
     if logger is not None and logger.version is None and file.is_file():
         # The run begins when it is first asked for; until then only the logger's own arguments tell its id.

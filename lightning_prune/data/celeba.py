@@ -25,7 +25,7 @@ class CelebA(StreamedImages):
     of an epoch is a function of seed and epoch, so that a resumed run sees the same batches.
 
     The set is not downloaded: its licence is for research only, and the place that torchvision knows refuses many
-    requests. `FileNotFoundError` tells what to put where.
+    requests. The text of `FileNotFoundError` describes the expected files.
 
     Args:
         root: Folder that holds ``celeba`` in torchvision's layout; by default what the environment variable

@@ -31,7 +31,7 @@ class Cityscapes(StreamedImages):
     set are not public. The order of an epoch is a function of seed and epoch, so that a resumed run sees the same
     batches.
 
-    The set is not downloaded: it needs an account. `FileNotFoundError` tells what to put where.
+    The set is not downloaded: it needs an account. The text of `FileNotFoundError` describes the expected files.
 
     Args:
         root: Folder that holds ``leftImg8bit`` and ``gtFine``; by default what the environment variable

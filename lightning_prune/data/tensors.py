@@ -148,7 +148,7 @@ class ImageData(LightningDataModule):
 
     def _augmented(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         epoch = self.trainer.current_epoch if self.trainer else 0
-        # The first index tells the batches of an epoch apart, on every rank.
+        # The first index identifies a batch within an epoch, on every rank.
         return crop_and_mirror(images, _generator(self.seed, epoch, indices[0]), fill=self._black)
 
     @property

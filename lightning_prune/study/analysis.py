@@ -1,4 +1,4 @@
-"""The results of a study as arrays, and the thesis' figures of each variant: per seed, then averaged."""
+"""Results of a study as arrays, and the thesis' figures for each variant, per seed and averaged."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Analysis:
 
     @property
     def unpruned(self) -> Space:
-        """What the others are compared with."""
+        """The variant that the others are compared with."""
         return self.spaces[0]
 
     @property
@@ -157,7 +157,7 @@ class Analysis:
         return [performance_risk(own, region_of_interest(base, NARROW)) for own, base in pairs]
 
     def risk(self, space: Space) -> RiskFigures:
-        """The figures of the thesis' table 4.2 and what goes beyond them."""
+        """The figures of the thesis' table 4.2, and further ones."""
         risks, bases = self.risks(space), self.risks(self.unpruned)
         crossed = cross_fitted_risk(space.accuracy, self.unpruned.accuracy, NARROW)
         mean, std, relative_mean, relative_std = (

@@ -74,7 +74,7 @@ class Axis:
         return float(f"{exact:.{_DIGITS}g}")
 
     def position(self, value: float) -> float:
-        """Where a value lies in pictures and ellipses: its decimal logarithm on a log scale."""
+        """Coordinate of a value in pictures and ellipses: its decimal logarithm on a log scale."""
         return math.log10(value) if self.scale == "log" else value
 
 
@@ -84,7 +84,7 @@ def points(extent: Extent) -> Iterator[Point]:
 
 
 def sides(extent: Extent, most: int) -> Iterator[tuple[tuple[int, int], Extent]]:
-    """Every side by which a grid may grow, as ``(axis, edge)``, with the grid that is one step larger there.
+    """Return every side on which a grid may grow, as ``(axis, edge)``, with the grid one step larger there.
 
     Args:
         extent: The grid as it is.

@@ -27,7 +27,8 @@ class Cell:
     """One run.
 
     Attributes:
-        config: What ``lightning-prune fit --config`` takes. ``@<key>`` stands for the file that another cell leaves.
+        config: Input of ``lightning-prune fit --config``. ``@<key>`` is a placeholder of the file that another cell
+            writes.
         label: How it is called where it is talked about.
         keep: What it leaves for other cells: the trained ``"weights"``, or the ``"architecture"`` of a cut.
         needs: Cells whose files it starts from.
@@ -46,7 +47,7 @@ class Cell:
 
     @property
     def reference(self) -> str:
-        """What stands for the file it leaves in the configuration of other cells."""
+        """Placeholder of the file it writes, for configurations of other cells."""
         return f"@{self.key}"
 
     def with_files(self, files: dict[str, str]) -> Config:
@@ -98,7 +99,7 @@ def cut_of(study: Study, variant: Variant) -> Cell:
 
 
 def preparations(study: Study) -> tuple[list[Cell], list[Cell]]:
-    """What is trained, and what is cut out of it, before the grid; each once."""
+    """Cells trained and pruned before the grid, each once."""
     cuts = {cell.key: cell for variant in study.variants for cell in _needed(study, variant) if cell.needs}
     weights = {cell.key: cell for variant in study.variants for cell in _needed(study, variant) if not cell.needs}
     weights |= {cell.key: cell for cut in cuts.values() for cell in cut.needs}
@@ -106,7 +107,7 @@ def preparations(study: Study) -> tuple[list[Cell], list[Cell]]:
 
 
 def cells(study: Study, extent: Extent) -> Iterator[tuple[Variant, Point, int, Cell]]:
-    """Every run of a grid, point by point, so that a part of the study can already be looked at."""
+    """Every run of a grid, point by point, so that partial results cover all variants."""
     # Variants may be added later, which then start from this run: its weights are kept in any case.
     kept = {cell.key: cell for group in (*preparations(study), [prior(study)]) for cell in group}
     for point in _inside_out(points(extent)):
@@ -161,7 +162,7 @@ def _class(callback: Any) -> str:
 
 
 def _inside_out(grid: Iterable[Point]) -> list[Point]:
-    """From the prior outwards."""
+    """Sort from the prior outwards."""
     return sorted(grid, key=lambda point: (max(map(abs, point)), point))
 
 

@@ -1,4 +1,4 @@
-"""What a study is: a recipe, a grid of hyperparameters, variants of the network and seeds, read from ``study.yaml``."""
+"""Definition of a study, read from ``study.yaml``: a recipe, a grid of hyperparameters, variants and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCOPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of the network whose hyperparameters are studied.
+    """A variant of the network whose hyperparameters are studied.
 
     Attributes:
         name: How tables and pictures call it.
@@ -82,7 +82,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """What is run: every variant at every point of the grid with every seed.
+    """A study: every variant at every point of the grid with every seed.
 
     Attributes:
         recipe: What all runs have in common, as ``lightning-prune fit`` takes it.
@@ -228,7 +228,7 @@ def _name(entry: Mapping[str, Any], method: Config) -> str:
 
 
 def _file(name: str, home: Path, find: Callable[[str], Path]) -> Path:
-    """A file beside the definition, a file in the working folder, or a recipe's."""
+    """Find a file next to the definition, in the working folder, or in the recipe's folder."""
     beside = home / name
     if beside.is_file():
         return beside

@@ -1,4 +1,4 @@
-"""What a run of a study starts from: new weights, kept weights, and the architecture that was cut once."""
+"""Initial network of a study's run: new or stored weights, and a pruned architecture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["InitialNetwork"]
 
 
 class InitialNetwork(Callback):
-    """Gives a network its weights and its architecture before the optimizer is made.
+    """Sets weights and architecture of a network before the optimizer is created.
 
     A run that is resumed takes its weights from its own checkpoint afterwards.
 

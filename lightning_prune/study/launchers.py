@@ -1,4 +1,4 @@
-"""Who runs cells: processes on this machine, a Ray cluster, or SLURM. All scheduling is theirs."""
+"""Launchers that run cells: processes on this machine, a Ray cluster, or SLURM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Job = Callable[[], None]
 
 
 class Launcher(ABC):
-    """Runs jobs somewhere."""
+    """Base class of launchers."""
 
     @abstractmethod
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str | None]]:
@@ -73,7 +73,7 @@ class Local(Launcher):
             waiting = [*lost, *waiting]
 
     def _until_a_death(self, jobs: Sequence[Job], waiting: list[int]) -> Iterator[tuple[int, bool]]:
-        """Run the waiting jobs in one pool of processes, which ends with the first of them that dies."""
+        """Run pending jobs in a process pool, which stops at the first process that dies."""
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_worker) as pool:
             running: dict[Future[None], int] = {}
@@ -172,7 +172,7 @@ def _call(job: Job) -> None:
 
 
 def _begin_worker() -> None:
-    """One thread for each worker, and none that outlives the process that started it."""
+    """Use one thread per worker, and end workers with the process that started them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:  # with the program's main module; otherwise the first job imports it
         sys.modules["torch"].set_num_threads(1)

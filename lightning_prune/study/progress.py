@@ -1,4 +1,4 @@
-"""What a running study says: runs done, the best so far, and the time that is left."""
+"""Progress of a running study: finished runs, the best so far, and the remaining time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Prints a line for every run that ends.
+    """Prints a line for every finished run.
 
     Args:
         say: Takes a line.
@@ -25,14 +25,14 @@ class Progress:
         self._began = clock()
 
     def stage(self, total: int, done: int) -> None:
-        """Another group of runs begins, of which so many are done already."""
+        """Start a group of runs, some of which may be done already."""
         self._total, self._done, self._now = total, done, 0
         self._began = self._clock()
         if done < total:
             self._say(f"{total - done} of {total} runs to do")
 
     def ended(self, label: str, result: Result | None, metric: str) -> None:
-        """A run has ended: with a result, or with an error."""
+        """Print a run's result or error."""
         self._done, self._now = self._done + 1, self._now + 1
         accuracy = None if result is None else result.metrics.get(metric)
         if accuracy is not None and (self._best is None or accuracy > self._best[0]):

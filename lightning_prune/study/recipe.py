@@ -30,7 +30,7 @@ def read(files: Sequence[Path]) -> Config:
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> Config:
-    """Two nested mappings as one, new; what both have is taken from the second."""
+    """Merge two nested mappings into a new one; values of the second take precedence."""
     merged = deepcopy(dict(first))
     for key, value in second.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, Mapping)

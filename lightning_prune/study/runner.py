@@ -1,4 +1,4 @@
-"""Runs a study: preparations, the grid, and the grid's extensions, each until nothing of it is left to run."""
+"""Runs a study: preparations, the grid, and extensions of the grid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Failure:
 
 
 def run_study(study: Study, folder: Path, train: Train, launcher: Launcher, progress: Progress) -> list[Failure]:
-    """Run what is not finished yet. Killed at any moment, another call goes on where it was.
+    """Run all unfinished cells. If interrupted, call it again to continue.
 
     Args:
         study: What to run.
@@ -66,7 +66,7 @@ def run_study(study: Study, folder: Path, train: Train, launcher: Launcher, prog
         for index, death in launcher.run([Task(folder.absolute(), cell, train, study.metric) for cell in todo]):
             cell = todo[index]
             if death is not None:
-                with store.lock(cell):  # another launcher's worker may be at it
+                with store.lock(cell):  # another launcher's worker may be running it
                     if not store.finished(cell).is_dir():
                         store.fail(cell, death)
             progress.ended(cell.label, store.result(cell), study.metric)
@@ -85,7 +85,7 @@ def check(study: Study, train: Train) -> None:
             file = Path(folder) / "config.yaml"
             file.write_text(yaml.safe_dump(cell.config), encoding="utf-8")
             try:
-                # It ends when it has printed.
+                # It exits after printing.
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
                     train(["fit", f"--config={file}", "--print_config"], [])
             except ValueError as error:
@@ -96,7 +96,7 @@ def check(study: Study, train: Train) -> None:
 
 
 def extent_of(study: Study, store: Store) -> Extent:
-    """The grid as far as it is extended by the results that are there."""
+    """Extent of the grid, including the extensions that the results so far require."""
     extent = study.extent
     while _is_done(study, store, extent):
         larger = _extended(study, store, extent)
@@ -144,7 +144,7 @@ def failures(study: Study, folder: Path) -> list[Failure]:
 
 
 def retry_failed(study: Study, folder: Path) -> int:
-    """Let every failed run be run again; says how many there are."""
+    """Mark every failed run to be run again, and return how many there are."""
     store, failed = Store(folder), failures(study, folder)
     for failure in failed:
         store.retry(failure.cell)
@@ -152,13 +152,13 @@ def retry_failed(study: Study, folder: Path) -> int:
 
 
 def identity(study: Study) -> dict[str, Any]:
-    """What a study cannot change: more variants, seeds and points do not make it another one."""
+    """Return the settings that must not change; variants, seeds and points may be added to a study."""
     axes = [{"key": axis.key, "prior": axis.prior, "step": axis.step, "scale": axis.scale} for axis in study.axes]
     return {"recipe": study.recipe, "axes": axes, "metric": study.metric}
 
 
 def _stages(study: Study, store: Store) -> Iterator[list[Cell]]:
-    """What is to be run, in groups of which each needs those before it."""
+    """Yield the cells to run in groups, each of which needs the previous ones."""
     yield from (group for group in preparations(study) if group)
     done: Extent | None = None
     while (extent := extent_of(study, store)) != done:
@@ -167,7 +167,7 @@ def _stages(study: Study, store: Store) -> Iterator[list[Cell]]:
 
 
 def _is_due(store: Store, cell: Cell) -> bool:
-    """Whether a cell is to be run: not finished, not failed, and with all that it starts from."""
+    """Whether a cell can run: it is not finished, has not failed, and its inputs are finished."""
     if store.result(cell) is not None or store.failure(cell) is not None:
         return False
     return all(store.result(need) is not None for need in cell.needs)
@@ -181,7 +181,7 @@ def _is_done(study: Study, store: Store, extent: Extent) -> bool:
 
 
 def _extended(study: Study, store: Store, extent: Extent) -> Extent | None:
-    """The grid with one side more, if any variant's 1.0-ROI touches that side and the cap allows it."""
+    """The grid extended at sides that any variant's 1.0-ROI touches, within the cap."""
     touched = _touched(study, store, extent)
     for side, larger in sides(extent, study.most):
         if side in touched:

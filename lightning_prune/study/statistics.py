@@ -109,7 +109,7 @@ class Interval:
 def bootstrap(
     points: FloatArray, deviations: float = 2.0, draws: int = 1000, seed: int = 0
 ) -> dict[str, Interval] | None:
-    """How sure an ellipse's figures are: percentiles over samples drawn from the points with replacement.
+    """Bootstrap intervals of an ellipse's figures: percentiles over samples drawn with replacement.
 
     Returns:
         Intervals of ``length``, ``width``, ``x`` and ``y`` (the centre); ``None`` for less than five points.
@@ -126,7 +126,7 @@ def bootstrap(
 
 @dataclass(frozen=True, eq=False)
 class Risk:
-    """What it costs to keep configurations instead of tuning.
+    """The risk of keeping configurations instead of tuning.
 
     Attributes:
         absolute: d of every configuration, the best accuracy minus its own.

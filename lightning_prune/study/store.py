@@ -1,4 +1,4 @@
-"""Cells on disk: each finished run is a folder that appeared whole, and the folders are all the state a study has."""
+"""Cells on disk: finished runs are moved into place atomically, and their folders are the whole state of a study."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _RESULT, _CONFIG, _ERROR, _STUDY = "result.json", "config.yaml", "error.txt", "s
 
 
 class DamagedWarning(UserWarning):
-    """Files of a cell are damaged; it is run again."""
+    """Warning that a cell's files are damaged and it is run again."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         metrics: What was logged, as it last stood.
@@ -43,7 +43,7 @@ class Result:
         params: Parameters of the network at the end.
         macs: Its MACs for one sample (1 MAC = 2 FLOPs).
         seconds: Time spent training, what was lost to kills left out.
-        diverged: Whether the loss or a weight was not finite; the metrics are those it came to nevertheless.
+        diverged: Whether the loss or a weight was not finite; the metrics are those it reached nevertheless.
     """
 
     metrics: dict[str, float]
@@ -55,7 +55,7 @@ class Result:
 
 
 class Store:
-    """The cells of one study.
+    """The cells of a study on disk.
 
     ``cells/<key>`` are finished, ``running/<key>`` are being trained or were killed, ``failed/<key>`` ended in an
     error, ``damaged/<key>.<n>`` were set aside. A folder gets into ``cells`` by one rename.
@@ -70,7 +70,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder that of one study.
+        """Claim the folder for a study.
 
         Args:
             identity: What no other study has, in plain data.
@@ -94,27 +94,27 @@ class Store:
             )
 
     def finished(self, cell: Cell) -> Path:
-        """Where a cell's folder is once it is finished."""
+        """Folder of a finished cell."""
         return self.folder / "cells" / cell.key
 
     def running(self, cell: Cell) -> Path:
-        """Where a cell is trained."""
+        """Folder in which a cell is trained."""
         return self.folder / "running" / cell.key
 
     def failed(self, cell: Cell) -> Path:
-        """Where a cell is that ended in an error."""
+        """Folder of a failed cell."""
         return self.folder / "failed" / cell.key
 
     @contextmanager
     def lock(self, cell: Cell) -> Iterator[None]:
-        """One process at a time works on a cell; the operating system lets go of it when that process dies."""
+        """Lock a cell for this process; the operating system releases the lock if the process dies."""
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
         with FileLock(locks / cell.key):
             yield
 
     def result(self, cell: Cell) -> Result | None:
-        """What a finished cell came to; ``None`` if it is to be run. Damaged files are set aside with a warning."""
+        """Result of a finished cell, or ``None``. Damaged files are moved aside with a warning."""
         key, place = cell.key, self.finished(cell)
         if key in self._read_before or not place.is_dir():
             return self._read_before.get(key)
@@ -145,12 +145,12 @@ class Store:
         return result
 
     def failure(self, cell: Cell) -> str | None:
-        """The error that a cell ended in; ``None`` if it did not."""
+        """Error of a failed cell, or ``None``."""
         file = self.failed(cell) / _ERROR
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def begin(self, cell: Cell) -> Path:
-        """Make or find the folder to train in, with the configuration in it."""
+        """Create or find the folder to train in, with the configuration in it."""
         place = self.running(cell)
         place.mkdir(parents=True, exist_ok=True)
         files = {need.key: str((self.finished(need) / _kept(need)).absolute()) for need in cell.needs}
@@ -159,7 +159,7 @@ class Store:
         return place
 
     def finish(self, cell: Cell, result: Result, facts: Mapping[str, Any]) -> None:
-        """Write the result, drop what was only needed to resume, and move the folder to the finished ones."""
+        """Write the result, delete what was only needed to resume, and move the folder to the finished ones."""
         place = self.running(cell)
         found = {
             "format": FORMAT,
@@ -184,7 +184,7 @@ class Store:
         place.rename(target)
 
     def fail(self, cell: Cell, error: str) -> None:
-        """Set a cell aside with its error, until it is asked for again."""
+        """Move a cell to the failed ones with its error."""
         place = self.running(cell)
         place.mkdir(parents=True, exist_ok=True)
         (place / _ERROR).write_text(error, encoding="utf-8")
@@ -195,7 +195,7 @@ class Store:
         place.rename(target)
 
     def retry(self, cell: Cell) -> None:
-        """Let a failed cell be run again, from its last checkpoint."""
+        """Mark a failed cell to be run again from its last checkpoint."""
         place = self.failed(cell)
         (place / _ERROR).unlink()
         target = self.running(cell)
@@ -206,7 +206,7 @@ class Store:
 
 
 def checkpoints(place: Path) -> list[Path]:
-    """The checkpoints that a run in ``place`` can go on from, oldest first; damaged ones are removed with a warning."""
+    """Checkpoints that a run in ``place`` can resume from, oldest first; damaged ones are removed with a warning."""
     found = sorted(place.glob("fit/*/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
     whole = []
     for file in found:
@@ -227,7 +227,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _steps(checkpoint: Path) -> int:
-    """Steps that were trained until a checkpoint: of two machines' clocks one may be slow."""
+    """Number of training steps of a checkpoint; file times are unreliable across machines."""
     found = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     return int(found["global_step"])
 
@@ -250,7 +250,7 @@ def _kept(cell: Cell) -> str:
 
 
 def _free(path: Path) -> Path:
-    """The first of ``path.1``, ``path.2``, ... that does not exist, its folder made."""
+    """Return the first of ``path.1``, ``path.2``, ... that does not exist, and create its parent folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = (path.with_name(f"{path.name}.{number}") for number in count(1))
     return next(name for name in names if not name.exists())

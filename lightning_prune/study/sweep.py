@@ -1,4 +1,4 @@
-"""A study as a W&B sweep, whose agents run one cell after another, and what of a study is logged to W&B."""
+"""A study as a W&B sweep, whose agents run one cell after another, and logging of studies to W&B."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["cell_at", "log_page", "log_result", "run_cell", "sweep"]
 
 
 def sweep(study: Study, extent: Extent, command: Sequence[str], name: str) -> dict[str, Any]:
-    """The sweep of every run of a grid, for ``wandb sweep``.
+    """Return the sweep over every run of a grid, for ``wandb sweep``.
 
     Args:
         study: The definition.
@@ -46,7 +46,7 @@ def sweep(study: Study, extent: Extent, command: Sequence[str], name: str) -> di
 
 
 def cell_at(study: Study, variant: str, seed: int, values: Mapping[str, float]) -> Cell:
-    """The run of a variant at hyperparameters that lie on the grid, or on an extension of it.
+    """Return the run of a variant at hyperparameters on the grid or an extension of it.
 
     Raises:
         ValueError: If the study has no such variant or seed, or the values are not on its grid.
@@ -60,7 +60,7 @@ def cell_at(study: Study, variant: str, seed: int, values: Mapping[str, float]) 
 
 
 def run_cell(study: Study, folder: Path, cell: Cell, train: Train) -> Result:
-    """Run one cell, after those that it starts from, in this process; a finished one is only read.
+    """Run one cell and those it depends on in this process; return the result if it is finished already.
 
     Raises:
         ValueError: If the folder holds another study.
@@ -81,13 +81,13 @@ def run_cell(study: Study, folder: Path, cell: Cell, train: Train) -> Result:
 
 
 def log_result(result: Result, cell: Cell, folder: Path) -> None:
-    """Log what a run came to: to the run of a sweep's agent, or to a new one, whose files go to ``folder``."""
+    """Log a result to the run of a sweep's agent, or to a new run with files in ``folder``."""
     with _wandb_run(cell.label, folder, {"cell": cell.key}) as logged:
         logged.log({**result.metrics, "params": result.params, "macs": result.macs, "diverged": result.diverged})
 
 
 def log_page(page: Page, folder: Path) -> None:
-    """Log a report: its tables and pictures under their names, and the whole page; W&B's files go to ``folder``."""
+    """Log a report: its tables and pictures by name, and the whole page, with W&B's files in ``folder``."""
     wandb: Any = require("wandb", extra="wandb")
     with _wandb_run(page.title, folder, {}) as logged, TemporaryDirectory() as place:
         _, html = page.write(Path(place), "report")
@@ -100,7 +100,7 @@ def log_page(page: Page, folder: Path) -> None:
 
 @contextmanager
 def _wandb_run(name: str, folder: Path, config: dict[str, Any]) -> Iterator[Any]:
-    """A run of W&B: offline unless ``WANDB_MODE`` says otherwise, or a sweep's agent, which is online, has begun it."""
+    """Open a W&B run: offline unless ``WANDB_MODE`` is set or a sweep's agent has started it."""
     wandb: Any = require("wandb", extra="wandb")
     mode = None if "WANDB_SWEEP_ID" in os.environ else os.environ.get("WANDB_MODE", "offline")
     project = os.environ.get("WANDB_PROJECT", "lightning-prune")

@@ -1,4 +1,4 @@
-"""The results of a study as one tidy table: a row for each run."""
+"""The results of a study as a tidy table with one row per run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Row:
     key: str
 
     def point(self, axes: Sequence[Axis]) -> Point:
-        """Its place in the grid, in steps from the prior."""
+        """Position in the grid, in steps from the prior."""
         steps = (
             round((axis.position(value) - axis.position(axis.prior)) / axis.step)
             for axis, value in zip(axes, self.values, strict=True)
@@ -59,7 +59,7 @@ class Row:
 
 
 def write_table(rows: Iterable[Row], axes: Sequence[Axis], file: Path) -> None:
-    """Write a table as CSV, sorted by nothing but the order of ``rows``; an empty field is a missing value.
+    """Write a table as CSV, in the order of ``rows``; an empty field is a missing value.
 
     The file appears whole, or stays as it was.
     """
@@ -75,7 +75,7 @@ def write_table(rows: Iterable[Row], axes: Sequence[Axis], file: Path) -> None:
 
 
 def read_table(file: Path, axes: Sequence[Axis]) -> list[Row]:
-    """Read what :func:`write_table` wrote.
+    """Read a table written by :func:`write_table`.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,4 +1,4 @@
-"""One cell from its configuration to its result: an ordinary fit, resumed where it was killed."""
+"""Training of one cell: an ordinary fit, resumed if it was interrupted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Train = Callable[[Sequence[str], Sequence[Callback]], object]
 
 @dataclass(frozen=True)
 class Task:
-    """A cell to be run, as launchers send it to a worker.
+    """A cell to run, as sent to a worker by launchers.
 
     Attributes:
         folder: The study's folder.
@@ -53,11 +53,11 @@ class Task:
 
 
 def work(task: Task) -> None:
-    """Run a cell to its end, or go on where it was killed; its error is recorded, not raised.
+    """Run a cell, or resume it if it was interrupted; errors are recorded, not raised.
 
     Another process that works on the same cell is waited for.
     """
-    # What Lightning says of every single run would bury what the study says.
+    # Lightning's messages of every run would hide those of the study.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     store, cell = Store(task.folder), task.cell
@@ -79,7 +79,7 @@ def work(task: Task) -> None:
 
 
 def _fit(store: Store, task: Task, recorder: _Recorder) -> None:
-    """The fit; what it left is thrown away if it cannot be resumed."""
+    """Run the fit; files of an earlier attempt that cannot be resumed are deleted."""
     place = store.begin(task.cell)
     resumed = bool(checkpoints(place))
     if not resumed:
@@ -113,14 +113,14 @@ def _words(place: Path, resumed: bool) -> list[str]:
 
 
 class _Recorder(Callback):
-    """Keeps what a run came to; a part of its checkpoints, so that a resumed run knows what went before."""
+    """Records the result of a run, as part of its checkpoints, so that a resumed run knows earlier metrics."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
         self.forget()
 
     def forget(self) -> None:
-        """Start from nothing."""
+        """Reset the record."""
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
         self.diverged = False
@@ -132,11 +132,11 @@ class _Recorder(Callback):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was last logged that was a number, by its name."""
+        """Last logged finite metrics, by name."""
         return {name: value for row in self.curve for name, value in row.items()}
 
     def result(self, judged: bool = True) -> Result:
-        """The result of the run that has ended.
+        """Return the result of the finished run.
 
         Args:
             judged: Whether the metric counts.
@@ -210,7 +210,7 @@ class _Recorder(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         batch = None
         if module.example_input_array is None:
-            # A run that was killed right before its end has seen no batch since.
+            # A run that was interrupted right before its end has seen no batch since.
             batch = self._batch if self._batch is not None else next(iter(_loader(trainer)))
         structure = trace(traced_model_of(module, batch, step=False))
         self.size = structure.cost.params(structure.widths), structure.cost.macs(structure.widths)

@@ -1,4 +1,4 @@
-"""A study's results in a few small files, to be kept with a repository and gone on with elsewhere."""
+"""Export and import of a study's results as a few small files, to keep in a repository or continue elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TABLE, _ARCHITECTURES = "table.csv", "architectures"
 
 
 def export_study(study: Study, folder: Path, target: Path) -> None:
-    """Write the table of all finished runs, and the architecture of every variant that was cut.
+    """Write the table of all finished runs, and the architecture of every pruned variant.
 
     Args:
         study: The definition.
@@ -33,7 +33,7 @@ def export_study(study: Study, folder: Path, target: Path) -> None:
 
 
 def import_study(study: Study, source: Path, folder: Path) -> int:
-    """Make finished cells of what :func:`export_study` wrote, so that a study goes on from there.
+    """Create finished cells from the files of :func:`export_study`, so that a study continues from there.
 
     Weights are not exported: the run at the prior, from whose weights others start, is run again.
 
