@@ -24,7 +24,7 @@ from benchmarks.common import quiet_fit
 from benchmarks.spvr_networks import balanced, cifar10, resnet56_projection, vgg16
 from lightning_prune import L1, Random, SPvRPruning, prune
 from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.planning import ranked
 from lightning_prune.scoring import Criterion
@@ -75,7 +75,7 @@ def pruned(name: str, share: float, work: Path) -> tuple[Classifier, ranked.Rank
     folder = work / "rankings" / f"{name}-{share}"  # rankings lie beside it
     shutil.rmtree(folder, ignore_errors=True)
     pruning = SPvRPruning(share, group_size=2, samples_per_class=5, coupling=coupling, race=None, dirpath=str(folder))
-    Showing.measure = lambda self, traced, size: size  # type: ignore[method-assign]
+    ReportWriter.measure = lambda self, traced, size: size  # type: ignore[method-assign]
     callback_file.plan_ranked = watched  # type: ignore[assignment]
     try:
         loader = DataLoader(TensorDataset(x, y), batch_size=20)

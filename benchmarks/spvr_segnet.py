@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from benchmarks.common import quiet_fit, shown
 from lightning_prune import L1, Random, Reinitialise, SPvRPruning, prune
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.data import Shapes
 from lightning_prune.extras import require
 from lightning_prune.models import SegNet
@@ -61,7 +61,7 @@ def segment(method: str, seed: int, work: Path) -> Row:
     if method != "dense":
         model.load_state_dict(torch.load(work / f"segnet-{seed}.pt", weights_only=True))
     if method == "SPvR":
-        Showing.measure = lambda self, traced, size: size  # type: ignore[method-assign]
+        ReportWriter.measure = lambda self, traced, size: size  # type: ignore[method-assign]
         folder = work / "rankings" / f"segnet-{seed}-{torch.randint(2**31, ()).item()}"
         pruning = SPvRPruning(BUDGET, 4, 20, reinit=Reinitialise(rule="own", seed=seed), dirpath=str(folder))
         callbacks.append(pruning)

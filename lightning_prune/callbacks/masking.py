@@ -21,10 +21,10 @@ from lightning_prune.callbacks.compiled import eager, is_compiled
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, broadcast_plan, unwrapped
+from lightning_prune.callbacks.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.traced_models import call_on, traced_model_of
 from lightning_prune.planning import (
     NM,
@@ -416,9 +416,9 @@ class MaskPruning(ScheduledPruning):
         return [f"{units} unit(s) without effect were removed: {plan}."]
 
     @override
-    def _measure(self, showing: Showing, module: LightningModule) -> Size:
+    def _measure(self, writer: ReportWriter, module: LightningModule) -> Size:
         assert self._traced_model is not None
-        return showing.measure(self._traced_model, self._size(module), self._dense_network)
+        return writer.measure(self._traced_model, self._size(module), self._dense_network)
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.monitors import reset_monitors
 from lightning_prune.callbacks.processes import all_or_none, from_rank_zero, run_on_rank_zero
+from lightning_prune.callbacks.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.showing import Showing, log_now
 from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
@@ -465,10 +465,10 @@ class NetworkPruning(ScheduledPruning):
         self._extensions.on_train_end(self._run(trainer, module))
 
     @override
-    def _measure(self, showing: Showing, module: LightningModule) -> Size:
+    def _measure(self, writer: ReportWriter, module: LightningModule) -> Size:
         assert self._traced_model is not None
         with eager(module):
-            return showing.measure(self._traced_model, self._size(showing.trainer), self._dense_network)
+            return writer.measure(self._traced_model, self._size(writer.trainer), self._dense_network)
 
     def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None

@@ -19,8 +19,8 @@ from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.checkpoints import keep_history
 from lightning_prune.callbacks.compatibility import require_compatible
 from lightning_prune.callbacks.progress import is_fast_dev_run, now, run_length
+from lightning_prune.callbacks.report_writer import Pace, ReportWriter, log_now
 from lightning_prune.callbacks.session import CutMade, Participant, Session
-from lightning_prune.callbacks.showing import Pace, Showing, log_now
 from lightning_prune.callbacks.spawned import patch_spawn_launcher, return_history
 from lightning_prune.callbacks.wandb_run import wandb_run
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
@@ -126,7 +126,7 @@ class ScheduledPruning(Participant):
         """Make a cut, atomically."""
 
     @abstractmethod
-    def _measure(self, showing: Showing, module: LightningModule) -> Size:
+    def _measure(self, writer: ReportWriter, module: LightningModule) -> Size:
         """Size of the network at the end of the run."""
 
     @abstractmethod
@@ -232,9 +232,9 @@ class ScheduledPruning(Participant):
                 f"{100 * self.report.pruning_ratio:.1f} % of the {self.report.what} are gone."
             )
         self._end(trainer, pl_module)
-        showing = self.session.writer(self, trainer)
-        self.report.final = self._measure(showing, pl_module)
-        showing.finish(self._numbers(trainer))
+        writer = self.session.writer(self, trainer)
+        self.report.final = self._measure(writer, pl_module)
+        writer.finish(self._numbers(trainer))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_prune.callbacks.checkpoints import StatefulCallback
 from lightning_prune.callbacks.compiled import eager
 from lightning_prune.callbacks.monitors import Thresholds, hold_early_stopping
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.planning import Plan
 from lightning_prune.reporting import Cut, Report
 from lightning_prune.surgery import Edit, Replace
@@ -141,10 +141,10 @@ class Session:
         """Whether any callback has further cuts."""
         return any(one.pending for one in self.participants)
 
-    def writer(self, participant: Participant, trainer: Trainer) -> Showing:
+    def writer(self, participant: Participant, trainer: Trainer) -> ReportWriter:
         """The writer of a participant's report, with a separate folder per report."""
         runs, place = [one.run_id for one in self.participants], self.participants.index(participant)
-        return Showing(participant.report, trainer, participant.dirpath, runs, place)
+        return ReportWriter(participant.report, trainer, participant.dirpath, runs, place)
 
     # -- during a run ------------------------------------------------------------------------------------------
 

@@ -22,9 +22,9 @@ from lightning_prune.callbacks.processes import (
     merged,
     on_rank_zero,
 )
+from lightning_prune.callbacks.report_writer import split_halves
 from lightning_prune.callbacks.scheduled import instance_of, warn_of_kept_units
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.showing import split_halves
 from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (

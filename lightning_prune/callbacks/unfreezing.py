@@ -17,8 +17,8 @@ from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.optimizer_groups import add_group, without_optimizer
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.callbacks.progress import is_fast_dev_run, run_length
+from lightning_prune.callbacks.report_writer import log_now
 from lightning_prune.callbacks.scheduled import ScheduledPruning
-from lightning_prune.callbacks.showing import log_now
 from lightning_prune.reporting import require
 from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm
 from lightning_prune.structure.layers import is_within

@@ -107,10 +107,10 @@ def preparations(study: Study) -> tuple[list[Cell], list[Cell]]:
 
 
 def cells(study: Study, extent: Extent) -> Iterator[tuple[Variant, Point, int, Cell]]:
-    """Every run of a grid, point by point, so that partial results cover all variants."""
+    """Every run of a grid, point by point, so that partial results are useful."""
     # Variants may be added later, which then start from this run: its weights are kept in any case.
     kept = {cell.key: cell for group in (*preparations(study), [prior(study)]) for cell in group}
-    for point in _inside_out(points(extent)):
+    for point in _outwards(points(extent)):
         for seed in study.seeds:
             for variant in study.variants:
                 cell = run(study, variant, point, seed)
@@ -161,8 +161,8 @@ def _class(callback: Any) -> str:
     return str(path).rpartition(".")[2]
 
 
-def _inside_out(grid: Iterable[Point]) -> list[Point]:
-    """Sort from the prior outwards."""
+def _outwards(grid: Iterable[Point]) -> list[Point]:
+    """Sort points by their distance from the prior."""
     return sorted(grid, key=lambda point: (max(map(abs, point)), point))
 
 

@@ -228,7 +228,7 @@ def _name(entry: Mapping[str, Any], method: Config) -> str:
 
 
 def _file(name: str, home: Path, find: Callable[[str], Path]) -> Path:
-    """Find a file next to the definition, in the working folder, or in the recipe's folder."""
+    """Find a file next to the definition, in the working folder, or among the recipes of the package."""
     beside = home / name
     if beside.is_file():
         return beside

@@ -181,7 +181,7 @@ def _is_done(study: Study, store: Store, extent: Extent) -> bool:
 
 
 def _extended(study: Study, store: Store, extent: Extent) -> Extent | None:
-    """The grid extended at sides that any variant's 1.0-ROI touches, within the cap."""
+    """The grid extended at one side that a 1.0-ROI touches, within the cap, or ``None``."""
     touched = _touched(study, store, extent)
     for side, larger in sides(extent, study.most):
         if side in touched:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_prune.callbacks import showing
+from lightning_prune.callbacks import report_writer
 from lightning_prune.reporting import Timing
 
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured" not in request.fixturenames:
-        monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
-        monkeypatch.setattr(showing.Showing, "_pages", lambda self: self.report.pages(pictures=False))
+        monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
+        monkeypatch.setattr(report_writer.ReportWriter, "_pages", lambda self: self.report.pages(pictures=False))
 
 
 @pytest.fixture

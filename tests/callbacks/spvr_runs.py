@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_prune import SPvRPruning
 from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.surgery import history_of
 from tests.callbacks.small import trainer
 from tests.callbacks.test_spvr import Chain, images
@@ -23,8 +23,8 @@ __all__ = ["train"]
 
 def train(folder: Path, settings: dict[str, Any], die_after: int | None = None) -> dict[str, Any]:
     """What was found and done; of a run that is killed once something was written down so often, nothing."""
-    Showing.measure = lambda self, traced, size: size  # type: ignore[method-assign]
-    Showing.finish = lambda *_: None  # type: ignore[method-assign]
+    ReportWriter.measure = lambda self, traced, size: size  # type: ignore[method-assign]
+    ReportWriter.finish = lambda *_: None  # type: ignore[method-assign]
     if die_after is not None:
         _die(die_after)
     processes = int(os.environ.get(PROCESSES, "1"))

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prune
 from lightning_prune import OneShot, Reinitialise, Ridge, SPvRPruning, StructuredPruning
 from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.models import ResNetCIFAR, SegNet
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.structure import StructureError
@@ -28,8 +28,8 @@ from tests.scoring.spvr import reference
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latencies and pictures take longer than the training."""
-    monkeypatch.setattr(Showing, "measure", lambda self, traced, size, dense=None: size)
-    monkeypatch.setattr(Showing, "finish", lambda *_: None)
+    monkeypatch.setattr(ReportWriter, "measure", lambda self, traced, size, dense=None: size)
+    monkeypatch.setattr(ReportWriter, "finish", lambda *_: None)
 
 
 def block(inputs: int, outputs: int) -> list[nn.Module]:

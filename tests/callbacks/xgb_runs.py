@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, XGBoost, XGBPruning
-from lightning_prune.callbacks import score_display, showing
+from lightning_prune.callbacks import report_writer, score_display
 from lightning_prune.reporting import Timing
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of
@@ -190,6 +190,6 @@ class Interrupted(BaseException):
 
 def quiet_processes() -> None:
     """As the fixtures of the suite do, which processes of their own do not see."""
-    showing.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
-    showing.Showing._pages = lambda self: self.report.pages(pictures=False)  # type: ignore[method-assign]
+    report_writer.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
+    report_writer.ReportWriter._pages = lambda self: self.report.pages(pictures=False)  # type: ignore[method-assign]
     score_display._pictures = lambda *_: []

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 
 import lightning_prune
-from lightning_prune.callbacks import showing
+from lightning_prune.callbacks import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
@@ -164,7 +164,9 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
 def test_a_network_and_a_method(network: str, method: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few epochs on a tiny file; the schedules are shares of the run."""
     write_cifar(in_tmp, monkeypatch)
-    monkeypatch.setattr(showing, "latency", lambda *_: {1: 1.0, 64: 1.0})  # most of the time; measured in other tests
+    monkeypatch.setattr(
+        report_writer, "latency", lambda *_: {1: 1.0, 64: 1.0}
+    )  # most of the time; measured in other tests
     words = [f"--config={network}", f"--config={method}", f"--data.root={in_tmp}", *QUIET]
     words += ["--trainer.max_epochs=5" if network == "cifar10_fourconv" else "--trainer.max_epochs=2"]
     words += ["--model.batch_norm=true"] if (network, method) == ("cifar10_fourconv", "slimming") else []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
-from lightning_prune.callbacks import score_display, showing
+from lightning_prune.callbacks import report_writer, score_display
 from lightning_prune.cli import main, verbs
 from lightning_prune.models import CNNClassifier
 from lightning_prune.reporting import Timing
@@ -23,7 +23,7 @@ AT_ONCE = ["--trainer.callbacks.schedule.at=0", "--trainer.callbacks.samples=300
 @pytest.fixture(autouse=True)
 def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "find_spec", lambda name: None)  # W&B takes seconds to start
-    monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
+    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
     monkeypatch.setattr(score_display, "_pictures", lambda *_: [])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, StructuredPruning
-from lightning_prune.callbacks.showing import Showing
+from lightning_prune.callbacks.report_writer import ReportWriter
 from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, Statistic, criteria
 from lightning_prune.scoring.spvr.criterion import MaskingStatistic
 from tests.scoring.references import shares
@@ -40,8 +40,8 @@ class Net(LightningModule):
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """Latencies and pictures take longer than the training."""
-    monkeypatch.setattr(Showing, "measure", lambda self, traced, size, dense=None: size)
-    monkeypatch.setattr(Showing, "finish", lambda *_: None)
+    monkeypatch.setattr(ReportWriter, "measure", lambda self, traced, size, dense=None: size)
+    monkeypatch.setattr(ReportWriter, "finish", lambda *_: None)
 
 
 def fit(callback, tmp_path, model, val=False, **settings):

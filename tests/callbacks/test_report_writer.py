@@ -27,8 +27,8 @@ from lightning_prune import (
     SaveEachSize,
     StructuredPruning,
 )
-from lightning_prune.callbacks import showing, wandb_run
-from lightning_prune.callbacks.showing import Pace
+from lightning_prune.callbacks import report_writer, wandb_run
+from lightning_prune.callbacks.report_writer import Pace
 from lightning_prune.reporting import Timing
 from tests.callbacks.networks import BATCHES, Curves, fit, loader, make, refit, trainer
 from tests.support import wandb_files
@@ -134,7 +134,7 @@ def test_dense_and_pruned_are_timed_at_the_same_time(tmp_path: Path, monkeypatch
         timed.append([sum(p.numel() for p in network.parameters()) for network in networks])
         return [{1: Timing(float(len(timed)))}] * len(networks)
 
-    monkeypatch.setattr(showing, "latencies", latencies)
+    monkeypatch.setattr(report_writer, "latencies", latencies)
     pruner = contribution()
     fit(tmp_path, make(), pruner, epochs=5)
     assert timed == [[pruner.report.dense.params], [pruner.report.final.params, pruner.report.dense.params]]
@@ -184,7 +184,7 @@ class Crash(Callback):
 
 def test_wandb_over_a_resume(measured: None, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One W&B run with `watch`, in two parts; what counts is in the files that `wandb sync` sends."""
-    monkeypatch.setattr(showing, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
+    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
 
     def part(name: str | None, *callbacks: Callback, ckpt: Path | None = None) -> Any:
         logger, model = WandbLogger(save_dir=tmp_path, offline=True, id=name), make()

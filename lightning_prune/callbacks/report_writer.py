@@ -1,4 +1,4 @@
-"""What a run shows while it prunes and at its end: numbers for loggers, a table, files."""
+"""Report of a run: values for loggers, a table, and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Size, TracedModel
 
-__all__ = ["Pace", "Showing", "log_now", "split_halves", "step_of"]
+__all__ = ["Pace", "ReportWriter", "log_now", "split_halves", "step_of"]
 
 
 def log_now(trainer: Trainer, numbers: Mapping[str, float], scores: Mapping[str, Tensor] | None = None) -> None:
@@ -67,7 +67,7 @@ def _shown_scores(logger: Logger, scores: Mapping[str, Tensor]) -> dict[str, Any
 
 
 def step_of(trainer: Trainer) -> int:
-    """Where Lightning's own curves are."""
+    """Step of Lightning's own curves."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -92,11 +92,11 @@ class Pace:
     _is_observed: bool = False
 
     def start(self, *, observed: bool) -> None:
-        """A step begins."""
+        """Start a step."""
         self._began, self._is_observed = perf_counter(), observed
 
     def stop(self) -> None:
-        """The step has ended."""
+        """End a step."""
         if self._began is not None:
             (self.observed if self._is_observed else self.plain).append(perf_counter() - self._began)
 
@@ -122,15 +122,15 @@ def _home(trainer: Trainer) -> Path:
     return home / str(name) / (version if isinstance(version, str) else f"version_{version}")
 
 
-class Showing:
-    """The report of one run and where it goes.
+class ReportWriter:
+    """Writes the report of a run.
 
     Args:
-        report: What was collected.
-        trainer: The run.
+        report: The report.
+        trainer: The trainer of the run.
         dirpath: The user's folder, if any.
-        runs: Tell this run's files from another's: an id of each pruning callback in it.
-        place: Which of these it is whose report this is; the later ones have a number in their name.
+        runs: Ids of the run's pruning callbacks, to recognise files of other runs.
+        place: Index of this report's callback among them; file names of later ones are numbered.
     """
 
     def __init__(self, report: Report, trainer: Trainer, dirpath: str | None, runs: Sequence[str], place: int) -> None:
