@@ -52,7 +52,7 @@ def prune(
     example: Any = None,
     *,
     pruning_ratio: float | dict[str, float] | None = None,
-    budget: float | int | dict[str, float | int] | None = None,
+    budget: int | float | dict[str, int | float] | None = None,
     criterion: Criterion | None = None,
     scope: ScopeKind | Scope = "local",
     layers: str | list[str] | None = None,

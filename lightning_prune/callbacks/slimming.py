@@ -59,7 +59,7 @@ class NetworkSlimming(StructuredPruning):
     def __init__(
         self,
         pruning_ratio: float | dict[str, float] | None = None,
-        budget: float | int | dict[str, float | int] | None = None,
+        budget: int | float | dict[str, int | float] | None = None,
         penalty: Penalty | None = None,
         criterion: Criterion | None = None,
         schedule: Schedule | None = None,

@@ -115,7 +115,7 @@ class SPvRPruning(NetworkPruning):
 
     def __init__(
         self,
-        budget: float | int | dict[str, float | int],
+        budget: int | float | dict[str, int | float],
         group_size: int = 4,
         samples_per_class: int = 50,
         reinit: bool | Reinitialise = True,

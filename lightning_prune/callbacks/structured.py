@@ -115,7 +115,7 @@ class StructuredPruning(NetworkPruning):
     def __init__(
         self,
         pruning_ratio: float | dict[str, float] | None = None,
-        budget: float | int | dict[str, float | int] | None = None,
+        budget: int | float | dict[str, int | float] | None = None,
         criterion: Criterion | None = None,
         schedule: Schedule | None = None,
         scope: ScopeKind | Scope = "local",

@@ -138,7 +138,7 @@ class XGBPruning(NamesHead, NetworkPruning):
         quantile: float | None = None,
         gain: float | None = None,
         pruning_ratio: float | None = None,
-        budget: float | int | dict[str, float | int] | None = None,
+        budget: int | float | dict[str, int | float] | None = None,
         depth: Depth | None = None,
         head: str | list[str] | None = None,
         reduction: Literal["avg", "max"] = "avg",

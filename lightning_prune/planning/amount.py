@@ -68,7 +68,7 @@ class Amount:
         quantile: float | None = None,
         gain: float | None = None,
         pruning_ratio: float | None = None,
-        budget: float | int | dict[str, float | int] | None = None,
+        budget: int | float | dict[str, int | float] | None = None,
     ) -> Amount:
         """The amount for the given argument; ``gain=0.99`` by default.
 

@@ -124,7 +124,7 @@ class Schedule(Settings, ABC):
 
     @property
     @abstractmethod
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         """Moments and intervals of the schedule's arguments."""
 
     def resolve_unit(self, run: RunLength) -> Literal["epoch", "step"]:
@@ -221,7 +221,7 @@ class OneShot(Schedule):
 
     @property
     @override
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         return (self.at,)
 
     @override
@@ -245,7 +245,7 @@ class AtStart(Schedule):
 
     @property
     @override
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         return (0,)
 
     @override
@@ -289,7 +289,7 @@ class Spread(Schedule):
 
     @property
     @override
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         return (self.start, self.end, self.every)
 
     @override
@@ -365,7 +365,7 @@ class Geometric(Schedule):
 
     @property
     @override
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         return (self.start, self._last, self.every)
 
     @property
@@ -423,7 +423,7 @@ class Explicit(Schedule):
 
     @property
     @override
-    def marks(self) -> tuple[float | int | None, ...]:
+    def marks(self) -> tuple[int | float | None, ...]:
         return tuple(moment for moment, _ in self.cuts)
 
     @override

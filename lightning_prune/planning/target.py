@@ -33,7 +33,7 @@ class Target:
     """
 
     quantity: Quantity
-    remaining: float | int | Mapping[str, float]
+    remaining: int | float | Mapping[str, float]
 
     def __post_init__(self) -> None:
         if self.quantity not in get_args(Quantity):
@@ -60,7 +60,7 @@ class Target:
     def of(
         cls,
         pruning_ratio: float | Mapping[str, float] | None = None,
-        budget: float | int | Mapping[str, float | int] | None = None,
+        budget: int | float | Mapping[str, int | float] | None = None,
     ) -> Target:
         """The target for a ``pruning_ratio`` or a ``budget``, of which exactly one must be given.
 
@@ -164,7 +164,7 @@ def _ratio(ratio: float, what: str, *, whole: bool = False) -> float:
     return float(ratio)
 
 
-def _budget(budget: object) -> tuple[Quantity, float | int]:
+def _budget(budget: object) -> tuple[Quantity, int | float]:
     if not isinstance(budget, Mapping):
         return "params", cast(float, budget)
     if len(budget) != 1:
