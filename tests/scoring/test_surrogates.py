@@ -368,7 +368,7 @@ def test_settings_out_of_range(make: Callable[[], Surrogate], message: str) -> N
 def test_without_xgboost(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = table()
     monkeypatch.setitem(sys.modules, "xgboost", None)
-    with pytest.raises(ModuleNotFoundError, match=r'`xgboost` is needed here.*"lightning-prune\[xgb\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'`xgboost` is needed here.*extra `xgb`: pip install .*"xgboost>=3"'):
         XGBoost().fit(features, labels, split_samples(labels, "classification"))
 
 

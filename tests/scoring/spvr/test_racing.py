@@ -80,8 +80,8 @@ def test_races_cost_less():
     places, _ = sites(model, structure, data)
     options = RankingOptions(group_size=1)
     whole = rank(model, data, places, options)
-    exact = rank_by_race(model, data, places, options, Race("exact", least(10), samples=1))
-    statistical = rank_by_race(model, data, places, options, Race("statistical", least(10), samples=1))
+    exact = rank_by_race(model, data, places, options, Race("exact", least(10), samples=10))
+    statistical = rank_by_race(model, data, places, options, Race("statistical", least(10), samples=10))
     assert exact.macs < 0.8 * whole.macs
     assert statistical.macs < exact.macs
     assert not all(found.all() for found in exact.complete.values())
