@@ -245,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {room} | {possible:,} | {len(own)} | {found} | {quickly} |")
     lines += ["", "| lived | kind | was | became |", "|---|---|---|---|"]
     for row in (row for row in rows if not row["found"]):
-        was, became = (" ".join(row[key].split())[:80].replace("|", "\\|") for key in ("old", "new"))
+        was, became = (" ".join(row[key].split())[:80].replace("|", "\\|").replace("`", "'") for key in ("old", "new"))
         lines.append(f"| {row['file']}:{row['line']} | {row['kind']} | `{was}` | `{became}` |")
     return "\n".join(lines)
 

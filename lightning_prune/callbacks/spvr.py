@@ -65,14 +65,14 @@ class SPvRPruning(NetworkPruning):
     activations correlate form groups; each group is masked alone, and its importance is the number of predictions that
     change plus the change of the predicted class's probability, summed over samples. The groups of the whole network
     are sorted by this importance, and the lowest are removed. Layers have no minimum width: a layer that loses all its
-        groups is removed with its norm and activation, and with its pooling or stride if its whole stage is removed;
-        its input goes to the next layer. Then all weights and the optimizer's state are reinitialised, and the small
-        network trains from scratch.
+    groups is removed with its norm and activation, and with its pooling or stride if its whole stage is removed;
+    its input goes to the next layer. Then all weights and the optimizer's state are reinitialised, and the small
+    network trains from scratch.
 
     It prunes once: before the first training batch, or at the point its schedule gives. The layers that read the
-        network's input keep their best group, and so do layers that cannot be removed (because they change the size of
-        a map that later layers need, for example); the report lists them. The module's ``forward`` has to return class
-        scores.
+    network's input keep their best group, and so do layers that cannot be removed (because they change the size of
+    a map that later layers need, for example); the report lists them. The module's ``forward`` has to return class
+    scores.
 
     Args:
         budget: Parameters that remain: ``{"params": 0.1}`` or 0.1 for a tenth, ``{"params": 50_000}`` for a count. The
