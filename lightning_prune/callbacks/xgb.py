@@ -88,7 +88,7 @@ class XGBPruning(NamesHead, NetworkPruning):
         depth: Also cut the network in depth, after the layer (in a residual network: the block) with the best μ,
             ``"argmax"``, the paper's choice; or after the first one whose μ is within a tolerance of the best, such as
             0.02. Of equal ones the shallower is chosen. Later layers become the identity, and the first layer of the
-            head is created anew if its number of input channels changes. Importances are then taken over the layers
+            head is rebuilt if its number of input channels changes. Importances are then taken over the layers
             that are left; the head is not pruned. By default the depth is kept.
         head: With ``depth``: names or globs of the modules of the head; by default everything after the last
             convolution and its norm.

@@ -21,7 +21,7 @@ __all__ = ["Timing", "latencies", "latency", "size_on_disk", "versions"]
 
 _PACKAGES = ("lightning-prune", "lightning", "torch", "torchmetrics", "numpy")
 
-# Times that each network is timed anew: a machine is busy for seconds, not for milliseconds.
+# Times that each network is timed: a machine is busy for seconds, not for milliseconds.
 _ROUNDS = 5
 
 

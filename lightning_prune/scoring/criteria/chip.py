@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.statistics import ActivationStatistic, Half, Target, per_unit
-from lightning_prune.structure.graph import Structure
+from lightning_prune.scoring.feature_maps import FeatureMapCriterion
 
-__all__ = ["CHIP", "IndependenceStatistic"]
-
-
-@final
-class IndependenceStatistic(ActivationStatistic):
-    """Channel independence at the inputs of the next layers, averaged over consumers.
-
-    Args:
-        structure: The network's groups.
-        samples: Use only this many samples of each batch, as each takes a singular value decomposition per unit.
-    """
-
-    def __init__(self, structure: Structure, samples: int) -> None:
-        super().__init__(structure)
-        self.samples = samples
-        self.declare("score", "sum")
-
-    def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:  # noqa: ARG002
-        """Record what the nuclear norm of all feature maps loses without each of them."""
-        for name, source, inputs in targets:
-            maps = per_unit(layer, activation, inputs)[: self.samples].flatten(2)
-            bad = ~maps.isfinite().all()
-            maps = torch.where(bad, 0, maps)
-            lost = []
-            for unit in range(maps.shape[1]):
-                others = maps.clone()
-                others[:, unit] = 0
-                lost.append(_nuclear(maps) - _nuclear(others))
-            independence = torch.stack(lost, 1).clamp(min=0).sum(0)  # below 0 by rounding only
-            self.record(name, source, len(maps), score=torch.where(bad, torch.nan, independence))
-
-    def estimate(self, name: str, half: Half = None) -> Tensor:
-        """Mean independence."""
-        return self.per_pass("score", name, half).mean(0)
+__all__ = ["CHIP"]
 
 
 def _nuclear(matrices: Tensor) -> Tensor:
@@ -56,7 +20,7 @@ def _nuclear(matrices: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class CHIP(ObservingCriterion):
+class CHIP(FeatureMapCriterion):
     r"""Channel independence, :math:`\overline{\lVert A \rVert_* - \lVert A_{-k} \rVert_*}` (CHIP: Sui et al., 2021).
 
     :math:`A` has one row per unit, its flattened feature map of one sample at the input of the next layer;
@@ -72,14 +36,13 @@ class CHIP(ObservingCriterion):
         ValueError: If an argument is below 1.
     """
 
-    every_n_batches: int = 10
-    samples: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"CHIP: expected `samples` to be at least 1, got {self.samples}.")
-
-    def statistic(self, structure: Structure) -> IndependenceStatistic:
-        """Channel independence."""
-        return IndependenceStatistic(structure, self.samples)
+    @staticmethod
+    def measure(maps: Tensor) -> Tensor:
+        """What the nuclear norm of all feature maps loses without each of them."""
+        rows, lost = maps.flatten(2), []
+        whole = _nuclear(rows)
+        for unit in range(rows.shape[1]):
+            others = rows.clone()
+            others[:, unit] = 0
+            lost.append(whole - _nuclear(others))
+        return torch.stack(lost, 1).clamp(min=0)  # below 0 by rounding only

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.statistics import ActivationStatistic, Half, Target, per_unit
-from lightning_prune.structure.graph import Structure
+from lightning_prune.scoring.feature_maps import FeatureMapCriterion
 
-__all__ = ["HRank", "RankStatistic"]
-
-
-@final
-class RankStatistic(ActivationStatistic):
-    """Ranks of the units' feature maps at the inputs of the next layers, averaged over consumers.
-
-    Args:
-        structure: The network's groups.
-        samples: Use only this many samples of each batch, as every map needs a singular value decomposition.
-    """
-
-    def __init__(self, structure: Structure, samples: int) -> None:
-        super().__init__(structure)
-        self.samples = samples
-        self.declare("score", "sum")
-
-    def see(self, layer: nn.Module, activation: Tensor, output: Tensor, targets: Sequence[Target]) -> None:  # noqa: ARG002
-        """Record the ranks of feature maps."""
-        for name, source, inputs in targets:
-            maps = _matrices(per_unit(layer, activation, inputs)[: self.samples])
-            bad = ~maps.isfinite().all()
-            rank = torch.linalg.matrix_rank(torch.where(bad, 0, maps)).to(maps.dtype).sum(0)
-            self.record(name, source, len(maps), score=torch.where(bad, torch.nan, rank))
-
-    def estimate(self, name: str, half: Half = None) -> Tensor:
-        """Mean ranks."""
-        return self.per_pass("score", name, half).mean(0)
+__all__ = ["HRank"]
 
 
 def _matrices(x: Tensor) -> Tensor:
@@ -54,7 +24,7 @@ def _matrices(x: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class HRank(ObservingCriterion):
+class HRank(FeatureMapCriterion):
     r"""Average rank of the unit's feature maps, :math:`\overline{\operatorname{rank}(a_k)}` (HRank: Lin et al., 2020).
 
     Maps are taken at the input of the next layer. Pixels flattened for a Linear are reshaped to the squarest matrix,
@@ -70,14 +40,8 @@ class HRank(ObservingCriterion):
         ValueError: If an argument is below 1.
     """
 
-    every_n_batches: int = 10
-    samples: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"HRank: expected `samples` to be at least 1, got {self.samples}.")
-
-    def statistic(self, structure: Structure) -> RankStatistic:
+    @staticmethod
+    def measure(maps: Tensor) -> Tensor:
         """Ranks of feature maps."""
-        return RankStatistic(structure, self.samples)
+        ranks: Tensor = torch.linalg.matrix_rank(_matrices(maps))
+        return ranks
