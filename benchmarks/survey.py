@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import EVIDENCE, fill, here
+from benchmarks.common import EVIDENCE, computed, fill
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Axes, Call, Frozen, Structure, TracedModel, trace
 from lightning_prune.surgery import cut, mask
 
-PAGE = EVIDENCE / "engine" / "survey.json"
+ROWS = EVIDENCE / "engine" / "survey.jsonl"
 
 #: Below this a difference in float64 is one of rounding.
 _EXACT = 1e-10
@@ -322,18 +322,16 @@ def out_of_reach(structure: Structure, parameters: Sequence[str]) -> dict[str, f
 def survey(names: Sequence[str], *, resume: bool) -> tuple[dict[str, Any], str]:
     """Every network, or those named (a family's name stands for its networks).
 
-    With `resume`, what is stored stays, and of all networks those that are missing are run.
+    Each row is stored as soon as it is there; with `resume`, those that are stored are taken.
     """
-    rows: dict[str, Any] = json.loads(PAGE.read_text(encoding="utf-8"))["rows"] if resume and PAGE.is_file() else {}
-    families = catalogue()
-    for family, members in families.items():
-        for name in members:
-            if (name in rows) if not names else name not in names and family not in names:
-                continue
-            rows[name] = {**_apart(name, family), "at": here()}
-            print(name, json.dumps(rows[name]), flush=True)
-    order = [name for members in families.values() for name in members if name in rows]
-    rows = {name: rows[name] for name in order}
+    jobs = [
+        {"network": name, "family": family}
+        for family, members in catalogue().items()
+        for name in members
+        if not names or name in names or family in names
+    ]
+    run = computed(jobs, lambda job: _apart(job["network"], job["family"]), ROWS, resume=resume)
+    rows = {row["network"]: row for row in run}
     fill(EVIDENCE.parent / "architectures.md", f"{summary(rows)}\n\n{by_reason(rows)}")
     return {"rows": rows}, survey_table(rows)
 
