@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.common import quiet_fit
 from benchmarks.spvr_networks import balanced, cifar10, resnet56_projection, vgg16
 from lightning_prune import L1, Random, SPvRPruning, prune
-from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.report_writer import ReportWriter
+from lightning_prune.callbacks.display.report_writer import ReportWriter
+from lightning_prune.callbacks.methods import spvr as callback_file
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.planning import ranked
 from lightning_prune.scoring import Criterion

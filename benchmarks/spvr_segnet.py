@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from benchmarks.common import quiet_fit, shown
 from lightning_prune import L1, Random, Reinitialise, SPvRPruning, prune
-from lightning_prune.callbacks.report_writer import ReportWriter
+from lightning_prune.callbacks.display.report_writer import ReportWriter
 from lightning_prune.data import Shapes
 from lightning_prune.extras import require
 from lightning_prune.models import SegNet

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_prune.arguments import require_type
-from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.compiled import eager, reset_compiled
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.scheduled import require_names, warn_of_kept_units
 from lightning_prune.callbacks.traced_models import require_network, traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select

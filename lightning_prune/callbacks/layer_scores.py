@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_prune.callbacks.processes import gathered, run_on_rank_zero
+from lightning_prune.callbacks.lightning.processes import gathered, run_on_rank_zero
 from lightning_prune.planning import Amount, Depth, Plan, Target, best_depth, best_unit, plan_by_use
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint

@@ -14,19 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import ManualAverages
-from lightning_prune.callbacks.compiled import eager, reset_compiled
+from lightning_prune.callbacks.display.report_writer import ReportWriter, log_now
+from lightning_prune.callbacks.display.status import log_status
 from lightning_prune.callbacks.extensions.applied import Extensions
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext, require_one_restart
 from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
 from lightning_prune.callbacks.heads import backbone_in
+from lightning_prune.callbacks.lightning.averages import ManualAverages
+from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
+from lightning_prune.callbacks.lightning.monitors import reset_monitors
+from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, run_on_rank_zero
 from lightning_prune.callbacks.live_transaction import live_transaction
-from lightning_prune.callbacks.monitors import reset_monitors
-from lightning_prune.callbacks.processes import all_or_none, from_rank_zero, run_on_rank_zero
-from lightning_prune.callbacks.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Plan, Schedule

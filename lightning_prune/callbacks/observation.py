@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks.compiled import eager
-from lightning_prune.callbacks.processes import in_exception, merged
+from lightning_prune.callbacks.lightning.compiled import eager
+from lightning_prune.callbacks.lightning.processes import in_exception, merged
 from lightning_prune.scoring import Statistic
 
 __all__ = ["Observation"]

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.callbacks.progress import run_length
+from lightning_prune.callbacks.lightning.progress import run_length
 from lightning_prune.planning import CutPoint
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery import Edit, Replace, history_of, transform_stored

@@ -16,13 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_prune.arguments import require_type
-from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.compatibility import require_compatible
-from lightning_prune.callbacks.progress import is_fast_dev_run, now, run_length
-from lightning_prune.callbacks.report_writer import Pace, ReportWriter, log_now
+from lightning_prune.callbacks.display.report_writer import Pace, ReportWriter, log_now
+from lightning_prune.callbacks.display.wandb_run import wandb_run
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.compatibility import require_compatible
+from lightning_prune.callbacks.lightning.progress import is_fast_dev_run, now, run_length
+from lightning_prune.callbacks.lightning.spawned import patch_spawn_launcher, return_history
 from lightning_prune.callbacks.session import CutMade, Participant, Session
-from lightning_prune.callbacks.spawned import patch_spawn_launcher, return_history
-from lightning_prune.callbacks.wandb_run import wandb_run
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
 from lightning_prune.structure import Size

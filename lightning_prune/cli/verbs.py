@@ -32,8 +32,8 @@ import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
 import lightning_prune.scoring.criteria
+from lightning_prune.callbacks.display.wandb_run import log_checkpoints
 from lightning_prune.callbacks.scheduled import ScheduledPruning
-from lightning_prune.callbacks.wandb_run import log_checkpoints
 from lightning_prune.cli import runs
 from lightning_prune.cli.bar import SizeProgressBar
 from lightning_prune.cli.checkpoints import BestCheckpoint, with_checkpoints

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
 from lightning_prune.surgery import History, Reinitialise, history_of, replay
 
 __all__ = ["InitialNetwork"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.reporting import Timing
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import lightning_prune
 from lightning_prune import LinearSchedule
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of
 from tests.callbacks import networks

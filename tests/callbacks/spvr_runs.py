@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_prune import SPvRPruning
-from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.report_writer import ReportWriter
+from lightning_prune.callbacks.display.report_writer import ReportWriter
+from lightning_prune.callbacks.methods import spvr as callback_file
 from lightning_prune.surgery import history_of
 from tests.callbacks.small import trainer
 from tests.callbacks.test_spvr import Chain, images

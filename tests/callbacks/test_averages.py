@@ -23,7 +23,7 @@ from lightning_prune import (
     StructuredPruning,
     load_from_checkpoint,
 )
-from lightning_prune.callbacks.averages import averages, counts
+from lightning_prune.callbacks.lightning.averages import averages, counts
 from lightning_prune.planning import AtStart, Explicit
 from lightning_prune.surgery import history_of, take
 from lightning_prune.surgery.tensors import named

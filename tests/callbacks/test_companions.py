@@ -54,7 +54,7 @@ from lightning_prune import (
     StructuredPruning,
     load_from_checkpoint,
 )
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.lightning.averages import averages
 from tests.callbacks.networks import Curves, Net, Stream, equal, fit, make, samples, weights, widths
 from tests.callbacks.test_ddp import SETTINGS
 from tests.callbacks.test_runs import Gan

@@ -29,7 +29,8 @@ from lightning_prune import (
     Taylor,
     load_from_checkpoint,
 )
-from lightning_prune.callbacks import live_transaction, network_pruning, structured
+from lightning_prune.callbacks import live_transaction, network_pruning
+from lightning_prune.callbacks.methods import structured
 from lightning_prune.surgery import CutError, history_of, shrink, verify
 from lightning_prune.surgery.repairs import repair
 from tests.callbacks.contents import attributes, content, differences, untimed

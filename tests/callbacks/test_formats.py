@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule, MagnitudePruning, load_from_checkpoint
-from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
 from lightning_prune.surgery import history_of, masks, masks_of, revived
 from lightning_prune.surgery.history import KEY, VERSION
 from tests.callbacks.networks import Net, fit, loader, make, trainer, widths

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.reporting import Timing
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths

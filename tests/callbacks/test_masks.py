@@ -33,7 +33,7 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.callbacks import masking
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.callbacks.masking import MaskPruning
 from lightning_prune.models import MLPClassifier
 from lightning_prune.planning import NoEffectWarning, granularity

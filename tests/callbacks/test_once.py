@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import AtStart, LinearSchedule, MagnitudePruning, OneShot, Ridge, load_from_checkpoint
 from lightning_prune.callbacks import Decision, NetworkPruning, live_transaction
-from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.processes import broadcast_plan
+from lightning_prune.callbacks.lightning.averages import averages
+from lightning_prune.callbacks.lightning.processes import broadcast_plan
 from lightning_prune.planning import CutPoint, Plan
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Size, Structure

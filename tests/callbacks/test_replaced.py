@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune import load_from_checkpoint
-from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
+from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import LayerSpec, history_of, tensors, transaction

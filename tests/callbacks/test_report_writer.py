@@ -27,8 +27,8 @@ from lightning_prune import (
     SaveEachSize,
     StructuredPruning,
 )
-from lightning_prune.callbacks import report_writer, wandb_run
-from lightning_prune.callbacks.report_writer import Pace
+from lightning_prune.callbacks.display import report_writer, wandb_run
+from lightning_prune.callbacks.display.report_writer import Pace
 from lightning_prune.reporting import Timing
 from tests.callbacks.networks import BATCHES, Curves, fit, loader, make, refit, trainer
 from tests.support import wandb_files

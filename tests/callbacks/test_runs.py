@@ -19,7 +19,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule, OneShot, StructuredPruning
-from lightning_prune.callbacks import live_transaction, network_pruning, structured
+from lightning_prune.callbacks import live_transaction, network_pruning
+from lightning_prune.callbacks.methods import structured
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.surgery import CutError, history_of
 from tests.callbacks.networks import (

@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_same_run(name, tmp_path):
 
 def test_scaled_gradients_are_pulled_by_as_much(tmp_path):
     """An optimizer that unscales by itself gets a scaled pull: the same weights with and without a scaler."""
-    from lightning_prune.callbacks.slimming import _scale
+    from lightning_prune.callbacks.methods.slimming import _scale
 
     class Precision:
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)

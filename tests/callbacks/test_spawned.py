@@ -11,7 +11,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, weights, widths

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
 from lightning_prune import OneShot, Reinitialise, Ridge, SPvRPruning, StructuredPruning
-from lightning_prune.callbacks import spvr as callback_file
-from lightning_prune.callbacks.report_writer import ReportWriter
+from lightning_prune.callbacks.display.report_writer import ReportWriter
+from lightning_prune.callbacks.methods import spvr as callback_file
 from lightning_prune.models import ResNetCIFAR, SegNet
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.structure import StructureError

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lightning_prune.callbacks import status as module
-from lightning_prune.callbacks.status import log_status
+from lightning_prune.callbacks.display import status as module
+from lightning_prune.callbacks.display.status import log_status
 
 
 def a_run(*, bar=None, first=True):

@@ -36,7 +36,7 @@ from lightning_prune import (
     Taylor,
     load_from_checkpoint,
 )
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks import ranked

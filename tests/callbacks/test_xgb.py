@@ -31,7 +31,7 @@ from lightning_prune import (
     XGBoost,
     XGBPruning,
 )
-from lightning_prune.callbacks import score_display
+from lightning_prune.callbacks.display import score_display
 from lightning_prune.models import ResNetCIFAR
 from lightning_prune.planning import NoEffectWarning
 from lightning_prune.reporting import layer_parameters

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, XGBoost, XGBPruning
-from lightning_prune.callbacks import report_writer, score_display
+from lightning_prune.callbacks.display import report_writer, score_display
 from lightning_prune.reporting import Timing
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 
 import lightning_prune
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
-from lightning_prune.callbacks import report_writer, score_display
+from lightning_prune.callbacks.display import report_writer, score_display
 from lightning_prune.cli import main, verbs
 from lightning_prune.models import CNNClassifier
 from lightning_prune.reporting import Timing

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lightning_prune
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.models import ImageClassifier, ResNetCIFAR
 from lightning_prune.reporting import Timing

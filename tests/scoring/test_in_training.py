@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, StructuredPruning
-from lightning_prune.callbacks.report_writer import ReportWriter
+from lightning_prune.callbacks.display.report_writer import ReportWriter
 from lightning_prune.scoring import Contribution, Criterion, GradientStatistic, Statistic, criteria
 from lightning_prune.scoring.spvr.criterion import MaskingStatistic
 from tests.scoring.references import shares

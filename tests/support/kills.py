@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule
-from lightning_prune.callbacks import report_writer
+from lightning_prune.callbacks.display import report_writer
 from lightning_prune.callbacks.network_pruning import NetworkPruning
 from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of

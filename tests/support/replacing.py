@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_prune import load_from_checkpoint
-from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.checkpoints import keep_history
-from lightning_prune.callbacks.processes import all_or_none, assert_same_parameters, unwrapped
+from lightning_prune.callbacks.lightning.averages import averages
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.extras import require
 from lightning_prune.planning import Scope, Target, make_plan

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_prune import GradualUnfreezing, OneShot, XGBoost, XGBPruning
-from lightning_prune.callbacks import score_display
+from lightning_prune.callbacks.display import score_display
 from lightning_prune.scoring.xgb import LayerScore, LayerScorer
 from tests.support import xgb_reference as reference
 from tests.support.kills import one_start

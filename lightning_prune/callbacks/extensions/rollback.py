@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import averages, count_from, counts
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
-from lightning_prune.callbacks.processes import unwrapped
+from lightning_prune.callbacks.lightning.averages import averages, count_from, counts
+from lightning_prune.callbacks.lightning.processes import unwrapped
 from lightning_prune.reporting import Report, require
 from lightning_prune.surgery import Edit, History, history_of, match_checkpoint_shapes
 

@@ -8,9 +8,9 @@ from typing import final
 
 from typing_extensions import override
 
-from lightning_prune.callbacks.averages import validation_weights
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
-from lightning_prune.callbacks.progress import is_fast_dev_run
+from lightning_prune.callbacks.lightning.averages import validation_weights
+from lightning_prune.callbacks.lightning.progress import is_fast_dev_run
 from lightning_prune.reporting import SizeCheckpoint
 
 __all__ = ["SaveEachSize"]

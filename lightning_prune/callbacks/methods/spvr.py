@@ -14,10 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.callbacks.display.ranking_display import RankingProgress
 from lightning_prune.callbacks.extensions.extension import CutExtension
+from lightning_prune.callbacks.lightning.processes import gathered, holds_on_all_ranks, run_on_rank_zero
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import gathered, holds_on_all_ranks, run_on_rank_zero
-from lightning_prune.callbacks.ranking_display import RankingProgress
 from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import CutPoint, NoEffectWarning, Plan, Schedule, Target, select
 from lightning_prune.planning.ranked import Ranked, RankedPlan, by_stage, in_order, plan_ranked

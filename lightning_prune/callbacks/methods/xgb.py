@@ -13,14 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_prune.callbacks.display.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.extensions import CutExtension, ReestimateIfBetter
 from lightning_prune.callbacks.heads import NamesHead, backbone_in
 from lightning_prune.callbacks.layer_scores import Mode, Scored, ScoreOptions, ScoringRun
+from lightning_prune.callbacks.lightning.processes import broadcast_plan, run_on_rank_zero, same_buffers
+from lightning_prune.callbacks.lightning.progress import now
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.processes import broadcast_plan, run_on_rank_zero, same_buffers
-from lightning_prune.callbacks.progress import now
 from lightning_prune.callbacks.scheduled import instance_of
-from lightning_prune.callbacks.score_display import ScoreProgress, show_scores, sizes_at_thresholds, table_of
 from lightning_prune.callbacks.traced_models import inputs_of
 from lightning_prune.callbacks.training_data import require_readable, training_data
 from lightning_prune.planning import (

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 
-from lightning_prune.callbacks.checkpoints import keep_history
+from lightning_prune.callbacks.lightning.checkpoints import keep_history
 from lightning_prune.reporting import Report
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 

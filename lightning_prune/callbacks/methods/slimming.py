@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack, override
 
+from lightning_prune.callbacks.methods.structured import StructuredOptions, StructuredPruning
 from lightning_prune.callbacks.scheduled import instance_of
-from lightning_prune.callbacks.structured import StructuredOptions, StructuredPruning
 from lightning_prune.planning import AtStart, NoEffectWarning, OneShot, Schedule, Scope, ScopeKind
 from lightning_prune.scoring import BNScale, Criterion
 from lightning_prune.structure import Structure

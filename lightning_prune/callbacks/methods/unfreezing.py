@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from lightning_prune.callbacks.checkpoints import StatefulCallback, keep_history
-from lightning_prune.callbacks.compatibility import require_compatible
-from lightning_prune.callbacks.compiled import reset_compiled
+from lightning_prune.callbacks.display.report_writer import log_now
 from lightning_prune.callbacks.heads import NamesHead
-from lightning_prune.callbacks.optimizer_groups import add_group, without_optimizer
-from lightning_prune.callbacks.processes import unwrapped
-from lightning_prune.callbacks.progress import is_fast_dev_run, run_length
-from lightning_prune.callbacks.report_writer import log_now
+from lightning_prune.callbacks.lightning.checkpoints import StatefulCallback, keep_history
+from lightning_prune.callbacks.lightning.compatibility import require_compatible
+from lightning_prune.callbacks.lightning.compiled import reset_compiled
+from lightning_prune.callbacks.lightning.optimizer_groups import add_group, without_optimizer
+from lightning_prune.callbacks.lightning.processes import unwrapped
+from lightning_prune.callbacks.lightning.progress import is_fast_dev_run, run_length
 from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.reporting import require
 from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.status import log_status
-from lightning_prune.callbacks.wandb_run import log_checkpoints, log_report
+from lightning_prune.callbacks.display.status import log_status
+from lightning_prune.callbacks.display.wandb_run import log_checkpoints, log_report
 from lightning_prune.extras import require
 from lightning_prune.reporting import Report, Scores, latencies, layer_parameters, size_on_disk, timed
 from lightning_prune.reporting.grid import console_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from lightning_prune.callbacks.structured import StructuredPruning
+from lightning_prune.callbacks.methods.structured import StructuredPruning
 from lightning_prune.scoring import Contribution
 
 __all__ = ["ContributionPruning"]

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.callbacks.display.report_writer import split_halves
+from lightning_prune.callbacks.display.status import log_status
 from lightning_prune.callbacks.extensions.extension import CutExtension
-from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.observation import Observation
-from lightning_prune.callbacks.processes import (
+from lightning_prune.callbacks.lightning.processes import (
     all_or_none,
     broadcast_plan,
     gathered,
@@ -22,10 +22,10 @@ from lightning_prune.callbacks.processes import (
     merged,
     on_rank_zero,
 )
-from lightning_prune.callbacks.report_writer import split_halves
+from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
+from lightning_prune.callbacks.observation import Observation
 from lightning_prune.callbacks.scheduled import instance_of, warn_of_kept_units
 from lightning_prune.callbacks.session import CutMade, Participant
-from lightning_prune.callbacks.status import log_status
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
     CutPoint,

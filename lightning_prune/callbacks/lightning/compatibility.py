@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.callbacks.processes import refuse_strategy
+from lightning_prune.callbacks.lightning.processes import refuse_strategy
 
 __all__ = ["require_compatible"]
 

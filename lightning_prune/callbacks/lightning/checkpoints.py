@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_prune.callbacks.averages import averages
+from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 
 __all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint"]

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_prune.callbacks.display.report_writer import step_of
+from lightning_prune.callbacks.display.wandb_run import log_media
 from lightning_prune.callbacks.layer_scores import Scored
-from lightning_prune.callbacks.report_writer import step_of
-from lightning_prune.callbacks.wandb_run import log_media
 from lightning_prune.planning import dividing_threshold, widths_at
 from lightning_prune.reporting import (
     LayerScores,
