@@ -32,7 +32,7 @@ from lightning_prune.models import CNNClassifier, ResNetCIFAR, load_pretrained
 from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.scoring import Criterion, DataPass, score_groups
 from lightning_prune.structure import Size, Structure, TracedModel, trace
-from lightning_prune.surgery import FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
+from lightning_prune.surgery import Fold, FoldMean, ReestimateBatchNorm, Repair, Ridge, cut, install, repaired
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, normalised
 
@@ -43,10 +43,11 @@ Row = dict[str, Any]
 
 def repairs(batches: int) -> dict[str, tuple[Repair, ...]]:
     """What is compared."""
-    mean, ridge, norm = FoldMean(batches), Ridge(batches), ReestimateBatchNorm(batches)
+    fold, mean, ridge, norm = Fold(batches), FoldMean(batches), Ridge(batches), ReestimateBatchNorm(batches)
     return {
         "none": (),
         "mean": (mean,),
+        "fold": (fold,),
         "BN": (norm,),
         "ridge": (ridge,),
         "ridge + BN": (ridge, norm),

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         XGBoost,
     )
     from lightning_prune.surgery import (
+        Fold,
         FoldMean,
         GroupLasso,
         GrowingL2,
@@ -99,6 +100,7 @@ __all__ = [
     "Element",
     "Explicit",
     "Fisher",
+    "Fold",
     "FoldMean",
     "Geometric",
     "GraSP",
@@ -159,6 +161,7 @@ _ROOM_OF = {
     "Explicit": "planning",
     "FPGM": "scoring",
     "Fisher": "scoring",
+    "Fold": "surgery",
     "FoldMean": "surgery",
     "Geometric": "planning",
     "GraSP": "scoring",

@@ -29,6 +29,7 @@ from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
 from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
 from lightning_prune.surgery.plan_losses import losses_of_plans
 from lightning_prune.surgery.repairs import (
+    Fold,
     FoldMean,
     ReestimateBatchNorm,
     Reinitialise,
@@ -51,6 +52,7 @@ __all__ = [
     "CutError",
     "Drop",
     "Edit",
+    "Fold",
     "FoldMean",
     "GroupLasso",
     "GrowingL2",

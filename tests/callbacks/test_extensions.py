@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_prune
 from lightning_prune import (
     CutExtension,
+    Fold,
     FoldMean,
     LinearSchedule,
     ReestimateBatchNorm,
@@ -31,6 +32,7 @@ from tests.callbacks.networks import Net, fit, make
 
 EPOCHS = 4
 EXTENSIONS = [
+    Fold(batches=2),
     FoldMean(batches=2),
     ReestimateBatchNorm(batches=2),
     ReestimateIfBetter(batches=2),
