@@ -347,6 +347,38 @@ class NetworkPruning(ScheduledPruning):
             raise ValueError(f"{type(self).__name__}: expected no {_MANUAL_AVERAGE.format(found)}")
         return self._manual_averages
 
+    # -- a training batch ---------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._extensions.parts:
+            self._extensions.before_step(self._run(trainer, pl_module), batch, batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._extensions.finish_step()
+        if self._extensions.parts:
+            self._extensions.after_step(self._run(trainer, pl_module))
+
+    @override
+    def finish_batch(self) -> None:
+        super().finish_batch()
+        self._extensions.finish_step()  # a callback may have ended the last batch early
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._extensions.finish_step()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._extensions.finish_step()
+
     # -- a cut --------------------------------------------------------------------------------------------------------
 
     @override

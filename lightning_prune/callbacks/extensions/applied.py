@@ -44,6 +44,21 @@ class Extensions:
         for part in self.parts:
             part.prepare(run)
 
+    def before_step(self, run: RunContext, batch: Any, batch_idx: int) -> None:
+        """Call the hook of each extension."""
+        for part in self.parts:
+            part.before_step(run, batch, batch_idx)
+
+    def after_step(self, run: RunContext) -> None:
+        """Call the hook of each extension."""
+        for part in self.parts:
+            part.after_step(run)
+
+    def finish_step(self) -> None:
+        """Call the hook of each extension."""
+        for part in self.parts:
+            part.finish_step()
+
     def before_cut(self, run: RunContext) -> None:
         """Call the hook of each extension."""
         for part in self.parts:

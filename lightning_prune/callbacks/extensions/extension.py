@@ -68,6 +68,21 @@ class CutExtension(Settings):
     def on_epoch_start(self, run: RunContext) -> None:
         """Called before the first batch of an epoch, and before a cut that is due there."""
 
+    def before_step(self, run: RunContext, batch: Any, batch_idx: int) -> None:
+        """Called before a training batch, after a cut that is due there.
+
+        Args:
+            run: The run.
+            batch: The batch, on its device.
+            batch_idx: Its index in the epoch.
+        """
+
+    def after_step(self, run: RunContext) -> None:
+        """Called after a training batch; ``run.module.log`` may be used."""
+
+    def finish_step(self) -> None:
+        """Called after a training batch, also after one that has failed: to remove hooks."""
+
     def before_cut(self, run: RunContext) -> None:
         """Called right before a cut."""
 

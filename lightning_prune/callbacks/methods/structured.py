@@ -157,6 +157,7 @@ class StructuredPruning(NetworkPruning):
 
     @override
     def finish_batch(self) -> None:
+        super().finish_batch()
         self._observation.stop()  # a callback may have ended the last batch early
 
     @override
