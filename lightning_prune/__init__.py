@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
+        Distill,
         GradualUnfreezing,
         HybridPruning,
         MagnitudePruning,
@@ -97,6 +98,7 @@ __all__ = [
     "ContributionPruning",
     "Cubic",
     "CutExtension",
+    "Distill",
     "Element",
     "Explicit",
     "Fisher",
@@ -157,6 +159,7 @@ _ROOM_OF = {
     "ContributionPruning": "callbacks",
     "Cubic": "planning",
     "CutExtension": "callbacks",
+    "Distill": "callbacks",
     "Element": "planning",
     "Explicit": "planning",
     "FPGM": "scoring",

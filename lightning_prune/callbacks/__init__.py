@@ -1,6 +1,13 @@
 """Lightning callbacks, one per method, and functions for inspecting, pruning and loading networks."""
 
-from lightning_prune.callbacks.extensions import CutExtension, ReestimateIfBetter, Rewind, Rollback, SaveEachSize
+from lightning_prune.callbacks.extensions import (
+    CutExtension,
+    Distill,
+    ReestimateIfBetter,
+    Rewind,
+    Rollback,
+    SaveEachSize,
+)
 from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.lightning.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.lightning.processes import broadcast_plan
@@ -22,6 +29,7 @@ __all__ = [
     "ContributionPruning",
     "CutExtension",
     "Decision",
+    "Distill",
     "GradualUnfreezing",
     "HybridPruning",
     "MagnitudePruning",

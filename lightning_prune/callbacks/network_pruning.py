@@ -32,7 +32,7 @@ from lightning_prune.callbacks.training_data import training_data
 from lightning_prune.planning import AtStart, CutPoint, Plan, Schedule
 from lightning_prune.reporting import Cut, Scores, require, size_of
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import Size, Structure, TracedModel, trace, verify_shapes
+from lightning_prune.structure import Group, Size, Structure, TracedModel, trace, verify_shapes
 from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of, with_history
 
 __all__ = ["Decision", "NetworkPruning"]
@@ -334,14 +334,17 @@ class NetworkPruning(ScheduledPruning):
             self._refuse_manual_averages(trainer, module)
         super().act(trainer, module, batch_idx)
 
+    def _own(self, structure: Structure | None) -> tuple[Group, ...]:
+        """Groups that this callback may cut."""
+        groups = () if structure is None else structure.groups
+        return tuple(group for group in groups if not self.own_groups or group.name in self.own_groups)
+
     def _refuse_manual_averages(self, trainer: Trainer, module: LightningModule) -> ManualAverages:
         """Raise an error for averages that the user's code keeps inside the module, as soon as they are detected."""
         assert self._structure is not None
         if self._manual_averages is None:
-            groups = [group for group in self._structure.groups if not self.own_groups or group.name in self.own_groups]
-            self._manual_averages = ManualAverages(
-                trainer, module, {m.tensor for group in groups for m in group.members}
-            )
+            tensors = {member.tensor for group in self._own(self._structure) for member in group.members}
+            self._manual_averages = ManualAverages(trainer, module, tensors)
         found = self._manual_averages.found()
         if found:
             raise ValueError(f"{type(self).__name__}: expected no {_MANUAL_AVERAGE.format(found)}")
@@ -511,7 +514,8 @@ class NetworkPruning(ScheduledPruning):
         assert self._traced_model is not None
         folder = self.session.writer(self, trainer).folder
         samples = partial(self._samples, trainer, module)
-        return RunContext(trainer, module, self._traced_model, self.report, folder, self._timeline, samples)
+        traced, groups = self._traced_model, self._own(self._structure)
+        return RunContext(trainer, module, traced, groups, self.report, folder, self._timeline, samples)
 
     def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
         """Samples of the training data for extensions, the same in every process.

@@ -19,6 +19,7 @@ import lightning_prune
 from lightning_prune import (
     L2,
     Contribution,
+    Distill,
     Fisher,
     FoldMean,
     GroupLasso,
@@ -124,6 +125,7 @@ AFTER: dict[str, dict[str, Any]] = {
         "optimizer": "adamw",
     },
     "each size": {"pruning": {"extensions": [SaveEachSize()]}},
+    "distill": {"pruning": {"extensions": [Distill()]}},
     "repairs": {"pruning": {"extensions": [FoldMean(), Ridge(), ReestimateBatchNorm()]}},
 }
 
@@ -139,7 +141,11 @@ def test_settings_of_ddp(tmp_path: Path) -> None:
     for name in ("unused parameters", "static graph", "bucket views", "each size"):
         assert_alike(found[name], found["plain"], name)
     assert_alike(found["accumulated in bucket views"], found["accumulated"])
-    alone = {"rollback": AFTER["rollback"], "each size": AFTER["each size"], "accumulated": SETTINGS["accumulated"]}
+    alone = {
+        "rollback": AFTER["rollback"],
+        **{name: AFTER[name] for name in ("each size", "distill")},
+        "accumulated": SETTINGS["accumulated"],
+    }
     for name, content in ranks.run(ranked.variants, tmp_path / "one", alone).items():
         assert_alike(found[name], content, name)
     assert len(list((tmp_path / "two" / "each size").rglob("params=*.ckpt"))) == 3

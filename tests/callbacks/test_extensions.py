@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_prune
 from lightning_prune import (
     CutExtension,
+    Distill,
     Fold,
     FoldMean,
     LinearSchedule,
@@ -32,6 +33,7 @@ from tests.callbacks.networks import Net, fit, make
 
 EPOCHS = 4
 EXTENSIONS = [
+    Distill(),
     Fold(batches=2),
     FoldMean(batches=2),
     ReestimateBatchNorm(batches=2),

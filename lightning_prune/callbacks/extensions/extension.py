@@ -13,7 +13,7 @@ from lightning_prune.arguments import Settings
 from lightning_prune.planning import CutPoint
 from lightning_prune.reporting import Report
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure import TracedModel
+from lightning_prune.structure import Group, TracedModel
 from lightning_prune.surgery import Edit, Repair
 
 __all__ = ["CutExtension", "RunContext", "require_one_restart"]
@@ -27,6 +27,7 @@ class RunContext:
         trainer: Its trainer.
         module: The network that trains.
         traced: How copies of the network are made.
+        groups: Groups that the callback may cut.
         report: The report so far.
         folder: Returns the folder for files; all processes must call it.
         timeline: The cuts of the run, including those already made.
@@ -37,6 +38,7 @@ class RunContext:
     trainer: Trainer
     module: LightningModule
     traced: TracedModel
+    groups: tuple[Group, ...]
     report: Report
     folder: Callable[[], Path]
     timeline: tuple[CutPoint, ...]
