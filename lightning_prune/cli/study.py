@@ -18,6 +18,7 @@ from lightning_prune.cli.verbs import run as train
 from lightning_prune.study.analysis import analyse
 from lightning_prune.study.definition import Study, load
 from lightning_prune.study.launchers import Launcher, Local, Ray, Slurm
+from lightning_prune.study.numeric import numeric_tables
 from lightning_prune.study.progress import Progress
 from lightning_prune.study.report import page
 from lightning_prune.study.runner import check, extent_of, retry_failed, rows, run_study
@@ -113,11 +114,12 @@ def _run(study: Study, folder: Path, given: Namespace) -> None:
 
 def _report(study: Study, folder: Path, given: Namespace) -> None:
     found = rows(study, folder) if given.table is None else read_table(given.table, study.axes)
-    written = page(study, analyse(found, study.axes), Path(given.file).stem, given.accept)
+    analysis = analyse(found, study.axes)
+    written = page(study, analysis, Path(given.file).stem, given.accept)
     for each in written.write(given.out or folder / "report", "report"):
         print(each)
     if given.wandb:
-        log_page(written, folder)
+        log_page(written, numeric_tables(found, analysis), folder)
 
 
 def _export(study: Study, folder: Path, given: Namespace) -> None:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning_prune.extras import require
-from lightning_prune.reporting.grid import Grid
+from lightning_prune.reporting.numeric import Table
 from lightning_prune.reporting.pages import Page
 from lightning_prune.study.axes import Extent, Point
 from lightning_prune.study.configurations import Cell, run
@@ -86,15 +86,20 @@ def log_result(result: Result, cell: Cell, folder: Path) -> None:
         logged.log({**result.metrics, "params": result.params, "macs": result.macs, "diverged": result.diverged})
 
 
-def log_page(page: Page, folder: Path) -> None:
-    """Log a report: its tables and pictures by name, and the whole page, with W&B's files in ``folder``."""
+def log_page(page: Page, tables: Mapping[str, Table], folder: Path) -> None:
+    """Log a report, with W&B's files in ``folder``.
+
+    Args:
+        page: The report, logged as a whole and its pictures by name.
+        tables: Its numbers (`numeric_tables`).
+        folder: Where W&B writes.
+    """
     wandb: Any = require("wandb", extra="wandb")
     with _wandb_run(page.title, folder, {}) as logged, TemporaryDirectory() as place:
         _, html = page.write(Path(place), "report")
         shown: dict[str, Any] = {f"study/{p.name}": wandb.Image(f"{place}/{p.name}.png") for p in page.pictures}
-        for grid in (part for part in page.parts if isinstance(part, Grid)):
-            rows = [list(row) for row in grid.rows]
-            shown[f"study/{grid.title.partition(':')[0]}"] = wandb.Table(columns=list(grid.columns), data=rows)
+        for name, table in tables.items():
+            shown[f"study/{name}"] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         logged.log({**shown, "study/report": wandb.Html(html.read_text(encoding="utf-8"), inject=False)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from wandb.sdk.launch.sweeps import utils
 
 from lightning_prune.cli import main, study
 from lightning_prune.reporting.grid import Grid
+from lightning_prune.reporting.numeric import Table
 from lightning_prune.reporting.pages import Page, Picture
 from lightning_prune.study.axes import points
 from lightning_prune.study.configurations import run
@@ -132,9 +134,12 @@ def test_a_report_in_wandb() -> None:
         "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
     )
     grid = Grid("Performance risk", ("network", "d mean"), (("unpruned", "0.1"),))
-    log_page(Page("mine", (grid, Picture("risk", "words", pixel))), Path())
+    tables = {"networks": Table(("network", "macs_left"), [("unpruned", 1.0), ("pruned", None)])}
+    log_page(Page("mine", (grid, Picture("risk", "words", pixel))), tables, Path())
     (segment,) = wandb_files.segments(Path())
     (row,) = wandb_files.rows(segment)
-    assert {name.partition("._")[0] for name in row} >= {"study/Performance risk", "study/risk", "study/report"}
+    assert {name.partition("._")[0] for name in row} >= {"study/networks", "study/risk", "study/report"}
+    (file,) = segment.rglob("networks*.json")
+    assert json.loads(file.read_text())["data"] == [["unpruned", 1.0], ["pruned", None]]
     (page,) = segment.rglob("*.html")
     assert "Performance risk" in page.read_text()

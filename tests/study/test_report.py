@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from lightning_prune.reporting.pages import Bullets, Page, Picture
 from lightning_prune.study.analysis import Analysis, analyse
 from lightning_prune.study.axes import points
+from lightning_prune.study.numeric import numeric_tables
 from lightning_prune.study.plots import spaces_figure
 from lightning_prune.study.report import page, recommendations, tables
 from lightning_prune.study.statistics import ellipse
@@ -41,7 +42,7 @@ def moved(lr: float, decay: float, pruned: bool, seed: int) -> float:
     return flat(lr - pruned, decay, pruned, seed)
 
 
-def analysed(surface: Callable[[float, float, bool, int], float]) -> Analysis:
+def made(surface: Callable[[float, float, bool, int], float]) -> list[Row]:
     rows = []
     for variant in STUDY.variants:
         for point in points(STUDY.extent):
@@ -49,7 +50,11 @@ def analysed(surface: Callable[[float, float, bool, int], float]) -> Analysis:
                 decay, lr = values = tuple(axis.value(n) for axis, n in zip(STUDY.axes, point, strict=True))
                 top1 = surface(float(np.log10(lr)), float(np.log10(decay)), variant.method is not None, seed)
                 rows.append(Row(variant.name, "", variant.remaining, values, seed, top1, None, 9, 20, 1.0, False, "k"))
-    return analyse(rows, STUDY.axes)
+    return rows
+
+
+def analysed(surface: Callable[[float, float, bool, int], float]) -> Analysis:
+    return analyse(made(surface), STUDY.axes)
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +167,30 @@ def test_contours_are_dark_wherever_runs_were_bad() -> None:
         if abs(lr + 1) > 0.6:
             assert colour(*inside) == pytest.approx(darkest, abs=2)
     assert colour(-3.2, -1.0) == pytest.approx(brightest, abs=40)
+
+
+def test_tables_of_numbers(still: Analysis) -> None:
+    """Each figure as the printed tables have it, and nothing but numbers beside the names."""
+    found = numeric_tables(made(flat), still)
+    assert {name: len(table.rows) for name, table in found.items()} == {
+        "runs": 49 * 2 * 3,
+        "networks": 3,
+        "ellipses": 6,
+        "risk": 3,
+    }
+    first = dict(zip(found["runs"].columns, found["runs"].rows[0], strict=True))
+    row = made(flat)[0]
+    assert (first["model.lr"], first["model.weight_decay"]) == row.values[::-1]
+    assert (first["variant"], first["top1"], first["remaining"], first["seed"]) == ("unpruned", row.top1, None, 0)
+    overview, ellipses, _, risks = tables(still)
+    for name, grid, columns in (
+        ("networks", overview, ["best_top1", "prior_top1"]),
+        ("ellipses", ellipses, ["length", "width"]),
+        ("risk", risks, ["mean", "std"]),
+    ):
+        table = found[name]
+        assert all(isinstance(cell, (int, float, type(None))) for cells in table.rows for cell in cells[1:]), name
+        printed = {cell for cells in grid.rows for cell in cells}
+        for cells in table.rows:
+            named = dict(zip(table.columns, cells, strict=True))
+            assert {f"{named[column]:.{3 if name == 'risk' else 2}f}" for column in columns} <= printed, name
