@@ -1,4 +1,4 @@
-"""What a report holds as tables of numbers, for loggers that sort, filter and draw them."""
+"""A report as tables of numbers, for loggers that can sort, filter and plot them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["Table", "numeric_tables", "of_dataclasses"]
 
 
 class Table(NamedTuple):
-    """Columns with names, and rows of numbers and words; ``None`` stands for what is not known."""
+    """Named columns, and rows of numbers and strings; ``None`` marks an unknown value."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
 
 
 def of_dataclasses(rows: Sequence[Any]) -> Table:
-    """A row for each of several dataclasses of one kind, which has numbers and words only."""
+    """One row per dataclass, all of the same type, whose fields are numbers and strings."""
     columns = tuple(field.name for field in fields(rows[0])) if rows else ()
     return Table(columns, [tuple(getattr(row, name) for name in columns) for row in rows])
 
 
 def numeric_tables(report: Record) -> dict[str, Table]:
-    """What was won and lost, the cuts, the widths and the metric at each size; tables without rows are left out."""
+    """Before and after, the cuts, the widths and the metric at each size; tables without rows are left out."""
     tables = {"summary": _summary(report), "cuts": _cuts(report), "widths": _widths(report), "sizes": _sizes(report)}
     return {name: table for name, table in tables.items() if table.rows}
 
@@ -44,7 +44,7 @@ def _summary(report: Record) -> Table:
 
 
 def _costs(size: Size) -> dict[str, float | None]:
-    """What a network costs, by the names that loggers use."""
+    """The costs of a network, under the names that loggers use."""
     weights = {"nonzero_weights": size.params, "zero_weights": size.zeros}
     costs = {**({"params": size.params} if size.zeros is None else weights), "macs": size.macs}
     costs |= {"memory_bytes": size.memory, "disk_bytes": size.bytes}
@@ -76,7 +76,7 @@ def _sizes(report: Record) -> Table:
 
 
 def _counted(report: Record) -> str:
-    """What `Size.params` counts, by the name that loggers use."""
+    """What `Size.params` counts, under the name that loggers use."""
     return "params" if report.what == "units" else "nonzero_weights"
 
 

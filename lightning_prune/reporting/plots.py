@@ -1,4 +1,4 @@
-"""The picture of a run: metric and size over time with the cuts marked, and the width of every layer."""
+"""The figure of a run: metric and size over time with the cuts marked, and the width of every layer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["headline", "panel_figures", "report_figure", "scores_figure"]
 
 FloatArray = npt.NDArray[np.float64]
 
-# Okabe & Ito's palette: told apart with every common colour blindness, and by lightness in print.
+# Okabe & Ito's palette: distinguishable with every common colour blindness, and by lightness in print.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
-# Between the parts of a headline.
+# Separates the parts of a headline.
 _BETWEEN = "   ·   "
 
-# Above this many layers their names would overlap; their place in the order of execution stands instead.
+# With more layers, names would overlap; the axis then shows positions in the order of execution.
 _MOST_NAMES = 70
 
 # Characters that fit side by side below the widths, per inch.
@@ -41,12 +41,12 @@ _FEWEST_SLOTS = 4
 
 
 def report_figure(report: Record) -> Figure:
-    """Three panels: the main metric over the run, parameters and MACs that are left, widths before and after.
+    """Three panels: the main metric over the run, remaining parameters and MACs, widths before and after.
 
-    Needs the extra ``plot``; no global state of matplotlib is touched. Save it with ``figure.savefig("report.png")``.
+    Needs the extra ``plot``; does not touch matplotlib's global state. Save it with ``figure.savefig("report.png")``.
 
     Args:
-        report: What was collected; anything missing leaves its panel with a note.
+        report: The report; a panel without data shows a note instead.
     """
     layers = len(report.dense.widths) if report.dense else 0
     figure: Figure = require("matplotlib.figure", extra="plot").Figure(
@@ -64,7 +64,7 @@ def report_figure(report: Record) -> Figure:
 
 
 def panel_figures(report: Record) -> tuple[Figure, Figure, Figure]:
-    """The panels of `report_figure` as figures of their own, small enough for a phone."""
+    """The panels of `report_figure` as separate figures, small enough for a phone."""
     figures = _figure(5.2, 3.6), _figure(5.2, 3.6), _figure(_wide(report), 3.6)
     metric, size, widths = (figure.subplots() for figure in figures)
     clock = _Clock(report)
@@ -75,10 +75,10 @@ def panel_figures(report: Record) -> tuple[Figure, Figure, Figure]:
 
 
 def scores_figure(cut: Cut) -> Figure:
-    """Scores of the units before a cut: range, quartiles and median of each group, and up to where units went.
+    """Scores of the units before a cut: range, quartiles and median per group, and the highest score removed.
 
     Args:
-        cut: One whose units were scored.
+        cut: A cut with scores.
     """
     figure = _figure(min(16.0, max(5.2, 0.22 * len(cut.scores) + 1)), 3.6)
     axes, found, x = figure.subplots(), list(cut.scores.values()), range(len(cut.scores))
@@ -106,15 +106,15 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _wide(report: Record) -> float:
-    """Width of a figure that has a bar for each group, in inches."""
+    """Width in inches of a figure with one bar per group."""
     return min(16.0, max(5.2, 0.22 * (len(report.dense.widths) if report.dense else 0) + 1))
 
 
 class _Clock:
-    """Where optimizer steps lie on the time axis: in epochs trained, or in steps where there was one epoch at most."""
+    """Maps optimizer steps to the time axis: in epochs, or in steps if there was at most one epoch."""
 
     def __init__(self, report: Record) -> None:
-        # Metrics of an epoch arrive at its end; the last step seen in it is that end.
+        # Metrics of an epoch are logged at its end, so its last recorded step is that end.
         ends = {row.epoch: row.step for row in report.history}
         self.in_epochs = len(ends) > 1
         self.label = "epochs trained" if self.in_epochs else "optimizer steps trained"
@@ -189,7 +189,7 @@ def _width_panel(axes: Axes, report: Record) -> None:
 
 
 def _names(axes: Axes, names: Sequence[str], slots: int) -> None:
-    """Names below the places of groups, as far as there is room for them."""
+    """Group names as tick labels, if there is room for them."""
     if len(names) > _MOST_NAMES:
         return
     turned = slots * max(map(len, names)) > _CHARACTERS * axes.figure.get_figwidth()  # type: ignore[union-attr]
@@ -203,14 +203,14 @@ def _frame(axes: Axes, clock: _Clock, report: Record, label: str) -> None:
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     cuts = clock.at([cut.step for cut in report.cuts])
-    # Two hundred cuts must not bury the curve.
+    # Hundreds of cuts must not hide the curve.
     alpha = 0.9 if len(cuts) <= 15 else 0.35
     for x in cuts:
         axes.axvline(x, color=_GREY, lw=0.8, ls=(0, (4, 3)), alpha=alpha, zorder=0)
 
 
 def _legend(axes: Axes) -> None:
-    # Above the panel, where no curve can be, however many cuts and layers there are.
+    # Above the panel, where it cannot hide a curve.
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
     place["ncols"] = 3 if sum(len(name) + 6 for name in axes.get_legend_handles_labels()[1]) <= _LEGEND else 1
     axes.legend(fontsize="small", frameon=False, columnspacing=1.2, handlelength=1.6, **place)
@@ -221,7 +221,7 @@ def _note(axes: Axes, text: str) -> None:
 
 
 def headline(report: Record) -> str:
-    """What was won and lost, in one line."""
+    """Size and metric before and after, in one line."""
     dense, now = report.dense, report.size
     if dense is None or now is None:
         return "Pruning report"

@@ -1,4 +1,4 @@
-"""What was won and lost, as tables, pages and files."""
+"""The report of a run: the network before and after pruning, as tables, pages and files."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ __all__ = ["Report", "plain"]
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 4
 
-#: Figures of a cut that stood beside the rest before format 4.
+#: Fields of a size that were stored directly in a cut before format 4.
 _SIZES_OF_CUTS = ("params", "macs", "memory", "table_latency", "backbone", "zeros")
 
-# Two latencies that differ by less, as a share of the larger, are not told apart, however little each one varies.
+# Latencies that differ by a smaller share of the larger one count as equal, however small their spread.
 _NOISE = 0.1
 
 
 @dataclass
 class Report(Record):
-    """Everything that a run tells about its pruning: collected while it goes on, stored and shown.
+    """Everything that is recorded about pruning in a run: how it is stored and shown.
 
-    See `Record` for what it holds.
+    See `Record` for the fields.
     """
 
     # storing
@@ -58,7 +58,7 @@ class Report(Record):
 
     @classmethod
     def from_plain(cls, stored: Mapping[str, Any]) -> Report:
-        """The report that `to_plain` wrote.
+        """The report from what `to_plain` returned.
 
         Raises:
             ValueError: If a newer version of this package wrote it.
@@ -89,7 +89,7 @@ class Report(Record):
         return report
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything, and `summary`; what is not a number becomes null."""
+        """Write everything, and `summary`; NaN becomes null."""
         content = _without_nan({**self.to_plain(), "summary": plain(self.summary())})
         Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -103,7 +103,7 @@ class Report(Record):
         return report_figure(self)
 
     def grids(self) -> tuple[Grid, ...]:
-        """The tables: what was won and lost, the cuts, the networks saved on the way, the widths, scores of layers."""
+        """The tables: before and after, the cuts, the networks saved on the way, the widths, scores of layers."""
         metric = str(self.config.get("metric", "metric"))
         scores = [layers_grid(self.scored, metric), depths_grid(self.depths, metric), self._over_depth()]
         grids = [self._summary(), self._cuts(), self._sizes(), self._widths(), *scores]
@@ -117,7 +117,7 @@ class Report(Record):
         """The report for a repository, in Markdown, and for a browser: ``pages()[1].html()`` is one file.
 
         Args:
-            pictures: With pictures, which need the extra ``plot``.
+            pictures: Whether to include pictures, which need the extra ``plot``.
         """
         return report_pages(self, self.grids(), self.to_plain()["config"], pictures=pictures)
 
@@ -154,10 +154,10 @@ class Report(Record):
             label = f"{self.main_metric}, best at the final size"
             rows.append(_row(self.main_metric, [*unknown, before, last], number, shares=False))
             rows.append(_row(label, [*unknown, None, best], number, shares=False))
-        return Grid("What was won and lost", ("", *self._heads(), "left"), tuple(rows), note=self._legend(rows, noise))
+        return Grid("Before and after", ("", *self._heads(), "left"), tuple(rows), note=self._legend(rows, noise))
 
     def _heads(self) -> tuple[str, ...]:
-        """Which network each column is, and when: dense, perhaps as this report began, at the end."""
+        """Headings of the columns: the dense network, the network at the start if pruned earlier, and at the end."""
         before, now = self.when
         if not self.cuts:
             return ("dense", "now") if self.start is None else ("dense", "at the start", "now")
@@ -166,7 +166,7 @@ class Report(Record):
         return "dense", f"pruned earlier, {before}", f"pruned, {now}" if now else "pruned"
 
     def _costs(self, sizes: Sequence[Size]) -> list[tuple[str, ...]]:
-        """The rows of what can be counted, in the order of their importance."""
+        """Rows of what is counted, the most important first."""
         masked = self.what == "weights"
         word = "non-zero weights" if masked else "parameters"
         rows = [_row(word, [size.params for size in sizes], count)]
@@ -182,25 +182,25 @@ class Report(Record):
         ]
 
     def _legend(self, rows: Sequence[tuple[str, ...]], noise: Sequence[str]) -> str:
-        """What is to be known to read the summary."""
+        """Notes below the summary."""
         earlier = f", {self.earlier} of them earlier" if self.earlier else ""
         cuts = plural(self.earlier + len(self.cuts), "cut")
         gone = "units are gone" if self.what == "units" else "maskable weights are zero or gone"
         legend = [f"{100 * self.pruning_ratio:.1f} % of the {gone}, in {cuts}{earlier}."]
         if self.dense and self.dense.reachable and self.what == "units":
-            legend.append(f"What can be pruned holds {reached(self.dense.reachable)}.")
+            legend.append(f"The prunable layers hold {reached(self.dense.reachable)}.")
         legend.append("1 MAC = 2 FLOPs.")
         if self.what == "weights":
             legend.append("A masked weight is stored and multiplied like any other.")
         if noise or any("±" in cell for row in rows for cell in row):
             legend.append("Latency: median ± half of the interquartile range.")
         if noise:
-            legend.append(f"Not told apart by timing: {', '.join(noise)}.")
+            legend.append(f"Too close to measure a difference: {', '.join(noise)}.")
         trained, whole = self.cuts[0].epoch if self.cuts else 0, self.epochs
         if 0 < trained < whole and self.main_metric and self.start is None:
             legend.append(
-                f"The dense network had trained for {trained} of the {whole} epochs. For one that has trained for all "
-                "of them, run without pruning and show both with `lightning-prune compare`."
+                f"The dense network had trained for {trained} of {whole} epochs. For a fair baseline, train without "
+                "pruning for all epochs and show both with `lightning-prune compare`."
             )
         return " ".join([*legend, *self.notes])
 
@@ -224,14 +224,14 @@ class Report(Record):
             )
             measured = tuple(number(value) for value in self.around(cut)) if metric else ()
             rows.append((*cells, f"{cut.seconds:.3g}", *measured))
-        notes = ["Units are those of the whole network; MACs are per sample."]
+        notes = ["Units are counted over the whole network; MACs are per sample."]
         if self.what == "weights":
             notes = ["MACs are per sample."]
         if metric:
             columns = (*columns, "last before", "first after", "at the end")
             notes.append(
-                f"{metric}: as last measured before the cut; as first measured after it, when the network had trained "
-                "on (right after a cut nothing is measured); as last measured before the next cut or the end."
+                f"{metric}: the last value before the cut; the first value after it, measured after some more "
+                "training; the last value before the next cut or the end."
             )
         return Grid("Cuts", columns, tuple(rows), words=0, note=" ".join(notes))
 
@@ -249,7 +249,7 @@ class Report(Record):
         metric = self.main_metric or "metric"
         columns = ("checkpoint", "after epoch", "parameters", "MACs", "parameters left", metric)
         note = (
-            "Each network as it was before the next cut or at the end, the metric as last measured at that size. MACs "
+            "Each network just before the next cut or at the end, with the last metric measured at that size. MACs "
             "are per sample."
         )
         return Grid("Sizes", columns, rows, note=note)
@@ -306,7 +306,7 @@ def _size(stored: Mapping[str, Any] | None) -> Size | None:
 
 
 def _row(label: str, values: Sequence[Any], show: Callable[[Any], str], *, shares: bool = True) -> tuple[str, ...]:
-    """Figures of the same thing before and after, and the share that is left where that says something."""
+    """One quantity before and after, and the share that is left where that is meaningful."""
     cells = (MISSING if value is None else show(value) for value in values)
     return (label, *cells, share(values[-1], values[0]) if shares else MISSING)
 
@@ -321,7 +321,7 @@ def _latency_row(sizes: Sequence[Size], batch: int) -> tuple[str, ...]:
 
 
 def _is_noise(before: Size, after: Size, batch: int) -> bool:
-    """Whether two latencies differ by no more than their spread, or by less than machines do from hour to hour."""
+    """Whether two latencies differ by no more than their spread, or by less than a machine varies over hours."""
     old, new = before.latency.get(batch), after.latency.get(batch)
     if old is None or new is None:
         return False

@@ -60,7 +60,7 @@ def test_what_a_recurrent_layer_holds_cannot_be_reached():
     size = size_of(structure)
     assert size.reachable == structure.reachable
     report = " ".join(str(Report(dense=size, final=size)).split())
-    assert "What can be pruned holds 5.4 % of the parameters and 5.6 % of the MACs." in report
+    assert "The prunable layers hold 5.4 % of the parameters and 5.6 % of the MACs." in report
     assert not size_of(structure.take({"hidden": (0, 1)}), size).reachable
 
 

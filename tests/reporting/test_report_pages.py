@@ -27,7 +27,7 @@ def test_the_page_is_one_file_with_everything(report):
     assert [picture.name for picture in beside.pictures] == ["report", "sizes", "cut_scores"]
     assert text.count("<img ") == text.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="(?!data:)', text), "nothing is loaded from elsewhere"
-    for words in ("What was won and lost", "dense, at epoch 2, before the first cut", "Widths", "Seed 7. torch 2.15"):
+    for words in ("Before and after", "dense, at epoch 2, before the first cut", "Widths", "Seed 7. torch 2.15"):
         assert words in text
         assert words in beside.markdown()
     for line in ("pruning_ratio: 0.2", "- [epoch, 4, 1.0]"):
@@ -64,4 +64,4 @@ def test_a_notebook_shows_the_picture_and_the_tables(report, monkeypatch):
     assert shown.index("<img ") < shown.index("<table>")
     monkeypatch.setattr("lightning_prune.reporting.report.find_spec", lambda name: None)
     assert "<img " not in report._repr_html_()
-    assert "What was won and lost" in report._repr_html_()
+    assert "Before and after" in report._repr_html_()
