@@ -39,6 +39,7 @@ from lightning_prune.cli.bar import SizeProgressBar
 from lightning_prune.cli.checkpoints import BestCheckpoint, with_checkpoints
 from lightning_prune.cli.help import ShortHelp
 from lightning_prune.cli.messages import near, of_parser
+from lightning_prune.cli.parser import Parser
 from lightning_prune.data import ImageData
 
 __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
@@ -304,6 +305,7 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
         PruningCLI(
             args=list(words),
             trainer_class=PruningTrainer,
+            parser_class=Parser,
             trainer_defaults={"callbacks": list(callbacks)} if callbacks else None,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
