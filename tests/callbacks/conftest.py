@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_prune.callbacks.display import report_writer
-from lightning_prune.reporting import Timing
+from tests.support.quick_reports import quick_reports
 
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured" not in request.fixturenames:
-        monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
-        monkeypatch.setattr(report_writer.ReportWriter, "_pages", lambda self: self.report.pages(pictures=False))
+        quick_reports(monkeypatch)
 
 
 @pytest.fixture

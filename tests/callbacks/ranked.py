@@ -15,8 +15,6 @@ from torch.utils.data import Subset, TensorDataset
 
 import lightning_prune
 from lightning_prune import LinearSchedule
-from lightning_prune.callbacks.display import report_writer
-from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of
 from tests.callbacks import networks
 from tests.callbacks.contents import content, differences
@@ -68,9 +66,6 @@ def train(
     **trainer: Any,
 ) -> tuple[dict[str, Any], Any, Any]:
     """What the run ends with, its trainer and its network; ``strategy`` are settings of DDP."""
-    # As the fixture of the suite does, which processes of their own do not see.
-    report_writer.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
-    report_writer.ReportWriter._pages = lambda self: self.report.pages(pictures=False)  # type: ignore[method-assign]
     model = make(Double, optimizer)
     pruner = getattr(lightning_prune, callback)(**{"pruning_ratio": 0.5, "schedule": SCHEDULE, **(pruning or {})})
     settings: dict[str, Any] = {"epochs": EPOCHS, **trainer}

@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
-from lightning_prune.callbacks.display import report_writer
-from lightning_prune.reporting import Timing
 from lightning_prune.surgery import masks_of, revived
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
+from tests.support.quick_reports import quick_reports
 
 EPOCHS = 4
 #: Cuts before the epochs 1 and 2.
@@ -55,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("kinds")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
-        patch.setattr(report_writer.ReportWriter, "_pages", lambda self: self.report.pages(pictures=False))
+        quick_reports(patch)
         every: dict[str, Any] = {"filename": "{epoch}", "save_top_k": -1}
         best = ModelCheckpoint(home / "bests", filename="{epoch}", monitor="val_loss")
         savers = [

@@ -11,8 +11,6 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
-from lightning_prune.callbacks.display import report_writer
-from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of, masks_of, revived
 from tests.callbacks.networks import Net, fit, loader, make, trainer, weights, widths
 from tests.support import ranks
@@ -24,7 +22,6 @@ SCHEDULE = LinearSchedule(start=1, end=2, cuts=2)
 
 def train(folder: Path, strategy: str, kind: type = StructuredPruning) -> dict[str, Any]:
     """What the process that starts the others holds after a fit, and after the verbs that follow."""
-    report_writer.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
     model = make(Net, norm=False)
     pruner = kind(0.5, schedule=SCHEDULE)
     processes = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}

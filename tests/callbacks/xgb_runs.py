@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import OneShot, XGBoost, XGBPruning
-from lightning_prune.callbacks.display import report_writer, score_display
-from lightning_prune.reporting import Timing
+from lightning_prune.callbacks.display import score_display
 from lightning_prune.scoring import Surrogate
 from lightning_prune.surgery import Keep, history_of
 from tests.callbacks.small import trainer
@@ -115,7 +114,7 @@ def kept(module: LightningModule) -> dict[str, list[int]]:
 
 def in_processes(folder: str, kind: str, settings: dict[str, Any], epochs: int = 1) -> tuple[Any, Any, Any]:
     """A run as each of several processes makes it: scores, units kept, weights. ``ends`` has a checkpoint an epoch."""
-    quiet_processes()
+    without_pictures()
     pruning, module = XGBPruning(extensions=[], **settings), Deep() if kind == "Deep" else Module(kind, lr=0.1)
     several = {}
     if int(os.environ.get(PROCESSES, "1")) > 1:
@@ -141,7 +140,7 @@ class AfterTheCut(Callback):
 
 def repaired(folder: str, kind: str, repairs: list[Any], depth: Any = None, ckpt: str | None = None) -> Any:
     """What each of several processes holds after a cut at epoch 1, with its repairs; the run may begin there."""
-    quiet_processes()
+    without_pictures()
     torch.manual_seed(int(os.environ.get("RANK", "0")))
     settings: dict[str, Any] = {"pruning_ratio": 0.5, "depth": depth, "surrogate": QUICK, "schedule": OneShot(1)}
     pruning, after = XGBPruning(extensions=repairs, **settings), AfterTheCut()
@@ -188,8 +187,6 @@ class Interrupted(BaseException):
     """As a signal would end the run."""
 
 
-def quiet_processes() -> None:
-    """As the fixtures of the suite do, which processes of their own do not see."""
-    report_writer.latencies = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
-    report_writer.ReportWriter._pages = lambda self: self.report.pages(pictures=False)  # type: ignore[method-assign]
+def without_pictures() -> None:
+    """As the fixture of the tests does, which processes of their own do not see."""
     score_display._pictures = lambda *_: []

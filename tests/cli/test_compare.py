@@ -12,6 +12,7 @@ import pytest
 from lightning_prune.cli import main, verbs
 from lightning_prune.cli.compare import compare, read_runs
 from lightning_prune.reporting import Report
+from tests.support.quick_reports import quick_reports
 
 DENSE = """
 model: {class_path: MLPClassifier, init_args: {sizes: [64, 12, 10], lr: 0.2}}
@@ -37,6 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "pruned.yaml").write_text(PRUNED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verbs, "find_spec", lambda _: None)
+        quick_reports(patch)
         for seed in (0, 1):
             words = ["fit", f"--config={home / 'dense.yaml'}", f"--trainer.default_root_dir={home / 'runs'}"]
             seeded = [f"--seed_everything={seed}", f"--data.seed={seed}"]

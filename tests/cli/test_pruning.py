@@ -16,11 +16,9 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 
 import lightning_prune
-from lightning_prune.callbacks.display import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.data.torchvision import MNIST
 from lightning_prune.models import VAE, CNNClassifier, MLPClassifier
-from lightning_prune.reporting import Timing
 from tests.cli.modules import MODULE
 from tests.support.data_files import write_celeba, write_cifar, write_cityscapes, write_mnist
 
@@ -47,22 +45,28 @@ def load(kind: type[LightningModule], run: str) -> Any:
     return lightning_prune.load_from_checkpoint(kind, f"{run}/checkpoints/last.ckpt")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [[], ["--trainer.max_epochs=30", "--trainer.callbacks.schedule.start=5", "--trainer.callbacks.schedule.every=3"]],
-    ids=["as it is", "shorter, as in the docs"],
-)
-def test_the_digits_recipe_halves_the_network(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", *DIGITS, *words])
-    run = "runs/digits_mlp_contribution/001"
-    small = load(MLPClassifier, run)
+def halved(run: str) -> MLPClassifier:
+    small: MLPClassifier = load(MLPClassifier, run)
     assert [layer.out_features for layer in small.layers if isinstance(layer, torch.nn.Linear)] == [25, 15, 10]
+    return small
+
+
+def test_the_digits_recipe_halves_the_network(measured: None, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *DIGITS])
+    run = "runs/digits_mlp_contribution/001"
+    small = halved(run)
     assert {"report.json", "report.md", "report.png"} <= {path.name for path in Path(run).iterdir()}
     header = Path(run, "metrics.csv").read_text().partition("\n")[0]
     assert "pruning/params" in header
     printed = capsys.readouterr().out.partition("Best checkpoint: ")[2]
     best = lightning_prune.load_from_checkpoint(MLPClassifier, printed.split()[0])
     assert [w.shape for w in best.parameters()] == [w.shape for w in small.parameters()]
+
+
+def test_the_digits_recipe_shortened_as_in_the_docs() -> None:
+    words = ["--trainer.max_epochs=30", "--trainer.callbacks.schedule.start=5", "--trainer.callbacks.schedule.every=3"]
+    main(["fit", *DIGITS, *words])
+    halved("runs/digits_mlp_contribution/001")
 
 
 def test_the_spvr_recipe_meets_its_budget(in_tmp: Path) -> None:
@@ -165,8 +169,6 @@ def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.Monk
 def test_a_network_and_a_method(network: str, method: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few epochs on a tiny file; the schedules are shares of the run."""
     write_cifar(in_tmp, monkeypatch)
-    timings = {1: Timing(1.0), 64: Timing(1.0)}  # most of the time; measured in other tests
-    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [timings for _ in networks])
     words = [f"--config={network}", f"--config={method}", f"--data.root={in_tmp}", *QUIET]
     words += ["--trainer.max_epochs=5" if network == "cifar10_fourconv" else "--trainer.max_epochs=2"]
     words += ["--model.batch_norm=true"] if (network, method) == ("cifar10_fourconv", "slimming") else []

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
-from lightning_prune.callbacks.display import report_writer, score_display
+from lightning_prune.callbacks.display import score_display
 from lightning_prune.cli import main, verbs
 from lightning_prune.models import CNNClassifier
-from lightning_prune.reporting import Timing
 from lightning_prune.scoring.score_file import read_scores
 from tests.cli.modules import REGRESSOR
 
@@ -23,7 +22,6 @@ AT_ONCE = ["--trainer.callbacks.schedule.at=0", "--trainer.callbacks.samples=300
 @pytest.fixture(autouse=True)
 def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "find_spec", lambda name: None)  # W&B takes seconds to start
-    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
     monkeypatch.setattr(score_display, "_pictures", lambda *_: [])
 
 

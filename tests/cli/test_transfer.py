@@ -13,10 +13,8 @@ import torch
 from PIL import Image
 
 import lightning_prune
-from lightning_prune.callbacks.display import report_writer
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.models import ImageClassifier, ResNetCIFAR
-from lightning_prune.reporting import Timing
 from tests.support.data_files import write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -25,8 +23,6 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 @pytest.fixture(autouse=True)
 def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "find_spec", lambda name: None)
-    monkeypatch.setattr(report_writer, "latencies", lambda _, networks: [{1: Timing(1.0)}] * len(networks))
-    monkeypatch.setattr(report_writer.ReportWriter, "_pages", lambda self: self.report.pages(pictures=False))
 
 
 def write_flowers(root: Path, names: tuple[str, ...] = ("daisy", "dandelion", "rose", "sunflower", "tulip")) -> None:

@@ -22,7 +22,7 @@ def _here(in_tmp: Path) -> None:
     """Runs go to a folder of their own."""
 
 
-def test_a_run_in_wandb() -> None:
+def test_a_run_in_wandb(measured: None) -> None:
     main(["fit", "--config=digits_mlp_contribution", *SHORT, *QUIET])
     run = Path("runs/digits_mlp_contribution/001")
     (segment,) = wandb_files.segments(run)

@@ -26,9 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_prune import Contribution, ContributionPruning, LinearSchedule
-from lightning_prune.callbacks.display import report_writer
 from lightning_prune.callbacks.network_pruning import NetworkPruning
-from lightning_prune.reporting import Timing
 from lightning_prune.surgery import history_of
 from tests.support.ranks import PROCESSES, start, wait
 
@@ -125,9 +123,6 @@ def one_start(
         more: What else is compared at the end.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # The same for every start and no part of what is tried: neither latency nor picture is made.
-    vars(report_writer)["latencies"] = lambda _, networks: [{1: Timing(1.0)}] * len(networks)
-    report_writer.ReportWriter._pages = lambda self: self.report.pages(pictures=False)  # type: ignore[method-assign]
     processes, rank = int(os.environ.get(PROCESSES, "1")), int(os.environ.get("LOCAL_RANK", "0"))
     trainer = Trainer(
         max_epochs=epochs,

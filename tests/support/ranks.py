@@ -19,7 +19,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from tests.support.quick_reports import quick_reports
 
 __all__ = ["PROCESSES", "run", "start", "wait"]
 
@@ -27,7 +30,7 @@ __all__ = ["PROCESSES", "run", "start", "wait"]
 PROCESSES = "CREW_PROCESSES"
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_prune.callbacks"])
+_FORKS.set_forkserver_preload(["lightning_prune.callbacks", "tests.support.quick_reports"])
 
 
 def start(work: Callable[..., Any], *args: Any, processes: int = 1, elastic: bool = False) -> list[BaseProcess]:
@@ -97,6 +100,7 @@ def _work(work: Callable[..., Any], args: tuple[Any, ...], environment: dict[str
     os.dup2(sink, 2)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    quick_reports(pytest.MonkeyPatch())  # the suite's fixture is not known here
     torch.manual_seed(rank)  # what must be the same everywhere has to be made so
     work(*args)
 
