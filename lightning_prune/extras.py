@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from importlib.metadata import requires
+from io import BytesIO
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["require"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["new_figure", "require"]
+
+# Dots per inch of a figure in a notebook, where it shares a page with text.
+_NOTEBOOK_DPI = 80
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -35,6 +44,24 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"{packages}",
             name=error.name,
         ) from error
+
+
+def new_figure(**options: Any) -> Figure:
+    """An empty figure that pyplot does not keep alive, and that a notebook shows as the last value of a cell.
+
+    Args:
+        options: Those of ``matplotlib.figure.Figure``.
+    """
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(**options)
+    # A notebook shows figures by itself only after pyplot has drawn one.
+    vars(figure)["_repr_png_"] = partial(_png, figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=_NOTEBOOK_DPI)
+    return content.getvalue()
 
 
 def _packages(extra: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from typing_extensions import override
 
 from lightning_prune.arguments import Settings
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,7 +192,7 @@ class Schedule(Settings, ABC):
         unit = self.resolve_unit(run)
         end = run.total(unit) or max(round(points[-1].at * 1.25), 1)
         left = [100.0] + [100 * (1 - point.share * (1 - remaining)) for point in points]
-        figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(6, 3), layout="constrained")
+        figure = new_figure(figsize=(6, 3), layout="constrained")
         axes = figure.add_subplot()
         axes.step([0, *(point.at for point in points), end], [*left, left[-1]], where="post", color="#0072B2", lw=2)
         axes.plot([point.at for point in points], left[1:], "o", color="#0072B2", ms=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure
 from lightning_prune.reporting.comparison import Comparison, cost_name
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def comparison_figure(comparison: Comparison, costs: Sequence[str] | None = None
         costs: Some of its costs; by default all.
     """
     costs = comparison.costs if costs is None else costs
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(4.4 * len(costs) + 0.8, 4.8), dpi=150)
+    figure = new_figure(figsize=(4.4 * len(costs) + 0.8, 4.8), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure, require
 from lightning_prune.reporting.grid import plural
 from lightning_prune.structure.graph import Structure
 
@@ -84,7 +84,7 @@ def couplings_figure(structure: Structure, headline: str) -> Figure:
     reasons = _reasons(structure, int(width * _SMALL_LETTERS))
     below = _depth(reasons)
     height = 1.35 + 0.16 * text.count("\n") + rows * cell + below
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
+    figure = new_figure(figsize=(width, height), dpi=150)
     box = (left / width, below / height, columns * across / width, rows * cell / height)
     axes = figure.add_axes(box)
     _matrix(axes, layers, cells, size)

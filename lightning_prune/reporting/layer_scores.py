@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure, require
 from lightning_prune.reporting.grid import MISSING, Grid, Shown, count, number, share
 from lightning_prune.reporting.thresholds import SizeAtThreshold, thresholds_grid
 from lightning_prune.scoring.xgb import LayerScore, log_importance
@@ -210,9 +210,7 @@ def importance_figure(
     step = -(-len(layers) // _MOST_PANELS)
     shown = list(layers)[::step] if layers else []
     rows = max(-(-len(shown) // _COLUMNS), 1)
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(
-        figsize=(3.2 * _COLUMNS, 2.2 * rows + 0.8), dpi=130
-    )
+    figure = new_figure(figsize=(3.2 * _COLUMNS, 2.2 * rows + 0.8), dpi=130)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
     for axes, found in zip(panels, shown, strict=False):
@@ -255,7 +253,7 @@ def score_figure(curves: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
     Args:
         curves: By surrogate the layers with their μ, in the order of execution.
     """
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(9, 4.2), dpi=130)
+    figure = new_figure(figsize=(9, 4.2), dpi=130)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     layers = list(dict.fromkeys(layer for curve in curves.values() for layer, _ in curve))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure
 from lightning_prune.reporting.grid import Grid, count, share
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def over_depth_figure(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Fi
         dense: Parameters by layer before pruning, the first one first.
         pruned: The same afterwards; the line ends at the last layer that is left.
     """
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(9, 4.2), dpi=130)
+    figure = new_figure(figsize=(9, 4.2), dpi=130)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     whole, places = sum(dense.values()), {name: place for place, name in enumerate(dense, 1)}

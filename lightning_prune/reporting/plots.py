@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure
 from lightning_prune.reporting.grid import count, number, plural, share
 from lightning_prune.reporting.metric_names import family
 
@@ -49,9 +49,7 @@ def report_figure(report: Record) -> Figure:
         report: The report; a panel without data shows a note instead.
     """
     layers = len(report.dense.widths) if report.dense else 0
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(
-        figsize=(min(16.0, max(10.0, 0.22 * layers + 3)), 7.5), dpi=150
-    )
+    figure = new_figure(figsize=(min(16.0, max(10.0, 0.22 * layers + 3)), 7.5), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
     grid = figure.add_gridspec(2, 2)
     clock = _Clock(report)
@@ -100,7 +98,7 @@ def scores_figure(cut: Cut) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
+    figure = new_figure(figsize=(width, height), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     return figure
 

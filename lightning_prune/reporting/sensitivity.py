@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure, require
 from lightning_prune.reporting.grid import Grid, Shown, number
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Sensitivity(Shown):
         """A curve per layer; for more than ten layers a matrix of layers and shares. Needs the extra ``plot``."""
         many = len(self.metrics) > _MOST_CURVES
         size = (8.5, max(4.0, 0.2 * len(self.metrics) + 1.5)) if many else (7.5, 4.5)
-        figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=size, dpi=150, layout="constrained")
+        figure = new_figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.subplots()
         (self._matrix if many else self._curves)(figure, axes)
         figure.suptitle(

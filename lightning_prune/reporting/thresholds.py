@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure
 from lightning_prune.reporting.grid import Grid, count, share
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def threshold_figure(rows: Sequence[SizeAtThreshold], what: str, threshold: floa
         what: What the parameters are those of.
         threshold: ρ of the run, if it has one; it is marked.
     """
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(7, 4.2), dpi=130)
+    figure = new_figure(figsize=(7, 4.2), dpi=130)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     drawn = [row for row in rows if row.threshold > 0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_prune.extras import require
+from lightning_prune.extras import new_figure, require
 from lightning_prune.study.analysis import NARROW, WIDE, Analysis, Space
 from lightning_prune.study.axes import Axis
 from lightning_prune.study.statistics import Ellipse, best_line
@@ -186,6 +186,6 @@ def _label(axis: Axis) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), dpi=150)
+    figure = new_figure(figsize=(width, height), dpi=150)
     figure.set_layout_engine("constrained")
     return figure

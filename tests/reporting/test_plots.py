@@ -122,6 +122,13 @@ def test_no_global_state_of_matplotlib() -> None:
     assert pyplot.get_fignums() == before
 
 
+def test_a_figure_is_the_value_of_a_cell(make_report):
+    """IPython shows what has this method; without it the cell ends with `<Figure size ...>`."""
+    from IPython.core.formatters import PNGFormatter
+
+    assert PNGFormatter()(report_figure(make_report())).startswith(b"\x89PNG")
+
+
 def test_the_scores_of_a_cut():
     scores = {"a": Scores.of(torch.arange(11.0), kept=[5, 6, 7, 8, 9, 10]), "b": Scores.of(torch.ones(3))}
     assert (scores["a"].q25, scores["a"].median, scores["a"].max, scores["a"].removed) == (2.5, 5.0, 10.0, 4.0)
