@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test test-cpu lint docs notebook gpu compat newest clean
+.PHONY: demo test test-cpu lint docs notebooks gpu compat newest clean
 
 # One thread: a network this small loses time to more, and its latencies become noise.
 demo: $(VENV)/.demo  ## train and prune on the digits
@@ -26,8 +26,9 @@ lint: $(VENV)/.dev  ## style and types
 docs: $(VENV)/.docs  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
-notebook: $(VENV)/.docs  ## runs docs/notebook.ipynb again
-	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebook.py
+# Real data: downloaded into the cache folder, or read from LIGHTNING_PRUNE_DATA. Some with TUTORIALS="masks study".
+notebooks: $(VENV)/.docs  ## runs docs/tutorials again, at full size
+	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebooks.py $(TUTORIALS)
 
 gpu: $(VENV)/.dev  ## docs/evidence/gpu, on a machine with a GPU; goes on where it was stopped
 	$(BIN)/python -m benchmarks.gpu --resume
@@ -40,7 +41,7 @@ newest: .venv-newest/.newest  ## the tests on the newest versions
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default -n 2 --dist worksteal
 
 clean:  ## environments and whatever tools left; runs/ stays
-	rm -rf .venv .venv-oldest .venv-newest docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest docs/_build docs/api/generated build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[digits,plot,wandb]'
@@ -51,7 +52,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[docs,digits,plot]'
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(BIN)/python:

@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import lightning_prune
 from lightning_prune.cli import main, recipes, verbs
 from lightning_prune.models import ImageClassifier, ResNetCIFAR
-from tests.support.data_files import write_mnist
+from tests.support.data_files import write_flowers, write_mnist
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -23,16 +21,6 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 @pytest.fixture(autouse=True)
 def _ready(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "find_spec", lambda name: None)
-
-
-def write_flowers(root: Path, names: tuple[str, ...] = ("daisy", "dandelion", "rose", "sunflower", "tulip")) -> None:
-    """Noise around a colour for each kind."""
-    random = np.random.default_rng(0)
-    for kind, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for i in range(16):
-            pixels = random.normal(128, 20, (40, 40, 3)) + 60 * np.array([kind % 2, kind // 2 % 2, kind // 4])
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}.png")
 
 
 def unfrozen(run: str) -> list[float]:

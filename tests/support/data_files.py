@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,13 @@ def write_cityscapes(root: Path, train: int = 20, val: int = 2) -> None:
             ids = np.full((32, 64), 7, dtype=np.uint8)
             ids[:, 32:], ids[:4, :4] = 1, 26
             Image.fromarray(ids).save(label)
+
+
+def write_flowers(root: Path, names: Sequence[str] = ("daisy", "dandelion", "rose", "sunflower", "tulip")) -> None:
+    """A folder of images for each kind: noise around a colour."""
+    random = np.random.default_rng(0)
+    for kind, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(16):
+            pixels = random.normal(128, 20, (40, 40, 3)) + 60 * np.array([kind % 2, kind // 2 % 2, kind // 4])
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}.png")
