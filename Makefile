@@ -24,6 +24,7 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs  ## docs/_build/index.html
+	rm -rf docs/api/generated  # pages of names that may be gone
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 # Real data: downloaded into the cache folder, or read from LIGHTNING_PRUNE_DATA. Some with TUTORIALS="masks study".

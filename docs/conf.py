@@ -3,6 +3,9 @@
 import inspect
 import sys
 
+import latex2mathml.converter
+from docutils.nodes import SkipNode
+
 import lightning_prune
 
 project = "lightning-prune"
@@ -15,7 +18,6 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx.ext.mathjax",
 ]
 # Tables that the README.md beside them describes.
 exclude_patterns = ["_build", "evidence/*/[a-z]*.md", "evidence/*/*/*.md"]
@@ -23,6 +25,8 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # `Ridge` in a docstring is a link
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+myst_update_mathjax = False
+html_math_renderer = "mathml"  # what browsers draw themselves: nothing is fetched from elsewhere
 nb_execution_mode = "off"  # `make notebooks` runs them
 nb_render_markdown_format = "gfm"
 
@@ -37,11 +41,10 @@ html_title = f"lightning-prune {version}"
 
 # The sidebar. In index.md GitHub would show it as code.
 NAVIGATION = {
-    "Start": ["quickstart", "choosing", "how_to", "coming_from"],
+    "Start": ["quickstart", "choosing", "how_to", "coming_from", "gallery"],
     "Tutorials": [
         "tutorials/prune_while_training",
         "tutorials/parameter_budget",
-        "tutorials/study",
         "tutorials/masks",
     ],
     "Methods": ["callbacks", "criteria", "masks", "transfer", "xgb", "spvr", "study", "own_methods"],
@@ -77,6 +80,16 @@ def is_documented_elsewhere(app, what, name, member, skip, options):
     return skip
 
 
+def write_formula(display):
+    def visit(translator, node):
+        latex = node.astext().replace(r"\arg", r"\mathrm{arg}\,")
+        translator.body.append(latex2mathml.converter.convert(latex, display=display))
+        raise SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", write_formula("inline"), write_formula("block"))
     app.connect("source-read", add_navigation)
     app.connect("autodoc-skip-member", is_documented_elsewhere)
