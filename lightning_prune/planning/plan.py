@@ -96,8 +96,8 @@ def make_plan(
     - ERK: groups keep shares proportional to their density, at most 1, until the budget is met.
     - Random: the same with random densities, which depend on the seed and the group's name alone. For several draws,
       this is the first one.
-    - Global scope: units (or blocks, by their mean score) are removed by score over all groups, ties in the order of
-      execution, until the budget is met.
+    - Global scope: units (or blocks, by their mean score) are removed by score, or by score per cost, over all groups,
+      ties in the order of execution, until the budget is met.
     - With ``min_width=0``, a group may be removed entirely if the network's outputs still depend on its inputs,
       together with the other groups of the branch. Otherwise one unit (or block) is kept.
     - With ``bundles``, whole bundles are removed, the one with the lowest mean score first, and a ratio is met to the
@@ -302,6 +302,13 @@ class _Vanishing:
         size: float = getattr(cost, quantity)(self.structure.widths | dict(widths))
         return size
 
+    def price(self, name: str, quantity: Quantity) -> float:
+        """What a unit of a group costs, as the mean from half the width on, while other groups keep their widths."""
+        wide = max(self.allowed[name][0], 2)
+        narrow = wide // 2
+        saved = self.size({name: wide}, quantity) - self.size({name: narrow}, quantity)
+        return saved / (wide - narrow)
+
 
 def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, float] | None:
     """Final share of units per group; None if the groups share one budget."""
@@ -411,7 +418,7 @@ def _merits(
     scores: Mapping[str, Tensor | FloatArray],
     scope: Scope,
 ) -> dict[str, FloatArray]:
-    """Cost of each step of a group: the mean score of the removed units, comparable across groups."""
+    """Cost of each step of a group: the mean score of the removed units (by their price), comparable across groups."""
     merits = {}
     for name, order in ranked.items():
         values = _array(scores[name])
@@ -422,6 +429,9 @@ def _merits(
         starts, sizes = allowed_widths[0] - allowed_widths[:-1], allowed_widths[:-1] - allowed_widths[1:]
         removable = values[order][: allowed_widths[0] - allowed_widths[-1]]
         means = np.add.reduceat(removable, starts) / sizes if sizes.size else np.empty(0)
+        if scope.per is not None:
+            price = vanishing.price(name, scope.per)
+            means = means / price if price > 0 else np.full_like(means, np.inf)
         # Steps of a group must stay in order despite rounding.
         merits[name] = np.maximum.accumulate(means)
     return merits

@@ -38,6 +38,10 @@ class Scope(Settings):
             the group, so that layers with more weights per unit are not favoured; ``"none"`` compares scores directly
             (the plain L1 ranking over a whole network). By default ``"none"`` for comparable criteria such as `LAMP`
             and `NetworkSlimming`, else ``"mean"``.
+        per: For ``"global"``: scores are divided by what a unit of the group costs, in ``"params"``, ``"macs"``,
+            ``"memory"`` or ``"latency"``, so that a budget of that quantity is met with the least loss of scores: of
+            two equally important units the more expensive one goes first. By default scores are compared as they are.
+            The cost is the mean over half of the group's units, the other groups at their widths before the cut.
         draws: Number of allocations for ``"random"``; the one with the lowest loss is used. Each is cut out of a copy
             of the network and evaluated on up to 1,000 samples of the training data, or on ``data`` of `prune`. Li et
             al. first fit the weights of each to the dense network's activations.
@@ -48,6 +52,7 @@ class Scope(Settings):
     min_width: int = 1
     round_to: int = 1
     normalize: Literal["mean", "none"] | None = None
+    per: Literal["params", "macs", "memory", "latency"] | None = None
     draws: int = 1
     seed: int = 0
 
@@ -56,6 +61,8 @@ class Scope(Settings):
         for name, least in (("min_width", 0), ("round_to", 1), ("draws", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected `{name}` of at least {least}, got {getattr(self, name)}")
+        if self.per is not None and self.kind != "global":
+            raise ValueError(f'expected `per` with a scope of "global" only, got {self.kind!r}. Give kind="global".')
         if self.kind != "random" and (self.draws, self.seed) != (1, 0):
             raise ValueError(
                 f'expected `draws` and `seed` with a scope of "random" only, got {self.kind!r}. Give kind="random".'

@@ -104,19 +104,27 @@ def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quanti
     assert all(plan.kept.values())
 
 
-@given(widths_lists, seeds, ratios, st.integers(1, 3), st.sampled_from(["none", "mean"]))
-def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, normalize):
+@given(
+    *(widths_lists, seeds, ratios, st.integers(1, 3), st.sampled_from(["none", "mean"])),
+    st.sampled_from([None, "params", "macs"]),
+)
+def test_global_equals_a_naive_reference(mlp, widths, seed, ratio, min_width, normalize, per):
     structure = mlp(widths)
     scores = draw_scores(structure, seed, levels=4)
-    target, scope = Target("params", 1 - ratio), Scope("global", min_width, normalize=normalize)
+    target, scope = Target("params", 1 - ratio), Scope("global", min_width, normalize=normalize, per=per)
     if not reachable(structure, target, scope):
         return
     plan = make_plan(structure, scores, target, 1.0, scope, Size.of(structure))
 
     kept = {name: list(range(width)) for name, width in structure.widths.items()}
     scale = {n: (np.abs(s).mean() or 1.0) if normalize == "mean" else 1.0 for n, s in scores.items()}
+    if per is not None:  # linear in the width of one layer
+        scale = {
+            n: factor * (size(structure, {n: widths + 1}, per) - size(structure, {n: widths}, per))
+            for (n, factor), widths in zip(scale.items(), structure.widths.values(), strict=True)
+        }
     order = sorted(
-        (scores[name][unit] / scale[name], place, unit, name)
+        (round(scores[name][unit] / scale[name], 14), place, unit, name)
         for place, (name, width) in enumerate(structure.widths.items())
         for unit in range(width)
     )
@@ -401,3 +409,16 @@ def test_ratios_per_layer_need_a_local_scope(mlp):
     for kind in ("global", "erk", "random"):
         with pytest.raises(ValueError, match=f"with a scope of '{kind}'"):
             make_plan(structure, {"net.0": np.ones(4)}, target, 1.0, Scope(kind), Size.of(structure))
+
+
+def test_of_two_equal_units_the_more_expensive_one_goes(mlp):
+    """A budget of parameters is met with fewer units gone."""
+    structure = mlp([30, 8, 30])
+    scores = {name: np.ones(width) for name, width in structure.widths.items()}
+    target, original = Target("params", 0.75), Size.of(structure)
+    plain = make_plan(structure, scores, target, 1.0, Scope("global"), original)
+    priced = make_plan(structure, scores, target, 1.0, Scope("global", per="params"), original)
+    first, second, _ = structure.widths
+    assert plain.kept.keys() == {first}  # ties in the order of execution
+    assert priced.kept.keys() == {second}  # each of its units has 30 weights on both sides
+    assert size(structure, priced.widths, "units") > size(structure, plain.widths, "units")

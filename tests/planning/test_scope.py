@@ -83,6 +83,7 @@ def test_lamp_is_compared_as_it_is():
         (lambda: Scope(round_to=0), "`round_to` of at least 1, got 0"),
         (lambda: Scope(normalize="max"), "got 'max'"),
         (lambda: Scope("random", draws=0), "`draws` of at least 1, got 0"),
+        (lambda: Scope("local", per="macs"), "`per` with a scope of \"global\" only, got 'local'"),
         (lambda: Scope("global", draws=3), "`draws` and `seed` with a scope of \"random\" only, got 'global'"),
         (lambda: Scope(seed=1), "with a scope of \"random\" only, got 'local'"),
     ],

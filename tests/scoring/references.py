@@ -34,6 +34,7 @@ from lightning_prune.scoring import (
     KLDivergence,
     Misclassification,
     Random,
+    Reconstruction,
     SPvR,
     SynFlow,
     Taylor,
@@ -253,6 +254,73 @@ def chip(criterion, evidence):
         norms = [[np.linalg.svd(np.delete(m, gone, 0))[1].sum() for gone in ([], *evidence.units)] for m in maps]
         means.append(np.mean([[whole - without for without in rest] for whole, *rest in norms], 0))
     return np.round(np.mean(means, 0), 12) + 0.0
+
+
+@reference(Reconstruction(), Reconstruction(strength=0.3))
+def reconstruction(criterion, evidence):
+    """Each set of removed units solved anew, by the Schur complement of what stays."""
+    model, seen = copy.deepcopy(evidence.model).eval(), {}
+    for name, layer in model.named_modules():
+        keep = functools.partial(lambda calls, _, args, kwargs: calls.append(args[0] if args else kwargs["input"]))
+        layer.register_forward_pre_hook(functools.partial(keep, seen.setdefault(name, [])), with_kwargs=True)
+    with torch.no_grad():
+        for x in evidence.inputs:
+            model(x)
+    problems = []
+    for name, units in evidence.consumers():
+        layer = model.get_submodule(name)
+        for rows, weight, channels in per_output(layer, [x.detach() for x in seen[name]]):
+            covariance = np.cov(rows.T, bias=True).reshape(len(channels), len(channels))
+            scale = np.trace(covariance) / len(covariance)
+            penalized = covariance + criterion.strength * scale * np.eye(len(covariance))
+            variance = weight @ covariance @ weight
+            problems.append((name, weight / np.sqrt(variance), penalized, units[channels]))
+    outputs = {name: sum(other == name for other, *_ in problems) for name, *_ in problems}
+
+    def error(gone):
+        total = 0
+        for name, weight, penalized, of in problems:
+            out = np.isin(of, gone)
+            inner = penalized[np.ix_(out, out)]
+            cross = penalized[np.ix_(out, ~out)]
+            rest = penalized[np.ix_(~out, ~out)]
+            schur = inner - cross @ np.linalg.solve(rest, cross.T) if (~out).any() else inner
+            total += weight[out] @ schur @ weight[out] / outputs[name]
+        return total / len(outputs)
+
+    scores, gone = np.zeros(evidence.group.width), []
+    while len(gone) < evidence.group.width:
+        costs = {unit: error([*gone, unit]) - error(gone) for unit in evidence.units if unit not in gone}
+        unit = min(costs, key=costs.get)
+        scores[unit] = max(costs[unit], *(scores[other] for other in gone), 0)
+        gone.append(unit)
+    return scores
+
+
+def per_output(layer, calls):
+    """For each output: what it is computed from (a patch is the gradient by its weights), weights, input channels."""
+    weight = layer.weight.detach()
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    for output in range(outputs):
+        rows = []
+        for x in calls:
+            layer.zero_grad()
+            y = layer(x)
+            y = y.movedim(-1, 0) if isinstance(layer, nn.Linear) else y.movedim(1, 0)
+            rows += [torch.autograd.grad(one, layer.weight, retain_graph=True)[0] for one in y[output].flatten()]
+        own = torch.zeros_like(weight, dtype=torch.bool)
+        channel = torch.zeros_like(weight, dtype=torch.int64)
+        groups = getattr(layer, "groups", 1)
+        if getattr(layer, "transposed", False):
+            per_in, per_out = len(weight) // groups, weight.shape[1]
+            group, local = divmod(output, per_out)
+            own[group * per_in : (group + 1) * per_in, local] = True
+            channel += torch.arange(len(weight)).reshape(-1, *[1] * (weight.ndim - 1))
+        else:
+            own[output] = True
+            first = output // (len(weight) // groups) * weight.shape[1]
+            channel += (first + torch.arange(weight.shape[1])).reshape(1, -1, *[1] * (weight.ndim - 2))
+        yield torch.stack([row[own] for row in rows]).numpy(), weight[own].numpy(), channel[own].numpy()
 
 
 @reference(NISP())

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.scoring import DataPass
+from lightning_prune.scoring.linear_maps import as_matrices, from_matrices, rows_of, spread
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import FoldMean, SequentialRidge, cut, install, repaired
-from lightning_prune.surgery.repairs.linear import as_matrices, from_matrices, rows_of, spread
 
 LAYERS = [
     (nn.Linear(3, 5), (7, 4, 3)),

@@ -16,6 +16,7 @@ from lightning_prune.scoring.criteria.lrp import LRP
 from lightning_prune.scoring.criteria.misclassification import Misclassification
 from lightning_prune.scoring.criteria.nisp import NISP
 from lightning_prune.scoring.criteria.random import Random
+from lightning_prune.scoring.criteria.reconstruction import Reconstruction
 from lightning_prune.scoring.criteria.snip import SNIP
 from lightning_prune.scoring.criteria.spvr import SPvR
 from lightning_prune.scoring.criteria.synflow import SynFlow
@@ -39,6 +40,7 @@ __all__ = [
     "KLDivergence",
     "Misclassification",
     "Random",
+    "Reconstruction",
     "SPvR",
     "SynFlow",
     "Taylor",

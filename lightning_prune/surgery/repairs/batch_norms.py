@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_prune.scoring.linear_maps import double
 from lightning_prune.structure.tracing.contexts import buffers_restored
-from lightning_prune.surgery.repairs.linear import double
 from lightning_prune.surgery.repairs.repair import Repair, Run, require_positive
 from lightning_prune.surgery.tensors import canonical
 

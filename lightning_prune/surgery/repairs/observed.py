@@ -18,15 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
-from lightning_prune.surgery.repairs.linear import (
-    Consumer,
-    as_matrices,
-    double,
-    from_matrices,
-    positions_of,
-    rows_of,
-    spread,
-)
+from lightning_prune.scoring.linear_maps import as_matrices, double, from_matrices, positions_of, rows_of, spread
+from lightning_prune.surgery.repairs.linear import Consumer
 from lightning_prune.surgery.tensors import canonical, named
 
 __all__ = ["InputMean", "InputMoments", "Observation", "observed_contents"]

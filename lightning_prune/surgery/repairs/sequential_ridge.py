@@ -14,19 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring import DataPass
+from lightning_prune.scoring.linear_maps import as_matrices, double, from_matrices, is_transposed, rows_of, spread
 from lightning_prune.scoring.walk import Station, StationBatch, Walk, stations_of
 from lightning_prune.structure.graph import Axes
-from lightning_prune.surgery.repairs.linear import (
-    as_matrices,
-    double,
-    from_matrices,
-    input_dim,
-    is_transposed,
-    joined,
-    rows_of,
-    spread,
-    tied_layers,
-)
+from lightning_prune.surgery.repairs.linear import input_dim, joined, tied_layers
 from lightning_prune.surgery.repairs.repair import Repair, require_positive
 from lightning_prune.surgery.repairs.ridge import FoldMean
 from lightning_prune.surgery.tensors import canonical
