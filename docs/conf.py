@@ -38,6 +38,7 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"lightning-prune {version}"
+html_show_search_summary = False  # a browser fetches them, which it refuses for pages that are files
 
 # The sidebar. In index.md GitHub would show it as code.
 NAVIGATION = {
@@ -45,6 +46,7 @@ NAVIGATION = {
     "Tutorials": [
         "tutorials/prune_while_training",
         "tutorials/parameter_budget",
+        "tutorials/study",
         "tutorials/masks",
     ],
     "Methods": ["callbacks", "criteria", "masks", "transfer", "xgb", "spvr", "study", "own_methods"],

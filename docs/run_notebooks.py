@@ -35,13 +35,13 @@ def main(names: list[str]) -> None:
 
 
 def shown(output: Any) -> Any:
-    """An output for readers: no text beside HTML or a picture, and pictures with 64 colours.
+    """An output for readers: no plain text beside the same as HTML or a picture, and pictures with 64 colours.
 
     Raises:
         ValueError: If a picture is larger than 80 kB.
     """
     data = output.get("data", {})
-    if {"text/html", "image/png"} & set(data):
+    if {"text/html", "text/markdown", "image/png"} & set(data):
         data.pop("text/plain", None)
     if "image/png" in data:
         small = io.BytesIO()

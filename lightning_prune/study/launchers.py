@@ -172,7 +172,8 @@ def _call(job: Job) -> None:
 
 
 def _begin_worker() -> None:
-    """Use one thread per worker, and end workers with the process that started them."""
+    """Use one thread per worker, print nothing, and end workers with the process that started them."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # reports of runs would stand between the lines of progress
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:  # with the program's main module; otherwise the first job imports it
         sys.modules["torch"].set_num_threads(1)

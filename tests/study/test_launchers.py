@@ -22,6 +22,13 @@ def test_every_job_is_run_once(tmp_path: Path) -> None:
     assert str(os.getpid()) not in {process for each in processes for process in each}
 
 
+def test_workers_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The reports of their runs would stand between the lines of progress."""
+    list(Local(1).run([Note(tmp_path / "a")]))
+    assert (tmp_path / "a").is_file()
+    assert not capfd.readouterr().out
+
+
 def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     jobs = [Note(tmp_path / "a"), Note(tmp_path / "b", kills=2), Note(tmp_path / "c", kills=9), Note(tmp_path / "d")]
     ended = dict(Local(1, deaths=3).run(jobs))
