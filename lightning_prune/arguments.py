@@ -1,4 +1,4 @@
-"""Arguments are checked where they are given: a wrong type is found by the constructor, not by the first cut."""
+"""Argument checks in constructors, so that a wrong type is found immediately and not at the first cut."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Settings", "require_type"]
 
 
 class Settings:
-    """Base of settings: dataclasses whose values are checked against the annotations of their fields.
+    """Base class of settings: dataclasses whose values are checked against the annotations of their fields.
 
-    A subclass with a check of its own calls ``super().__post_init__()`` first. An annotation that cannot be evaluated,
-    as of a name that is imported for type checkers only, is not checked.
+    A subclass with its own checks calls ``super().__post_init__()`` first. Annotations that cannot be evaluated,
+    because a name is imported for type checkers only, are not checked.
     """
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            TypeError: If a value is of another type than its field says.
-            ValueError: If a value is none of the words that its field lists, or a number that is not finite.
+            TypeError: If a value does not have the type of its field.
+            ValueError: If a value is not one of the field's literals, or is a number that is not finite.
         """
         if not is_dataclass(self):
             return
@@ -38,23 +38,24 @@ class Settings:
 
 
 def require_type(owner: str, name: str, value: object, hint: Any) -> None:
-    """Refuse an argument that is not what its annotation says.
+    """Refuse an argument that does not match its annotation.
 
-    A bool is no number here, and numbers are finite: ``every_n_batches=True`` and ``strength=nan`` are mistakes.
+    A bool does not count as a number, and numbers must be finite: ``every_n_batches=True`` and ``strength=nan`` are
+    mistakes.
 
     Args:
         owner: Class or function that has the argument.
         name: The argument.
-        value: What was given.
+        value: The given value.
         hint: The annotation: numbers, strings, literals, lists and tuples, mappings, classes, and unions of them.
 
     Raises:
         TypeError: If the value is of another type.
-        ValueError: If it is none of the words that ``hint`` lists, or a number that is not finite.
+        ValueError: If it is not one of the literals in ``hint``, or is a number that is not finite.
     """
     if _fits(value, hint):
         return
-    # A word that is not in the list, or a number that is not finite: the type is right.
+    # The type is right, but the literal is not in the list, or the number is not finite.
     right = any(_fits(value, type(word)) for word in _words(hint)) or (
         isinstance(value, float) and not math.isfinite(value) and _fits(0.5, hint)
     )
@@ -63,7 +64,7 @@ def require_type(owner: str, name: str, value: object, hint: Any) -> None:
 
 
 def _evaluated(owner: type, name: str, hint: Any) -> Any:
-    """An annotation as a type; `Any` where its names are not there at run time."""
+    """An annotation as a type; `Any` if its names do not exist at run time."""
     if not isinstance(hint, str):
         return hint
     home = next(base for base in owner.__mro__ if name in get_annotations(base))
@@ -105,7 +106,7 @@ def _fits_one(value: object, hint: Any) -> bool:
 
 
 def _is_list(value: object, args: tuple[Any, ...]) -> bool:
-    """Lists for tuples too, as YAML has no tuples."""
+    """Lists are accepted for tuples, too, because YAML has no tuples."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         return False
     if not args or args[-1] is Ellipsis or len(args) == 1:
@@ -144,7 +145,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-#: Annotations that stand for themselves: their words in a text, and what fits them.
+#: Simple annotations: their description in messages, and the values that match.
 _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     Any: ("anything", lambda _: True),
     None: ("None", lambda value: value is None),

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with their extra where they are missing."""
+"""Optional packages, imported where they are used; if one is missing, the error names the extra to install."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package, or say how to install it.
 
     Args:
-        module: Name to import, ``"matplotlib.pyplot"`` say.
+        module: Name to import, such as ``"matplotlib.pyplot"``.
         extra: Extra of ``lightning-prune`` that installs it.
 
     Returns:
         The imported module (the last part of a dotted name).
 
     Raises:
-        ModuleNotFoundError: If the package is not installed. A package that is installed and fails inside raises its
-            own error.
+        ModuleNotFoundError: If the package is not installed. An installed package that fails to import raises its own
+            error.
     """
     try:
         return importlib.import_module(module)
@@ -65,6 +65,6 @@ def _png(figure: Figure) -> bytes:
 
 
 def _packages(extra: str) -> list[str]:
-    """What an extra installs, by the metadata of the installed package: it may be on no index."""
+    """The packages of an extra, from the metadata of the installed package, which may not be on an index."""
     found = (line.partition(";") for line in requires("lightning-prune") or ())
     return [name.strip() for name, _, marker in found if marker.replace("'", '"').strip() == f'extra == "{extra}"']

@@ -17,16 +17,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: Words after ``lightning-prune``; the process's own if left out. With ``--debug`` errors keep their
-            traceback.
+        args: Arguments after ``lightning-prune``; by default those of the process. With ``--debug``, errors show
+            their traceback.
 
     Raises:
-        SystemExit: On ``--help``, and with 2 on mistakes of the user, after one line that says what to do.
+        SystemExit: On ``--help``, and with code 2 on a user's mistake, after one line that says what to do.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a module of one's own is found where one works
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that the user's own modules are found
     try:
         _dispatch([word for word in words if word != "--debug"])
     except Exception as error:
@@ -38,15 +38,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(words: list[str]) -> None:
-    # Imported here and not above: Lightning takes seconds to import, and these answer without it.
+    # Imported here, not above: Lightning takes seconds to import, and these commands do not need it.
     command = words[0] if words else ""
     if command == "recipes":
         recipes.main(words[1:])
     elif not words:
-        raise ValueError(f"expected a command, got none. They are {', '.join(COMMANDS)}; --help says more.")
+        raise ValueError(f"expected a command, got none. Commands: {', '.join(COMMANDS)}. See --help.")
     elif command not in COMMANDS and not command.startswith("-"):
         guess = near(command, COMMANDS)
-        raise ValueError(f"expected a command, got {command!r}.{guess} They are {', '.join(COMMANDS)}.")
+        raise ValueError(f"expected a command, got {command!r}.{guess} Commands: {', '.join(COMMANDS)}.")
     elif command in ("study", "compare"):
         import_module(f"lightning_prune.cli.{command}").main(words[1:])
     else:

@@ -12,7 +12,7 @@ __all__ = ["SizeProgressBar"]
 
 
 class SizeProgressBar(RichProgressBar):
-    """Lightning's bar, in which the number of parameters is a whole number."""
+    """Lightning's progress bar, showing the number of parameters as an integer."""
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on the command line: the best of each size by whatever metric is logged, and the last."""
+"""Checkpoints of a command line run: the best of each size by a logged metric, and the last."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["BestCheckpoint", "with_checkpoints"]
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves the network whenever a metric is better than before at this size, as ``epoch=7-params=12k.ckpt``.
+    """Saves the network whenever a metric improves at the current size, as ``epoch=7-params=12k.ckpt``.
 
     Args:
-        monitor: The metric. Default: an accuracy that the run logs, else a loss, else another metric of the validation
-            whose name says what is better; those of the validation first.
-        mode: Whether less (``"min"``) or more (``"max"``) of it is better. Default: what its name says.
+        monitor: The metric. Default: a logged accuracy, else a loss, else another validation metric whose name shows
+            what is better; validation metrics come first.
+        mode: Whether lower (``"min"``) or higher (``"max"``) is better. Default: inferred from the name.
 
     Raises:
-        ValueError: If the name of the metric does not say what is better, and ``mode`` does not either.
+        ValueError: If ``mode`` is not given and cannot be inferred from the name.
     """
 
     def __init__(self, monitor: str | None = None, mode: Literal["min", "max"] | None = None) -> None:
         known = mode or mode_of_metric(monitor or "loss")
         if known is None:
             raise ValueError(
-                f"checkpoint.mode: expected min or max, got none, and the name of {monitor!r} does not say which is "
+                f"checkpoint.mode: expected min or max, got none, and the name {monitor!r} does not show which is "
                 "better. Give --checkpoint.mode."
             )
         super().__init__(monitor=monitor, mode=known)
@@ -41,7 +41,7 @@ class BestCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        """Without the metric, which a run that goes on finds out later."""
+        """Without the metric, because a resumed run determines it later."""
         return type(self).__qualname__
 
     @override
@@ -60,8 +60,8 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self.monitor is None:
             rank_zero_info(
-                "No best checkpoint was saved, only the last: no metric was logged whose name says what is better. "
-                "Give --checkpoint.monitor and --checkpoint.mode."
+                "Only the last checkpoint was saved, no best one: no metric was logged whose name shows what is "
+                "better. Give --checkpoint.monitor and --checkpoint.mode."
             )
 
     @override
@@ -78,7 +78,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def _is_ready(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether there is a metric to compare; the network's size is taken as well."""
+        """Whether there is a metric to compare; also updates the network's size."""
         self._params = sum(parameter.numel() for parameter in module.parameters())
         if self.monitor is None and (self._has_validated or not trainer.enable_validation):
             logged = Report()
@@ -89,7 +89,7 @@ class BestCheckpoint(ModelCheckpoint):
             names = [name for name in trainer.callback_metrics if name != "params" and not name.startswith("pruning/")]
             raise ValueError(
                 f"checkpoint.monitor: expected a metric that the run logs, got {self.monitor!r}. It logs "
-                f"{', '.join(names) or 'none'}. Give one of them by --checkpoint.monitor, or none to have one chosen."
+                f"{', '.join(names) or 'none'}. Give one of them as --checkpoint.monitor, or omit the option."
             )
         return self.monitor is not None
 
@@ -99,15 +99,15 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def with_checkpoints(trainer: Any, best: BestCheckpoint) -> list[Callback]:
-    """The callbacks of a run with those that save checkpoints, unless it has its own or wants none.
+    """The callbacks of a run plus those that save checkpoints, unless the run has its own or disables them.
 
     Args:
         trainer: Arguments of the Trainer, by name.
-        best: The one that keeps the best.
+        best: The callback that saves the best checkpoints.
     """
     given = trainer["callbacks"] or []
     callbacks = [*given] if isinstance(given, list) else [given]
     if trainer["enable_checkpointing"] is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
-        # Not `save_last` of the best one, which writes only when something has become better.
+        # Not `save_last` of `best`, which writes only when the metric improves.
         callbacks += [best, ModelCheckpoint(filename="last")]
     return callbacks

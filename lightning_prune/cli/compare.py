@@ -1,4 +1,4 @@
-"""``lightning-prune compare``: finished runs, of any kind, side by side."""
+"""``lightning-prune compare``: a table and a figure of finished runs of any kind."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _REPORT, _CELL, _CURVES = "report.json", "result.json", "metrics.csv"
 # Keys of a configuration in which runs of one setting may differ.
 _OWN = frozenset({"seed", "seed_everything", "name", "ckpt_path", "default_root_dir"})
 
-# Most entries that name a setting; beyond them it is called by its first run.
+# With more differing entries, a setting is named after its first run.
 _MOST_WORDS = 3
 
-# Columns of a terminal that is a file.
+# Columns if the output is a file or a pipe.
 _FILE_WIDTH = 140
 
-# In place of an entry that a configuration lacks.
+# Stands for an entry that a configuration does not have.
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run and what it left.
+    """A finished run, read from its folder.
 
     Attributes:
-        name: How it is called.
-        label: How all runs of its setting are called, unless different settings have the same name.
-        config: Its whole configuration.
+        name: Its name.
+        label: The name of all runs of its setting, unless another setting has the same name.
+        config: Its complete configuration.
         report: Metrics and sizes.
     """
 
@@ -63,15 +63,15 @@ class FinishedRun:
 
     @property
     def setting(self) -> str:
-        """The configuration without what differs between runs with other seeds."""
+        """The configuration without entries that differ between seeds."""
         return json.dumps(_common(self.config), sort_keys=True, default=str)
 
 
 def main(words: Sequence[str]) -> None:
     """``lightning-prune compare RUNS...``."""
-    parser = OneLineParser("lightning-prune compare", description="Finished runs side by side: a table and a picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
-    parser.add_argument("--metric", help="what they are judged by (default: the first one's accuracy or loss)")
+    parser = OneLineParser("lightning-prune compare", description="Compare finished runs in a table and a figure.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that contain such folders")
+    parser.add_argument("--metric", help="metric to compare (default: the accuracy or loss of the first run)")
     parser.add_argument(
         "--out", type=Path, default=Path("comparison"), help="folder for the page (default: comparison)"
     )
@@ -83,45 +83,45 @@ def main(words: Sequence[str]) -> None:
 
 
 def read_runs(places: Iterable[Path]) -> list[FinishedRun]:
-    """The runs in folders: those of ``fit``, pruned or not, and the cells of a study.
+    """Read runs from folders: runs of ``fit``, pruned or not, and cells of a study.
 
     Args:
-        places: Folders of runs, or folders right above them.
+        places: Folders of runs, or their parent folders.
 
     Raises:
         FileNotFoundError: If there is no finished run.
-        ValueError: If a run has not ended, its files are damaged, or it is named twice.
+        ValueError: If a run has not ended, its files are damaged, or it is given twice.
     """
     folders = [folder for place in places for folder in _folders(place)]
     twice = sorted({str(folder) for folder in folders if folders.count(folder) > 1})
     if twice:
         raise ValueError(f"compare: expected every run once, got {', '.join(twice)} more than once.")
     if len(folders) < 2:
-        raise ValueError(f"compare: expected at least two runs, got {folders[0]}. Add another one's folder.")
+        raise ValueError(f"compare: expected at least two runs, got {folders[0]}. Add the folder of another run.")
     return [_read(folder) for folder in folders]
 
 
 def compare(found: Sequence[FinishedRun], metric: str | None = None) -> Comparison:
-    """Runs side by side.
+    """Compare runs.
 
     Args:
-        found: The runs, the first of which is what others are compared with.
-        metric: What they are judged by; by default the main metric of the first.
+        found: The runs; the others are compared with the first.
+        metric: The metric to compare; by default the main metric of the first run.
 
     Raises:
-        ValueError: If not every run logged it.
+        ValueError: If not every run logged the metric.
     """
     first = found[0].report
     metric = metric or first.main_metric
     if metric is None:
-        raise ValueError(f"compare: {found[0].name} logged no accuracy or loss. Name what counts by --metric.")
+        raise ValueError(f"compare: {found[0].name} logged no accuracy or loss. Name a metric with --metric.")
     lacking = [run for run in found if not run.report.values(metric)]
     if lacking:
         logged = sorted({name for run in lacking for row in run.report.history for name in row.metrics})
         raise ValueError(
-            f"compare: expected all runs to have logged {metric!r}, got none of it in "
+            f"compare: expected all runs to have logged {metric!r}, but it is missing in "
             f"{', '.join(run.name for run in lacking)}, which logged {', '.join(logged) or 'nothing'}. Name a metric "
-            "that all have by --metric."
+            "that all have with --metric."
         )
     names = _setting_names(found)
     networks = [network for run in found for network in _networks(run, names[run.setting], metric)]
@@ -143,7 +143,7 @@ def _networks(run: FinishedRun, setting: str, metric: str) -> Iterator[ComparedN
 
 
 def _setting_names(found: Sequence[FinishedRun]) -> dict[str, str]:
-    """A name for each setting: its runs' label; where others have that too, also what differs, or its first run."""
+    """A name for each setting: the label of its runs; if ambiguous, with what differs, or the name of its first run."""
     firsts: dict[str, FinishedRun] = {}
     for run in found:
         firsts.setdefault(run.setting, run)
@@ -159,7 +159,7 @@ def _setting_names(found: Sequence[FinishedRun]) -> dict[str, str]:
 
 
 def _differing(run: FinishedRun, namesakes: Sequence[FinishedRun]) -> list[str]:
-    """The entries of a run's configuration that not all of its namesakes have, by the last word of their keys."""
+    """Entries of a run's configuration that not all runs of the same label share, by the last part of their keys."""
     others = [dict(_leaves(_common(each.config))) for each in namesakes]
     own = dict(_leaves(_common(run.config)))
     keys = dict.fromkeys(key for each in others for key in each)
@@ -189,8 +189,8 @@ def _folders(place: Path) -> list[Path]:
     inside = sorted(folder for folder in (*place.glob("*"), *place.glob("cells/*")) if _is_run(folder))
     if not inside:
         raise FileNotFoundError(
-            f"compare: expected the folder of a finished run ({_REPORT}, {_CELL} or {_CURVES} in it), or of several, "
-            f"got {place}, which {'holds none' if place.is_dir() else 'does not exist'}."
+            f"compare: expected the folder of a finished run (with {_REPORT}, {_CELL} or {_CURVES}), or of several, "
+            f"got {place}, which {'contains none' if place.is_dir() else 'does not exist'}."
         )
     return inside
 
@@ -208,7 +208,7 @@ def _read(folder: Path) -> FinishedRun:
         report = _report(folder, config)
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"compare: the files of {folder} cannot be read: {error}") from error
-    if not config:  # trained by a Trainer of one's own
+    if not config:  # trained in Python, without the command line
         config = {key: value for key, value in report.config.items() if key != "run"}
     label = folder.absolute().parent.name if folder.name.isdecimal() else folder.name
     return FinishedRun(name, label, config, report)
@@ -228,7 +228,7 @@ def _report(folder: Path, config: Mapping[str, Any]) -> Report:
     if (folder / _REPORT).is_file():
         report = Report.from_plain(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
         if report.size is None:
-            raise ValueError(f"its {_REPORT} has no size of the network")
+            raise ValueError(f"its {_REPORT} does not have the size of the network")
         return report
     report = Report()
     with (folder / _CURVES).open(encoding="utf-8", newline="") as stream:
@@ -242,7 +242,7 @@ def _report(folder: Path, config: Mapping[str, Any]) -> Report:
 def _size(folder: Path, config: Mapping[str, Any]) -> Size:
     """The size of a network that no callback has pruned, from its configuration and its last checkpoint."""
     if "model" not in config:
-        raise ValueError(f"expected `model` in its {runs.CONFIG}, from which its size is found, got none")
+        raise ValueError(f"expected `model` in its {runs.CONFIG} to determine the size, got none")
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
@@ -257,7 +257,7 @@ def _size(folder: Path, config: Mapping[str, Any]) -> Size:
 
 def _page(comparison: Comparison) -> Page:
     caption = (
-        f"{comparison.metric} against what a network costs. Filled: at the end of a run; hollow: saved on the way. "
+        f"{comparison.metric} against the cost of the network. Filled: at the end of a run; hollow: saved earlier. "
         "Grey: the Pareto front."
     )
     return Page("Comparison", (*comparison.grids(), Picture.of("pareto", caption, comparison_figure(comparison))))

@@ -1,4 +1,4 @@
-"""``--help`` of the commands that train: the options that matter first, all of them with ``--help-all``."""
+"""``--help`` of the training commands: the most important options; ``--help-all`` lists all of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing_extensions import override
 
 __all__ = ["FIRST", "ShortHelp"]
 
-#: Options that ``--help`` lists, by what they are for.
+#: Options that ``--help`` lists, by purpose.
 FIRST = {
     "What is run": {
-        "--config": "a recipe (`lightning-prune recipes`) or a file; of several, later ones win",
+        "--config": "a recipe (see `lightning-prune recipes`) or a file; later ones override earlier ones",
         "--model": "class of the network: ours (MLPClassifier) or yours (my_package.MyModule); --model.ARGUMENT",
         "--data": "class of the data: Digits, MNIST, ImageFolder, ... or yours; --data.ARGUMENT",
-        "--optimizer": "SGD, AdamW, ... in place of the network's own; --optimizer.lr",
+        "--optimizer": "SGD, AdamW, ... instead of the network's own; --optimizer.lr",
         "--lr_scheduler": "CosineAnnealingLR, ...; --lr_scheduler.T_max",
         "--seed_everything": "seed of all random numbers (default: 0)",
     },
@@ -31,16 +31,16 @@ FIRST = {
         "--trainer.accelerator": "auto, cpu, gpu",
         "--trainer.devices": "how many of them",
         "--trainer.strategy": "ddp, ... for several",
-        "--trainer.precision": "32, bf16-mixed, 16-mixed",
-        "--trainer.accumulate_grad_batches": "batches of one step",
-        "--trainer.fast_dev_run": "true: one batch of everything, nothing is written",
+        "--trainer.precision": "32, bf16-mixed, 16-mixed, ...",
+        "--trainer.accumulate_grad_batches": "number of batches per optimizer step",
+        "--trainer.fast_dev_run": "true: run one batch of everything and write nothing",
     },
     "What it leaves": {
         "--name": "name of the folder (default: that of the configuration)",
-        "--trainer.default_root_dir": "where such folders are (default: runs)",
-        "--trainer.logger": "loggers in place of metrics.csv and W&B; false for none",
-        "--checkpoint.monitor": "metric of the best checkpoint (default: the accuracy or loss that is logged)",
-        "--ckpt_path": "checkpoint to go on from; last for the newest of this name",
+        "--trainer.default_root_dir": "parent of the runs' folders (default: runs)",
+        "--trainer.logger": "loggers instead of metrics.csv and W&B; false for none",
+        "--checkpoint.monitor": "metric for the best checkpoint (default: the logged accuracy or loss)",
+        "--ckpt_path": "checkpoint to continue from; last: the newest of this name",
     },
 }
 
@@ -48,7 +48,7 @@ _WIDTH, _COLUMN = 110, 38
 
 
 class ShortHelp(_HelpAction):
-    """Prints the options of `FIRST` where a parser has them, and else its whole help."""
+    """Prints the options in `FIRST` if the parser has them, otherwise the full help."""
 
     @override
     def __call__(
@@ -76,8 +76,8 @@ def _short(parser: ArgumentParser, options: int) -> str:
             lines += [f"  {option:<{_COLUMN - 2}}{first}", *(indent(line, " " * _COLUMN) for line in rest)]
     lines += [
         "",
-        f"--help-all lists all {options} options, --model.help CLASS and --data.help CLASS those of a class,",
-        "--trainer.callbacks.help CLASS those of a callback. --print_config prints the configuration and ends,",
+        f"--help-all lists all {options} options, --model.help CLASS and --data.help CLASS those of a class, and",
+        "--trainer.callbacks.help CLASS those of a callback. --print_config prints the configuration and exits;",
         "--debug shows the traceback of an error.",
     ]
     return "\n".join(lines)

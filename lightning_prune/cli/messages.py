@@ -1,4 +1,4 @@
-"""What the command line says of a mistake, in one line: what was expected, what came, what to do."""
+"""One-line messages for mistakes on the command line: what was expected, what was given, what to do."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from typing_extensions import override
 
 __all__ = ["COMMANDS", "OneLineParser", "in_one_line", "near", "of_parser", "of_unknown"]
 
-#: The commands, as `lightning-prune` takes them.
+#: The commands of `lightning-prune`.
 COMMANDS = ("fit", "validate", "test", "predict", "inspect", "score", "compare", "study", "recipes")
 
-# Packages whose own errors say what a user did.
+# Packages whose errors are meant for the user.
 _SPEAKING = ("lightning_prune", "lightning")
 
-# What Lightning says, and what is said here.
+# Lightning's messages, and the ones shown instead.
 _SAID_BY_LIGHTNING = {
     r"No supported gpu backend found": (
-        "--trainer.accelerator: expected one that this machine has, got gpu, and there is no GPU that PyTorch can use. "
-        "Leave it out, or give cpu."
+        "--trainer.accelerator: expected one that this machine has, got gpu, but PyTorch finds no GPU. "
+        "Omit the option, or use cpu."
     ),
     r"`Trainer\(devices=('.*?')\)` value is not": (
         "--trainer.devices: expected a number of processes of at least 1, or auto, got {0}."
@@ -42,22 +42,22 @@ _SAID_BY_LIGHTNING = {
         "--trainer.accelerator: expected auto, cpu, gpu or another of Lightning's names, got {0}."
     ),
     r"`train_dataloader` must be implemented": (
-        "fit: expected data, got none. Give --data: one of ours (Digits) or your own (my_package.MyData), or write a "
-        "`train_dataloader` in the module."
+        "fit: expected data, got none. Give --data: one of this package (Digits) or your own (my_package.MyData), or "
+        "define `train_dataloader` in the module."
     ),
     r'`.fit\(ckpt_path="best"\)` is set': (
-        "--ckpt_path: expected a file or last, got best, which only a run that has ended knows. Give the file."
+        "--ckpt_path: expected a file or last, got best, which is not known before a run. Give the file."
     ),
 }
 
-# Lines of the parser's text that only give it a form.
+# Lines of the parser's message that only structure it.
 _FORM = re.compile(r"$|Does not validate against|Errors:|Expected a path but")
 _KEY = re.compile(r'Parser key "(.+)":')
 _OWNER = re.compile(r"Problem with given class_path '(.+)':")
 _TYPES = re.compile(r"Subtypes: \[(.+)\]")
 _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='.*', val='?)?(.*?)(?:'?\))?$")
 
-# The parser's names of types, and ours.
+# The parser's names of types, and the ones shown instead.
 _TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -73,7 +73,7 @@ _TYPE_WORDS = {
 
 
 class OneLineParser(ArgumentParser):
-    """Python's parser of words, whose refusals are one line without the usage."""
+    """An `ArgumentParser` whose errors are one line, without the usage."""
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -84,21 +84,20 @@ class OneLineParser(ArgumentParser):
         if match := re.match("unrecognized arguments: (.*)", message):
             known = [option for action in self._actions for option in action.option_strings]
             word = match[1].split()[0]
-            raise ValueError(f"{command}: expected what --help lists, got {word!r}.{near(word, known)}")
+            raise ValueError(f"{command}: expected an option that --help lists, got {word!r}.{near(word, known)}")
         if match := re.match("the following arguments are required: (.*)", message):
-            raise ValueError(f"{command}: expected {match[1]}, got none. `{self.prog} --help` says more.")
-        raise ValueError(f"{command}: {message}. `{self.prog} --help` says more.")
+            raise ValueError(f"{command}: expected {match[1]}, got none. See `{self.prog} --help`.")
+        raise ValueError(f"{command}: {message}. See `{self.prog} --help`.")
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What an error says, where it is one of use: raised on purpose by this package or by Lightning.
+    """The message of an error that reports a mistake: one raised on purpose by this package or by Lightning.
 
     Args:
         error: The error.
 
     Returns:
-        Its text and, where code of the user led to it, the place. ``None`` for faults of code, whose traceback is what
-        one needs.
+        Its message and, if the user's code led to it, the place. ``None`` for bugs, which need their traceback.
     """
     chain = _chain(error)
     found = next((link for home in _homes() for link in chain if _is_said(link, home)), None)
@@ -113,22 +112,22 @@ def in_one_line(error: BaseException) -> str | None:
 
 
 def _of_unfit(error: BaseException) -> str | None:
-    """What PyTorch says where one of our networks does not take the data that are given."""
+    """The message if a network of this package does not accept the given data."""
     files = [Path(frame.f_code.co_filename) for frame, _ in walk_tb(error.__traceback__)]
     if not isinstance(error, RuntimeError) or not any(_homes()[0] / "models" in file.parents for file in files):
         return None
-    return f"expected a network that takes this data, got one for another shape ({error}). Compare --model and --data."
+    return f"expected a network that accepts this data, got one for another shape ({error}). Check --model and --data."
 
 
 def near(word: str, known: Iterable[str], least: float = 0.7) -> str:
-    """``" Did you mean a, b?"``, or nothing where no known name is much like a word.
+    """``" Did you mean a or b?"``, or an empty string if no known name is similar.
 
-    The parts behind the last dot count: ``--lr`` is like ``--model.lr``. A name that begins with the word does, too.
+    Names are compared after the last dot: ``--lr`` is similar to ``--model.lr``. Names that start with the word match.
 
     Args:
-        word: What was given.
-        known: What it might have meant.
-        least: How alike two are at least, in [0, 1].
+        word: The given word.
+        known: Possible names.
+        least: Minimum similarity in [0, 1].
     """
     alike = {name: _likeness(word, name) for name in known if not name.endswith("+")}
     best = max(alike.values(), default=(0.0, 0.0))
@@ -140,17 +139,17 @@ def near(word: str, known: Iterable[str], least: float = 0.7) -> str:
 
 
 def _likeness(one: str, other: str) -> tuple[float, float]:
-    """How alike two names are behind their last dot, and altogether."""
+    """Similarity of two names after their last dot, and as a whole."""
     first, second = one.lower().strip("-"), other.lower().strip("-")
     ends = SequenceMatcher(None, first.rpartition(".")[2], second.rpartition(".")[2])
     return ends.ratio(), SequenceMatcher(None, first, second).ratio()
 
 
 def of_unknown(words: Sequence[str], command: str, known: Iterable[str]) -> str:
-    """Options that a command does not have.
+    """The message for options that a command does not have.
 
     Args:
-        words: What the parser did not recognise.
+        words: The arguments that the parser did not recognise.
         command: The command.
         known: Its options.
     """
@@ -163,10 +162,10 @@ def of_unknown(words: Sequence[str], command: str, known: Iterable[str]) -> str:
 
 
 def of_parser(text: str, command: str, known: Iterable[str]) -> str:
-    """The parser's text in one line.
+    """The parser's error message in one line.
 
     Args:
-        text: What it said.
+        text: The parser's message.
         command: The command.
         known: Options of the command.
     """
@@ -176,7 +175,7 @@ def of_parser(text: str, command: str, known: Iterable[str]) -> str:
         return f"{match[1]}: expected a value, got none."
     if match := re.match(r"Subcommand '\w+' does not accept option '(.+)'", text):
         names = [name.lstrip("-") for name in known]
-        return f"expected an entry that `{command}` takes, got `{match[1]}`.{near('-' + match[1], names)}"
+        return f"expected an entry that `{command}` has, got `{match[1]}`.{near('-' + match[1], names)}"
     if "arguments are required: " in text and text.startswith("the following"):
         return _of_required(text.partition(": ")[2], command)
     if 'Parser key "' not in text:
@@ -188,20 +187,20 @@ def _of_required(names: str, command: str) -> str:
     if names != f"{command}.model":
         return f"{command}: expected --{names.removeprefix(f'{command}.')}, got none."
     return (
-        f"{command}: expected a network, got none. Name a recipe that has one by --config (`lightning-prune recipes` "
-        "lists them), or give --model: one of ours (MLPClassifier) or your own (my_package.MyModule)."
+        f"{command}: expected a network, got none. Give a recipe that has one with --config (see "
+        "`lightning-prune recipes`), or --model: one of this package (MLPClassifier) or your own (my_package.MyModule)."
     )
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """A value that the parser refused.
+    """A value that the parser rejected.
 
     Attributes:
-        option: Where it was given: ``trainer.callbacks.pruning_ratio``.
-        owner: The class that takes the last part, by its import path.
-        types: What the last part may be, as the parser says it.
-        reason: The first reason it was refused for.
+        option: The option: ``trainer.callbacks.pruning_ratio``.
+        owner: Import path of the class that has the last part as an argument.
+        types: Types of the last part, in the parser's form.
+        reason: The first reason for rejecting it.
         given: The value.
     """
 
@@ -213,7 +212,7 @@ class _Refused:
 
 
 def _read(text: str) -> _Refused:
-    """The first branch of the parser's tree of reasons, down to its leaf."""
+    """The first reason in the parser's tree of reasons, followed down to its leaf."""
     keys, owner, types, reason = [], "", "", ""
     lines = iter(text.splitlines())
     for line in lines:
@@ -230,7 +229,7 @@ def _read(text: str) -> _Refused:
             break
     rest = list(lines)
     unknown = next((line for line in rest if "Expected a dot import path string" in line), None)
-    if unknown is not None and reason.startswith("Expected a <"):  # a list, say, or a class, which is what was meant
+    if unknown is not None and reason.startswith("Expected a <"):  # a list or a class, and a class was meant
         reason = unknown.strip().removeprefix("- ")
     got = re.search(r"\. Got value: (.*)", reason)
     given = got[1] if got else next((match[1] for line in rest if (match := _GIVEN.match(line.strip()))), "")
@@ -253,7 +252,7 @@ def _of_class(refused: _Refused, name: str) -> str:
     bases = _bases(refused.types)
     kinds = " or ".join(base.__name__ for base in bases) or "class"
     guess = near(name, (each for base in bases for each in _subclasses(base)), 0.6)
-    other = "" if guess else " Others than ours and Lightning's are named with their module: my_package.MyClass."
+    other = "" if guess else " Give your own classes with their module: my_package.MyClass."
     return f"--{refused.option}: expected {_a(kinds)}, got {name!r}, which is unknown.{guess}{other}"
 
 
@@ -265,7 +264,7 @@ def _of_attribute(refused: _Refused, module: str, name: str) -> str:
 
 
 def _of_kind(refused: _Refused, kind: str) -> str:
-    return f"--{refused.option}: expected {_a(kind)}, got {refused.given}, which is none."
+    return f"--{refused.option}: expected {_a(kind)}, got {refused.given}, which is not one."
 
 
 def _of_fault(refused: _Refused, fault: str) -> str:
@@ -274,7 +273,7 @@ def _of_fault(refused: _Refused, fault: str) -> str:
 
 def _of_file(refused: _Refused, file: str) -> str:
     module = file.removesuffix(".py").replace("/", ".")
-    return f"--{refused.option}: expected a class, got the file {file}. Name it with its module: {module}.MyClass."
+    return f"--{refused.option}: expected a class, got the file {file}. Give a class in its module: {module}.MyClass."
 
 
 def _of_type(refused: _Refused, type_: str) -> str:
@@ -287,11 +286,11 @@ def _of_argument(refused: _Refused, name: str) -> str:
         return f"{refused.option}: expected `class_path` and `init_args` in an entry, got `{first}`."
     if refused.owner == "lightning.Callback":
         return (
-            f"{option}: expected a callback before its option `{name}`, got none that takes it. Add one: "
+            f"{option}: expected a callback that has the option `{name}`, got none. Add one: "
             f"--trainer.callbacks+=ContributionPruning {option}.{name}=..."
         )
     known = [f"{option}.{each}" for each in _arguments(refused.owner)]
-    guess = near(f"{option}.{name}", known) or f" It takes {', '.join(_arguments(refused.owner))}."
+    guess = near(f"{option}.{name}", known) or f" Its arguments are {', '.join(_arguments(refused.owner))}."
     return f"expected an argument of {_name(refused.owner)}, got {option}.{name}.{guess}"
 
 
@@ -299,13 +298,13 @@ def _of_module(refused: _Refused, missing: str) -> str:
     option, path = f"--{refused.option}", refused.owner or refused.given
     if path == missing or path.startswith(f"{missing}."):
         return (
-            f"{option}: expected a class by the path to import it, got {path}; there is no module {missing!r}, neither "
-            "installed nor in the current folder."
+            f"{option}: expected the import path of a class, got {path}, but there is no module {missing!r}, installed "
+            "or in the current folder."
         )
-    return f"{option}: {path} cannot be imported, because there is no module {missing!r}. Install what it needs."
+    return f"{option}: {path} cannot be imported, because there is no module {missing!r}. Install it."
 
 
-# What is said of a reason that the parser gives.
+# The message for each kind of reason that the parser gives.
 _REASONS: dict[str, Callable[..., str]] = {
     r"Option '(.+)' is not accepted": _of_argument,
     r"the following arguments are required: (.+)": _of_missing,
@@ -334,7 +333,7 @@ def _arguments(path: str) -> list[str]:
 
 
 def _bases(types: str) -> list[type]:
-    """The classes among the parser's names of types whose subclasses are taken."""
+    """The classes among the parser's types whose subclasses are accepted."""
     paths = re.findall(r"[\w.]+\.\w+", types)
     found: list[Any] = [getattr(import_module(path.rpartition(".")[0]), _name(path), None) for path in paths]
     return list(dict.fromkeys(each for each in found if inspect.isclass(each) and "collections" not in each.__module__))
@@ -371,7 +370,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _is_said(error: BaseException, home: Path) -> bool:
-    """Whether a ``raise`` of a package made it, on purpose. A cause need not have been raised."""
+    """Whether a package raised the error on purpose, with ``raise``. A cause may not have been raised."""
     frames = list(walk_tb(error.__traceback__))
     if not frames or isinstance(error, AssertionError):
         return False
@@ -386,7 +385,7 @@ def _homes() -> list[Path]:
 
 
 def _place(error: BaseException) -> str | None:
-    """The line of the user's own code that led to an error: the last one in the current folder and not installed."""
+    """The last line of the user's own code that led to an error: code in the current folder that is not installed."""
     here = Path.cwd()
     found = None
     for frame, line in walk_tb(error.__traceback__):

@@ -1,4 +1,4 @@
-"""Options of callbacks on the command line: they reach the callback that takes them, wherever it is in the list."""
+"""Options of callbacks on the command line: they apply to the callback that has them, wherever it is in the list."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["placed"]
 
 _LIST = "--trainer.callbacks"
 
-# Where short names of callbacks are looked up, as the parser does.
+# Modules in which short names of callbacks are looked up, as in the parser.
 _HOMES = ("lightning_prune", "lightning.pytorch.callbacks")
 
 
 def placed(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with options of callbacks behind the last callback of the list that takes them.
+    """The arguments of a command line, with each option of a callback moved after the last callback that has it.
 
-    The parser gives ``--trainer.callbacks.NAME`` to the last callback of the list as it is then. Where the list comes
-    from a file, and an option is one of another callback only, the list is passed again, one callback after the other,
-    each with its options. Where all options are those of the last callback, or the command line changes the list
-    itself, nothing is changed.
+    The parser gives ``--trainer.callbacks.NAME`` to the last callback of the current list. If the list comes from a
+    file and an option belongs to another callback, the list is passed again, one callback at a time, each followed by
+    its options. If all options belong to the last callback, or the command line changes the list itself, nothing is
+    changed.
 
     Args:
-        words: With files after ``--config``.
+        words: The arguments, with file names after ``--config``.
     """
     found = _last_list(words)
     if found is None:
@@ -44,13 +44,13 @@ def placed(words: Sequence[str]) -> list[str]:
         one = callback if place else [callback]
         parts += [f"{_LIST}{'+' if place else ''}={json.dumps(one)}"]
         for (_, option), taker in zip(options, takers, strict=True):
-            if taker == place or (taker is None and place == last):  # which refuses it
+            if taker == place or (taker is None and place == last):  # the last one rejects an unknown option
                 parts += option
     return [*words[:end], *parts, *others]
 
 
 def _last_list(words: Sequence[str]) -> tuple[int, list[Any]] | None:
-    """The callbacks of the last file that has some, and where the words behind it begin."""
+    """The callbacks of the last file that has some, and the position of the argument after it."""
     found = None
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -63,7 +63,7 @@ def _last_list(words: Sequence[str]) -> tuple[int, list[Any]] | None:
 
 
 def _callbacks(file: Path) -> list[Any]:
-    """The list of a file; none where it is another form, on which the parser has the word."""
+    """The callbacks in a file; an empty list if it has another form, which the parser then reports."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -74,7 +74,7 @@ def _callbacks(file: Path) -> list[Any]:
 
 
 def _split(words: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """Options of callbacks, each with its name and its words, and all other words."""
+    """Options of callbacks, each with its name and its arguments, and all other arguments."""
     options: list[tuple[str, list[str]]] = []
     others: list[str] = []
     rest = iter(words)
@@ -97,12 +97,12 @@ def _is_list(word: str) -> bool:
 
 
 def _taker(name: str, callbacks: Sequence[Any]) -> int | None:
-    """Which callback an option is for: the last one that has an argument of this name."""
+    """Index of the callback that an option is for: the last one with an argument of this name."""
     return next((place for place in reversed(range(len(callbacks))) if name in _arguments(callbacks[place])), None)
 
 
 def _arguments(callback: Any) -> frozenset[str]:
-    """Names of the arguments of a callback in a list; none where its class is not found."""
+    """Names of a callback's arguments; empty if its class is not found."""
     path = callback.get("class_path") if isinstance(callback, Mapping) else callback
     if not isinstance(path, str):
         return frozenset()

@@ -1,4 +1,4 @@
-"""The experiments that come with the package: one YAML file each, to run, to read or to copy."""
+"""The bundled experiments, one YAML file each: run, show or copy them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_prune.cli.messages import OneLineParser, near
 
 __all__ = ["copy", "described", "experiment", "folder", "main", "path", "recipes", "resolve", "study", "summary"]
 
-# Columns of a terminal that is a file.
+# Columns if the output is a file or a pipe.
 _FILE_WIDTH = 250
 
 
 def folder() -> Path:
-    """Where the recipes are: inside the package in a wheel, beside it in a checkout."""
+    """The folder of the recipes: inside the package in a wheel, next to it in a checkout."""
     package = Path(str(files("lightning_prune")))
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -45,7 +45,7 @@ def path(name: str) -> Path:
 
 
 def study(name: str) -> Path:
-    """The file of a study that comes with the package.
+    """The file of a bundled study.
 
     Args:
         name: The study's name, with or without ``.yaml``.
@@ -57,7 +57,7 @@ def study(name: str) -> Path:
 
 
 def experiment(name: str) -> Path:
-    """A file to read or to copy: a recipe, or what makes several runs of one, such as ``sweeps/digits``."""
+    """A file to show or copy: a recipe, a study or a sweep, such as ``sweeps/digits``."""
     several = {f"{file.parent.name}/{file.stem}": file for file in sorted(folder().glob("*/*.yaml"))}
     return _named(name, "recipe", {**recipes(), **several})
 
@@ -71,7 +71,7 @@ def _named(name: str, kind: str, known: Mapping[str, Path]) -> Path:
 
 
 def summary(recipe: Path) -> str:
-    """The first line of a recipe, its comment sign taken off."""
+    """The first line of a recipe, without the comment sign."""
     return recipe.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
@@ -80,32 +80,32 @@ def copy(name: str, destination: Path) -> Path:
 
     Args:
         name: The recipe's name.
-        destination: A folder that exists, or the new file.
+        destination: An existing folder, or the new file.
 
     Returns:
         The new file.
 
     Raises:
         FileNotFoundError: If there is no such recipe.
-        FileExistsError: If the new file exists; it is left as it is.
+        FileExistsError: If the new file exists; it is left unchanged.
     """
     source = experiment(name)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists():
-        raise FileExistsError(f"expected a new file, got {target}, which exists. Give another name or remove it.")
+        raise FileExistsError(f"expected a new file, got {target}, which exists. Choose another name or remove it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target
 
 
 def resolve(words: Sequence[str]) -> list[str]:
-    """The words of a command line with the names of recipes after ``--config`` replaced by their files.
+    """The arguments of a command line, with names of recipes after ``--config`` replaced by their files.
 
-    A file of that name in the working folder wins.
+    A file of that name in the working folder takes precedence.
 
     Raises:
-        FileNotFoundError: If a word after ``--config`` is neither a file nor a recipe.
-        ValueError: If a file is no YAML, or no mapping.
+        FileNotFoundError: If an argument after ``--config`` is neither a file nor a recipe.
+        ValueError: If a file is not valid YAML, or not a mapping.
     """
     resolved: list[str] = []
     for position, word in enumerate(words):
@@ -121,9 +121,9 @@ def resolve(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     """``lightning-prune recipes [list] | show NAME | copy NAME [DEST]``."""
-    parser = OneLineParser("lightning-prune recipes", description="The experiments that come with the package.")
+    parser = OneLineParser("lightning-prune recipes", description="List, show and copy the bundled experiments.")
     verbs = parser.add_subparsers(dest="verb")
-    verbs.add_parser("list", help="their names, data, how long they take, and what they show (the default)")
+    verbs.add_parser("list", help="list their names, data, duration and content (the default)")
     show = verbs.add_parser("show", help="print a recipe")
     take = verbs.add_parser("copy", help="copy a recipe to edit it")
     for verb in (show, take):
@@ -139,7 +139,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def described(recipe: Path) -> tuple[str, str, str]:
-    """What the head of a recipe says: its data or what it goes with, how long it takes, and what it shows."""
+    """The data (or what a method is combined with), the duration and the content of a recipe, from its comments."""
     lines = recipe.read_text(encoding="utf-8").splitlines()
     head = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
     data, _, rest = head.partition(": ")
@@ -155,11 +155,11 @@ def _print_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "data", "time, two cores", "what is shown", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("recipe", "data", "time, two cores", "content", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, file in recipes().items():
         table.add_row(name, *described(file))
     console = Console()
-    # A file or a pipe gets a line for each.
+    # In a file or a pipe, each recipe gets one line.
     (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(table)
 
 
@@ -169,9 +169,9 @@ def _file(value: str) -> str:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{file}, line {line}: expected YAML, got what is none: {error.problem}.") from error
+        raise ValueError(f"{file}, line {line}: expected valid YAML: {error.problem}.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: expected YAML, got what is none: {error}") from error
+        raise ValueError(f"{file}: expected valid YAML: {error}") from error
     if not isinstance(found, Mapping):
         got = "nothing" if found is None else repr(found)[:40]
         raise ValueError(f"{file}: expected entries such as `model:` and `trainer:`, got {got}.")

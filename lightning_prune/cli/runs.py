@@ -1,4 +1,4 @@
-"""One folder per run: made once, found again by its checkpoints, never written over."""
+"""One folder per run: created once, found by its checkpoints, never overwritten."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = [
     "set_aside",
 ]
 
-#: The file that makes a folder a run: the whole configuration of its last start.
+#: The file that marks a folder as a run: the complete configuration of its last start.
 CONFIG = "config.yaml"
 #: Holds the id of the run's W&B run, so that a resume continues its curves.
 WANDB = "wandb.id"
 
-# What is in a run's folder before anything was trained.
+# Contents of a run's folder before any training.
 _BEGUN = {CONFIG, WANDB, "wandb", "hparams.yaml"}
 
 
 def new(parent: Path) -> Path:
-    """Make the next free folder ``parent/001``, ``parent/002``, ...
+    """Create the next free folder ``parent/001``, ``parent/002``, ...
 
-    Two processes that ask at the same time get two folders.
+    Concurrent processes get different folders.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for number in count(1 + max(_numbers(parent), default=0)):
@@ -46,41 +46,41 @@ def new(parent: Path) -> Path:
 
 
 def latest(parent: Path) -> Path | None:
-    """The folder with the highest number under ``parent``; ``None`` if there is none."""
+    """The folder with the highest number in ``parent``, or ``None``."""
     numbers = _numbers(parent)
     return parent / f"{max(numbers):03d}" if numbers else None
 
 
 def last_checkpoint(parent: Path) -> Path | None:
-    """The newest ``last.ckpt`` of any run under ``parent``; ``None`` if there is none."""
+    """The newest ``last.ckpt`` of any run in ``parent``, or ``None``."""
     return newest(parent.glob("*/checkpoints/last*.ckpt"))
 
 
 def newest(files: Iterable[Path]) -> Path | None:
-    """The file that was written last; ``None`` if there is none."""
+    """The file that was written last, or ``None`` if there is no file."""
     return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def of_checkpoint(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint belongs to; ``None`` if it lies in no run's folder.
+    """The folder of the run that a checkpoint belongs to, or ``None``.
 
-    Checkpoints lie in the run's folder or in a folder of it.
+    Checkpoints are in the run's folder or in a direct sub-folder.
     """
     return next((folder for folder in checkpoint.parents[:2] if (folder / CONFIG).is_file()), None)
 
 
 def set_aside(file: Path) -> None:
-    """Rename ``name.ext`` to the first free of ``name.1.ext``, ``name.2.ext``, ..., if it exists."""
+    """Rename ``name.ext``, if it exists, to the first free of ``name.1.ext``, ``name.2.ext``, ..."""
     if file.exists():
         names = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
         file.rename(next(name for name in names if not name.exists()))
 
 
 def discard_empty(folder: Path) -> None:
-    """Remove the folder of a run that has left nothing but its configuration."""
+    """Remove the folder of a run if it contains nothing but the configuration."""
     if {file.name for file in folder.iterdir()} <= _BEGUN:
         shutil.rmtree(folder)
-        with suppress(OSError):  # other runs are there
+        with suppress(OSError):  # it contains other runs
             folder.parent.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""``lightning-prune study``: run a study of hyperparameters, look at it, and take its table elsewhere."""
+"""``lightning-prune study``: run a hyperparameter study, report on it, and export its table."""
 
 from __future__ import annotations
 
@@ -48,42 +48,42 @@ def _parser() -> OneLineParser:
     parser = OneLineParser("lightning-prune study", description="The hyperparameter performance space of a network.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     helps = {
-        "run": "run what is not finished yet",
-        "report": "write tables, pictures and a page of what is finished",
+        "run": "run all unfinished runs",
+        "report": "write tables, figures and a page of the finished runs",
         "export": "write the table of all finished runs, and the architectures",
-        "import": "take over what `export` wrote, to go on with it",
+        "import": "import what `export` wrote, to continue from it",
         "sweep": "write the study as a W&B sweep",
-        "cell": "run one run: what a sweep's agent calls",
+        "cell": "run a single run; called by a sweep's agent",
     }
     known = {verb: verbs.add_parser(verb, help=text, allow_abbrev=False) for verb, text in helps.items()}
     for verb in known.values():
-        verb.add_argument("file", help="a study.yaml, or the name of a study that comes with the package")
-        verb.add_argument("--folder", type=Path, help="where its runs are (default: runs/<name of the file>)")
+        verb.add_argument("file", help="a study.yaml, or the name of a bundled study")
+        verb.add_argument("--folder", type=Path, help="folder of its runs (default: runs/<name of the file>)")
     _add_launchers(known["run"])
-    known["run"].add_argument("--retry", action="store_true", help="run again what has failed")
+    known["run"].add_argument("--retry", action="store_true", help="run failed runs again")
     known["report"].add_argument(
-        "--accept", type=float, default=0.5, help="risk that you accept, in percentage points (default: 0.5)"
+        "--accept", type=float, default=0.5, help="acceptable risk in percentage points (default: 0.5)"
     )
-    known["report"].add_argument("--table", type=Path, help="read this table instead of the folder's runs")
+    known["report"].add_argument("--table", type=Path, help="read this table instead of the runs in the folder")
     known["report"].add_argument("--out", type=Path, help="where to write (default: report in the folder)")
-    known["report"].add_argument("--wandb", action="store_true", help="log it to W&B, too")
+    known["report"].add_argument("--wandb", action="store_true", help="also log the report to W&B")
     known["export"].add_argument("--out", type=Path, help="folder to write to (default: export in the folder)")
     known["import"].add_argument("source", type=Path, help="folder that `export` wrote")
     known["sweep"].add_argument("--out", type=Path, help="file to write (default: sweep.yaml in the folder)")
-    known["cell"].add_argument("--variant", required=True, help="its name, as in the table")
-    known["cell"].add_argument("--seed", type=int, required=True, help="its seed")
+    known["cell"].add_argument("--variant", required=True, help="name of the variant, as in the table")
+    known["cell"].add_argument("--seed", type=int, required=True, help="seed of the run")
     known["cell"].add_argument("--wandb", action="store_true", help="log the result to W&B")
     return parser
 
 
 def _add_launchers(parser: OneLineParser) -> None:
     parser.add_argument(
-        "--launcher", choices=("local", "ray", "slurm"), default="local", help="who runs (default: local)"
+        "--launcher", choices=("local", "ray", "slurm"), default="local", help="what starts the runs (default: local)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of the local launcher, one thread each")
-    parser.add_argument("--address", help="of a Ray cluster; by default one is started here")
-    parser.add_argument("--cpus", type=float, default=1, help="processor cores of a run on Ray")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a run on Ray")
+    parser.add_argument("--address", help="address of a Ray cluster; by default one is started on this machine")
+    parser.add_argument("--cpus", type=float, default=1, help="CPU cores per run on Ray")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per run on Ray")
     parser.add_argument(
         "--slurm",
         nargs="+",
@@ -95,7 +95,7 @@ def _add_launchers(parser: OneLineParser) -> None:
         "--cluster",
         choices=("slurm", "local"),
         default="slurm",
-        help="of submitit: local tries it out in processes of this machine",
+        help="submitit's cluster; local runs jobs as processes on this machine, for testing",
     )
 
 
@@ -105,7 +105,7 @@ def _run(study: Study, folder: Path, given: Namespace) -> None:
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         check(study, train)
     if given.retry:
-        print(f"{retry_failed(study, folder)} failed runs are run again")
+        print(f"{retry_failed(study, folder)} failed runs will be run again")
     failed = run_study(study, folder, train, launcher, Progress())
     write_table(rows(study, folder), study.axes, folder / "table.csv")
     for failure in failed:
@@ -127,7 +127,7 @@ def _export(study: Study, folder: Path, given: Namespace) -> None:
 
 
 def _import(study: Study, folder: Path, given: Namespace) -> None:
-    print(f"{import_study(study, given.source, folder)} runs taken over")
+    print(f"{import_study(study, given.source, folder)} runs imported")
 
 
 def _sweep(study: Study, folder: Path, given: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""fit, validate, test, predict, inspect and score: LightningCLI with our names imported, a folder for each run."""
+"""fit, validate, test, predict, inspect and score: LightningCLI with this package's classes and a folder per run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-# Imported for their names: a class that is loaded can be given by its short name in YAML and on the command line.
+# Imported so that their classes can be given by short names in YAML and on the command line.
 import lightning_prune.callbacks
 import lightning_prune.data
 import lightning_prune.models
@@ -45,15 +45,15 @@ from lightning_prune.data import ImageData
 __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 
 _DESCRIPTION = (
-    "Network pruning while Lightning trains. `lightning-prune recipes` lists, shows and copies the experiments that "
-    "come with the package; `--config` takes their names as well as files. `lightning-prune compare` shows finished "
-    "runs side by side, and `lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; "
-    "`--debug` shows the traceback of an error."
+    "Prune networks while Lightning trains them. `lightning-prune recipes` lists, shows and copies the bundled "
+    "experiments; `--config` takes their names as well as files. `lightning-prune compare` compares finished runs, and "
+    "`lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; `--debug` shows the "
+    "traceback of an error."
 )
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer with one more verb."""
+    """Lightning's Trainer with the additional methods `inspect` and `score`."""
 
     def inspect(
         self,
@@ -62,13 +62,13 @@ class PruningTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,  # noqa: ARG002
     ) -> None:
-        """Print what can be pruned, and what cannot and why.
+        """Print what can be pruned, what cannot, and why.
 
         Args:
             model: The network.
-            datamodule: Where the example comes from if the model has no ``example_input_array``.
-            ckpt_path: Look at the network of this checkpoint, in its widths.
-            weights_only: Not used; here so that the configuration of a run can be given.
+            datamodule: Source of the example if the model has no ``example_input_array``.
+            ckpt_path: Inspect the network in this checkpoint, with its widths.
+            weights_only: Not used; accepted so that the configuration of a run can be used.
         """
         if ckpt_path is not None:
             model = lightning_prune.load_from_checkpoint(type(model), ckpt_path)
@@ -81,14 +81,14 @@ class PruningTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Score the layers as `XGBPruning` of the configuration would, write the table, and prune nothing.
+        """Score the layers with the `XGBPruning` of the configuration and write the table, without pruning.
 
-        A later ``fit`` of the same network, samples and options takes the table up.
+        A later ``fit`` with the same network, samples and options reuses the scores.
 
         Args:
             model: The network.
             datamodule: Its training data.
-            ckpt_path: Score the network of this checkpoint.
+            ckpt_path: Score the network in this checkpoint.
             weights_only: As in ``fit``.
 
         Raises:
@@ -97,8 +97,8 @@ class PruningTrainer(Trainer):
         found = [one for one in self.callbacks if isinstance(one, lightning_prune.XGBPruning)]  # type: ignore[attr-defined]
         if len(found) != 1:
             raise ValueError(
-                f"score: expected one `XGBPruning` among `trainer.callbacks`, got {len(found)}. Its arguments say how "
-                "layers are scored."
+                f"score: expected one `XGBPruning` in `trainer.callbacks`, got {len(found)}. Its arguments determine "
+                "how layers are scored."
             )
         (pruning,) = found
         pruning.only_score, self.num_sanity_val_steps = True, 0
@@ -106,7 +106,7 @@ class PruningTrainer(Trainer):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, and gives it to the loggers that keep hyperparameters."""
+    """Writes ``config.yaml`` to the run's folder and logs it as hyperparameters."""
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,12 +123,13 @@ class RunConfig(SaveConfigCallback):
 
 
 class PruningCLI(LightningCLI):
-    """LightningCLI whose runs never meet.
+    """LightningCLI with a separate folder for each run.
 
-    ``fit`` makes ``<root>/<name>/<number>``; with a checkpoint of an earlier run it continues in that run's folder and
-    in its W&B run. The other verbs, given such a checkpoint, make a folder inside that run. The root is
-    ``--trainer.default_root_dir``, ``runs`` if left out. Without ``--trainer.logger`` the curves go to ``metrics.csv``
-    and, where W&B is installed, to an offline W&B run in the same folder; ``WANDB_MODE=online`` sends them.
+    ``fit`` creates ``<root>/<name>/<number>``; with a checkpoint of an earlier run it continues in that run's folder
+    and in its W&B run. The other subcommands, given such a checkpoint, create a folder inside that run. The root is
+    ``--trainer.default_root_dir``, by default ``runs``. Without ``--trainer.logger``, curves are written to
+    ``metrics.csv`` and, if W&B is installed, to an offline W&B run in the same folder; ``WANDB_MODE=online`` uploads
+    them.
     """
 
     @override
@@ -136,7 +137,7 @@ class PruningCLI(LightningCLI):
         self._made: Path | None = None
         command = next((word for word in kwargs["args"] if word in self.subcommands()), None)
         if command is not None:
-            # One parser instead of six, each of which takes a fifth of a second.
+            # Only the parser that is needed, because building each one takes a fifth of a second.
             self.subcommands = lambda: {command: type(self).subcommands()[command]}  # type: ignore[method-assign]
         try:
             with _own_wandb_run():
@@ -153,23 +154,23 @@ class PruningCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        # Abbreviations are mistyped names: `--trainer.max_epoch` is said to be unknown, not taken for the nearest.
+        # No abbreviations: `--trainer.max_epoch` is reported as unknown instead of being completed.
         parser = super().init_parser(**kwargs, exit_on_error=False, allow_abbrev=False, add_help=False)
-        parser.add_argument("-h", "--help", action=ShortHelp, help="Show the options that matter first and exit.")
+        parser.add_argument("-h", "--help", action=ShortHelp, help="Show the most important options and exit.")
         parser.add_argument("--help-all", action="help", help="Show all options and exit.")
         return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run's folder (default: the configurations')."
+            "--name", type=str | None, default=None, help="Name of the run's folder (default: the configuration's)."
         )
-        # What `fit` saves the best checkpoints by, unless `trainer.callbacks` has a `ModelCheckpoint` of its own.
+        # The metric for the best checkpoints, unless `trainer.callbacks` contains a `ModelCheckpoint`.
         parser.add_class_arguments(BestCheckpoint, "checkpoint")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Without Lightning's warning that `args` hides the process's own words: ours are these words, names resolved.
+        # Avoids Lightning's warning that `args` overrides `sys.argv`: these are those arguments, with names resolved.
         words = cast("list[str]", args)
         try:
             self.config = parser.parse_args(words)
@@ -181,7 +182,7 @@ class PruningCLI(LightningCLI):
             _check_checkpoint(checkpoint)
 
     def _options(self, command: str, words: Sequence[str], refused: str) -> list[str]:
-        """Options of a command, and of the classes that are named beside what was refused."""
+        """Options of a command, and of the classes named in the rest of the command line."""
         actions = self._subcommand_parsers[command]._actions
         found = [option for action in actions for option in action.option_strings if not option.endswith(".help")]
         with suppress(ArgumentError, SystemExit):
@@ -220,27 +221,27 @@ class PruningCLI(LightningCLI):
     @override
     def after_instantiate_classes(self) -> None:
         for part in (self.model, self.datamodule):
-            if part is not None:  # how the command line has made it is no hyperparameter
+            if part is not None:  # the function that created it is not a hyperparameter
                 vars(part).get("_hparams_initial", {}).pop("_instantiator", None)
         if isinstance(self.datamodule, ImageData):
-            # Good advice for others; ours are tensors in memory.
+            # These data sets are tensors in memory and need no workers.
             warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
         if self.subcommand != "fit":
-            # The other verbs write no checkpoints, so it does not matter where they would.
+            # The other subcommands write no checkpoints, so their folder does not matter.
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
     def before_fit(self) -> None:
-        """Refuses names of layers before data are loaded, and keeps the curves of an earlier start."""
+        """Check names of layers before data is loaded, and keep the curves of an earlier start."""
         if self.config.fit.ckpt_path is None and not is_overridden("configure_model", self.model):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 _check_layers(self.model, callback)
-        # CSVLogger deletes the file it finds.
+        # CSVLogger deletes an existing file.
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 rank_zero_only(runs.set_aside)(Path(logger.log_dir) / "metrics.csv")
 
     def after_fit(self) -> None:
-        """Gives W&B the last and the best checkpoint, where the curves go by default."""
+        """Upload the last and the best checkpoint to W&B if the default loggers are used."""
         curves = _wandb_logger(self.trainer.loggers)
         if self.config.fit.trainer.logger not in (None, True) or curves is None or not self.trainer.is_global_zero:
             return
@@ -250,7 +251,7 @@ class PruningCLI(LightningCLI):
             log_checkpoints(curves, self.trainer, pruning.report)
 
     def predict(self, **kwargs: Any) -> None:
-        """Writes what the network says of the data into the run's folder, and where."""
+        """Write the predictions to the run's folder, and print the file's name."""
         found = self.trainer.predict(**kwargs)
         if found is None or self._made is None:
             return
@@ -263,7 +264,7 @@ class PruningCLI(LightningCLI):
         several = self.trainer.world_size > 1
         file = self._made / (f"predictions-{self.trainer.global_rank}.pt" if several else "predictions.pt")
         torch.save(kept, file)
-        print(f"Predictions: {file}, {what} in the order of the data. torch.load reads it.")
+        print(f"Predictions: {file}, {what} in the order of the data. Read it with torch.load.")
 
     def _folder(self) -> Path:
         config = self.config[self.subcommand]
@@ -274,13 +275,13 @@ class PruningCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             return earlier
         parent = earlier / str(self.subcommand) if earlier else parent
-        # Other ranks follow rank zero, which was there first if it started them.
+        # Other ranks use rank zero's folder, which exists already if rank zero started them.
         self._made = rank_zero_only(runs.new)(parent)
         return self._made or runs.latest(parent) or parent
 
 
 def example_of(model: LightningModule, datamodule: LightningDataModule | None) -> Any:
-    """The first training batch, where a model has no ``example_input_array`` and there is data."""
+    """The first training batch, if the model has no ``example_input_array`` and there is data."""
     if model.example_input_array is not None or datamodule is None:
         return None
     datamodule.prepare_data()
@@ -289,16 +290,16 @@ def example_of(model: LightningModule, datamodule: LightningDataModule | None) -
 
 
 def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
-    """Parse a command line and do what it says.
+    """Parse a command line and run it.
 
     Args:
-        words: What follows ``lightning-prune``.
-        callbacks: More callbacks for the trainer, which are not part of the configuration.
+        words: The arguments after ``lightning-prune``.
+        callbacks: Additional callbacks for the Trainer, not part of the configuration.
     """
     with warnings.catch_warnings(), _without_advertisements():
-        # What it warns of, `before_fit` has prevented.
+        # `before_fit` has prevented what this warns about.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-        # Who names an optimizer asks for that.
+        # Intended when an optimizer is given.
         warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by `PruningCLI")
         # Lightning 2.6's own use of PyTorch.
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -316,7 +317,7 @@ def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
 
 @contextmanager
 def _own_wandb_run() -> Iterator[None]:
-    """Ends a W&B run that began inside, so that the next command in this process gets one of its own."""
+    """Finish a W&B run that was started inside, so that the next command in this process starts a new one."""
     before = _wandb_run()
     try:
         yield
@@ -336,16 +337,16 @@ def _wandb_logger(loggers: Sequence[Logger]) -> WandbLogger | None:
 
 
 def _continue_wandb(loggers: Sequence[Logger], folder: Path) -> None:
-    """Resume the W&B run of a run that is resumed in its folder, unless the user names another."""
+    """Resume the W&B run of a run that is resumed in its folder, unless the user gives another id."""
     logger, file = _wandb_logger(loggers), folder / runs.WANDB
     if logger is not None and logger.version is None and file.is_file():
-        # The run begins when it is first asked for; until then only the logger's own arguments tell its id.
+        # The W&B run starts on first access; until then, the id is set in the logger's arguments.
         logger._id = logger._wandb_init["id"] = file.read_text(encoding="utf-8")
 
 
 @contextmanager
 def _without_advertisements() -> Iterator[None]:
-    """Drops Lightning's "Tip: try installing" lines: they concern other products and hide what a run says."""
+    """Drop Lightning's "Tip: try installing" lines, which advertise other products among a run's messages."""
     source = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def useful(record: logging.LogRecord) -> bool:
@@ -359,7 +360,7 @@ def _without_advertisements() -> Iterator[None]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was made with: without names of files, what is nothing, and what the Trainer does anyway."""
+    """The settings of a run, without file names, empty values and the Trainer's defaults."""
 
     def told(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -373,7 +374,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tags(config: Any) -> list[str]:
-    """Network, data and callbacks of a run, by the names of their classes."""
+    """Class names of a run's network, data and callbacks."""
     callbacks = config.trainer.callbacks or []
     parts = [config.get("model"), config.get("data"), *(callbacks if isinstance(callbacks, list) else [callbacks])]
     return [part.class_path.rpartition(".")[2] for part in parts if part is not None and "class_path" in part]
@@ -387,15 +388,15 @@ def _loggers(folder: Path, tags: list[str]) -> list[Logger]:
         # Runs of a sweep's agent are online unless the user says otherwise.
         mode = os.environ.get("WANDB_MODE", None if "WANDB_SWEEP_ID" in os.environ else "offline")
         name = f"{folder.parent.name}/{folder.name}"
-        # Quiet: it says where the run is, and leaves the summary to the report.
+        # Quiet: prints where the run is, without a summary, which the report has.
         names: dict[str, Any] = {"name": name, "group": folder.parent.name, "tags": tags, "settings": {"quiet": True}}
-        # Absolute: W&B writes from a process of its own, which may have begun in another working folder.
+        # Absolute: W&B writes from a separate process, which may have another working folder.
         loggers.append(WandbLogger(save_dir=folder.absolute(), project=project, mode=mode, **names))
     return loggers
 
 
 def _check_checkpoint(path: str) -> None:
-    """Refuse a file that is no checkpoint; a folder, or a file elsewhere, is left to Lightning."""
+    """Refuse a file that is not a checkpoint; folders and remote files are left to Lightning."""
     file = Path(path)
     if "://" in path or file.is_dir():
         return
@@ -403,13 +404,13 @@ def _check_checkpoint(path: str) -> None:
         raise FileNotFoundError(f"--ckpt_path: expected a checkpoint, or last, got {path}, which does not exist.")
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"--ckpt_path: expected a whole checkpoint, got {path} of {file.stat().st_size:,} bytes, which is another "
-            "kind of file, or was torn while it was written or copied. Take another one."
+            f"--ckpt_path: expected a complete checkpoint, got {path} ({file.stat().st_size:,} bytes), which is "
+            "another kind of file, or was cut off while it was written or copied. Use another checkpoint."
         )
 
 
 def _check_layers(model: LightningModule, callback: Callback) -> None:
-    """Refuse names in `layers` and `ignore` that fit nothing in the network; more is checked when it is traced."""
+    """Refuse names in `layers` and `ignore` that match nothing in the network; tracing checks more."""
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
     for argument in ("layers", "ignore"):
         given = getattr(callback, argument, None)
@@ -418,13 +419,13 @@ def _check_layers(model: LightningModule, callback: Callback) -> None:
                 layers = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
                 layers = list(dict.fromkeys(name for name in layers if name))
                 raise ValueError(
-                    f"--trainer.callbacks.{argument}: expected names of layers, got {pattern!r}, which fits none."
-                    f"{near(pattern, names)} There are {', '.join(layers[:12])}{', ...' if layers[12:] else ''}."
+                    f"--trainer.callbacks.{argument}: expected names of layers, got {pattern!r}, which matches none."
+                    f"{near(pattern, names)} Layers: {', '.join(layers[:12])}{', ...' if layers[12:] else ''}."
                 )
 
 
 def _argument_keys(value: Any, key: str = "") -> Iterator[str]:
-    """Every entry of a configuration, as the command line names it."""
+    """Every entry of a configuration, named as on the command line."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _argument_keys(item, key if name == "init_args" else f"{key}.{name}".lstrip("."))

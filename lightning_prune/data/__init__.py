@@ -1,4 +1,4 @@
-"""Image sets as LightningDataModules, most of them held in memory as normalised tensors."""
+"""Image data sets as LightningDataModules, most of them kept in memory as normalised tensors."""
 
 from lightning_prune.data.celeba import CelebA
 from lightning_prune.data.cityscapes import Cityscapes

@@ -1,4 +1,4 @@
-"""CelebA, read by torchvision: faces that are too many to hold in memory."""
+"""CelebA, read by torchvision from disk, because it does not fit into memory."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lightning_prune.extras import require
 
 __all__ = ["CelebA"]
 
-# Side of the square that is cut out of the aligned pictures (178×218): the face without its surroundings.
+# Side of the square that is cropped from the aligned images (178×218): the face without its surroundings.
 _FACE = 148
 
 
 @final
 class CelebA(StreamedImages):
-    """202,599 faces of celebrities with 40 attributes (Liu et al., 2015), in the official three parts.
+    """202,599 faces of celebrities with 40 attributes (Liu et al., 2015), with the official three-way split.
 
-    The centre of each picture is cut out and resized; pixels are in [0, 1], as an autoencoder's loss expects. The order
+    Images are cropped to their centre and resized; pixels are in [0, 1], as an autoencoder's loss expects. The order
     of an epoch is a function of seed and epoch, so that a resumed run sees the same batches.
 
-    The set is not downloaded: its licence is for research only, and the place that torchvision knows refuses many
-    requests. The text of `FileNotFoundError` describes the expected files.
+    The data set is not downloaded: its licence is for research only, and the server that torchvision uses refuses many
+    requests. The message of `FileNotFoundError` describes the expected files.
 
     Args:
-        root: Folder that holds ``celeba`` in torchvision's layout; by default what the environment variable
-            ``LIGHTNING_PRUNE_DATA`` names, else the working folder.
+        root: Folder that contains ``celeba`` in torchvision's layout; by default the folder in the environment
+            variable ``LIGHTNING_PRUNE_DATA``, else the working folder.
         size: Height and width of the images.
-        batch_size: Images in a batch.
-        train_limit: Train on the first so many training images only; ``None`` for all.
+        batch_size: Images per batch.
+        train_limit: Train on this many of the first training images only; ``None`` for all.
         workers: Processes that read and resize images.
         seed: Seed of the order.
     """
@@ -54,10 +54,10 @@ class CelebA(StreamedImages):
         self.size, self.train_limit = size, train_limit
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Reads the lists of the three parts, whatever the stage; pictures are read when they are needed.
+        """Read the lists of the three parts, for any stage; images are read when needed.
 
         Raises:
-            FileNotFoundError: If the set is not there, or not whole.
+            FileNotFoundError: If the data set is missing or incomplete.
         """
         if not self._parts:
             self._parts = {part: self._open(part) for part in ("train", "valid", "test")}
@@ -88,8 +88,8 @@ class CelebA(StreamedImages):
         except RuntimeError as error:
             files = [name for *_, name in dataset.file_list if name.endswith(".txt")]
             raise FileNotFoundError(
-                f"CelebA: expected {', '.join(files)} and the folder img_align_celeba with the pictures under "
-                f"{self.root / 'celeba'}, found them not or not whole. Get img_align_celeba.zip and the lists from "
-                "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, unpack them there, and name the folder above by "
-                "`root` or the environment variable LIGHTNING_PRUNE_DATA."
+                f"CelebA: expected {', '.join(files)} and the folder img_align_celeba with the images under "
+                f"{self.root / 'celeba'}, but they are missing or incomplete. Get img_align_celeba.zip and "
+                "the lists from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, unpack them there, and give the "
+                "folder above as `root` or in the environment variable LIGHTNING_PRUNE_DATA."
             ) from error

@@ -16,7 +16,7 @@ from lightning_prune.extras import require
 
 __all__ = ["Cityscapes"]
 
-#: Label of pixels that belong to no class.
+#: Label of pixels without a class.
 _IGNORED = 255
 # Of ImageNet, as pretrained encoders expect.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,22 +24,22 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @final
 class Cityscapes(StreamedImages):
-    """2,975 street scenes for training and 500 others, finely annotated with 19 classes (Cordts et al., 2016).
+    """2,975 training and 500 validation street scenes with fine annotations of 19 classes (Cordts et al., 2016).
 
-    Images are resized and normalised; labels ``(height, width)`` are the benchmark's 19 training classes, and 255 for
-    pixels that belong to none of them. The official validation images are for validation and test: labels of the test
-    set are not public. The order of an epoch is a function of seed and epoch, so that a resumed run sees the same
-    batches.
+    Images are resized and normalised. Labels ``(height, width)`` are the benchmark's 19 training classes, and 255 for
+    other pixels. The official validation images are used for validation and test, because the labels of the test set
+    are not public. The order of an epoch is a function of seed and epoch, so that a resumed run sees the same batches.
 
-    The set is not downloaded: it needs an account. The text of `FileNotFoundError` describes the expected files.
+    The data set is not downloaded, because it needs an account. The message of `FileNotFoundError` describes the
+    expected files.
 
     Args:
-        root: Folder that holds ``leftImg8bit`` and ``gtFine``; by default what the environment variable
-            ``LIGHTNING_PRUNE_DATA`` names, else the working folder.
-        height: Of the images, in pixels; they are 1024×2048.
-        width: Of the images, in pixels.
-        batch_size: Images in a batch.
-        train_limit: Train on the first so many training images only; ``None`` for all.
+        root: Folder that contains ``leftImg8bit`` and ``gtFine``; by default the folder in the environment variable
+            ``LIGHTNING_PRUNE_DATA``, else the working folder.
+        height: Height of the resized images in pixels; the originals are 1024×2048.
+        width: Width of the resized images in pixels.
+        batch_size: Images per batch.
+        train_limit: Train on this many of the first training images only; ``None`` for all.
         workers: Processes that read and resize images.
         seed: Seed of the order.
 
@@ -69,10 +69,10 @@ class Cityscapes(StreamedImages):
         self.train_limit = train_limit
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Lists the images, whatever the stage; they are read when they are needed.
+        """List the images, for any stage; they are read when needed.
 
         Raises:
-            FileNotFoundError: If the set is not there, or not whole.
+            FileNotFoundError: If the data set is missing or incomplete.
         """
         if not self._parts:
             self._parts = {"train": self._open("train", self.train_limit), "val": self._open("val", None)}
@@ -112,14 +112,14 @@ class Cityscapes(StreamedImages):
     def _missing(self, part: str) -> FileNotFoundError:
         return FileNotFoundError(
             f"Cityscapes: expected the folders leftImg8bit/{part} and gtFine/{part}, with a sub-folder for each city, "
-            f"under {self.root}, found them not or empty. Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
-            "from https://www.cityscapes-dataset.com, unpack them there, and name the folder by `root` or the "
-            "environment variable LIGHTNING_PRUNE_DATA."
+            f"under {self.root}, but they are missing or empty. Get leftImg8bit_trainvaltest.zip and "
+            "gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com, unpack them there, and give the folder "
+            "as `root` or in the environment variable LIGHTNING_PRUNE_DATA."
         )
 
 
 class _Prepared(NamedTuple):
-    """Makes tensors of a picture and of the annotation that belongs to it."""
+    """Converts an image and its annotation to tensors."""
 
     height: int
     width: int

@@ -14,10 +14,10 @@ __all__ = ["Digits"]
 
 @final
 class Digits(ImageData):
-    """The 1797 digits of 8×8 pixels that scikit-learn carries (UCI "Optical Recognition of Handwritten Digits").
+    """The 1797 digits of 8×8 pixels in scikit-learn (UCI "Optical Recognition of Handwritten Digits").
 
-    A fifth is the test set; it does not depend on ``seed``, so that runs with different seeds are tested alike. Pixels
-    of 0 to 16 are scaled to [-1, 1].
+    A fifth is the test set. It does not depend on ``seed``, so that runs with different seeds share it. Pixel values
+    are scaled from [0, 16] to [-1, 1].
     """
 
     def load(self) -> tuple[ImageTensors, ImageTensors]:

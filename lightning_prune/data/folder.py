@@ -18,24 +18,25 @@ __all__ = ["ImageFolder"]
 
 @final
 class ImageFolder(ImageData):
-    """Images of ``root/<class>/<file>``, resized, cropped to a square and held in memory.
+    """Images ``root/<class>/<file>``, resized, cropped to a square and kept in memory.
 
-    Where ``root`` holds ``train`` and ``val`` (or ``test``), each with one sub-folder per class, ``train`` is for
-    training and the other one is the test set. Otherwise a fifth is the test set, drawn independently of ``seed``.
-    Memory: 12·size² bytes an image, 0.2 MB at 128 pixels.
+    If ``root`` contains ``train`` and ``val`` (or ``test``), each with one sub-folder per class, ``train`` is used for
+    training and the other one as the test set. Otherwise a fifth is the test set, drawn independently of ``seed``.
+    Memory: 12·size² bytes per image, 0.2 MB at 128 pixels.
 
     Args:
-        root: The folder; it has to be given.
+        root: The folder; required.
         size: Height and width of the images after resizing the shorter side and cropping the centre.
-        batch_size: Images in a batch.
+        batch_size: Images per batch.
         val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random.
         seed: Seed of the validation split, the order and the augmentation.
-        classes: Only these classes, such as ``["roses", "tulips"]``; numbered in alphabetical order. Default: all.
-        mean: Subtracted from each colour in [0, 1]; the default is ImageNet's, as most pretrained networks expect.
-        std: Each colour is divided by it, after the subtraction.
-        cache: Folder for the decoded images, a byte a colour, which a later run reads in a second. Default: none.
+        classes: Use only these classes, such as ``["roses", "tulips"]``, numbered in alphabetical order. Default: all.
+        mean: Mean of each colour channel, for pixels in [0, 1]; the default is ImageNet's, as most pretrained networks
+            expect.
+        std: Standard deviation of each colour channel.
+        cache: Folder for the decoded images, one byte per colour, which later runs read in a second. Default: none.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ImageFolder(ImageData):
         if min(std) <= 0:
             raise ValueError(f"ImageFolder: expected `std` above 0, got {std}.")
         if classes is not None and len(set(classes)) < 2:
-            raise ValueError(f"ImageFolder: expected at least two `classes`, got {classes}. Leave it out for all.")
+            raise ValueError(f"ImageFolder: expected at least two `classes`, got {classes}. Omit it for all.")
         self.root = root
         self.size = size
         self.classes = None if classes is None else sorted(set(classes))
@@ -75,13 +76,13 @@ class ImageFolder(ImageData):
 
         Raises:
             FileNotFoundError: If the folder does not exist, or has no sub-folder with images.
-            ValueError: If one of the ``classes`` is not there.
+            ValueError: If one of the ``classes`` does not exist.
         """
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(
                 f"ImageFolder: expected a folder with one sub-folder of images per class, got {self.root!r}, which is "
-                "none. Name it by `root`."
+                "not one. Give it as `root`."
             )
         test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         if (root / "train").is_dir() and test is not None:
@@ -102,7 +103,7 @@ class ImageFolder(ImageData):
         return ImageTensors((pixels / 255).sub_(mean).div_(std), torch.tensor([label for _, label in files]))
 
     def _pixels(self, source: Any, paths: Sequence[str], folder: Path) -> Tensor:
-        """The images as bytes ``(n, 3, size, size)``, from the cache if they are in it."""
+        """The images as bytes ``(n, 3, size, size)``, from the cache if possible."""
         if self.cache is None:
             return self._decoded(source, paths)
         sizes = [(str(Path(path).relative_to(folder)), Path(path).stat().st_size) for path in paths]
@@ -115,7 +116,7 @@ class ImageFolder(ImageData):
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         torch.save(pixels, part)
-        part.replace(file)  # never half a file under the final name
+        part.replace(file)  # the final name never refers to a partial file
         return pixels
 
     def _decoded(self, source: Any, paths: Sequence[str]) -> Tensor:

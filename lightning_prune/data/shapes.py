@@ -1,4 +1,4 @@
-"""Images with the class of every pixel, drawn by formula: a segmentation task that needs no download."""
+"""Generated images with a class per pixel: a segmentation task that needs no download."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Shapes"]
 
 @final
 class Shapes(ImageData):
-    """Discs, squares and triangles in random places, sizes and colours, on a noisy ground.
+    """Discs, squares and triangles with random positions, sizes and colours, on a noisy background.
 
-    Labels are the class of every pixel, int64, ``(n, size, size)``: 0 ground, 1 disc, 2 square, 3 triangle. Colour says
-    nothing about the class, and later shapes lie on top. The images depend on nothing but ``count`` and ``size``; a
-    fifth is the test set.
+    Labels are the class of every pixel, int64, ``(n, size, size)``: 0 background, 1 disc, 2 square, 3 triangle. Colours
+    are independent of the class, and later shapes cover earlier ones. The images depend on ``count`` and ``size`` only;
+    a fifth is the test set.
 
     Args:
         count: Number of images.
         size: Height and width in pixels.
-        batch_size: Images in a batch.
+        batch_size: Images per batch.
         val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only; ``None`` for all.
         seed: Seed of the validation split and the order.

@@ -1,4 +1,4 @@
-"""Image sets that are too large for memory: pictures are read as they are needed."""
+"""Image data sets that are too large for memory: images are read when needed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["StreamedImages"]
 
 
 class StreamedImages(LightningDataModule):
-    """Base of data modules whose parts are data sets on disk.
+    """Base class of data modules whose parts are data sets on disk.
 
     The order of an epoch is a function of seed and epoch, so that a resumed run sees the same batches.
 
     Args:
-        batch_size: Images in a batch.
+        batch_size: Images per batch.
         workers: Processes that read images; they live as long as the loader.
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     def __init__(self, batch_size: int, workers: int, seed: int) -> None:
         super().__init__()
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        #: Data sets by the names of the parts, ``"train"`` among them; filled by ``setup``.
+        #: Data sets by part, such as ``"train"``; filled by ``setup``.
         self._parts: dict[str, Any] = {}
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""Images that fit into memory: one gather per batch, splits and augmentation that depend on the seed alone."""
+"""Images that fit into memory: one gather per batch; splits and augmentation depend on the seed only."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ class ImageTensors:
         return ImageTensors(self.images[indices], self.labels[indices])
 
     def split(self, share: float, seed: int) -> tuple[ImageTensors, ImageTensors]:
-        """Two parts by one permutation drawn from ``seed``; the second holds ``share`` of the images, in [0, 1)."""
+        """Two parts of a random permutation drawn from ``seed``; the second has ``share`` of the images, in [0, 1)."""
         order = torch.randperm(len(self), generator=_generator(seed))
         held_out = round(share * len(self))
         return self.take(order[held_out:]), self.take(order[:held_out])
 
 
 class ImageData(LightningDataModule):
-    """Base of the data modules: subclasses write ``load``, which gives training and test images.
+    """Base class of the data modules: subclasses implement ``load``, which returns training and test images.
 
     The order of an epoch and its augmentation are functions of seed and epoch, so that a resumed run sees the same
-    batches as one that never stopped.
+    batches as an uninterrupted one.
 
     Args:
-        batch_size: Images in a batch.
-        val_share: Share of the training images that is held out for validation, in [0, 1). With 0 all of them train and
-            the test images are validated on, as in papers that select on the test set; say so with such results.
+        batch_size: Images per batch.
+        val_share: Share of the training images that is held out for validation, in [0, 1). With 0, all of them are used
+            for training and the test images for validation, as in papers that select on the test set; report this with
+            such results.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
         augment: Crop and mirror training images at random. Not for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
@@ -80,7 +81,7 @@ class ImageData(LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"{name}: expected `batch_size` of at least 1, got {batch_size}.")
         if train_limit is not None and train_limit < 1:
-            raise ValueError(f"{name}: expected `train_limit` of at least 1, got {train_limit}. Leave it out for all.")
+            raise ValueError(f"{name}: expected `train_limit` of at least 1, got {train_limit}. Omit it for all.")
         for which, number in (("seed", seed), ("split_seed", split_seed)):
             if number is not None and number < 0:
                 raise ValueError(f"{name}: expected `{which}` of at least 0, got {number}.")
@@ -94,10 +95,10 @@ class ImageData(LightningDataModule):
 
     @abstractmethod
     def load(self) -> tuple[ImageTensors, ImageTensors]:
-        """Training and test images, in the order of their source."""
+        """Training and test images, in their original order."""
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Loads and splits once, whatever the stage.
+        """Load and split once, for any stage.
 
         Raises:
             ValueError: If there are too few images for the three parts.
@@ -113,13 +114,13 @@ class ImageData(LightningDataModule):
                 raise ValueError(
                     f"{type(self).__name__}: expected images in every part, got none for {part} "
                     f"({len(train)} for training, {len(val)} for validation, {len(test)} for the test). "
-                    "Give more images, or hold out another share."
+                    "Use more images, or hold out another share."
                 )
         self._splits = {"train": train, "val": val, "test": test}
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: one more than the largest label, 255 of pixels left out. Known after `setup`."""
+        """Number of classes: the largest label plus one, without 255 for pixels. Available after `setup`."""
         labels = [part.labels for part in self._splits.values()]
         return 1 + max(int(one[one != NO_CLASS].max() if one.ndim > 1 else one.max()) for one in labels)
 
@@ -142,8 +143,8 @@ class ImageData(LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, batches: _Batches, sampler: ShuffledByEpoch | None = None) -> DataLoader[Batch]:
-        # No worker processes: the work of a batch is one gather, far less than sending it between processes.
-        # By keyword, because Lightning makes the loader again with its own arguments.
+        # No worker processes: a batch is one gather, much cheaper than sending it between processes.
+        # By keyword, because Lightning recreates the loader with its own arguments.
         return DataLoader(batches, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def _augmented(self, images: Tensor, indices: Sequence[int]) -> Tensor:
@@ -153,18 +154,18 @@ class ImageData(LightningDataModule):
 
     @property
     def _black(self) -> Tensor | float:
-        """What a pixel of 0 is after the normalisation, one value or one for each channel."""
+        """The value of a zero pixel after normalisation, one value or one per channel."""
         return 0.0
 
 
 def crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int = 4, fill: Tensor | float = 0.0) -> Tensor:
-    """CIFAR's usual augmentation: a random crop of the padded image, mirrored half of the time.
+    """CIFAR's usual augmentation: a random crop of the padded image, mirrored with probability one half.
 
     Args:
         images: ``(batch, channels, height, width)``.
         generator: Source of all random numbers.
         padding: Pixels added on each side before the crop.
-        fill: Their value, one or one for each channel. 0 is the mean colour of normalised images.
+        fill: Their value, one or one per channel. 0 is the mean colour of normalised images.
     """
     count, channels, height, width = images.shape
     padded = images.new_empty(count, channels, height + 2 * padding, width + 2 * padding)
@@ -183,7 +184,7 @@ def crop_and_mirror(images: Tensor, generator: torch.Generator, padding: int = 4
 
 
 class _Batches(Dataset[Batch]):
-    """Hands out whole batches: DataLoader prefers ``__getitems__`` to one call per sample."""
+    """Returns whole batches: DataLoader prefers ``__getitems__`` to one call per sample."""
 
     def __init__(self, data: ImageTensors, augmented: Callable[[Tensor, Sequence[int]], Tensor] | None = None) -> None:
         self.data = data
@@ -203,13 +204,13 @@ class _Batches(Dataset[Batch]):
 
 
 class ShuffledByEpoch(Sampler[int]):
-    """A permutation drawn from seed and epoch, so that a resumed run sees the batches of one that never stopped."""
+    """A permutation drawn from seed and epoch, so that a resumed run sees the batches of an uninterrupted one."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning's word that another epoch begins."""
+        """Called by Lightning at the start of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -224,5 +225,5 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _generator(*seeds: int) -> torch.Generator:
-    # SeedSequence, unlike a sum, keeps (1, 2) and (2, 1) apart, and is the same on every platform.
+    # SeedSequence, unlike a sum, distinguishes (1, 2) from (2, 1), and is the same on every platform.
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))

@@ -19,20 +19,21 @@ __all__ = ["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"]
 
 
 class _Torchvision(ImageData, ABC):
-    """A set that torchvision has under the same class name.
+    """A data set that torchvision has under the same class name.
 
     Args:
-        root: Folder that holds the set in torchvision's layout. If it is left out, the environment variable
-            ``LIGHTNING_PRUNE_DATA`` names it; without either, the set is downloaded once into the user's cache folder.
-        batch_size: Images in a batch.
+        root: Folder that contains the data set in torchvision's layout; by default the folder in the environment
+            variable ``LIGHTNING_PRUNE_DATA``. Without either, it is downloaded once to the user's cache folder.
+        batch_size: Images per batch.
         val_share: Share of the training images that is held out for validation, in [0, 1); with 0 the test images are.
         train_limit: Train on this many images only (drawn after the validation images); ``None`` for all.
-        augment: Crop training images at random, with 4 black pixels added on each side, and mirror them. Not for digits
-            and letters, which mirroring changes.
+        augment: Crop training images at random, with 4 black pixels added on each side, and mirror them. Not suitable
+            for digits and letters, which mirroring changes.
         seed: Seed of the validation split, the order and the augmentation.
-        normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels in [0, 1].
-        size: Resize the images to this height and width; by default they stay as they are.
-        rgb: Give grey images three equal channels, as networks for photographs expect.
+        normalize: Subtract the mean and divide by the standard deviation of each channel; otherwise pixels are in
+            [0, 1].
+        size: Resize the images to this height and width; by default they are not resized.
+        rgb: Repeat grey images to three channels, as networks for photographs expect.
         split_seed: Seed of the validation split alone, so that runs with different seeds share one; by default
             ``seed``.
     """
@@ -62,7 +63,7 @@ class _Torchvision(ImageData, ABC):
         self.root = root or os.environ.get("LIGHTNING_PRUNE_DATA")
 
     def prepare_data(self) -> None:
-        """Downloads into the cache folder if no folder was named."""
+        """Download to the cache folder if no folder was given."""
         if not self.root:
             self._open(train=True, download=True)
 
@@ -70,7 +71,7 @@ class _Torchvision(ImageData, ABC):
         """The official training and test images.
 
         Raises:
-            FileNotFoundError: If the set is not there, or not whole.
+            FileNotFoundError: If the data set is missing or incomplete.
         """
         return self._read(train=True), self._read(train=False)
 
@@ -83,9 +84,9 @@ class _Torchvision(ImageData, ABC):
             source = self._open(train, download=False)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"{type(self).__name__}: expected its files under {self._folder} in torchvision's layout, found none "
-                "that are complete. Name the folder by `root` or the environment variable LIGHTNING_PRUNE_DATA, or "
-                "leave both out to download."
+                f"{type(self).__name__}: expected its files under {self._folder} in torchvision's layout, found no "
+                "complete set. Give their folder as `root` or in the environment variable LIGHTNING_PRUNE_DATA, or "
+                "omit both to download them."
             ) from error
         pixels = torch.as_tensor(source.data)
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -115,7 +116,7 @@ class _Torchvision(ImageData, ABC):
 
 @final
 class MNIST(_Torchvision):
-    """70,000 handwritten digits, 28×28 grey, 10,000 of them for the test (LeCun et al., 1998)."""
+    """70,000 handwritten digits, 28×28 grey, 10,000 of them for testing (LeCun et al., 1998)."""
 
     mean = (0.1307,)
     std = (0.3081,)
@@ -123,7 +124,7 @@ class MNIST(_Torchvision):
 
 @final
 class FashionMNIST(_Torchvision):
-    """70,000 pieces of clothing in ten classes, 28×28 grey, 10,000 of them for the test (Xiao et al., 2017)."""
+    """70,000 pieces of clothing in ten classes, 28×28 grey, 10,000 of them for testing (Xiao et al., 2017)."""
 
     mean = (0.2860,)
     std = (0.3530,)
@@ -131,7 +132,7 @@ class FashionMNIST(_Torchvision):
 
 @final
 class CIFAR10(_Torchvision):
-    """60,000 photographs in ten classes, 32×32 colour, 10,000 of them for the test (Krizhevsky, 2009)."""
+    """60,000 photographs in ten classes, 32×32 colour, 10,000 of them for testing (Krizhevsky, 2009)."""
 
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
@@ -139,7 +140,7 @@ class CIFAR10(_Torchvision):
 
 @final
 class CIFAR100(_Torchvision):
-    """60,000 photographs in a hundred classes, 32×32 colour, 10,000 of them for the test (Krizhevsky, 2009)."""
+    """60,000 photographs in a hundred classes, 32×32 colour, 10,000 of them for testing (Krizhevsky, 2009)."""
 
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)

@@ -1,4 +1,4 @@
-"""The seeds' networks as ordinary LightningModules: nothing in them knows of pruning."""
+"""The papers' networks as ordinary LightningModules, without any pruning code."""
 
 from lightning_prune.models.classifier import Classifier
 from lightning_prune.models.cnn import CNNClassifier

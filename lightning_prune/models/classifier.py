@@ -1,4 +1,4 @@
-"""What every classifier here shares: cross entropy, accuracies, an optimizer."""
+"""Base class of the classifiers: cross entropy, accuracies, an optimizer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Classifier", "refuse_more_classes"]
 
 Stage = Literal["train", "val", "test"]
 
-# Up to so many, the best five say little.
+# With no more classes than this, top-5 accuracy is not informative.
 _FEW_CLASSES = 10
 
 
 class Classifier(LightningModule):
-    """Trains by cross entropy and logs ``{train,val,test}_loss`` and ``_acc`` once an epoch.
+    """Trains with cross entropy and logs ``{train,val,test}_loss`` and ``_acc`` once per epoch.
 
-    With more than ten classes ``val_acc_top5`` and ``test_acc_top5`` are logged as well.
+    With more than ten classes, ``val_acc_top5`` and ``test_acc_top5`` are logged as well.
 
-    Subclasses build their layers and write ``forward``, which gives logits of shape ``(batch, classes)``.
+    Subclasses build their layers and implement ``forward``, which returns logits of shape ``(batch, classes)``.
 
     Args:
         input_shape: Shape of one sample, without the batch dimension.
@@ -32,8 +32,8 @@ class Classifier(LightningModule):
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``. A name, not an object, so that a checkpoint's hyperparameters
             are plain values.
         lr: Learning rate.
-        momentum: Momentum of SGD; the others take their own defaults.
-        weight_decay: Weight decay, in the optimizer's own meaning.
+        momentum: Momentum of SGD; the other optimizers use their defaults.
+        weight_decay: Weight decay, as defined by the optimizer.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Classifier(LightningModule):
         if momentum and optimizer != "sgd":
             raise ValueError(
                 f"{type(self).__name__}: expected `momentum` with optimizer='sgd' only, got momentum={momentum} with "
-                f"optimizer={optimizer!r}. Leave `momentum` out or choose 'sgd'."
+                f"optimizer={optimizer!r}. Omit `momentum` or choose 'sgd'."
             )
         self.classes = classes
         self.optimizer_name = optimizer
@@ -63,10 +63,10 @@ class Classifier(LightningModule):
                 self.accuracies[f"{stage}_acc_top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Refuses data of more classes than the network has.
+        """Refuse data with more classes than the network has.
 
         Raises:
-            ValueError: If the data module says its ``num_classes``, and they are more.
+            ValueError: If the data module's ``num_classes``, if known, is larger.
         """
         refuse_more_classes(self, self.classes)
 
@@ -109,19 +109,19 @@ class Classifier(LightningModule):
 
 
 def refuse_more_classes(module: LightningModule, classes: int) -> None:
-    """Refuse data of more classes than a network has; of data modules that do not say how many, nothing is known.
+    """Refuse data with more classes than a network has, if the data module has ``num_classes``.
 
     Args:
         module: The network, in a run.
-        classes: What it has.
+        classes: Its number of classes.
 
     Raises:
-        ValueError: With the number that is needed.
+        ValueError: With the number of classes that is needed.
     """
     data = getattr(module.trainer, "datamodule", None)
     found = getattr(data, "num_classes", None)
     if isinstance(found, int) and found > classes:
         raise ValueError(
             f"{type(module).__name__}: expected at least the {found} classes of {type(data).__name__}, got {classes}. "
-            f"Give `--model.classes={found}` (to an MLP as the last of its `sizes`), or leave classes out of the data."
+            f"Set `--model.classes={found}` (for an MLP, the last of its `sizes`), or remove classes from the data."
         )

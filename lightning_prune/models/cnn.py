@@ -1,4 +1,4 @@
-"""The seed's small convolutional network for CIFAR."""
+"""The contribution paper's small convolutional network for CIFAR."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["CNNClassifier"]
 class CNNClassifier(Classifier):
     """Two convolution blocks, then three dense layers (contribution paper, appendix A.1).
 
-    Each block is a 3×3 convolution, ReLU and 2×2 max pooling; 16 and 32 channels leave 32·8·8 = 2048 values of a 32×32
-    image, the paper's "fully-connected input". The dense layers are 2048-256-128-classes; the paper names only the
-    2048 and the classes.
+    Each block is a 3×3 convolution, ReLU and 2×2 max pooling; with 16 and 32 channels, a 32×32 image gives
+    32·8·8 = 2048 values, the paper's "fully-connected input". The dense layers are 2048-256-128-classes; the paper
+    states only the 2048 and the classes.
 
     Args:
         input_shape: Channels, height and width of one image; height and width divisible by 4.
@@ -31,7 +31,7 @@ class CNNClassifier(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class CNNClassifier(Classifier):
         depth, height, width = input_shape
         if height % 4 or width % 4:
             raise ValueError(
-                f"CNNClassifier: expected a height and width divisible by 4 (two 2×2 poolings), got {height}×{width}. "
-                "Pad or resize the images."
+                f"CNNClassifier: expected a height and width divisible by 4 (two 2×2 poolings), got "
+                f"{height}×{width}. Pad or resize the images."
             )
         super().__init__(input_shape, classes, optimizer, lr, momentum, weight_decay)
         self.save_hyperparameters(ignore="pretrained")

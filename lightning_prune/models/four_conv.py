@@ -1,4 +1,4 @@
-"""The very small network that four ways of pruning were compared on."""
+"""The very small network on which Batra et al. (2024) compare four pruning methods."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["FourConvClassifier"]
 class FourConvClassifier(Classifier):
     """Four convolutions of three filters each, then two dense layers.
 
-    The network of Batra et al., "Exploring Large Convolutional Network Pruning" (2024), section 1.4. The report names
-    neither the dense layers nor the data. Assumed here: 3×3 kernels with ReLU, 2×2 max pooling after the second and the
-    fourth, dense layers 192-15-classes. That makes the convolutions a tenth of all weights, as the report's figure 4
-    has it (60 to 70 % of their weights are 6 to 7 % of all).
+    The network of Batra et al., "Exploring Large Convolutional Network Pruning" (2024), section 1.4. The paper states
+    neither the dense layers nor the data. Assumed here: 3×3 kernels with ReLU, 2×2 max pooling after the second and
+    the fourth convolution, dense layers 192-15-classes. Then the convolutions have a tenth of all weights, as in the
+    paper's figure 4 (60 to 70 % of their weights are 6 to 7 % of all).
 
     Args:
         input_shape: Channels, height and width of one image; height and width divisible by 4.
         classes: Number of classes.
         filters: Filters of each convolution.
         hidden: Width of the hidden dense layer.
-        batch_norm: Batch normalisation after each convolution; the report's network has none.
+        batch_norm: Batch normalisation after each convolution; the paper's network has none.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(

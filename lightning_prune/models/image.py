@@ -19,28 +19,28 @@ Pooling = Literal["avg", "max"]
 
 @final
 class ImageClassifier(Classifier):
-    """A network of torchvision or timm with a classifier for the classes at hand, pretrained or not.
+    """A network of torchvision or timm with a classifier for the given number of classes, optionally pretrained.
 
-    The network is ``net``. Where its classifier depends on the image's size (VGG, AlexNet), it is replaced as in
-    transfer learning with the XGB pruner (Ratajczyk & Horzyk, 2024): global pooling and one linear layer.
+    The network is the attribute ``net``. A classifier that depends on the image size (VGG, AlexNet) is replaced by
+    global pooling and one linear layer, as in the paper on XGB pruning (Ratajczyk & Horzyk, 2024).
 
     Args:
-        network: ``"torchvision.resnet50"``, ``"timm.tf_efficientnet_lite0"``: the library, and the name that its
-            ``get_model`` or ``create_model`` takes.
+        network: The library and the name for its ``get_model`` or ``create_model``: ``"torchvision.resnet50"``,
+            ``"timm.tf_efficientnet_lite0"``.
         classes: Number of classes.
-        size: Height and width of the images, for the summary and the analysis; most networks take others too.
-        pretrained: Where the weights come from: a file, the name of a package that carries them
-            (``"efficientnet-lite0"``), or ``"default"``, which lets the library download its own (of torchvision also a
-            name of its weights, such as ``"IMAGENET1K_V1"``). Not a hyperparameter of checkpoints, which have weights.
-        pooling: The reduction in front of a replaced classifier.
+        size: Height and width of the images, for the summary and the analysis; most networks accept other sizes, too.
+        pretrained: Source of the weights: a file, the name of a package that contains them
+            (``"efficientnet-lite0"``), or ``"default"``, which lets the library download its own (for torchvision also
+            the name of weights, such as ``"IMAGENET1K_V1"``). Not saved as a hyperparameter in checkpoints.
+        pooling: The pooling before a replaced classifier.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
 
     Raises:
-        ValueError: For a name without one of the two libraries, or one that it does not know.
-        FileNotFoundError: If the weights are neither a file nor known, or cannot be downloaded.
+        ValueError: If the name does not start with one of the two libraries, or the library does not know it.
+        FileNotFoundError: If the weights are neither a file nor a known name, or cannot be downloaded.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ImageClassifier(Classifier):
 
 
 def _of_timm(name: str, classes: int, _: Pooling, pretrained: str | None) -> tuple[nn.Module, Any]:
-    """The network, and the weights that it has not got yet."""
+    """The network, and the weights that are still to be loaded."""
     timm = require("timm", extra="timm")
     _require_known(name, timm.is_model(name.partition(".")[0]), "timm.list_models()")
     is_default = pretrained == "default" and not os.path.exists(pretrained)
@@ -104,7 +104,7 @@ def _of_torchvision(name: str, classes: int, pooling: Pooling, pretrained: str |
 
 
 def _pool(net: Any, classes: int, pooling: Pooling) -> None:
-    """Global pooling and one linear layer for the classifier of a VGG or an AlexNet."""
+    """Replace the classifier of a VGG or an AlexNet by global pooling and one linear layer."""
     width = [layer for layer in net.features if isinstance(layer, nn.Conv2d)][-1].out_channels
     net.avgpool = nn.AdaptiveAvgPool2d(1) if pooling == "avg" else nn.AdaptiveMaxPool2d(1)
     net.classifier = nn.Sequential(nn.Linear(width, classes))

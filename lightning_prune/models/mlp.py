@@ -1,4 +1,4 @@
-"""The seed's feed-forward network for MNIST."""
+"""The contribution paper's feed-forward network for MNIST."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class MLPClassifier(Classifier):
     The default is the four-layer network of the contribution paper's appendix A.1, 784-50-30-10.
 
     Args:
-        sizes: Widths from the input to the classes, at least two.
+        sizes: Widths from the input to the number of classes, at least two.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class MLPClassifier(Classifier):
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(
-                f"MLPClassifier: expected `sizes` from the input to the classes, two at least, got {list(sizes)}. "
-                "Give for instance [784, 50, 30, 10]."
+                f"MLPClassifier: expected `sizes` from the input to the classes, at least two, got {list(sizes)}. "
+                "For example, use [784, 50, 30, 10]."
             )
         super().__init__((sizes[0],), sizes[-1], optimizer, lr, momentum, weight_decay)
         self.save_hyperparameters(ignore="pretrained")

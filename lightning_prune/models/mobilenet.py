@@ -25,11 +25,11 @@ _STAGES = (
 
 @final
 class MobileNetV2CIFAR(Classifier):
-    """MobileNetV2 (Sandler et al., 2018, table 2) in its form for 32×32 images (Chen, 2018).
+    """MobileNetV2 (Sandler et al., 2018, table 2), adapted to 32×32 images (Chen, 2018).
 
-    The stem and stages 1, 2, 3, 5 and 7 have stride 1, stages 4 and 6 stride 2. Shortcuts are identities, so that only
-    blocks that change neither size nor channels have one; every block has an expansion convolution, also the first,
-    which does not expand. 2.24 M parameters with ten classes, 5.95e8 FLOPs (2.98e8 MACs) for an image.
+    The stem and stages 1, 2, 3, 5 and 7 have stride 1, stages 4 and 6 stride 2. Shortcuts are identities, so only
+    blocks that change neither size nor channels have one. Every block has an expansion convolution, even the first,
+    which does not expand. 2.24 M parameters with ten classes, 5.95e8 FLOPs (2.98e8 MACs) per image.
 
     Args:
         classes: Number of classes.
@@ -37,7 +37,7 @@ class MobileNetV2CIFAR(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MobileNetV2CIFAR(Classifier):
 
 
 class _Block(nn.Module):
-    """Widen, filter each channel, narrow; added to its input where both have the same shape."""
+    """Expansion, depthwise convolution, projection; added to the input if both have the same shape."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()

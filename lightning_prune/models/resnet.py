@@ -1,4 +1,4 @@
-"""The residual networks that filter pruning is measured on with CIFAR."""
+"""Residual networks for CIFAR, the usual benchmark of filter pruning."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ __all__ = ["ResNetCIFAR"]
 class ResNetCIFAR(Classifier):
     """ResNet-20, -32, -44, -56 or -110 for 32×32 images (He et al., 2016, section 4.2).
 
-    Three stages of 16, 32 and 64 channels with ``(depth − 2) / 6`` blocks of two 3×3 convolutions each. Where the stage
-    changes, the shortcut has no parameters (option A): every second pixel, padded with channels of zeros, which fixes
-    the widths of the later streams. Or it is a 1×1 convolution with normalisation (option B), and all widths are free.
+    Three stages with 16, 32 and 64 channels and ``(depth − 2) / 6`` blocks of two 3×3 convolutions each. Between
+    stages, the shortcut is either free of parameters (option A: every second pixel, padded with zero channels), which
+    fixes the widths of the later streams, or a 1×1 convolution with normalisation (option B), and all widths are
+    prunable.
 
     Args:
         depth: Number of layers with weights, 6n + 2.
         classes: Number of classes.
-        size: Height and width of the images, for the summary and the analysis; others are taken too.
+        size: Height and width of the images, for the summary and the analysis; other sizes are accepted, too.
         shortcut: ``"pad"`` (option A) or ``"projection"`` (option B).
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ResNetCIFAR(Classifier):
     ) -> None:
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"ResNetCIFAR: expected `depth` of 6n + 2, got {depth}. Give 20, 32, 44, 56 or 110.")
+            raise ValueError(f"ResNetCIFAR: expected `depth` of 6n + 2, got {depth}. Use 20, 32, 44, 56 or 110.")
         if shortcut not in ("pad", "projection"):
             raise ValueError(f'ResNetCIFAR: expected `shortcut` of "pad" or "projection", got {shortcut!r}.')
         super().__init__((3, size, size), classes, optimizer, lr, momentum, weight_decay)

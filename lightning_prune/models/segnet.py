@@ -1,4 +1,4 @@
-"""SegNet: an encoder and its mirror image, which unpools with the encoder's indices."""
+"""SegNet: an encoder and a mirrored decoder, which unpools with the encoder's indices."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from lightning_prune.models.classifier import refuse_more_classes
 
 __all__ = ["SegNet"]
 
-#: Label of pixels that belong to no class.
+#: Label of pixels without a class.
 _IGNORED = 255
 
 
 @final
 class SegNet(LightningModule):
-    """SegNet (Badrinarayanan et al., 2017), by default with the 13 convolutions of VGG16 and their mirror image.
+    """SegNet (Badrinarayanan et al., 2017), by default with the 13 convolutions of VGG16 and a mirrored decoder.
 
-    Every stage ends in 2×2 max pooling, and the decoder puts numbers back where the maxima were: both sides of a stage
-    share their channels. Each convolution is followed by batch normalisation and ReLU, the last one is plain. 29.4 M
-    parameters with the default stages. Trains by cross entropy over pixels, and logs ``{train,val,test}_loss``,
-    ``_acc`` (of pixels) and ``_iou`` (intersection over union, averaged over classes) once an epoch.
+    Every stage ends with 2×2 max pooling, and the decoder unpools to the positions of the maxima, so both sides of a
+    stage share their channels. Each convolution is followed by batch normalisation and ReLU, except the last one. 29.4
+    M parameters with the default stages. Trains with cross entropy over pixels, and logs ``{train,val,test}_loss``,
+    ``_acc`` (of pixels) and ``_iou`` (intersection over union, averaged over classes) once per epoch.
 
     Args:
-        classes: Number of classes; pixels labelled 255 belong to none and do not count.
+        classes: Number of classes; pixels labelled 255 are ignored.
         stages: Channels and number of convolutions of each stage of the encoder.
         input_shape: Channels, height and width of an image; height and width divisible by two to the power of the
             number of stages.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: Learning rate.
-        momentum: Momentum of SGD; the others take their own defaults.
-        weight_decay: Weight decay, in the optimizer's own meaning.
+        momentum: Momentum of SGD; the other optimizers use their defaults.
+        weight_decay: Weight decay, as defined by the optimizer.
 
     Raises:
-        ValueError: If height or width cannot be halved so often.
+        ValueError: If height or width cannot be halved once per stage.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SegNet(LightningModule):
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for channels, count in stages:
             self.encoder.append(_stage(inputs, [channels] * count))
-            # The last convolution of the decoder is the plain one that gives the classes.
+            # The last convolution of the decoder computes the classes, without normalisation and ReLU.
             outputs = [inputs] if len(self.encoder) > 1 else []
             self.decoder.insert(0, _stage(channels, [channels] * (count - 1) + outputs))
             inputs = channels
@@ -86,10 +86,10 @@ class SegNet(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Refuses data of more classes than the network has.
+        """Refuse data with more classes than the network has.
 
         Raises:
-            ValueError: If the data module says its ``num_classes``, and they are more.
+            ValueError: If the data module's ``num_classes``, if known, is larger.
         """
         refuse_more_classes(self, self.head.out_channels)
 

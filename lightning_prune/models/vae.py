@@ -1,4 +1,4 @@
-"""The seed's variational autoencoder, as an ordinary LightningModule."""
+"""The contribution paper's variational autoencoder, as an ordinary LightningModule."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_prune.extras import require
 
 __all__ = ["VAE", "Encoding"]
 
-# Images in a picture of reconstructions, and the pixels between them.
+# Images in a figure of reconstructions, and the pixels between them.
 _SHOWN, _GAP = 8, 2
 
-# Pixels that such a picture is wide at least.
+# Minimum width of the figure in pixels.
 _PICTURE = 800
 
 
@@ -37,14 +37,14 @@ class Encoding(NamedTuple):
 class VAE(LightningModule):
     r"""Convolutional variational autoencoder (Kingma & Welling, 2014; β after Higgins et al., 2017).
 
-    Two convolution blocks halve the image twice, dense layers lead to the latent Gaussian, and the mirror image of both
-    leads back. The loss is :math:`\mathrm{BCE} + \beta\,\mathrm{KLD}`, both summed over pixels or latents and averaged
-    over the batch, as in the contribution paper's section 4.2; they are logged apart.
+    Two convolution blocks halve the image twice, dense layers lead to the latent Gaussian, and the decoder mirrors
+    both. The loss is :math:`\mathrm{BCE} + \beta\,\mathrm{KLD}`, summed over pixels or latents and averaged over the
+    batch, as in the contribution paper's section 4.2; the two terms are logged separately.
 
-    Whenever it is validated in training, ``reconstructions/params=<size>.png`` beside the logs shows validation images
-    and what became of them: one file for every size that the network had, and all of them in W&B.
+    At each validation during training, ``reconstructions/params=<size>.png`` next to the logs shows validation images
+    and their reconstructions: one file for every size of the network, and all of them in W&B.
 
-    Nothing here knows of pruning. The latent width cannot shrink: the sum in the divergence runs over it.
+    The latent width cannot be pruned, because the divergence sums over it.
 
     Args:
         input_shape: Channels, height and width of an image with pixels in [0, 1]; height and width divisible by 4.
@@ -131,7 +131,7 @@ class VAE(LightningModule):
 
     @torch.no_grad()
     def picture(self, images: Tensor, path: str | Path) -> Path:
-        """Save a picture of images and, below them, their reconstructions.
+        """Save a figure of images with their reconstructions below.
 
         Args:
             images: ``(batch, channels, height, width)`` with 1 or 3 channels; the first eight are shown.
@@ -148,12 +148,12 @@ class VAE(LightningModule):
         framed = F.pad(rows, (0, _GAP, 0, _GAP), value=1.0)
         page = framed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2·height, n·width, channels)
         page = page.expand(*page.shape[:2], 3).clamp(0, 1).cpu()
-        times = math.ceil(_PICTURE / page.shape[1])  # whole pixels, so that none is blurred
+        times = math.ceil(_PICTURE / page.shape[1])  # whole pixels, so that nothing is blurred
         Image.imsave(path, page.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy())
         return Path(path)
 
     def _show(self, images: Tensor) -> None:
-        """One picture beside the logs for each size that the network has in training, and all of them in W&B."""
+        """Save one figure per size of the network next to the logs, and all of them in W&B."""
         folder = self.trainer.log_dir  # asked of all processes
         if folder is None or not self.trainer.is_global_zero:
             return

@@ -17,11 +17,11 @@ _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 51
 
 @final
 class VGG16CIFAR(Classifier):
-    """VGG16 (Simonyan & Zisserman, 2015, configuration D) in its form for 32×32 images.
+    """VGG16 (Simonyan & Zisserman, 2015, configuration D), adapted to 32×32 images.
 
-    Batch normalisation after each of the thirteen convolutions, and one linear layer on the averages of 512 channels:
-    of a 32×32 image five poolings leave one pixel, but any size will do. 14.7 M parameters with ten classes, 6.3e8
-    FLOPs.
+    Batch normalisation follows each of the thirteen convolutions, and one linear layer uses the averages of 512
+    channels. Five poolings reduce a 32×32 image to one pixel, but other sizes work, too. 14.7 M parameters with ten
+    classes, 6.3e8 FLOPs.
 
     Args:
         classes: Number of classes.
@@ -29,7 +29,7 @@ class VGG16CIFAR(Classifier):
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
-        pretrained: File with the weights to start from, see `load_pretrained`; not a hyperparameter of checkpoints.
+        pretrained: File with initial weights, see `load_pretrained`; not saved as a hyperparameter in checkpoints.
     """
 
     def __init__(

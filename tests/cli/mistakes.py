@@ -12,10 +12,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
 
 _HEAD = """# Messages
 
-A mistake ends the command with exit code 2 and one line on stderr: what was expected, what came, what to do. `--debug`
-shows the traceback instead. Faults of code, yours or ours, keep their traceback without it.
+A mistake on the command line ends with exit code 2 and one line on stderr: what was expected, what was given, and what
+to do. `--debug` shows the traceback instead. Errors in your code or in this package always show their traceback.
 
-Each row is a test; `python -m tests.cli.mistakes` writes this page. `mine.py` is a module in the current folder.
+Each row is tested; `python -m tests.cli.mistakes` writes this page. `mine.py` is a module in the current folder.
 
 | command | `lightning-prune:` |
 |---|---|
@@ -53,23 +53,23 @@ class Mistake:
 
 _COMMANDS = "fit, validate, test, predict, inspect, score, compare, study, recipes"
 _NETWORK = (
-    "fit: expected a network, got none. Name a recipe that has one by --config (`lightning-prune recipes` lists them), "
-    "or give --model: one of ours (MLPClassifier) or your own (my_package.MyModule)."
+    "fit: expected a network, got none. Give a recipe that has one with --config (see `lightning-prune recipes`), "
+    "or --model: one of this package (MLPClassifier) or your own (my_package.MyModule)."
 )
 
 MISTAKES = [
     # commands
-    Mistake("", f"expected a command, got none. They are {_COMMANDS}; --help says more."),
-    Mistake("fitt", f"expected a command, got 'fitt'. Did you mean fit? They are {_COMMANDS}."),
+    Mistake("", f"expected a command, got none. Commands: {_COMMANDS}. See --help."),
+    Mistake("fitt", f"expected a command, got 'fitt'. Did you mean fit? Commands: {_COMMANDS}."),
     Mistake("recipes shwo xgb", "recipes: expected list, show, copy, got 'shwo'. Did you mean show?"),
-    Mistake("recipes show", "recipes show: expected name, got none. `lightning-prune recipes show --help` says more."),
+    Mistake("recipes show", "recipes show: expected name, got none. See `lightning-prune recipes show --help`."),
     Mistake(
         "recipes show mnist",
         "expected a file or the name of a recipe, got 'mnist'. Did you mean mnist_mlp_contribution or mnist_resnet20?",
     ),
     Mistake(
         "compare nowhere",
-        "compare: expected the folder of a finished run (report.json, result.json or metrics.csv in it), or "
+        "compare: expected the folder of a finished run (with report.json, result.json or metrics.csv), or "
         "of several, got nowhere, which does not exist.",
     ),
     Mistake(
@@ -91,7 +91,7 @@ MISTAKES = [
     ),
     Mistake(
         "fit --config tab.yaml",
-        "tab.yaml, line 2: expected YAML, got what is none: found character '\\t' that cannot start any token.",
+        "tab.yaml, line 2: expected valid YAML: found character '\\t' that cannot start any token.",
     ),
     Mistake(
         "fit --config text.yaml", "text.yaml: expected entries such as `model:` and `trainer:`, got 'MLPClassifier'."
@@ -99,11 +99,11 @@ MISTAKES = [
     Mistake("fit --config empty.yaml", "empty.yaml: expected entries such as `model:` and `trainer:`, got nothing."),
     Mistake(
         "fit --config entry.yaml",
-        "expected an entry that `fit` takes, got `trainers.max_epochs`. Did you mean trainer.max_epochs?",
+        "expected an entry that `fit` has, got `trainers.max_epochs`. Did you mean trainer.max_epochs?",
     ),
     Mistake(
         "fit --config callback.yaml",
-        "expected an entry that `fit` takes, got `trainer.callback`. Did you mean trainer.callbacks?",
+        "expected an entry that `fit` has, got `trainer.callback`. Did you mean trainer.callbacks?",
     ),
     Mistake(
         "fit --config arguments.yaml",
@@ -173,26 +173,29 @@ MISTAKES = [
         "--model: expected a class of mine, got 'Missing', which it does not have. It has Mine.",
     ),
     Mistake(
-        "fit --model mine.py", "--model: expected a class, got the file mine.py. Name it with its module: mine.MyClass."
+        "fit --model mine.py",
+        "--model: expected a class, got the file mine.py. Give a class in its module: mine.MyClass.",
     ),
     Mistake(
         "fit --model nowhere.Mine",
-        "--model: expected a class by the path to import it, got nowhere.Mine; there is no module 'nowhere', "
-        "neither installed nor in the current folder.",
+        "--model: expected the import path of a class, got nowhere.Mine, but there is no module 'nowhere', "
+        "installed or in the current folder.",
     ),
     Mistake(
         "fit --model needing.Mine",
-        "--model: needing.Mine cannot be imported, because there is no module 'not_there'. Install what it needs.",
+        "--model: needing.Mine cannot be imported, because there is no module 'not_there'. Install it.",
     ),
     Mistake(
         "fit --model broken.Mine",
         "--model: expected a class that can be imported, got broken.Mine: invalid syntax (broken.py, line 1).",
     ),
-    Mistake("fit --model torch.nn.Linear", "--model: expected a LightningModule, got torch.nn.Linear, which is none."),
+    Mistake(
+        "fit --model torch.nn.Linear", "--model: expected a LightningModule, got torch.nn.Linear, which is not one."
+    ),
     Mistake(
         "fit --model mine.Mine --trainer.max_epochs 9",
-        "fit: expected data, got none. Give --data: one of ours (Digits) or your own (my_package.MyData), or "
-        "write a `train_dataloader` in the module.",
+        "fit: expected data, got none. Give --data: one of this package (Digits) or your own (my_package.MyData), or "
+        "define `train_dataloader` in the module.",
     ),
     Mistake(
         "inspect --model mine.Mine",
@@ -201,14 +204,14 @@ MISTAKES = [
     ),
     Mistake(
         "fit DIGITS --model.learning_rate 0.1",
-        "expected an argument of MLPClassifier, got --model.learning_rate. It takes sizes, optimizer, lr, "
+        "expected an argument of MLPClassifier, got --model.learning_rate. Its arguments are sizes, optimizer, lr, "
         "momentum, weight_decay, pretrained.",
     ),
     Mistake("fit DIGITS --model.sizes 784", "--model.sizes: expected a list, got '784'."),
     Mistake(
         "fit DIGITS --model.sizes [784,50,10]",
-        "expected a network that takes this data, got one for another shape (mat1 and mat2 shapes cannot be "
-        "multiplied (64x64 and 784x50)). Compare --model and --data.",
+        "expected a network that accepts this data, got one for another shape (mat1 and mat2 shapes cannot be "
+        "multiplied (64x64 and 784x50)). Check --model and --data.",
     ),
     Mistake(
         "fit DIGITS --data Digit",
@@ -221,9 +224,8 @@ MISTAKES = [
     Mistake("fit DIGITS --data.batch_size 0", "Digits: expected `batch_size` of at least 1, got 0."),
     Mistake(
         "fit --config mnist_mlp_contribution --data.root nowhere",
-        "MNIST: expected its files under nowhere in torchvision's layout, found none that are complete. Name "
-        "the folder by `root` or the environment variable LIGHTNING_PRUNE_DATA, or leave both out to "
-        "download.",
+        "MNIST: expected its files under nowhere in torchvision's layout, found no complete set. Give their folder "
+        "as `root` or in the environment variable LIGHTNING_PRUNE_DATA, or omit both to download them.",
     ),
     Mistake(
         "fit --config flowers_resnet20 --config xgb",
@@ -238,7 +240,7 @@ MISTAKES = [
     ),
     Mistake(
         "fit --model MLPClassifier --trainer.callbacks.pruning_ratio 0.5",
-        "--trainer.callbacks: expected a callback before its option `pruning_ratio`, got none that takes it. "
+        "--trainer.callbacks: expected a callback that has the option `pruning_ratio`, got none. "
         "Add one: --trainer.callbacks+=ContributionPruning --trainer.callbacks.pruning_ratio=...",
     ),
     Mistake(
@@ -270,8 +272,8 @@ MISTAKES = [
     ),
     Mistake(
         "fit DIGITS --trainer.callbacks.layers layer.1",
-        "--trainer.callbacks.layers: expected names of layers, got 'layer.1', which fits none. Did you mean "
-        "layers.1? There are layers.1, layers.3, layers.5.",
+        "--trainer.callbacks.layers: expected names of layers, got 'layer.1', which matches none. Did you "
+        "mean layers.1? Layers: layers.1, layers.3, layers.5.",
     ),
     Mistake(
         "fit DIGITS --trainer.max_epochs 10",
@@ -281,12 +283,13 @@ MISTAKES = [
     ),
     Mistake(
         "fit DIGITS --checkpoint.monitor val_distance",
-        "checkpoint.mode: expected min or max, got none, and the name of 'val_distance' does not say which is"
+        "checkpoint.mode: expected min or max, got none, and the name 'val_distance' does not show which is"
         " better. Give --checkpoint.mode.",
     ),
     Mistake(
         "score DIGITS",
-        "score: expected one `XGBPruning` among `trainer.callbacks`, got 0. Its arguments say how layers are scored.",
+        "score: expected one `XGBPruning` in `trainer.callbacks`, got 0. Its arguments determine how layers are"
+        " scored.",
     ),
     # checkpoints
     Mistake(
@@ -295,12 +298,12 @@ MISTAKES = [
     ),
     Mistake(
         "fit DIGITS --ckpt_path torn.ckpt",
-        "--ckpt_path: expected a whole checkpoint, got torn.ckpt of 14 bytes, which is another kind of file, "
-        "or was torn while it was written or copied. Take another one.",
+        "--ckpt_path: expected a complete checkpoint, got torn.ckpt (14 bytes), which is another kind of file, "
+        "or was cut off while it was written or copied. Use another checkpoint.",
     ),
     Mistake(
         "fit DIGITS --ckpt_path best",
-        "--ckpt_path: expected a file or last, got best, which only a run that has ended knows. Give the file.",
+        "--ckpt_path: expected a file or last, got best, which is not known before a run. Give the file.",
     ),
 ]
 

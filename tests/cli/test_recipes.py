@@ -46,11 +46,11 @@ def test_list(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A line for each, with its data, its time and what it shows."""
     main(words)
     _, head, _, *lines = (line.strip() for line in capsys.readouterr().out.rstrip().splitlines())
-    assert re.split("  +", head) == ["recipe", "data", "time, two cores", "what is shown"]
+    assert re.split("  +", head) == ["recipe", "data", "time, two cores", "content"]
     assert [line.split()[0] for line in lines] == list(recipes.recipes())
     row = re.split("  +", next(line for line in lines if line.startswith("digits_mlp")))
     assert row[1:] == [
-        *("Digits (no download)", "half a minute", "an MLP loses half of its hidden neurons while it trains.")
+        *("Digits (no download)", "half a minute", "an MLP loses half of its hidden neurons during training.")
     ]
 
 

@@ -109,7 +109,7 @@ def _flat(capsys: pytest.CaptureFixture[str]) -> str:
 def test_without_the_callback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["score", "--config=digits_mlp_contribution", *WORDS[1:]])
-    assert "score: expected one `XGBPruning` among `trainer.callbacks`, got 0" in capsys.readouterr().err
+    assert "score: expected one `XGBPruning` in `trainer.callbacks`, got 0" in capsys.readouterr().err
 
 
 RUN = """
