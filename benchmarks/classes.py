@@ -1,12 +1,12 @@
-"""The size that is left against the number of classes: ``python -m benchmarks.classes --root F --work G``.
+"""Remaining size against the number of classes: ``python -m benchmarks.classes --root F --work G``.
 
-Ratajczyk & Horzyk (2024) expect the easier task to get the smaller network. Pretrained backbones are scored for two to
-five kinds of flowers, all on the same number of images, and what `XGBPruning` in one-shot mode would leave of them is
-counted; nothing is trained. ResNet-20 from CIFAR-10 (weights in ``resnet_cifar10`` of LIGHTNING_PRUNE_DATA) sees
-``flowers_small`` at 48 pixels, EfficientNet-Lite0 from ImageNet ``flower_photos`` at 112, both folders under
-``--root``; a seed draws the order in which the kinds are added, and the images. A round of boosting has a tree for each
-of several kinds, and one for two of them, so that more trees find more channels of use: the same is counted with as
-many trees for all kinds. Goes on with ``--resume``.
+Ratajczyk & Horzyk (2024) expect an easier task to result in a smaller network. Pretrained backbones are scored for two
+to five kinds of flowers, always with the same number of images, and the size that `XGBPruning` in one-shot mode would
+leave is counted; nothing is trained. ResNet-20 from CIFAR-10 (weights in ``resnet_cifar10`` of LIGHTNING_PRUNE_DATA)
+uses ``flowers_small`` at 48 pixels, EfficientNet-Lite0 from ImageNet ``flower_photos`` at 112, both folders in
+``--root``. The seed determines the order in which kinds are added, and the images. One round of boosting has one tree
+per class, but a single tree for two classes, and more trees use more channels. So sizes are also counted with the same
+number of trees for all kinds. ``--resume`` continues a stopped run.
 """
 
 from __future__ import annotations
@@ -151,11 +151,11 @@ def main() -> None:
     """All numbers of kinds, for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of `flowers_small` and `flower_photos`")
-    parser.add_argument("--work", required=True, type=Path, help="folder for what is done so far")
+    parser.add_argument("--work", required=True, type=Path, help="folder of finished rows")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--samples", type=int, default=900, help="images, the same number whatever the kinds")
+    parser.add_argument("--samples", type=int, default=900, help="images, the same number for any number of kinds")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--table", action="store_true", help="score nothing")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

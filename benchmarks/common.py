@@ -1,7 +1,7 @@
-"""What benchmarks share: a quiet fit, where and with what it ran, stored rows, and how sure a mean is.
+"""Shared code of benchmarks: quiet fits, machine and versions, stored rows, and confidence intervals.
 
-A benchmark computes all that its command asks for. With ``--resume`` it takes what is stored, of the same settings, and
-computes the rest; each row says where it was computed (`here`).
+A benchmark computes everything that its command asks for. With ``--resume`` it keeps stored rows with the same settings
+and computes the rest; each row records where it was computed (`here`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def here() -> dict[str, Any]:
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """Let a benchmark go on where it was stopped."""
-    parser.add_argument("--resume", action="store_true", help="take what is stored and compute the rest")
+    parser.add_argument("--resume", action="store_true", help="keep stored rows and compute the rest")
 
 
 def stored(file: Path, settings: Mapping[str, Any], *, resume: bool, rows: str = "rows") -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""Contribution pruning of the paper's networks beside its controls: ``python -m benchmarks.contribution``.
+"""Contribution pruning of the paper's networks and its controls: ``python -m benchmarks.contribution``.
 
-On MNIST and Fashion-MNIST the MLP 784-50-30-10 loses 68 % of its hidden neurons in training, on CIFAR-10 the CNN loses
-41 % of its dense ones, once per criterion and seed; and the same network is cut once, without any training after it, at
-nine shares. Controls: the unpruned network, and one of the final widths that trains equally long from scratch. Needs
-the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+On MNIST and Fashion-MNIST the MLP 784-50-30-10 loses 68 % of its hidden neurons during training, on CIFAR-10 the CNN
+loses 41 % of its dense ones, once per criterion and seed. The same network is also cut once, without further training,
+at nine shares. Controls: the unpruned network, and one with the final widths, trained equally long from scratch. Needs
+the data set in ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -476,12 +476,12 @@ def main() -> None:
     """Run every seed, writing after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=list(TASKS), default="MNIST")
-    parser.add_argument("--root", help="folder of the set, in torchvision's layout")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from 0")
-    parser.add_argument("--epochs", type=int, help="of every network (MLP: 32, CNN: 20)")
-    parser.add_argument("--batch-size", type=int, help="images in a batch (MLP: 500, CNN: 128)")
+    parser.add_argument("--root", help="folder of the data set, in torchvision's layout")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0")
+    parser.add_argument("--epochs", type=int, help="epochs of every network (MLP: 32, CNN: 20)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (MLP: 500, CNN: 128)")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run later; `--resume` goes on")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no run after this time; `--resume` continues")
     add_resume(parser)
     given = parser.parse_args()
     task = TASKS[given.data]

@@ -1,11 +1,11 @@
 """Every criterion on pretrained ResNets at MACs ÷ 2.1: ``python -m benchmarks.criteria --weights FILE...``.
 
-The inner width of every residual block shrinks by the same share; criteria only choose which channels go. Test accuracy
-right after the cut, after BatchNorm's statistics were estimated again, and after ridge regression of the consumers as
-well, over several draws of the training batches that criteria observe and repairs see. Torch-Pruning's L1, Taylor and
-BatchNorm importance choose in the same run, at the same widths, from the same batches. ``--finetune EPOCHS`` trains
-some of the cut networks: the same batches in the same order for each. With ``--resume`` it goes on where it
-was. Needs CIFAR-10 under ``--root`` or ``LIGHTNING_PRUNE_DATA``, and Torch-Pruning (1.6.1).
+The inner width of every residual block is reduced by the same share; criteria only choose the channels. Test accuracy
+is measured right after the cut, after re-estimating BatchNorm statistics, and after ridge regression of the consumers
+as well, over several draws of the training batches that criteria observe and repairs use. Torch-Pruning's L1, Taylor
+and BatchNorm importance run with the same widths and batches. ``--finetune EPOCHS`` trains some of the pruned networks,
+with the same batches in the same order for each. ``--resume`` continues a stopped run. Needs CIFAR-10 in ``--root`` or
+``LIGHTNING_PRUNE_DATA``, and Torch-Pruning (1.6.1).
 """
 
 from __future__ import annotations
@@ -327,18 +327,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of CIFAR-10, in torchvision's layout")
     parser.add_argument("--weights", type=Path, nargs="+", required=True, help="state dicts of ResNets on CIFAR-10")
-    parser.add_argument("--divide", type=float, default=2.1, help="what the MACs are divided by")
+    parser.add_argument("--divide", type=float, default=2.1, help="divisor of the MACs")
     parser.add_argument("--draws", type=int, default=3, help="draws of the training batches, seeds 0, 1, …")
-    parser.add_argument("--observe", type=int, default=10, help=f"training batches of {BATCH} that criteria see")
-    parser.add_argument("--batches", type=int, default=16, help=f"training batches of {BATCH} that repairs see")
-    parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
-    parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="train the cut networks")
+    parser.add_argument("--observe", type=int, default=10, help=f"training batches of {BATCH} for criteria")
+    parser.add_argument("--batches", type=int, default=16, help=f"training batches of {BATCH} for repairs")
+    parser.add_argument("--test-limit", type=int, default=10000, help="use only the first test images")
+    parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="train the pruned networks")
     parser.add_argument(
         "--finetuned",
         nargs="+",
         default=TRAINED,
         metavar="NAME",
-        help="criteria whose networks are trained, NAME+ridge: after repair",
+        help="criteria whose networks are trained; NAME+ridge: after repair",
     )
     add_resume(parser)
     given = parser.parse_args()

@@ -1,8 +1,9 @@
-"""Where the weights of a backbone are, over its depth: ``python -m benchmarks.depth``.
+"""Cumulative parameters over the depth of a backbone: ``python -m benchmarks.depth``.
 
 Figure 2 of Ratajczyk & Horzyk (2024): the share of a backbone's parameters in its first layers, against the share of
-its layers. They state at most 36 % at half of the depth for VGG19, ResNet50, ResNet101 (v2) and Inception (v2); here
-for torchvision's networks, which are not all the same versions. Nothing is trained, and no weights are needed.
+its layers. The paper states at most 36 % at half of the depth for VGG19, ResNet50, ResNet101 (v2) and Inception (v2);
+here it is computed for torchvision's networks, some of which are other versions. Nothing is trained, and no weights are
+needed.
 """
 
 from __future__ import annotations

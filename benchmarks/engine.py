@@ -1,13 +1,14 @@
-"""The structural engine on other people's networks, on pretrained ones, and beside Torch-Pruning.
+"""Structure analysis of real and pretrained networks, compared with Torch-Pruning.
 
-``python -m benchmarks.engine prune`` times `lightning_prune.prune` as a user calls it beside Torch-Pruning, and
-``python -m benchmarks.engine compare`` analysis and cut of both alone; one after the other in one process (both need
-``pip install torch-pruning==1.6.1``). ``python -m benchmarks.engine survey`` cuts half of every group of every
-torchvision network and of some more, and checks it (needs ``timm`` and ``transformers`` for those families).
-``python -m benchmarks.engine pictures`` draws what is found in two of them. ``python -m benchmarks.engine pretrained``
-tests pretrained ResNets before and after their dead channels are cut. ``python -m benchmarks.engine random`` cuts
-networks that are drawn, and ``python -m benchmarks.engine wrong`` those on which indices are easily mistaken, beside
-Torch-Pruning (both from the root of the repository: the networks are those of the tests).
+- ``python -m benchmarks.engine prune`` compares the time of `lightning_prune.prune` with Torch-Pruning.
+- ``... compare`` compares the time of analysis and cut alone; both run in turn in one process, and need ``pip install
+  torch-pruning==1.6.1``.
+- ``... survey`` removes half of every group of every torchvision network and of some others, and checks the result
+  (needs ``timm`` and ``transformers`` for those families).
+- ``... pictures`` draws the structure of two networks.
+- ``... pretrained`` tests pretrained ResNets before and after removing their dead channels.
+- ``... random`` cuts random networks, and ``... wrong`` networks on which indices are easily confused, also with
+  Torch-Pruning (both from the root of the repository, because they use networks of the tests).
 """
 
 from __future__ import annotations
@@ -108,15 +109,15 @@ def pictures() -> None:
 
 def main() -> None:
     """Run, print, and write to ``docs/evidence/engine``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("compare", "pictures", "pretrained", "prune", "random", "survey", "wrong"))
     parser.add_argument(
-        "names", nargs="*", help="networks or families to survey, depths of pretrained ones; default: all"
+        "names", nargs="*", help="networks or families to survey, or depths of pretrained ResNets; default: all"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--count", type=int, default=10_000, help="random networks to draw")
+    parser.add_argument("--count", type=int, default=10_000, help="number of random networks")
     parser.add_argument("--first", type=int, default=0, help="their first seed")
-    parser.add_argument("--minutes", type=float, default=60.0, help="when to stop drawing")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit for random networks")
     add_resume(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """Runs that are killed at random moments and resumed: ``python -m benchmarks.faults``.
 
-Pruning while training (``cuts``), scoring layers by boosted trees (``one_shot``, ``layer_wise``) and gradual unfreezing
-(``unfreezing``), in one process and in two. How they are killed, and what they are compared with, is in
-`tests/support/kills.py`. With ``--resume`` the campaigns that are stored are taken.
+Pruning during training (``cuts``), scoring layers with boosted trees (``one_shot``, ``layer_wise``) and gradual
+unfreezing (``unfreezing``), with one and with two processes. `tests/support/kills.py` kills them and compares them with
+uninterrupted runs. With ``--resume``, stored results are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KILLS = {"cuts": (50, 10), "one_shot": (20, 6), "layer_wise": (20, 6), "unfreezi
 
 def tables(campaigns: dict[str, Any]) -> str:
     """A line for each kind of run and number of processes, and what was going on when they were killed."""
-    lines = ["| run | processes | kills | amid | runs | otherwise than undisturbed | layers fitted again |"]
+    lines = ["| run | processes | kills | killed during | runs | differing results | layers fitted again |"]
     lines.append("|---|---:|---:|---|---:|---:|---|")
     for name, found in campaigns.items():
         amid = Counter(kill["amid"] for kill in found["kills"])
@@ -44,7 +44,7 @@ def main() -> None:
     """All campaigns, each stored when it is through."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=list(KILLS), choices=list(KILLS))
-    parser.add_argument("--kills", type=int, nargs=2, help="in one process and in two, instead of the usual numbers")
+    parser.add_argument("--kills", type=int, nargs=2, help="kills with one and with two processes")
     parser.add_argument("--seed", type=int, default=0)
     add_resume(parser)
     given = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Four ways of pruning one very small network: ``python -m benchmarks.four_methods``.
+"""Four pruning methods on one very small network: ``python -m benchmarks.four_methods``.
 
 The network of Batra et al. (2024), four convolutions of three filters each, is trained on CIFAR-10, pruned once by each
 method and amount, and fine-tuned. Accuracy right after the cut and after fine-tuning, speed-up and size on disk are
-drawn against sparsity, beside the unpruned network that was trained on equally long. Some points are fine-tuned at the
-report's own rate as well. A stopped run goes on with ``--resume``: what is done lies in ``--work``. Needs the set under
-``--root`` or ``LIGHTNING_PRUNE_DATA``.
+plotted against sparsity, with the unpruned network trained equally long. Some points are also fine-tuned at the paper's
+learning rate. ``--resume`` continues a stopped run from ``--work``. Needs the data set in ``--root`` or
+``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -323,9 +323,11 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dense-epochs", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
-    parser.add_argument("--report-epochs", type=int, default=20, help="of fine-tuning at the report's rate; 0: none")
-    parser.add_argument("--work", type=Path, default=Path("runs/four_methods"), help="what is done so far")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of fine-tuning")
+    parser.add_argument(
+        "--report-epochs", type=int, default=20, help="epochs of fine-tuning at the paper's rate; 0: none"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/four_methods"), help="folder of finished rows")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

@@ -1,7 +1,7 @@
-"""What runs on a GPU: every callback against the CPU, and the rows of speed and memory that need one.
+"""Tests and measurements that need a GPU: every callback compared with the CPU, speed and memory.
 
-``make gpu``, or ``python -m benchmarks.gpu``, which goes on with ``--resume``. ``--device cpu --short``
-shows that it works where there is no GPU. Random images and weights: time and rounding do not depend on them.
+``make gpu`` or ``python -m benchmarks.gpu``; ``--resume`` continues a stopped run. ``--device cpu --short`` checks the
+command without a GPU. Images and weights are random, because time and rounding do not depend on them.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def main() -> None:
     """Compute, print and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--short", action="store_true", help="small sizes, to see that it works")
+    parser.add_argument("--short", action="store_true", help="small sizes, to check the command")
     add_resume(parser)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """Two hundred cuts in one fit: ``python -m benchmarks.growth``.
 
-An MLP of two hidden layers of 400 units loses 90 % of them, by contributions that are observed on every batch. Right
-after each cut: memory of the process, live tensors, hooks on modules and parameters, seconds of the cut, and bytes of a
-checkpoint. Nothing but the checkpoint's history may grow.
+An MLP with two hidden layers of 400 units loses 90 % of them, with contributions observed on every batch. Measured
+right after each cut: memory of the process, live tensors, hooks on modules and parameters, duration of the cut, and
+size of a checkpoint. Only the checkpoint's history may grow.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
     """One run and its page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cuts", type=int, default=200)
-    parser.add_argument("--every", type=int, default=10, help="cuts between two looks at memory and objects")
+    parser.add_argument("--every", type=int, default=10, help="cuts between two measurements of memory and objects")
     given = parser.parse_args()
     rows = run(given.cuts, given.every)
     publish("growth", {"rows": rows}, page(rows), draw(rows))

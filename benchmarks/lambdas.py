@@ -1,8 +1,8 @@
-"""How much C_avg and C_max should weigh, and whose sign: ``python -m benchmarks.lambdas``.
+"""Weights of C_avg and C_max, with absolute and signed shares: ``python -m benchmarks.lambdas``.
 
-The contribution paper's MLP is trained once per seed on MNIST or Fashion-MNIST, both terms observed on every tenth
-batch, with absolute and with signed shares. Then it is cut once by every mixture: at nine shares with nothing trained
-after it, and at 68 % with some epochs after it. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+The contribution paper's MLP is trained once per seed on MNIST or Fashion-MNIST, with both terms observed on every tenth
+batch, with absolute and with signed shares. Then it is cut once by every mixture: at nine shares without further
+training, and at 68 % with some epochs of training. Needs the data set in ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def main() -> None:
     """All seeds, then the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=["MNIST", "FashionMNIST"], default="MNIST")
-    parser.add_argument("--root", help="folder of the set, in torchvision's layout")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from 0")
-    parser.add_argument("--epochs", type=int, default=16, help="before the cut")
+    parser.add_argument("--root", help="folder of the data set, in torchvision's layout")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs before the cut")
     parser.add_argument("--after", type=int, default=4, help="epochs after the cut at 68 %%")
     given = parser.parse_args()
     quiet()

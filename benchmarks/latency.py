@@ -1,7 +1,7 @@
-"""Latency by the table beside latency as measured, of ResNet-18 before and after cuts.
+"""Latency estimated by the table compared with measured latency, for ResNet-18 before and after cuts.
 
-The table is made from the dense network alone. Each cut network is then really timed, at batch 1. Both are processor
-time on one thread, which other work on the machine disturbs less than the clock on the wall.
+The table is measured on the dense network only; each pruned network is then timed with batch size 1. Both are processor
+time on one thread, which is less affected by other load than wall-clock time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CUTS = (
 def main() -> None:
     """Measure, write results.json and the tables of README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=224, help="pixels of a side")
+    parser.add_argument("--size", type=int, default=224, help="height and width in pixels")
     parser.add_argument("--seconds", type=float, default=1.0, help="processor time to spend on each measured latency")
     given = parser.parse_args()
     quiet()

@@ -1,9 +1,9 @@
-"""Masks beside Lightning's ``ModelPruning``: ``python -m benchmarks.masks``.
+"""Masks compared with Lightning's ``ModelPruning``: ``python -m benchmarks.masks``.
 
-The MLP 784-128-64-10 on Fashion-MNIST. First, zeros at the end of every epoch of a run that is stopped and resumed
-from its checkpoint, in what ``torch.export`` makes of it, and in an average of the weights; then test accuracy at
-several sparsities, beside the dense network trained as long, over seeds. With ``--resume`` it goes on after the
-last whole seed. Needs the set under ``--root`` or ``LIGHTNING_PRUNE_DATA``.
+The MLP 784-128-64-10 on Fashion-MNIST. First, the share of zeros at the end of every epoch of a run that is stopped and
+resumed from its checkpoint, in the result of ``torch.export``, and in an average of the weights. Then test accuracy at
+several sparsities, with the dense network trained equally long, over seeds. ``--resume`` continues after the last
+finished seed. Needs the data set in ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Bugs planted at random, and whether the tests notice: ``python -m benchmarks.mutations``.
+"""Mutation test: randomly planted bugs, and whether the tests find them: ``python -m benchmarks.mutations``.
 
-As many in each of four rooms: a comparison, an operator, a number or a condition is another, two arguments change
-places, one is left out, a statement is missing. Each is planted in a clone of what is committed, where the tests of its
-room run until one fails: those of the file's own name first, then those that name what it exports. ``--again`` gives
-what lived more ``--seconds`` and the tests of all rooms. In the end every test that found something has to pass on the
-files without a bug.
+The same number of bugs is planted in each of four packages: a comparison, an operator, a number or a condition is
+changed, two arguments are swapped, an argument is omitted, or a statement is deleted. Each is planted in a clone of the
+committed files, where the package's tests run until one fails: those in the file of the same name first, then those
+that use what it exports. ``--again`` repeats survivors with more ``--seconds`` and the tests of all packages. At the
+end, every test that found a bug must pass on the unchanged files.
 """
 
 from __future__ import annotations
@@ -252,11 +252,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=25, help="bugs in each room")
+    parser.add_argument("--each", type=int, default=25, help="bugs per package")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=int, default=60, help="of a processor, for one bug")
+    parser.add_argument("--seconds", type=int, default=60, help="processor time per bug")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mutations")
-    parser.add_argument("--again", action="store_true", help="of what is stored, run what lived with all tests")
+    parser.add_argument("--again", action="store_true", help="repeat stored survivors with all tests")
     add_resume(parser)
     given = parser.parse_args()
     tree, store, drawn = given.work / "tree", given.work / "rows.jsonl", given.work / "drawn.json"

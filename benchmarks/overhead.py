@@ -1,10 +1,10 @@
-"""What pruning costs and saves in training time: ``python -m benchmarks.overhead``.
+"""Overhead and savings of pruning in training time: ``python -m benchmarks.overhead``.
 
-Five parts: a step with the statistics of contribution pruning against one without, its formulas against the same
-written plainly, one cut of a ResNet-50, the import, and a step after half of the MACs are gone against the dense net
-and Lightning's mask callback. Comparisons are made in one process, by turns, as ratios within a round; medians over
-rounds. On a machine that others use, ``--clock processor --threads 1`` counts the processor time of the one thread
-instead of the time that passes.
+Five parts: a step with the statistics of contribution pruning compared with one without; its formulas compared with
+plain implementations; one cut of a ResNet-50; the import; and a step with half of the MACs removed, compared with the
+dense network and Lightning's mask callback. Variants run in turn in one process, and ratios are taken within a round,
+as medians over rounds. On a machine with other load, ``--clock processor --threads 1`` measures the processor time of
+the one thread instead of wall-clock time.
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = ("import", "cut", "half", "formulas", "statistics")
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
-    parser.add_argument("--only", default="", help="only what has this in its name")
+    parser.add_argument("--only", default="", help="only rows with this in their name")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--slow-rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

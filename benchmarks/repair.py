@@ -1,9 +1,9 @@
 """Test accuracy right after a cut, without training, with and without repairs: ``python -m benchmarks.repair``.
 
-The contribution paper's CNN, trained here for some epochs, or with ``--weights`` a pretrained ResNet-20 loses 10, 30
-and 50 % of its units at once (the ResNet those of the inner width of every block). Needs CIFAR-10 under ``--root`` or
-``LIGHTNING_PRUNE_DATA``. Repairs see training images only. A seed draws their batches, and trains the CNN; with
-``--resume``, seeds that were measured with the same settings are not measured again.
+The contribution paper's CNN, trained here for some epochs, or with ``--weights`` a pretrained ResNet-20, loses 10, 30
+and 50 % of its units in one cut (the ResNet those of the inner width of every block). Needs CIFAR-10 in ``--root`` or
+``LIGHTNING_PRUNE_DATA``. Repairs use training images only. The seed draws their batches and trains the CNN. With
+``--resume``, seeds that were measured with the same settings are kept.
 """
 
 from __future__ import annotations
@@ -197,11 +197,13 @@ def main() -> None:
     """One network, writing after each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder of CIFAR-10, in torchvision's layout")
-    parser.add_argument("--weights", type=Path, help="weights of a ResNet-20 trained on CIFAR-10; else the CNN")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs that the CNN is trained for")
-    parser.add_argument("--test-limit", type=int, default=10000, help="test images, the first so many")
-    parser.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH} that repairs see")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument(
+        "--weights", type=Path, help="weights of a ResNet-20 trained on CIFAR-10; otherwise the CNN is used"
+    )
+    parser.add_argument("--epochs", type=int, default=8, help="training epochs of the CNN")
+    parser.add_argument("--test-limit", type=int, default=10000, help="use only the first test images")
+    parser.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH} for repairs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     add_resume(parser)
     given = parser.parse_args()
     source = CIFAR10(root=given.root)

@@ -1,7 +1,8 @@
-"""Networks with grouped convolutions right after a cut, by repair: ``python -m benchmarks.repair_grouped``.
+"""Repairs of networks with grouped convolutions right after a cut: ``python -m benchmarks.repair_grouped``.
 
-Networks of torchvision with drawn weights look at noise: nothing is trained, so what counts is the squared error of the
-outputs right after 30 % of every group has left by L1, over the squared outputs. Repairs see 16 batches of 8 images.
+torchvision's networks with random weights are run on noise, without training. Measured is the squared error of the
+outputs, relative to the squared outputs, right after 30 % of every group was removed by L1. Repairs use 16 batches of 8
+images.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Replaced modules on real networks: ``python -m benchmarks.replace``.
+"""Replaced modules in real networks: ``python -m benchmarks.replace``.
 
-ResNet-18, VGG16-BN and EfficientNet-B0 of torchvision, in float64, without their weights from ImageNet. In a run of
-Lightning each is truncated behind a layer and gets a new head (VGG16-BN also once with a layer bypassed), and loses
-half of the units by L1, after four steps of SGD with momentum; ten steps follow. What remains is compared with a
-network written by hand: its outputs, and the ten steps, made by hand too; with runs that were resumed; and with what is
-loaded without a callback. With two processes (gloo) the same. Needs torchvision, nothing is downloaded.
+ResNet-18, VGG16-BN and EfficientNet-B0 of torchvision, in float64, with random weights. In a Lightning run, each is
+truncated after a layer and gets a new head (VGG16-BN also once with a bypassed layer), and loses half of its units by
+L1, after four steps of SGD with momentum; ten steps follow. The result is compared with a network written by hand (its
+outputs, and ten steps made by hand), with resumed runs, and with the network loaded without a callback; also with two
+processes (gloo). Needs torchvision; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is not done yet, and write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="a file with the runs that are done, which is written to")
+    parser.add_argument("--work", type=Path, help="file of finished runs, which is updated")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet()

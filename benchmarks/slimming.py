@@ -1,11 +1,10 @@
 """Network slimming with and without its penalty: ``python -m benchmarks.slimming``.
 
-The network of four convolutions, wider and with batch normalisation, is trained on CIFAR-10 with the L1 subgradient on
-the scales and without; then one threshold over all scales cuts it, and training goes on. The learning rate falls along
-a cosine over the whole run. Drawn are the scales right before the cut, and accuracy against the share of filters
-removed, beside the unpruned network that goes on as long. All shares of a seed are cut from one checkpoint. A stopped
-run goes on with ``--resume``: what is done lies in ``--work``. Needs the set under ``--root`` or
-``LIGHTNING_PRUNE_DATA``.
+The network of four convolutions, wider and with batch normalisation, is trained on CIFAR-10 with and without the L1
+subgradient on the scales. Then it is cut by one threshold over all scales, and training continues. The learning rate
+follows a cosine over the whole run. The plots show the scales right before the cut, and accuracy against the share of
+filters removed, with the unpruned network trained equally long. All shares of a seed are cut from one checkpoint.
+``--resume`` continues a stopped run from ``--work``. Needs the data set in ``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -192,9 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10, help="before the cut")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs before the cut")
     parser.add_argument("--after", type=int, default=3, help="epochs after the cut")
-    parser.add_argument("--work", type=Path, default=Path("runs/slimming"), help="what is done so far")
+    parser.add_argument("--work", type=Path, default=Path("runs/slimming"), help="folder of finished rows")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

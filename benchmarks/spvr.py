@@ -1,8 +1,8 @@
-"""SPvR as the paper has it, and what its ranking costs here: ``python -m benchmarks.spvr --part macs --resume``.
+"""SPvR as in the paper, and the cost of its ranking: ``python -m benchmarks.spvr --part macs --resume``.
 
-Every part is a table of `docs/evidence/spvr`; its rows are kept in ``--work`` and taken from there with ``--resume``.
-``--part page`` writes the page from what is there. The environment variable LIGHTNING_PRUNE_DATA names the folder of
-CIFAR-10, Fashion-MNIST and ``resnet_cifar10/resnet56-….th``.
+Every part is a table of `docs/evidence/spvr`; its rows are stored in ``--work`` and kept with ``--resume``. ``--part
+page`` writes the tables of the page. The environment variable LIGHTNING_PRUNE_DATA names the folder of CIFAR-10,
+Fashion-MNIST and ``resnet_cifar10/resnet56-….th``.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def rows(part: str, work: Path, *, resume: bool) -> Iterator[Row]:
 def main() -> None:
     """Compute a part, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/spvr"), help="folder of what is done so far")
+    parser.add_argument("--work", type=Path, default=Path("runs/spvr"), help="folder of finished rows")
     parser.add_argument("--part", required=True, choices=["page", "vgg", *parts(Path())])
-    parser.add_argument("--steps", type=int, default=1170, help="of --part vgg: 1170 are three epochs")
-    parser.add_argument("--minutes", type=float, default=14, help="of --part vgg: how long at most")
+    parser.add_argument("--steps", type=int, default=1170, help="steps of --part vgg; 1170 are three epochs")
+    parser.add_argument("--minutes", type=float, default=14, help="time limit of --part vgg")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

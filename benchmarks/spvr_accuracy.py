@@ -1,11 +1,11 @@
-"""SPvR against other criteria at the same budget and epochs: ``python -m benchmarks.spvr_accuracy --resume``.
+"""SPvR and other criteria with equal budgets and epochs: ``python -m benchmarks.spvr_accuracy --resume``.
 
-A small CNN is trained on some images of Fashion-MNIST, cut once to a share of its parameters, and trained on, with the
-weights that it has or from scratch (Tables 2 and 3 of the paper, reduced). All methods have the same network, samples,
-batches, epochs and learning rate. Controls: a network narrowed evenly, random groups, and no cut. ``--part mobilenet``
-compares a pruned ResNet with a narrow MobileNet (Table 4), ``--part groups`` is time and accuracy over the group size
-(Figure 2), ``--part page`` writes the page. Rows are kept in ``--work``.
-The environment variable LIGHTNING_PRUNE_DATA names the folder of Fashion-MNIST.
+A small CNN is trained on some images of Fashion-MNIST, cut once to a share of its parameters, and fine-tuned or trained
+from scratch (Tables 2 and 3 of the paper, reduced). All methods use the same network, samples, batches, epochs and
+learning rate. Controls: an evenly narrowed network, random groups, and no cut. ``--part mobilenet`` compares a pruned
+ResNet with a narrow MobileNet (Table 4), ``--part groups`` measures time and accuracy over the group size (Figure 2),
+``--part page`` writes the tables of the page. Rows are stored in ``--work``. The environment variable
+LIGHTNING_PRUNE_DATA names the folder of Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def tables(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Compute the rows of a part, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/spvr_accuracy"), help="folder of what is done so far")
+    parser.add_argument("--work", type=Path, default=Path("runs/spvr_accuracy"), help="folder of finished rows")
     parser.add_argument("--part", choices=["cnn", "mobilenet", "groups", "page"], default="cnn")
     add_resume(parser)
     given = parser.parse_args()

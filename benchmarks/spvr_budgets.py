@@ -1,8 +1,8 @@
-"""Budgets of parameters: what is left, in the form of the paper's appendix C, and its latency.
+"""Parameter budgets: the remaining network, in the form of the paper's appendix C, and its latency.
 
-Parts ``budgets`` and ``latency``. VGG16-BN as far as it was trained, and ResNet-56 with projection shortcuts (the
-pretrained network's function), ranked in groups of two, the paper's, on two training images of every class of CIFAR-10,
-in a run of Lightning. The chain with ``coupling="group"``, the residual network with ``"stage"`` and with ``"group"``.
+Parts ``budgets`` and ``latency`` of `benchmarks.spvr`. VGG16-BN as trained there, and ResNet-56 with projection
+shortcuts (the pretrained network's function), ranked in the paper's groups of two on two training images of every class
+of CIFAR-10, in a Lightning run; VGG16-BN with ``coupling="group"``, ResNet-56 with ``"stage"`` and with ``"group"``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A ResNet pruned by SPvR beside MobileNetV3-small, the paper's Table 4 reduced: rows of `benchmarks.spvr_accuracy`.
+"""A ResNet pruned by SPvR compared with MobileNetV3-small (the paper's Table 4, reduced).
 
-ResNet-20 with projection shortcuts learns Fashion-MNIST, is cut to as many parameters as a narrow MobileNet has, and to
-two thirds of them (the paper's ratio), and trains from scratch. MobileNet has the widths of torchvision times a factor.
-It is made for images of 224 pixels: here its first two strides are 1, so that 4×4 positions are left of 28×28, and its
-norms average as fast as those of ResNet.
+Rows of `benchmarks.spvr_accuracy`. ResNet-20 with projection shortcuts is trained on Fashion-MNIST, pruned to the
+number of parameters of a narrow MobileNet, and to two thirds of it (the paper's ratio), and trained from scratch.
+MobileNet has torchvision's widths times a factor. It is made for images of 224 pixels: here its first two strides are
+1, so that 28×28 pixels are reduced to 4×4 positions, and its norms have the same momentum as ResNet's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What races win, and whether they decide as the full ranking: rows of `benchmarks.spvr`, part ``race``.
+"""Savings of races, and whether their decisions equal those of the full ranking.
 
-Groups of eight channels of ResNet-56 with projection shortcuts (the pretrained network's function), 20 training images
-of every class of CIFAR-10, at least 16 in a part, as `SPvRPruning` runs races. The plan takes the least groups of all
-layers, each by itself, until a share of all channels' parameters is left (a layer's filters, and of inner layers what
-reads them).
+Part ``race`` of `benchmarks.spvr`: groups of eight channels of ResNet-56 with projection shortcuts (the pretrained
+network's function), 20 training images of every class of CIFAR-10, in parts of at least 16, as in `SPvRPruning`. The
+plan removes the least important groups of all layers, each separately, until a share of all channels' parameters
+remains (a layer's filters, and for inner layers the weights that consume them).
 """
 
 from __future__ import annotations

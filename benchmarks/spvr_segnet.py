@@ -1,8 +1,8 @@
-"""Segmentation before and after SPvR: rows of `benchmarks.spvr`, part ``segnet``.
+"""Segmentation before and after SPvR: part ``segnet`` of `benchmarks.spvr`.
 
-The small SegNet of the recipe ``shapes_segnet_spvr`` and its drawn images (1,000, of which 200 are the test set). The
-dense network trains for 40 epochs, Adam with a cosine. A fifth of its parameters is left, by SPvR or by a control; all
-weights are initialized again, and the small network trains for as many epochs, in the same way.
+The small SegNet of the recipe ``shapes_segnet_spvr`` and its generated images (1,000, of which 200 are the test set).
+The dense network is trained for 40 epochs with Adam and a cosine schedule. SPvR or a control keeps a fifth of its
+parameters; all weights are reinitialised, and the small network is trained in the same way.
 """
 
 from __future__ import annotations

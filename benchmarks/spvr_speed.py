@@ -1,7 +1,7 @@
-"""What ranking by masking costs: rows of `benchmarks.spvr`, parts ``macs`` and ``seconds``.
+"""Cost of ranking by masking: parts ``macs`` and ``seconds`` of `benchmarks.spvr`.
 
-VGG16-BN as far as it was trained, and the pretrained ResNet-56 (option A), whose 55 layers are ranked each by itself,
-with all their channels, also those that its zero padding keeps from being removed. Images of CIFAR-10's training set.
+VGG16-BN as trained there, and the pretrained ResNet-56 (option A), whose 55 layers are ranked separately, with all
+their channels, even those that its zero padding keeps from being removed. Images are from CIFAR-10's training set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ranks of neurons against ground truths, in the setting of the paper's appendix A: rows of `benchmarks.spvr`.
+"""Ranks of neurons compared with ground truths, as in the paper's appendix A: part ``tau`` of `benchmarks.spvr`.
 
-A network of one hidden layer with 64 neurons on 1,000 drawn samples (Guyon's data, 100 features, 2 % of labels
-flipped), Adam at 1e-3 in batches of 32, ranked on the samples it was trained on.
+A network with one hidden layer of 64 neurons on 1,000 random samples (Guyon's data, 100 features, 2 % of labels
+flipped), trained by Adam at 1e-3 with batches of 32, and ranked on its training samples.
 """
 
 from __future__ import annotations

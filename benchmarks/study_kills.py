@@ -1,9 +1,9 @@
 """A running study that is killed at random moments: ``python -m benchmarks.study_kills``.
 
-Small runs on the digits, two workers. SIGKILL goes to the launcher, to a worker, or to all processes at once, at a
-random moment after work has begun; then the same command is given again. In the end the table has to be that of a study
-that nobody disturbed, and no finished cell may have been touched again. The kills that were made are kept in the
-working folder: called again, it goes on. Interrupted, it takes the study along.
+Small runs on the digits with two workers. SIGKILL is sent to the launcher, to a worker, or to all processes, at a
+random moment after work has begun; then the same command is run again. At the end, the table must equal that of an
+undisturbed study, and no finished cell may have been changed. Kills are recorded in the working folder, so that the
+benchmark continues when it is run again. If it is interrupted, it stops the study as well.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def verdict(work: Path, kills: list[dict[str, Any]]) -> tuple[str, dict[str, Any
 def main() -> None:
     """Kill, compare, publish."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="working folder; what is in it is gone on with")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="working folder; a stopped benchmark continues from it"
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

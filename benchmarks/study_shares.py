@@ -1,6 +1,6 @@
-"""What the thesis' networks keep of their FLOPs: ``python -m benchmarks.study_shares``.
+"""Remaining shares of FLOPs of the thesis' networks: ``python -m benchmarks.study_shares``.
 
-Every variant of the shipped studies of CIFAR-10 and ImageNet is cut from a network with random weights, and counted.
+Every variant of the bundled studies of CIFAR-10 and ImageNet is pruned from a network with random weights, and counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the structural engine makes of other people's networks: half of every group removed, and everything checked."""
+"""Structure analysis of networks of other libraries: half of every group is removed, and everything is checked."""
 
 from __future__ import annotations
 

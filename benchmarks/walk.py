@@ -1,14 +1,15 @@
-"""What the walk wins, and whether it is exact: ``python -m benchmarks.walk``.
+"""Savings of a walk through a network, and whether it is exact: ``python -m benchmarks.walk``.
 
-Networks with random weights and statistics, random images. Rows are stored as they are computed; ``--resume`` goes on.
+Networks with random weights and statistics, random images. Rows are stored as they are computed; ``--resume`` continues
+a stopped run.
 
-- Turn: layer-wise scoring with every other unit masked, without its surrogates, against the straightforward one that
-  runs from the input to every layer: multiply-accumulates in passes, processor seconds, features bit by bit.
-- Exact: the rest of the network from some stations gives the network's output bit by bit, in float32 and float64.
-- Rest: processor seconds of the rest of the network for groups of eight channels at every station, against one full
-  forward pass for each group; some groups of a station are run and stand for the others.
-- Memory: anonymous memory of a process of its own that walks, or scores layer by layer in a fit, with a limit below
-  what it has to store.
+- Turn: layer-wise scoring with every second unit masked, without surrogates, compared with running from the input to
+  every layer: MACs in passes, processor seconds, and bit-identical features.
+- Exact: running the rest of the network from some stations gives its output bit by bit, in float32 and float64.
+- Rest: processor seconds of the rest of the network for groups of eight channels at every station, compared with one
+  full forward pass per group; some groups of a station are timed and represent the others.
+- Memory: anonymous memory of a separate process that walks, or scores layer by layer in a fit, with a limit below the
+  size of the data it has to store.
 """
 
 from __future__ import annotations
@@ -311,10 +312,12 @@ def tables(rows: Sequence[Row]) -> str:
 def main() -> None:
     """All rows, and their page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="images of the first and third table")
-    parser.add_argument("--groups", type=int, default=4, help="groups that are run at every station")
-    parser.add_argument("--stations", type=int, default=10, help="stations of a network in the second table")
-    parser.add_argument("--networks", nargs="+", default=list(TIMED), choices=list(TIMED), help="of the third table")
+    parser.add_argument("--images", type=int, default=64, help="images for the first and third table")
+    parser.add_argument("--groups", type=int, default=4, help="groups to time at every station")
+    parser.add_argument("--stations", type=int, default=10, help="stations per network in the second table")
+    parser.add_argument(
+        "--networks", nargs="+", default=list(TIMED), choices=list(TIMED), help="networks of the third table"
+    )
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     add_resume(parser)
     given = parser.parse_args()

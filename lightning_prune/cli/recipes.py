@@ -146,7 +146,7 @@ def described(recipe: Path) -> tuple[str, str, str]:
     what = re.split(r"(?<=\.) ", rest)[0]
     if data.startswith("Method"):
         return data, "the network's", what
-    time = re.search(r"(?:^|[.,] )((?:[Hh]alf )?[\w½]+(?: of)? (?:seconds|minutes?|hours?))\b|for a (GPU)", rest, re.I)
+    time = re.search(r"(?:^|[.,] )((?:half |a )?[\w½]+(?: of)? (?:seconds|minutes?|hours?))\b|for a (GPU)", rest, re.I)
     return data, (time[1] or f"a {time[2]}").lower().replace("gpu", "GPU") if time else "–", what
 
 

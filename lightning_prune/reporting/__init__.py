@@ -1,4 +1,4 @@
-"""Showing what pruning did: plain values, tables, pages and figures."""
+"""Reports on pruning: plain values, tables, pages and figures."""
 
 from lightning_prune.reporting.backbone import backbone_modules, layer_parameters
 from lightning_prune.reporting.comparison import ComparedNetwork, Comparison

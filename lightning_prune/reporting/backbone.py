@@ -1,4 +1,4 @@
-"""Which modules are the backbone of a network, for figures of the backbone alone."""
+"""The modules of a network's backbone, to count its parameters separately."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["backbone_modules", "layer_parameters"]
 
 
 def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) -> frozenset[str] | None:
-    """The modules with parameters that belong to the backbone, by name; ``None`` where no head is known.
+    """Names of the modules with parameters that belong to the backbone; ``None`` if no head is known.
 
-    The head is a module that was replaced by a new head (a `Replace` with ``new_dense``), and what `Backbone` finds: by
-    the names of ``head``, else behind the last of several convolutions. A single convolution is taken for the patch
-    embedding of a transformer, behind which the network only begins.
+    The head consists of modules that were replaced by a new head (a `Replace` with ``new_dense``) and of those that
+    `Backbone` finds: the names in ``head``, else everything after the last of several convolutions. A single
+    convolution is assumed to be the patch embedding of a transformer.
 
     Args:
         model: The network.
-        head: Names or globs of the modules that are the head.
+        head: Names or globs of the head's modules.
     """
     history = history_of(model)
     edits = () if history is None else history.edits
@@ -39,9 +39,9 @@ def backbone_modules(model: nn.Module, head: str | Iterable[str] | None = None) 
 
 
 def layer_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of every convolutional layer of a backbone (see `Backbone`), the first one first.
+    """Parameters of every convolutional layer of a backbone (see `Backbone`), in order.
 
-    A parameter that several layers share counts at the first of them.
+    A shared parameter is counted for the first of its layers.
     """
     seen: set[nn.Parameter] = set()
     counts = {}

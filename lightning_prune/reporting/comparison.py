@@ -1,4 +1,4 @@
-"""Networks of finished runs side by side: what each is worth and costs, and how settings differ where seeds agree."""
+"""Comparison of finished runs: metric and costs of each network, and differences of settings paired by seed."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lightning_prune.reporting.grid import MISSING, Grid, Shown, count, number, 
 
 __all__ = ["ComparedNetwork", "Comparison", "cost_name"]
 
-# Marks a cost at which no other network does better.
+# Marks networks on the Pareto front of a cost.
 _MARK = " *"
 
 
 @dataclass(frozen=True)
 class ComparedNetwork:
-    """A network that a run left: at its end, or saved on the way.
+    """A network from the end of a run, or saved earlier.
 
     Attributes:
         run: The run it comes from.
-        setting: What runs that differ by nothing but their seed have in common.
-        metric: What it is judged by, as last measured.
-        params: Parameters.
-        macs: MACs for one sample (1 MAC = 2 FLOPs).
-        seed: The run's seed, where it is known.
-        latency: Milliseconds for one batch by its size, as the run measured them.
-        is_final: Whether the run ended with it.
+        setting: Name of the setting; runs of one setting differ in their seeds only.
+        metric: The last measured value of the metric.
+        params: Number of parameters.
+        macs: MACs per sample (1 MAC = 2 FLOPs).
+        seed: The run's seed, if known.
+        latency: Milliseconds per batch, by batch size, as measured by the run.
+        is_final: Whether it is the network at the end of the run.
     """
 
     run: str
@@ -42,18 +42,18 @@ class ComparedNetwork:
     is_final: bool = True
 
     def cost(self, what: str) -> float | None:
-        """What it costs: ``"params"``, ``"macs"``, or the latency of a batch, ``"1"``; ``None`` if it is not known."""
+        """A cost: ``"params"``, ``"macs"``, or the latency at a batch size such as ``"1"``; ``None`` if unknown."""
         return self.latency.get(int(what)) if what.isdecimal() else float(getattr(self, what))
 
 
 @dataclass(frozen=True)
 class Comparison(Shown):
-    """Networks side by side.
+    """A comparison of networks.
 
     Attributes:
-        networks: In the order of the table. The first one's setting is what the others are compared with.
+        networks: The networks in the order of the table. Settings are compared with that of the first one.
         metric: Name of the metric.
-        mode: Whether more or less of it is better.
+        mode: Whether higher (``"max"``) or lower (``"min"``) is better.
     """
 
     networks: tuple[ComparedNetwork, ...]
@@ -67,7 +67,7 @@ class Comparison(Shown):
 
     @property
     def costs(self) -> list[str]:
-        """What is known of more than one network, see `ComparedNetwork.cost`."""
+        """Costs known for more than one network, see `ComparedNetwork.cost`."""
         batches = sorted({batch for network in self.networks for batch in network.latency})
         measured = [batch for batch in batches if sum(batch in network.latency for network in self.networks) > 1]
         return ["params", "macs", *map(str, measured)]
@@ -92,7 +92,7 @@ class Comparison(Shown):
 
     @override
     def grids(self) -> tuple[Grid, ...]:
-        """The tables: all networks, and the differences of settings where seeds agree."""
+        """The tables: all networks, and the differences of settings paired by seed."""
         grids = (self._networks(), self._pairs())
         return tuple(grid for grid in grids if grid.rows)
 
@@ -112,11 +112,11 @@ class Comparison(Shown):
         ]
         columns = ("run", "setting", "seed", self.metric, *(cost_name(cost) for cost in costs), "MACs / first")
         note = (
-            f"{self.metric}: as last measured; {'more' if self.mode == 'max' else 'less'} is better. MACs are those of "
-            f"one sample, 1 MAC = 2 FLOPs.{_MARK}: on the Pareto front, nothing is better at no higher cost."
+            f"{self.metric}: last measured value; {'higher' if self.mode == 'max' else 'lower'} is better. MACs are "
+            f"per sample, 1 MAC = 2 FLOPs.{_MARK}: on the Pareto front (no other is better at the same or lower cost)."
         )
         if len(costs) > 2:
-            note += " Latencies, in milliseconds, were measured by each run itself: compare those of one machine."
+            note += " Latencies, in milliseconds, were measured by each run: compare only runs on the same machine."
         return Grid("Networks", columns, tuple(rows), words=2, note=note)
 
     def _pairs(self) -> Grid:
@@ -131,7 +131,7 @@ class Comparison(Shown):
         return Grid("Paired by seed", columns, tuple(rows), note=note)
 
     def _by_seed(self, setting: str) -> dict[int, float]:
-        """The metric at the end of the runs of a setting; of several with one seed their mean."""
+        """The metric at the end of a setting's runs by seed; the mean if there are several with one seed."""
         found: dict[int, list[float]] = {}
         for network in self.networks:
             if network.setting == setting and network.is_final and network.seed is not None:
@@ -140,7 +140,7 @@ class Comparison(Shown):
 
 
 def cost_name(cost: str) -> str:
-    """What a cost is called in tables and pictures."""
+    """Label of a cost in tables and figures."""
     known = {"params": "parameters", "macs": "MACs"}
     return known.get(cost) or f"ms at batch {cost}"
 

@@ -1,4 +1,4 @@
-"""The picture of a comparison: the metric against parameters, MACs and latency, with the Pareto front of each."""
+"""The figure of a comparison: metric against parameters, MACs and latency, with their Pareto fronts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_figure"]
 
-# Okabe & Ito's palette; with the marks, 8 × 6 settings are told apart.
+# Okabe & Ito's palette; with the markers, 8 × 6 settings can be distinguished.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKS = "osD^vP"
 
-# A cost that spans more than this is drawn on a logarithmic axis.
+# A cost with a larger ratio of maximum to minimum has a logarithmic axis.
 _WIDE = 8.0
 
 
 def comparison_figure(comparison: Comparison, costs: Sequence[str] | None = None) -> Figure:
-    """A panel for each cost: a colour for each setting, a line through the networks of one run, the front in grey.
+    """One panel per cost, with one colour per setting, one line per run, and the Pareto front in grey.
 
-    Needs the extra ``plot``. Networks that a run ended with are filled, those saved on the way are hollow.
+    Needs the extra ``plot``. Networks at the end of a run are filled, those saved earlier are hollow.
 
     Args:
         comparison: The networks.
-        costs: Some of its costs; by default all.
+        costs: The costs to plot; by default all.
     """
     costs = comparison.costs if costs is None else costs
     figure = new_figure(figsize=(4.4 * len(costs) + 0.8, 4.8), dpi=150)

@@ -1,4 +1,4 @@
-"""The picture of `inspect`: which layers share a width, which take it in, what stays and why."""
+"""The figure of `inspect`: producers and consumers of each group, and what cannot be pruned and why."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["couplings", "couplings_figure"]
 
-# Okabe & Ito's palette, as in the picture of a run; the first two are for what can shrink, the others for reasons.
+# Okabe & Ito's palette, as in the figure of a run; the first two colours are for groups, the others for reasons.
 _OUT, _IN, _BOTH = "#0072B2", "#E69F00", "#000000"
 _REASONS = ("#D55E00", "#CC79A7", "#009E73", "#56B4E9", "#F0E442")
 _OTHER = "#999999"
 
-# Inches of a cell, and of the matrix that cells get smaller for.
+# Largest size of a cell, and of the whole matrix, for which cells get smaller, in inches.
 _CELL, _SMALLEST, _ROOM = 0.17, 0.07, 14.0
 
-# Inches of the whole picture at least, and of a column at most.
+# Minimum width of the figure, and maximum width of a column, in inches.
 _LEAST, _WIDEST = 5.0, 0.8
 
-# Characters in an inch of the headline, and of a legend.
+# Characters per inch in the headline and in a legend.
 _LETTERS, _SMALL_LETTERS = 13, 14
 
 #: Colour and text of each reason.
@@ -39,11 +39,11 @@ _Reasons = dict[str, tuple[str, str]]
 
 
 def couplings(structure: Structure) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Layers in the order of their definition, and how each meets each group.
+    """Layers in the order of their definition, and their role in each group.
 
     Returns:
-        The names, and an array ``(layers, groups)``: 1 where a layer produces the units, 2 where it takes them in,
-        3 where both. Layers that merely follow (norms) are left out; what is frozen has a row of zeros.
+        The names, and an array ``(layers, groups)``: 1 if a layer produces the units, 2 if it consumes them, 3 if
+        both. Layers that only follow (norms) are omitted; frozen layers have a row of zeros.
     """
     at = {tensor: i for i, tensor in enumerate(structure.cost.shapes)}
     met = [(m.layer, m.tensor) for g in structure.groups for m in g.members if m.role != "along"]
@@ -62,13 +62,13 @@ def couplings(structure: Structure) -> tuple[list[str], npt.NDArray[np.int64]]:
 
 
 def couplings_figure(structure: Structure, headline: str) -> Figure:
-    """A row per layer, a column per group with its width above, and a last column for what stays, coloured by reason.
+    """One row per layer, one column per group with its width above, and a last column for frozen axes by reason.
 
-    Needs the extra ``plot``; no global state of matplotlib is touched.
+    Needs the extra ``plot``; does not touch matplotlib's global state.
 
     Args:
-        structure: What was found.
-        headline: What stands above.
+        structure: The structure of the network.
+        headline: The title.
     """
     layers, cells = couplings(structure)
     rows, columns = max(len(layers), 1), max(cells.shape[1], 1)
@@ -76,7 +76,7 @@ def couplings_figure(structure: Structure, headline: str) -> Figure:
     letters = max([len(layer) for layer in layers] or [0])
     size = min(7.5, 48 * cell)
     left, right = 0.0085 * size * letters + 0.35, 0.9
-    # A few columns get as much room as the headline needs anyway.
+    # A few columns share the width that the headline needs anyway.
     across = max(cell, min(_WIDEST, (_LEAST - left - right) / columns))
     width = max(left + columns * across + right, _LEAST)
     left += (width - left - columns * across - right) / 2
@@ -118,14 +118,14 @@ def _widths(axes: Axes, structure: Structure, size: float) -> None:
 
 
 def _reasons(structure: Structure, line: int) -> _Reasons:
-    """Colour and wrapped text of every reason, the most frequent first; the last one may stand for several."""
+    """Colour and wrapped text of every reason, the most frequent first; the last one may combine several."""
     ranked = Counter(kind for kind, _ in {(_kind(axis.reason), axis.layer) for axis in structure.frozen}).most_common()
     named = {
-        kind: (colour, textwrap.fill(f"stays: {kind} ({plural(n, 'layer')})", line))
+        kind: (colour, textwrap.fill(f"not pruned: {kind} ({plural(n, 'layer')})", line))
         for (kind, n), colour in zip(ranked, _REASONS, strict=False)
     }
     rest = plural(sum(n for _, n in ranked[len(_REASONS) :]), "layer")
-    return named | {kind: (_OTHER, f"stays: for another reason ({rest})") for kind, _ in ranked[len(_REASONS) :]}
+    return named | {kind: (_OTHER, f"not pruned: another reason ({rest})") for kind, _ in ranked[len(_REASONS) :]}
 
 
 def _kind(reason: str) -> str:
@@ -133,7 +133,7 @@ def _kind(reason: str) -> str:
 
 
 def _stays(axes: Axes, structure: Structure, layers: list[str], reasons: _Reasons, size: float) -> None:
-    """A square and the width right of the matrix, for what a layer must keep."""
+    """A square and the width, right of the matrix, for each frozen width of a layer."""
     end = axes.get_xlim()[1]
     place = {layer: i for i, layer in enumerate(layers)}
     widest: dict[str, tuple[int, str]] = {}
@@ -158,5 +158,5 @@ def _legend(figure: Figure, reasons: _Reasons, height: float, *, both: bool) -> 
 
 
 def _depth(reasons: _Reasons) -> float:
-    """Inches that the legends take below the matrix."""
+    """Height of the legends below the matrix, in inches."""
     return 0.5 + 0.16 * sum(text.count("\n") + 1.2 for _, text in dict.fromkeys(reasons.values()))

@@ -1,4 +1,4 @@
-"""One table, four renderings: terminal, text, Markdown, HTML."""
+"""A table that can be rendered for a terminal and as text, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "timed",
 ]
 
-#: What stands where a figure was not measured.
+#: Shown for values that were not measured.
 MISSING = "–"
 
 _TEXT_WIDTH = 120
@@ -38,14 +38,14 @@ _TEXT_WIDTH = 120
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of words and figures.
+    """A table of words and numbers.
 
     Attributes:
-        title: What it shows.
-        columns: Head of every column.
-        rows: Cells as text, as many per row as there are columns.
-        words: Number of leading columns that hold words, aligned left; all others hold figures, aligned right.
-        note: Legend below the table.
+        title: Heading of the table.
+        columns: Heading of every column.
+        rows: Cells as text, one per column.
+        words: Number of leading columns with words, which are left-aligned; the others have numbers, right-aligned.
+        note: Note below the table.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Grid:
     note: str = ""
 
     def rich(self) -> Table:
-        """The table for a terminal, without its note: `as_rich` adds it in the full width."""
+        """The table for a terminal, without its note, which `as_rich` adds in full width."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -68,7 +68,7 @@ class Grid:
         return table
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, under its title."""
+        """The table in GitHub's Markdown, with its title."""
         rule = ("---" if i < self.words else "---:" for i in range(len(self.columns)))
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self._lines(tuple(rule))]
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])])
@@ -91,7 +91,7 @@ class Grid:
 
 
 class Shown(ABC):
-    """What is shown by its tables: printed, in a terminal or in a notebook."""
+    """Base class of objects that are displayed as tables: with `print`, in a terminal and in a notebook."""
 
     @abstractmethod
     def grids(self) -> tuple[Grid, ...]:
@@ -108,7 +108,7 @@ class Shown(ABC):
 
 
 def as_rich(grids: Sequence[Grid]) -> RichGroup:
-    """Tables with their notes for a terminal, an empty line between two."""
+    """Tables with their notes for a terminal, separated by empty lines."""
     from rich.console import Group
     from rich.text import Text
 
@@ -116,7 +116,7 @@ def as_rich(grids: Sequence[Grid]) -> RichGroup:
 
 
 def console_for(width: int = _TEXT_WIDTH) -> Console:
-    """Where tables are printed: a terminal as it is, a file or a pipe with this many columns."""
+    """A console for tables: the terminal's width, or this many columns for a file or a pipe."""
     from rich.console import Console
 
     console = Console()
@@ -134,7 +134,7 @@ def as_text(grids: Sequence[Grid]) -> str:
 
 
 def count(value: float) -> str:
-    """A count: whole up to six digits, then 1.23 M, 4.56 G."""
+    """A count: an integer up to six digits, then 1.23 M, 4.56 G."""
     if abs(value) < 1e6:
         return f"{value:,.0f}"
     scale, prefix = (1e6, "M") if abs(value) < 1e9 else (1e9, "G") if abs(value) < 1e12 else (1e12, "T")
@@ -142,7 +142,7 @@ def count(value: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """A count for names of files, with two or three digits: 950, 1.2k, 12k, 123k, 1.2M."""
+    """A count for file names, with two or three digits: 950, 1.2k, 12k, 123k, 1.2M."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit * 0.9995:
             scaled = value / limit
@@ -161,7 +161,7 @@ def kib(size: int | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A measured figure with so many significant digits."""
+    """A measured number with this many significant digits."""
     if value is None or math.isnan(value):
         return MISSING
     rounded = float(f"{value:.{digits}g}")
@@ -169,7 +169,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def timed(value: float, spread: float | None) -> str:
-    """A measured time with its spread, as ``0.047 ± 0.002``: as many places as the spread allows, three digits at most.
+    """A measured time with its spread, such as ``0.047 ± 0.002``: as precise as the spread, with at most three digits.
 
     Without a spread, two digits.
     """
@@ -181,7 +181,7 @@ def timed(value: float, spread: float | None) -> str:
 
 
 def share(part: float | None, whole: float | None) -> str:
-    """A part in per cent of the whole."""
+    """A part as a percentage of the whole."""
     if part is None or not whole or math.isnan(part) or math.isnan(whole):
         return MISSING
     return f"{100 * part / whole:.1f} %"

@@ -1,4 +1,4 @@
-"""What can be pruned in a network, and what cannot and why: shown before anything is."""
+"""What can be pruned in a network, what cannot, and why."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "reached"]
 
-# Long residual stages couple dozens of layers; the first ones tell which stage it is.
+# Long residual stages couple dozens of layers; the first ones identify the stage.
 _NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Inspection(Shown):
-    """A structure that can be looked at: printed, in a terminal or in a notebook.
+    """The structure of a network, displayed with `print`, in a terminal or in a notebook.
 
     Attributes:
         structure: Groups and frozen axes of the network.
@@ -41,12 +41,12 @@ class Inspection(Shown):
 
     @property
     def units(self) -> int:
-        """Units that could be removed."""
+        """Number of prunable units."""
         return sum(self.structure.widths.values())
 
     @property
     def reachable(self) -> float:
-        """Share of the parameters that lie on at least one prunable axis, in [0, 1]."""
+        """Share of the parameters on at least one prunable axis, in [0, 1]."""
         return self.structure.reachable["params"]
 
     @property
@@ -60,11 +60,11 @@ class Inspection(Shown):
         )
 
     def grids(self) -> tuple[Grid, ...]:
-        """The tables: what can be pruned, what cannot and why, remarks."""
+        """The tables: what can be pruned, what cannot and why, and notes."""
         return (self._groups(), *(grid for grid in (self._frozen(), self._notes()) if grid.rows))
 
     def figure(self) -> Figure:
-        """The picture: a row per layer, a column per group, and what stays with the reason's colour.
+        """The figure: one row per layer, one column per group, and frozen axes coloured by reason.
 
         Needs the extra ``plot``. Save it with ``inspection.figure().savefig("widths.png")``.
         """
@@ -86,11 +86,11 @@ class Inspection(Shown):
                     share(held, self.params),
                 )
             )
-        columns = ("group", "coupled with", "goes into", "units", "parameters", "of all")
-        note = f"{self.summary} A weight between two groups is counted for both." if rows else self.summary
+        columns = ("group", "coupled with", "consumers", "units", "parameters", "of all")
+        note = f"{self.summary} A weight between two groups is counted in both." if rows else self.summary
         for group in [group for group in self.structure.groups if _channels(group) > 1][:1]:
             units, channels = count(group.width), _channels(group)
-            note += f" {units} × {channels} are {units} units of {channels} channels each, which can only go together."
+            note += f" {units} × {channels} means {units} units of {channels} channels each, removed together."
         return Grid("What can be pruned", columns, tuple(rows), words=3, note=note)
 
     def _frozen(self) -> Grid:
@@ -98,20 +98,20 @@ class Inspection(Shown):
         for axis in self.structure.frozen:
             entries.setdefault((axis.layer, axis.reason), []).append(axis.width)
         rows = ((layer, why, ", ".join(map(str, dict.fromkeys(widths)))) for (layer, why), widths in entries.items())
-        return Grid("What stays as it is", ("layer", "because", "width"), tuple(rows), words=2)
+        return Grid("What cannot be pruned", ("layer", "reason", "width"), tuple(rows), words=2)
 
     def _notes(self) -> Grid:
         remarks = (*self.structure.notes, *self.structure.remarks)
-        return Grid("Remarks", ("",), tuple((remark,) for remark in remarks))
+        return Grid("Notes", ("",), tuple((remark,) for remark in remarks))
 
 
 def reached(shares: Mapping[str, float]) -> str:
-    """Shares of parameters and MACs in words, see `Structure.reachable`."""
+    """Shares of parameters and MACs as text, see `Structure.reachable`."""
     return f"{100 * shares['params']:.1f} % of the parameters and {100 * shares['macs']:.1f} % of the MACs"
 
 
 def _channels(group: Group) -> int:
-    """Channels or features that each unit is in the layer that gives the group its name."""
+    """Channels or features per unit, in the layer that the group is named after."""
     return int(group.members[0].index.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""What surrogates have found in each layer: a table, histograms of importances, the score over depth."""
+"""Layer scores of surrogates: a table, histograms of importances, and the score over depth."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = [
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9")
 
-# Panels in a row, and at most in a figure: of more layers every second, third ... is shown.
+# Panels per row and per figure; with more layers, only every second, third, ... is shown.
 _COLUMNS, _MOST_PANELS = 4, 32
 
 _BINS = 24
 
-# Above this many layers their names would overlap.
+# With more layers, names would overlap.
 _MOST_NAMES = 60
 
-# The share of the gain whose holders are counted.
+# Channels are counted that together have this share of the gain.
 _MOST_GAIN = 0.99
 
 
@@ -51,11 +51,11 @@ class ScoredLayer:
     Attributes:
         layer: Its name.
         channels: Channels of its output.
-        score: μ, the metric on the held-back part.
-        unused: Channels that the surrogate never uses.
-        holding: Channels that hold 99 % of the surrogate's gain.
-        kept: Channels that stay; None if nothing was decided.
-        seconds: Time that the surrogate took.
+        score: μ, the metric on held-out samples.
+        unused: Number of channels that the surrogate never uses.
+        holding: Number of channels that have 99 % of the surrogate's gain.
+        kept: Number of kept channels; None before a decision.
+        seconds: Time to fit the surrogate.
     """
 
     layer: str
@@ -68,7 +68,7 @@ class ScoredLayer:
 
     @classmethod
     def of(cls, found: LayerScore, kept: int | None = None) -> ScoredLayer:
-        """The row of a layer's score."""
+        """The table row for a layer's score."""
         shares = np.sort(found.share)[::-1]
         held = np.cumsum(shares)
         holding = int(np.searchsorted(held, _MOST_GAIN * held[-1] - 1e-12)) + 1 if held[-1] > 0 else 0
@@ -79,14 +79,14 @@ class ScoredLayer:
 
 @dataclass(frozen=True)
 class ScoredDepth:
-    """One place at which a backbone can end.
+    """A place at which a backbone can be truncated.
 
     Attributes:
-        name: The module whose output is then the last one.
-        convolutions: How many are left.
-        width: Channels of that output.
-        score: μ there.
-        chosen: Whether the network ends there.
+        name: The module after which it is truncated.
+        convolutions: Number of remaining convolutions.
+        width: Channels of the module's output.
+        score: μ of this output.
+        chosen: Whether the network is truncated here.
     """
 
     name: str
@@ -106,12 +106,12 @@ def depths_grid(rows: Sequence[ScoredDepth], metric: str) -> Grid:
             count(row.width),
             number(row.score),
             number(row.score / best if best > 0 else math.nan),
-            "ends here" if row.chosen else "",
+            "chosen" if row.chosen else "",
         )
         for row in rows
     )
-    note = f"Where the backbone can end, and μ there: {metric} on samples that were held back."
-    return Grid("Depths", ("behind", "convolutions", "channels", "μ", "μ*", ""), cells, note=note)
+    note = f"Places at which the backbone can be truncated. μ: {metric} on held-out samples."
+    return Grid("Depths", ("after", "convolutions", "channels", "μ", "μ*", ""), cells, note=note)
 
 
 def layers_grid(rows: Sequence[ScoredLayer], metric: str) -> Grid:
@@ -130,25 +130,25 @@ def layers_grid(rows: Sequence[ScoredLayer], metric: str) -> Grid:
         )
         for row in rows
     )
-    columns = ("layer", "channels", "μ", "μ*", "never used", "hold 99 %", "kept", "seconds")
+    columns = ("layer", "channels", "μ", "μ*", "never used", "99 % of gain", "kept", "seconds")
     note = (
-        f"μ: {metric} on samples that were held back; μ* = μ / max μ. Never used: channels with an importance of 0. "
-        "Hold 99 %: so many channels hold 99 % of what the surrogate has gained. Seconds of the surrogate."
+        f"μ: {metric} on held-out samples; μ* = μ / max μ. Never used: channels with an importance of 0. "
+        "99 % of gain: number of channels that have 99 % of the surrogate's gain. Seconds: time to fit the surrogate."
     )
     return Grid("Layers", columns, cells, note=note)
 
 
 class LayerScores(Shown):
-    """What a scoring has found: print it, or let a notebook show it.
+    """The result of scoring layers, displayed with `print` or in a notebook.
 
     Args:
         layers: Scores in the order of execution.
-        kept: Channels that stay, by layer.
-        metric: Name of the metric that μ is.
-        depths: Where the backbone can end, the shallowest first.
-        thresholds: ρ by layer, where one divides the channels that stay from those that go.
-        sizes: What other thresholds would leave, ascending.
-        whole: What the parameters of ``sizes`` are those of.
+        kept: Kept channels by layer.
+        metric: Name of the metric μ.
+        depths: Places at which the backbone can be truncated, the shallowest first.
+        thresholds: ρ by layer, if a threshold separates kept from removed channels.
+        sizes: Sizes at other thresholds, ascending.
+        whole: The part whose parameters are counted in ``sizes``.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class LayerScores(Shown):
         return [ScoredLayer.of(one, self._number_kept(one)) for one in self.layers]
 
     def grids(self) -> tuple[Grid, ...]:
-        """The table of layers, those of depths and of thresholds if there are any."""
+        """The table of layers, and those of depths and thresholds, if any."""
         grids = (
             layers_grid(self.rows, self.metric),
             depths_grid(self.depths, self.metric),
@@ -179,7 +179,7 @@ class LayerScores(Shown):
         return tuple(grid for grid in grids if grid.rows)
 
     def channels(self) -> list[tuple[str, int, float, float, str]]:
-        """One row per channel: layer, channel, I, Λ, and whether it is kept or gone (empty if nothing was decided)."""
+        """One row per channel: layer, channel, I, Λ, and whether it is kept or gone (empty before a decision)."""
         rows = []
         for found in self.layers:
             kept = self.kept.get(found.station.layer)
@@ -200,12 +200,12 @@ def importance_figure(
     kept: Mapping[str, Sequence[int]],
     threshold: float | Mapping[str, float] | None = None,
 ) -> Figure:
-    r"""Histograms of :math:`\Lambda = \ln(I + 10^{-16})`, a panel per layer; needs the extra ``plot``.
+    r"""Histograms of :math:`\Lambda = \ln(I + 10^{-16})`, one panel per layer; needs the extra ``plot``.
 
     Args:
         layers: Scores in the order of execution.
-        kept: Channels that stay, by layer: others are drawn in another colour.
-        threshold: ρ, for all layers or by layer, as far as there is one; it is marked.
+        kept: Kept channels by layer; removed ones are drawn in another colour.
+        threshold: ρ, for all layers or by layer, if any; it is marked.
     """
     step = -(-len(layers) // _MOST_PANELS)
     shown = list(layers)[::step] if layers else []
@@ -219,9 +219,9 @@ def importance_figure(
         _histogram(axes, found, kept.get(layer), marked)
     for axes in list(figure.axes)[len(shown) :]:
         axes.set_visible(False)
-    left_out = f" (every {step}. layer)" if step > 1 else ""
+    left_out = f" (one in {step} layers)" if step > 1 else ""
     line = ", dashed: ln ρ" if threshold else ""
-    title = f"Λ = ln(I + 1e-16) of each layer's channels: kept blue, gone orange{line}{left_out}"
+    title = f"Λ = ln(I + 1e-16) of each layer's channels: kept blue, removed orange{line}{left_out}"
     figure.suptitle(title, fontsize="large")
     return figure
 
@@ -248,10 +248,10 @@ def _histogram(axes: Axes, found: LayerScore, kept: Sequence[int] | None, thresh
 
 
 def score_figure(curves: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
-    """μ* = μ / max μ over depth, a line per surrogate; needs the extra ``plot``.
+    """μ* = μ / max μ over depth, one line per surrogate; needs the extra ``plot``.
 
     Args:
-        curves: By surrogate the layers with their μ, in the order of execution.
+        curves: For each surrogate, the layers with their μ in the order of execution.
     """
     figure = new_figure(figsize=(9, 4.2), dpi=130)
     figure.set_layout_engine("constrained")

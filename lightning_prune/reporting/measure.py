@@ -1,4 +1,4 @@
-"""What a network costs on this machine: bytes on disk and milliseconds."""
+"""Costs of a network on this machine: bytes on disk and milliseconds."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Timing", "latencies", "latency", "size_on_disk", "versions"]
 
 _PACKAGES = ("lightning-prune", "lightning", "torch", "torchmetrics", "numpy")
 
-# Times that each network is timed: a machine is busy for seconds, not for milliseconds.
+# Rounds of timing, because a machine may be busy for seconds.
 _ROUNDS = 5
 
 
 class Timing(NamedTuple):
-    """How long a forward pass takes.
+    """The time of a forward pass.
 
     Attributes:
         ms: Median, in milliseconds.
@@ -40,7 +40,7 @@ class Timing(NamedTuple):
 def size_on_disk(model: nn.Module) -> int:
     """Bytes of the file that ``torch.save(model.state_dict(), ...)`` would write; nothing is stored."""
     counter, checksums = _Counter(), torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # they take most of the time, and always the same four bytes
+    torch.serialization.set_crc32_options(False)  # they take most of the time and always have four bytes
     try:
         torch.save(model.state_dict(), cast(IO[bytes], counter))
     finally:
@@ -51,17 +51,17 @@ def size_on_disk(model: nn.Module) -> int:
 def latency(traced: TracedModel, batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2) -> dict[int, Timing]:
     """Time of a forward pass in eval mode without gradients, on the network's device.
 
-    A copy of the network is timed, so that the network itself (buffers that `forward` writes, hooks, modes) and the
-    random state stay as they are. The first sample of the example is repeated to each batch size.
+    A copy of the network is timed, so that the network (buffers written by `forward`, hooks, modes) and the random
+    state are unchanged. The first sample of the example is repeated to each batch size.
 
     Args:
         traced: The network and its first call; mode and method of that call are not used.
         batch_sizes: Samples per pass.
-        seconds: Time to spend per batch size, in five rounds; a pass that takes longer is timed once, after one to warm
-            up.
+        seconds: Time to spend per batch size, in five rounds; a pass that takes longer is timed once, after one
+            warm-up.
 
     Returns:
-        Milliseconds per pass with their spread, by batch size; NaN where the device's memory does not suffice.
+        Milliseconds per pass with their spread, by batch size; NaN if the device runs out of memory.
     """
     return latencies(traced.calls[0], [traced.copy("real").module], batch_sizes, seconds)[0]
 
@@ -69,16 +69,16 @@ def latency(traced: TracedModel, batch_sizes: Sequence[int] = (1, 64), seconds: 
 def latencies(
     call: Call, networks: Sequence[nn.Module], batch_sizes: Sequence[int] = (1, 64), seconds: float = 0.2
 ) -> list[dict[int, Timing]]:
-    """Times of several networks that take turns, so that whatever else the machine does slows all of them alike.
+    """Time several networks in turn, so that other load on the machine affects all of them equally.
 
     Args:
         call: How they are called, see `latency`.
-        networks: Copies that nobody else uses; they are left in eval mode.
+        networks: Copies that are not used elsewhere; they are left in eval mode.
         batch_sizes: Samples per pass.
         seconds: Time to spend per network and batch size.
 
     Returns:
-        For each network what `latency` gives.
+        The result of `latency` for each network.
     """
     devices = {p.device for network in networks for p in network.eval().parameters() if p.device.type == "cuda"}
     found: list[dict[int, Timing]] = [{} for _ in networks]
@@ -106,7 +106,7 @@ def _in_turns(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Timing]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's figures depend on, as far as it is installed."""
+    """Versions of the installed packages that a run's results depend on."""
     installed = {
         name: version for name in _PACKAGES for version in {dist.version for dist in metadata.distributions(name=name)}
     }
@@ -114,7 +114,7 @@ def versions() -> dict[str, str]:
 
 
 class _Counter(io.RawIOBase):
-    """A file that only counts what is written to it."""
+    """A file object that only counts the bytes written to it."""
 
     def __init__(self) -> None:
         self.size = 0

@@ -1,4 +1,4 @@
-"""What the names of logged metrics say: which quantity, measured on which data."""
+"""What the name of a logged metric says: which quantity, on which data, and what is better."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Literal
 
 __all__ = ["data_of_metric", "family", "kind_of_metric", "mode_of_metric", "words_of_metric"]
 
-# Words in a metric's name that say on which data it was measured, or how it was averaged, but not what it is.
+# Words in a metric's name for the data it was measured on or how it was averaged.
 _DATA_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "epoch"})
 
-# Words in a metric's name that say what is better.
+# Words in a metric's name that show what is better.
 _LOWER_IS_BETTER = frozenset(
     {
         "loss",
@@ -35,7 +35,7 @@ _HIGHER_IS_BETTER = frozenset(
 
 
 def family(name: str) -> tuple[str, ...]:
-    """What a metric is, without the data it was measured on: the same for ``val_acc`` and ``train_acc_epoch``."""
+    """The quantity, without the data it was measured on: the same for ``val_acc`` and ``train_acc_epoch``."""
     return tuple(word for word in words_of_metric(name) if word not in _DATA_WORDS)
 
 
@@ -45,9 +45,10 @@ def words_of_metric(name: str) -> list[str]:
 
 
 def kind_of_metric(name: str) -> int | None:
-    """0 for an accuracy, 1 for a loss of the validation, 2 for others of it that say what is better, 3 for any loss.
+    """How well a metric suits as the main one; the lowest rank is best, and ``None`` excludes it.
 
-    The lowest counts most; ``None`` for what does not count.
+    0 for an accuracy, 1 for a validation loss, 2 for another validation metric whose name shows what is better, 3 for
+    any other loss.
     """
     lowered = name.lower()
     if "acc" in lowered:
@@ -59,7 +60,7 @@ def kind_of_metric(name: str) -> int | None:
 
 
 def mode_of_metric(name: str) -> Literal["max", "min"] | None:
-    """Whether more or less of a metric is better, as its name says; ``None`` where it does not."""
+    """Whether higher or lower is better, judging by a metric's name; ``None`` if the name does not show it."""
     words = set(words_of_metric(name))
     if words & _LOWER_IS_BETTER or "loss" in name.lower():
         return "min"
@@ -67,6 +68,6 @@ def mode_of_metric(name: str) -> Literal["max", "min"] | None:
 
 
 def data_of_metric(name: str) -> int:
-    """0 for a metric of the validation, 1 where the name does not say (often the training's), 2 of the training."""
+    """0 for a validation metric, 1 if the name does not say (often a training metric), 2 for a training metric."""
     words = set(words_of_metric(name))
     return 0 if words & {"val", "valid", "validation"} else 2 if words & {"train", "training"} else 1

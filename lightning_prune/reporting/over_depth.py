@@ -1,4 +1,4 @@
-"""Where in a backbone its parameters are: cumulative, over the depth, before and after pruning."""
+"""Cumulative parameters over the depth of a backbone, before and after pruning."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["over_depth_figure", "over_depth_grid"]
 
 _BLUE, _GREY = "#0072B2", "#777777"
 
-# Above this many layers their names would overlap.
+# With more layers, names would overlap.
 _MOST_NAMES = 60
 
 
 def over_depth_grid(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Grid:
-    """The table: a row per convolution, with its parameters (norm included) and those of all layers up to it.
+    """The table: one row per convolution, with its parameters (including its norm) and the cumulative sum.
 
     Args:
-        dense: Parameters by layer before pruning, the first one first.
-        pruned: The same afterwards; a layer that is not in it has gone.
+        dense: Parameters by layer before pruning, in order.
+        pruned: The same after pruning; a missing layer was removed.
     """
     after = [pruned.get(name, 0) for name in dense]
     whole, sums = sum(dense.values()), zip(accumulate(dense.values()), accumulate(after), strict=True)
@@ -34,7 +34,7 @@ def over_depth_grid(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Grid
         for (name, old), new, (old_sum, new_sum) in zip(dense.items(), after, sums, strict=True)
     )
     columns = ("layer", "dense", "pruned", "dense so far", "of the backbone", "pruned so far", "of the dense backbone")
-    note = "Parameters of each convolution with its norm, and of all up to it."
+    note = "Parameters of each convolution with its norm, and cumulative."
     return Grid("Parameters over depth", columns, rows, note=note)
 
 
@@ -42,8 +42,8 @@ def over_depth_figure(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Fi
     """Cumulative parameters as a share of the dense backbone, two lines; needs the extra ``plot``.
 
     Args:
-        dense: Parameters by layer before pruning, the first one first.
-        pruned: The same afterwards; the line ends at the last layer that is left.
+        dense: Parameters by layer before pruning, in order.
+        pruned: The same after pruning; the line ends at the last remaining layer.
     """
     figure = new_figure(figsize=(9, 4.2), dpi=130)
     figure.set_layout_engine("constrained")
@@ -63,6 +63,6 @@ def over_depth_figure(dense: Mapping[str, int], pruned: Mapping[str, int]) -> Fi
     axes.set(ylabel="parameters so far (% of dense)", ylim=(0, 104))
     if len(dense) <= _MOST_NAMES:
         axes.set_xticks(range(1, len(dense) + 1), list(dense), rotation=90, fontsize=7)
-    axes.set_xlabel("convolution, in the order of registration; the line is at half of the depth")
+    axes.set_xlabel("convolution, in the order of registration; the line marks half of the depth")
     axes.legend(fontsize="small", frameon=False)
     return figure

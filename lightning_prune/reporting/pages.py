@@ -1,4 +1,4 @@
-"""One page, two renderings: Markdown with pictures beside it, and HTML with everything inside."""
+"""Pages that are rendered as Markdown with separate pictures, and as self-contained HTML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ figcaption, small { color: #57606a; font-size: .9rem; }
 
 @dataclass(frozen=True)
 class Heading:
-    """Begins a section."""
+    """Heading of a section."""
 
     text: str
 
@@ -48,18 +48,18 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Bullets:
-    """Short statements, one below the other."""
+    """A bulleted list."""
 
     items: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text in a fixed width.
+    """Preformatted text.
 
     Attributes:
-        text: What it is.
-        language: How it is coloured, ``"json"`` say.
+        text: The text.
+        language: Language for syntax highlighting, such as ``"json"``.
     """
 
     text: str
@@ -71,8 +71,8 @@ class Picture:
     """A figure.
 
     Attributes:
-        name: Its file's name, without an ending.
-        caption: What it shows.
+        name: File name, without the suffix.
+        caption: Caption.
         png: The image.
     """
 
@@ -82,7 +82,7 @@ class Picture:
 
     @classmethod
     def of(cls, name: str, caption: str, figure: Figure) -> Picture:
-        """The picture of a matplotlib figure."""
+        """Create a picture from a matplotlib figure."""
         image = io.BytesIO()
         figure.savefig(image, format="png")
         return cls(name, caption, image.getvalue())
@@ -90,7 +90,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures beside each other where there is room, else below each other."""
+    """Pictures next to each other if there is room, otherwise below each other."""
 
     pictures: tuple[Picture, ...]
 
@@ -100,10 +100,10 @@ Part = Heading | Paragraph | Bullets | Code | Grid | Picture | Row
 
 @dataclass(frozen=True)
 class Page:
-    """A report that is read in a browser or in a repository.
+    """A page to be read in a browser or in a repository.
 
     Attributes:
-        title: Its heading.
+        title: Heading of the page.
         parts: Text, tables and pictures in order.
     """
 
@@ -112,7 +112,7 @@ class Page:
 
     @property
     def pictures(self) -> Sequence[Picture]:
-        """The pictures on it."""
+        """The pictures on the page."""
         found = [part.pictures if isinstance(part, Row) else (part,) for part in self.parts]
         return [part for parts in found for part in parts if isinstance(part, Picture)]
 
@@ -121,7 +121,7 @@ class Page:
         return "\n\n".join([f"# {self.title}", *(_markdown(part) for part in self.parts)]) + "\n"
 
     def html(self) -> str:
-        """One file that needs no other."""
+        """Self-contained HTML."""
         body = "\n".join(html_of(part) for part in self.parts)
         title = escape(self.title)
         return (
@@ -131,7 +131,7 @@ class Page:
         )
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write ``<name>.md`` with its pictures, and ``<name>.html``; gives both files."""
+        """Write ``<name>.md`` with its pictures, and ``<name>.html``; returns both files."""
         folder.mkdir(parents=True, exist_ok=True)
         for picture in self.pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png)
@@ -161,7 +161,7 @@ def _markdown(part: object) -> str:
 
 
 def html_of(part: object) -> str:
-    """A part of a page on its own, for a notebook."""
+    """HTML of a single part of a page, for a notebook."""
     match part:
         case Heading(text):
             return f"<h2>{escape(text)}</h2>"

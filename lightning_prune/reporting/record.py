@@ -1,4 +1,4 @@
-"""What a run tells about its pruning: sizes, cuts and metrics, and what follows from them."""
+"""The record of pruning in a run: sizes, cuts and metrics, and values derived from them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Cut", "Measurement", "Record", "Scores", "SizeCheckpoint", "size_of"
 
 
 def size_of(structure: Structure, dense: Size | None = None, backbone: Collection[str] | None = None) -> Size:
-    """What is known of a network without running it.
+    """The size of a network, as far as it is known without running it.
 
     Args:
-        structure: Of the network as it is.
-        dense: Size of the dense network, if that is wanted.
-        backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network stay
-            unknown where layers have gone.
+        structure: Structure of the current network.
+        dense: Whether to return the size of the dense network.
+        backbone: The modules of the backbone, see `backbone_modules`; their parameters in the dense network are
+            unknown if layers were removed.
     """
     size, cost = dense or Size.of(structure), structure.cost
-    # With the parameters of a layer that has gone, the terms of those that are left do not add up.
+    # If a layer was removed, its parameters are missing in the sum.
     is_whole = backbone is not None and cost.params(size.widths) == size.params
     parameters = cost.params(size.widths, backbone) if is_whole else None
     reachable = structure.reachable if size.widths == structure.widths else {}
@@ -37,22 +37,22 @@ def size_of(structure: Structure, dense: Size | None = None, backbone: Collectio
 
 
 def timed(size: Size, timings: Mapping[int, Timing]) -> Size:
-    """The same size with what `latency` has measured."""
+    """The same size with measurements of `latency`."""
     spread = {batch: timing.spread for batch, timing in timings.items() if timing.spread is not None}
     return replace(size, latency={batch: timing.ms for batch, timing in timings.items()}, latency_spread=spread)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a group's units, which a cut was decided on.
+    """Summary of the scores of a group's units before a cut.
 
     Attributes:
-        min: The lowest.
-        q25: A quarter is lower.
-        median: Half is lower.
-        q75: Three quarters are lower.
-        max: The highest.
-        removed: The highest of those that went; ``None`` if none did.
+        min: Lowest score.
+        q25: First quartile.
+        median: Median.
+        q75: Third quartile.
+        max: Highest score.
+        removed: Highest score of a removed unit; ``None`` if none was removed.
     """
 
     min: float
@@ -64,7 +64,7 @@ class Scores:
 
     @classmethod
     def of(cls, values: Tensor, kept: Iterable[int] | None = None) -> Scores:
-        """The scores of a group of which units are kept, all of them if nothing is said."""
+        """The summary for a group whose units ``kept`` remain; all units if it is not given."""
         shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=values.dtype, device=values.device)
         gone = [] if kept is None else sorted(set(range(len(values))) - set(kept))
         low, q25, median, q75, high = torch.quantile(values, shares).tolist()
@@ -73,17 +73,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut, as it was made.
+    """A cut.
 
     Attributes:
         index: Number of the cut, from 0.
-        epoch: Epochs that had been trained.
-        step: Optimizer steps that had been trained.
-        before: Units before the cut, of the groups that changed.
-        after: Units after it, of the same groups.
-        size: The network after it, without ``widths``.
-        seconds: Time the cut took.
-        scores: Scores of the units before it, by group, where units are scored.
+        epoch: Epochs trained before the cut.
+        step: Optimizer steps before the cut.
+        before: Units before the cut, for the groups that changed.
+        after: Units after the cut, for the same groups.
+        size: Size of the network after the cut, without ``widths``.
+        seconds: Duration of the cut.
+        scores: Scores of the units before the cut, by group, if units are scored.
     """
 
     index: int
@@ -106,13 +106,13 @@ class Cut:
         after: Mapping[str, int],
         seconds: float,
     ) -> Cut:
-        """The cut that has led to a network of this size."""
+        """The cut that resulted in a network of this size."""
         return cls(index, epoch, step, dict(before), dict(after), replace(size, widths={}, reachable={}), seconds)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Metrics as they stood after ``step`` optimizer steps, in the epoch that Lightning numbers ``epoch``."""
+    """Metrics after ``step`` optimizer steps, in the epoch with Lightning's number ``epoch``."""
 
     epoch: int
     step: int
@@ -121,15 +121,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SizeCheckpoint:
-    """A network of one size that was saved on the way from the dense one to the smallest.
+    """A checkpoint of the network at one of its sizes.
 
     Attributes:
-        file: Name of the checkpoint, relative to the report.
-        params: Its parameters.
-        macs: MACs of one sample.
-        epoch: Epochs that had been trained.
-        step: Optimizer steps that had been trained.
-        metric: The main metric, last measured at this size; ``None`` if it never was.
+        file: File of the checkpoint, relative to the report.
+        params: Number of parameters.
+        macs: MACs per sample.
+        epoch: Epochs trained before saving.
+        step: Optimizer steps before saving.
+        metric: The last value of the main metric at this size; ``None`` if it was not measured.
     """
 
     file: str
@@ -142,25 +142,25 @@ class SizeCheckpoint:
 
 @dataclass
 class Record:
-    """What is known of a run and its pruning; a `Report` shows it.
+    """The data of a `Report`.
 
     Attributes:
-        dense: The network before the first cut.
-        final: The network at the end.
+        dense: Size of the network before its first cut.
+        final: Size of the network at the end.
         cuts: Cuts in order.
         history: Metrics in order of their steps.
-        config: The recipe, in plain values.
+        config: The configuration, in plain values.
         versions: Versions of the packages, see `versions`.
         seed: Seed of the run.
-        metric: Name of the metric that counts; by default the first accuracy that was logged, else the first loss,
-            those of the validation before those of the training.
-        size_checkpoints: Networks that were saved at each size, if that was asked for.
-        notes: What else happened, in sentences.
-        start: The network when this report began, if it had been pruned before; ``dense`` is the one before that.
-        earlier: Cuts that had been made by then.
-        what: What is removed and counted in ``widths``: units of groups, or by masks weights of layers.
-        scored: Layers that were scored by surrogates.
-        depths: Places at which the backbone could end, if these were scored.
+        metric: Name of the main metric; by default the first logged accuracy, else the first loss; validation metrics
+            come first.
+        size_checkpoints: Checkpoints of each size, if they were saved.
+        notes: Other events, as sentences.
+        start: Size of the network at the start of this report, if it was pruned earlier.
+        earlier: Number of cuts before this report.
+        what: What is removed and counted in ``widths``: units of groups, or with masks, weights of layers.
+        scored: Layers scored by surrogates.
+        depths: Places at which the backbone could be truncated, if they were scored.
     """
 
     dense: Size | None = None
@@ -182,7 +182,7 @@ class Record:
     # collecting
 
     def log(self, epoch: int, step: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Add metrics; those of a known step join it (validation comes first, the end of the training's epoch later).
+        """Add metrics; those of an existing step are merged (validation ends before the training epoch does).
 
         Args:
             epoch: Number of the epoch, from 0.
@@ -192,16 +192,16 @@ class Record:
         values = {name: float(value) for name, value in metrics.items()}
         if self.history and self.history[-1].step == step:
             last = self.history.pop()
-            epoch, values = last.epoch, {**last.metrics, **values}  # at the very end Lightning counts one epoch more
+            epoch, values = last.epoch, {**last.metrics, **values}  # at the end, Lightning's epoch is higher by one
         self.history.append(Measurement(epoch, step, values))
 
     def pruned_before(self, dense: Size, present: Size, cuts: int) -> None:
-        """Note that the network had been pruned when this report began.
+        """Record that the network was pruned before this report.
 
         Args:
-            dense: The network before its first cut; what is not known of it any more stays unknown.
-            present: The network as it is now.
-            cuts: Cuts that led from the one to the other.
+            dense: Size of the network before its first cut, as far as it is known.
+            present: Size of the current network.
+            cuts: Number of cuts between the two.
         """
         self.dense, self.earlier = dense, cuts
         self.start = replace(present, widths={name: present.widths.get(name, 0) for name in dense.widths})
@@ -210,7 +210,7 @@ class Record:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units per group as they are after the last cut."""
+        """Units per group after the last cut."""
         widths = dict(self.dense.widths) if self.dense else {}
         widths |= self.start.widths if self.start else {}
         for cut in self.cuts:
@@ -219,19 +219,19 @@ class Record:
 
     @property
     def size(self) -> Size | None:
-        """The network as it is now: at the end, after the last cut, or dense."""
+        """Size of the current network: at the end, after the last cut, or dense."""
         if self.final or not self.cuts:
             return self.final or self.start or self.dense
         return replace(self.cuts[-1].size, widths=self.widths)
 
     @property
     def epochs(self) -> int:
-        """Epochs that had been trained when something was last measured; a started one counts."""
+        """Number of epochs trained at the last measurement, including a started one."""
         return self.history[-1].epoch + 1 if self.history else 0
 
     @property
     def when(self) -> tuple[str, str]:
-        """When the network was the one before the first cut, and when it was the one at the end, in words."""
+        """The times of the first and the last column of the report, as text."""
         if not self.cuts:
             return "", ""
         first = self.cuts[0]
@@ -247,7 +247,7 @@ class Record:
 
     @property
     def main_metric(self) -> str | None:
-        """Name of the metric that counts, ``None`` if nothing suitable was logged."""
+        """Name of the main metric, ``None`` if nothing suitable was logged."""
         names = list(dict.fromkeys(name for row in self.history for name in row.metrics))
         if self.metric is not None:
             return self.metric if self.metric in names else None
@@ -256,7 +256,7 @@ class Record:
 
     @property
     def mode(self) -> Literal["max", "min"]:
-        """Whether more or less of the main metric is better, by its name."""
+        """Whether higher or lower is better for the main metric, by its name."""
         return mode_of_metric(self.main_metric or "") or "max"
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -264,11 +264,11 @@ class Record:
         return [(row.step, row.metrics[name]) for row in self.history if name in row.metrics]
 
     def between(self, first: int, last: float) -> list[float]:
-        """Values of the main metric that were measured after step ``first`` and not after step ``last``."""
+        """Values of the main metric measured after step ``first`` and up to step ``last``."""
         return [value for step, value in self.values(self.main_metric or "") if first < step <= last]
 
     def around(self, cut: Cut) -> tuple[float | None, float | None, float | None]:
-        """The main metric: last before a cut, first measured after it, last before the next cut (or the end)."""
+        """The main metric: last value before a cut, first value after it, last value before the next cut or the end."""
         following = [other.step for other in self.cuts[self.cuts.index(cut) + 1 :]]
         before = self.between(-1, cut.step)
         after = self.between(cut.step, following[0] if following else math.inf)
@@ -276,7 +276,7 @@ class Record:
 
     @property
     def outcome(self) -> tuple[float | None, float | None, float | None]:
-        """The main metric before the first cut, best at the final size, and at the very end."""
+        """The main metric before the first cut, the best at the final size, and the last."""
         before = self.between(-1, self.cuts[0].step if self.cuts else math.inf)
         after = self.between(self.cuts[-1].step if self.cuts else -1, math.inf)
         real = [value for value in after if not math.isnan(value)]
@@ -285,13 +285,13 @@ class Record:
 
     @property
     def shows_depth(self) -> bool:
-        """Whether it is told where in the backbone parameters are: of runs that score layers, with a backbone."""
+        """Whether the report shows parameters over depth: for runs that score layers and have a backbone."""
         return bool(self.scored and self.final and self.dense and len(self.dense.layers) > 1)
 
     def networks(self) -> list[ComparedNetwork]:
-        """The network at every size at which the main metric was measured, as it was before the next cut or at the end.
+        """The network at every size with a measured main metric, just before the next cut or at the end.
 
-        Networks that were saved at each size, if there are some; else those between the cuts.
+        These are the saved checkpoints of each size, if any; otherwise the networks between cuts.
         """
         found: list[tuple[int, int, float | None]] = [(s.params, s.macs, s.metric) for s in self.size_checkpoints]
         first, name = self.start or self.dense, self.main_metric
@@ -306,7 +306,7 @@ class Record:
         ]
 
     def summary(self) -> dict[str, float]:
-        """What the run came to: `metrics`, shares that are left in [0, 1], and the main metric of each network."""
+        """The results of the run: `metrics`, remaining shares in [0, 1], and the main metric of each network."""
         numbers, size, name = self.metrics(), self.size, self.main_metric
         if self.dense is not None and size is not None:
             shares = {"params": (size.params, self.dense.params), "macs": (size.macs, self.dense.macs)}
@@ -319,7 +319,7 @@ class Record:
         return numbers
 
     def at_step(self, step: int) -> dict[str, Any]:
-        """The network after so many optimizer steps: its size, and the main metric as it was measured then."""
+        """The network after this many optimizer steps: its size, and the main metric at that time."""
         made = [cut for cut in self.cuts if cut.step < step]
         size = made[-1].size if made else self.start or self.dense
         if size is None:
@@ -330,9 +330,9 @@ class Record:
         return known | ({str(self.main_metric): measured[-1]} if measured else {})
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: size now, share removed, width of every group, and what was measured at the end.
+        """Numbers for a logger: current size, share removed, width of every group, and measurements at the end.
 
-        Masked weights are parameters like others; ``pruning/nonzero_weights`` are those that are not masked.
+        ``pruning/params`` includes masked weights; ``pruning/nonzero_weights`` does not.
         """
         size = self.size
         if size is None:

@@ -1,4 +1,4 @@
-"""The report of a run as pages: in Markdown for a repository, in HTML for a browser or a phone."""
+"""The report of a run as pages: Markdown for a repository, HTML for a browser or a phone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["report_pages"]
 def report_pages(
     report: Record, tables: Sequence[Grid], config: Mapping[str, Any], *, pictures: bool
 ) -> tuple[Page, Page]:
-    """The same report with an overview in one picture, for files beside it, and with every panel as a picture inside.
+    """The report with one overview picture, for Markdown, and with each panel as a picture, for HTML.
 
     Args:
-        report: What was collected.
+        report: The report.
         tables: Its tables.
         config: Its configuration in plain values.
-        pictures: With pictures, which need the extra ``plot``.
+        pictures: Whether to include pictures, which need the extra ``plot``.
     """
     rest = (*tables, *_made_with(report, config))
     if not pictures or report.dense is None:
@@ -35,7 +35,7 @@ def report_pages(
         return page, page
     more = _more(report)
     overview = Picture.of("report", "metrics, size and widths", report_figure(report))
-    captions = ("the metric while it trained", "what was left of the network", _widths_caption(report))
+    captions = ("metrics during training", "remaining size of the network", _widths_caption(report))
     names = ("metric", "size", "widths")
     panels = [Picture.of(*each) for each in zip(names, captions, panel_figures(report), strict=True)]
     return _page(report, [overview, *more], rest), _page(report, [*panels, *more], rest)
@@ -46,7 +46,7 @@ def _widths_caption(report: Record) -> str:
 
 
 def _more(report: Record) -> list[Picture]:
-    """Pictures of what only some runs have: scores, several sizes, a backbone whose layers were scored."""
+    """Pictures that only some runs have: scores, several sizes, parameters over depth."""
     found = []
     networks, metric = report.networks(), report.main_metric
     if metric is not None and len(networks) > 1:
@@ -71,7 +71,7 @@ def _page(report: Record, pictures: Sequence[Picture], rest: Sequence[Part]) -> 
 
 
 def _made_with(report: Record, config: Mapping[str, Any]) -> list[Part]:
-    """Seed, versions and configuration, as far as they are known."""
+    """Seed, versions and configuration, if known."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     text = " ".join([*([] if report.seed is None else [f"Seed {report.seed}."]), versions]).strip()
     parts: list[Part] = [Paragraph(text)] if text else []

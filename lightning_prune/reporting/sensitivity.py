@@ -1,4 +1,4 @@
-"""How much a network suffers where it is cut: one layer at a time, one share after the other."""
+"""Sensitivity of a network to pruning one layer at a time, at several shares."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Sensitivity"]
 
-# Where the curves of many layers lie on each other, a matrix tells them apart.
+# With more layers, curves would overlap, and a matrix is drawn instead.
 _MOST_CURVES = 10
 
 
 @dataclass(frozen=True)
 class Sensitivity(Shown):
-    """The metric of a network in which one layer has lost a share of its units, for every layer and share.
+    """The metric after one layer has lost a share of its units, for every layer and share.
 
     Attributes:
-        dense: The metric of the whole network.
+        dense: The metric of the unpruned network.
         shares: Shares removed, ascending, in (0, 1).
         metrics: The metric at each share, by group in the order of execution.
-        criterion: What chose the units.
+        criterion: The criterion that chose the units.
     """
 
     dense: float
@@ -35,14 +35,15 @@ class Sensitivity(Shown):
     criterion: str = ""
 
     def ratios(self, tolerance: float, mode: Literal["max", "min"] = "max") -> dict[str, float]:
-        """The largest share that each layer can lose alone before the metric is worse by more than ``tolerance``.
+        """The largest share that each layer alone can lose before the metric is worse by more than ``tolerance``.
 
-        Fit for ``pruning_ratio=`` of `StructuredPruning` and `prune`; layers that can lose nothing are left out. Layers
-        suffer more together than each does alone: choose a tolerance well below what the whole network may lose.
+        Use the result as ``pruning_ratio=`` of `StructuredPruning` and `prune`; layers that can lose nothing are
+        omitted. Pruning all layers costs more than pruning each one alone, so choose a tolerance well below the
+        acceptable loss of the whole network.
 
         Args:
-            tolerance: In units of the metric, at least 0.
-            mode: ``"max"`` if more is better (an accuracy), ``"min"`` if less is (a loss).
+            tolerance: Accepted loss of the metric, at least 0.
+            mode: ``"max"`` if higher is better (an accuracy), ``"min"`` if lower is better (a loss).
         """
         if not tolerance >= 0:
             raise ValueError(f"expected a `tolerance` of at least 0, got {tolerance}. It is a difference.")
@@ -61,7 +62,7 @@ class Sensitivity(Shown):
         return ratios
 
     def grids(self) -> tuple[Grid, ...]:
-        """The table: a line per layer, a column per share."""
+        """The table: one row per layer, one column per share."""
         columns = ("layer", *(f"{100 * share:.0f} %" for share in self.shares))
         rows = tuple((name, *map(number, values)) for name, values in self.metrics.items())
         note = (
@@ -70,7 +71,7 @@ class Sensitivity(Shown):
         return (Grid("Sensitivity", columns, rows, note=note),)
 
     def figure(self) -> Figure:
-        """A curve per layer; for more than ten layers a matrix of layers and shares. Needs the extra ``plot``."""
+        """One curve per layer; with more than ten layers, a matrix of layers and shares. Needs the extra ``plot``."""
         many = len(self.metrics) > _MOST_CURVES
         size = (8.5, max(4.0, 0.2 * len(self.metrics) + 1.5)) if many else (7.5, 4.5)
         figure = new_figure(figsize=size, dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""How small a network gets with one threshold or another: what `lightning-prune score` tells before anything is cut."""
+"""Size of a network at different thresholds, shown by `lightning-prune score` before anything is cut."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 @dataclass(frozen=True)
 class SizeAtThreshold:
-    """What one threshold would leave.
+    """The size at one threshold.
 
     Attributes:
-        threshold: ρ: units with an importance of at most this go.
-        units: Units of the scored groups that are left.
-        params: Parameters that are left.
+        threshold: ρ; units with an importance of at most this are removed.
+        units: Remaining units of the scored groups.
+        params: Remaining parameters.
         of_units: Units of these groups before.
         of_params: Parameters before.
     """
@@ -40,8 +40,8 @@ def thresholds_grid(rows: Sequence[SizeAtThreshold], what: str) -> Grid:
     """The table of thresholds, the smallest first.
 
     Args:
-        rows: What each of them leaves.
-        what: What the parameters are those of, such as ``"the backbone"``.
+        rows: The size at each threshold.
+        what: The part whose parameters are counted, such as ``"the backbone"``.
     """
     cells = tuple(
         (f"{row.threshold:g}", count(row.units), share(row.units, row.of_units), count(row.params),
@@ -49,17 +49,17 @@ def thresholds_grid(rows: Sequence[SizeAtThreshold], what: str) -> Grid:
         for row in rows
     )  # fmt: skip
     columns = ("threshold ρ", "units", "of all", "parameters", "of all")
-    note = f"What is left where units with an importance of at most ρ go. Parameters of {what}."
+    note = f"Remaining size if units with an importance of at most ρ are removed. Parameters of {what}."
     return Grid("Sizes by threshold", columns, cells, words=0, note=note)
 
 
 def threshold_figure(rows: Sequence[SizeAtThreshold], what: str, threshold: float | None = None) -> Figure:
-    """Units and parameters that are left against ρ, with a logarithmic axis; needs the extra ``plot``.
+    """Remaining units and parameters against ρ, with a logarithmic axis; needs the extra ``plot``.
 
     Args:
-        rows: What each threshold leaves, ascending.
-        what: What the parameters are those of.
-        threshold: ρ of the run, if it has one; it is marked.
+        rows: The size at each threshold, ascending.
+        what: The part whose parameters are counted.
+        threshold: The run's ρ, if any, which is marked.
     """
     figure = new_figure(figsize=(7, 4.2), dpi=130)
     figure.set_layout_engine("constrained")

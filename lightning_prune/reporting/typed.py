@@ -1,4 +1,4 @@
-"""Whether what a file holds is what was promised, before anything goes by it."""
+"""Check the types of values read from a file before they are used."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["require"]
 
 
 def require(found: object, kind: Any, what: str) -> None:
-    """Refuse a value that is not of a type, or has parts that are not.
+    """Refuse a value that does not have a type, or has parts that do not.
 
     Args:
         found: The value.
-        kind: A type, also ``X | None``, ``list[X]``, ``dict[X, Y]``, a ``Literal`` or a dataclass. An int counts
-            something: it is not negative and has at most 63 bits. Any int is a float; a truth value is no number.
+        kind: A type, also ``X | None``, ``list[X]``, ``dict[X, Y]``, a ``Literal`` or a dataclass. An int is a count:
+            not negative, with at most 63 bits. An int is accepted as a float; a bool is not accepted as a number.
         what: Name of the value, for the error.
 
     Raises:
-        TypeError: If it is another one; the text names the part.
-        ValueError: If it counts something, and cannot.
+        TypeError: If the value or a part has another type; the message names the part.
+        ValueError: If a count is out of range.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -51,7 +51,7 @@ def _is(found: object, kind: Any) -> bool:
 
 
 def _parts(found: object, kind: Any, what: str) -> Iterator[tuple[object, Any, str]]:
-    """What a value consists of, with the type and the name of each part."""
+    """The parts of a value, each with its type and name."""
     inner = get_args(kind)
     if isinstance(found, list) and inner:
         yield from ((item, inner[0], f"{what}[{index}]") for index, item in enumerate(found))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 __all__ = ["as_matrices", "double", "from_matrices", "is_transposed", "positions_of", "rows_of", "spread"]
 
-# (√5 − 1) / 2: multiples of it spread evenly over [0, 1), whatever the period of what is sampled.
+# (√5 − 1) / 2: its multiples are evenly spread over [0, 1), whatever the period of the sampled data.
 _GOLDEN = 0.6180339887498949
 
 
@@ -33,7 +33,7 @@ def as_matrices(layer: Any) -> Tensor:
 
 
 def from_matrices(layer: Any, matrices: Tensor) -> Tensor:
-    """What `as_matrices` has been given."""
+    """The inverse of `as_matrices`."""
     shape = layer.weight.shape
     if not is_transposed(layer):
         return matrices.reshape(shape)
@@ -42,19 +42,19 @@ def from_matrices(layer: Any, matrices: Tensor) -> Tensor:
 
 
 def positions_of(layer: Any, y: Tensor) -> int:
-    """Number of positions of a layer's outputs, of all samples: each is a linear map of one row of inputs."""
+    """Number of output positions over all samples: each is a linear map of one row of inputs."""
     channels = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
     return y.numel() // max(y.shape[channels], 1)
 
 
 def rows_of(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-    """What a layer is applied to at some positions of its outputs: shape ``(rows, groups · inputs · taps)``.
+    """The inputs of a layer at some output positions, as rows: shape ``(rows, groups · inputs · taps)``.
 
     Args:
         layer: A Linear, convolution or transposed convolution.
         x: Its inputs.
-        y: Its outputs; only their shape counts.
-        chosen: Numbers of the positions, of all samples (`positions_of`).
+        y: Its outputs; only their shape is used.
+        chosen: Indices of the positions over all samples (`positions_of`).
     """
     if isinstance(layer, nn.Linear):
         return (x.flatten(0, -2) if x.ndim > 1 else x[None])[chosen]
@@ -70,7 +70,7 @@ def rows_of(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _with_zeros_between(layer: Any, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The inputs of a transposed convolution with zeros in between: what a convolution with stride 1 is applied to."""
+    """The inputs of a transposed convolution with zeros inserted: the inputs of an equal convolution with stride 1."""
     lengths = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True)]
     apart = x.new_zeros(*x.shape[:2], *lengths)
     every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.stride))
@@ -84,14 +84,14 @@ def _with_zeros_between(layer: Any, x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _windows(layer: Any, x: Tensor, sizes: Sequence[int], stride: Sequence[int], chosen: Tensor) -> Tensor:
-    """What a convolution's kernel covers of padded inputs at some positions: ``(rows, channels · kernel elements)``.
+    """Patches of padded inputs at some positions: ``(rows, channels · kernel elements)``.
 
     Args:
-        layer: Kernel size and dilation.
+        layer: Layer with kernel size and dilation.
         x: The padded inputs.
-        sizes: Of the outputs.
-        stride: Step from one position to the next.
-        chosen: Numbers of the positions, of all samples.
+        sizes: Sizes of the outputs.
+        stride: Step between positions.
+        chosen: Indices of the positions over all samples.
     """
     sample, *places = torch.unravel_index(chosen.to(x.device), (len(x), *sizes))
     dims = len(sizes)
@@ -105,7 +105,7 @@ def _windows(layer: Any, x: Tensor, sizes: Sequence[int], stride: Sequence[int],
 
 
 def spread(total: int, wanted: int) -> Tensor:
-    """``wanted`` of the numbers below ``total``, evenly spread and without a period; all where there are no more."""
+    """``wanted`` of the indices below ``total``, evenly spread and without a period; all if there are not more."""
     if total <= wanted:
         return torch.arange(total)
     places = np.arange(wanted) * _GOLDEN % 1

@@ -193,9 +193,9 @@ class Quiet(Net):
         (
             Net,
             Distill(layer="frist"),
-            r"expected `layer` to be a layer of Net, got 'frist'. There are first, head, norm",
+            r"expected `layer` to be a layer of Net, got 'frist'. Layers: first, head, norm",
         ),
-        (Net, Distill(layer="second"), r"whose outputs are pruned \(group 'second'\)"),
+        (Net, Distill(layer="second"), r"whose outputs are in the group 'second'"),
         (Net, Distill(teacher="nowhere.ckpt"), "got 'nowhere.ckpt': no such file"),
         (Quiet, Distill(), "`training_step` of Quiet calls no layer with parameters"),
     ],

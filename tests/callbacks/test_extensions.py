@@ -91,8 +91,8 @@ def test_one_instance_serves_many_runs(extension: Any, tmp_path: Path) -> None:
         ([None], TypeError, "got None"),
         (Ridge(), TypeError, "expected `extensions` to be a list"),
         ({"a": Ridge()}, TypeError, "expected `extensions` to be a list"),
-        ([Rewind(0), Reinitialise()], ValueError, "at most one of `extensions` that decides on all weights"),
-        ([Rewind(0), Rewind(1)], ValueError, "at most one of `extensions` that decides on all weights"),
+        ([Rewind(0), Reinitialise()], ValueError, "at most one of `extensions` that sets all weights"),
+        ([Rewind(0), Rewind(1)], ValueError, "at most one of `extensions` that sets all weights"),
     ],
     ids=str,
 )

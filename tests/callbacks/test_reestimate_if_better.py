@@ -86,7 +86,7 @@ def test_the_task_decides(mean: float, labels: Tensor, stays: bool, tmp_path: Pa
     expected = inputs().mean(0) if stays else torch.full((2,), mean)
     torch.testing.assert_close(module.norm.running_mean, expected)
     metric = "r2" if task == "regression" else "accuracy"
-    said = f"Batch norms are {'' if stays else 'not '}re-estimated: {metric} of a probe on samples held back is "
+    said = f"Batch norms are {'' if stays else 'not '}re-estimated: {metric} of a probe on held-out samples is "
     assert callback.report.notes == [f"{said}{better:.3f} with re-estimated statistics and {kept:.3f} without."]
     assert callback.report.notes[0] in " ".join(str(callback.report).split())
 

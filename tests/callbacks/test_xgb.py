@@ -320,7 +320,7 @@ def test_a_residual_network_ends_behind_a_block(mode: Any, tmp_path: Path) -> No
     assert set(left) == set(scored.end.layers)
     assert module.net.linear.in_features == scored.end.width * 3 // 4
     assert scored.passes < 1.3
-    assert "ends here" in str(pruning.report)
+    assert "chosen" in str(pruning.report)
 
 
 def test_depth_and_a_budget(tmp_path: Path) -> None:

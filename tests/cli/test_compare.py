@@ -141,7 +141,7 @@ def _newer(run: Path) -> list[str]:
         (lambda run: [str(run)], "expected at least two runs, got"),
         (lambda run: [str(run), str(run / "report.json")], "expected every run once"),
         (lambda run: [str(run), str(run / "absent")], "which does not exist"),
-        (_nothing, "which holds none"),
+        (_nothing, "which contains none"),
         (_torn, "cannot be read"),
         (_newer, "update this one"),
         (lambda run: [str(run.parent), "--metric=f1"], "logged 'f1'"),

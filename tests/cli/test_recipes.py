@@ -60,7 +60,7 @@ def test_what_a_recipe_says_of_itself(name: str) -> None:
     assert re.match(r"[A-Z][\w-]+", data)
     method = data.startswith("Method")
     assert method == (time == "the network's")
-    assert method or re.fullmatch(r"a GPU|(a|half an?|some|four|five|ten) (minutes?|hours?)", time), time
+    assert method or re.fullmatch(r"a GPU|(a|a few|half an?|four|five|ten) (minutes?|hours?)", time), time
     assert what.endswith(".")
     assert "download" not in time
 

@@ -51,7 +51,7 @@ def test_the_picture_says_widths_names_and_reasons():
     figure = inspected.figure()
     shown = words(figure)
     assert {"head", "again", "5", "6", "7", "\N{BLACK SQUARE} 3", "both"} <= set(shown)
-    assert "stays: an output of the network (1 layer)" in shown
+    assert "not pruned: an output of the network (1 layer)" in shown
     assert any("1 MAC = 2 FLOPs" in text for text in shown)
     painted = figure.axes[0].collections[0].get_array()
     assert np.array_equal(np.asarray(painted).reshape(6, 3), couplings(inspected.structure)[1])
@@ -84,7 +84,7 @@ def test_the_rarest_reasons_share_a_colour():
             return *told, torch.cdist(f, f), g
 
     shown = words(inspection(Many()).figure())
-    assert sum(text.startswith("stays: for another reason") for text in shown) == 1
+    assert sum(text.startswith("not pruned: another reason") for text in shown) == 1
 
 
 def test_a_few_groups_get_room_and_the_legends_lie_together():

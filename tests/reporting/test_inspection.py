@@ -70,7 +70,7 @@ def test_table_names_couplings_widths_and_reasons():
     with console.capture() as capture:
         console.print(inspected)
     for text in (capture.get(), str(inspected), inspected._repr_html_()):
-        words = ("first", "blocks.0, blocks.1", "blocks.2 +2", "inner", "head", "because", "1 MAC = 2 FLOPs")
+        words = ("first", "blocks.0, blocks.1", "blocks.2 +2", "inner", "head", "reason", "1 MAC = 2 FLOPs")
         assert all(word in text for word in words)
     inner = next(line.split() for line in str(inspected).splitlines() if line.strip().startswith("inner"))
     assert inner == ["inner", "head", "16", "192", "31.8", "%"]  # 8·16 weights, 16 biases, 16·3 weights of the head
@@ -87,7 +87,7 @@ def test_nothing_prunable_is_still_shown_with_reasons():
     assert "0 units in 0 groups can be pruned" in text
     one = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2))
     assert "1 unit in 1 group can be pruned" in str(Inspection(trace(TracedModel.of(one, torch.zeros(2, 4)))))
-    assert "What stays as it is" in text
+    assert "What cannot be pruned" in text
 
 
 class Heads(nn.Module):
@@ -106,7 +106,7 @@ class Heads(nn.Module):
 def test_units_of_several_channels_are_explained_by_their_own_numbers_and_a_width_is_told_once():
     text = str(Inspection(trace(TracedModel.of(Heads(), torch.zeros(2, 5, 6)))))
     assert "4 × 6" in text
-    assert "4 × 6 are 4 units of 6 channels each" in " ".join(text.split())
+    assert "4 × 6 means 4 units of 6 channels each" in " ".join(text.split())
     unused = next(line for line in text.splitlines() if line.strip().startswith("unused"))
     assert unused.split()[-1] == "7"
     assert "7, 7" not in unused

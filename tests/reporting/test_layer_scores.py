@@ -47,7 +47,7 @@ def test_rows() -> None:
     text = str(table)
     assert "0.625" in text, "μ* of the first layer"
     assert "50.0 %" in text
-    assert "ends here" in text
+    assert "chosen" in text
     assert len(table.grids()) == 2
     assert len(LayerScores(LAYERS, {}, "accuracy").grids()) == 1
 
@@ -61,7 +61,7 @@ def test_they_are_part_of_a_report() -> None:
     again = Report.from_plain(report.to_plain())
     assert (again.scored, again.depths) == (report.scored, report.depths)
     assert [grid.title for grid in again.grids()] == ["Layers", "Depths"]
-    assert "r2 on samples that were held back" in str(again)
+    assert "r2 on held-out samples" in str(again)
 
 
 def test_histograms() -> None:
@@ -79,7 +79,7 @@ def test_histograms() -> None:
 def test_many_layers() -> None:
     figure = importance_figure([found(str(i), 0.5, [0.5, 0.5]) for i in range(70)], {})
     assert sum(axes.get_visible() for axes in figure.axes) == 24
-    assert "every 3. layer" in figure.get_suptitle()
+    assert "one in 3 layers" in figure.get_suptitle()
 
 
 def test_scores_over_depth() -> None:

@@ -277,7 +277,7 @@ def means_of(model: nn.Module, layers: list[str], batches: list[Tensor]) -> dict
 
 @cases
 @pytest.mark.parametrize("repair", [FoldMean(), Ridge()])
-@pytest.mark.filterwarnings("ignore:.* leaves some layers as they are")
+@pytest.mark.filterwarnings("ignore:.* leaves some layers unchanged")
 def test_a_constant_is_what_the_layer_gave_on_average(name: str, repair: Repair) -> None:
     model, x = build(name)
     structure = structure_of(model.eval(), x)

@@ -431,14 +431,14 @@ class Twice(nn.Module):
 def test_layers_that_share_a_weight_are_named():
     rows = np.array([0, 1])
     axes = {"first.weight": {0: rows}, "first.bias": {0: rows}, "a.weight": {1: rows}, "b.weight": {1: rows}}
-    with pytest.warns(UserWarning, match="their weight or bias is another's too: a, b$"):
+    with pytest.warns(UserWarning, match="because they share their weight or bias: a, b$"):
         assert repaired(lambda: Twice().double(), axes, [FoldMean()], runs(data(8, 4))) == {}
 
 
 def test_a_layer_that_is_not_called_is_named():
     model = mlp()
     model.forward = lambda x: F.linear(torch.relu(model[0](x)), model[2].weight)
-    with pytest.warns(UserWarning, match="FoldMean leaves some layers as they are: 2 was never called as a module"):
+    with pytest.warns(UserWarning, match="FoldMean leaves some layers unchanged: 2 was never called as a module"):
         assert repaired(partial(copy.deepcopy, model), mlp_axes([0]), [FoldMean()], runs(data(8, 4))) == {}
 
 

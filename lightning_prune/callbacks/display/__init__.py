@@ -1,4 +1,4 @@
-"""What a run shows: progress, tables, the report and the loggers' curves, pictures and files."""
+"""Display of a run: progress, tables, the report, and curves, pictures and files for loggers."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ __all__ = ["Pace", "ReportWriter", "log_now", "split_halves", "step_of"]
 
 
 def log_now(trainer: Trainer, numbers: Mapping[str, float], scores: Mapping[str, Tensor] | None = None) -> None:
-    """Send numbers to every logger at once, on the step axis of Lightning's own curves, and to other callbacks.
+    """Send numbers to every logger immediately, on the step axis of Lightning's curves, and to other callbacks.
 
-    ``self.log`` would drop what falls between two steps of ``log_every_n_steps``; cuts must not be lost.
+    ``self.log`` would drop values between two steps of ``log_every_n_steps``, and with them cuts.
 
     Args:
         trainer: The run.
-        numbers: What to log.
+        numbers: The values to log.
         scores: Scores of the units by group: histograms for W&B and TensorBoard, quantiles for other loggers.
     """
     scores, step = scores or {}, step_of(trainer)
@@ -67,23 +67,23 @@ def _shown_scores(logger: Logger, scores: Mapping[str, Tensor]) -> dict[str, Any
 
 
 def step_of(trainer: Trainer) -> int:
-    """Step of Lightning's own curves."""
+    """The step axis of Lightning's curves."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def split_halves(names: Iterable[str], statistic: Statistic | None) -> dict[str, float]:
-    """How far two halves of the batches agree on the scores of each group, for loggers."""
+    """Rank correlation of the scores from two halves of the batches, by group, for loggers."""
     found = {} if statistic is None else {f"pruning/split_half/{name}": statistic.split_half(name) for name in names}
     return {name: agreement for name, agreement in found.items() if not math.isnan(agreement)}
 
 
 @dataclass
 class Pace:
-    """How long training steps take with and without observation.
+    """Duration of training steps with and without observation.
 
     Attributes:
-        observed: Seconds of steps whose activations were observed, this epoch.
-        plain: Seconds of the others.
+        observed: Seconds of steps with observed activations in this epoch.
+        plain: Seconds of the other steps.
     """
 
     observed: list[float] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Pace:
             (self.observed if self._is_observed else self.plain).append(perf_counter() - self._began)
 
     def overhead(self) -> float | None:
-        """Extra time of observed steps as a share of an epoch without them; None where there is nothing to compare."""
+        """Extra time of observed steps as a share of an epoch without them; None if it cannot be computed."""
         observed, plain = self.observed, self.plain
         self.observed, self.plain = [], []
         if not observed or not plain:
@@ -112,7 +112,7 @@ class Pace:
 
 
 def _home(trainer: Trainer) -> Path:
-    """The folder of this run, as ``ModelCheckpoint`` finds it where a logger has none of its own; all processes ask."""
+    """The folder of this run, found as in ``ModelCheckpoint``; all processes must call this."""
     home, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.logger
     if logger is None or getattr(logger, "log_dir", None) is not None:
         return home
@@ -141,20 +141,20 @@ class ReportWriter:
         """Refuse a folder with another run's report.
 
         Raises:
-            FileExistsError: If the user's ``dirpath`` holds one.
+            FileExistsError: If the user's ``dirpath`` contains one.
         """
         if self.dirpath is not None and not _is_of(self.runs[self.place : self.place + 1], Path(self.dirpath)):
             raise FileExistsError(
                 f"`dirpath`: expected a folder without a report or the folder of the run that is resumed, got "
-                f"'{self.dirpath}', which holds another run's report. Give another folder or remove it."
+                f"'{self.dirpath}', which contains another run's report. Choose another folder or remove it."
             )
         if self.dirpath is not None and not getattr(self.trainer, "fast_dev_run", False):
-            Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # better now than when the results are there
+            Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # fail now, not at the end of the run
 
     def folder(self) -> Path:
-        """Where the files go: ``dirpath``, else the logger's folder, numbered if that holds another run's report.
+        """Folder of the files: ``dirpath``, else the logger's folder, numbered if that has another run's report.
 
-        The same from the first to the last of the run, whichever report is written before.
+        It is the same during the whole run, whichever report is written first.
         """
         if self.dirpath is not None:
             return Path(self.dirpath)
@@ -163,13 +163,13 @@ class ReportWriter:
         return next(islice((folder for folder in folders if _is_of(self.runs, folder)), self.place, None))
 
     def measure(self, traced: TracedModel, size: Size, dense: nn.Module | None = None) -> Size:
-        """The size with parameters layer by layer, bytes on disk and latency (of a copy), of the first process.
+        """The size with parameters by layer, bytes on disk and latency (of a copy), measured by rank zero.
 
         Args:
             traced: The network.
-            size: What is known of it.
-            dense: The dense network on the meta device, to be timed at the same time: the report's dense latency is
-                then that of the machine as it is now.
+            size: Its size as known so far.
+            dense: The dense network on the meta device, which is timed at the same time, so that both latencies in the
+                report are for the machine in its current state.
         """
         if not self.trainer.is_global_zero:
             return size
@@ -192,13 +192,13 @@ class ReportWriter:
         return replace(timed(size, now), bytes=size_on_disk(model), layers=layer_parameters(model))
 
     def finish(self, numbers: Mapping[str, float]) -> None:
-        """Print the table, write the files, hand the results to the loggers.
+        """Print the table, write the files, and log the results.
 
         Args:
-            numbers: What the loggers are told.
+            numbers: The values to log.
         """
         log_now(self.trainer, numbers)
-        folder = self.folder()  # asks all processes
+        folder = self.folder()  # called in all processes
         if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ class ReportWriter:
 
 
 def _filled(network: nn.Module, device: torch.device) -> nn.Module:
-    """A network from the meta device with zeros for weights: how long it takes does not depend on them."""
+    """A copy of a network on the meta device with zero weights, because its latency does not depend on them."""
     with torch.no_grad():
         for tensor in chain(network.to_empty(device=device).parameters(), network.buffers()):
             tensor.zero_()
@@ -255,11 +255,11 @@ def _numbered(number: int) -> str:
 
 
 def _is_of(runs: Sequence[str], folder: Path) -> bool:
-    """Whether no other run's report is in a folder."""
+    """Whether a folder has no report of another run."""
     file = folder / "report.json"
     if not file.is_file():
         return True
     try:
         return json.loads(file.read_text(encoding="utf-8"))["config"]["run"] in runs
     except (ValueError, KeyError, TypeError):
-        return False  # somebody else's file of that name
+        return False  # another file of that name

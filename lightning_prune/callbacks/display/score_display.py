@@ -161,14 +161,14 @@ def _kept_channels(scored: Scored, groups: Iterable[Group]) -> dict[str, list[in
 
 
 def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: float | None, *, prints: bool) -> None:
-    """Write ``scores.md`` with its pictures, give these and their numbers to W&B, and print the table if asked for.
+    """Write ``scores.md`` with its pictures, log these and their numbers to W&B, and print the table if requested.
 
     Args:
         trainer: The run.
-        table: What was found.
-        folder: Where the scores are, and files go.
-        threshold: ρ, if it is one for all layers.
-        prints: Whether the table is printed: of a run that only scores.
+        table: The scores.
+        folder: Folder of the scores and of the files.
+        threshold: ρ, if there is one for all layers.
+        prints: Whether to print the table, for a run that only scores.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -186,7 +186,7 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
 
 
 def _tables(table: LayerScores) -> dict[str, Table]:
-    """The numbers behind the page and its histograms."""
+    """The numbers in the page and its histograms."""
     channels = Table(("layer", "channel", "importance", "log importance", "decided"), list(table.channels()))
     found = {
         "layers": of_dataclasses(table.rows),
@@ -198,9 +198,11 @@ def _tables(table: LayerScores) -> dict[str, Table]:
 
 
 def _pictures(table: LayerScores, folder: Path, threshold: float | None) -> list[Path]:
-    curves = {f"held-back {table.metric}": [(found.station.layer, found.score) for found in table.layers]}
+    curves = {f"held-out {table.metric}": [(found.station.layer, found.score) for found in table.layers]}
     if table.depths:
-        curves = {f"held-back {table.metric} behind": [(depth.name, depth.score) for depth in table.depths]}
+        curves = {
+            f"held-out {table.metric} at truncation points": [(depth.name, depth.score) for depth in table.depths]
+        }
     figures: dict[str, Any] = {
         "importances.png": lambda: importance_figure(table.layers, table.kept, table.thresholds),
         "scores.png": lambda: score_figure(curves),

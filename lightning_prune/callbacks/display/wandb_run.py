@@ -1,4 +1,4 @@
-"""What W&B keeps of a run beside its curves: configuration, summary, tables, pictures and checkpoints."""
+"""What is logged to W&B besides curves: configuration, summary, tables, pictures and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from lightning_prune.reporting.numeric import Table, numeric_tables
 
 __all__ = ["log_checkpoints", "log_media", "log_report", "nested", "wandb_run"]
 
-# Entries of a report's configuration that are names of this run and not settings.
+# Entries of a report's configuration that identify the run and are not settings.
 _NAMES = frozenset({"run", "wandb", "order"})
 
 
 def wandb_run(trainer: Trainer, before: str | None) -> str | None:
-    """Id of the W&B run that the curves go to.
+    """Id of the W&B run that the curves are logged to.
 
-    W&B begins its run before any callback sees the checkpoint, so that all there is to do about another one is to
-    say so.
+    W&B starts its run before any callback sees the checkpoint, so if it is another run, it can only be reported.
 
     Args:
         trainer: The run.
-        before: The W&B run of the checkpoint that is resumed, if any.
+        before: Id of the W&B run in the checkpoint that is resumed, if any.
 
     Returns:
-        The id; without a W&B logger the one from before, so that a later resume still knows it.
+        The id; without a W&B logger the previous one, so that a later resume still has it.
     """
     now = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
     if now is not None and before is not None and now != before:
         rank_zero_info(
-            f"The curves of this checkpoint are in the W&B run '{before}', these go to another, '{now}'. To continue "
-            f"the former, give `WandbLogger(id='{before}')`."
+            f"The curves of this checkpoint are in the W&B run '{before}', but this run logs to '{now}'. To continue "
+            f"the former, use `WandbLogger(id='{before}')`."
         )
     return before if now is None else str(now)
 
 
 def log_report(logger: WandbLogger, name: str, report: Report, pictures: Iterable[Path], step: int) -> None:
-    """The settings as configuration, the results as summary, tables, the metric against size as a chart, pictures.
+    """Log the settings as configuration, the results as summary, tables, pictures, and metric against size as a chart.
 
     Args:
-        logger: Where to.
-        name: What comes before the names of settings, tables and pictures.
-        report: Of the run.
+        logger: The logger.
+        name: Prefix of settings, tables and pictures.
+        report: The report of the run.
         pictures: Its pictures.
-        step: Where Lightning's own curves are.
+        step: The step axis of Lightning's curves.
     """
     run: Any = logger.experiment
     settings = {key: nested(value) for key, value in report.to_plain()["config"].items() if key not in _NAMES}
@@ -70,7 +69,7 @@ def log_report(logger: WandbLogger, name: str, report: Report, pictures: Iterabl
 
 
 def log_media(logger: WandbLogger, name: str, tables: Mapping[str, Table], pictures: Iterable[Path], step: int) -> None:
-    """Tables under ``<name>/tables/``, pictures under ``<name>/pictures/``, in one row."""
+    """Log tables under ``<name>/tables/`` and pictures under ``<name>/pictures/``, in one row."""
     wandb: Any = require("wandb", extra="wandb")
     media: dict[str, Any] = {f"{name}/tables/{title}": _wandb_table(table) for title, table in tables.items()}
     media |= {f"{name}/pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
@@ -84,12 +83,12 @@ def _wandb_table(table: Table) -> Any:
 
 
 def log_checkpoints(logger: WandbLogger, trainer: Trainer, report: Report) -> None:
-    """The last and the best checkpoint as versions of one artifact, ``final`` and ``best``, with size and metric.
+    """Log the last and the best checkpoint as versions of one artifact, ``final`` and ``best``, with size and metric.
 
     Args:
-        logger: Where to.
-        trainer: The run, which has ended.
-        report: Of the run.
+        logger: The logger.
+        trainer: The finished run.
+        report: The report of the run.
     """
     saved = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
     aliases: dict[str, list[str]] = {}
@@ -100,16 +99,16 @@ def log_checkpoints(logger: WandbLogger, trainer: Trainer, report: Report) -> No
             aliases.setdefault(one.best_model_path, []).append("best")
     wandb: Any = require("wandb", extra="wandb")
     for path, names in aliases.items():
-        # This run has just written it, with whatever the user's module keeps.
+        # Not `weights_only`: this run has just written it, with any objects of the user's module.
         step = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["global_step"]
         artifact = wandb.Artifact(f"pruned-{logger.version}", type="model", metadata=report.at_step(step))
-        # It stays where it is: a copy would take as much room again until the run is synchronised.
+        # By reference: a copy would take the same space again until the run is synchronised.
         artifact.add_file(path, name="model.ckpt", policy="immutable")
         logger.experiment.log_artifact(artifact, aliases=names)
 
 
 def nested(value: Any) -> Any:
-    """A setting whose ``repr`` was written down, as nested values: ``{"class": "Cubic", "cuts": 5}``."""
+    """A setting stored as its ``repr``, as nested values: ``{"class": "Cubic", "cuts": 5}``."""
     if isinstance(value, Mapping):
         return {key: nested(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -119,7 +118,7 @@ def nested(value: Any) -> Any:
     try:
         return _evaluated(ast.parse(value, mode="eval").body)
     except (SyntaxError, ValueError):
-        return value  # a word, or the `repr` of something else
+        return value  # a string, or the `repr` of another object
 
 
 def _evaluated(node: ast.expr) -> Any:

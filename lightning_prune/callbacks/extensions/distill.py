@@ -1,4 +1,4 @@
-"""Distillation of the dense network into the pruned one, while it trains on."""
+"""Distillation of the dense network into the pruned one during training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Distill"]
 @final
 @dataclass
 class Distill(CutExtension):
-    r"""Trains the pruned network to give what the dense one gives (Hinton et al., "Distilling the Knowledge", 2015).
+    r"""Trains the pruned network to match the dense one's outputs (Hinton et al., "Distilling the Knowledge", 2015).
 
     From the first cut on, the loss of every training step is
 
@@ -39,11 +39,10 @@ class Distill(CutExtension):
     batches, mixed precision, gradient clipping and manual optimization work. The loss that the module logs is still
     :math:`L`; the term is logged as ``pruning/distillation``.
 
-    The dense network is a copy of this one from right before the first cut, so let that train well first, or the
-    network of a checkpoint, which is not trained further. It runs ``training_step`` on the same batches, in eval mode
-    and without gradients: about a third of a dense training step more time for each step, and the memory of its
-    weights. Random augmentation belongs in the data loader, since in ``training_step`` both networks would draw their
-    own.
+    The dense network is a copy from right before the first cut, so train it well before pruning, or the network of a
+    checkpoint; it is not trained further. It runs ``training_step`` on the same batches, in eval mode and without
+    gradients, which adds about a third of a dense training step to each step, and the memory of its weights. Put random
+    augmentation in the data loader, because in ``training_step`` each network would draw its own.
 
     Args:
         weight: Weight w of the term, above 0.
@@ -51,13 +50,13 @@ class Distill(CutExtension):
         teacher: Checkpoint of the same module, dense or pruned; by default the network before the first cut, which is
             then part of this run's checkpoints.
         layer: Name of the layer whose outputs are compared; by default the last layer with parameters that
-            ``training_step`` calls. Its outputs must not be cut.
-        loss: ``"kl"`` for logits, ``"mse"`` for other outputs. Classes lie on the last dimension of a Linear layer's
-            outputs and on dimension 1 of others.
+            ``training_step`` calls. Its outputs must not be pruned.
+        loss: ``"kl"`` for logits, ``"mse"`` for other outputs. The class dimension is the last one of a Linear layer's
+            outputs, and dimension 1 for other layers.
 
     Raises:
         ValueError: On construction for settings out of range; before the first training step if there is no such
-            layer, its outputs can be cut, the network is compiled, or the checkpoint is of another module.
+            layer, its outputs can be pruned, the network is compiled, or the checkpoint is of another module.
 
     Example:
         >>> from lightning_prune import Distill, StructuredPruning
@@ -87,7 +86,7 @@ class Distill(CutExtension):
         if is_compiled(run.module):
             raise ValueError(
                 "Distill: expected a network that is not compiled, because compiled code hides the outputs of its "
-                "layers. Leave `torch.compile` out."
+                "layers. Do not use `torch.compile`."
             )
         self._name = self._checked_layer(run)
         if self.teacher is not None:
@@ -149,7 +148,7 @@ class Distill(CutExtension):
         self._dense, self._stored = None, state["teacher"]
 
     def _pull(self, layer: nn.Module, output: Tensor, scale: float) -> None:
-        """Let a layer's outputs receive the gradient of the term beside their own."""
+        """Add the gradient of the term to the gradient of a layer's outputs."""
         if not output.requires_grad or len(self._terms) == len(self._wanted):  # not trained, or computed once more
             return
         wanted = self._wanted[len(self._terms)]
@@ -173,14 +172,14 @@ class Distill(CutExtension):
         modules = sorted({canonical(found) for found, _ in run.module.named_modules()} - {""})
         if name not in modules:
             raise ValueError(
-                f"Distill: expected `layer` to be a layer of {type(run.module).__name__}, got {name!r}. There are "
+                f"Distill: expected `layer` to be a layer of {type(run.module).__name__}, got {name!r}. Layers: "
                 f"{', '.join(modules)}."
             )
         cut = [group.name for group in run.groups if name in group.producers]
         if cut:
             raise ValueError(
-                f"Distill: expected a `layer` whose outputs stay as they are, got {name!r}, whose outputs are pruned "
-                f"(group {cut[0]!r}). Give the last layer, or leave the group out by `ignore={cut[0]!r}`."
+                f"Distill: expected a `layer` whose outputs are not pruned, got {name!r}, whose outputs are in the "
+                f"group {cut[0]!r}. Use the last layer, or exclude the group with `ignore={cut[0]!r}`."
             )
         return name
 
@@ -192,7 +191,7 @@ class Distill(CutExtension):
         if "state_dict" not in checkpoint:
             raise ValueError(
                 f"Distill: expected a checkpoint of the Trainer in `teacher`, got {self.teacher!r} without "
-                "`state_dict`. Save one by `trainer.save_checkpoint(...)`."
+                "`state_dict`. Save one with `trainer.save_checkpoint(...)`."
             )
         try:
             return _restored(run, checkpoint)
@@ -204,7 +203,7 @@ class Distill(CutExtension):
 
 
 def _restored(run: RunContext, checkpoint: Mapping[str, Any]) -> nn.Module:
-    """The network of a checkpoint, which may be wider or narrower than that of the run."""
+    """The network of a checkpoint, which may be wider or narrower than the run's network."""
     copy = run.traced.copy("real").module
     load_from(checkpoint, copy)
     copy.load_state_dict(checkpoint["state_dict"])
@@ -237,13 +236,13 @@ def _note(called: list[str], name: str, *_: object) -> None:
 
 
 def _own_random_state(run: RunContext) -> AbstractContextManager[None]:
-    """Random numbers drawn inside leave the run's as they are."""
+    """Restores the run's random state at the end."""
     device = run.module.device
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _loss_scale(run: RunContext) -> float:
-    """What Lightning multiplies the loss by before its gradient is taken."""
+    """The factor by which Lightning multiplies the loss before the backward pass."""
     trainer, scaler = run.trainer, getattr(run.trainer.precision_plugin, "scaler", None)
     accumulated = trainer.accumulate_grad_batches if run.module.automatic_optimization else 1
     return (1.0 if scaler is None else float(scaler.get_scale())) / accumulated

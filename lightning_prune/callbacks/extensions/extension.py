@@ -31,8 +31,8 @@ class RunContext:
         report: The report so far.
         folder: Returns the folder for files; all processes must call it.
         timeline: The cuts of the run, including those already made.
-        samples: Returns labelled samples of the training data, the same in every process: those that the method scores
-            by, if it uses labels. A number limits them to so many batches, for checks.
+        samples: Returns labelled samples of the training data, the same in every process: those used for scoring, if
+            the method uses labels. A number limits them to this many batches, for checks.
     """
 
     trainer: Trainer
@@ -133,6 +133,6 @@ def require_one_restart(asker: str, extensions: Sequence[Repair | CutExtension])
     several = [one for one in extensions if one.restarts]
     if len(several) > 1:
         raise ValueError(
-            f"{asker}: expected at most one of `extensions` that decides on all weights, got "
-            f"{', '.join(map(repr, several))}. The last of them would count: leave the others out."
+            f"{asker}: expected at most one of `extensions` that sets all weights, got "
+            f"{', '.join(map(repr, several))}. Each would override the previous one: keep only one."
         )

@@ -1,4 +1,4 @@
-"""Re-estimation of batch norm statistics after a cut, if the task gains from it."""
+"""Re-estimation of batch norm statistics after a cut, if it helps the task."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ReestimateIfBetter(CutExtension):
             choice = "re-estimated" if info[_STAY] else "not re-estimated"
             score = metric_name(None, self.probe.task)
             self._report.notes.append(
-                f"Batch norms are {choice}: {score} of a probe on samples held back is {info[_WITH]:.3f} with "
+                f"Batch norms are {choice}: {score} of a probe on held-out samples is {info[_WITH]:.3f} with "
                 f"re-estimated statistics and {info[_WITHOUT]:.3f} without."
             )
 
@@ -152,7 +152,7 @@ def _fill(present: Mapping[str, Tensor], contents: Mapping[str, Tensor]) -> None
 
 
 def _before_head(order: Sequence[Station], backbone: frozenset[str] | None) -> Station:
-    """What enters the first layer behind the backbone, else the last layer of all."""
+    """The input of the first layer after the backbone, or of the last layer."""
     inside = [place for place, station in enumerate(order) if station.layer in (backbone or ())]
     behind = order[inside[-1] + 1 :] if inside else ()
     first = behind[0] if behind else order[-1]
@@ -167,5 +167,5 @@ def _is_better(truth: npt.NDArray[Any], before: npt.NDArray[Any], after: npt.NDA
         gains = (before - truth) ** 2 - (after - truth) ** 2
     if len(gains) < 2:
         return False
-    # A single gained sample lies exactly at the limit, and is chance.
+    # A gain on a single sample is exactly at the limit, and could be chance.
     return bool(gains.mean() > (1 + 1e-9) * gains.std(ddof=1) / math.sqrt(len(gains)))

@@ -39,11 +39,11 @@ class Rollback(CutExtension):
         epochs: Epochs to recover, at least 1.
         tolerance: Accepted loss of the metric against its value before the cut, at least 0.
         monitor: Name of a metric, which must have been logged before the first cut; by default the first accuracy that
-            was logged, else the first loss, of the validation rather than the training. Its name determines whether
-            less is better (a loss, an error).
+            was logged, else the first loss; validation metrics come first. Its name determines whether lower is better
+            (a loss, an error).
     """
 
-    is_exclusive = True  # another callback's work since the cut would be undone too
+    is_exclusive = True  # changes of another callback since the cut would be undone, too
 
     epochs: int = 3
     tolerance: float = 0.01
@@ -90,7 +90,7 @@ class Rollback(CutExtension):
         elif self.monitor is not None:
             raise ValueError(
                 f"Rollback: expected `monitor` to name a metric that was logged before the first cut, but {missing}. "
-                "Name one of these, or let the schedule start after it was logged."
+                "Use one of these, or start the schedule after it is logged."
             )
         else:
             warnings.warn(f"Rollback cannot judge this cut: {missing}", stacklevel=2)
@@ -125,7 +125,7 @@ class Rollback(CutExtension):
     def on_train_end(self, run: RunContext) -> None:
         if self._kept is not None and self.verdict(run.report, run.trainer.current_epoch) != "recovered":
             warnings.warn(
-                f"the run ended before its last cut had recovered ({self.describe(run.report)}): it stays. Train "
+                f"the run ended before its last cut had recovered ({self.describe(run.report)}): it is kept. Train "
                 "longer, or cut earlier.",
                 stacklevel=2,
             )

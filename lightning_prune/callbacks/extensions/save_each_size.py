@@ -1,4 +1,4 @@
-"""Checkpoints of every size of a network: accuracy against size from one training."""
+"""Checkpoints of a network at every size: accuracy against size from one training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_prune.reporting import SizeCheckpoint
 
 __all__ = ["SaveEachSize"]
 
-#: Folder of the checkpoints, beside the report.
+#: Folder of the checkpoints, next to the report.
 _FOLDER = "sizes"
 
 

@@ -1,4 +1,4 @@
-"""Merging each removed unit into the remaining one that is most like it."""
+"""Merging each removed unit into the most similar remaining one."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ __all__ = ["Fold"]
 @final
 @dataclass(frozen=True)
 class Fold(Repair):
-    r"""Merges each removed unit into the remaining unit that is most like it.
+    r"""Merges each removed unit into the most similar remaining unit.
 
-    With :math:`\Sigma` the covariance of the inputs of the next layer, the removed unit :math:`r` is expressed by one
-    remaining unit, the one that explains most of its variance:
+    With :math:`\Sigma` the covariance of the inputs of the next layer, the removed unit :math:`r` is approximated by
+    the remaining unit that explains most of its variance:
 
     .. math:: k = \arg\max_s \Sigma_{rs}^2 / \Sigma_{ss}, \qquad
               W_k \leftarrow W_k + \frac{\Sigma_{rk}}{\Sigma_{kk}} W_r
 
-    and the bias takes the difference of the means. Duplicates and multiples of a remaining unit are removed without a
-    loss. `Ridge` expresses it by all remaining units instead, which is never worse on the data that it has seen; one
-    number per removed unit is estimated from few samples and needs no λ.
+    and the difference of the means is added to the bias. Duplicates and multiples of a remaining unit are removed
+    without loss. `Ridge` uses all remaining units instead, which is never worse on the data it was fitted to; a single
+    number per removed unit can be estimated from few samples and needs no λ.
 
-    Of a convolution, the covariance of two channels is summed over the elements of the kernel, and all elements of the
-    removed channel are merged with the same factor; in a grouped convolution by group. As with `Ridge`, a layer that
-    loses all inputs gets `FoldMean`, and one without a bias that no batch norm follows is fitted on second moments.
-    Merging units "rather than dropping them" is the idea of neuron merging (Kim et al., 2020), which compares weights;
-    what is compared here is what the next layer gets.
+    For a convolution, the covariance of two channels is summed over the kernel elements, and all elements of the
+    removed channel are merged with the same factor (per group in grouped convolutions). As with `Ridge`, a layer that
+    loses all inputs gets `FoldMean`, and a layer without a bias and without a following batch norm is fitted on second
+    moments. Neuron merging (Kim et al., 2020) also merges units instead of dropping them, but compares weights; this
+    repair compares the inputs of the next layer.
 
     Args:
-        batches: Batches of training data that covariances are taken over.
-        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
+        batches: Batches of training data for the covariances.
+        rows: Patches (tokens, samples) per batch and layer, spread evenly if there are more.
     """
 
     batches: int = 8

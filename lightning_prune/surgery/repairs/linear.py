@@ -22,13 +22,13 @@ __all__ = ["Consumer", "consumers", "input_dim", "joined", "tied_layers"]
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A Linear, Conv or ConvTranspose and what it keeps of its inputs.
+    """A Linear, Conv or ConvTranspose layer and the inputs that it keeps.
 
     Attributes:
         name: Canonical name of the layer.
         layer: The layer.
-        dim: Dimension of its weight that the inputs lie on.
-        kept: Positions kept there.
+        dim: Input dimension of its weight.
+        kept: Kept positions along this dimension.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Consumer:
 
     @property
     def inputs(self) -> int:
-        """Number of inputs that an output is computed from; of a convolution, channels of a group times taps."""
+        """Number of inputs per output; for a convolution, channels per group times kernel elements."""
         weight: Any = self.layer.weight
         return int(weight.numel() // weight.shape[1 - self.dim])
 
@@ -60,7 +60,7 @@ class Consumer:
 
 
 def consumers(model: nn.Module, axes: Axes) -> list[Consumer]:
-    """Layers that lose inputs; those that cannot be told apart from others are named in a warning."""
+    """Layers that lose inputs; a warning names those that share parameters and are skipped."""
     shared, found, tied = tied_layers(model), [], []
     for name, layer in model.named_modules():
         dim = input_dim(layer)
@@ -73,7 +73,7 @@ def consumers(model: nn.Module, axes: Axes) -> list[Consumer]:
         else:
             found.append(Consumer(own, layer, dim, kept))
     if tied:
-        warnings.warn(f"not repaired, because their weight or bias is another's too: {', '.join(tied)}", stacklevel=2)
+        warnings.warn(f"not repaired, because they share their weight or bias: {', '.join(tied)}", stacklevel=2)
     return found
 
 
@@ -88,7 +88,7 @@ def tied_layers(model: nn.Module) -> set[str]:
 
 
 def input_dim(layer: Any) -> int | None:
-    """Dimension of the weight that inputs lie on; None if calling the layer does not compute a plain linear map."""
+    """Input dimension of the weight; None if calling the layer does not compute a plain linear map."""
     known = isinstance(layer, LINEAR_LAYERS) and not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not known or type(layer).forward not in [kind.forward for kind in LINEAR_LAYERS]:
         return None

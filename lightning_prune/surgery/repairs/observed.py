@@ -1,4 +1,4 @@
-"""Statistics of the inputs of layers that lose some, and what repairs write into these layers."""
+"""Statistics of the inputs of layers that lose inputs, and the new contents that repairs give these layers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["InputMean", "InputMoments", "Observation", "observed_contents"]
 
 @dataclass(eq=False)
 class Observation(ABC):
-    """What a repair sees of the inputs of one layer, and fits to them.
+    """Statistics of one layer's inputs, and the fit of a repair to them.
 
     Attributes:
         consumer: The layer.
-        count: Number of rows seen.
+        count: Number of observed rows.
     """
 
     consumer: Consumer
@@ -39,20 +39,20 @@ class Observation(ABC):
 
     @abstractmethod
     def see(self, x: Tensor, y: Tensor) -> None:
-        """Add one call's inputs."""
+        """Add the inputs of one call."""
 
     @abstractmethod
     def fit(self, constant: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """New contents of the layer's own weight and what its outputs lose on average, shape ``(outputs,)``.
+        """The layer's new weight and the mean loss of its outputs, shape ``(outputs,)``.
 
         Args:
-            constant: Whether a constant can be added to the outputs; else the fit goes without one.
+            constant: Whether a constant can be added to the outputs; if not, the fit has none.
         """
 
 
 @dataclass(eq=False)
 class InputMean(Observation):
-    """What the removed inputs of a layer add to its outputs on average."""
+    """The mean contribution of a layer's removed inputs to its outputs."""
 
     total: Tensor | None = field(default=None, init=False)
     _part: nn.Module | None = field(default=None, init=False, repr=False)
@@ -63,9 +63,9 @@ class InputMean(Observation):
         mean = double(batch).mean(0, keepdim=True).cpu()
         if self._part is None:
             self._part = self._removed_part()
-        # A linear map of the mean is the mean of the linear map: one sample is enough.
+        # The linear map of the mean is the mean of the linear map, so one sample is enough.
         out = self._part.forward(mean)
-        # Unlike the outputs of a Linear, those of a convolution have positions.
+        # Outputs of a convolution have positions, unlike those of a Linear layer.
         out = out[0].flatten(1).mean(1) if out.ndim > 2 else out[0]
         self.total = out * len(batch) + (0 if self.total is None else self.total)
         self.count += len(batch)
@@ -76,7 +76,7 @@ class InputMean(Observation):
         return {}, self.total / self.count
 
     def _removed_part(self) -> nn.Module:
-        """The layer with the inputs that go alone: without the others, bias and hooks."""
+        """The layer with only its removed inputs, without bias and hooks."""
         weight = self.consumer.weight.clone()
         weight.index_fill_(self.consumer.dim, torch.from_numpy(self.consumer.kept), 0)
         part = copy.copy(self.consumer.layer)
@@ -86,10 +86,10 @@ class InputMean(Observation):
 
 @dataclass(eq=False)
 class InputMoments(Observation):
-    """First and second moments of a layer's inputs (of a convolution: its patches), by group.
+    """First and second moments of a layer's inputs (for a convolution: its patches), by group.
 
     Attributes:
-        rows: Rows per call, spread evenly where there are more.
+        rows: Rows per call, spread evenly if there are more.
     """
 
     rows: int
@@ -125,26 +125,26 @@ class InputMoments(Observation):
 
     @abstractmethod
     def added(self, removed: Tensor, covariance: Tensor, stays: Tensor) -> Tensor:
-        """What the weights of staying inputs take over of the removed ones: ``(groups, outputs, staying)``.
+        """The change of the remaining inputs' weights, ``(groups, outputs, remaining)``.
 
         Args:
             removed: Weights of the removed inputs, ``(groups, outputs, removed)``.
-            covariance: Of all inputs (or their second moments, without a constant): ``(groups, inputs, inputs)``.
-            stays: Which inputs stay; channels of convolutions with all their kernel elements.
+            covariance: Covariance of all inputs, ``(groups, inputs, inputs)``; without a constant, second moments.
+            stays: Which inputs remain; channels of convolutions with all their kernel elements.
         """
 
 
 def observed_contents(
     model: nn.Module, observed: Sequence[Observation], run: Callable[[], None], repair: str
 ) -> dict[str, Tensor]:
-    """Observe a run and fit: contents of weights, biases and running means, by name.
+    """Observe a run and fit: new weights, biases and running means, by name.
 
-    A difference of means goes to the layer's bias or to the batch norm that takes its outputs; a warning names the
-    layers that have neither.
+    The difference of means is added to the layer's bias or to the batch norm after it; a warning names layers that
+    have neither.
 
     Args:
         model: The network before the cut.
-        observed: What is observed of each layer that loses inputs.
+        observed: Statistics of each layer that loses inputs.
         run: Runs the network on the data.
         repair: Name of the repair, for the warning.
     """
@@ -167,13 +167,13 @@ def observed_contents(
         if bias is not None:
             contents[consumer.tensor("bias")] = double(bias.detach()).cpu() + lost
         elif norm is not None:
-            # What no longer arrives must no longer be subtracted.
+            # The norm must not subtract a contribution that is no longer added.
             mean = named(model)[norm]
             contents[norm] = double(mean).cpu() - lost
         elif not new:
             problems.append(f"{consumer.name} has no bias, and no batch norm follows it directly")
     if problems:
-        warnings.warn(f"{repair} leaves some layers as they are: {'; '.join(problems)}", stacklevel=5)
+        warnings.warn(f"{repair} leaves some layers unchanged: {'; '.join(problems)}", stacklevel=5)
     return contents
 
 
@@ -187,7 +187,7 @@ def _hook(observation: Observation) -> RemovableHandle:
 
 
 class _Followers:
-    """Which batch norm takes exactly what a layer gives, and nothing else."""
+    """Finds the batch norm whose input is exactly a layer's output."""
 
     def __init__(self, model: nn.Module) -> None:
         self.norms = {
@@ -199,14 +199,14 @@ class _Followers:
         self._taken: dict[str, set[str | None]] = {name: set() for name in self.norms}
 
     def watch(self, consumers: Sequence[Consumer]) -> Iterator[RemovableHandle]:
-        """Hooks that find out, while the network runs."""
+        """Hooks that record this while the network runs."""
         for consumer in consumers:
             yield consumer.layer.register_forward_hook(partial(self._give, consumer.name))
         for name, norm in self.norms.items():
             yield norm.register_forward_pre_hook(partial(self._take, name))
 
     def of(self, consumer: Consumer) -> str | None:
-        """Name of the running mean behind a layer."""
+        """Name of the running mean after a layer."""
         found = [name for name, sources in self._taken.items() if sources == {consumer.name}]
         return None if not found else f"{found[0]}.running_mean" if found[0] else "running_mean"
 
@@ -215,5 +215,5 @@ class _Followers:
 
     def _take(self, name: str, _: nn.Module, args: tuple[Tensor]) -> None:
         source, version = self._given.get(args[0], (None, -1))
-        # The version tells whether an activation has written over it in between.
+        # The version shows whether an in-place activation has changed it in between.
         self._taken[name].add(source if args[0]._version == version else None)

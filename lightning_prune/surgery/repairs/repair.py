@@ -155,6 +155,6 @@ def require_positive(repair: Any) -> None:
     for name in repair.__dataclass_fields__:
         if getattr(repair, name) <= 0:
             raise ValueError(
-                f"{type(repair).__name__}: expected `{name}` above 0, got {getattr(repair, name)}. Leave it out for "
+                f"{type(repair).__name__}: expected `{name}` above 0, got {getattr(repair, name)}. Omit it for "
                 "the default."
             )

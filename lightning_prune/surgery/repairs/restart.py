@@ -1,4 +1,4 @@
-"""Starting anew after a cut: the narrow network keeps its shape, and of what it has learnt nothing or the beginning."""
+"""Restarting after a cut: the narrow network gets new weights, or earlier ones."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["Reinitialise", "StoredWeights"]
 
-#: How new weights are drawn: normal by He et al., or as each module's ``reset_parameters`` does.
+#: Initialisation: normal as by He et al., or by each module's ``reset_parameters``.
 Rule = Literal["he", "own"]
 
 
 @final
 @dataclass(frozen=True)
 class Reinitialise(Repair):
-    r"""Draws all weights anew, so that the narrow network trains from scratch.
+    r"""Reinitialises all weights, so that the narrow network trains from scratch.
 
-    By the rule ``"he"`` (the thesis), linear and convolutional weights are normal with
-    :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015) and their biases 0; every other layer draws as its
-    ``reset_parameters`` does, running statistics of norms included. By the rule ``"own"`` every layer does. What a
-    network's constructor does to its weights after that is not repeated. Frozen parameters are drawn as well. The
-    optimizer's state is cleared; learning rate and schedulers go on as they are. The history of the cut remembers the
-    rule (``reinitialised/he``).
+    With the rule ``"he"`` (used in the thesis), linear and convolutional weights are normal with
+    :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015) and their biases 0; every other layer uses its
+    ``reset_parameters``, which also resets running statistics of norms. With the rule ``"own"``, every layer uses
+    ``reset_parameters``. Custom initialisation in a network's constructor is not repeated. Frozen parameters are
+    reinitialised as well. The optimizer state is cleared; learning rate and schedulers continue. The rule is recorded
+    in the history of the cut (``reinitialised/he``).
 
     Args:
-        seed: Of the random numbers, the same in all processes; those of the training go on as if none were drawn.
+        seed: Seed of the weights, the same in all processes; the random state of the training is not changed.
         rule: ``"he"`` or ``"own"``.
 
     Raises:
-        ValueError: For an unknown rule; in ``after``, for a parameter of a module that cannot draw it.
+        ValueError: For an unknown rule; in ``after``, for a parameter of a module without ``reset_parameters``.
     """
 
     seed: int = 0
@@ -68,7 +68,7 @@ class Reinitialise(Repair):
         if lost:
             raise ValueError(
                 f"Reinitialise: expected every parameter to belong to a module with `reset_parameters`, got "
-                f"{', '.join(lost)}. Give its module a `reset_parameters()` that draws it."
+                f"{', '.join(lost)}. Add a `reset_parameters()` that initialises it to its module."
             )
         after = _own(model)
         return {name: after[name].detach().clone() for name in before if not torch.equal(after[name], before[name])}
@@ -77,10 +77,10 @@ class Reinitialise(Repair):
 @final
 @dataclass(frozen=True, eq=False)
 class StoredWeights(Repair):
-    """Gives parameters and buffers contents that are known, and clears the optimizer's state.
+    """Sets parameters and buffers to given values, and clears the optimizer state.
 
     Args:
-        weights: Contents by name, in the shapes before the cut, which slices them.
+        weights: Values by name, in the shapes before the cut, which slices them.
     """
 
     weights: Mapping[str, Tensor]
@@ -89,7 +89,7 @@ class StoredWeights(Repair):
     restarts = True
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:  # noqa: ARG002
-        """The given contents."""
+        """The given values."""
         return dict(self.weights)
 
 
@@ -98,7 +98,7 @@ def _own(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _draw(module: nn.Module, rule: Rule) -> bool:
-    """Draw what the module itself owns; whether it can."""
+    """Initialise the module's own parameters; returns whether this is possible."""
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         return False

@@ -1,4 +1,4 @@
-"""Making up for removed inputs: by their mean (FoldMean), or by what those that stay tell of them (Ridge)."""
+"""Compensation for removed inputs: by their mean (FoldMean), or by a linear fit of the remaining inputs (Ridge)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ __all__ = ["FoldMean", "Ridge"]
 @final
 @dataclass(frozen=True)
 class FoldMean(Repair):
-    r"""Adds to the next layer's bias what the removed units :math:`R` gave on average, :math:`W_R \mu_R`.
+    r"""Adds the mean contribution of the removed units :math:`R` to the next layer's bias, :math:`W_R \mu_R`.
 
-    Exact for units that are constant. A layer that loses all its inputs becomes the mean of what it gave. What counts
-    is what enters the next layer, after activation and normalisation.
-    Under zero padding the mean is taken over all positions, those at the border included, so that even a constant
-    channel leaves an error there. A layer without a bias that is followed directly by a batch norm has its mean moved
-    there; without either nothing is done, with a warning.
+    This is exact for constant units. A layer that loses all its inputs returns its mean output. Means are those of the
+    next layer's inputs, after activation and normalisation. With zero padding, the mean is taken over all positions
+    including the border, where even a constant channel leaves an error. If a layer has no bias, the contribution is
+    added to the batch norm directly after it; without such a norm, the layer is left unchanged, with a warning.
 
-    It covers Linear, Conv and ConvTranspose layers that are called as modules, and also grouped convolutions.
+    Supports Linear, Conv and ConvTranspose layers that are called as modules, including grouped convolutions.
 
     Args:
-        batches: Batches of training data that the means are taken over.
+        batches: Batches of training data for the means.
     """
 
     batches: int = 8
@@ -50,25 +49,24 @@ class FoldMean(Repair):
 @final
 @dataclass(frozen=True)
 class Ridge(Repair):
-    r"""Refits the next layer's weights, so that from the inputs that stay it computes what it did from all of them.
+    r"""Refits the next layer's weights to reproduce its previous outputs from the remaining inputs.
 
-    With :math:`\Sigma` the covariance of the inputs, :math:`S` those that stay and :math:`R` those that go,
-    :math:`W_S \leftarrow W_S + W_R \Sigma_{RS} (\Sigma_{SS} + \lambda I)^{-1}`, and the bias takes the difference of
-    the means: least squares with a penalty :math:`\lambda \lVert W_S' - W_S \rVert^2`. Inputs that say nothing of each
-    other leave the weights as they are, which is `FoldMean`. :math:`\lambda` is relative to the mean variance of the
-    inputs that stay. The statistics of all layers are those of the network before the cut.
+    With :math:`\Sigma` the covariance of the inputs, :math:`S` the remaining and :math:`R` the removed ones,
+    :math:`W_S \leftarrow W_S + W_R \Sigma_{RS} (\Sigma_{SS} + \lambda I)^{-1}`, and the difference of the means is
+    added to the bias: least squares with a penalty :math:`\lambda \lVert W_S' - W_S \rVert^2`. If inputs are
+    uncorrelated, the weights do not change, as with `FoldMean`. :math:`\lambda` is relative to the mean variance of the
+    remaining inputs. The statistics of all layers are those of the network before the cut.
 
-    A convolution is a linear layer on its patches, of channels times kernel elements; a grouped one is one such layer
-    for each group, and a transposed one a convolution of inputs with zeros in between. Layers with more than
-    ``max_inputs`` inputs (of a group) and those that lose all of them get `FoldMean` instead. A layer without a bias
-    that no batch norm follows is fitted without one, on second moments in place of covariances.
+    A convolution is treated as a linear layer on its patches (channels times kernel elements), a grouped one as one
+    such layer per group, and a transposed one as a convolution of its inputs with zeros inserted. Layers with more than
+    ``max_inputs`` inputs (per group) and those that lose all inputs get `FoldMean` instead. A layer without a bias and
+    without a following batch norm is fitted without a constant, on second moments instead of covariances.
 
     Args:
-        batches: Batches of training data that covariances are taken over; more than inputs divided by ``rows`` at
-            least.
+        batches: Batches of training data for the covariances; at least the number of inputs divided by ``rows``.
         strength: λ, above 0.
-        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
-        max_inputs: Largest number of inputs of a layer (of a group); the matrices take its square in memory.
+        rows: Patches (tokens, samples) per batch and layer, spread evenly if there are more.
+        max_inputs: Largest number of inputs of a layer (per group); the matrices take its square in memory.
     """
 
     batches: int = 32
@@ -98,7 +96,7 @@ class _Regression(InputMoments):
     def added(self, removed: Tensor, covariance: Tensor, stays: Tensor) -> Tensor:
         inner, cross = covariance[:, stays][:, :, stays], covariance[:, ~stays][:, :, stays]
         scale = inner.diagonal(dim1=1, dim2=2).mean(1)
-        # Inputs that never change tell nothing: any strength above 0 leaves the weights as they are.
+        # Constant inputs carry no information: with any strength above 0, the weights do not change.
         strength = torch.where(scale > 0, self.strength * scale, 1.0)[:, None, None]
         penalized = inner + strength * torch.eye(inner.shape[1], dtype=inner.dtype)
         solved: Tensor = torch.linalg.solve(penalized, cross.mT @ removed.mT)

@@ -1,4 +1,4 @@
-"""Fitting the layers behind a cut again: from what the cut network gives them to what the dense one made of it."""
+"""Refitting the layers after a cut: from their inputs in the cut network to their outputs in the dense network."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["SequentialRidge"]
 
-# A layer whose outputs differ by less, relative to the largest one, is left as it is.
+# A layer whose outputs differ by less, relative to the largest one, is left unchanged.
 _UNCHANGED = 1e-4
-# Rows for each input that a weight is fitted on at least: fewer do not determine it, and it grows large.
+# Minimum number of rows per input: with fewer, weights are not determined and become large.
 _ROWS_PER_INPUT = 4
-# γ/σ of a batch norm below which a stream is not made up for: the weights would have to be as much larger.
+# Minimum γ/σ of a batch norm to compensate a stream: with less, the weights would become large.
 _SMALLEST_GAIN = 1e-3
 
 
 @final
 @dataclass(frozen=True)
 class SequentialRidge(Repair):
-    r"""Fits every layer behind a cut again, so that the cut network computes what the dense one did.
+    r"""Refits every layer after a cut, so that the cut network computes what the dense one did.
 
-    Layers are taken in the order of the forward pass. For each, :math:`x` are its inputs in the cut network, whose
-    earlier layers are fitted already, and :math:`y` its outputs in the dense one. Weights and bias become
+    Layers are fitted in the order of the forward pass. For each, :math:`x` are its inputs in the cut network, whose
+    earlier layers are already fitted, and :math:`y` its outputs in the dense one. Weights and bias become
 
     .. math:: \arg\min_{W, b} \; \mathbb{E}\,\lVert W x + b - y \rVert^2 + \lambda \lVert W - W_0 \rVert^2
 
-    with the weights :math:`W_0` that the cut left: least squares on second moments, where :math:`\lambda` is relative
-    to the mean variance of the inputs. Where the outputs are added to a residual stream, directly or behind a batch
-    norm with scale :math:`\gamma` and deviation :math:`\sigma`, what the stream has lost so far is made up for:
-    :math:`y + (s_{dense} - s_{cut}) \, \sigma / \gamma`. A layer without a bias in front of a batch norm has its
-    constant subtracted from the norm's running mean; one with neither is fitted without a constant. Layers that give
-    what they gave stay as they are.
+    with the weights :math:`W_0` after the cut: least squares on second moments, where :math:`\lambda` is relative to
+    the mean variance of the inputs. If the outputs are added to a residual stream, directly or after a batch norm with
+    scale :math:`\gamma` and deviation :math:`\sigma`, the target also compensates the previous error of the stream:
+    :math:`y + (s_{dense} - s_{cut}) \, \sigma / \gamma`. For a layer without a bias before a batch norm, the constant
+    is subtracted from the norm's running mean; without a norm, it is fitted without a constant. Layers whose outputs
+    did not change are left unchanged.
 
-    A convolution is a linear layer on its patches, of channels times kernel elements; grouped, depthwise and transposed
-    ones are fitted too. Layers with more than ``max_inputs`` inputs per group, or with fewer than four rows (patches,
-    tokens, samples) for each input, have only their constant fitted. Layers that lose all inputs become the mean of
-    what they gave (`FoldMean`). Layers that share a weight, that are called several times or not as modules stay as
-    they are.
+    A convolution is treated as a linear layer on its patches (channels times kernel elements); grouped, depthwise and
+    transposed convolutions are supported. For layers with more than ``max_inputs`` inputs per group, or with fewer than
+    four rows (patches, tokens, samples) per input, only the constant is fitted. Layers that lose all inputs return
+    their mean output (`FoldMean`). Layers that share a weight, are called several times, or are not called as modules
+    are left unchanged.
 
-    Right after a cut it is the better repair. Trained on by gradual unfreezing, EfficientNet-Lite0 did not end better
-    than with `Ridge`, and at a high learning rate worse (``docs/evidence/transfer``): fitted weights are larger.
+    Right after a cut, this is better than `Ridge`. After gradual unfreezing, EfficientNet-Lite0 was not better than
+    with `Ridge`, and worse at a high learning rate (``docs/evidence/transfer``), because the fitted weights are larger.
 
-    Two walks, through the dense and the cut network, see all batches once (`Walk`); a network that cannot be walked is
-    run once for each layer, and its streams are not made up for.
+    All batches pass once through the dense and once through the cut network (`Walk`). If a network does not support
+    this, it is run once per layer, and residual streams are not compensated.
 
     Args:
         batches: Batches of training data.
         strength: λ, above 0.
-        rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
+        rows: Patches (tokens, samples) per batch and layer, spread evenly if there are more.
         max_inputs: Largest number of inputs of a layer; the matrices take its square in memory.
     """
 
@@ -83,7 +83,7 @@ class SequentialRidge(Repair):
         return FoldMean(self.batches).before(model, emptied, run) if emptied else {}
 
     def between(self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass) -> dict[str, Tensor]:
-        """The refitted weights, biases and running means; they are in the narrow network then."""
+        """The refitted weights, biases and running means; also sets them in the narrow network."""
         batches = range(min(self.batches, len(data.batch_sizes)))
         modules = {canonical(name): module for name, module in narrow.named_modules()}
         names, problems = _layers(dense, narrow, data)
@@ -100,7 +100,7 @@ class SequentialRidge(Repair):
                     fit.see(target, source)
                 contents |= fit.install()
         if problems:
-            warnings.warn(f"SequentialRidge leaves some layers as they are: {'; '.join(problems)}", stacklevel=5)
+            warnings.warn(f"SequentialRidge leaves some layers unchanged: {'; '.join(problems)}", stacklevel=5)
         return contents
 
 
@@ -123,9 +123,9 @@ class _Fit:
 
     Args:
         name: The layer.
-        modules: Those of the cut network, by name.
-        norm: Name of the batch norm that takes the layer's outputs, if one does.
-        axes: What the cut keeps.
+        modules: Modules of the cut network, by name.
+        norm: Name of the batch norm after the layer, if any.
+        axes: Positions that the cut keeps.
         ridge: The settings.
     """
 
@@ -154,7 +154,7 @@ class _Fit:
         return self.layer.bias is not None or self.norm is not None
 
     def see(self, dense: StationBatch, narrow: StationBatch) -> None:
-        """Add a batch: what the dense network's layer gives, and what that of the cut one takes."""
+        """Add a batch: outputs of the layer in the dense network, and its inputs in the cut network."""
         outputs = self._positions(dense.value)
         chosen = spread(len(outputs), self.ridge.rows).to(outputs.device)
         if not len(chosen):
@@ -178,7 +178,7 @@ class _Fit:
             self._add(xx=x.mT @ x, yx=y.mT @ x)
 
     def install(self) -> dict[str, Tensor]:
-        """Fit, write the new contents into the cut network, and give them by name."""
+        """Fit, set the new values in the cut network, and return them by name."""
         if not self.count or self.change <= _UNCHANGED * self.largest:
             return {}
         found, weight = {}, self.weight
@@ -188,7 +188,7 @@ class _Fit:
         constant = (self._mean("y") - (weight @ self._mean("x")[:, :, None])[:, :, 0]).flatten()
         if self.layer.bias is not None:
             found["bias"] = constant
-        elif self.norm is not None:  # what is not added must not be subtracted
+        elif self.norm is not None:  # a contribution that is no longer added must not be subtracted
             found["mean"] = double(self.norm.running_mean).cpu() - constant
         with torch.no_grad():
             for part, content in found.items():
@@ -197,7 +197,7 @@ class _Fit:
         return {self.tensors[part]: content for part, content in found.items()}
 
     def _solve(self) -> Tensor:
-        """The weight of penalized least squares."""
+        """The weight from penalised least squares."""
         square, cross = self._mean("xx"), self._mean("yx")
         if self.has_constant:
             x, y = self._mean("x"), self._mean("y")
@@ -216,7 +216,7 @@ class _Fit:
         return (value if value.ndim == self.layer.weight.ndim else value[None]).movedim(1, -1).flatten(0, -2)
 
     def _gain(self, outputs: Tensor) -> Tensor | float:
-        """What a loss of the stream is to the layer's outputs: σ/γ of the norm in between."""
+        """Factor from an error of the stream to the layer's outputs: σ/γ of the norm in between."""
         if self.norm is None:
             return 1.0
         deviation = (double(self.norm.running_var) + self.norm.eps).sqrt()
