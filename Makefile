@@ -1,4 +1,4 @@
-# Every target makes what it needs: a virtual environment, installed again when pyproject.toml changes.
+# Every target creates the virtual environment it needs, and reinstalls it when pyproject.toml changes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,15 +6,15 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar of
 
 .PHONY: demo test test-cpu lint docs notebooks gpu compat newest clean
 
-# One thread: a network this small loses time to more, and its latencies become noise.
+# One thread: more threads slow down such a small network, and make its latencies noisy.
 demo: $(VENV)/.demo  ## train and prune on the digits
 	OMP_NUM_THREADS=1 $(BIN)/lightning-prune fit --config digits_mlp_contribution
 
 test: lint  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Other processors round otherwise: their kernels, without vectors and with AVX2, as far as this one has them.
-test-cpu: $(VENV)/.dev  ## the tests as other processors compute
+# Other processors round differently: these are their kernels, without vector instructions and with AVX2.
+test-cpu: $(VENV)/.dev  ## the tests with the kernels of other processors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -31,17 +31,17 @@ docs: $(VENV)/.docs  ## docs/_build/index.html
 notebooks: $(VENV)/.docs  ## runs docs/tutorials again, at full size
 	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebooks.py $(TUTORIALS)
 
-gpu: $(VENV)/.dev  ## docs/evidence/gpu, on a machine with a GPU; goes on where it was stopped
+gpu: $(VENV)/.dev  ## docs/evidence/gpu, on a machine with a GPU; continues a stopped run
 	$(BIN)/python -m benchmarks.gpu --resume
 
-# Old packages warn of newer ones; that is not ours to mend, so warnings are no errors here.
+# Old packages give warnings that this package cannot fix, so warnings are not errors here.
 compat: .venv-oldest/.oldest  ## the tests on the oldest supported versions
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -W default -n 2 --dist worksteal
 
 newest: .venv-newest/.newest  ## the tests on the newest versions
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default -n 2 --dist worksteal
 
-clean:  ## environments and whatever tools left; runs/ stays
+clean:  ## remove environments and caches; keeps runs/
 	rm -rf .venv .venv-oldest .venv-newest docs/_build docs/api/generated build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
@@ -59,13 +59,13 @@ $(VENV)/.docs: pyproject.toml | $(BIN)/python
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A cap on torch that a machine's configuration of pip may have is lifted.
+# Ignores a limit on torch in the machine's pip configuration.
 .venv-newest/.newest: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	PIP_CONSTRAINT=/dev/null .venv-newest/bin/python -m pip --disable-pip-version-check install --progress-bar off -U -e '.[dev]' torch torchvision
 	touch $@
 
-# uv, because pip cannot resolve to the lowest versions that pyproject.toml allows.
+# With uv, because pip cannot resolve to the lowest versions that pyproject.toml allows.
 .venv-oldest/.oldest: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --progress-bar off uv

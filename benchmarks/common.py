@@ -61,12 +61,12 @@ def here() -> dict[str, Any]:
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    """Let a benchmark go on where it was stopped."""
+    """Add the option to continue a stopped benchmark."""
     parser.add_argument("--resume", action="store_true", help="keep stored rows and compute the rest")
 
 
 def stored(file: Path, settings: Mapping[str, Any], *, resume: bool, rows: str = "rows") -> list[dict[str, Any]]:
-    """What a resumed benchmark goes on from: the rows of a file; of one that begins anew, none.
+    """The stored rows that a resumed benchmark continues from; none if it is not resumed.
 
     Raises:
         ValueError: If the rows are of other settings.

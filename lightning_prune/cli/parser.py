@@ -1,4 +1,4 @@
-"""A parser that reads whole numbers as such, whatever was imported before it."""
+"""A parser that reads integers as such, whatever was imported before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ __all__ = ["Parser"]
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser that tries ``int`` before ``float`` wherever an argument takes both.
+    """LightningCLI's parser, which tries ``int`` before ``float`` if an argument accepts both.
 
-    The members of a union are tried in their order, and a ``float`` takes ``5`` as well. Where the default is None,
-    jsonargparse asks for ``Optional[int | float]``, and `typing` answers with an equal union that any package asked
-    for before, in that one's order.
+    Members of a union are tried in order, and a ``float`` accepts ``5`` as well. If the default is None, jsonargparse
+    creates ``Optional[int | float]``, for which `typing` may return a cached equal union with another order.
     """
 
     @override

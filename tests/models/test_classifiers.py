@@ -254,7 +254,7 @@ def test_the_best_five_of_many_classes_are_logged() -> None:
 @pytest.mark.parametrize(
     ("model", "data", "text"),
     [
-        (MLPClassifier([64, 9]), Digits(), r"MLPClassifier: expected at least the 10 classes of Digits, got 9\. Give "),
+        (MLPClassifier([64, 9]), Digits(), r"MLPClassifier: expected at least the 10 classes of Digits, got 9\. Set "),
         (SegNet(3, [(4, 1)], (3, 32, 32)), Shapes(20), "SegNet: expected at least the 4 classes of Shapes, got 3"),
     ],
     ids=["classes", "classes of pixels"],

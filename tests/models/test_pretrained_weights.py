@@ -74,7 +74,7 @@ def test_a_lightning_checkpoint_of_another_task(tmp_path: Path) -> None:
 def test_a_classifier_of_another_width_is_left_out_and_said() -> None:
     source, model = CNNClassifier(), CNNClassifier(classes=2, hidden=(256, 99))
     before = weights(model)
-    with pytest.warns(UserWarning, match="does not fit and is left out"):
+    with pytest.warns(UserWarning, match="does not fit and is skipped"):
         left_out = load_pretrained(model, source.state_dict())
     assert left_out == ("classifier.3.weight", "classifier.3.bias", "classifier.5.weight", "classifier.5.bias")
     now = weights(model)
@@ -170,7 +170,7 @@ def test_weights_of_torchvision_without_its_classifier(tmp_path: Path, monkeypat
     torch.manual_seed(0)
     source = torchvision.models.vgg11_bn()
     torch.save(source.state_dict(), tmp_path / "vgg.pth")
-    with pytest.warns(UserWarning, match="does not fit and is left out"):
+    with pytest.warns(UserWarning, match="does not fit and is skipped"):
         model = ImageClassifier("torchvision.vgg11_bn", 3, size=64, pretrained=str(tmp_path / "vgg.pth"))
     assert torch.equal(model.net.features[0].weight, source.features[0].weight)
     asked = []
@@ -180,7 +180,7 @@ def test_weights_of_torchvision_without_its_classifier(tmp_path: Path, monkeypat
         return source.state_dict()
 
     monkeypatch.setattr(torchvision.models.VGG11_BN_Weights, "get_state_dict", downloaded)
-    with pytest.warns(UserWarning, match="does not fit and is left out"):
+    with pytest.warns(UserWarning, match="does not fit and is skipped"):
         model = ImageClassifier("torchvision.vgg11_bn", 3, size=64, pretrained="default")
     assert asked == ["IMAGENET1K_V1"]
     assert torch.equal(model.net.features[0].weight, source.features[0].weight)

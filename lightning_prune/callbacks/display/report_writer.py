@@ -204,11 +204,11 @@ class ReportWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.report.to_json(folder / "report.json")
         with log_status(self.trainer, "Drawing the report"):
-            beside, inside = self._pages()
-        for picture in beside.pictures:
+            markdown_page, html_page = self._pages()
+        for picture in markdown_page.pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png)
-        (folder / "report.md").write_text(beside.markdown(), encoding="utf-8")
-        (folder / "report.html").write_text(inside.html(), encoding="utf-8")
+        (folder / "report.md").write_text(markdown_page.markdown(), encoding="utf-8")
+        (folder / "report.html").write_text(html_page.html(), encoding="utf-8")
         console = console_for()
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
@@ -218,12 +218,12 @@ class ReportWriter:
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                pictures = [folder / f"{picture.name}.png" for picture in beside.pictures]
+                pictures = [folder / f"{picture.name}.png" for picture in markdown_page.pictures]
                 log_report(logger, self.name, self.report, pictures, step_of(self.trainer))
                 if logger._log_model:
                     log_checkpoints(logger, self.trainer, self.report)
             elif isinstance(logger, TensorBoardLogger):
-                self._to_tensorboard(logger, beside)
+                self._to_tensorboard(logger, markdown_page)
 
     def _to_tensorboard(self, logger: TensorBoardLogger, page: Page) -> None:
         """The tables as text, and the pictures."""
