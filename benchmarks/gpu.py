@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet50, vit_b_16
@@ -34,6 +34,7 @@ from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.spvr.walk_ranking import RankingOptions, rank
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import history_of, masks_of
+from tests.support.image_network import Images
 
 Row = dict[str, Any]
 
@@ -56,31 +57,6 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-class Images(LightningModule):
-    """Two convolutions and a head, on 3 × 16 × 16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        )
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(x))
-        return out
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
 def callbacks() -> dict[str, Callable[[], Callback]]:
     """Every pruning callback of the package, by its name."""
     found = {}
@@ -99,7 +75,7 @@ def trained(make: Callable[[], Callback], device: str, precision: Any) -> tuple[
     """A network after three epochs with a callback, and its last loss."""
     labels = torch.arange(64) % 4
     x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + labels[:, None, None, None] / 2
-    module = Images()
+    module = Images((16, 32), 4, partial(torch.optim.AdamW, lr=1e-3))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(

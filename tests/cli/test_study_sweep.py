@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps import utils
 
 from lightning_prune.cli import main, study
 from lightning_prune.reporting.grid import Grid
@@ -31,15 +30,6 @@ def _here(in_tmp: Path) -> None:
     (in_tmp / "small.yaml").write_text(DEFINITION)
 
 
-def agent_words(sweep: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """The command line that W&B's agent makes of a sweep for one run."""
-    arguments = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
-    found: list[str] = []
-    for word in utils.create_sweep_command(sweep["command"]):
-        found += arguments[word[2:-1]] if word.startswith("${") else [str(word)]
-    return found
-
-
 def test_an_agents_command_runs_a_cell(capsys: pytest.CaptureFixture[str]) -> None:
     main(["study", "sweep", "small.yaml"])
     sweep = yaml.safe_load(Path("runs/small/sweep.yaml").read_text())
@@ -48,7 +38,7 @@ def test_an_agents_command_runs_a_cell(capsys: pytest.CaptureFixture[str]) -> No
     assert names == ["variant", "seed", "model.weight_decay", "model.lr"]
     chosen = {"variant": "50% uniform", "seed": 0, "model.weight_decay": 0.00316228, "model.lr": 0.05}
     assert all(value in sweep["parameters"][name]["values"] for name, value in chosen.items())
-    program, *words = agent_words(sweep, chosen)
+    program, *words = wandb_files.agent_words(sweep, chosen)
     assert Path(program).name == "lightning-prune"
     main(words)
     out = capsys.readouterr().out

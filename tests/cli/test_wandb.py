@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps import utils
 
 from lightning_prune.cli import main
 from tests.support import wandb_files
@@ -61,15 +60,6 @@ def test_a_run_in_wandb(measured: None) -> None:
     assert best["val_acc"] >= final["val_acc"]
 
 
-def agent_words(sweep: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """The command line that W&B's agent makes of a sweep for one run."""
-    arguments = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
-    found: list[str] = []
-    for word in utils.create_sweep_command(sweep["command"]):
-        found += arguments[word[2:-1]] if word.startswith("${") else [str(word)]
-    return found
-
-
 @pytest.mark.filterwarnings("ignore:cut .* removes nothing")  # of so small a network in so short a run
 def test_an_agent_runs_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     main(["recipes", "copy", "sweeps/digits"])
@@ -84,7 +74,7 @@ def test_an_agent_runs_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setenv("WANDB_SWEEP_ID", "one")
     for number, chosen in enumerate((runs[0], runs[-1]), 1):
-        program, *words = agent_words(sweep, chosen)
+        program, *words = wandb_files.agent_words(sweep, chosen)
         assert program == "lightning-prune"
         main([*words, *SHORT, *QUIET])
         (segment,) = wandb_files.segments(Path(f"runs/digits_mlp_contribution/{number:03d}"))

@@ -1,4 +1,4 @@
-"""What W&B wrote offline, read from its own files: LevelDB's log format around protobuf records."""
+"""What W&B wrote offline, from its own files (LevelDB's log format around protobuf records), and its agent's words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
+from wandb.sdk.launch.sweeps import utils
+
 _HEADER, _BLOCK = 7, 32768
+
+
+def agent_words(sweep: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """The command line that W&B's agent makes of a sweep for one run."""
+    arguments = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    found: list[str] = []
+    for word in utils.create_sweep_command(sweep["command"]):
+        found += arguments[word[2:-1]] if word.startswith("${") else [str(word)]
+    return found
 
 
 def segments(folder: Path) -> list[Path]:
