@@ -11,6 +11,7 @@ os.environ["WANDB_SILENT"] = "true"
 # LightningCLI calls what newer versions of jsonargparse will drop.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
+import logging
 import socket
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,16 @@ def _settings_of_torch_stay() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers_stay() -> Iterator[None]:
+    """The runs of a study, which have processes of their own elsewhere, quieten Lightning."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -129,16 +129,36 @@ def test_recipes_with_the_values_of_spvr_start(
     assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
 
 
+# As another, but for the data: to be trained by the same callbacks for as long.
+TWINS = {
+    "mnist_mlp_contribution": "fashionmnist_mlp_contribution",
+    "cifar100_cnn_contribution": "cifar10_cnn_contribution",
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_recipes_that_differ_in_their_data_start(
+    name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, other = (yaml.safe_load(recipes.path(each).read_text()) for each in (name, TWINS[name]))
+    assert mine["trainer"] == other["trainer"]
+    assert mine["model"]["class_path"] == other["model"]["class_path"]
+    write_mnist(in_tmp)
+    write_cifar(in_tmp, monkeypatch, 100)
+    main(["fit", f"--config={name}", f"--data.root={in_tmp}", "--trainer.fast_dev_run=true", *QUIET])
+    assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
+
+
 @pytest.mark.parametrize(
     "name",
-    sorted(name for name in WHOLE - {"digits_mlp_contribution", "digits_cnn_xgb"} if not name.endswith("_spvr")),
+    sorted(
+        name for name in WHOLE - {"digits_mlp_contribution", "digits_cnn_xgb", *TWINS} if not name.endswith("_spvr")
+    ),
 )
 def test_the_other_recipes_run(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny files, with the recipe's own schedule and epochs where a batch holds all of them."""
-    write_mnist(in_tmp)
     write_mnist(in_tmp, "FashionMNIST")
-    for classes in (10, 100):
-        write_cifar(in_tmp, monkeypatch, classes)
+    write_cifar(in_tmp, monkeypatch)
     write_celeba(in_tmp, monkeypatch)
     small = ["--model.channels=[8,8]", "--model.hidden=[40,16]", "--data.workers=0"] if "celeba" in name else []
     main(["fit", f"--config={name}", f"--data.root={in_tmp}", *small, *QUIET])

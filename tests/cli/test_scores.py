@@ -84,6 +84,17 @@ def test_scores_before_the_moment_of_the_schedule() -> None:
         main(["score", *WORDS, "--trainer.callbacks.samples=300"])
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scores of the recipe's network as it begins."""
+    home = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_display, "_pictures", lambda *_: [])
+        main(["score", *WORDS, *AT_ONCE, f"--trainer.default_root_dir={home}"])
+    (file,) = home.rglob("scores-*.jsonl")
+    return file
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -93,10 +104,10 @@ def test_scores_before_the_moment_of_the_schedule() -> None:
         ("held_back=0.3", "held_back is 0.2, here 0.3"),
     ],
 )
-def test_a_table_of_something_else_is_refused(changed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["score", *WORDS, *AT_ONCE])
-    (file,) = Path("runs/digits_cnn_xgb/001").glob("scores-*.jsonl")
-    taken = f"--trainer.callbacks.scores={file}"
+def test_a_table_of_something_else_is_refused(
+    changed: str, message: str, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = f"--trainer.callbacks.scores={table}"
     with pytest.raises(SystemExit):
         main(["fit", *WORDS, *AT_ONCE, "--name=other", taken, f"--trainer.callbacks.{changed}"])
     assert re.search(rf"expected a table of this network, .*{message}.* Score again, or leave it out", _flat(capsys))
@@ -118,7 +129,7 @@ data:
   class_path: Digits
   init_args: {{batch_size: 64, val_share: 0.2}}
 trainer:
-  max_epochs: 4
+  max_epochs: 2
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
@@ -127,8 +138,8 @@ trainer:
     - class_path: XGBPruning
       init_args:
         pruning_ratio: 0.5
-        samples: 600
-        schedule: {{class_path: OneShot, init_args: {{at: 2}}}}
+        samples: 300
+        schedule: {{class_path: OneShot, init_args: {{at: 1}}}}
         surrogate: {surrogate}
 """
 
@@ -153,8 +164,8 @@ CNN = (
             "{class_path: SklearnEstimator, init_args: {estimator: sklearn.linear_model.Ridge, task: regression}}",
             "r2",
         ),
-        # The tables of 420 samples and 8 to 24 channels are at least 13 KiB: XGBoost reads them part by part.
-        (CNN, "{class_path: XGBoost, init_args: {rounds: 10, memory_limit: 10000}}", "accuracy"),
+        # The tables of 210 samples and 8 to 24 channels are at least 6 KiB: XGBoost reads them part by part.
+        (CNN, "{class_path: XGBoost, init_args: {rounds: 10, memory_limit: 5000}}", "accuracy"),
         (CNN, "{class_path: NeuralProbe, init_args: {epochs: 5}}", "accuracy"),
     ],
     ids=["regression", "scikit-learn", "regression by scikit-learn", "external memory", "probe"],
