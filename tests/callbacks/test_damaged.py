@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +135,18 @@ def state(some: Trainer, module: Any, callbacks: list[Any]) -> dict[str, Any]:
     }
 
 
-def prepared(name: str, folder: Path) -> Case:
-    kind, saver = KINDS[name], Saver(folder)
-    with warnings.catch_warnings():
+@cache
+def prepared(name: str) -> Case:
+    kind = KINDS[name]
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        folder = Path(home)
+        saver = Saver(folder)
         trainer(folder, EPOCHS, *kind.callbacks(), saver).fit(kind.module(), kind.data())
-    case = Case(kind, torch.load(saver.path(1), weights_only=True), {})
-    some, module, callbacks = begun(kind, folder)
-    carry_on(some, module, kind, "fit", saver.path(1))
-    case.ends = state(some, module, callbacks)
+        case = Case(kind, torch.load(saver.path(1), weights_only=True), {})
+        some, module, callbacks = begun(kind, folder)
+        carry_on(some, module, kind, "fit", saver.path(1))
+        case.ends = state(some, module, callbacks)
     return case
 
 
@@ -173,7 +178,7 @@ def attempt(case: Case, damage: Damage, folder: Path, verb: str = "fit") -> str:
 @pytest.mark.parametrize("name", KINDS)
 def test_damage_is_refused_or_has_no_effect(name: str, tmp_path: Path) -> None:
     """Of all there can be a sample; see `Damage`."""
-    case = prepared(name, tmp_path)
+    case = prepared(name)
     every = [damage for damage in damages(case.checkpoint, KEYS) if not _is_plausible(damage)]
     assert len(every) > 30
     assert {str(d): wrong for d in random.Random(1).sample(every, 15) if (wrong := attempt(case, d, tmp_path))} == {}
@@ -182,14 +187,14 @@ def test_damage_is_refused_or_has_no_effect(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["predict", "load"])
 @pytest.mark.parametrize("name", ["cuts", "masks", "xgb"])
 def test_damage_is_refused_by_other_verbs(name: str, verb: str, tmp_path: Path) -> None:
-    case = prepared(name, tmp_path)
+    case = prepared(name)
     every = [*damages({key: case.checkpoint[key] for key in KEYS if key in case.checkpoint}, KEYS)]
-    chosen = random.Random(2).sample(every, 25)
+    chosen = random.Random(2).sample(every, 15)
     assert {str(d): wrong for d in chosen if (wrong := attempt(case, d, tmp_path, verb))} == {}
 
 
 def test_damaged_masks_leave_the_network_as_wide_as_it_was(tmp_path: Path) -> None:
-    case = prepared("masks", tmp_path)
+    case = prepared("masks")
     damage = Damage(
         ("lightning_prune_masks", "masks", "first.weight", "bits"), "short", torch.zeros(3, dtype=torch.uint8)
     )

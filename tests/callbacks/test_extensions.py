@@ -74,7 +74,7 @@ def test_one_instance_serves_many_runs(extension: Any, tmp_path: Path) -> None:
     assert differences(ends[1], ends[0]) == []
     assert repr(extension) == before
     assert not isinstance(extension, CutExtension) or extension.state() == {}
-    for epoch in (0, 1, 2):
+    for epoch in (0, 1):  # before the first cut, and after it
         file = tmp_path / "ends" / f"epoch={epoch}.ckpt"
         assert torch.load(file, weights_only=True)["callbacks"]["StructuredPruning"]["format"] == 2
         callback, model = pruner(extension), make(Net, "adamw")

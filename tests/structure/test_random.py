@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from lightning_prune.structure import TracedModel, trace
 from tests.support.random_networks import KINDS, SIZE, RandomNet, check, networks
 
-EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "100"))
 
 
 # Cut to one unit of each, the second convolution's input has lost what couples it: the rehearsal called that a number.
