@@ -375,12 +375,12 @@ class NetworkPruning(ScheduledPruning):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._extensions.finish_step()
+        self.finish_batch()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._extensions.finish_step()
+        self.finish_batch()
 
     # -- a cut --------------------------------------------------------------------------------------------------------
 

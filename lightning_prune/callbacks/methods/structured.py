@@ -167,16 +167,6 @@ class StructuredPruning(NetworkPruning):
         self._observation.end()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._observation.stop()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._observation.stop()
-
     # -- state --------------------------------------------------------------------------------------------------------
 
     @override
