@@ -83,7 +83,7 @@ def test_a_metric_whose_name_says_nothing(in_tmp: Path, caplog: pytest.LogCaptur
     (in_tmp / "odd.py").write_text(REGRESSOR.replace('"val_mse"', '"val_distance"'))
     main(["fit", *DIGITS, *SHORT, "--model=odd.Regressor"])
     assert saved() == ["last.ckpt"]
-    assert "No best checkpoint was saved, only the last" in caplog.text
+    assert "Only the last checkpoint was saved, no best one" in caplog.text
     with pytest.raises(ValueError, match=r"Give --checkpoint\.mode"):
         BestCheckpoint("val_distance")
     assert BestCheckpoint("val_distance", "min").mode == BestCheckpoint("val_mse").mode == "min"
