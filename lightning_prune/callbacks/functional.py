@@ -334,10 +334,12 @@ def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan
     if readers and asked.data is None:
         raise ValueError(f"prune: expected `data=` for {readers[0]!r}, which reads batches of it, got none.")
 
+    # A network wholly in eval mode is not frozen but evaluated. Of the model: its metrics are in train mode in a copy.
+    is_training = any(module.training for module in traced.model.modules())
+
     def copied() -> nn.Module:
         copy: nn.Module = traced.copy("real").module
-        # A network wholly in eval mode is not frozen but evaluated.
-        return copy if any(module.training for module in copy.modules()) else copy.train()
+        return copy if is_training else copy.train()
 
     return repaired(copied, structure.axes(plan.kept), asked.repairs, asked.data, structure.drops(plan.kept))
 

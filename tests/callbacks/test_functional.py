@@ -33,7 +33,7 @@ from lightning_prune import (
     Taylor,
     prune,
 )
-from lightning_prune.models import MLPClassifier
+from lightning_prune.models import CNNClassifier, MLPClassifier
 from lightning_prune.reporting import measure
 from lightning_prune.scoring import Criterion, DataPass, criteria
 from lightning_prune.structure import StructureError, TracedModel, latency, trace
@@ -468,6 +468,18 @@ def test_a_repair_brings_the_outputs_back() -> None:
         errors.append(float((net(x) - wanted).square().mean().detach()))
     none, mean, ridge = errors
     assert ridge < mean < none
+
+
+def test_batch_norms_of_a_module_in_eval_mode_are_estimated_again() -> None:
+    """It has metrics, which say that they are in train mode wherever they are copied."""
+    found = []
+    for extensions in ((), (ReestimateBatchNorm(),)):
+        torch.manual_seed(0)
+        module = CNNClassifier((1, 8, 8), channels=(4, 4), hidden=(8, 8)).eval()
+        batches = [(torch.randn(16, 1, 8, 8), torch.zeros(16))]
+        prune(module, pruning_ratio=0.5, data=batches, extensions=extensions)
+        found.append(module.features[1].running_mean)
+    assert not torch.equal(*found)
 
 
 def test_a_pass_with_its_own_loss_and_form() -> None:
