@@ -35,12 +35,15 @@ def train(folder: str, resume: bool = False) -> dict[str, Any]:
     return {"weights": weights(model), "masks": dict(masks_of(model))}
 
 
+def whole_and_resumed(folder: str) -> list[dict[str, Any]]:
+    return [train(folder, resume) for resume in (False, True)]
+
+
 @pytest.mark.ddp
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one = ranks.run(train, str(tmp_path / "one"))
     assert sum(int(mask.sum()) for mask in one["masks"].values()) > 50
-    for resume in (False, True):
-        two = ranks.run(train, str(tmp_path / "two"), resume, processes=2)
+    for two in ranks.run(whole_and_resumed, str(tmp_path / "two"), processes=2):
         for part in ("weights", "masks"):
             assert one[part].keys() == two[part].keys()
             for name, value in one[part].items():

@@ -309,15 +309,14 @@ def once(folder: Path, *, resume: bool = False) -> dict[str, Any]:
     return {**content(run, model, pruner), "acted": len(pruner.seen), "modules": isinstance(model.head, nn.Linear)}
 
 
-def once_resumed(folder: Path) -> dict[str, Any]:
-    return once(folder, resume=True)
+def once_and_resumed(folder: Path) -> list[dict[str, Any]]:
+    return [once(folder, resume=resume) for resume in (False, True)]
 
 
 @pytest.mark.ddp
 def test_two_processes_are_one(tmp_path: Path) -> None:
     alone = ranks.run(once, tmp_path / "one")
-    for work, acted in ((once, 1), (once_resumed, 0)):
-        two = ranks.run(work, tmp_path / "two", processes=2)
+    for two, acted in zip(ranks.run(once_and_resumed, tmp_path / "two", processes=2), (1, 0), strict=True):
         assert (two["acted"], len(two["history"]["edits"])) == (acted, len(alone["history"]["edits"]))
         assert equal(two["history"]["edits"][0]["kept"], alone["history"]["edits"][0]["kept"])
         for name, value in alone["weights"].items():

@@ -330,16 +330,16 @@ def train(folder: Path, *companies: str, resume: bool = False) -> list[dict[str,
     return ends
 
 
-def resumed(folder: Path, *companies: str) -> list[dict[str, Any]]:
-    return train(folder, *companies, resume=True)
+def whole_and_resumed(folder: Path, *companies: str) -> list[list[dict[str, Any]]]:
+    return [train(folder, *companies, resume=resume) for resume in (False, True)]
 
 
 @pytest.mark.ddp
 def test_two_processes_are_one(tmp_path: Path) -> None:
     companies = "structure, masks", "two structures"
     alone = ranks.run(train, tmp_path / "one", *companies)
-    for work in (train, resumed):
-        for two, one in zip(ranks.run(work, tmp_path / "two", *companies, processes=2), alone, strict=True):
+    for ends in ranks.run(whole_and_resumed, tmp_path / "two", *companies, processes=2):
+        for two, one in zip(ends, alone, strict=True):
             assert equal(two["masks"], one["masks"])
             assert len(two["history"]["edits"]) == len(one["history"]["edits"]) > 1
             for mine, other in zip(two["history"]["edits"], one["history"]["edits"], strict=True):
