@@ -210,8 +210,8 @@ class Reconstruction(ObservingCriterion):
     for :math:`n` outputs. The unit with the lowest value goes first; then the weights of the others are refitted,
     :math:`W \leftarrow W - W_k ((A^{-1})_{kk})^{-1} (A^{-1})_{k\cdot}`, and the next one is chosen (backward
     elimination, as of "optimal brain surgeon": Hassibi and Stork, 1993, by units). The score of a unit is the value
-    at its turn, so that the sum of the lowest is the share of the next layer's output variance that is lost with
-    these units, and scores of different groups are comparable. Which weights stay is for a repair: `Ridge` or
+    at its turn, or the highest one before it: the share of the next layer's output variance that is lost with it.
+    So scores of different groups are comparable. Which weights stay is for a repair: `Ridge` or
     `SequentialRidge`.
 
     Several next layers are averaged. A constant that outputs lose is taken to be made up for by a bias or a norm.
