@@ -108,7 +108,9 @@ class ImageData(LightningDataModule):
         train, test = self.load()
         train, val = train.split(self.val_share, self.split_seed) if self.val_share else (train, test)
         if self.train_limit is not None:
-            train = train.take(torch.arange(min(self.train_limit, len(train))))
+            # A split shuffles. Without one, images of a folder are in the order of their classes.
+            drawn = train if self.val_share else train.split(0.0, self.split_seed)[0]
+            train = drawn.take(torch.arange(min(self.train_limit, len(train))))
         for part, images in (("training", train), ("validation", val), ("the test", test)):
             if not len(images):
                 raise ValueError(

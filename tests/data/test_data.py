@@ -87,6 +87,14 @@ def test_train_limit_keeps_the_validation_images() -> None:
     assert len(labels(ready(Numbered(train_limit=10_000)).train_dataloader())) == 36
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_train_limit_draws_from_all_images(share: float) -> None:
+    """The first ones of a folder are of its first classes only."""
+    few = labels(ready(Numbered(train_limit=12, val_share=share)).train_dataloader())
+    assert len(few) == 12
+    assert max(few) > 25
+
+
 def test_without_held_out_images_the_test_images_are_validated_on() -> None:
     data = ready(Numbered(val_share=0))
     assert len(data._splits["train"]) == len(data.load()[0])
