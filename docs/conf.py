@@ -45,6 +45,7 @@ NAVIGATION = {
     "Start": ["quickstart", "choosing", "how_to", "coming_from", "gallery"],
     "Tutorials": [
         "tutorials/prune_while_training",
+        "tutorials/prune_a_pretrained_network",
         "tutorials/parameter_budget",
         "tutorials/study",
         "tutorials/masks",
