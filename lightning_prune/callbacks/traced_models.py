@@ -1,8 +1,7 @@
 """Build a `TracedModel` from a LightningModule and a batch.
 
 ``forward`` is traced, and ``training_step`` too, which may use a head that ``forward`` does not. The step runs on a
-copy whose metrics, logging, optimizers and trainer are stubs. The step runs on a copy whose metrics, logging,
-optimizers and trainer are stand-ins that do nothing.
+copy whose metrics, logging, optimizers and trainer are stubs.
 """
 
 from __future__ import annotations
