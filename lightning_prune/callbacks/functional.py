@@ -24,7 +24,18 @@ from lightning_prune.callbacks.scheduled import require_names, warn_of_kept_unit
 from lightning_prune.callbacks.traced_models import require_network, traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select
 from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
-from lightning_prune.scoring import L1, Batch, Criterion, DataPass, Statistic, bundles_of, criteria, score_groups
+from lightning_prune.scoring import (
+    L1,
+    Batch,
+    Criterion,
+    DataPass,
+    Statistic,
+    bundles_of,
+    criteria,
+    score_groups,
+    statistic_of,
+)
+from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.data import forward
 from lightning_prune.structure import Call, Size, Structure, StructureError, TracedModel, Tracing
 from lightning_prune.structure.flow import with_flow
@@ -279,7 +290,7 @@ def _observed(
 ) -> tuple[Statistic | None, tuple[str, ...]]:
     """Collect the criterion's statistic; also returns the groups that can be scored."""
     of_selected = replace(structure, groups=tuple(group for group in structure.groups if group.name in selected))
-    statistic, criterion = asked.criterion.statistic(of_selected), asked.criterion
+    statistic, criterion = statistic_of(asked.criterion, of_selected), asked.criterion
     if statistic is None:
         return None, selected
     data = asked.data
@@ -359,11 +370,22 @@ def _example_errors(model: nn.Module, call: Call) -> Iterator[None]:
         try:
             check(lambda: model(*call.args, **call.kwargs), model)
         except CutError as error:
+            cure = "Give an example of the shape, type and device that `forward` takes."
+            if _runs_in_eval_mode(model, call):
+                cure = "It runs in eval mode: call `.eval()` first, or give an example of two samples or more."
             raise StructureError(
-                f"{type(model).__name__} fails on the example: {error}. Nothing has changed. Give an example of the "
-                "shape, type and device that `forward` takes."
+                f"{type(model).__name__} fails on the example: {error}. Nothing has changed. {cure}"
             ) from error
         raise
+
+
+def _runs_in_eval_mode(model: nn.Module, call: Call) -> bool:
+    with preserved_state(model):
+        try:
+            check(lambda: model(*call.args, **call.kwargs), model)
+        except CutError:
+            return False
+    return True
 
 
 def _size(traced: TracedModel, structure: Structure, *, measure: bool) -> Size:

@@ -26,7 +26,7 @@ from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
 from lightning_prune.structure import Size
-from lightning_prune.surgery import refuse
+from lightning_prune.surgery import history_of, refuse
 
 __all__ = ["ScheduledPruning", "instance_of", "require_names", "warn_of_kept_units"]
 
@@ -169,6 +169,7 @@ class ScheduledPruning(Participant):
         require_compatible(self, trainer, pl_module)
         Session.join(self, trainer)
         keep_history(pl_module)
+        _warn_of_parts(pl_module)
         return_history(trainer)
         self._is_fit = stage == "fit"
         if self._is_fit and self._continues_previous_fit(trainer, pl_module):
@@ -483,3 +484,15 @@ def _require_done(done: object, cuts: Sequence[Any]) -> None:
         require(done, int, "done")
         if cuts and done >= len(cuts):  # type: ignore[operator]
             raise ValueError(f"expected `done` to be one of {len(cuts)} cuts, got {done}")
+
+
+def _warn_of_parts(module: LightningModule) -> None:
+    """Warn of a part that was pruned by itself: its history is not in the checkpoints of the whole."""
+    if history_of(module) is None:
+        pruned = next((name for name, part in module.named_modules() if name and history_of(part) is not None), None)
+        if pruned is not None:
+            warnings.warn(
+                f"`{pruned}` was pruned by itself, so that checkpoints of {type(module).__name__} do not hold its "
+                "history and load only where it is as narrow. Prune the LightningModule instead.",
+                stacklevel=2,
+            )

@@ -200,7 +200,7 @@ class Report(Record):
         if 0 < trained < whole and self.main_metric and self.start is None:
             legend.append(
                 f"The dense network had trained for {trained} of {whole} epochs. For a fair baseline, train without "
-                "pruning for all epochs and show both with `lightning-prune compare`."
+                "pruning for all epochs, too (`lightning-prune compare` shows runs of the command line side by side)."
             )
         return " ".join([*legend, *self.notes])
 

@@ -31,6 +31,7 @@ from lightning_prune.scoring.criterion import (
     bundles_of,
     crossings,
     score_groups,
+    statistic_of,
     unit_rows,
     unit_weights,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "pooled_features",
     "score_groups",
     "stations_of",
+    "statistic_of",
     "unit_rows",
     "unit_weights",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "bundles_of",
     "crossings",
     "score_groups",
+    "statistic_of",
     "unit_members",
     "unit_rows",
     "unit_weights",
@@ -112,6 +113,21 @@ class ObservingCriterion(Criterion):
                 f"{type(self).__name__}: expected the statistic that `statistic(structure)` returned, got None."
             )
         return statistic.value(group.name)
+
+
+def statistic_of(criterion: Criterion, structure: Structure) -> Statistic | None:
+    """The statistic of a criterion.
+
+    Raises:
+        TypeError: If the criterion returns anything else.
+    """
+    found: object = criterion.statistic(structure)
+    if found is None or isinstance(found, Statistic):
+        return found
+    raise TypeError(
+        f"{type(criterion).__name__}.statistic: expected a `lightning_prune.scoring.Statistic`, or None for a "
+        f"criterion of weights, got {type(found).__name__}. Derive it from `ActivationStatistic`."
+    )
 
 
 def score_groups(

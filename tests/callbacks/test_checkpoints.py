@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import LinearSchedule, MagnitudePruning, StructuredPruning, load_from_checkpoint
+from lightning_prune import LinearSchedule, MagnitudePruning, OneShot, StructuredPruning, load_from_checkpoint, prune
 from lightning_prune.surgery import HistoryError, history_of
 from tests.callbacks.networks import BATCHES, Net, equal, fit, loader, make, refit, trainer, weights, widths
 
@@ -360,3 +360,44 @@ def test_a_checkpoint_of_lightnings_command_line(tmp_path: Path, monkeypatch: py
     base: Any = load_from_checkpoint(LightningModule, file)
     assert type(base) is Net
     assert widths(base) == (5, 4)
+
+
+class Wrapping(LightningModule):
+    """Around a network that was made elsewhere."""
+
+    def __init__(self, net: Any = None) -> None:
+        super().__init__()
+        self.net = net or nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.example_input_array = torch.zeros(2, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_part_that_was_pruned_by_itself_is_told(tmp_path: Path) -> None:
+    """Its history is not the module's; of the LightningModule pruned whole, any Trainer saves it."""
+    part = Wrapping()
+    prune(part.net, torch.zeros(2, 6), pruning_ratio=0.5)
+    run = fit(tmp_path, part, epochs=1, validate=False)
+    run.save_checkpoint(tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match=r"no pruning history.*prune the LightningModule instead"):
+        load_from_checkpoint(Wrapping, tmp_path / "part.ckpt")
+    callback = StructuredPruning(0.5, schedule=OneShot(0.5))
+    with pytest.warns(UserWarning, match="`net` was pruned by itself, so that checkpoints of Wrapping"):
+        fit(tmp_path / "again", part, callback, epochs=2, validate=False)
+    whole = Wrapping()
+    prune(whole, torch.zeros(2, 6), pruning_ratio=0.5)
+    fit(tmp_path, whole, epochs=1, validate=False).save_checkpoint(tmp_path / "whole.ckpt")
+    assert load_from_checkpoint(Wrapping, tmp_path / "whole.ckpt").net[0].out_features == 6
+
+
+def test_what_is_no_checkpoint_of_a_trainer_is_told(tmp_path: Path) -> None:
+    torch.save({"state_dict": make(Net).state_dict()}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"expected a checkpoint of the Trainer, got '.*net\.pt'"):
+        load_from_checkpoint(Net, tmp_path / "net.pt")

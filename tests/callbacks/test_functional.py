@@ -294,6 +294,27 @@ def test_an_example_that_does_not_fit_changes_nothing(example: Any, words: str) 
     assert (net[0].out_channels, net[4].out_features) == (8, 12)
 
 
+def test_a_batch_of_one_in_train_mode_is_told_from_a_wrong_shape() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(StructureError, match=r"runs in eval mode: call `\.eval\(\)` first, or give .* two samples"):
+        prune(net, torch.zeros(1, 4), pruning_ratio=0.5)
+    assert net.training
+    prune(net.eval(), torch.zeros(1, 4), pruning_ratio=0.5)
+    assert net[0].out_features == 3
+
+
+def test_a_criterion_whose_statistic_is_none_is_refused() -> None:
+    class Own(Criterion):
+        def statistic(self, structure: Any) -> Any:
+            return {"means": 0}
+
+        def score(self, group: Any, tensors: Any, statistic: Any) -> Any:
+            return torch.zeros(group.width)
+
+    with pytest.raises(TypeError, match=r"Own\.statistic: expected a `lightning_prune\.scoring\.Statistic`.*got dict"):
+        prune(network(), EXAMPLE, pruning_ratio=0.5, criterion=Own())
+
+
 def test_what_is_no_network_with_weights_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         prune(torch.relu, EXAMPLE, pruning_ratio=0.5)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def load_from_checkpoint(
     Raises:
         HistoryError: If the checkpoint is of another architecture or its history is damaged.
         TypeError: If ``model_class`` is not a LightningModule class.
-        ValueError: If the file is incomplete.
+        ValueError: If the file is incomplete, no checkpoint of a Trainer, or of other shapes without a history.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
         raise TypeError(
@@ -89,19 +89,38 @@ def load_from_checkpoint(
         model_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
         try:
             return model_class.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            file = Path(checkpoint_path)
-            if not file.is_file() or zipfile.is_zipfile(file):
+        except (KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            message = _cause(error, Path(checkpoint_path), model_class)
+            if message is None:
                 raise
-            raise ValueError(
-                f"expected a whole checkpoint, got '{file}' of {file.stat().st_size:,} bytes, which is another kind of "
-                "file, or was torn while it was written or copied. Take another one."
-            ) from error
+            raise ValueError(message) from error
         finally:
             if before is None:
                 del model_class.on_load_checkpoint
             else:
                 model_class.on_load_checkpoint = before  # type: ignore[method-assign]
+
+
+def _cause(error: Exception, file: Path, model_class: type[LightningModule]) -> str | None:
+    """Why a checkpoint cannot be loaded, and what to do; None where the error says it."""
+    if "pytorch-lightning_version" in str(error):
+        return (
+            f"expected a checkpoint of the Trainer, got '{file}', which is none. Save one by "
+            "`trainer.save_checkpoint(path)` or `ModelCheckpoint`."
+        )
+    if "size mismatch" in str(error):
+        return (
+            f"the weights of '{file}' have other shapes than {model_class.__name__}, and it holds no pruning history. "
+            "Build the module with the arguments it had. If a part of it was pruned by itself, as by "
+            "`prune(module.net, ...)`, prune the LightningModule instead, so that its checkpoints hold the history. "
+            f"{error}"
+        )
+    if isinstance(error, KeyError) or not file.is_file() or zipfile.is_zipfile(file):
+        return None
+    return (
+        f"expected a whole checkpoint, got '{file}' of {file.stat().st_size:,} bytes, which is another kind of file, "
+        "or was torn while it was written or copied. Take another one."
+    )
 
 
 def _save(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from lightning_prune.planning import (
     select,
 )
 from lightning_prune.reporting import require
-from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups
+from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups, statistic_of
 from lightning_prune.structure import LatencyTable, Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
@@ -204,7 +204,7 @@ class StructuredPruning(NetworkPruning):
     ) -> tuple[CutPoint, ...]:
         self._resolved, selected = self.target.resolve(structure, self._eligible(structure))
         self._observed = selected
-        statistic = self.criterion.statistic(_only(structure, selected))
+        statistic = statistic_of(self.criterion, _only(structure, selected))
         if statistic is not None:
             selected = self._observable(statistic.unobservable(module), selected)
         self._selected = selected
@@ -394,7 +394,7 @@ class StructuredPruning(NetworkPruning):
         self._selected = tuple(name for name in self._selected if name in structure.widths)
         self._observed = tuple(name for name in self._observed if name in structure.widths)
         # Contributions count from the last cut.
-        self._observation = Observation(self.criterion.statistic(_only(structure, self._observed)))
+        self._observation = Observation(statistic_of(self.criterion, _only(structure, self._observed)))
 
     def _let_collect(self, statistic: Statistic, module: LightningModule, data: DataPass) -> None:
         """Collect a statistic on the network, or on a copy if the training step is run."""
@@ -409,7 +409,7 @@ class StructuredPruning(NetworkPruning):
             return
         assert self._structure is not None
         # The observed units all remain: the other callback cuts other groups.
-        statistic = self.criterion.statistic(_only(self._structure, self._observed))
+        statistic = statistic_of(self.criterion, _only(self._structure, self._observed))
         self._observation = self._observation.paused().of(statistic)
 
 
