@@ -186,7 +186,8 @@ def _folders(place: Path) -> list[Path]:
         place = place.parent
     if _is_run(place):
         return [place]
-    inside = sorted(folder for folder in (*place.glob("*"), *place.glob("cells/*")) if _is_run(folder))
+    candidates = (folder for pattern in ("*", "cells/*", "lightning_logs/*") for folder in place.glob(pattern))
+    inside = sorted(folder for folder in candidates if _is_run(folder))
     if not inside:
         raise FileNotFoundError(
             f"compare: expected the folder of a finished run (with {_REPORT}, {_CELL} or {_CURVES}), or of several, "
@@ -242,7 +243,10 @@ def _report(folder: Path, config: Mapping[str, Any]) -> Report:
 def _size(folder: Path, config: Mapping[str, Any]) -> Size:
     """The size of a network that no callback has pruned, from its configuration and its last checkpoint."""
     if "model" not in config:
-        raise ValueError(f"expected `model` in its {runs.CONFIG} to determine the size, got none")
+        raise ValueError(
+            f"expected `model` in its {runs.CONFIG} to determine the size, got none. A run in Python without a pruning "
+            "callback leaves no size: train it by `lightning-prune fit`, or compare by `trainer.validate`."
+        )
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)

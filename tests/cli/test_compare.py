@@ -156,3 +156,13 @@ def test_what_cannot_be_compared_is_refused(
     assert end.value.code == 2
     assert text in capsys.readouterr().err
     assert not (in_tmp / "comparison").exists()
+
+
+def test_a_dense_run_in_python_has_no_size(tmp_path: Path) -> None:
+    """Its folder is found where Lightning puts it, and what to do is said."""
+    for version in (0, 1):
+        folder = tmp_path / "lightning_logs" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("epoch,step,val_acc\n0,9,0.5\n")
+    with pytest.raises(ValueError, match=r"version_0 cannot be read: .* without a pruning callback leaves no size"):
+        read_runs([tmp_path])
