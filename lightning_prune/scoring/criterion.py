@@ -35,7 +35,8 @@ class Criterion(Settings, ABC):
     accumulated by their ``statistic``.
 
     Attributes:
-        every_n_batches: Observe every ``n``-th training batch; ignored without a statistic.
+        every_n_batches: Observe every ``n``-th training batch; ignored without a statistic. A subclass declares it as a
+            field to make it a setting (``every_n_batches: int = 10``); otherwise every batch is observed.
         comparable: Whether scores of different groups are comparable under a global scope.
     """
 
