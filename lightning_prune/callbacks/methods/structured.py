@@ -97,9 +97,9 @@ class StructuredPruning(NetworkPruning):
         reset_monitors: Reset ``ModelCheckpoint`` and ``EarlyStopping`` after each cut, so that "best" means best at the
             final size, and disable early stopping until the last cut.
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
-        extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `FoldMean` and
-            `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of the run: `Rewind`,
-            `Rollback`, `SaveEachSize`.
+        extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `SequentialRidge`,
+            `Fold`, `FoldMean` and `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of
+            the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`.
 
     Raises:
         ValueError: On construction for amounts out of range; before the first training step for everything that depends
