@@ -582,7 +582,7 @@ def test_layers_that_cannot_be_scored_stay() -> None:
         (
             {"extensions": [Reinitialise(), Reinitialise(seed=1)]},
             ValueError,
-            "at most one of `extensions` that decides",
+            "at most one of `extensions` that sets all",
         ),
         ({"measure": None}, TypeError, "expected `measure` to be True or False, got None"),
         ({"optimizers": torch.optim.SGD}, TypeError, "expected `optimizers` to be one or several optimizers"),

@@ -79,5 +79,5 @@ def test_a_bare_parameter_is_refused():
             super().__init__()
             self.layer, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
 
-    with pytest.raises(ValueError, match=r"expected every parameter .* got scale\. Give its module"):
+    with pytest.raises(ValueError, match=r"expected every parameter .* got scale\. Add a `reset_parameters"):
         drawn(Scaled())
