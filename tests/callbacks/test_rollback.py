@@ -196,9 +196,7 @@ def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:
 
 def test_a_metric_that_nobody_logs(tmp_path: Path) -> None:
     module = Small()
-    with pytest.raises(
-        ValueError, match=r"`monitor` to name .* no value of val_f1 .* \(logged: .*val_acc.*Use one of"
-    ):
+    with pytest.raises(ValueError, match=r"`monitor` to name .* no value of val_f1 .* \(logged: .*val_acc.*Use one of"):
         fit(tmp_path, module, 4, Rollback(monitor="val_f1"))
     assert module.net[0].out_features == 8, "a cut without the guard that was asked for"
 
