@@ -145,6 +145,12 @@ class Statistic(Metric):
         Calls with NaN or infinity in any quantity are skipped and counted. The warning follows at the next batch or
         score, to avoid a GPU synchronization during the forward pass.
         """
+        unknown = [quantity for quantity in quantities if f"{quantity}/{name}" not in self._states]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: expected declared quantities, got {unknown[0]!r} for group '{name}'. Call "
+                f'`self.declare("{unknown[0]}", "sum")` in `__init__`.'
+            )
         finite = torch.stack([value.sum() for value in quantities.values()]).isfinite().all()
         counted = {quantity: torch.where(finite, value, 0) for quantity, value in quantities.items()}
         counted |= {"passes": finite * passes, "skipped": ~finite * passes}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.scoring import ContributionStatistic, contributions_of
+from lightning_prune.scoring import ActivationStatistic, ContributionStatistic, contributions_of
 from lightning_prune.structure import CostModel, Group, Member, Structure, TracedModel, trace
 from tests.scoring.networks import batches, network, structure_of, train
 from tests.scoring.references import shares
@@ -429,3 +429,19 @@ def test_dead_layers_score_alike():
     nn.init.constant_(model[0].bias, -1e6)
     train(model, batches("mlp"), statistic)
     assert statistic.value("0").tolist() == [0.0] * 5
+
+
+def test_quantities_are_declared():
+    class Forgetful(ActivationStatistic):
+        def see(self, layer, activation, output, targets):
+            for target in targets:
+                self.record(target.group, target.source, len(activation), squares=activation.square().sum(0))
+
+        def estimate(self, name, half=None):
+            return self.per_pass("squares", name, half).mean(0)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    statistic = Forgetful(trace(TracedModel.of(model, torch.zeros(2, 4))))
+    statistic.attach(model)
+    with pytest.raises(ValueError, match=r"Forgetful: expected declared quantities, got 'squares' for group '0'"):
+        model(torch.zeros(2, 4))

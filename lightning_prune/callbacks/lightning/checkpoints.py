@@ -113,7 +113,7 @@ def _cause(error: Exception, file: Path, model_class: type[LightningModule]) -> 
             f"the weights of '{file}' have other shapes than {model_class.__name__}, and it holds no pruning history. "
             "Build the module with the arguments it had. If a part of it was pruned by itself, as by "
             "`prune(module.net, ...)`, prune the LightningModule instead, so that its checkpoints hold the history. "
-            f"{error}"
+            f"First: {next(line for line in str(error).splitlines() if 'size mismatch' in line).strip()}"
         )
     if isinstance(error, KeyError) or not file.is_file() or zipfile.is_zipfile(file):
         return None
