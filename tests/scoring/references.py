@@ -258,7 +258,7 @@ def chip(criterion, evidence):
 
 @reference(Reconstruction(), Reconstruction(strength=0.3))
 def reconstruction(criterion, evidence):
-    """Each set of removed units solved anew, by the Schur complement of what stays."""
+    """Solve for every set of removed units from scratch, by the Schur complement of the remaining ones."""
     model, seen = copy.deepcopy(evidence.model).eval(), {}
     for name, layer in model.named_modules():
         keep = functools.partial(lambda calls, _, args, kwargs: calls.append(args[0] if args else kwargs["input"]))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from lightning.pytorch import Trainer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_prune.callbacks.display.layer_progress import LayerProgress
 
 __all__ = ["RankingProgress"]
 
 
-class RankingProgress:
+class RankingProgress(LayerProgress):
     """Progress bar of a ranking, shown if the Trainer has a progress bar.
 
     Args:
@@ -19,22 +17,7 @@ class RankingProgress:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        console = Console()
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None and console.is_terminal
-        columns = (TextColumn("Ranking groups"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns, TextColumn("{task.description}"), console=console, transient=True, disable=not shown
-        )
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> RankingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__(trainer, "Ranking groups")
 
     def see(self, name: str, done: int, total: int) -> None:
         """Update the bar.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_prune.callbacks.display.layer_progress import LayerProgress
 from lightning_prune.callbacks.display.report_writer import step_of
 from lightning_prune.callbacks.display.wandb_run import log_media
 from lightning_prune.callbacks.layer_scores import Scored
@@ -39,7 +37,7 @@ __all__ = ["ScoreProgress", "show_scores", "sizes_at_thresholds", "table_of"]
 _SERIES = tuple(float(f"{digit}e{exponent}") for exponent in range(-9, 0) for digit in (1, 1.5, 2, 3, 5, 7))
 
 
-class ScoreProgress:
+class ScoreProgress(LayerProgress):
     """Progress bar of a scoring, shown if the Trainer has a progress bar.
 
     Args:
@@ -47,22 +45,7 @@ class ScoreProgress:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        console = Console()
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None and console.is_terminal
-        columns = (TextColumn("Scoring layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns, TextColumn("{task.description}"), console=console, transient=True, disable=not shown
-        )
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> ScoreProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        super().__init__(trainer, "Scoring layers")
 
     def see(self, found: LayerScore, layers: int) -> None:
         """Update the bar.
