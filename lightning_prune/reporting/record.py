@@ -230,14 +230,25 @@ class Record:
         return self.history[-1].epoch + 1 if self.history else 0
 
     @property
+    def trained_before(self) -> str | None:
+        """Training before the first cut as a part of the run's, such as "2 of 6 epochs"; None if it was all or none."""
+        first = self.cuts[0] if self.cuts else None
+        if first is None or not self.history:
+            return None
+        if 0 < first.epoch < self.epochs:
+            return f"{first.epoch} of {self.epochs} epochs"
+        steps = self.history[-1].step
+        return f"{first.step:,} of {steps:,} steps" if first.epoch == 0 and 0 < first.step < steps else None
+
+    @property
     def when(self) -> tuple[str, str]:
         """The times of the first and the last column of the report, as text."""
         if not self.cuts:
             return "", ""
-        first = self.cuts[0]
-        moment = f"at epoch {first.epoch}, " if first.epoch else f"at step {first.step:,}, " if first.step else ""
-        now = f"at epoch {self.epochs}" if self.epochs > 1 else "at the end" if self.history else ""
-        return f"{moment}before the first cut", now
+        part, earlier = self.trained_before, self.start is not None
+        before = "before the first cut" if part is None or earlier else "not fully trained"
+        now = f"after {self.epochs} epochs" if self.epochs > 1 else "at the end" if self.history else ""
+        return f"after {part}, {before}" if part else before, now
 
     @property
     def pruning_ratio(self) -> float:

@@ -196,11 +196,10 @@ class Report(Record):
             legend.append("Latency: median ± half of the interquartile range.")
         if noise:
             legend.append(f"Too close to measure a difference: {', '.join(noise)}.")
-        trained, whole = self.cuts[0].epoch if self.cuts else 0, self.epochs
-        if 0 < trained < whole and self.main_metric and self.start is None:
+        if self.trained_before and self.main_metric and self.start is None:
             legend.append(
-                f"The dense network had trained for {trained} of {whole} epochs. For a fair baseline, train without "
-                "pruning for all epochs, too (`lightning-prune compare` shows runs of the command line side by side)."
+                f"The dense network had trained for {self.trained_before} when it was first cut, so it is no baseline: "
+                "train without pruning for the whole run, too (`lightning-prune compare` shows both side by side)."
             )
         return " ".join([*legend, *self.notes])
 

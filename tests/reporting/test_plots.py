@@ -153,7 +153,7 @@ def test_the_title_fits(make_report):
     figure.draw_without_rendering()
     title = figure._suptitle.get_window_extent()
     assert figure.bbox.x0 <= title.x0 < title.x1 <= figure.bbox.x1
-    assert "(dense, at epoch 2, before the first cut)" in figure._suptitle.get_text()
+    assert "(dense, after 2 of 6 epochs, not fully trained)" in figure._suptitle.get_text()
 
 
 def test_a_legend_that_is_too_long_has_a_line_for_each_name(make_report):

@@ -186,7 +186,7 @@ def test_markdown_says_what_was_won_and_lost(make_report):
         "| size on disk, KiB | 8.0 | 4.0 | 50.0 % |",
         "| latency at batch 1, ms | 0.5 | 0.25 | 50.0 % |",
         "| latency at batch 64, ms | 4 | – | – |",
-        "|  | dense, at epoch 2, before the first cut | pruned, at epoch 6 | left |",
+        "|  | dense, after 2 of 6 epochs, not fully trained | pruned, after 6 epochs | left |",
         "| val_acc | 0.7 | 0.5 | – |",
         "| val_acc, best at the final size | – | 0.5 | – |",
         "| cut | after epoch | step | units | parameters | MACs | seconds | last before | first after | at the end |",
@@ -197,10 +197,16 @@ def test_markdown_says_what_was_won_and_lost(make_report):
     ):
         assert line in page.splitlines(), line
     assert "20.0 % of the units are gone, in 2 cuts. 1 MAC = 2 FLOPs." in page
-    assert "The dense network had trained for 2 of 6 epochs." in page
+    assert "The dense network had trained for 2 of 6 epochs when it was first cut, so it is no baseline" in page
+    assert "val_acc 0.7 (dense, after 2 of 6 epochs, not fully trained) → 0.5 (after 6 epochs)" in page
     report.cuts[0] = replace(report.cuts[0], epoch=0)
-    assert "dense, at step 20, before the first cut" in str(report)
-    assert "had trained for" not in str(report)
+    assert "dense, after 20 of 60 steps, not fully trained" in str(report)
+    report.cuts[0] = replace(report.cuts[0], step=0)
+    assert "dense, before the first cut" in str(report)
+    assert "trained for" not in str(report)
+    report.cuts = [replace(report.cuts[1], epoch=6, step=60)]
+    assert "dense, before the first cut" in str(report)
+    assert "trained for" not in str(report)
 
 
 def test_units_are_those_of_the_whole_network(make_report):
@@ -272,8 +278,8 @@ def test_a_network_that_was_pruned_before_has_its_own_column(make_report):
     summary = report.grids()[0]
     assert summary.columns[1:4] == (
         "dense",
-        "pruned earlier, at epoch 2, before the first cut",
-        "pruned, at epoch 6",
+        "pruned earlier, after 2 of 6 epochs, before the first cut",
+        "pruned, after 6 epochs",
     )
     rows = {row[0]: row[1:] for row in summary.rows}
     assert rows["parameters"] == ("1,000", "900", "640", "64.0 %")

@@ -27,7 +27,7 @@ def test_the_page_is_one_file_with_everything(report):
     assert [picture.name for picture in beside.pictures] == ["report", "sizes", "cut_scores"]
     assert text.count("<img ") == text.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="(?!data:)', text), "nothing is loaded from elsewhere"
-    for words in ("Before and after", "dense, at epoch 2, before the first cut", "Widths", "Seed 7. torch 2.15"):
+    for words in ("Before and after", "dense, after 2 of 6 epochs, not fully trained", "Widths", "Seed 7. torch 2.15"):
         assert words in text
         assert words in beside.markdown()
     for line in ("pruning_ratio: 0.2", "- [epoch, 4, 1.0]"):
