@@ -418,7 +418,7 @@ class MaskPruning(ScheduledPruning):
     @override
     def _measure(self, writer: ReportWriter, module: LightningModule) -> Size:
         assert self._traced_model is not None
-        return writer.measure(self._traced_model, self._size(module), self._dense_network)
+        return writer.measure(self._traced_model, self._size(module), self._dense_beside(self._traced_model))
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

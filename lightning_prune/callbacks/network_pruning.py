@@ -501,9 +501,10 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _measure(self, writer: ReportWriter, module: LightningModule) -> Size:
-        assert self._traced_model is not None
+        traced = self._traced_model
+        assert traced is not None
         with eager(module):
-            return writer.measure(self._traced_model, self._size(writer.trainer), self._dense_network)
+            return writer.measure(traced, self._size(writer.trainer), self._dense_beside(traced))
 
     def _size(self, trainer: Trainer) -> Size:
         assert self._structure is not None

@@ -25,8 +25,9 @@ from lightning_prune.callbacks.lightning.spawned import patch_spawn_launcher, re
 from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
-from lightning_prune.structure import Size
+from lightning_prune.structure import Size, TracedModel
 from lightning_prune.surgery import history_of, refuse
+from lightning_prune.surgery.restore import dense_copy
 
 __all__ = ["ScheduledPruning", "instance_of", "require_names", "warn_of_kept_units"]
 
@@ -394,6 +395,14 @@ class ScheduledPruning(Participant):
         self.report.seed = None if seed is None else int(seed)
         cuts = [[point.unit, point.at, point.share] for point in self._timeline]
         self.report.config = {"run": self.run_id, **self._settings(), "cuts": cuts}
+
+    def _dense_beside(self, traced: TracedModel) -> torch.nn.Module | None:
+        """The dense network, to be timed beside the pruned one.
+
+        After a resume it is made again from the history: the latency in the checkpoint may be of another machine.
+        """
+        is_resumed = self._dense_network is None and self.report.dense is not None and bool(self.report.dense.latency)
+        return dense_copy(traced) if is_resumed else self._dense_network
 
     def _numbers(self, trainer: Trainer) -> dict[str, float]:  # noqa: ARG002
         """Metrics for loggers and the progress bar."""

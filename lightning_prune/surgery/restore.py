@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
 from lightning_prune.surgery.names import missing_or_unexpected
 from lightning_prune.surgery.tensors import blank, canonical, named
 
-__all__ = ["load_from", "match_checkpoint_shapes", "replay", "with_history"]
+__all__ = ["dense_copy", "load_from", "match_checkpoint_shapes", "replay", "with_history"]
 
 
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
@@ -82,10 +82,7 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
     history = history_of(traced.model)
     if history is None or not history.single - structure.widths.keys():
         return structure
-    wide = traced.copy("real").module
-    change = Change()
-    attach(wide, None)
-    _widen(change, wide, history)
+    wide, change = dense_copy(traced, "real"), Change()
     for edit in history.until_replaced:
         apply(change, edit, wide)
     traced = replace(traced, model=wide, memo=None)
@@ -94,6 +91,20 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
         if isinstance(edit, Keep):
             found = found.take(edit.kept)
     return found if found.widths.keys() == history.groups_now else structure
+
+
+def dense_copy(traced: TracedModel, kind: Literal["real", "meta"] = "meta") -> nn.Module:
+    """A copy of the network with the shapes it had before its first edit; tensors that were edited are zero.
+
+    Args:
+        traced: The network.
+        kind: See `TracedModel.copy`.
+    """
+    wide, history = traced.copy(kind).module, history_of(traced.model)
+    attach(wide, None)
+    if history is not None:
+        _widen(Change(), wide, history)
+    return wide
 
 
 def replay(model: nn.Module, history: History) -> None:

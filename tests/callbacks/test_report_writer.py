@@ -145,6 +145,35 @@ def test_dense_and_pruned_are_timed_at_the_same_time(tmp_path: Path, monkeypatch
     )
 
 
+@pytest.mark.parametrize("kind", ["units", "masks"])
+def test_after_a_resume_the_dense_network_is_timed_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latency in the checkpoint may be of another machine, with which the pruned network is not to be compared."""
+
+    def machine(times: float) -> None:
+        def latencies(call: Any, networks: list[torch.nn.Module]) -> list[dict[int, Timing]]:
+            for network in networks:
+                network(*call.args, **call.kwargs)
+            return [{1: Timing(times * sum(p.numel() for p in network.parameters()))} for network in networks]
+
+        monkeypatch.setattr(report_writer, "latencies", latencies)
+
+    def pruning() -> Any:
+        return contribution() if kind == "units" else MagnitudePruning(0.5, schedule=SCHEDULE)
+
+    machine(1000)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, make(), pruning(), saver, epochs=5)
+    machine(1)
+    for epoch in (0, 1, 3):
+        pruner, model = pruning(), make()
+        fit(tmp_path, model, pruner, epochs=5, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        dense, final = pruner.report.dense, pruner.report.final
+        assert dense.latency == {1: dense.params}, f"resumed after epoch {epoch}"
+        assert final.latency == {1: sum(p.numel() for p in model.parameters())}
+
+
 def test_the_best_checkpoint_is_that_of_a_monitor(
     measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
