@@ -41,7 +41,7 @@ class Statistic(Metric):
 
     Each quantity is a persistent state per group of shape ``(2, sources, …)``: even and odd observed batches are kept
     apart, so that the agreement of the two halves measures convergence, with one row for every layer ("source") that a
-    group is observed at. Quantities are sums or maxima of non-negative values that start at 0, so that ranks, halves
+    group is observed at. Quantities are sums, or maxima of values of at least 0. They start at 0, so that ranks, halves
     and the parts of an interrupted run merge by the declared reduction. They are float64 where the device supports it.
 
     A subclass declares its quantities and implements ``observe`` (registers hooks) or ``collect`` (extra passes over
@@ -77,6 +77,7 @@ class Statistic(Metric):
         self.loss_scale = 1.0
         self._is_collecting = False  # count passes in eval mode too
         self._warned: set[str] = set()
+        self._below_zero: dict[str, Tensor] = {}  # whether a recorded maximum was, by quantity
         self._set("batches", torch.zeros((), dtype=torch.int64), "sum")
         self.declare("passes", "sum", per_unit=False)
         self.declare("skipped", "sum", per_unit=False)
@@ -143,7 +144,17 @@ class Statistic(Metric):
         """Add the quantities of one call to the current half.
 
         Calls with NaN or infinity in any quantity are skipped and counted. The warning follows at the next batch or
-        score, to avoid a GPU synchronization during the forward pass.
+        score, to avoid a GPU synchronization during the forward pass, and so does the error for a negative maximum.
+
+        Args:
+            name: Name of the group.
+            source: Index of the observed layer among the group's sources.
+            passes: Number of samples of this call, by which `per_pass` divides.
+            quantities: Values of all declared quantities: shape ``(width,)``, or ``()`` if declared with
+                ``per_unit=False``.
+
+        Raises:
+            ValueError: If a quantity was not declared or has another shape.
         """
         unknown = [quantity for quantity in quantities if f"{quantity}/{name}" not in self._states]
         if unknown:
@@ -151,15 +162,23 @@ class Statistic(Metric):
                 f"{type(self).__name__}: expected declared quantities, got {unknown[0]!r} for group '{name}'. Call "
                 f'`self.declare("{unknown[0]}", "sum")` in `__init__`.'
             )
+        quantities = {quantity: value.detach() for quantity, value in quantities.items()}
         finite = torch.stack([value.sum() for value in quantities.values()]).isfinite().all()
         counted = {quantity: torch.where(finite, value, 0) for quantity, value in quantities.items()}
         counted |= {"passes": finite * passes, "skipped": ~finite * passes}
         for quantity, value in counted.items():
             key = f"{quantity}/{name}"
             row = getattr(self, key)[self._half, source]
+            if value.shape != row.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {quantity!r} of shape {tuple(row.shape)} for group '{name}', got "
+                    f"{tuple(value.shape)}. Reduce it over samples and positions, to one value per unit; "
+                    "`declare(..., per_unit=False)` is for one value per call."
+                )
             if self._states[key] == "sum":
                 row += value
             else:
+                self._below_zero[quantity] = self._below_zero.get(quantity, False) | (value < 0).any()
                 torch.maximum(row, value.to(row.dtype), out=row)
 
     @final
@@ -194,6 +213,7 @@ class Statistic(Metric):
             model: The network.
             loss_scale: Loss scale of this batch in mixed precision.
         """
+        self._check_maxima()
         self._warn_of_skipped(self.sources)
         self.follow(model)
         self._half = int(self.batches) % 2
@@ -229,7 +249,9 @@ class Statistic(Metric):
         Raises:
             FloatingPointError: If every observed pass had NaN or infinity.
             RuntimeError: If no pass was observed.
+            ValueError: If a negative value was recorded for a maximum.
         """
+        self._check_maxima()
         if self.passes(name) == 0:
             self._refuse(name)
         self._warn_of_skipped([name])
@@ -332,6 +354,14 @@ class Statistic(Metric):
                     "scores. A lower learning rate, gradient clipping or bf16 in place of fp16 may help.",
                     RuntimeWarning,
                     stacklevel=3,
+                )
+
+    def _check_maxima(self) -> None:
+        for quantity, below_zero in self._below_zero.items():
+            if below_zero:
+                raise ValueError(
+                    f"{type(self).__name__}: expected values of at least 0 for the maximum {quantity!r}, which starts "
+                    f"at 0, got a negative one. Record `value.abs()` or `value.clamp(min=0)`, or declare a sum."
                 )
 
     def _refuse(self, name: str) -> NoReturn:

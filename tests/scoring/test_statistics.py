@@ -431,17 +431,52 @@ def test_dead_layers_score_alike():
     assert statistic.value("0").tolist() == [0.0] * 5
 
 
-def test_quantities_are_declared():
-    class Forgetful(ActivationStatistic):
-        def see(self, layer, activation, output, targets):
-            for target in targets:
-                self.record(target.group, target.source, len(activation), squares=activation.square().sum(0))
+class Own(ActivationStatistic):
+    """Of somebody who writes a statistic for the first time."""
 
-        def estimate(self, name, half=None):
-            return self.per_pass("squares", name, half).mean(0)
+    def __init__(self, structure, found, **declared):
+        super().__init__(structure)
+        self.found = found
+        for quantity, reduction in declared.items():
+            self.declare(quantity, reduction)
 
+    def see(self, layer, activation, output, targets):
+        for target in targets:
+            self.record(target.group, target.source, len(activation), value=self.found(activation))
+
+    def estimate(self, name, half=None):
+        return self.per_pass("value", name, half).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("declared", "found", "message"),
+    [
+        ({}, lambda x: x.sum(0), r"Own: expected declared quantities, got 'value' for group '0'.*declare\(\"value\""),
+        ({"value": "sum"}, lambda x: x, r"Own: expected 'value' of shape \(6,\) for group '0', got \(2, 6\)"),
+        ({"value": "sum"}, lambda x: x.sum(), r"Own: expected 'value' of shape \(6,\) for group '0', got \(\)"),
+        ({"value": "max"}, lambda x: -x.amax(0) - 1, r"Own: expected values of at least 0 for the maximum 'value'"),
+    ],
+)
+def test_what_is_recorded_is_checked(declared, found, message):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    statistic = Forgetful(trace(TracedModel.of(model, torch.zeros(2, 4))))
+    statistic = Own(trace(TracedModel.of(model, torch.zeros(2, 4))), found, **declared)
     statistic.attach(model)
-    with pytest.raises(ValueError, match=r"Forgetful: expected declared quantities, got 'squares' for group '0'"):
-        model(torch.zeros(2, 4))
+    if declared != {"value": "max"}:
+        with pytest.raises(ValueError, match=message):
+            model(torch.zeros(2, 4))
+        return
+    model(torch.zeros(2, 4))
+    for then in (lambda: statistic.value("0"), lambda: statistic.attach(model)):  # without a wait for a GPU before
+        with pytest.raises(ValueError, match=message):
+            then()
+
+
+def test_sums_may_be_negative():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    statistic = Own(trace(TracedModel.of(model, torch.zeros(2, 4))), lambda x: -x.sum(0) - 1, value="sum")
+    statistic.attach(model)
+    hidden = model[1](model[0](torch.ones(2, 4)))
+    model(torch.ones(2, 4))
+    found = statistic.value("0")
+    torch.testing.assert_close(found, (-(hidden.detach().sum(0) + 1) / 2).double())
+    assert not found.requires_grad, "the graph of every observed batch would stay in memory"
