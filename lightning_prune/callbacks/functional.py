@@ -114,7 +114,7 @@ def prune(
         >>> import torch
         >>> from lightning_prune import prune
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> report = prune(net, torch.zeros(1, 4), pruning_ratio=0.5)
+        >>> report = prune(net, torch.zeros(2, 4), pruning_ratio=0.5)
         >>> net[0], report.widths
         (Linear(in_features=4, out_features=4, bias=True), {'0': 4})
     """

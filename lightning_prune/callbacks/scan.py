@@ -55,7 +55,7 @@ def sensitivity(
         >>> import torch
         >>> from lightning_prune import sensitivity
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> scan = sensitivity(net, lambda m: float(m(torch.ones(1, 4)).sum()), torch.zeros(1, 4), shares=(0.5,))
+        >>> scan = sensitivity(net, lambda m: float(m(torch.ones(2, 4)).sum()), torch.zeros(2, 4), shares=(0.5,))
         >>> list(scan.metrics), net[0].out_features
         (['0'], 8)
     """

@@ -42,7 +42,7 @@ def inspect(model: nn.Module, example: Any = None) -> Inspection:
         >>> import torch
         >>> from lightning_prune import inspect
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> inspect(net, torch.zeros(1, 4)).structure.widths
+        >>> inspect(net, torch.zeros(2, 4)).structure.widths
         {'0': 8}
     """
     traced = traced_model_for(model, example)

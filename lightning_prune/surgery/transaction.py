@@ -69,7 +69,7 @@ def transaction(
         >>> from lightning_prune.structure import TracedModel, trace
         >>> from lightning_prune.surgery import spec_of, transaction
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> example = torch.zeros(1, 4)
+        >>> example = torch.zeros(2, 4)
         >>> traced = TracedModel.of(net, example)
         >>> with transaction(net, run=lambda: net(example)) as change:
         ...     structure = change.keep(trace(traced), {"0": (0, 1, 2, 3)})
