@@ -83,12 +83,11 @@ def stored(file: Path, settings: Mapping[str, Any], *, resume: bool, rows: str =
 
 
 def command(module: str) -> str:
-    """The command that was run, without the places of the data and of what is done so far, nor ``--resume``."""
+    """The command that was run, with FOLDER for folders of this machine, and without ``--resume``."""
     arguments = [word for word in sys.argv[1:] if word != "--resume"]
-    for place in ("--root", "--work"):
-        while place in arguments:
-            at = arguments.index(place)
-            del arguments[at : at + 2]
+    for at, word in enumerate(arguments[:-1]):
+        if word in ("--root", "--work"):
+            arguments[at + 1] = "FOLDER"
     return shlex.join(["python", "-m", module, *arguments])
 
 

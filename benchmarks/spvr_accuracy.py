@@ -42,6 +42,8 @@ Row = dict[str, Any]
 Job = dict[str, Any]
 
 IMAGES, BATCH, BEFORE, AFTER, LR = 5000, 128, 3, 5, 0.002
+# In every row: earlier rows are of the first images of the data set, not of drawn ones, and are not taken.
+IMAGES_KEY = {"images": f"{IMAGES} drawn"}
 GROUP, PER_CLASS, DRAWS = 2, 50, 20
 BUDGETS, SEEDS = (0.1, 0.02, 0.3), range(3)
 # With groups of 16 the smallest network that is left has 4 % of the parameters.
@@ -108,7 +110,7 @@ def network(seed: int) -> CNNClassifier:
 
 def trained(seed: int, work: Path) -> CNNClassifier:
     """The dense network of a seed."""
-    model, file = network(seed), work / f"cnn-{seed}.pt"
+    model, file = network(seed), work / f"cnn-drawn-{seed}.pt"
     trained_once(model, file, lambda: quiet_fit(model, data_of(seed), max_epochs=BEFORE))
     return model
 
@@ -192,10 +194,12 @@ def fitted(job: Job, work: Path) -> Row:
 def jobs() -> list[Job]:
     """The most valuable first."""
     dense: list[Job] = [
-        {"method": "unpruned", "budget": 1.0, "weights": weights, "seed": seed} for weights in WEIGHTS for seed in SEEDS
+        {"method": "unpruned", "budget": 1.0, "weights": weights, **IMAGES_KEY, "seed": seed}
+        for weights in WEIGHTS
+        for seed in SEEDS
     ]
     cut_ones: list[Job] = [
-        {"method": method, "budget": budget, "weights": weights, "seed": seed}
+        {"method": method, "budget": budget, "weights": weights, **IMAGES_KEY, "seed": seed}
         for budget in BUDGETS
         for weights in WEIGHTS
         for method in METHODS
@@ -206,7 +210,7 @@ def jobs() -> list[Job]:
 
 def jobs_of_sizes() -> list[Job]:
     """Group sizes of the same budget, from scratch."""
-    same: Job = {"method": SPVR, "budget": SIZES_AT, "weights": WEIGHTS[0]}
+    same: Job = {"method": SPVR, "budget": SIZES_AT, "weights": WEIGHTS[0], **IMAGES_KEY}
     return [{**same, "group_size": size, "seed": seed} for size in SIZES for seed in SEEDS]
 
 
@@ -294,7 +298,9 @@ def main() -> None:
     }
     files = {part: given.work / f"{part}.jsonl" for part in made_of}
     if given.part == "page":
-        found = {part: rows_in(file) for part, file in files.items() if file.is_file()}
+        keys = {"mobilenet": spvr_mobilenet.IMAGES_KEY}
+        stored = {part: rows_in(file, **keys.get(part, IMAGES_KEY)) for part, file in files.items() if file.is_file()}
+        found = {part: rows for part, rows in stored.items() if rows}
         made = [made_of[part][2](rows) for part, rows in found.items()]
         publish(
             "spvr_accuracy", found, "\n\n".join(made), figure_of_sizes(found["groups"]) if "groups" in found else None
