@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -395,6 +396,33 @@ def test_a_part_that_was_pruned_by_itself_is_told(tmp_path: Path) -> None:
     prune(whole, torch.zeros(2, 6), pruning_ratio=0.5)
     fit(tmp_path, whole, epochs=1, validate=False).save_checkpoint(tmp_path / "whole.ckpt")
     assert load_from_checkpoint(Wrapping, tmp_path / "whole.ckpt").net[0].out_features == 6
+
+
+def test_training_goes_on_after_prune_without_a_callback(tmp_path: Path) -> None:
+    model, file = make(Net, "adamw"), tmp_path / "small.ckpt"
+    prune(model, torch.zeros(2, 6), pruning_ratio=0.5)
+    fit(tmp_path, model, epochs=2, validate=False).save_checkpoint(file)
+    loaded = load_from_checkpoint(Net, file)
+    assert loaded.training
+    run = fit(tmp_path, loaded, epochs=3, validate=False, ckpt_path=file)
+    assert widths(loaded) == (6, 4)
+    assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {3 * BATCHES}
+
+
+def test_a_checkpoint_with_objects_loads_if_it_is_trusted(tmp_path: Path) -> None:
+    class WithObject(Wrapping):
+        def __init__(self, settings: Any = None) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    model = WithObject(SimpleNamespace(depth=3))
+    prune(model, torch.zeros(2, 6), pruning_ratio=0.5)
+    fit(tmp_path, model, epochs=1, validate=False).save_checkpoint(tmp_path / "objects.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_from_checkpoint(WithObject, tmp_path / "objects.ckpt")
+    loaded = load_from_checkpoint(WithObject, tmp_path / "objects.ckpt", weights_only=False)
+    assert loaded.hparams["settings"].depth == 3
+    assert loaded.net[0].out_features == 6
 
 
 def test_what_is_no_checkpoint_of_a_trainer_is_told(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def load_from_checkpoint(
     checkpoint_path: str | Path,
     map_location: Any = None,
     strict: bool | None = None,
+    weights_only: bool | None = None,
     **init: Any,
 ) -> Module:
     """Load a pruned or dense network from a checkpoint, without a callback.
@@ -60,10 +61,13 @@ def load_from_checkpoint(
         checkpoint_path: The checkpoint.
         map_location: As in ``torch.load``.
         strict: As in ``LightningModule.load_from_checkpoint``.
+        weights_only: As in ``torch.load``, which reads tensors and plain values only, unless this is False. Pass False
+            for a checkpoint that you trust and whose saved hyperparameters contain other objects.
         **init: Arguments of the class that ``save_hyperparameters()`` did not save, or to override.
 
     Returns:
-        An instance of ``model_class`` with the widths of the checkpoint and its history.
+        An instance of ``model_class`` with the widths of the checkpoint and its history; in train mode, as from
+        Lightning, so call ``.eval()`` before you predict with it.
 
     Raises:
         HistoryError: If the checkpoint is of another architecture or its history is damaged.
@@ -88,7 +92,9 @@ def load_from_checkpoint(
         before = vars(model_class).get("on_load_checkpoint")
         model_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
         try:
-            return model_class.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=strict, **init)
+            return model_class.load_from_checkpoint(
+                checkpoint_path, map_location=map_location, strict=strict, weights_only=weights_only, **init
+            )
         except (KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             message = _cause(error, Path(checkpoint_path), model_class)
             if message is None:
