@@ -10,14 +10,14 @@ from tests.cli.modules import MODULE
 
 PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
 
-_HEAD = """# Messages
+_HEAD = """# Error messages of the command line
 
 A mistake on the command line ends with exit code 2 and one line on stderr: what was expected, what was given, and what
 to do. `--debug` shows the traceback instead. Errors in your code or in this package always show their traceback.
 
 Each row is tested; `python -m tests.cli.mistakes` writes this page. `mine.py` is a module in the current folder.
 
-| command | `lightning-prune:` |
+| command | message, after `lightning-prune: ` |
 |---|---|
 """
 
