@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -123,7 +123,7 @@ class Comparison(Shown):
         by_seed = {setting: self._by_seed(setting) for setting in self.settings}
         first, *others = self.settings
         rows = [(setting, *_pair(by_seed[first], by_seed[setting])) for setting in others]
-        columns = ("setting", "seeds in common", f"{first}", "this one", "difference", "std", "smallest", "largest")
+        columns = ("setting", "paired by", f"{first}", "this one", "difference", "std", "smallest", "largest")
         note = (
             f"{self.metric} at the end of runs with the same seed, minus that of {first}; mean, standard deviation "
             "(ddof 1), smallest and largest of the differences."
@@ -155,7 +155,7 @@ def _cost(network: ComparedNetwork, cost: str) -> str:
 def _pair(first: Mapping[int, float], other: Mapping[int, float]) -> Sequence[str]:
     seeds = sorted(first.keys() & other.keys())
     if not seeds:
-        return ("none", *[MISSING] * 6)
+        return ("no seed in common", *[MISSING] * 6)
     differences = [other[seed] - first[seed] for seed in seeds]
     spread = statistics.stdev(differences) if len(seeds) > 1 else None
     means = (statistics.fmean(each[seed] for seed in seeds) for each in (first, other))
@@ -163,5 +163,5 @@ def _pair(first: Mapping[int, float], other: Mapping[int, float]) -> Sequence[st
     return (_listed(seeds), *(number(figure) for figure in figures))
 
 
-def _listed(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, seeds))
+def _listed(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"

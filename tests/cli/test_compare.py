@@ -73,7 +73,7 @@ def test_dense_and_pruned_runs_side_by_side(trained: Path, in_tmp: Path, capsys:
     row = comparison.grids()[1].rows[0]
     ends = {each.run: each.metric for each in comparison.networks if each.is_final}
     difference = sum(ends[f"pruned/{n}"] - ends[f"dense/{n}"] for n in ("001", "002")) / 2
-    assert row[:2] == ("pruned", "0, 1")
+    assert row[:2] == ("pruned", "seeds 0, 1")
     assert float(row[4]) == pytest.approx(difference, rel=1e-3, abs=1e-6)
 
 

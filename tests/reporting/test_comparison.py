@@ -50,18 +50,18 @@ def test_settings_are_paired_where_seeds_agree() -> None:
     _, pairs = Comparison((*networks, saved, WORSE), "val_acc").grids()
     differences = np.array([-0.01, -0.04])
     row, lonely = pairs.rows
-    assert row[:2] == ("pruned", "1, 2")
+    assert row[:2] == ("pruned", "seeds 1, 2")
     expected = [0.93, 0.905, differences.mean(), differences.std(ddof=1), differences.min(), differences.max()]
     assert [float(cell) for cell in row[2:]] == pytest.approx(expected, rel=1e-3)
-    assert lonely[1] == "1", "its only seed"
+    assert lonely[1] == "seed 1", "its only seed"
     none = Comparison((DENSE, WORSE), "val_acc").grids()[1].rows[0]
-    assert none[1:] == ("none", *["–"] * 6)
+    assert none[1:] == ("no seed in common", *["–"] * 6)
 
 
 def test_runs_with_one_seed_count_once() -> None:
     networks = (DENSE, replace(PRUNED, metric=0.7), replace(PRUNED, metric=0.9))
     row = Comparison(networks, "val_acc").grids()[1].rows[0]
-    assert row[1] == "0"
+    assert row[1] == "seed 0"
     assert float(row[3]) == pytest.approx(0.8)
     assert row[5] == "–", "one seed has no spread"
 
