@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         LinearSchedule,
         OneShot,
         Scope,
+        WhenStable,
     )
     from lightning_prune.scoring import (
         CHIP,
@@ -140,6 +141,7 @@ __all__ = [
     "StructuredPruning",
     "SynFlow",
     "Taylor",
+    "WhenStable",
     "XGBPruning",
     "XGBoost",
     "__version__",
@@ -210,6 +212,7 @@ _ROOM_OF = {
     "StructuredPruning": "callbacks",
     "SynFlow": "scoring",
     "Taylor": "scoring",
+    "WhenStable": "planning",
     "XGBPruning": "callbacks",
     "XGBoost": "scoring",
     "inspect": "callbacks",

@@ -24,6 +24,7 @@ from lightning_prune.callbacks.lightning.averages import ManualAverages
 from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.lightning.monitors import reset_monitors
 from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, run_on_rank_zero
+from lightning_prune.callbacks.lightning.progress import now, run_length
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
@@ -64,6 +65,45 @@ class Decision:
     def summaries(self) -> dict[str, Scores]:
         """Summaries of the scores, for the report."""
         return {name: Scores.of(values, self.plan.kept.get(name)) for name, values in self.scores.items()}
+
+
+@dataclass(frozen=True)
+class _Agreements:
+    """Agreement of the plans that a schedule compares, so far.
+
+    Attributes:
+        at: Moment of the last plan; None before the first.
+        plan: The last plan.
+        values: Agreement of each plan with the one before.
+    """
+
+    at: int | None = None
+    plan: Plan | None = None
+    values: tuple[float, ...] = ()
+
+    def then(self, at: int, plan: Plan) -> _Agreements:
+        """Add a plan."""
+        values = self.values if self.plan is None else (*self.values, plan.agreement(self.plan))
+        return _Agreements(at, plan, values)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data for checkpoints."""
+        return {
+            "at": self.at,
+            "plan": None if self.plan is None else self.plan.to_plain(),
+            "values": list(self.values),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> _Agreements:
+        """Read what `to_plain` wrote."""
+        require(plain["at"], int | None, "the moment of the last plan")
+        require(plain["values"], list[float], "agreements of plans")
+        plan = plain["plan"]
+        if plan is not None:
+            require(plan["kept"], dict[str, list[int]], "units that the last plan keeps")
+            require(plan["before"], dict[str, int], "widths before the last plan")
+        return cls(plain["at"], None if plan is None else Plan.from_plain(plan), tuple(plain["values"]))
 
 
 class NetworkPruning(ScheduledPruning):
@@ -130,6 +170,7 @@ class NetworkPruning(ScheduledPruning):
     def _reset(self) -> None:
         super()._reset()
         self._extensions = Extensions(self.extensions)
+        self._agreements = _Agreements()
 
     @override
     def _reset_fit(self) -> None:
@@ -138,6 +179,8 @@ class NetworkPruning(ScheduledPruning):
         self._traced_model: TracedModel | None = None
         self._original = Size(0, 0, {})
         self._manual_averages: ManualAverages | None = None  # until the first cut
+        self._comparisons: tuple[int, ...] = ()  # moments of plans that the schedule compares
+        self._decided: Decision | None = None  # by a comparison, for the cut that follows
 
     @property
     def structure(self) -> Structure | None:
@@ -236,7 +279,13 @@ class NetworkPruning(ScheduledPruning):
                 f"{type(self).__name__}: expected a `schedule` with one moment, got {len(timeline)}: it acts once. "
                 "Give `AtStart()` to act before the first batch, or `OneShot(0.5)`."
             )
+        self._comparisons = self.schedule.comparisons(run_length(trainer)) if timeline else ()
         return timeline
+
+    @property
+    @override
+    def _compares_plans(self) -> bool:
+        return not self.acts_once
 
     def _traced(self, trainer: Trainer, traced: TracedModel) -> Structure:  # noqa: ARG002
         """The structure for planning."""
@@ -246,7 +295,8 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _state(self) -> dict[str, Any]:
-        return {"extensions": self._extensions.state()}
+        compared = {} if self._agreements.plan is None else {"agreements": self._agreements.to_plain()}
+        return {"extensions": self._extensions.state(), **compared}
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -255,6 +305,8 @@ class NetworkPruning(ScheduledPruning):
             warnings.warn("extensions start without their state: the checkpoint is of format 1", stacklevel=2)
         require(extensions, dict[str, Any], "extensions")
         self._extensions.restore(extensions)
+        if "agreements" in state:
+            self._agreements = _Agreements.from_plain(state["agreements"])
 
     @override
     def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -389,13 +441,59 @@ class NetworkPruning(ScheduledPruning):
         return self._extensions.waits
 
     @override
+    def _due(self, trainer: Trainer, module: LightningModule) -> CutPoint | None:
+        point = super()._due(trainer, module)
+        if not self.pending or not self._comparisons:
+            return point
+        last, passed = self._timeline[-1], now(trainer, self._timeline[-1])
+        before = -1 if self._agreements.at is None else self._agreements.at
+        if not any(before < moment <= passed for moment in self._comparisons):
+            # Stable plans whose cut has failed, in a run that is resumed from there.
+            return last if self.schedule.is_stable(self._agreements.values) else point
+        decision = self._decide(trainer, module, last)
+        if decision is None:
+            self._done = last.index
+            return None
+        self._agreements = self._agreements.then(passed, decision.plan)
+        stability = self._log_agreement(trainer)
+        if point is None and not self.schedule.is_stable(self._agreements.values):
+            self._plan_again()
+            return None
+        self._decided = decision
+        moment = f"Plans after {last.unit} {passed}: their mean agreement is {stability}"
+        if self.schedule.is_stable(self._agreements.values):
+            self.report.notes.append(f"{moment}, and the cut is made.")
+        else:
+            note = (
+                f"{moment}, less than {self.schedule!r} asks for, and the cut is made because it is the latest moment. "
+                "Give a later `latest` or a lower `threshold`, or train with a lower learning rate before."
+            )
+            self.report.notes.append(note)
+            warnings.warn(note, stacklevel=2)
+        return last
+
+    def _log_agreement(self, trainer: Trainer) -> str:
+        """Log how well the last plans agree, and return it as text."""
+        values = self._agreements.values
+        stability, prefix = self.schedule.stability(values), self.session.writer(self, trainer).name
+        numbers = {} if not values else {f"{prefix}/agreement": values[-1]}
+        if stability is not None:
+            numbers[f"{prefix}/stability"] = stability
+        if numbers:
+            log_now(trainer, numbers)
+        return "not known" if stability is None else f"{stability:.3f}"
+
+    def _plan_again(self) -> None:
+        """Called after a plan without a cut."""
+
+    @override
     def _cut(self, trainer: Trainer, module: LightningModule, point: CutPoint) -> None:
         began = perf_counter()
         if not self.report.cuts:
             own = self._refuse_manual_averages(trainer, module)
             if own.suspects and trainer.global_step == own.step:
                 warnings.warn(f"there may be an {_MANUAL_AVERAGE.format(own.suspects)}", stacklevel=2)
-        decision = self._decide(trainer, module, point)
+        decision, self._decided = self._decided or self._decide(trainer, module, point), None
         if decision is None:
             self._done = point.index
             return

@@ -41,7 +41,8 @@ class RewindSnapshot:
             return
         first, per_epoch = timeline[0] if timeline else None, run_length(trainer).steps_per_epoch
         if first is not None and (first.unit == "epoch" or per_epoch):
-            epoch = first.at if first.unit == "epoch" or not per_epoch else first.at // per_epoch
+            at = first.at if first.earliest is None else first.earliest
+            epoch = at if first.unit == "epoch" or not per_epoch else at // per_epoch
             if self.epoch > epoch:
                 raise ValueError(
                     f"{self.asker}: expected an epoch not after the first cut, which comes after {epoch} epoch(s), got "

@@ -60,6 +60,11 @@ class ScheduledPruning(Participant):
     def __init__(self, schedule: Schedule | None, reset_monitors: bool, dirpath: str | None) -> None:
         self.schedule: Schedule = LinearSchedule() if schedule is None else schedule
         instance_of(self, "schedule", self.schedule, Schedule, "LinearSchedule()` or `Explicit(((3, 0.5), (5, 1.0)))")
+        if self.schedule.decides_by_plans and not self._compares_plans:
+            raise ValueError(
+                f"{type(self).__name__}: expected a schedule with fixed moments, got {self.schedule!r}, which compares "
+                "plans of `StructuredPruning` and its presets. Give `OneShot(0.6)`."
+            )
         require_type(type(self).__name__, "reset_monitors", reset_monitors, bool)
         require_type(type(self).__name__, "dirpath", dirpath, str | PathLike | None)
         self.reset_monitors = reset_monitors
@@ -95,6 +100,11 @@ class ScheduledPruning(Participant):
     @property
     def removes_layers(self) -> bool:
         """Whether a cut may remove whole layers."""
+        return False
+
+    @property
+    def _compares_plans(self) -> bool:
+        """Whether the schedule may decide by plans that are made without a cut."""
         return False
 
     @property
@@ -372,9 +382,13 @@ class ScheduledPruning(Participant):
         if batch_idx == 0:
             self._begin_epoch(trainer, module)
         waits = self._waits() or not self._timeline
-        point = None if waits else due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
+        point = None if waits else self._due(trainer, module)
         if point is not None:
             self._cut(trainer, module, point)
+
+    def _due(self, trainer: Trainer, module: LightningModule) -> CutPoint | None:  # noqa: ARG002
+        """The cut that is due before this batch, if any."""
+        return due(self._timeline, self._last_done, now(trainer, self._timeline[0]))
 
     @override
     def snapshot_state(self) -> Callable[[], None]:

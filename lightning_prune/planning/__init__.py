@@ -23,6 +23,7 @@ from lightning_prune.planning.schedules import (
     OneShot,
     RunLength,
     Schedule,
+    WhenStable,
     due,
     reaches,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ScopeKind",
     "Target",
     "Weight",
+    "WhenStable",
     "best_depth",
     "best_unit",
     "choose_masks",

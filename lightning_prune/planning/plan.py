@@ -62,6 +62,25 @@ class Plan:
         """Whether nothing is removed."""
         return not self.kept
 
+    def agreement(self, other: Plan) -> float:
+        """How well two plans for the same widths agree, in [0, 1]: the mean over groups that one of them narrows.
+
+        Of each group, the lower of the Jaccard indices of the units that are kept and of those that are removed; 1 if
+        neither plan removes anything.
+
+        Raises:
+            ValueError: If the plans are for different widths.
+        """
+        if any(self.before[name] != other.before[name] for name in self.before.keys() & other.before.keys()):
+            raise ValueError(f"expected plans for the same widths, got {self.before} and {other.before}")
+        widths = {**self.before, **other.before}
+        found = []
+        for name, width in widths.items():
+            units = frozenset(range(width))
+            a, b = (frozenset(plan.kept.get(name, units)) for plan in (self, other))
+            found.append(min(_jaccard(a, b), _jaccard(units - a, units - b)))
+        return sum(found) / len(found) if found else 1.0
+
     def __str__(self) -> str:
         return ", ".join(f"{n} {self.before[n]}→{w}" for n, w in self.widths.items()) or "nothing to remove"
 
@@ -345,6 +364,11 @@ def _ranked(structure: Structure, scores: Mapping[str, Tensor | FloatArray]) -> 
             )
         ranked[name] = np.argsort(values, kind="stable")
     return ranked
+
+
+def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
+    """Common units as a share of all; 1 for empty sets."""
+    return len(a & b) / len(a | b) if a or b else 1.0
 
 
 def _array(scores: Tensor | FloatArray) -> FloatArray:

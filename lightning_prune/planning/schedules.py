@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "Spread",
     "Unit",
+    "WhenStable",
     "due",
     "reaches",
 ]
@@ -38,6 +39,9 @@ Unit = Literal["auto", "epoch", "step"]
 
 # Defaults: the network is trained first, and recovers in the last 40 % of the run.
 _START, _END, _CUTS = 0.1, 0.6, 5
+
+# Distance between two plans that are compared, as a share of a run that is counted in steps.
+_SHARE_OF_STEPS = 0.02
 
 # Tolerance, so that 0.1 * 30 is moment 3.
 _EPSILON = 1e-9
@@ -86,12 +90,14 @@ class CutPoint:
             of epoch 3 in Lightning's numbering.
         unit: Unit of ``at``.
         share: Share of the way from the dense size to the target that is done after this cut, in (0, 1].
+        earliest: When the cut can be made at the earliest, if ``at`` is the latest moment.
     """
 
     index: int
     at: int
     unit: Literal["epoch", "step"]
     share: float
+    earliest: int | None = None
 
 
 class Schedule(Settings, ABC):
@@ -101,6 +107,9 @@ class Schedule(Settings, ABC):
     absolute epoch or step. Shares are rounded to whole epochs (steps); a share above 0 is at least one epoch, and none
     is later than the start of the last epoch.
     """
+
+    #: Whether the moment of the cut depends on plans that are made before it; see `comparisons`.
+    decides_by_plans: ClassVar[bool] = False
 
     unit: Unit
 
@@ -126,6 +135,18 @@ class Schedule(Settings, ABC):
     @abstractmethod
     def marks(self) -> tuple[int | float | None, ...]:
         """Moments and intervals of the schedule's arguments."""
+
+    def comparisons(self, run: RunLength) -> tuple[int, ...]:  # noqa: ARG002
+        """Moments at which a plan is made and compared with the one before, ascending; by default there are none."""
+        return ()
+
+    def stability(self, agreements: Sequence[float]) -> float | None:  # noqa: ARG002
+        """How well the last plans agree, in [0, 1], or None while there are too few; see `Plan.agreement`."""
+        return None
+
+    def is_stable(self, agreements: Sequence[float]) -> bool:  # noqa: ARG002
+        """Whether the cut is made now, as plans agree."""
+        return False
 
     def resolve_unit(self, run: RunLength) -> Literal["epoch", "step"]:
         """The unit in this run: ``"auto"`` means epochs, or steps if there is one epoch or ``max_steps``.
@@ -434,6 +455,137 @@ class Explicit(Schedule):
     @override
     def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
         return [(_position(at, length), (i + 1) / len(self.cuts)) for i, (at, _) in enumerate(self.cuts)]
+
+
+@dataclass(frozen=True)
+class WhenStable(Schedule):
+    r"""A single cut, made as soon as successive plans agree (OCSPruner: Ghimire et al., WACV 2026).
+
+    From ``start`` on, the method makes a plan ``every`` epoch without cutting. Let :math:`K^t_g` be the units of group
+    :math:`g` that plan :math:`t` keeps and :math:`R^t_g` those it removes. Its agreement with the plan before is
+
+    .. math:: J_t = \frac{1}{|G_t|} \sum_{g \in G_t} \min\left(
+        \frac{|K^t_g \cap K^{t-1}_g|}{|K^t_g \cup K^{t-1}_g|},
+        \frac{|R^t_g \cap R^{t-1}_g|}{|R^t_g \cup R^{t-1}_g|}\right)
+
+    over the groups :math:`G_t` that one of the two plans narrows. The cut is made by plan t once the mean of the last
+    ``window`` agreements is at least ``threshold``, and at ``latest`` in any case, with a warning. One unit swapped in
+    one of nine groups, 16 of 32 units each, is :math:`J = 0.987`.
+
+    The paper compares the units that are kept. If 10 % are removed, two random plans still have 82 % of them in common,
+    and if 90 % are removed, the same holds of those that go; the lower of both indices is at most 1/3 for random plans
+    of any amount. A criterion that observes training starts anew with every plan, so that no batch counts in two plans.
+    Criteria that read data at a cut read it for each plan. Agreements are logged as ``pruning/agreement``, their means
+    as ``pruning/stability``.
+
+    For `StructuredPruning` and its presets, not for methods that act once or set masks.
+
+    Args:
+        threshold: Mean agreement from which on plans are stable, in (0, 1].
+        window: Number of successive agreements that are averaged, at least 1.
+        start: Moment of the first plan: a share of the run (float) or an absolute epoch or step (int).
+        every: Distance between two plans: a share of the run (float) or epochs or steps (int); by default one epoch, or
+            2 % of the run if it is counted in steps.
+        latest: Moment of the cut if plans do not agree before.
+        unit: What ints count; ``"auto"`` = epochs, steps where there is one epoch or ``max_steps``.
+
+    Raises:
+        ValueError: On construction for settings out of range; before the first training step if there are fewer than
+            ``window`` comparisons until ``latest``.
+
+    Example:
+        >>> from lightning_prune import StructuredPruning, WhenStable
+        >>> callback = StructuredPruning(0.5, schedule=WhenStable(threshold=0.98, window=3, latest=0.5))
+    """
+
+    decides_by_plans = True
+
+    threshold: float = 0.98
+    window: int = 3
+    start: int | float = _START
+    every: int | float | None = None
+    latest: int | float = _END
+    unit: Unit = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"WhenStable: expected `threshold` in (0, 1], the agreement of successive plans, got {self.threshold}. "
+                "Give 0.98."
+            )
+        if self.window < 1:
+            raise ValueError(f"WhenStable: expected `window` of at least 1 comparison, got {self.window}")
+        _check_moment("start", self.start)
+        _check_moment("latest", self.latest)
+        _check_interval(self.every)
+        if type(self.start) is type(self.latest) and self.latest < self.start:
+            raise ValueError(
+                f"WhenStable: expected `latest` not before the first plan, got start={self.start}, latest={self.latest}"
+            )
+
+    @property
+    @override
+    def marks(self) -> tuple[int | float | None, ...]:
+        return (self.start, self.latest, self.every)
+
+    @override
+    def share(self, progress: float, remaining: float) -> float:
+        return float(progress >= 1)
+
+    @override
+    def cut_moments(self, length: int | None, remaining: float) -> list[tuple[float, float]]:
+        return [(_position(self.latest, length), 1.0)]
+
+    @override
+    def timeline(self, run: RunLength, remaining: float) -> tuple[CutPoint, ...]:
+        points = super().timeline(run, remaining)
+        plans = self._plans(run)
+        return tuple(replace(point, earliest=plans[min(self.window, len(plans) - 1)]) for point in points)
+
+    @override
+    def comparisons(self, run: RunLength) -> tuple[int, ...]:
+        """Moments at which a plan is made; the first one has none to be compared with.
+
+        Raises:
+            ValueError: If there are fewer than ``window`` comparisons.
+        """
+        plans = self._plans(run)
+        if len(plans) <= self.window:
+            unit = self.resolve_unit(run)
+            raise ValueError(
+                f"{self!r}: expected `window + 1` plans until `latest`, got {len(plans)}, after {unit} "
+                f"{', '.join(map(str, plans))}. Let it start earlier, plan more often (`every`), give a later `latest` "
+                "or a smaller `window`, or train longer."
+            )
+        return plans
+
+    @override
+    def stability(self, agreements: Sequence[float]) -> float | None:
+        """Mean of the last ``window`` agreements."""
+        last = agreements[-self.window :]
+        return sum(last) / self.window if len(last) == self.window else None
+
+    @override
+    def is_stable(self, agreements: Sequence[float]) -> bool:
+        found = self.stability(agreements)
+        return found is not None and found >= self.threshold - _EPSILON
+
+    def _plans(self, run: RunLength) -> tuple[int, ...]:
+        """Moments of the plans, the last one at ``latest``."""
+        unit = self.resolve_unit(run)
+        length = run.total(unit)
+        first, last = _position(self.start, length), _position(self.latest, length)
+        if last < first:
+            raise ValueError(
+                f"{self!r}: expected `latest` not before the first plan, got moments {last:g} and {first:g}"
+            )
+        every = self.every
+        if every is None:
+            every = 1 if unit == "epoch" or length is None else _SHARE_OF_STEPS
+        step = _step(every, length)
+        moments = [first + i * step for i in range(math.floor((last - first) / step + _EPSILON) + 1)]
+        return tuple(sorted({_whole(moment) for moment in (*moments, last)}))
 
 
 def due(timeline: Sequence[CutPoint], done: int, now: int) -> CutPoint | None:

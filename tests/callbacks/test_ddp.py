@@ -30,6 +30,7 @@ from lightning_prune import (
     SaveEachSize,
     Scope,
     StructuredPruning,
+    WhenStable,
     inspect,
 )
 from lightning_prune.models import MLPClassifier
@@ -149,6 +150,20 @@ def test_settings_of_ddp(tmp_path: Path) -> None:
     for name, content in ranks.run(ranked.variants, tmp_path / "one", alone).items():
         assert_alike(found[name], content, name)
     assert len(list((tmp_path / "two" / "each size").rglob("params=*.ckpt"))) == 3
+
+
+def test_plans_agree_in_all_processes(tmp_path: Path) -> None:
+    """From what all of them have observed, at the same epoch and equal to one process; also after a resume."""
+    pruning = {"criterion": Contribution(every_n_batches=1), "schedule": WhenStable(0.6, 1, start=1, latest=3)}
+    cases = {"waits": {"pruning": pruning, "saving": True}}
+    two = ranks.run(ranked.variants, tmp_path / "two", cases, processes=2)["waits"]
+    one = ranks.run(ranked.variants, tmp_path / "one", cases)["waits"]
+    assert_alike(two, one)
+    assert two["state"]["agreements"] == one["state"]["agreements"]
+    file = tmp_path / "two" / "waits" / "steps" / f"step={ranked.BATCHES + 2}.ckpt"
+    again = ranks.run(ranked.variants, tmp_path / "again", {"a": {"pruning": pruning, "ckpt_path": file}}, processes=2)
+    assert_alike(again["a"], two)
+    assert again["a"]["state"]["agreements"] == two["state"]["agreements"]
 
 
 def test_a_communication_hook_is_there_after_a_cut(tmp_path: Path) -> None:

@@ -422,3 +422,62 @@ def test_of_two_equal_units_the_more_expensive_one_goes(mlp):
     assert plain.kept.keys() == {first}  # ties in the order of execution
     assert priced.kept.keys() == {second}  # each of its units has 30 weights on both sides
     assert size(structure, priced.widths, "units") > size(structure, plain.widths, "units")
+
+
+def plans_of(width):
+    return st.sets(st.integers(0, width - 1), min_size=1, max_size=width - 1).map(lambda units: tuple(sorted(units)))
+
+
+@given(
+    widths=st.lists(st.integers(2, 9), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_agreement_is_the_lower_jaccard_index_of_what_stays_and_what_goes(widths, data):
+    """Counted unit by unit, over the groups that one of the plans narrows."""
+    plans = []
+    for _ in range(2):
+        kept = {f"{i}": data.draw(plans_of(width)) for i, width in enumerate(widths) if data.draw(st.booleans())}
+        plans.append(Plan(kept, {name: widths[int(name)] for name in kept}))
+    indices = []
+    for i, width in enumerate(widths):
+        stays = [[unit in plan.kept.get(f"{i}", range(width)) for unit in range(width)] for plan in plans]
+        if all(stays[0]) and all(stays[1]):
+            continue
+        both = sum(a and b for a, b in zip(*stays, strict=True))
+        neither = sum(not a and not b for a, b in zip(*stays, strict=True))
+        indices.append(min(both / (width - neither), neither / (width - both)))
+    expected = sum(indices) / len(indices) if indices else 1.0
+    assert plans[0].agreement(plans[1]) == pytest.approx(expected)
+    assert plans[1].agreement(plans[0]) == plans[0].agreement(plans[1])
+    assert plans[0].agreement(plans[0]) == 1
+
+
+def test_agreement_with_one_unit_swapped_in_resnet_20():
+    """Nine groups lose half of their units; one of 32 has another one instead."""
+    before = {f"{i}": width for i, width in enumerate([16] * 3 + [32] * 3 + [64] * 3)}
+    kept = {name: tuple(range(width // 2)) for name, width in before.items()}
+    other = Plan(kept | {"4": (*range(15), 20)}, before)
+    assert Plan(kept, before).agreement(other) == pytest.approx(0.987, abs=5e-4)
+
+
+def test_agreement_of_random_plans_is_low_at_any_amount():
+    rng = np.random.default_rng(0)
+    for share in (0.1, 0.5, 0.9):
+        count = round(share * 200)
+        plans = [
+            Plan({"a": tuple(sorted(rng.choice(200, 200 - count, replace=False).tolist()))}, {"a": 200})
+            for _ in range(2)
+        ]
+        assert plans[0].agreement(plans[1]) < 0.45
+
+
+def test_agreement_where_a_group_vanishes():
+    gone, left = Plan({"a": ()}, {"a": 4}), Plan({"a": (0,)}, {"a": 4})
+    assert gone.agreement(gone) == 1
+    assert gone.agreement(left) == 0  # nothing stays, or unit 0
+    assert Plan({}, {}).agreement(Plan({}, {})) == 1
+
+
+def test_agreement_of_plans_for_other_networks_is_refused():
+    with pytest.raises(ValueError, match="expected plans for the same widths"):
+        Plan({"a": (0,)}, {"a": 4}).agreement(Plan({"a": (0,)}, {"a": 3}))

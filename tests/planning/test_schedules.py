@@ -21,6 +21,7 @@ from lightning_prune.planning.schedules import (
     OneShot,
     RunLength,
     Schedule,
+    WhenStable,
     due,
     reaches,
 )
@@ -42,7 +43,7 @@ def shares(schedule: Schedule, run: RunLength, remaining: float = 0.5) -> list[f
 
 
 def test_discovery_finds_the_schedules():
-    assert {AtStart, OneShot, LinearSchedule, Cubic, Geometric, Explicit} <= set(SCHEDULES)
+    assert {AtStart, OneShot, LinearSchedule, Cubic, Geometric, Explicit, WhenStable} <= set(SCHEDULES)
 
 
 @pytest.mark.parametrize("cls", SCHEDULES)
@@ -267,3 +268,37 @@ def test_due_is_idempotent_and_takes_the_latest(done, now):
     else:
         assert point == reference[-1]
         assert due(timeline, point.index, now) is None
+
+
+def test_moments_of_plans_that_are_compared():
+    """Every epoch from the first plan to the latest moment, which is always one of them."""
+    assert WhenStable(start=2, latest=6).comparisons(RunLength(10)) == (2, 3, 4, 5, 6)
+    assert WhenStable(start=2, latest=9, every=3).comparisons(RunLength(10)) == (2, 5, 8, 9)
+    assert WhenStable().comparisons(RunLength(20)) == tuple(range(2, 13))
+    assert WhenStable(start=0, latest=0.5, every=0.1).comparisons(RunLength(20)) == (0, 2, 4, 6, 8, 10)
+    assert WhenStable(latest=0.2).comparisons(RunLength(1, steps_per_epoch=100)) == (10, 12, 14, 16, 18, 20)
+    assert LinearSchedule().comparisons(RunLength(20)) == ()
+
+
+def test_the_earliest_moment_of_a_cut_by_agreement():
+    (point,) = WhenStable(window=3, start=2, latest=9).timeline(RunLength(10), 0.5)
+    assert (point.at, point.earliest, point.share) == (9, 5, 1.0)
+    assert LinearSchedule().timeline(RunLength(10), 0.5)[0].earliest is None
+
+
+@given(values=st.lists(st.floats(0, 1), max_size=8), window=st.integers(1, 4), threshold=st.floats(0.01, 1))
+def test_stable_from_the_mean_of_a_whole_window_on(values, window, threshold):
+    schedule = WhenStable(threshold, window)
+    if len(values) < window:
+        assert schedule.stability(values) is None
+        assert not schedule.is_stable(values)
+        return
+    mean = sum(values[len(values) - window :]) / window
+    assert schedule.stability(values) == pytest.approx(mean)
+    if abs(mean - threshold) > 1e-6:
+        assert schedule.is_stable(values) == (mean > threshold)
+
+
+def test_equal_plans_meet_a_threshold_of_one():
+    assert WhenStable(1.0, 3).is_stable([0.2, 1.0, 1.0, 1.0])
+    assert WhenStable(0.9, 3).is_stable([0.9] * 3), "despite rounding"

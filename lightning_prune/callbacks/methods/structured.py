@@ -389,12 +389,20 @@ class StructuredPruning(NetworkPruning):
         return plans[best], {"pruning/draw": float(best), "pruning/draw_loss": losses[best] / samples}
 
     @override
+    def _plan_again(self) -> None:
+        # Plans from the same batches would agree without being stable.
+        self._restart_observation()
+
+    @override
     def _set_structure(self, structure: Structure) -> None:
         super()._set_structure(structure)
         self._selected = tuple(name for name in self._selected if name in structure.widths)
         self._observed = tuple(name for name in self._observed if name in structure.widths)
-        # Contributions count from the last cut.
-        self._observation = Observation(statistic_of(self.criterion, _only(structure, self._observed)))
+        self._restart_observation()  # contributions count from the last cut
+
+    def _restart_observation(self) -> None:
+        assert self._structure is not None
+        self._observation = Observation(statistic_of(self.criterion, _only(self._structure, self._observed)))
 
     def _let_collect(self, statistic: Statistic, module: LightningModule, data: DataPass) -> None:
         """Collect a statistic on the network, or on a copy if the training step is run."""
