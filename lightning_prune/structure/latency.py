@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes
@@ -168,14 +169,15 @@ def median_seconds(run: Callable[[], Any], seconds: float) -> float:
     """Median time of ``run()``, synchronized with the device, measured for about ``seconds``."""
     from torch.utils.benchmark import Timer, timer  # the import logs its search for a CUDA compiler
 
-    run()  # the first pass allocates memory and chooses algorithms
-    start = timer()  # waits for the device
-    run()
-    once = float(timer() - start)
-    if once > seconds:
-        return once
-    threads = torch.get_num_threads()
-    measured = Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=seconds)
+    with _disable_current_modes():  # a counter of operations would be timed, too, and count all repetitions
+        run()  # the first pass allocates memory and chooses algorithms
+        start = timer()  # waits for the device
+        run()
+        once = float(timer() - start)
+        if once > seconds:
+            return once
+        threads = torch.get_num_threads()
+        measured = Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=seconds)
     return float(measured.median)
 
 
