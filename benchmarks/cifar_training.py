@@ -23,6 +23,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from types import MethodType
@@ -199,11 +200,18 @@ def callbacks_of(way: Way, job: Mapping[str, Any], main: Mapping[str, Any] | Non
     return [StructuredPruning(ratios, criterion=L1(), extensions=extensions, **common)]
 
 
-def steps_of(way: Way, job: Mapping[str, Any], epoch: int, main: Mapping[str, Any] | None, dense: int) -> int:
-    """Training steps, of which an epoch has so many: as long as the run with all ingredients, or at the same MACs."""
+def length_of(
+    way: Way, job: Mapping[str, Any], batches: int, main: Mapping[str, Any] | None, dense: int
+) -> tuple[int, int]:
+    """Epochs and batches in each, of so many: as long as the run with all ingredients, or at the same MACs.
+
+    Epochs are shortened, because Lightning resumes a run that is limited by ``max_steps`` at the wrong batch.
+    """
     if way.equal == "epochs" or main is None:
-        return int(job["epochs"]) * epoch
-    return round(main["macs"] / (dense if way.control == "dense" else main["macs_step"]))
+        return int(job["epochs"]), batches
+    steps = main["macs"] / (dense if way.control == "dense" else main["macs_step"])
+    epochs = ceil(steps / batches)
+    return epochs, round(steps / epochs)
 
 
 def train(
@@ -219,7 +227,8 @@ def train(
     model: ResNetCIFAR = load(job["depth"]).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dense, data = widths_of(model), Images(sets, job["seed"])
     data.setup("fit")
-    steps = steps_of(way, job, len(data.train_dataloader()), main, dense_step(model))
+    epochs, batches = length_of(way, job, len(data.train_dataloader()), main, dense_step(model))
+    steps = epochs * batches
     rate = job["lr"] if way.control != "scratch" else given.scratch_lr
 
     def configure_optimizers(module: LightningModule) -> Any:
@@ -231,8 +240,9 @@ def train(
     counted, tested = TrainingMacs(), Tested(sets[1])
     saver = ModelCheckpoint(home, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     trainer = Trainer(
-        accelerator=given.accelerator, devices=1, precision="bf16-mixed", max_epochs=-1, max_steps=steps,
-        default_root_dir=home, logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        accelerator=given.accelerator, devices=1, precision="bf16-mixed", max_epochs=epochs,
+        limit_train_batches=batches, limit_val_batches=0,
+        default_root_dir=home, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[counted, *callbacks_of(way, job, main, dense), tested, saver],
     )  # fmt: skip
     last = home / "last.ckpt"
