@@ -3,6 +3,7 @@
 from lightning_prune.callbacks.extensions import (
     CutExtension,
     Distill,
+    GrowPenalty,
     ReestimateIfBetter,
     Rewind,
     Rollback,
@@ -31,6 +32,7 @@ __all__ = [
     "Decision",
     "Distill",
     "GradualUnfreezing",
+    "GrowPenalty",
     "HybridPruning",
     "MagnitudePruning",
     "NetworkPruning",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -23,18 +24,27 @@ from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.lightning.averages import ManualAverages
 from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.lightning.monitors import reset_monitors
-from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, run_on_rank_zero
+from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, gathered, run_on_rank_zero
 from lightning_prune.callbacks.lightning.progress import now, run_length
 from lightning_prune.callbacks.live_transaction import live_transaction
 from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
 from lightning_prune.callbacks.session import CutMade, Participant
+from lightning_prune.callbacks.stored_plan import stored_plan
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
-from lightning_prune.callbacks.training_data import training_data
+from lightning_prune.callbacks.training_data import held_out_data, training_data
 from lightning_prune.planning import AtStart, CutPoint, Plan, Schedule
 from lightning_prune.reporting import Cut, Scores, require, size_of
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Group, Size, Structure, TracedModel, trace, verify_shapes
-from lightning_prune.surgery import Repair, Replace, Transaction, history_of, original_of, with_history
+from lightning_prune.surgery import (
+    Repair,
+    Replace,
+    Transaction,
+    history_of,
+    losses_of_plans,
+    original_of,
+    with_history,
+)
 
 __all__ = ["Decision", "NetworkPruning"]
 
@@ -61,6 +71,19 @@ class Decision:
     info: Mapping[str, float] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data and tensors for checkpoints."""
+        parts = {"info": self.info, "numbers": self.numbers, "scores": self.scores}
+        return {"plan": self.plan.to_plain(), **{name: dict(part) for name, part in parts.items()}}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Decision:
+        """Read what `to_plain` wrote."""
+        require(plain["info"], dict[str, float], "numbers of a planned cut")
+        require(plain["numbers"], dict[str, float], "numbers of a planned cut")
+        require(plain["scores"], dict[str, Tensor], "scores of a planned cut")
+        return cls(stored_plan(plain["plan"]), plain["info"], plain["numbers"], plain["scores"])
 
     def summaries(self) -> dict[str, Scores]:
         """Summaries of the scores, for the report."""
@@ -100,10 +123,7 @@ class _Agreements:
         require(plain["at"], int | None, "the moment of the last plan")
         require(plain["values"], list[float], "agreements of plans")
         plan = plain["plan"]
-        if plan is not None:
-            require(plan["kept"], dict[str, list[int]], "units that the last plan keeps")
-            require(plan["before"], dict[str, int], "widths before the last plan")
-        return cls(plain["at"], None if plan is None else Plan.from_plain(plan), tuple(plain["values"]))
+        return cls(plain["at"], None if plan is None else stored_plan(plan), tuple(plain["values"]))
 
 
 class NetworkPruning(ScheduledPruning):
@@ -164,6 +184,18 @@ class NetworkPruning(ScheduledPruning):
                     "instances such as `Ridge()` or `Rollback()`."
                 )
         require_one_restart(type(self).__name__, extensions or ())
+        delaying = [one for one in extensions or () if isinstance(one, CutExtension) and one.delays]
+        restarts = [one for one in extensions or () if one.restarts]
+        if delaying and restarts:
+            raise ValueError(
+                f"{type(self).__name__}: expected {delaying[0]!r} without {restarts[0]!r}, which sets all weights at "
+                "the cut, so that preparing it has no effect. Leave one of the two out."
+            )
+        if delaying and self.acts_once:
+            raise ValueError(
+                f"{type(self).__name__}: expected no {delaying[0]!r}, because this method decides and cuts at once. "
+                "Use `StructuredPruning` with the criterion."
+            )
         return tuple(extensions or ())
 
     @override
@@ -171,6 +203,7 @@ class NetworkPruning(ScheduledPruning):
         super()._reset()
         self._extensions = Extensions(self.extensions)
         self._agreements = _Agreements()
+        self._planned: tuple[CutPoint, Decision] | None = None  # a cut that extensions prepare
 
     @override
     def _reset_fit(self) -> None:
@@ -180,7 +213,7 @@ class NetworkPruning(ScheduledPruning):
         self._original = Size(0, 0, {})
         self._manual_averages: ManualAverages | None = None  # until the first cut
         self._comparisons: tuple[int, ...] = ()  # moments of plans that the schedule compares
-        self._decided: Decision | None = None  # by a comparison, for the cut that follows
+        self._held_out: dict[int, DataPass] = {}  # by number of samples
 
     @property
     def structure(self) -> Structure | None:
@@ -295,8 +328,13 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _state(self) -> dict[str, Any]:
-        compared = {} if self._agreements.plan is None else {"agreements": self._agreements.to_plain()}
-        return {"extensions": self._extensions.state(), **compared}
+        state: dict[str, Any] = {"extensions": self._extensions.state()}
+        if self._agreements.plan is not None:
+            state["agreements"] = self._agreements.to_plain()
+        if self._planned is not None:
+            point, decision = self._planned
+            state["planned"] = {"point": [*astuple(point)], **decision.to_plain()}
+        return state
 
     @override
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -307,6 +345,11 @@ class NetworkPruning(ScheduledPruning):
         self._extensions.restore(extensions)
         if "agreements" in state:
             self._agreements = _Agreements.from_plain(state["agreements"])
+        if "planned" in state:
+            planned = state["planned"]
+            index, at, unit, share, earliest = planned["point"]
+            require([index, at, earliest], list[int | None], "the moment of a planned cut")
+            self._planned = CutPoint(index, at, unit, share, earliest), Decision.from_plain(planned)
 
     @override
     def _continues_previous_fit(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -347,6 +390,9 @@ class NetworkPruning(ScheduledPruning):
             warnings.warn(note, stacklevel=2)
         self._structure, self._traced_model, self._original = structure, traced, original_of(module, structure)
         self._timeline = self._check(trainer, module, batch, structure, self._original)
+        if self._planned is not None and (self._planned[0] not in self._timeline or self._other_aims()):
+            self._planned = None  # this run has other cuts
+            self._extensions.cancel_cut()
         history = history_of(module)
         if self._done is None:
             # A checkpoint without this callback's state; cuts before this run do not count.
@@ -442,6 +488,8 @@ class NetworkPruning(ScheduledPruning):
 
     @override
     def _due(self, trainer: Trainer, module: LightningModule) -> CutPoint | None:
+        if self._planned is not None:
+            return self._planned[0]
         point = super()._due(trainer, module)
         if not self.pending or not self._comparisons:
             return point
@@ -459,7 +507,7 @@ class NetworkPruning(ScheduledPruning):
         if point is None and not self.schedule.is_stable(self._agreements.values):
             self._plan_again()
             return None
-        self._decided = decision
+        self._planned = last, decision
         moment = f"Plans after {last.unit} {passed}: their mean agreement is {stability}"
         if self.schedule.is_stable(self._agreements.values):
             self.report.notes.append(f"{moment}, and the cut is made.")
@@ -493,12 +541,17 @@ class NetworkPruning(ScheduledPruning):
             own = self._refuse_manual_averages(trainer, module)
             if own.suspects and trainer.global_step == own.step:
                 warnings.warn(f"there may be an {_MANUAL_AVERAGE.format(own.suspects)}", stacklevel=2)
-        decision, self._decided = self._decided or self._decide(trainer, module, point), None
+        decision = self._decide(trainer, module, point) if self._planned is None else self._planned[1]
         if decision is None:
             self._done = point.index
             return
+        if any(part.delays for part in self._extensions.parts):
+            self._planned = point, decision
+            if not self._extensions.prepare_cut(self._run(trainer, module), decision.plan):
+                return
         self._extensions.before_cut(self._run(trainer, module))
         self._apply(trainer, module, decision, point, began)
+        self._planned = None
         if self.reset_monitors:
             reset_monitors(trainer)
         seconds = {f"{self.session.writer(self, trainer).name}/seconds": self.report.cuts[-1].seconds}
@@ -613,8 +666,25 @@ class NetworkPruning(ScheduledPruning):
         assert self._traced_model is not None
         folder = self.session.writer(self, trainer).folder
         samples = partial(self._samples, trainer, module)
+        losses = partial(self._held_out_losses, trainer, module)
         traced, groups = self._traced_model, self._own(self._structure)
-        return RunContext(trainer, module, traced, groups, self.report, folder, self._timeline, samples)
+        return RunContext(trainer, module, traced, groups, self.report, folder, self._timeline, samples, losses)
+
+    def _held_out_losses(
+        self, trainer: Trainer, module: LightningModule, plans: Sequence[Plan], samples: int
+    ) -> list[float]:
+        """Loss on validation data of the network cut by each plan, for extensions."""
+        traced, structure = self._traced_model, self._structure
+        assert traced is not None
+        assert structure is not None
+        if samples not in self._held_out:
+            asker = ", ".join(type(one).__name__ for one in self._extensions.parts)
+            self._held_out[samples] = held_out_data(asker, trainer, module, traced, samples)
+        data = self._held_out[samples]
+        with all_or_none(), trainer.precision_plugin.forward_context():
+            sums = losses_of_plans(traced.copy("real").module, structure, plans, data)
+        *losses, count = gathered(torch.cat([sums, sums.new_tensor([len(data)])])[None]).sum(0).tolist()
+        return [loss / count for loss in losses]
 
     def _samples(self, trainer: Trainer, module: LightningModule, batches: int | None = None) -> DataPass:
         """Samples of the training data for extensions, the same in every process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightning_prune.scoring import Batch, DataPass
 from lightning_prune.scoring.sampling import batch_size_of
 from lightning_prune.structure import TracedModel
 
-__all__ = ["data_at_cut", "is_readable", "require_readable", "step_loss", "training_data"]
+__all__ = ["data_at_cut", "held_out_data", "is_readable", "require_readable", "step_loss", "training_data"]
 
 
 def training_data(
@@ -70,22 +71,63 @@ def training_data(
     if batches is not None:
         samples = min(max(min(batches, limit // size), 1) * size, limit)
 
-    def transfer(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
     return DataPass(
         source,
         samples=samples,
         per_class=per_class,
         seed=seed,
         labels=labels,
-        transfer=transfer,
+        transfer=partial(_transferred, trainer, module),
         memory_limit=memory_limit,
         rank=trainer.global_rank if is_shared else 0,
         world_size=trainer.world_size if is_shared else 1,
     )
+
+
+def held_out_data(asker: str, trainer: Trainer, module: LightningModule, traced: TracedModel, samples: int) -> DataPass:
+    """Return samples of the validation data with the loss of a training step, split over the processes.
+
+    Args:
+        asker: What needs them, for messages.
+        trainer: The trainer of the run.
+        module: The network, whose batch transfer hooks are called.
+        traced: How it is run.
+        samples: Maximum number of samples; of several loaders, the first one's.
+
+    Raises:
+        ValueError: If there is no validation data that can be read by position.
+    """
+    loaders: Any = trainer.val_dataloaders
+    loader: Any = next(iter(loaders), None) if isinstance(loaders, (list, tuple)) else loaders
+    dataset: Any = getattr(loader, "dataset", None)
+    if not trainer.num_val_batches or not _has_positions(loader):
+        got = "none" if loader is None or not trainer.num_val_batches else type(loader).__name__
+        what = f" over {type(dataset).__name__}" if dataset is not None and got != "none" else ""
+        raise ValueError(
+            f"{asker} measures the loss on validation data: expected a DataLoader over a data set with a length, got "
+            f"{got}{what}. Give the fit `val_dataloaders`, and no `limit_val_batches=0`."
+        )
+    source = loader
+    if loader.batch_sampler is None:  # the data set returns batches
+        order: Any = range(len(dataset))
+        source = DataLoader(dataset, batch_size=None, sampler=order, collate_fn=loader.collate_fn)
+    else:
+        samples = min(samples, len(dataset))
+    remedy = f"{asker} cannot measure without one."
+    return DataPass(
+        source,
+        samples=samples,
+        loss=step_loss(traced, remedy),
+        transfer=partial(_transferred, trainer, module),
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+
+
+def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def data_at_cut(
@@ -121,8 +163,16 @@ def data_at_cut(
     return data
 
 
-def step_loss(traced: TracedModel) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return a function that computes the loss of a training step on a prepared copy of the module."""
+def step_loss(
+    traced: TracedModel,
+    remedy: str = "Choose another criterion (SNIP or Taylor observe any training, manual optimization too).",
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a function that computes the loss of a training step on a prepared copy of the module.
+
+    Args:
+        traced: How the module is run.
+        remedy: What to do if it returns no loss, for the message.
+    """
     (step,) = traced.optional
 
     def loss(copy: nn.Module, batch: Batch) -> Tensor:
@@ -130,17 +180,17 @@ def step_loss(traced: TracedModel) -> Callable[[nn.Module, Batch], Tensor]:
         found = result.get("loss") if isinstance(result, Mapping) else result
         if isinstance(found, Tensor):
             return found
-        raise ValueError(
-            f"expected a `training_step` that returns a loss, got {type(result).__name__}. Choose another criterion "
-            "(SNIP or Taylor observe any training, manual optimization too)."
-        )
+        raise ValueError(f"expected a `training_step` that returns a loss, got {type(result).__name__}. {remedy}")
 
     return loss
 
 
 def is_readable(trainer: Trainer) -> bool:
     """Whether samples of the training data can be read by their position."""
-    loader = trainer.train_dataloader
+    return _has_positions(trainer.train_dataloader)
+
+
+def _has_positions(loader: object) -> bool:
     dataset = getattr(loader, "dataset", None)
     return isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
 

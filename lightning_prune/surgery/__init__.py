@@ -26,7 +26,7 @@ from lightning_prune.surgery.masks import (
     zero_moments,
 )
 from lightning_prune.surgery.optimizers import OptimizerRefusedError, refuse
-from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1
+from lightning_prune.surgery.penalties import GroupLasso, GrowingL2, HalfSpace, Penalty, ScaleL1, shrink_units
 from lightning_prune.surgery.plan_losses import losses_of_plans
 from lightning_prune.surgery.repairs import (
     Fold,
@@ -98,6 +98,7 @@ __all__ = [
     "revived",
     "save_into",
     "save_masks_into",
+    "shrink_units",
     "spec_of",
     "take",
     "transaction",

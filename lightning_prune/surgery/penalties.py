@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.arguments import Settings
 from lightning_prune.scoring import crossings, norm_scales
 from lightning_prune.structure import Group, Member
 
-__all__ = ["GroupLasso", "GrowingL2", "HalfSpace", "Penalty", "ScaleL1"]
+__all__ = ["GroupLasso", "GrowingL2", "HalfSpace", "Penalty", "ScaleL1", "shrink_units"]
 
 Parameters = Mapping[str, Tensor]
 
@@ -234,6 +234,27 @@ class HalfSpace(Penalty):
             for member in members:
                 weight = parameters[member.tensor]
                 weight.index_fill_(member.dim, _index(member, weight)[leaves].flatten(), 0)
+
+
+@torch.no_grad()
+def shrink_units(
+    groups: Iterable[Group], kept: Mapping[str, Sequence[int]], tensors: Parameters, factor: float
+) -> None:
+    """Multiply all parameters of the units that a plan does not keep by a factor, in place.
+
+    Args:
+        groups: The groups; those that are not in ``kept`` are not changed.
+        kept: Units to keep, by group.
+        tensors: Parameters and buffers by qualified name; buffers are not changed.
+        factor: At least 0.
+    """
+    for group in groups:
+        gone = sorted(set(range(group.width)) - set(kept.get(group.name, range(group.width))))
+        for member in group.members:
+            weight = tensors.get(member.tensor)
+            if gone and isinstance(weight, nn.Parameter):
+                index = _index(member, weight)[gone].flatten()
+                weight.index_copy_(member.dim, index, weight.index_select(member.dim, index) * factor)
 
 
 def _at_least_zero(penalty: Penalty, **numbers: float) -> None:

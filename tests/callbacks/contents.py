@@ -53,7 +53,7 @@ def attributes(pruner: StructuredPruning) -> dict[str, Any]:
         "_pace",
         "report",
         "_traced_model",
-        *("_data_at_cut", "_data_of_draws"),  # read the run's own loader
+        *("_data_at_cut", "_data_of_draws", "_held_out"),  # read the run's own loader
         "_dense_network",  # is timed at the end
         "_manual_averages",  # looks at the network before its first cut
         "_trained",

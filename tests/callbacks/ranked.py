@@ -49,6 +49,9 @@ class Double(Net):
         self.double()
         self.example_input_array = torch.zeros(2, 6, dtype=torch.float64)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.double())
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.log("rising_loss", float(self.trainer.global_step))
         return super().training_step(batch, batch_idx)
@@ -63,6 +66,7 @@ def train(
     saving: bool = False,
     trainer_strategy: DDPStrategy | None = None,
     samples: int = BATCHES * BATCH,
+    validate: bool = False,
     **trainer: Any,
 ) -> tuple[dict[str, Any], Any, Any]:
     """What the run ends with, its trainer and its network; ``strategy`` are settings of DDP."""
@@ -77,7 +81,7 @@ def train(
             "strategy": trainer_strategy or DDPStrategy(**(strategy or {})),
             "use_distributed_sampler": False,
         }
-    done = fit(folder, model, pruner, *others, data=share(samples), validate=False, **settings)
+    done = fit(folder, model, pruner, *others, data=share(samples), validate=validate, **settings)
     if processes() > 1:
         mine = torch.cat([weight.double().flatten() for weight in weights(model).values()])
         everyone = [torch.empty_like(mine) for _ in range(processes())]

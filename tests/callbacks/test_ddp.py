@@ -23,6 +23,7 @@ from lightning_prune import (
     Fisher,
     FoldMean,
     GroupLasso,
+    GrowPenalty,
     LinearSchedule,
     ReestimateBatchNorm,
     Ridge,
@@ -164,6 +165,21 @@ def test_plans_agree_in_all_processes(tmp_path: Path) -> None:
     again = ranks.run(ranked.variants, tmp_path / "again", {"a": {"pruning": pruning, "ckpt_path": file}}, processes=2)
     assert_alike(again["a"], two)
     assert again["a"]["state"]["agreements"] == two["state"]["agreements"]
+
+
+def test_cuts_are_ready_in_all_processes(tmp_path: Path) -> None:
+    """By the same losses, each process having measured its share of the samples, and in one process alike."""
+    growing = {"schedule": LinearSchedule(1, 2, cuts=1), "extensions": [GrowPenalty(jump=0.002, over=2)]}
+    cases = {"grows": {"pruning": growing, "saving": True, "validate": True}}
+    two = ranks.run(ranked.variants, tmp_path / "two", cases, processes=2)["grows"]
+    one = ranks.run(ranked.variants, tmp_path / "one", cases)["grows"]
+    assert_alike(two, one)
+    (cut,) = two["report"]["cuts"]
+    assert ranked.BATCHES < cut["step"] <= 3 * ranked.BATCHES
+    assert cut["step"] == one["report"]["cuts"][0]["step"]
+    file = tmp_path / "two" / "grows" / "steps" / f"step={ranked.BATCHES + 3}.ckpt"
+    again = {"again": {"pruning": growing, "ckpt_path": file, "validate": True}}
+    assert_alike(ranks.run(ranked.variants, tmp_path / "again", again, processes=2)["again"], two)
 
 
 def test_a_communication_hook_is_there_after_a_cut(tmp_path: Path) -> None:

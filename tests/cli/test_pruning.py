@@ -263,18 +263,22 @@ def test_short_names_and_overrides() -> None:
     assert saved["trainer"]["callbacks"][0]["init_args"]["criterion"]["class_path"].endswith("L1")
 
 
-def test_a_schedule_that_waits_for_stable_plans() -> None:
+def test_a_schedule_that_waits_and_an_extension_that_prepares() -> None:
     words = ["--trainer.callbacks.schedule=WhenStable", "--trainer.callbacks.schedule.threshold=0.5"]
     words += ["--trainer.callbacks.schedule.window=2", "--trainer.callbacks.schedule.start=1"]
     words += ["--trainer.callbacks.schedule.latest=4", "--trainer.callbacks.schedule.every=1"]
     words += ["--trainer.callbacks.criterion=Contribution", "--trainer.callbacks.criterion.every_n_batches=1"]
-    options = ["--data.train_limit=60", "--trainer.max_epochs=5"]
+    words += ["--trainer.callbacks.extensions+=GrowPenalty", "--trainer.callbacks.extensions.jump=1e-9"]
+    words += ["--trainer.callbacks.extensions.over=2"]
+    options = ["--data.train_limit=60", "--trainer.max_epochs=7"]
     main(["fit", "--config=digits_mlp_contribution", *words, *options, *QUIET])
     run = Path("runs/digits_mlp_contribution/001")
     report = json.loads((run / "report.json").read_text())
-    assert [cut["epoch"] for cut in report["cuts"]] == [3]
+    assert [cut["epoch"] for cut in report["cuts"]] == [5]
+    assert "Cut 1 changed the held-out loss by" in report["notes"][-1]
     settings = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]
     assert settings["schedule"]["class_path"].endswith("WhenStable")
+    assert settings["extensions"][0]["init_args"] == {"jump": 1e-9, "over": 2, "samples": 2000}
 
 
 def test_extensions_of_both_kinds_by_name() -> None:

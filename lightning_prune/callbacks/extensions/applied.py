@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_prune.callbacks.calibration import Calibration
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.planning import Plan
 from lightning_prune.reporting import require
 from lightning_prune.structure import Axes
 from lightning_prune.surgery import Edit, Repair, repaired
@@ -58,6 +59,16 @@ class Extensions:
         """Call the hook of each extension."""
         for part in self.parts:
             part.finish_step()
+
+    def prepare_cut(self, run: RunContext, plan: Plan) -> bool:
+        """Whether all extensions are ready for a planned cut."""
+        ready = [part.prepare_cut(run, plan) for part in self.parts]
+        return all(ready)
+
+    def cancel_cut(self) -> None:
+        """Call the hook of each extension."""
+        for part in self.parts:
+            part.cancel_cut()
 
     def before_cut(self, run: RunContext) -> None:
         """Call the hook of each extension."""

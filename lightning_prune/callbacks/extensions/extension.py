@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.arguments import Settings
-from lightning_prune.planning import CutPoint
+from lightning_prune.planning import CutPoint, Plan
 from lightning_prune.reporting import Report
 from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Group, TracedModel
@@ -33,6 +33,8 @@ class RunContext:
         timeline: The cuts of the run, including those already made.
         samples: Returns labelled samples of the training data, the same in every process: those used for scoring, if
             the method uses labels. A number limits them to this many batches, for checks.
+        held_out_losses: Returns the loss of ``training_step`` in eval mode, averaged over at most this many samples of
+            the validation data, of the network cut by each plan; the same in all processes, which all must call it.
     """
 
     trainer: Trainer
@@ -43,6 +45,7 @@ class RunContext:
     folder: Callable[[], Path]
     timeline: tuple[CutPoint, ...]
     samples: Callable[[int | None], DataPass]
+    held_out_losses: Callable[[Sequence[Plan], int], list[float]]
 
 
 class CutExtension(Settings):
@@ -54,10 +57,12 @@ class CutExtension(Settings):
     Attributes:
         is_exclusive: Whether the run must have no other pruning callback.
         restarts: Whether it sets all remaining weights, so that only one such extension is allowed.
+        delays: Whether it prepares planned cuts, see `prepare_cut`.
     """
 
     is_exclusive: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    delays: ClassVar[bool] = False
 
     @property
     def waits(self) -> bool:
@@ -84,6 +89,18 @@ class CutExtension(Settings):
 
     def finish_step(self) -> None:
         """Called after a training batch, also after one that has failed: to remove hooks."""
+
+    def prepare_cut(self, run: RunContext, plan: Plan) -> bool:  # noqa: ARG002
+        """Prepare a planned cut and return whether it is made now; called before each batch until all extensions agree.
+
+        Args:
+            run: The run.
+            plan: Units that the cut keeps.
+        """
+        return True
+
+    def cancel_cut(self) -> None:
+        """Called instead of a further `prepare_cut` if the planned cut is not made."""
 
     def before_cut(self, run: RunContext) -> None:
         """Called right before a cut."""

@@ -99,7 +99,7 @@ class StructuredPruning(NetworkPruning):
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
         extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `SequentialRidge`,
             `Fold`, `FoldMean` and `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of
-            the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`.
+            the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`, `GrowPenalty`.
 
     Raises:
         ValueError: On construction for amounts out of range; before the first training step for everything that depends
