@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["as_matrices", "double", "from_matrices", "is_transposed", "positions_of", "rows_of", "spread"]
+__all__ = [
+    "as_matrices",
+    "by_position",
+    "double",
+    "from_matrices",
+    "is_transposed",
+    "positions_of",
+    "rows_of",
+    "scale_and_shift",
+    "spread",
+]
 
 # (√5 − 1) / 2: its multiples are evenly spread over [0, 1), whatever the period of the sampled data.
 _GOLDEN = 0.6180339887498949
@@ -45,6 +55,23 @@ def positions_of(layer: Any, y: Tensor) -> int:
     """Number of output positions over all samples: each is a linear map of one row of inputs."""
     channels = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
     return y.numel() // max(y.shape[channels], 1)
+
+
+def by_position(layer: Any, value: Tensor) -> Tensor:
+    """Outputs of a layer, or a value of their shape, as ``(samples · positions, channels)``."""
+    if isinstance(layer, nn.Linear):
+        return value.flatten(0, -2) if value.ndim > 1 else value[None]
+    return (value if value.ndim == layer.weight.ndim else value[None]).movedim(1, -1).flatten(0, -2)
+
+
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies its inputs by in eval mode, γ/σ, and then adds; 1 and 0 without a norm."""
+    if norm is None:
+        return torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    deviation = (double(norm.running_var) + norm.eps).sqrt()
+    scale = 1 / deviation if norm.weight is None else double(norm.weight.detach()) / deviation
+    shift = -scale * double(norm.running_mean)
+    return scale, shift if norm.bias is None else shift + double(norm.bias.detach())
 
 
 def rows_of(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:

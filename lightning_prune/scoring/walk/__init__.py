@@ -1,5 +1,6 @@
 """Walks: samples are moved through a network station by station, and the rest of it can be run from there."""
 
+from lightning_prune.scoring.walk.consumers import Consumer
 from lightning_prune.scoring.walk.station import Point, Station
 from lightning_prune.scoring.walk.walk import (
     StationBatch,
@@ -12,6 +13,7 @@ from lightning_prune.scoring.walk.walk import (
 )
 
 __all__ = [
+    "Consumer",
     "Point",
     "Station",
     "StationBatch",

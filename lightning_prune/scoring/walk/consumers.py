@@ -1,12 +1,14 @@
-"""Consumers of a layer's output: a batch norm, and a residual stream that it is added to."""
+"""Consumers of a layer's output: a batch norm, a residual stream that it is added to, and a ReLU."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from functools import cache
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 from lightning_prune.scoring.walk.chains import BATCH_NORMS, operator_name, readers_of, with_activations
-from lightning_prune.scoring.walk.recording import Recording, Value, Weight
+from lightning_prune.scoring.walk.recording import Recording, Step, Value, Weight
 from lightning_prune.scoring.walk.station import Station
 
 __all__ = ["Consumer", "ConsumerFinder"]
@@ -19,10 +21,13 @@ class Consumer(NamedTuple):
         norm: Name of the batch norm, or None.
         stream: Number of the value that the output (after the norm) is added to, if it is computed before the layer
             runs; else None.
+        clip: Lowest and highest value that the next operator keeps: (0, ∞) for a ReLU, (0, 6) for a ReLU6; None if it
+            is not of this kind.
     """
 
     norm: str | None = None
     stream: int | None = None
+    clip: tuple[float, float] | None = None
 
 
 @final
@@ -36,6 +41,7 @@ class ConsumerFinder:
     def __init__(self, recording: Recording) -> None:
         recording = with_activations(recording)  # for the same value numbers as in a `Program`
         self._steps, self._readers = recording.steps, readers_of(recording)
+        self._makers = {out: step for step in self._steps for out in step.outs if out is not None}
         self.of = cache(self._of)
         self._at = {step.station: index for index, step in enumerate(self._steps) if step.station is not None}
 
@@ -57,8 +63,49 @@ class ConsumerFinder:
             elif name == "add" and len(step.args) == 2 and not step.kwargs:
                 others = [place.number for place in step.args if isinstance(place, Value) and place.number != value]
                 known = {out for earlier in self._steps[:before] for out in earlier.outs}
-                return Consumer(norm, others[0] if len(others) == 1 and others[0] in known else None)
+                stream = self._origin(others[0], known) if len(others) == 1 else None
+                return Consumer(norm) if stream is None else Consumer(norm, stream, self._clip(step.outs[0]))
             elif step.func is not None:
-                break
+                return Consumer(norm, None, _clip(step))
             value = step.outs[0]
         return Consumer(norm)
+
+    def _origin(self, value: int, known: Collection[int | None]) -> int | None:
+        """The known value that this one is, through modules without an operator (`nn.Identity`)."""
+        while value not in known:
+            step = self._makers.get(value)
+            if step is None or step.func is not None or not isinstance(step.args[0], Value):
+                return None
+            value = step.args[0].number
+        return value
+
+    def _clip(self, value: int | None) -> tuple[float, float] | None:
+        """The range that the only reader of a value keeps."""
+        while value is not None:
+            readers = self._readers.get(value, [])
+            if len(readers) != 1 or readers[0] == len(self._steps):
+                return None
+            step = self._steps[readers[0]]
+            if step.func is not None:
+                return _clip(step)
+            value = step.outs[0]
+        return None
+
+
+def _clip(step: Step) -> tuple[float, float] | None:
+    """The range of values that a step does not change, if it clips others to it."""
+    name, bounds = operator_name(step), _bounds(step)
+    if name == "relu":
+        return 0.0, math.inf
+    if name == "hardtanh":
+        return bounds.get("min_val", -1.0), bounds.get("max_val", 1.0)
+    if name in ("clamp", "clamp_min", "clamp_max") and bounds:
+        return bounds.get("min", -math.inf), bounds.get("max", math.inf)
+    return None
+
+
+def _bounds(step: Step) -> dict[str, float]:
+    """The numbers among a step's arguments, by name."""
+    names = [argument.name for argument in step.func._schema.arguments] if step.func is not None else []
+    given: dict[str, Any] = dict(zip(names, step.args, strict=False)) | dict(step.kwargs)
+    return {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}

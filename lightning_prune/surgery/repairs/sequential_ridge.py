@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring import DataPass
-from lightning_prune.scoring.linear_maps import as_matrices, double, from_matrices, is_transposed, rows_of, spread
-from lightning_prune.scoring.walk import Station, StationBatch, Walk, stations_of
+from lightning_prune.scoring.linear_maps import (
+    as_matrices,
+    by_position,
+    double,
+    from_matrices,
+    is_transposed,
+    rows_of,
+    scale_and_shift,
+    spread,
+)
+from lightning_prune.scoring.walk import Consumer, Station, StationBatch, Walk, stations_of
 from lightning_prune.structure.graph import Axes
 from lightning_prune.surgery.repairs.linear import input_dim, joined, tied_layers
 from lightning_prune.surgery.repairs.repair import Repair, require_positive
@@ -28,8 +37,11 @@ __all__ = ["SequentialRidge"]
 _UNCHANGED = 1e-4
 # Minimum number of rows per input: with fewer, weights are not determined and become large.
 _ROWS_PER_INPUT = 4
-# Minimum γ/σ of a batch norm to compensate a stream: with less, the weights would become large.
+# Minimum scale γ/σ of a batch norm to compensate a stream: with less, the weights would become large.
 _SMALLEST_GAIN = 1e-3
+# Further solutions for outputs that are clipped, and the largest number of inputs that are kept for them.
+_CLIP_STEPS = 10
+_KEPT_INPUTS = 2**26
 
 
 @final
@@ -48,6 +60,11 @@ class SequentialRidge(Repair):
     :math:`y + (s_{dense} - s_{cut}) \, \sigma / \gamma`. For a layer without a bias before a batch norm, the constant
     is subtracted from the norm's running mean; without a norm, it is fitted without a constant. Layers whose outputs
     did not change are left unchanged.
+
+    If a ReLU, ReLU6 or another clamp follows (after the norm and the stream), outputs that it sets to the same value in
+    both networks have no error, as in Zhang et al., "Accelerating Very Deep Convolutional Networks", 2016. The least
+    squares are solved ten more times, each with the targets of such outputs at their present values, which lowers this
+    error every time.
 
     A convolution is treated as a linear layer on its patches (channels times kernel elements); grouped, depthwise and
     transposed convolutions are supported. For layers with more than ``max_inputs`` inputs per group, or with fewer than
@@ -93,9 +110,7 @@ class SequentialRidge(Repair):
             inputs = Walk(narrow, data, [Station(name, "input") for name in names])
             for given, taken in zip(targets.visits(batches), inputs.visits(batches), strict=True):
                 name = taken.station.layer
-                norm = inputs.consumer(name).norm
-                norm = norm if isinstance(modules.get(norm or ""), _BatchNorm) else None
-                fit = _Fit(name, modules, norm, axes, self)
+                fit = _Fit(name, modules, inputs.consumer(name), axes, self)
                 for target, source in zip(given, taken, strict=True):
                     fit.see(target, source)
                 contents |= fit.install()
@@ -124,28 +139,33 @@ class _Fit:
     Args:
         name: The layer.
         modules: Modules of the cut network, by name.
-        norm: Name of the batch norm after the layer, if any.
+        consumer: What follows the layer.
         axes: Positions that the cut keeps.
         ridge: The settings.
     """
 
     def __init__(
-        self, name: str, modules: Mapping[str, nn.Module], norm: str | None, axes: Axes, ridge: SequentialRidge
+        self, name: str, modules: Mapping[str, nn.Module], consumer: Consumer, axes: Axes, ridge: SequentialRidge
     ) -> None:
         self.layer: Any = modules[name]
-        self.norm: Any = None if norm is None else modules[norm]
+        norm = None if consumer.norm is None else modules.get(consumer.norm)
+        self.norm: Any = norm if isinstance(norm, _BatchNorm) else None
+        self.clip = consumer.clip if consumer.norm is None or self.norm is not None else None
         self.ridge = ridge
         self.tensors = {part: joined(name, part) for part in ("weight", "bias")}
-        if norm is not None:
-            self.tensors["mean"] = joined(norm, "running_mean")
+        if self.norm is not None:
+            self.tensors["mean"] = joined(consumer.norm or "", "running_mean")
         dims = {"bias": 0, "mean": 0, "weight": 1 if is_transposed(self.layer) else 0}
         found = [axes.get(self.tensors[part], {}).get(dim) for part, dim in dims.items() if part in self.tensors]
         kept = next((positions for positions in found if positions is not None), None)
         self.kept = slice(None) if kept is None else torch.from_numpy(np.array(kept))
         self.weight = as_matrices(self.layer)
+        scale, self.shift = scale_and_shift(self.norm)
+        self.scale = torch.where(scale.abs() > _SMALLEST_GAIN, scale, 0.0).expand(self.weight.shape[:2].numel())
         self.is_constant_only = self.weight.shape[2] > ridge.max_inputs
         self.count = 0
         self.sums: dict[str, Tensor] = {}
+        self.rows: list[tuple[Tensor, ...]] = []  # inputs, wanted outputs, what is added before these are clipped
         self.largest = self.change = 0.0
 
     @property
@@ -155,73 +175,87 @@ class _Fit:
 
     def see(self, dense: StationBatch, narrow: StationBatch) -> None:
         """Add a batch: outputs of the layer in the dense network, and its inputs in the cut network."""
-        outputs = self._positions(dense.value)
+        outputs = by_position(self.layer, dense.value)
         chosen = spread(len(outputs), self.ridge.rows).to(outputs.device)
         if not len(chosen):
             return
         wanted = double(outputs[chosen][:, self.kept])
+        scale, added = self.scale.to(wanted), self.shift.to(wanted).expand_as(wanted)
         before, after = dense.stream, narrow.stream
         if before is not None and after is not None:
-            lost = double(self._positions(before)[chosen][:, self.kept]) - double(self._positions(after)[chosen])
-            wanted = wanted + lost * self._gain(wanted)
+            stream = double(by_position(self.layer, after)[chosen])
+            lost = double(by_position(self.layer, before)[chosen][:, self.kept]) - stream
+            wanted = wanted + torch.where(scale == 0, 0, lost / scale)
+            added = added + stream
         inputs = double(rows_of(self.layer, narrow.value, dense.value, chosen))
-        groups, weight = len(self.weight), self.weight.to(inputs)
-        y, x = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (wanted, inputs))
-        given = x @ weight.mT
+        x, y = self._by_group(inputs), self._by_group(wanted)
+        given = x @ self.weight.to(x).mT
         if self.layer.bias is not None:
-            given = given + double(self.layer.bias).reshape(groups, 1, -1)
+            given = given + double(self.layer.bias).reshape(len(x), 1, -1)
         self.largest = max(self.largest, float(y.abs().max()))
         self.change = max(self.change, float((y - given).abs().max()))
         self.count += len(chosen)
         self._add(x=x.sum(1), y=y.sum(1))
         if not self.is_constant_only:
             self._add(xx=x.mT @ x, yx=y.mT @ x)
+            if self.clip is not None and sum(rows[0].numel() for rows in self.rows) < _KEPT_INPUTS:
+                self.rows.append((x.float(), y.float(), self._by_group(added).float()))
 
     def install(self) -> dict[str, Tensor]:
         """Fit, set the new values in the cut network, and return them by name."""
         if not self.count or self.change <= _UNCHANGED * self.largest:
             return {}
-        found, weight = {}, self.weight
+        found: dict[str, Tensor] = {}
         if not self.is_constant_only and self.count >= _ROWS_PER_INPUT * self.weight.shape[2]:
-            weight = self._solve()
+            weight, constant = self._solve()
             found["weight"] = from_matrices(self.layer, weight)
-        constant = (self._mean("y") - (weight @ self._mean("x")[:, :, None])[:, :, 0]).flatten()
+        else:
+            constant = self._mean("y") - _applied(self.weight, self._mean("x"))
         if self.layer.bias is not None:
-            found["bias"] = constant
+            found["bias"] = constant.flatten()
         elif self.norm is not None:  # a contribution that is no longer added must not be subtracted
-            found["mean"] = double(self.norm.running_mean).cpu() - constant
+            found["mean"] = double(self.norm.running_mean).cpu() - constant.flatten()
         with torch.no_grad():
             for part, content in found.items():
                 tensor = self.norm.running_mean if part == "mean" else getattr(self.layer, part)
                 tensor.copy_(content)
         return {self.tensors[part]: content for part, content in found.items()}
 
-    def _solve(self) -> Tensor:
-        """The weight from penalised least squares."""
-        square, cross = self._mean("xx"), self._mean("yx")
-        if self.has_constant:
-            x, y = self._mean("x"), self._mean("y")
-            square = square - x[:, :, None] * x[:, None]
-            cross = cross - y[:, :, None] * x[:, None]
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        """Weight and constant from penalised least squares, repeated for outputs that are clipped."""
+        x, y, square, cross = (self._mean(name) for name in ("x", "y", "xx", "yx"))
+        x = x if self.has_constant else torch.zeros_like(x)
+        square = square - x[:, :, None] * x[:, None]
         scale = square.diagonal(dim1=1, dim2=2).mean(1)
         strength = torch.where(scale > 0, self.ridge.strength * scale, 1.0)[:, None, None]
-        penalized = square + strength * torch.eye(square.shape[1], dtype=square.dtype)
-        solved: Tensor = torch.linalg.solve(penalized, (cross + strength * self.weight).mT)
-        return solved.mT
+        factors = torch.linalg.lu_factor(square + strength * torch.eye(square.shape[1], dtype=square.dtype))
 
-    def _positions(self, value: Tensor) -> Tensor:
-        """Outputs (or a stream of their shape) as ``(samples · positions, channels)``."""
-        if isinstance(self.layer, nn.Linear):
-            return value.flatten(0, -2) if value.ndim > 1 else value[None]
-        return (value if value.ndim == self.layer.weight.ndim else value[None]).movedim(1, -1).flatten(0, -2)
+        def solved(cross: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            cross = cross - y[:, :, None] * x[:, None] + strength * self.weight
+            weight = torch.linalg.lu_solve(*factors, cross.mT).mT
+            return weight, y * self.has_constant - _applied(weight, x)
 
-    def _gain(self, outputs: Tensor) -> Tensor | float:
-        """Factor from an error of the stream to the layer's outputs: σ/γ of the norm in between."""
-        if self.norm is None:
-            return 1.0
-        deviation = (double(self.norm.running_var) + self.norm.eps).sqrt()
-        scale = torch.ones_like(deviation) if self.norm.weight is None else double(self.norm.weight.detach())
-        return torch.where(scale.abs() > _SMALLEST_GAIN * deviation, deviation / scale, 0.0).to(outputs)
+        weight, constant = solved(cross, y)
+        if self.rows:
+            inputs, wanted, added = (torch.cat(parts, 1) for parts in zip(*self.rows, strict=True))
+            for _ in range(_CLIP_STEPS):
+                given = inputs @ weight.to(inputs).mT + constant.to(inputs)[:, None]
+                change = self._unclipped(given, wanted, added) - wanted
+                moments = double(change.mT @ inputs).cpu() / inputs.shape[1]
+                weight, constant = solved(cross + moments, y + double(change.mean(1)).cpu())
+        return weight, constant
+
+    def _unclipped(self, given: Tensor, wanted: Tensor, added: Tensor) -> Tensor:
+        """The wanted outputs; where these and the given ones are clipped to the same value, the given ones."""
+        low, high = self.clip or (-torch.inf, torch.inf)
+        scale = self._by_group(self.scale.to(wanted)[None])
+        now, then = given * scale + added, wanted * scale + added
+        goal = torch.where(then <= low, now.clamp(max=low), torch.where(then >= high, now.clamp(min=high), then))
+        return torch.where(scale == 0, wanted, (goal - added) / scale)
+
+    def _by_group(self, rows: Tensor) -> Tensor:
+        """Rows of all groups of a convolution as ``(groups, rows, channels of a group)``."""
+        return rows.reshape(len(rows), len(self.weight), -1).transpose(0, 1)
 
     def _add(self, **parts: Tensor) -> None:
         for name, part in parts.items():
@@ -229,3 +263,8 @@ class _Fit:
 
     def _mean(self, name: str) -> Tensor:
         return (self.sums[name] / self.count).cpu()
+
+
+def _applied(weight: Tensor, x: Tensor) -> Tensor:
+    """Outputs of the groups of a layer for one row of inputs."""
+    return (weight @ x[:, :, None])[:, :, 0]
