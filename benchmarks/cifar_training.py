@@ -71,7 +71,7 @@ CHOICES: dict[str, Callable[[], dict[str, Any]]] = {
     "L1": lambda: {"criterion": L1(), "scope": Scope()},
     "Reconstruction per MAC": lambda: {
         "criterion": Reconstruction(BATCHES),
-        "scope": Scope("global", normalize="mean", per="macs"),
+        "scope": Scope("global", per="macs"),
     },
 }
 

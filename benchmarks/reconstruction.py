@@ -42,7 +42,7 @@ from lightning_prune.surgery import cut as cut_units
 from lightning_prune.surgery.tensors import named
 from tests.support.pretrained import accuracy, load, normalised
 
-BATCHES = 16
+BATCHES, ROWS_PER_BATCH = 16, 4096
 FOLDER = EVIDENCE / "reconstruction"
 
 REPAIRS: dict[str, tuple[Repair, ...]] = {
@@ -51,12 +51,12 @@ REPAIRS: dict[str, tuple[Repair, ...]] = {
     "means folded": (FoldMean(BATCHES),),
     "units merged": (Fold(BATCHES),),
     "ridge": (Ridge(BATCHES),),
-    "sequential ridge": (SequentialRidge(BATCHES, strength=0.01),),
+    "sequential ridge": (SequentialRidge(BATCHES, strength=0.01, rows=ROWS_PER_BATCH),),
 }
 SCOPES = {
     "uniform": Scope(),
-    "global": Scope("global"),
-    "global per MAC": Scope("global", per="macs"),
+    "global": Scope("global", normalize="none"),
+    "global per MAC": Scope("global", normalize="none", per="macs"),
 }
 #: Criterion, allocation and repair of every row; a draw of the images for all but those that see none.
 ROWS = (

@@ -7,6 +7,7 @@ default one run through the contract too.
 import copy
 import functools
 import itertools
+import operator
 import zlib
 from dataclasses import dataclass
 
@@ -273,20 +274,20 @@ def reconstruction(criterion, evidence):
             covariance = np.cov(rows.T, bias=True).reshape(len(channels), len(channels))
             scale = np.trace(covariance) / len(covariance)
             penalized = covariance + criterion.strength * scale * np.eye(len(covariance))
-            variance = weight @ covariance @ weight
-            problems.append((name, weight / np.sqrt(variance), penalized, units[channels]))
-    outputs = {name: sum(other == name for other, *_ in problems) for name, *_ in problems}
+            problems.append((name, weight, penalized, units[channels], weight @ covariance @ weight))
+    problems = weighed(problems, model, evidence.inputs)
+    outputs = len({name for name, *_ in problems})
 
     def error(gone):
         total = 0
-        for name, weight, penalized, of in problems:
+        for _, weight, penalized, of in problems:
             out = np.isin(of, gone)
             inner = penalized[np.ix_(out, out)]
             cross = penalized[np.ix_(out, ~out)]
             rest = penalized[np.ix_(~out, ~out)]
             schur = inner - cross @ np.linalg.solve(rest, cross.T) if (~out).any() else inner
-            total += weight[out] @ schur @ weight[out] / outputs[name]
-        return total / len(outputs)
+            total += weight[out] @ schur @ weight[out]
+        return total / outputs
 
     scores, gone = np.zeros(evidence.group.width), []
     while len(gone) < evidence.group.width:
@@ -295,6 +296,50 @@ def reconstruction(criterion, evidence):
         scores[unit] = max(costs[unit], *(scores[other] for other in gone), 0)
         gone.append(unit)
     return scores
+
+
+def weighed(problems, model, inputs):
+    """Weights in units of what the outputs become: behind a batch norm, and on a stream that is there before."""
+    found = []
+    for name in dict.fromkeys(name for name, *_ in problems):
+        own = [problem for problem in problems if problem[0] == name]
+        scale, values = becomes(model, name, inputs)
+        power = sum(variance for *_, variance in own)
+        if values is not None:
+            axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+            power = np.concatenate([v.movedim(axis, 0).flatten(1).numpy() for v in values], 1).var(1).sum()
+        for output, (_, weight, penalized, units, _) in enumerate(own):
+            found.append((name, weight * scale[output % len(scale)] / np.sqrt(power), penalized, units))
+    return found
+
+
+@torch.no_grad()
+def becomes(model, name, inputs):
+    """The scale of the batch norm after a layer, and what the outputs are then and on their stream, by batch."""
+    graph = torch.fx.symbolic_trace(model)
+    nodes, modules = list(graph.graph.nodes), dict(graph.named_modules())
+    calls = [node for node in nodes if node.target == name]
+    if len(calls) != 1:
+        return np.ones(1), None
+    node, scale = calls[0], torch.ones(1)
+    (user,) = node.users
+    norm = modules.get(user.target) if user.op == "call_module" else None
+    if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+        node, scale = user, norm.weight / (norm.running_var + norm.eps).sqrt()
+        (user,) = node.users
+    if user.target is operator.add and all(nodes.index(other) < nodes.index(calls[0]) for other in user.args[:1]):
+        node = user
+    values = []
+
+    class Run(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            values.extend([value.clone()] if n is node else [])  # what follows may be in place
+            return value
+
+    for x in inputs:
+        Run(graph).run(x)
+    return scale.numpy(), values
 
 
 def per_output(layer, calls):

@@ -43,26 +43,63 @@ def test_of_duplicates_all_but_one_cost_nothing():
 
 def test_scores_are_shares_of_variance_that_are_lost_in_turn():
     """By least squares on the remaining units; one that is cheaper later costs what the one before it did."""
-    model, data = net(8), batches(10, 50)
+    model, data = net(8), batches(4, 125)
     scores = collected(model, data, strength=1e-10).value("0")
     hidden = model[:2](torch.cat(data)).detach().numpy()
     wanted = model(torch.cat(data)).detach().numpy()
-    wanted = (wanted - wanted.mean(0)) / wanted.std(0)
+    wanted = (wanted - wanted.mean(0)) / np.sqrt(wanted.var(0).sum())
     order = scores.argsort().tolist()
     lost = [0.0]
     for gone in range(1, 8):
         left = np.column_stack([hidden[:, order[gone:]], np.ones(len(hidden))])
         residual = wanted - left @ np.linalg.lstsq(left, wanted, rcond=None)[0]
-        lost.append((residual**2).mean())
+        lost.append((residual**2).sum(1).mean())
     assert scores[order[:7]].tolist() == pytest.approx(np.maximum.accumulate(np.diff(lost)), rel=1e-5)
+
+
+class OnStream(nn.Module):
+    """What the layer under test gives goes through a norm and onto a stream."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.stem, self.net = nn.Linear(4, 3), net()
+        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
+        self.size = 1.0
+
+    def forward(self, x):
+        h = self.stem(x) * self.size
+        return (h + self.norm(self.net(x))).relu()
+
+
+def test_on_a_large_stream_little_is_lost():
+    model = OnStream().double().eval()
+    small = collected(model, batches()).value("net.0")
+    model.size = 100.0
+    large = collected(model, batches()).value("net.0")
+    assert (large < 1e-3 * small).all()
+    assert torch.equal(large.argsort(), small.argsort())
+
+
+def test_outputs_count_as_the_norm_behind_them_scales_them():
+    """As without a norm and with weights that are scaled."""
+    model = OnStream().double().eval()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([0.1, 1.0, 3.0]))
+        model.norm.running_var.uniform_(0.5, 2)
+        plain = OnStream(norm=False).double()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        scale = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
+        plain.net[2].weight.mul_(scale[:, None])
+        plain.net[2].bias.mul_(scale)
+    torch.testing.assert_close(collected(model, batches()).value("net.0"), collected(plain, batches()).value("net.0"))
 
 
 def test_moments_of_processes_are_summed():
     """The state that torchmetrics reduces: two halves of the data are all of it."""
     model, data = net(), batches()
     whole, *halves = (collected(model, part) for part in (data, data[:2], data[2:]))
-    states = [name for name in whole._reductions if name.startswith("moments")]
-    assert states
+    states = [name for name in whole._reductions if name.startswith(("moments", "streams"))]
+    assert len(states) == 2
     for name in states:
         assert whole._reductions[name] is halves[0]._reductions[name]
         torch.testing.assert_close(sum(getattr(half, name) for half in halves), getattr(whole, name))

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import DataPass
-from lightning_prune.scoring.linear_maps import as_matrices, double, is_transposed, positions_of, rows_of, spread
+from lightning_prune.scoring.linear_maps import (
+    as_matrices,
+    by_position,
+    double,
+    is_transposed,
+    positions_of,
+    rows_of,
+    scale_and_shift,
+    spread,
+)
 from lightning_prune.scoring.statistics import ActivationStatistic, Half, Target
+from lightning_prune.scoring.walk import Station, Walk, stations_of
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.layers import canonical
 
 __all__ = ["Reconstruction", "ReconstructionStatistic"]
 
 # Scores grow by this share at least from one removal to the next, so that ties keep the order of elimination.
 _GROWTH = 1e-10
-# Outputs with less of the largest variance count as constant.
-_CONSTANT = 1e-12
+# Batches for the variance of the values that outputs are added to.
+_STREAM_BATCHES = 4
 
 
 @final
 class ReconstructionStatistic(ActivationStatistic):
-    """Covariance of the inputs of the layers that take a group's units, and what removing each unit costs them.
+    """Covariance of the inputs of a group's next layers, and the variance of what their outputs become.
 
     Args:
         structure: The network's groups.
@@ -44,6 +57,7 @@ class ReconstructionStatistic(ActivationStatistic):
         self._weights: dict[str, Tensor] = {}  # of each layer, (groups, outputs, inputs · taps)
         self._places: dict[tuple[str, int], tuple[str, Tensor]] = {}  # layer and inputs of each source of a group
         self._taps: dict[str, int] = {}
+        self._scales: dict[str, Tensor] = {}  # of the batch norms after these layers, (groups · outputs,)
         self._names: Mapping[nn.Module, str] = {}
         self._lost: Mapping[str, str] = {}
 
@@ -73,6 +87,28 @@ class ReconstructionStatistic(ActivationStatistic):
             self._names = {}
             for handle in handles:
                 handle.remove()
+        self._see_streams(model, data)
+
+    def _see_streams(self, model: nn.Module, data: DataPass) -> None:
+        """Add what the outputs of the layers become: after their batch norms, and added to a residual stream."""
+        calls = Counter(place.layer for place in stations_of(model, data.batch(0), point="output", call=data.call))
+        names = {canonical(name): name for name in self._weights if calls[canonical(name)] == 1}
+        if not names:
+            return
+        modules = {canonical(name): module for name, module in model.named_modules()}
+        walk = Walk(model, data, [Station(layer, "output") for layer in names])
+        for visit in walk.visits(range(min(_STREAM_BATCHES, len(data.batch_sizes)))):
+            layer = visit.station.layer
+            name, norm = names[layer], modules.get(walk.consumer(layer).norm or layer)
+            scale, shift = scale_and_shift(norm if isinstance(norm, _BatchNorm) else None)
+            self._scales[name] = scale
+            for batch in visit:
+                value = by_position(modules[layer], double(batch.value)) * scale + shift
+                if batch.stream is not None:
+                    value = value + by_position(modules[layer], double(batch.stream))
+                value = value[value.isfinite().all(1)]
+                sums = torch.stack([value.new_full(value.shape[1:], len(value)), value.sum(0), value.square().sum(0)])
+                self._add(_streams(name), sums)
 
     @override
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
@@ -89,13 +125,12 @@ class ReconstructionStatistic(ActivationStatistic):
             self._weights[name] = as_matrices(layer)
             self._taps[name] = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)  # type: ignore[arg-type]
             groups, _, inputs = self._weights[name].shape
-            self._add_moments(name, rows.new_zeros(groups, inputs + 1, inputs + 1))
+            self._add(_moments(name), rows.new_zeros(groups, inputs + 1, inputs + 1))
         rows = rows.reshape(len(rows), len(self._weights[name]), -1).transpose(0, 1)
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)  # sums and counts beside the products
         products = rows.mT @ rows
         is_finite = products.isfinite().all()
-        moments = getattr(self, _moments(name))
-        moments += torch.where(is_finite, products, 0)
+        self._add(_moments(name), torch.where(is_finite, products, 0))
         for group, source, inputs_of_units in wanted:
             self._places[group, source] = name, inputs_of_units.cpu()
             self.record(group, source, len(chosen), seen=torch.where(is_finite, 0.0, torch.nan))
@@ -114,10 +149,13 @@ class ReconstructionStatistic(ActivationStatistic):
         moments = moments / moments[:, -1:, -1:]
         mean = moments[:, -1, :-1]
         covariance = moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None]
-        # Every output counts by the share of its variance that is lost.
-        variance = ((weight @ covariance) * weight).sum(2)
-        counts = torch.where(variance > _CONSTANT * variance.max(), 1 / variance, 0.0)
-        weight = weight * (counts / (counts > 0).sum().clamp(min=1)).sqrt()[:, :, None]
+        # Every output counts as part of what the next layers see: normalised, and on a residual stream.
+        gain, power = torch.ones(1), float(((weight @ covariance) * weight).sum())
+        if layer in self._scales:
+            count, sums, squares = getattr(self, _streams(layer)).cpu()
+            gain, power = self._scales[layer].cpu(), float((squares / count - (sums / count) ** 2).sum())
+        gain = gain.expand(weight.shape[:2].numel()).reshape(len(weight), -1, 1)
+        weight = weight * gain / math.sqrt(power) if power > 0 else torch.zeros_like(weight)
         scale = covariance.diagonal(dim1=1, dim2=2).mean(1)
         strength = torch.where(scale > 0, self.criterion.strength * scale, 1.0)[:, None, None]
         penalized = covariance + strength * torch.eye(covariance.shape[1], dtype=covariance.dtype)
@@ -132,10 +170,13 @@ class ReconstructionStatistic(ActivationStatistic):
                 found.append(_Elimination(weight[group], penalized[group], units, columns.flatten(1)))
         return found
 
-    def _add_moments(self, layer: str, zeros: Tensor) -> None:
-        """A state that processes sum up, and that is in no checkpoint: it is collected where it is used."""
-        self.add_state(_moments(layer), torch.zeros(()), dist_reduce_fx="sum", persistent=False)
-        setattr(self, _moments(layer), zeros)
+    def _add(self, name: str, value: Tensor) -> None:
+        """Add to a state that processes sum up, and that is in no checkpoint: it is collected where it is used."""
+        if name not in self._defaults:
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum", persistent=False)
+            setattr(self, name, torch.zeros_like(value))
+        state = getattr(self, name)
+        state += value
 
 
 class _Elimination:
@@ -196,23 +237,28 @@ def _moments(layer: str) -> str:
     return f"moments of {layer}"
 
 
+def _streams(layer: str) -> str:
+    return f"streams of {layer}"
+
+
 @final
 @dataclass(frozen=True)
 class Reconstruction(ObservingCriterion):
     r"""What the next layers lose if a unit goes and the other units take over what they can.
 
-    With :math:`\Sigma` the covariance of the next layer's inputs, :math:`W` its weights, each row divided by the
-    standard deviation of its output, and :math:`A = \Sigma + \lambda I`, taking out the inputs :math:`k` of a unit
-    raises the least squared error by
+    With :math:`\Sigma` the covariance of the next layer's inputs, :math:`W` its weights and
+    :math:`A = \Sigma + \lambda I`, taking out the inputs :math:`k` of a unit raises the least squared error by
 
-    .. math:: \mathrm{tr}\big(W_k \, ((A^{-1})_{kk})^{-1} \, W_k^\top\big) / n
+    .. math:: \mathrm{tr}\big(D \, W_k \, ((A^{-1})_{kk})^{-1} \, W_k^\top \, D\big) / P
 
-    for :math:`n` outputs. The unit with the lowest value goes first; then the weights of the others are refitted,
-    :math:`W \leftarrow W - W_k ((A^{-1})_{kk})^{-1} (A^{-1})_{k\cdot}`, and the next one is chosen (backward
-    elimination, as of "optimal brain surgeon": Hassibi and Stork, 1993, by units). The score of a unit is the value
-    at its turn, or the highest one before it: the share of the next layer's output variance that is lost with it.
-    So scores of different groups are comparable. Which weights stay is for a repair: `Ridge` or
-    `SequentialRidge`.
+    where the diagonal matrix :math:`D` has the scales :math:`\gamma / \sigma` of a batch norm after the layer (1
+    without one), and :math:`P` is the variance, summed over channels, of what the outputs become after the norm, added
+    to the residual stream if there is one. The unit with the lowest value goes first; then the weights of the others
+    are refitted, :math:`W \leftarrow W - W_k ((A^{-1})_{kk})^{-1} (A^{-1})_{k\cdot}`, and the next one is chosen
+    (backward elimination, as of "optimal brain surgeon": Hassibi and Stork, 1993, by units). The score of a unit is the
+    value at its turn, or the highest one before it: the share of the variance on the stream (of the layer's outputs,
+    if there is none) that is lost with it. So scores of different groups are comparable. Which weights stay is for a
+    repair: `Ridge` or `SequentialRidge`.
 
     Several next layers are averaged. A constant that outputs lose is taken to be made up for by a bias or a norm.
     Computed in an extra pass over training data, in eval mode; no labels are needed. The elimination takes time
