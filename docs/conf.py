@@ -46,6 +46,7 @@ NAVIGATION = {
     "Tutorials": [
         "tutorials/prune_while_training",
         "tutorials/prune_a_pretrained_network",
+        "tutorials/transfer_by_xgb",
         "tutorials/parameter_budget",
         "tutorials/study",
         "tutorials/masks",

@@ -202,13 +202,11 @@ data, epochs, few = ImageFolder("images", size=16, batch_size=2, val_share=0.2),
 from tests.study.definitions import DEFINITION as definition
 """,
     "transfer_by_xgb": """
-from pathlib import Path
-from lightning_prune.models import ResNetCIFAR
 from tests.support.data_files import write_flowers
-url, root, size, images, epochs, e_u = None, Path("flowers"), 32, 40, 2, 0.1
-write_flowers(root)
+url, root, size, samples, epochs, e_u = None, Path("flowers"), 32, 40, 2, 0.02
+write_flowers(root, ["roses", "tulips"])
 def pretrained():
-    return ResNetCIFAR(depth=8, classes=5, lr=0.01)
+    return timm.create_model("tf_efficientnet_lite0", num_classes=2)
 """,
 }
 
