@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_prune.reporting import versions
+from lightning_prune.study.statistics import mean_interval
 
 __all__ = [
     *("EVIDENCE", "add_resume", "command", "computed", "fill", "here", "interval", "machine", "publish", "quiet"),
@@ -37,13 +37,6 @@ __all__ = [
 
 #: Where every benchmark leaves its output.
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
-
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 def machine() -> dict[str, Any]:
@@ -131,7 +124,7 @@ def quiet_fit(
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval (Student's t) of independent values, at least two."""
-    return fmean(values), _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / len(values) ** 0.5
+    return mean_interval(values)
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:

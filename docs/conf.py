@@ -51,7 +51,7 @@ NAVIGATION = {
         "tutorials/study",
         "tutorials/masks",
     ],
-    "Methods": ["callbacks", "criteria", "masks", "transfer", "xgb", "spvr", "study", "own_methods"],
+    "Methods": ["callbacks", "criteria", "masks", "transfer", "xgb", "spvr", "study", "controls", "own_methods"],
     "Reference": [
         "api/index",
         "architectures",

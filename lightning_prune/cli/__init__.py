@@ -47,7 +47,7 @@ def _dispatch(words: list[str]) -> None:
     elif command not in COMMANDS and not command.startswith("-"):
         guess = near(command, COMMANDS)
         raise ValueError(f"expected a command, got {command!r}.{guess} Commands: {', '.join(COMMANDS)}.")
-    elif command in ("study", "compare"):
+    elif command in ("study", "compare", "controls"):
         import_module(f"lightning_prune.cli.{command}").main(words[1:])
     else:
         found = recipes.resolve(words)

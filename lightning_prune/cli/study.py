@@ -27,7 +27,7 @@ from lightning_prune.study.sweep import cell_at, log_page, log_result, run_cell,
 from lightning_prune.study.table import read_table, write_table
 from lightning_prune.study.transfer import export_study, import_study
 
-__all__ = ["main"]
+__all__ = ["add_launchers", "launcher_of", "main"]
 
 
 def main(words: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def _parser() -> OneLineParser:
     for verb in known.values():
         verb.add_argument("file", help="a study.yaml, or the name of a bundled study")
         verb.add_argument("--folder", type=Path, help="folder of its runs (default: runs/<name of the file>)")
-    _add_launchers(known["run"])
+    add_launchers(known["run"])
     known["run"].add_argument("--retry", action="store_true", help="run failed runs again")
     known["report"].add_argument(
         "--accept", type=float, default=0.5, help="acceptable risk in percentage points (default: 0.5)"
@@ -76,7 +76,8 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _add_launchers(parser: OneLineParser) -> None:
+def add_launchers(parser: OneLineParser) -> None:
+    """Add the options of what starts the runs."""
     parser.add_argument(
         "--launcher", choices=("local", "ray", "slurm"), default="local", help="what starts the runs (default: local)"
     )
@@ -100,7 +101,7 @@ def _add_launchers(parser: OneLineParser) -> None:
 
 
 def _run(study: Study, folder: Path, given: Namespace) -> None:
-    launcher = _launcher(folder, given)
+    launcher = launcher_of(folder, given)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         check(study, train)
@@ -152,7 +153,12 @@ def _cell(study: Study, folder: Path, given: Namespace, rest: Sequence[str]) -> 
         log_result(result, cell, folder)
 
 
-def _launcher(folder: Path, given: Namespace) -> Launcher:
+def launcher_of(folder: Path, given: Namespace) -> Launcher:
+    """The launcher that the options name.
+
+    Raises:
+        ValueError: If the options are of another one.
+    """
     if given.slurm and given.launcher != "slurm":
         raise ValueError("--slurm: expected `--launcher slurm`, whose settings these are.")
     if given.launcher == "ray":

@@ -46,7 +46,8 @@ __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 
 _DESCRIPTION = (
     "Prune networks while Lightning trains them. `lightning-prune recipes` lists, shows and copies the bundled "
-    "experiments; `--config` takes their names as well as files. `lightning-prune compare` compares finished runs, and "
+    "experiments; `--config` takes their names as well as files. `lightning-prune compare` compares finished runs, "
+    "`lightning-prune controls` runs a pruning fit beside what the same training gives without it, and "
     "`lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; `--debug` shows the "
     "traceback of an error."
 )

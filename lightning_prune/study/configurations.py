@@ -13,7 +13,7 @@ from lightning_prune.study.axes import Extent, Point, points
 from lightning_prune.study.definition import Study, Variant
 from lightning_prune.study.recipe import Config, set_value
 
-__all__ = ["FORMAT", "Cell", "cells", "cut_of", "preparations", "prior", "run"]
+__all__ = ["FORMAT", "Cell", "cells", "cut_of", "preparations", "prior", "resumable", "run", "starting"]
 
 #: Version of what a cell's folder and the table hold. A cell of another version has another name, so it is run again.
 FORMAT = 1
@@ -63,16 +63,16 @@ def run(study: Study, variant: Variant, point: Point, seed: int) -> Cell:
     label = f"{variant.name}, {values}, seed {seed}"
     callback = variant.callback
     if callback is None:
-        return Cell(_starting(config, seed), label)
+        return Cell(starting(config, seed), label)
     if variant.pipeline in ("initialisation", "training"):
         config["trainer"]["callbacks"].append(callback)
-        return Cell(_starting(config, seed), label)
+        return Cell(starting(config, seed), label)
     cut = cut_of(study, variant)
     if variant.pipeline == "rewind" and variant.epoch == 0:
         # All seeds go back to the weights that the training at the prior began with, as they do for a later epoch.
-        return Cell(_starting(config, study.seeds[0], architecture=cut.reference, dense=True), label, needs=(cut,))
+        return Cell(starting(config, study.seeds[0], architecture=cut.reference, dense=True), label, needs=(cut,))
     weights = _weights(study, variant)
-    config = _starting(config, seed, architecture=cut.reference, weights=weights.reference if weights else None)
+    config = starting(config, seed, architecture=cut.reference, weights=weights.reference if weights else None)
     return Cell(config, label, needs=(cut, *((weights,) if weights else ())))
 
 
@@ -94,7 +94,7 @@ def cut_of(study: Study, variant: Variant) -> Cell:
     config["trainer"] |= {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     if _cuts_at_once(variant):
         config["trainer"]["limit_train_batches"] = 1
-    config = _starting(config, study.seeds[0], weights=trained.reference)
+    config = starting(config, study.seeds[0], weights=trained.reference)
     return Cell(config, f"{variant.name}, its cut", keep="architecture", needs=(trained,))
 
 
@@ -133,15 +133,13 @@ def _cuts_at_once(variant: Variant) -> bool:
     return isinstance(schedule, dict) and schedule.get("init_args", {}).get("at") == 0
 
 
-def _at(study: Study, point: Point, seed: int) -> Config:
-    """The recipe at a point of the grid, with one checkpoint after each epoch to resume from and no other."""
-    config = deepcopy(study.recipe)
+def resumable(recipe: Config, seed: int, seed_keys: Iterable[str]) -> Config:
+    """The recipe with a seed, and with one checkpoint after each epoch to resume from and no other."""
+    config = deepcopy(recipe)
     config.pop("name", None)
     config["seed_everything"] = seed
-    for key in study.seed_keys:
+    for key in seed_keys:
         set_value(config, key, seed)
-    for axis, steps in zip(study.axes, point, strict=True):
-        set_value(config, axis.key, axis.value(steps))
     trainer = config.setdefault("trainer", {})
     given = trainer.get("callbacks") or []
     others = [each for each in (given if isinstance(given, list) else [given]) if _class(each) != _CHECKPOINT]
@@ -149,10 +147,19 @@ def _at(study: Study, point: Point, seed: int) -> Config:
     return config
 
 
-def _starting(config: Config, seed: int, **arguments: str | bool | None) -> Config:
+def starting(config: Config, seed: int, **arguments: str | bool | None) -> Config:
+    """The configuration with an `InitialNetwork` in front of its callbacks; it is changed in place."""
     given = {name: value for name, value in arguments.items() if value}
     start = {"class_path": _START, "init_args": {"seed": seed, **given}}
     config["trainer"]["callbacks"].insert(0, start)
+    return config
+
+
+def _at(study: Study, point: Point, seed: int) -> Config:
+    """The recipe at a point of the grid."""
+    config = resumable(study.recipe, seed, study.seed_keys)
+    for axis, steps in zip(study.axes, point, strict=True):
+        set_value(config, axis.key, axis.value(steps))
     return config
 
 

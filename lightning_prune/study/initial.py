@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,17 +20,25 @@ class InitialNetwork(Callback):
     A run that is resumed takes its weights from its own checkpoint afterwards.
 
     Args:
-        seed: Of new weights: normal with variance 2 / fan in (He et al., 2015), see `Reinitialise`.
+        seed: Of new weights.
         weights: Checkpoint of the dense network whose weights are taken instead.
         architecture: File with the history of the cut that the network is given; by default it stays dense.
         dense: Draw the new weights for the dense network, of which those that are kept stay: a rewind to epoch 0. A
             parameter that no layer of PyTorch's holds stays as the module was made.
+        rule: How new weights are drawn, see `Reinitialise`: ``"he"``, normal with variance 2 / fan in (He et al.,
+            2015), or ``"own"``, as the layers initialise themselves.
     """
 
     def __init__(
-        self, seed: int = 0, weights: str | None = None, architecture: str | None = None, dense: bool = False
+        self,
+        seed: int = 0,
+        weights: str | None = None,
+        architecture: str | None = None,
+        dense: bool = False,
+        rule: Literal["he", "own"] = "he",
     ) -> None:
         self.seed = seed
+        self.rule = rule
         self.dense = dense
         self.weights = weights
         self.architecture = architecture
@@ -50,7 +58,7 @@ class InitialNetwork(Callback):
             self._draw(pl_module)
 
     def _draw(self, module: LightningModule) -> None:
-        Reinitialise(self.seed).after(module, _no_batches)
+        Reinitialise(self.seed, self.rule).after(module, _no_batches)
 
 
 def _read(file: str) -> dict[str, Any]:

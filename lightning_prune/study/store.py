@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ class Result:
         macs: Its MACs for one sample (1 MAC = 2 FLOPs).
         seconds: Time spent training, what was lost to kills left out.
         diverged: Whether the loss or a weight was not finite; the metrics are those it reached nevertheless.
+        sizes: Parameters of the network after every epoch.
+        spent: MACs of the training up to then, see `TrainingMacs`; empty if they were not counted.
+        batches: Training batches, if MACs were counted.
     """
 
     metrics: dict[str, float]
@@ -52,6 +55,9 @@ class Result:
     macs: int
     seconds: float
     diverged: bool = False
+    sizes: list[int] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
+    batches: int = 0
 
 
 class Store:

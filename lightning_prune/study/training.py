@@ -18,14 +18,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.reporting import versions
 from lightning_prune.structure import trace
 from lightning_prune.study.configurations import Cell
 from lightning_prune.study.store import ARCHITECTURE, DamagedWarning, Result, Store, checkpoints
+from lightning_prune.study.training_macs import TrainingMacs
 from lightning_prune.surgery import history_of
 
-__all__ = ["Task", "Train", "work"]
+__all__ = ["Task", "Train", "quieten", "work"]
 
 #: The command line as a function: its words, and callbacks that are not part of the configuration.
 Train = Callable[[Sequence[str], Sequence[Callback]], object]
@@ -40,16 +42,24 @@ class Task:
         cell: What to run.
         train: The command line, a function that can be imported by its name.
         metric: What has to be logged.
+        counts: Whether the MACs of the training are counted.
     """
 
     folder: Path
     cell: Cell
     train: Train
     metric: str
+    counts: bool = False
 
     def __call__(self) -> None:
         """Run it, see :func:`work`."""
         work(self)
+
+
+def quieten() -> None:
+    """Leave out Lightning's messages of every run, which would hide those of the study."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def work(task: Task) -> None:
@@ -57,22 +67,24 @@ def work(task: Task) -> None:
 
     Another process that works on the same cell is waited for.
     """
-    # Lightning's messages of every run would hide those of the study.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quieten()
     store, cell = Store(task.folder), task.cell
     with store.lock(cell):
         if store.finished(cell).is_dir():
             return
-        recorder = _Recorder(task.metric)
+        recorder = _Recorder(task.metric, TrainingMacs() if task.counts else None, cell.keep == "architecture")
         try:
             _fit(store, task, recorder)
-            result = recorder.result(judged=cell.keep != "architecture")
+            # A cut alone does not validate.
+            result = recorder.result(judged=cell.config["trainer"].get("limit_val_batches") != 0)
         except (Exception, SystemExit) as error:
             if not recorder.diverged or task.metric not in recorder.metrics:
                 store.fail(cell, "".join(traceback.format_exception(error)))
                 return
             result = recorder.result()
+        if cell.keep == "architecture" and recorder.architecture is None:
+            store.fail(cell, "expected a run that removes units, got one that ended as wide as it began.")
+            return
         if cell.keep == "architecture":
             torch.save(recorder.architecture, store.running(cell) / ARCHITECTURE)
         store.finish(cell, result, {"versions": versions(), "cores": os.cpu_count()})
@@ -85,7 +97,7 @@ def _fit(store: Store, task: Task, recorder: _Recorder) -> None:
     if not resumed:
         shutil.rmtree(place / "fit", ignore_errors=True)
     try:
-        task.train(_words(place, resumed), [recorder])
+        task.train(_words(place, resumed), recorder.callbacks)
     except (Exception, SystemExit) as error:
         if not resumed or recorder.diverged:
             raise
@@ -96,7 +108,7 @@ def _fit(store: Store, task: Task, recorder: _Recorder) -> None:
         )
         shutil.rmtree(place / "fit")
         recorder.forget()
-        task.train(_words(place, resumed=False), [recorder])
+        task.train(_words(place, resumed=False), recorder.callbacks)
 
 
 def _words(place: Path, resumed: bool) -> list[str]:
@@ -115,13 +127,24 @@ def _words(place: Path, resumed: bool) -> list[str]:
 class _Recorder(Callback):
     """Records the result of a run, as part of its checkpoints, so that a resumed run knows earlier metrics."""
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, counted: TrainingMacs | None = None, cuts: bool = False) -> None:
         self.metric = metric
+        self.counted = counted
+        self.cuts = cuts
         self.forget()
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """This one, and the counter if there is one."""
+        return [self] if self.counted is None else [self.counted, self]
 
     def forget(self) -> None:
         """Reset the record."""
+        if self.counted is not None:
+            self.counted.forget()
         self.curve: list[dict[str, float]] = []
+        self.sizes: list[int] = []
+        self.spent: list[int] = []
         self.seconds = 0.0
         self.diverged = False
         self.architecture: dict[str, Any] | None = None
@@ -151,8 +174,19 @@ class _Recorder(Callback):
                 f"expected the run to log {self.metric!r}, got {', '.join(sorted(self.metrics)) or 'nothing'}. Name "
                 "one of these by `metric`, or log it in `validation_step`."
             )
+        batches = 0 if self.counted is None else self.counted.batches
         params, macs = self.size
-        return Result(self.metrics, self.curve, params, macs, round(self.seconds, 3), self.diverged)
+        return Result(
+            self.metrics,
+            self.curve,
+            params,
+            macs,
+            round(self.seconds, 3),
+            self.diverged,
+            self.sizes,
+            self.spent,
+            batches,
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,6 +195,19 @@ class _Recorder(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.cuts or history_of(pl_module) is not None:
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(one.pending for one in callbacks if isinstance(one, ScheduledPruning)):
+            raise ValueError(
+                f"expected a run that removes units, got one without any cut in its {trainer.max_epochs} epochs. Look "
+                "at `schedule` and at the amount of the pruning callback."
+            )
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,6 +232,8 @@ class _Recorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "curve": self.curve,
+            "sizes": self.sizes,
+            "spent": self.spent,
             "seconds": self.seconds + perf_counter() - self._began,
             "diverged": self.diverged,
         }
@@ -192,6 +241,7 @@ class _Recorder(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve = list(state_dict["curve"])
+        self.sizes, self.spent = list(state_dict.get("sizes", [])), list(state_dict.get("spent", []))
         self.seconds = float(state_dict["seconds"])
         self.diverged = bool(state_dict["diverged"])
 
@@ -203,6 +253,9 @@ class _Recorder(Callback):
         self.diverged = self.diverged or not _is_finite(module) or any(map(math.isnan, logged.values()))
         # NaN and infinity have no place in JSON; a metric that is not a number is left out.
         self.curve.append({name: value for name, value in logged.items() if math.isfinite(value)})
+        self.sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+        if self.counted is not None:
+            self.spent.append(self.counted.macs)
 
     def _stop_clock(self) -> None:
         self.seconds += perf_counter() - self._began

@@ -68,14 +68,18 @@ class TrainingMacs(Callback):
     """
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.around = 0
-        self.batches = 0
+        self.forget()
         self._counter = MacCounter()
         self._known: dict[Any, int] = {}
         self._step: Any = None
         self._is_open = False
         self._processes = 1
+
+    def forget(self) -> None:
+        """Set all counts to zero."""
+        self.steps = 0
+        self.around = 0
+        self.batches = 0
 
     @property
     def macs(self) -> int:

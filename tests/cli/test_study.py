@@ -29,7 +29,7 @@ from tests.study.surfaces import Inline
 @pytest.fixture(autouse=True)
 def _here(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (in_tmp / "small.yaml").write_text(DEFINITION)
-    monkeypatch.setattr(study, "_launcher", lambda *_: Inline())
+    monkeypatch.setattr(study, "launcher_of", lambda *_: Inline())
 
 
 def test_a_study_from_definition_to_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_what_is_no_cell_is_refused(changed: dict[str, Any], text: str, capsys: 
 
 def test_settings_of_slurm(capsys: pytest.CaptureFixture[str]) -> None:
     def launcher(*words: str) -> Any:
-        return study._launcher(Path("here"), study._parser().parse_args(["run", "small.yaml", *words]))
+        return study.launcher_of(Path("here"), study._parser().parse_args(["run", "small.yaml", *words]))
 
     settings = ["--slurm", "timeout_min=60", "slurm_partition=gpu"]
     expected = Slurm(Path("here/slurm"), "slurm", (("timeout_min", 60), ("slurm_partition", "gpu")))

@@ -88,6 +88,7 @@ def test_a_last_batch_of_another_size_counts_as_it_is(tmp_path: Path) -> None:
     assert counted.macs == 2 * (BATCH + 5) * step(HIDDEN)
 
 
+@pytest.mark.usefixtures("measured")  # timing a network is no training
 def test_after_a_cut_steps_are_those_of_the_narrow_network(tmp_path: Path) -> None:
     counted, pruning = TrainingMacs(), StructuredPruning(0.5, schedule=OneShot(at=1, unit="epoch"))
     fit(counted, pruning, folder=tmp_path)
