@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_prune.callbacks.scheduled import ScheduledPruning
@@ -77,6 +78,8 @@ def work(task: Task) -> None:
             _fit(store, task, recorder)
             # A cut alone does not validate.
             result = recorder.result(judged=cell.config["trainer"].get("limit_val_batches") != 0)
+        except SIGTERMException:
+            raise  # asked to stop: the run goes on later
         except (Exception, SystemExit) as error:
             if not recorder.diverged or task.metric not in recorder.metrics:
                 store.fail(cell, "".join(traceback.format_exception(error)))
@@ -98,6 +101,8 @@ def _fit(store: Store, task: Task, recorder: _Recorder) -> None:
         shutil.rmtree(place / "fit", ignore_errors=True)
     try:
         task.train(_words(place, resumed), recorder.callbacks)
+    except SIGTERMException:
+        raise
     except (Exception, SystemExit) as error:
         if not resumed or recorder.diverged:
             raise

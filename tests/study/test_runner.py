@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_prune.study.configurations import cells, cut_of, prior, run
 from lightning_prune.study.launchers import Job
@@ -305,3 +306,23 @@ def test_two_launchers_at_once_share_the_cells(tmp_path: Path) -> None:
     run_study(found, tmp_path, surface, Second(), QUIET)
     assert len(surface.calls) == 19
     assert len(rows(found, tmp_path)) == 18
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_is_asked_to_stop_goes_on_later(tmp_path: Path, resumed: bool) -> None:
+    """SIGTERM, as SLURM sends it, is no failure, and what is done so far stays."""
+    found, place = study(), Store(tmp_path).running(prior(study()))
+    kept = place / "fit" / "001" / "checkpoints" / "last.ckpt"
+    if resumed:
+        kept.parent.mkdir(parents=True)
+        torch.save({"global_step": 1}, kept)
+
+    def stopped(*_: Any) -> None:
+        raise SIGTERMException
+
+    with pytest.raises(SIGTERMException):
+        run_study(found, tmp_path, stopped, Inline(), QUIET)
+    assert failures(found, tmp_path) == []
+    assert place.is_dir()
+    assert kept.is_file() == resumed
+    assert run_study(found, tmp_path, Surface(hill), Inline(), QUIET) == []
