@@ -495,12 +495,12 @@ class WhenStable(Schedule):
 
     Example:
         >>> from lightning_prune import StructuredPruning, WhenStable
-        >>> callback = StructuredPruning(0.5, schedule=WhenStable(threshold=0.98, window=3, latest=0.5))
+        >>> callback = StructuredPruning(0.5, schedule=WhenStable(threshold=0.95, window=3, latest=0.5))
     """
 
     decides_by_plans = True
 
-    threshold: float = 0.98
+    threshold: float = 0.95
     window: int = 3
     start: int | float = _START
     every: int | float | None = None
@@ -512,7 +512,7 @@ class WhenStable(Schedule):
         if not 0 < self.threshold <= 1:
             raise ValueError(
                 f"WhenStable: expected `threshold` in (0, 1], the agreement of successive plans, got {self.threshold}. "
-                "Give 0.98."
+                "Give 0.95."
             )
         if self.window < 1:
             raise ValueError(f"WhenStable: expected `window` of at least 1 comparison, got {self.window}")

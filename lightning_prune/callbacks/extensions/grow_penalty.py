@@ -49,6 +49,9 @@ class GrowPenalty(CutExtension):
     et al., "Only Train Once" (2021), define the groups of weights that can be removed without a change once they are
     zero together.
 
+    The loss may rise while the units shrink, instead of at the cut: compare it with its value when the cut was planned,
+    which is in the report, and leave time to train after the cut.
+
     The loss is that of ``training_step``, in eval mode. What a cut would change is logged as ``pruning/jump`` at every
     check, what it has changed (with the repairs of other extensions) as ``pruning/jump_at_cut``, and is in the report.
     The cost is twenty forward passes over ``samples`` samples per cut.
