@@ -113,7 +113,7 @@ class DenseNorms(Callback):
         norms: Repair = ReestimateBatchNorm()
         if self.chooses:
             data = partial(training_data, trainer, pl_module, samples=SAMPLES)
-            run = RunContext(trainer, pl_module, traced, Report(), Path, (), lambda _: data())
+            run = RunContext(trainer, pl_module, traced, (), Report(), Path, (), lambda _: data(), lambda *_: [])
             (norms,) = ReestimateIfBetter().repairs(run)
         images = Calibration(trainer, pl_module, traced, batches=norms.batches, reader="DenseNorms")
         pl_module.load_state_dict(norms.after(images.copy(), images.run), strict=False)
