@@ -57,6 +57,7 @@ NAVIGATION = {
         "architectures",
         "companions",
         "checkpoints",
+        "deploy",
         "wandb",
         "recipes",
         "messages",

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.api import load, save
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -148,8 +149,10 @@ __all__ = [
     "XGBoost",
     "__version__",
     "inspect",
+    "load",
     "load_from_checkpoint",
     "prune",
+    "save",
     "sensitivity",
 ]
 
@@ -219,8 +222,10 @@ _ROOM_OF = {
     "XGBPruning": "callbacks",
     "XGBoost": "scoring",
     "inspect": "callbacks",
+    "load": "api",
     "load_from_checkpoint": "callbacks",
     "prune": "callbacks",
+    "save": "api",
     "sensitivity": "callbacks",
 }
 

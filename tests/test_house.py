@@ -19,7 +19,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # In the order of the data: a room may import those before it.
-ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "study", "cli"]
+ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "api", "study", "cli"]
 WITH_LIGHTNING = {"callbacks", "study", "data", "models", "cli"}
 # Methods of a LightningModule that look like tests.
 LIGHTNING_STEPS = {"test_step", "test_dataloader"}

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_map
 from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
 from lightning_prune.callbacks.lightning.checkpoints import keep_history
-from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.scheduled import require_names, warn_of_kept_units
-from lightning_prune.callbacks.traced_models import require_network, traced_model_for
+from lightning_prune.callbacks.traced_models import traced_model_for
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select
 from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
 from lightning_prune.scoring import (
@@ -40,6 +39,7 @@ from lightning_prune.scoring.data import forward
 from lightning_prune.structure import Call, Size, Structure, StructureError, TracedModel, Tracing
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
+from lightning_prune.structure.traced_model import require_network
 from lightning_prune.surgery import (
     CutError,
     Repair,
@@ -53,6 +53,7 @@ from lightning_prune.surgery import (
     transaction,
     with_history,
 )
+from lightning_prune.surgery.compiled import eager, reset_compiled
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["prune"]

@@ -9,11 +9,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.lightning.averages import averages
-from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.lightning.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.session import Session
 from lightning_prune.structure import TracedModel
 from lightning_prune.surgery import Transaction, transaction
+from lightning_prune.surgery.compiled import eager, reset_compiled
 
 __all__ = ["live_transaction"]
 

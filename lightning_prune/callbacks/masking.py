@@ -19,7 +19,6 @@ from typing_extensions import override
 from lightning_prune.callbacks.display.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.lightning.averages import averages, count_from, counts
-from lightning_prune.callbacks.lightning.compiled import eager, is_compiled
 from lightning_prune.callbacks.lightning.monitors import reset_monitors
 from lightning_prune.callbacks.lightning.processes import all_or_none, assert_same_parameters, broadcast_plan, unwrapped
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
@@ -58,6 +57,7 @@ from lightning_prune.surgery import (
     zero_gradients,
     zero_moments,
 )
+from lightning_prune.surgery.compiled import eager, is_compiled
 from lightning_prune.surgery.tensors import named
 
 __all__ = ["MaskPruning"]

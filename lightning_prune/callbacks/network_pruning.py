@@ -22,7 +22,6 @@ from lightning_prune.callbacks.extensions.extension import CutExtension, RunCont
 from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.lightning.averages import ManualAverages
-from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.lightning.monitors import reset_monitors
 from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, gathered, run_on_rank_zero
 from lightning_prune.callbacks.lightning.progress import now, run_length
@@ -45,6 +44,7 @@ from lightning_prune.surgery import (
     original_of,
     with_history,
 )
+from lightning_prune.surgery.compiled import eager, reset_compiled
 
 __all__ = ["Decision", "NetworkPruning"]
 

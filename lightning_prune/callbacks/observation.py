@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks.lightning.compiled import eager
 from lightning_prune.callbacks.lightning.processes import in_exception, merged
 from lightning_prune.scoring import Statistic
+from lightning_prune.surgery.compiled import eager
 
 __all__ = ["Observation"]
 

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.display.report_writer import ReportWriter
 from lightning_prune.callbacks.lightning.checkpoints import StatefulCallback
-from lightning_prune.callbacks.lightning.compiled import eager
 from lightning_prune.callbacks.lightning.monitors import Thresholds, hold_early_stopping
 from lightning_prune.planning import Plan
 from lightning_prune.reporting import Cut, Report
 from lightning_prune.surgery import Edit, Replace
+from lightning_prune.surgery.compiled import eager
 
 __all__ = ["CutMade", "Participant", "Session"]
 

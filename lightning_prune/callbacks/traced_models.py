@@ -16,15 +16,15 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.reporting import Inspection
 from lightning_prune.structure import Call, StructureError, TracedModel, trace
+from lightning_prune.structure.traced_model import require_network
 from lightning_prune.surgery import with_history
 
-__all__ = ["call_on", "inputs_of", "inspect", "require_network", "traced_model_for", "traced_model_of"]
+__all__ = ["call_on", "inputs_of", "inspect", "traced_model_for", "traced_model_of"]
 
 
 def inspect(model: nn.Module, example: Any = None) -> Inspection:
@@ -61,24 +61,6 @@ def traced_model_for(model: nn.Module, example: Any = None) -> TracedModel:
     if isinstance(model, LightningModule):
         return traced_model_of(model, example, step=False, own_example=example is None)
     return TracedModel(model, _forward_calls(model, example, None))
-
-
-def require_network(model: object) -> None:
-    """Check that a network is a module without uninitialized lazy layers.
-
-    Raises:
-        TypeError: If it is no module.
-        StructureError: If layers are lazy.
-    """
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"expected a torch.nn.Module, got {got}")
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise StructureError(
-            f"{type(model).__name__}: {', '.join(lazy)} have no shape yet. Run one forward pass first, so that lazy "
-            "layers learn their widths."
-        )
 
 
 def traced_model_of(

@@ -99,7 +99,7 @@ def _given(source: str | Path | Mapping[str, Any], own: Mapping[str, Tensor], sa
 
 def _read(file: Path) -> Any:
     if file.suffix == ".safetensors":
-        return require("safetensors.torch", extra="export").load_file(file)
+        return require("safetensors.torch", extra="portable").load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "first_line",
     "require_names",
+    "require_network",
     "require_traceable",
 ]
 
@@ -74,6 +75,24 @@ def require_names(model: nn.Module) -> None:
                 f"{where}: expected no attribute `_orig_mod`, which is the name that `torch.compile` gives to the "
                 "module that it stands around. Give the attribute another name."
             )
+
+
+def require_network(model: object) -> None:
+    """Check that a network is a module without uninitialized lazy layers.
+
+    Raises:
+        TypeError: If it is no module.
+        StructureError: If layers are lazy.
+    """
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"expected a torch.nn.Module, got {got}")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise StructureError(
+            f"{type(model).__name__}: {', '.join(lazy)} have no shape yet. Run one forward pass first, so that lazy "
+            "layers learn their widths."
+        )
 
 
 def require_traceable(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ from lightning_prune.surgery.repairs import (
     install,
     repaired,
 )
-from lightning_prune.surgery.restore import load_from, match_checkpoint_shapes, replay, with_history
+from lightning_prune.surgery.restore import load_from, load_weights, match_checkpoint_shapes, replay, with_history
 from lightning_prune.surgery.shrink import cut, forget, mask
 from lightning_prune.surgery.specs import LayerSpec, spec_of
 from lightning_prune.surgery.tensors import take
@@ -86,6 +86,7 @@ __all__ = [
     "install",
     "latency_table",
     "load_from",
+    "load_weights",
     "losses_of_plans",
     "mask",
     "maskable",

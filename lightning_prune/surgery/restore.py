@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from lightning_prune.surgery.edits import Drop, Keep, Replace, apply, same_effec
 from lightning_prune.surgery.history import KEY, Dense, History, HistoryError, Shape, attach, history_of
 from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
 from lightning_prune.surgery.names import missing_or_unexpected
+from lightning_prune.surgery.plain import damaged
 from lightning_prune.surgery.tensors import blank, canonical, named
 
-__all__ = ["dense_copy", "load_from", "match_checkpoint_shapes", "replay", "with_history"]
+__all__ = ["dense_copy", "load_from", "load_weights", "match_checkpoint_shapes", "replay", "with_history"]
 
 
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
@@ -37,13 +38,67 @@ def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Modul
     Raises:
         HistoryError: If history or masks are damaged or of another architecture; the network is unchanged.
     """
-    history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None
-    masks = read_masks(checkpoint)
     change = Change()
     with undo_on_error(change):
-        for network in (model, *copies):
+        _load_from(change, checkpoint, (model, *copies), strict=strict)
+
+
+def load_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Set the widths, masks and weights of ``model`` to those of ``checkpoint``.
+
+    Args:
+        checkpoint: The checkpoint, whose weights have canonical names.
+        model: A dense network, or a pruned one with its history.
+
+    Raises:
+        HistoryError: If the checkpoint is damaged or of another network; the network is unchanged.
+    """
+    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+    change = Change()
+    with undo_on_error(change):
+        _load_from(change, checkpoint, (model,), strict=True)
+        # Names by canonical name; those of compiled modules differ.
+        names = {canonical(name): name for name in model.state_dict()}
+        problems = list(_other_weights(model, weights))
+        if problems:
+            raise _another_network(problems)
+        for tensor in {id(tensor): tensor for tensor in named(model).values()}.values():
+            change.overwrite(tensor, tensor)  # logged, as loading may fail halfway
+        try:
+            with torch.inference_mode(False):
+                model.load_state_dict({names.get(name, name): weight for name, weight in weights.items()})
+        except RuntimeError as error:
+            raise _another_network([" ".join(str(error).split())]) from error
+
+
+def _load_from(change: Change, checkpoint: Mapping[str, Any], networks: Sequence[nn.Module], *, strict: bool) -> None:
+    """Set the widths and masks of networks as part of a ``change``."""
+    try:
+        history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None
+        masks = read_masks(checkpoint)
+        for network in networks:
             _match_shapes(change, network, checkpoint["state_dict"], history, strict=strict)
             change.edit_attributes(network, partial(attach_read, network, masks))
+    except RecursionError as error:
+        raise damaged("its layers are nested too deeply") from error
+
+
+def _other_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Messages about weights of other names or shapes than those of a network of the right widths."""
+    here = {canonical(name): content for name, content in model.state_dict().items()}
+    for name, weight in weights.items():
+        if isinstance(here.get(name), Tensor) and here[name].shape != weight.shape:
+            yield f"{name} is {list(weight.shape)}, here it is {list(here[name].shape)}"
+    yield from missing_or_unexpected(model, {}, (), weights)
+
+
+def _another_network(problems: Sequence[str]) -> HistoryError:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return HistoryError(
+        f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
+        "Build the network with the arguments it had when the checkpoint was written. If it has them, the file's "
+        "pruning history was damaged: take another checkpoint."
+    )
 
 
 def match_checkpoint_shapes(
@@ -129,12 +184,7 @@ def _match_shapes(
         gone = {} if mine is None else mine.dense.layers
         problems = list(missing_or_unexpected(model, gone, () if history is None else history.steps, state_dict))
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise HistoryError(
-            f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
-            "Build the network with the arguments it had when the checkpoint was written. If it has them, the file's "
-            "pruning history was damaged: take another checkpoint."
-        )
+        raise _another_network(problems)
     if mine is not None and history is not None and _same(mine, history):
         history = replace(history, dense=mine.dense)
     else:

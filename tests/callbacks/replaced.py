@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.callbacks.lightning.checkpoints import keep_history
-from lightning_prune.callbacks.lightning.compiled import eager, reset_compiled
 from lightning_prune.callbacks.lightning.processes import all_or_none, assert_same_parameters, unwrapped
 from lightning_prune.callbacks.traced_models import traced_model_of
 from lightning_prune.structure import trace
 from lightning_prune.surgery import LayerSpec, history_of, transaction
+from lightning_prune.surgery.compiled import eager, reset_compiled
 from tests.callbacks.networks import Net, fit, make, weights
 from tests.callbacks.ranked import processes, share
 

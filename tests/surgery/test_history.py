@@ -139,6 +139,21 @@ class TestLoading:
         _load(fresh, _checkpoint(net.model(seed=4)))
         assert torch.equal(fresh(net.example()), net.model(seed=4)(net.example()))
 
+    def test_layers_within_layers_are_refused_where_python_cannot_follow(self, net, photograph, same):
+        """A checkpoint of ``torch.save`` may nest lists without end."""
+        layer = {"kind": "Identity", "options": {}}
+        for _ in range(2000):
+            layer = {"kind": "Sequential", "layers": [layer]}
+        size = {"params": 1, "macs": 1, "widths": {}, "memory": 1}
+        edit = {"kind": "replace", "modules": {"head": layer}, "widths": {}, "original": size, "new_dense": True}
+        checkpoint = _prune(net, net.model())[-1]
+        checkpoint[KEY]["edits"].append({**edit, "epoch": 0, "step": 0, "cut": 0, "info": {}})
+        fresh = net.model()
+        before = photograph(fresh)
+        with pytest.raises(HistoryError, match="nested too deeply"):
+            load_from(checkpoint, fresh)
+        assert same(photograph(fresh), before)
+
     def test_the_same_units_again_leave_all_as_it_is(self, net, photograph, same):
         model = net.model()
         checkpoint = _prune(net, model)[-1]

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
-from lightning_prune.callbacks.lightning.compiled import is_compiled
 from lightning_prune.reporting import require
 from lightning_prune.surgery import load_from, save_into
+from lightning_prune.surgery.compiled import is_compiled
 from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["Distill"]

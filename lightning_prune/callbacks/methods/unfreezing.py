@@ -14,7 +14,6 @@ from lightning_prune.callbacks.display.report_writer import log_now
 from lightning_prune.callbacks.heads import NamesHead
 from lightning_prune.callbacks.lightning.checkpoints import StatefulCallback, keep_history
 from lightning_prune.callbacks.lightning.compatibility import require_compatible
-from lightning_prune.callbacks.lightning.compiled import reset_compiled
 from lightning_prune.callbacks.lightning.optimizer_groups import add_group, without_optimizer
 from lightning_prune.callbacks.lightning.processes import unwrapped
 from lightning_prune.callbacks.lightning.progress import is_fast_dev_run, run_length
@@ -23,6 +22,7 @@ from lightning_prune.reporting import require
 from lightning_prune.structure.backbone import Backbone, ConvolutionalLayer, head_error, is_norm
 from lightning_prune.structure.layers import is_within
 from lightning_prune.surgery import History, Keep, history_of
+from lightning_prune.surgery.compiled import reset_compiled
 
 __all__ = ["GradualUnfreezing"]
 
