@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import load, save
+    from lightning_prune.api import inspect, load, prune, save, sensitivity, strip
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
         SPvRPruning,
         StructuredPruning,
         XGBPruning,
-        inspect,
         load_from_checkpoint,
-        prune,
-        sensitivity,
     )
     from lightning_prune.errors import PruningError
     from lightning_prune.planning import (
@@ -154,6 +151,7 @@ __all__ = [
     "prune",
     "save",
     "sensitivity",
+    "strip",
 ]
 
 __version__ = "0.2.0"
@@ -221,12 +219,13 @@ _ROOM_OF = {
     "WhenStable": "planning",
     "XGBPruning": "callbacks",
     "XGBoost": "scoring",
-    "inspect": "callbacks",
+    "inspect": "api",
     "load": "api",
     "load_from_checkpoint": "callbacks",
-    "prune": "callbacks",
+    "prune": "api",
     "save": "api",
-    "sensitivity": "callbacks",
+    "sensitivity": "api",
+    "strip": "api",
 }
 
 

@@ -12,7 +12,7 @@ from inspect import get_annotations
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Settings", "require_type"]
+__all__ = ["Settings", "require_names", "require_type"]
 
 
 class Settings:
@@ -61,6 +61,25 @@ def require_type(owner: str, name: str, value: object, hint: Any) -> None:
     )
     got = repr(value) if right or value is None else f"{value!r} ({type(value).__name__})"
     raise (ValueError if right else TypeError)(f"{owner}: expected `{name}` to be {_described(hint)}, got {got}.")
+
+
+def require_names(asker: str, **arguments: object) -> None:
+    """Check that arguments are a name of layers, several names, or None.
+
+    Args:
+        asker: Name of the callback or function, for the message.
+        arguments: The arguments by name.
+
+    Raises:
+        TypeError: If one has another type.
+    """
+    for name, value in arguments.items():
+        several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        if not all(isinstance(one, str) for one in several):
+            raise TypeError(
+                f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
+                "`inspect(model)` shows the names."
+            )
 
 
 def _evaluated(owner: type, name: str, hint: Any) -> Any:

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # In the order of the data: a room may import those before it.
 ROOMS = ["structure", "scoring", "planning", "surgery", "reporting", "callbacks", "api", "study", "cli"]
-WITH_LIGHTNING = {"callbacks", "study", "data", "models", "cli"}
+WITH_LIGHTNING = {"api", "callbacks", "study", "data", "models", "cli"}
 # Methods of a LightningModule that look like tests.
 LIGHTNING_STEPS = {"test_step", "test_dataloader"}
 # Imported where they are used, because each one costs a second or may be missing.
@@ -315,6 +315,12 @@ def test_import_is_light() -> None:
     assert _python(code) == "[]"
     before = "import sys, lightning.pytorch; early = set(sys.modules); import lightning_prune.callbacks; "
     code = before + f"print([name for name in {sorted(OPTIONAL)} if name in sys.modules and name not in early])"
+    assert _python(code) == "[]"
+
+
+def test_functions_without_a_trainer_import_no_lightning() -> None:
+    lightning = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse")
+    code = f"import sys, lightning_prune.api; print([name for name in {lightning} if name in sys.modules])"
     assert _python(code) == "[]"
 
 

@@ -1,5 +1,9 @@
 """Functions that need no Trainer, and no Lightning."""
 
+from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.portable import load, save
+from lightning_prune.api.pruning import prune
+from lightning_prune.api.scan import sensitivity
+from lightning_prune.api.stripping import strip
 
-__all__ = ["load", "save"]
+__all__ = ["inspect", "load", "prune", "save", "sensitivity", "strip"]

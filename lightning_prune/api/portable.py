@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
+from lightning_prune.api.lightning_module import keep_history
 from lightning_prune.extras import require
-from lightning_prune.structure.traced_model import require_names, require_network
+from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import HistoryError, load_weights, save_into, save_masks_into
 from lightning_prune.surgery.compiled import reset_compiled
 from lightning_prune.surgery.history import KEY
@@ -58,11 +57,12 @@ def save(model: nn.Module, file: str | Path) -> None:
           (2): Linear(in_features=4, out_features=2, bias=True)
         )
     """
-    written = _written(model)
-    weights, tied = _weights(written)
+    require_network(model)
+    network = written(model)
+    weights, tied = _weights(network)
     parts: dict[str, Any] = {}
-    save_into(parts, written)
-    save_masks_into(parts, written)
+    save_into(parts, network)
+    save_masks_into(parts, network)
     text = to_json(parts, tied)
     if len(text) > _LARGEST_TEXT:
         raise ValueError(
@@ -98,29 +98,18 @@ def load(model: Module, file: str | Path) -> Module:
         ModuleNotFoundError: If `safetensors <https://pypi.org/project/safetensors>`_ is not installed (extra
             ``portable``).
     """
-    written = _written(model)
-    if any(tensor.is_meta for tensor in (*written.parameters(), *written.buffers())):
+    require_network(model)
+    network = written(model)
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise ValueError(
-            f"load: expected a {type(written).__name__} with weights, got one on the meta device. Build it on the CPU, "
+            f"load: expected a {type(network).__name__} with weights, got one on the meta device. Build it on the CPU, "
             'or call `.to_empty(device="cpu")` and set the buffers that no file has.'
         )
     checkpoint = _read(Path(file))
-    reset_compiled(written)
-    load_weights(checkpoint, written)
-    _keep_history(written)
+    reset_compiled(network)
+    load_weights(checkpoint, network)
+    keep_history(network)
     return model
-
-
-def _written(model: nn.Module) -> nn.Module:
-    """The network as it is written, which `torch.compile` wraps.
-
-    Raises:
-        TypeError: If it is no module.
-        StructureError: If layers are lazy.
-    """
-    require_network(model)
-    require_names(model)
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -201,12 +190,3 @@ def _require_names_once(file: Path) -> None:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(length, _LARGEST_HEADER))
     json.loads(header, object_pairs_hook=pairs_once)
-
-
-def _keep_history(model: nn.Module) -> None:
-    """Save the history in the checkpoints of a LightningModule."""
-    lightning = sys.modules.get("lightning.pytorch")  # there is no LightningModule without it
-    if lightning is not None and isinstance(model, lightning.LightningModule):
-        from lightning_prune.callbacks.lightning.checkpoints import keep_history
-
-        keep_history(model)

@@ -1,4 +1,4 @@
-"""Lightning callbacks, one per method, and functions for inspecting, pruning and loading networks."""
+"""Lightning callbacks, one per method, and the loading of checkpoints."""
 
 from lightning_prune.callbacks.extensions import (
     CutExtension,
@@ -9,7 +9,6 @@ from lightning_prune.callbacks.extensions import (
     Rollback,
     SaveEachSize,
 )
-from lightning_prune.callbacks.functional import prune
 from lightning_prune.callbacks.lightning.checkpoints import load_from_checkpoint
 from lightning_prune.callbacks.lightning.processes import broadcast_plan
 from lightning_prune.callbacks.methods import (
@@ -23,8 +22,6 @@ from lightning_prune.callbacks.methods import (
     XGBPruning,
 )
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
-from lightning_prune.callbacks.scan import sensitivity
-from lightning_prune.callbacks.traced_models import inspect
 
 __all__ = [
     "ContributionPruning",
@@ -45,8 +42,5 @@ __all__ = [
     "StructuredPruning",
     "XGBPruning",
     "broadcast_plan",
-    "inspect",
     "load_from_checkpoint",
-    "prune",
-    "sensitivity",
 ]

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_prune.arguments import require_names
 from lightning_prune.callbacks.display.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.lightning.averages import averages, count_from, counts
 from lightning_prune.callbacks.lightning.monitors import reset_monitors
 from lightning_prune.callbacks.lightning.processes import all_or_none, assert_same_parameters, broadcast_plan, unwrapped
 from lightning_prune.callbacks.rewind_snapshot import RewindSnapshot
-from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of, require_names
+from lightning_prune.callbacks.scheduled import ScheduledPruning, instance_of
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.traced_models import call_on, traced_model_of
 from lightning_prune.planning import (

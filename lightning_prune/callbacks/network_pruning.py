@@ -15,10 +15,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.arguments import require_names
 from lightning_prune.callbacks.display.report_writer import ReportWriter, log_now
 from lightning_prune.callbacks.display.status import log_status
 from lightning_prune.callbacks.extensions.applied import Extensions
-from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext, require_one_restart
+from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.callbacks.extensions.rollback import restore_snapshot, snapshot
 from lightning_prune.callbacks.heads import backbone_in
 from lightning_prune.callbacks.lightning.averages import ManualAverages
@@ -26,7 +27,7 @@ from lightning_prune.callbacks.lightning.monitors import reset_monitors
 from lightning_prune.callbacks.lightning.processes import all_or_none, from_rank_zero, gathered, run_on_rank_zero
 from lightning_prune.callbacks.lightning.progress import now, run_length
 from lightning_prune.callbacks.live_transaction import live_transaction
-from lightning_prune.callbacks.scheduled import ScheduledPruning, require_names
+from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.stored_plan import stored_plan
 from lightning_prune.callbacks.traced_models import inputs_of, traced_model_of
@@ -42,6 +43,7 @@ from lightning_prune.surgery import (
     history_of,
     losses_of_plans,
     original_of,
+    require_one_restart,
     with_history,
 )
 from lightning_prune.surgery.compiled import eager, reset_compiled

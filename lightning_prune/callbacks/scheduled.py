@@ -23,13 +23,13 @@ from lightning_prune.callbacks.lightning.compatibility import require_compatible
 from lightning_prune.callbacks.lightning.progress import is_fast_dev_run, now, run_length
 from lightning_prune.callbacks.lightning.spawned import patch_spawn_launcher, return_history
 from lightning_prune.callbacks.session import CutMade, Participant, Session
-from lightning_prune.planning import CutPoint, LinearSchedule, NoEffectWarning, Schedule, due, reaches
+from lightning_prune.planning import CutPoint, LinearSchedule, Schedule, due, reaches
 from lightning_prune.reporting import Report, plain, require, versions
 from lightning_prune.structure import Size, TracedModel
 from lightning_prune.surgery import history_of, refuse
 from lightning_prune.surgery.restore import dense_copy
 
-__all__ = ["ScheduledPruning", "instance_of", "require_names", "warn_of_kept_units"]
+__all__ = ["ScheduledPruning", "instance_of"]
 
 # Prefix of notes that a longer, resumed fit removes.
 _MISSED = "The target was not reached: "
@@ -459,33 +459,6 @@ def instance_of(callback: Callback, name: str, value: object, kind: type, exampl
             f"{type(callback).__name__}: expected `{name}` to be an instance of {kind.__name__}, got {value!r}. "
             f"Import one from lightning_prune, for example `{example}`."
         )
-
-
-def warn_of_kept_units(report: Report, stays: Mapping[str, str]) -> None:
-    """Warn, and note in the report, which groups keep more units than their share, and why."""
-    for note in stays.values():
-        if note not in report.notes:
-            report.notes.append(note)
-        warnings.warn(note, NoEffectWarning, stacklevel=3)
-
-
-def require_names(asker: str, **arguments: object) -> None:
-    """Check that arguments are a name of layers, several names, or None.
-
-    Args:
-        asker: Name of the callback or function, for the message.
-        arguments: The arguments by name.
-
-    Raises:
-        TypeError: If one has another type.
-    """
-    for name, value in arguments.items():
-        several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-        if not all(isinstance(one, str) for one in several):
-            raise TypeError(
-                f"{asker}: expected `{name}` to be a layer's name or glob or a list, got {value!r}. "
-                "`inspect(model)` shows the names."
-            )
 
 
 def _require_config(config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect as signatures
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -16,51 +16,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
-from lightning_prune.reporting import Inspection
-from lightning_prune.structure import Call, StructureError, TracedModel, trace
-from lightning_prune.structure.traced_model import require_network
-from lightning_prune.surgery import with_history
+from lightning_prune.structure import Call, StructureError, TracedModel
+from lightning_prune.structure.examples import accepted, candidates, forward_calls
 
-__all__ = ["call_on", "inputs_of", "inspect", "traced_model_for", "traced_model_of"]
-
-
-def inspect(model: nn.Module, example: Any = None) -> Inspection:
-    """Show what can be pruned in a network, and what cannot and why; print the result, or display it in a notebook.
-
-    Args:
-        model: A LightningModule or any module. It is not modified.
-        example: What ``forward`` takes: a tensor, a tuple of arguments or a dict of keywords, or a training batch (its
-            inputs are found by trying). By default the module's ``example_input_array``.
-
-    Raises:
-        StructureError: If there is no example, or the network fails on it.
-
-    Example:
-        >>> import torch
-        >>> from lightning_prune import inspect
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> inspect(net, torch.zeros(2, 4)).structure.widths
-        {'0': 8}
-    """
-    traced = traced_model_for(model, example)
-    return Inspection(with_history(trace(traced), traced))
-
-
-def traced_model_for(model: nn.Module, example: Any = None) -> TracedModel:
-    """Build the `TracedModel` of any network from an example input.
-
-    Raises:
-        StructureError: If there is no example that ``forward`` accepts.
-    """
-    require_network(model)
-    if isinstance(example, (tuple, list)):
-        example = _Arguments(example)  # meant as arguments; a training batch is a later guess
-    if isinstance(model, LightningModule):
-        return traced_model_of(model, example, step=False, own_example=example is None)
-    return TracedModel(model, _forward_calls(model, example, None))
+__all__ = ["call_on", "inputs_of", "traced_model_of"]
 
 
 def traced_model_of(
@@ -85,7 +46,7 @@ def traced_model_of(
     """
     prepare, memo = _Stubs(module), _memo_of(module)
     example = convert(module.example_input_array) if own_example else None
-    calls = _forward_calls(module, batch, example, memo=memo, prepare=prepare)
+    calls = forward_calls(module, batch, example, memo=memo, prepare=prepare)
     optional: tuple[Call, ...] = ()
     if step and batch is not None and is_overridden("training_step", module):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)
@@ -100,7 +61,7 @@ def call_on(module: LightningModule, batch: Any, traced: TracedModel) -> Call:
     if module.example_input_array is None:
         return traced.calls[0]
     try:
-        return _forward_calls(module, batch, None, memo=_memo_of(module), prepare=_Stubs(module))[0]
+        return forward_calls(module, batch, None, memo=_memo_of(module), prepare=_Stubs(module))[0]
     except StructureError as error:
         warnings.warn(f"the `example_input_array` is run: {error}", stacklevel=2)
         return traced.calls[0]
@@ -120,7 +81,7 @@ def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Calla
         A function of any batch, for `DataPass`.
     """
     try:
-        number = _accepted(module, batch, memo=_memo_of(module), prepare=_Stubs(module))
+        number = accepted(module, batch, memo=_memo_of(module), prepare=_Stubs(module))
     except StructureError as error:
         call = traced.calls[0]
         if module.example_input_array is not None:
@@ -128,86 +89,10 @@ def inputs_of(module: LightningModule, batch: Any, traced: TracedModel) -> Calla
         return lambda _: dict(call.kwargs) or call.args
 
     def inputs(raw: Any) -> Any:
-        args, kwargs = list(_candidates(raw, None))[number]
+        args, kwargs = list(candidates(raw, None))[number]
         return kwargs or args
 
     return inputs
-
-
-def _forward_calls(model: nn.Module, batch: Any, own_example: Any, **copying: Any) -> tuple[Call, ...]:
-    """Calls of ``forward`` in eval and in train mode, on the first candidate that the network accepts."""
-    candidates = list(_candidates(batch, own_example))
-    if len(candidates) == 1:
-        return _calls(model, candidates[0])
-    return _calls(model, candidates[_accepted(model, batch, own_example, **copying)])
-
-
-def _calls(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Call, ...]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = tree_map(lambda leaf: _moved(leaf, device), inputs)
-    return tuple(Call(args, kwargs, training=training) for training in (False, True))
-
-
-def _accepted(model: nn.Module, batch: Any, own_example: Any = None, **copying: Any) -> int:
-    """Index of the first candidate that the network accepts.
-
-    Raises:
-        StructureError: If it accepts none.
-    """
-    failures = []
-    for number, inputs in enumerate(_candidates(batch, own_example)):
-        failure = _failure(model, inputs, **copying)
-        if failure is None:
-            return number
-        failures.append(failure)
-    if not failures:
-        raise StructureError(
-            f"{type(model).__name__}: expected an example of what `forward` takes, found none. Set "
-            "`example_input_array` in the module, or pass an `example`."
-        )
-    raise StructureError(
-        f"{type(model).__name__}: `forward` accepts no part of the example or training batch, as it is or taken apart. "
-        f"Set `example_input_array` in the module, or pass an `example`. The first attempt: {failures[0]}"
-    )
-
-
-def _failure(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], **copying: Any) -> str | None:
-    """Why a network does not accept these inputs; None if it does."""
-    try:
-        trace(TracedModel(model, _calls(model, inputs), **copying), trial=False)
-    except StructureError as error:
-        return str(error)
-    return None
-
-
-def _moved(leaf: Any, device: torch.device) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_meta and device.type != "meta":
-        raise StructureError("expected an example with content, got a tensor on the meta device. Give real numbers.")
-    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-
-def _candidates(batch: Any, own_example: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield arguments to try, the most likely first."""
-    if isinstance(batch, _Arguments):
-        yield tuple(batch), {}
-        yield from _candidates(tuple(batch), None)
-    elif own_example is not None:
-        if isinstance(own_example, Mapping):
-            yield (), dict(own_example)
-        else:
-            yield (tuple(own_example) if isinstance(own_example, (tuple, list)) else (own_example,)), {}
-    elif isinstance(batch, Mapping):
-        yield (batch,), {}
-        yield (), dict(batch)
-        for value in batch.values():
-            yield (value,), {}
-    elif isinstance(batch, (tuple, list)) and batch:
-        yield (batch[0],), {}
-        yield tuple(batch), {}
-        yield (batch,), {}
-        yield tuple(batch[:-1]), {}
-    elif batch is not None:
-        yield (batch,), {}
 
 
 def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
@@ -220,10 +105,6 @@ def _memo_of(module: LightningModule) -> dict[int, Any]:
     trainer, compiled = getattr(module, "_trainer", None), getattr(module, "_compiler_ctx", None)
     memo: dict[int, Any] = {} if trainer is None else {id(trainer): _TrainerStub(trainer)}
     return memo if compiled is None else {**memo, id(compiled): {}}
-
-
-class _Arguments(tuple[Any, ...]):
-    """An example given as a tuple, which is tried first as the arguments of ``forward``."""
 
 
 class _Silent:

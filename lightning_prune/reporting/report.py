@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from lightning_prune.planning import NoEffectWarning
 from lightning_prune.reporting.grid import MISSING, Grid, as_rich, as_text, count, kib, number, plural, share, timed
 from lightning_prune.reporting.inspection import reached
 from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer, depths_grid, layers_grid
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Group as RichGroup
 
 
-__all__ = ["Report", "plain"]
+__all__ = ["Report", "plain", "warn_of_kept_units"]
 
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 4
@@ -262,6 +264,14 @@ class Report(Record):
             return Grid("Weights by layer", columns, tuple(cells))
         rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
         return Grid("Widths", ("group", "dense, units", "pruned, units", "left"), rows)
+
+
+def warn_of_kept_units(report: Report, stays: Mapping[str, str]) -> None:
+    """Warn, and note in the report, which groups keep more units than their share, and why."""
+    for note in stays.values():
+        if note not in report.notes:
+            report.notes.append(note)
+        warnings.warn(note, NoEffectWarning, stacklevel=3)
 
 
 def plain(value: Any) -> Any:

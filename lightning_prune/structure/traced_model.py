@@ -28,6 +28,7 @@ __all__ = [
     "require_names",
     "require_network",
     "require_traceable",
+    "written",
 ]
 
 
@@ -93,6 +94,16 @@ def require_network(model: object) -> None:
             f"{type(model).__name__}: {', '.join(lazy)} have no shape yet. Run one forward pass first, so that lazy "
             "layers learn their widths."
         )
+
+
+def written(model: nn.Module) -> nn.Module:
+    """The network as it is written, which `torch.compile` wraps.
+
+    Raises:
+        StructureError: If a module has an attribute ``_orig_mod``.
+    """
+    require_names(model)
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def require_traceable(model: nn.Module) -> None:

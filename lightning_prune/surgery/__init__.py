@@ -39,6 +39,7 @@ from lightning_prune.surgery.repairs import (
     StoredWeights,
     install,
     repaired,
+    require_one_restart,
 )
 from lightning_prune.surgery.restore import load_from, load_weights, match_checkpoint_shapes, replay, with_history
 from lightning_prune.surgery.shrink import cut, forget, mask
@@ -96,6 +97,7 @@ __all__ = [
     "refuse",
     "repaired",
     "replay",
+    "require_one_restart",
     "revived",
     "save_into",
     "save_masks_into",

@@ -16,7 +16,7 @@ from lightning_prune.scoring import DataPass
 from lightning_prune.structure import Group, TracedModel
 from lightning_prune.surgery import Edit, Repair
 
-__all__ = ["CutExtension", "RunContext", "require_one_restart"]
+__all__ = ["CutExtension", "RunContext"]
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,3 @@ class CutExtension(Settings):
         Raises:
             TypeError: If a value is of another type.
         """
-
-
-def require_one_restart(asker: str, extensions: Sequence[Repair | CutExtension]) -> None:
-    """Check that at most one extension sets all weights.
-
-    Raises:
-        ValueError: If several do.
-    """
-    several = [one for one in extensions if one.restarts]
-    if len(several) > 1:
-        raise ValueError(
-            f"{asker}: expected at most one of `extensions` that sets all weights, got "
-            f"{', '.join(map(repr, several))}. Each would override the previous one: keep only one."
-        )

@@ -24,7 +24,7 @@ from lightning_prune.callbacks.lightning.processes import (
 )
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.observation import Observation
-from lightning_prune.callbacks.scheduled import instance_of, warn_of_kept_units
+from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.session import CutMade, Participant
 from lightning_prune.callbacks.training_data import data_at_cut
 from lightning_prune.planning import (
@@ -40,7 +40,7 @@ from lightning_prune.planning import (
     notes_on_widths,
     select,
 )
-from lightning_prune.reporting import require
+from lightning_prune.reporting import require, warn_of_kept_units
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups, statistic_of
 from lightning_prune.structure import LatencyTable, Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow

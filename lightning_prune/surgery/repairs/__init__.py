@@ -2,7 +2,7 @@
 
 from lightning_prune.surgery.repairs.batch_norms import ReestimateBatchNorm
 from lightning_prune.surgery.repairs.fold import Fold
-from lightning_prune.surgery.repairs.repair import Repair, install, repaired
+from lightning_prune.surgery.repairs.repair import Repair, install, repaired, require_one_restart
 from lightning_prune.surgery.repairs.restart import Reinitialise, StoredWeights
 from lightning_prune.surgery.repairs.ridge import FoldMean, Ridge
 from lightning_prune.surgery.repairs.sequential_ridge import SequentialRidge
@@ -18,4 +18,5 @@ __all__ = [
     "StoredWeights",
     "install",
     "repaired",
+    "require_one_restart",
 ]

@@ -21,7 +21,7 @@ from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import named, take
 
-__all__ = ["Repair", "Run", "install", "repaired", "require_positive"]
+__all__ = ["Repair", "Run", "install", "repaired", "require_one_restart", "require_positive"]
 
 #: Runs the first n batches of the data, always the same, through a network.
 Run = Callable[[nn.Module, int], None]
@@ -158,3 +158,17 @@ def require_positive(repair: Any) -> None:
                 f"{type(repair).__name__}: expected `{name}` above 0, got {getattr(repair, name)}. Omit it for "
                 "the default."
             )
+
+
+def require_one_restart(asker: str, extensions: Sequence[Any]) -> None:
+    """Check that at most one of the extensions of a cut sets all weights.
+
+    Raises:
+        ValueError: If several do.
+    """
+    several = [one for one in extensions if one.restarts]
+    if len(several) > 1:
+        raise ValueError(
+            f"{asker}: expected at most one of `extensions` that sets all weights, got "
+            f"{', '.join(map(repr, several))}. Each would override the previous one: keep only one."
+        )

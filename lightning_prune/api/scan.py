@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from lightning_prune.callbacks.traced_models import traced_model_for
+from lightning_prune.api.inspecting import traced_model_for
 from lightning_prune.planning import Scope, Target, make_plan, select
 from lightning_prune.reporting import Sensitivity
 from lightning_prune.scoring import L1, Criterion, score_groups

@@ -10,19 +10,26 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_prune.arguments import require_type
-from lightning_prune.callbacks.extensions.extension import CutExtension, require_one_restart
-from lightning_prune.callbacks.lightning.checkpoints import keep_history
-from lightning_prune.callbacks.scheduled import require_names, warn_of_kept_units
-from lightning_prune.callbacks.traced_models import traced_model_for
+from lightning_prune.api.inspecting import traced_model_for
+from lightning_prune.api.lightning_module import is_cut_extension, keep_history
+from lightning_prune.arguments import require_names, require_type
 from lightning_prune.planning import Plan, Scope, ScopeKind, Target, feasible, make_plan, notes_on_widths, select
-from lightning_prune.reporting import Cut, Report, backbone_modules, latency, size_of, size_on_disk, timed, versions
+from lightning_prune.reporting import (
+    Cut,
+    Report,
+    backbone_modules,
+    latency,
+    size_of,
+    size_on_disk,
+    timed,
+    versions,
+    warn_of_kept_units,
+)
 from lightning_prune.scoring import (
     L1,
     Batch,
@@ -50,6 +57,7 @@ from lightning_prune.surgery import (
     original_of,
     refuse,
     repaired,
+    require_one_restart,
     transaction,
     with_history,
 )
@@ -151,7 +159,7 @@ def _repairs(extensions: object) -> tuple[Repair, ...]:
             f"prune: expected `extensions` to be a list, got {extensions!r}. Give `extensions=[Ridge()]`, say."
         )
     for extension in extensions:
-        if isinstance(extension, CutExtension):
+        if is_cut_extension(extension):
             raise TypeError(
                 f"prune: expected `extensions` to be repairs such as `Ridge()`, got {extension!r}, which goes with the "
                 "cuts of a run. Use it with a callback."
@@ -238,8 +246,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
             change.install(contents)
             if any(repair.restarts for repair in asked.repairs):
                 change.forget()
-        if isinstance(model, LightningModule):
-            keep_history(model)
+        keep_history(model)
         report.cuts.append(
             Cut.of(
                 size_of(after, backbone=backbone_modules(model)),
