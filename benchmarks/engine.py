@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks.common import EVIDENCE, add_resume, command, machine
 from benchmarks.drawn import draw_networks
 from benchmarks.pretrained import pretrained
-from benchmarks.survey import half, survey, torchvision_model
+from benchmarks.survey import half, survey
+from benchmarks.survey_networks import torchvision_model
 from benchmarks.wrong import wrong
 from lightning_prune import prune
 from lightning_prune.reporting import Inspection

@@ -1,0 +1,113 @@
+"""One network in processes without Lightning: pruned and saved in the first, built and loaded in the second.
+
+``python -m benchmarks.portable_process prune|load NETWORK FAMILY FOLDER`` prints a row.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+class NoLightning:
+    """Finds no Lightning, as where it is not installed."""
+
+    packages = ("lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse")
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Raise what an import of a missing package raises."""
+        if name.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, NoLightning())  # type: ignore[arg-type]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import lightning_prune  # noqa: E402
+from benchmarks.survey_networks import Network, build, coordinates_in_double, settle  # noqa: E402
+from lightning_prune.planning import Scope, Target, make_plan, select  # noqa: E402
+from lightning_prune.scoring import L1, score_groups  # noqa: E402
+from lightning_prune.structure import Size, trace  # noqa: E402
+from lightning_prune.surgery import transaction  # noqa: E402
+from lightning_prune.surgery.tensors import named  # noqa: E402
+
+#: Share of the units that is removed from each layer.
+_RATIO = 1 / 3
+_MEMORY = 12 * 2**30
+
+
+def prune(network: Network, folder: Path) -> dict[str, Any]:
+    """Prune a network of other weights than it is built with, and save it with its inputs and outputs."""
+    model = network.model
+    torch.manual_seed(1)
+    settle(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    before = sum(parameter.numel() for parameter in model.parameters())
+    structure = trace(network.traced())
+    target, selected = Target.of(_RATIO, None).resolve(structure, select(structure)[0])
+    scores = score_groups(L1(), [structure.group(name) for name in selected], named(model), None)
+    plan = make_plan(structure, scores, target, 1.0, Scope(), Size.of(structure))
+    call = network.traced().calls[0]
+    with transaction(model, run=lambda: model(*call.args, **call.kwargs)) as change:
+        change.keep(structure, plan.kept)
+    began = time.perf_counter()
+    lightning_prune.save(model, folder / "small.safetensors")
+    seconds = time.perf_counter() - began
+    torch.save((network.args, dict(network.kwargs), outputs(network)), folder / "outputs.pt")
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = (folder / "small.safetensors").stat().st_size
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return {"params": before, "left": after / before, "save_s": seconds, "bytes": size, "beside": size - weights}
+
+
+def load(network: Network, folder: Path) -> dict[str, Any]:
+    """Load the file into a network that was built anew, and compare the outputs."""
+    args, kwargs, expected = torch.load(folder / "outputs.pt", weights_only=True)
+    network = Network(network.model, args, None, kwargs, network.heads)
+    dense = outputs(network)
+    began = time.perf_counter()
+    lightning_prune.load(network.model, folder / "small.safetensors")
+    seconds = time.perf_counter() - began
+    assert not [name for name in sys.modules if name.partition(".")[0] in NoLightning.packages]
+    return {"load_s": seconds, "equal": same(outputs(network), expected), "dense_equal": same(dense, expected)}
+
+
+def outputs(network: Network) -> list[Tensor]:
+    """What comes out in eval mode."""
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(2)
+        return network()
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether all outputs are equal, bit for bit."""
+    return len(first) == len(second) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def main(step: str, name: str, family: str, folder: str) -> dict[str, Any]:
+    """A row, or why there is none."""
+    torch.set_num_threads(1)
+    try:
+        with coordinates_in_double(family):
+            network = build(name, family)
+            return (prune if step == "prune" else load)(network, Path(folder))
+    except Exception as failure:
+        text = (str(failure).strip().splitlines() or [""])[0][:200]
+        return {"failure": f"{step}: {type(failure).__name__}: {text}"}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+    print(json.dumps(main(*sys.argv[1:])))
