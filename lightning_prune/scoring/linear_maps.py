@@ -13,6 +13,7 @@ from torch.nn import functional as F
 __all__ = [
     "as_matrices",
     "by_position",
+    "covariance_of",
     "double",
     "from_matrices",
     "is_transposed",
@@ -24,6 +25,8 @@ __all__ = [
 
 # (√5 − 1) / 2: its multiples are evenly spread over [0, 1), whatever the period of the sampled data.
 _GOLDEN = 0.6180339887498949
+# A variance below this share of the second moment is rounding of float32 activations.
+_ROUNDING = 1e-12
 
 
 def is_transposed(layer: Any) -> bool:
@@ -72,6 +75,19 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     scale = 1 / deviation if norm.weight is None else double(norm.weight.detach()) / deviation
     shift = -scale * double(norm.running_mean)
     return scale, shift if norm.bias is None else shift + double(norm.bias.detach())
+
+
+def covariance_of(moments: Tensor, mean: Tensor) -> Tensor:
+    """The covariance; exactly zero for inputs that are constant but for rounding.
+
+    Args:
+        moments: Second moments, ``(groups, inputs, inputs)``.
+        mean: Means, ``(groups, inputs)``.
+    """
+    covariance = moments - mean[:, :, None] * mean[:, None]
+    diagonal, moment = (square.diagonal(dim1=1, dim2=2) for square in (covariance, moments))
+    is_constant = diagonal <= _ROUNDING * moment  # not of NaN
+    return covariance.masked_fill(is_constant[:, :, None] | is_constant[:, None], 0)
 
 
 def rows_of(layer: Any, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:

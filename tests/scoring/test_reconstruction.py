@@ -123,6 +123,28 @@ def test_layers_with_too_many_inputs_are_left_out_with_the_reason():
     assert statistic.value("2").shape == (4,)
 
 
+def test_units_that_are_constant_but_for_rounding_cost_nothing():
+    scores = collected(net(), [0.1 * torch.ones(20, 4, dtype=torch.float64)] * 3).value("0")
+    assert scores.eq(0).all()
+
+
+def test_units_of_a_dead_branch_cost_nothing():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x + self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model = Branch().double()
+    with torch.no_grad():
+        model.first.bias -= 100
+    assert collected(model, batches()).value("first").eq(0).all()
+
+
 def test_batches_with_nan_are_left_out():
     model, data = net(), batches()
     bad = torch.full((3, 4), torch.nan, dtype=torch.float64)

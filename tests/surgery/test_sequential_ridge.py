@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.linear_maps import as_matrices, from_matrices, rows_of, spread
 from lightning_prune.structure import TracedModel, trace
-from lightning_prune.surgery import FoldMean, SequentialRidge, cut, install, repaired
+from lightning_prune.surgery import Fold, FoldMean, Ridge, SequentialRidge, cut, install, repaired
 
 LAYERS = [
     (nn.Linear(3, 5), (7, 4, 3)),
@@ -319,3 +319,13 @@ def test_of_too_many_inputs_the_constant_alone_is_fitted():
     expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], data)
     assert contents.keys() == expected.keys() == {"2.bias"}
     torch.testing.assert_close(contents["2.bias"], expected["2.bias"])
+
+
+@pytest.mark.parametrize("repair", [Ridge(), SequentialRidge(), Fold()], ids=lambda repair: type(repair).__name__)
+def test_weights_of_inputs_that_are_constant_but_for_rounding_stay(repair):
+    """The moments of 0.1 leave a variance of some 1e-18, which is no information about the inputs."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    xs = [0.1 * torch.ones(48, 4) for _ in range(3)]
+    narrow, _ = refitted(net, axes_of(net, xs[0], [0, 2, 5]), DataPass(xs), repair)
+    torch.testing.assert_close(narrow[2].weight, net[2].weight[:, [0, 2, 5]])
+    torch.testing.assert_close(narrow(xs[0]), net(xs[0]))

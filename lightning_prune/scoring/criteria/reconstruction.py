@@ -19,6 +19,7 @@ from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.linear_maps import (
     as_matrices,
     by_position,
+    covariance_of,
     double,
     is_transposed,
     positions_of,
@@ -148,15 +149,18 @@ class ReconstructionStatistic(ActivationStatistic):
         weight, moments = self._weights[layer], getattr(self, _moments(layer)).cpu()
         moments = moments / moments[:, -1:, -1:]
         mean = moments[:, -1, :-1]
-        covariance = moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None]
+        covariance = covariance_of(moments[:, :-1, :-1], mean)
         # Every output counts as part of what the next layers see: normalised, and on a residual stream.
         gain, power = torch.ones(1), float(((weight @ covariance) * weight).sum())
         if layer in self._scales:
             count, sums, squares = getattr(self, _streams(layer)).cpu()
-            gain, power = self._scales[layer].cpu(), float((squares / count - (sums / count) ** 2).sum())
+            variance = covariance_of((squares / count)[:, None, None], (sums / count)[:, None])
+            gain, power = self._scales[layer].cpu(), float(variance.sum())
         gain = gain.expand(weight.shape[:2].numel()).reshape(len(weight), -1, 1)
-        weight = weight * gain / math.sqrt(power) if power > 0 else torch.zeros_like(weight)
         scale = covariance.diagonal(dim1=1, dim2=2).mean(1)
+        # Constant inputs lose nothing that a bias cannot make up for.
+        varies = scale[:, None, None] > 0
+        weight = torch.where(varies, weight * gain / math.sqrt(power), 0) if power > 0 else torch.zeros_like(weight)
         strength = torch.where(scale > 0, self.criterion.strength * scale, 1.0)[:, None, None]
         penalized = covariance + strength * torch.eye(covariance.shape[1], dtype=covariance.dtype)
         channels = weight.shape[2] // self._taps[layer]

@@ -18,7 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
-from lightning_prune.scoring.linear_maps import as_matrices, double, from_matrices, positions_of, rows_of, spread
+from lightning_prune.scoring.linear_maps import (
+    as_matrices,
+    covariance_of,
+    double,
+    from_matrices,
+    positions_of,
+    rows_of,
+    spread,
+)
 from lightning_prune.surgery.repairs.linear import Consumer
 from lightning_prune.surgery.tensors import canonical, named
 
@@ -112,7 +120,7 @@ class InputMoments(Observation):
         layer, kept = self.consumer.layer, torch.from_numpy(self.consumer.kept)
         weight = as_matrices(layer)
         mean, moment = (self.total / self.count).cpu(), (self.square / self.count).cpu()
-        covariance = moment - mean[:, :, None] * mean[:, None] if constant else moment
+        covariance = covariance_of(moment, mean) if constant else moment
         channels = self.consumer.weight.shape[self.consumer.dim]
         stays = torch.zeros(channels, weight.shape[2] // channels, dtype=torch.bool)
         stays[kept] = True

@@ -17,6 +17,7 @@ from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.linear_maps import (
     as_matrices,
     by_position,
+    covariance_of,
     double,
     from_matrices,
     is_transposed,
@@ -225,7 +226,7 @@ class _Fit:
         """Weight and constant from penalised least squares, repeated for outputs that are clipped."""
         x, y, square, cross = (self._mean(name) for name in ("x", "y", "xx", "yx"))
         x = x if self.has_constant else torch.zeros_like(x)
-        square = square - x[:, :, None] * x[:, None]
+        square = covariance_of(square, x)
         scale = square.diagonal(dim1=1, dim2=2).mean(1)
         strength = torch.where(scale > 0, self.ridge.strength * scale, 1.0)[:, None, None]
         factors = torch.linalg.lu_factor(square + strength * torch.eye(square.shape[1], dtype=square.dtype))
