@@ -215,7 +215,7 @@ def pretrained():
 @pytest.mark.parametrize("page", TUTORIALS, ids=[page.stem for page in TUTORIALS])
 def test_tutorials_run(page: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells of a tutorial, without a kernel; the runs of a study are numbers by a formula."""
-    monkeypatch.setattr(study, "_launcher", lambda *_: Inline())
+    monkeypatch.setattr(study, "launcher_of", lambda *_: Inline())
     monkeypatch.setattr(study, "check", lambda *_: None)
     monkeypatch.setattr(study, "train", Surface(lambda lr, decay, pruned, seed: 0.9 - (lr + 1 - pruned) ** 2 / 20))
     names: dict[str, object] = {"__name__": page.stem}
