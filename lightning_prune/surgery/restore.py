@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,7 +59,8 @@ def load_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     with undo_on_error(change):
         _load_from(change, checkpoint, (model,), strict=True)
         # Names by canonical name; those of compiled modules differ.
-        names = {canonical(name): name for name in model.state_dict()}
+        own = model.state_dict()
+        names = {canonical(name): name for name in own}
         problems = list(_other_weights(model, weights))
         if problems:
             raise _another_network(problems)
@@ -66,7 +68,9 @@ def load_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
             change.overwrite(tensor, tensor)  # logged, as loading may fail halfway
         try:
             with torch.inference_mode(False):
-                model.load_state_dict({names.get(name, name): weight for name, weight in weights.items()})
+                found = OrderedDict((names.get(name, name), weight) for name, weight in weights.items())
+                found._metadata = own._metadata  # type: ignore[attr-defined]  # without versions, MNASNet refuses
+                model.load_state_dict(found)
         except RuntimeError as error:
             raise _another_network([" ".join(str(error).split())]) from error
 

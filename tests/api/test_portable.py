@@ -415,3 +415,23 @@ class TestRefusals:
         mask(net)
         with pytest.raises(ValueError, match="expected history and masks of at most 50 bytes"):
             save(net, file)
+
+
+class Versioned(nn.Sequential):
+    """As torchvision's MNASNet: a state of no version is refused."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_modules_that_ask_for_the_version_of_their_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Versioned(*mlp())
+    prune(model, VECTORS, pruning_ratio=0.5)
+    save(model, tmp_path / "small.safetensors")
+    fresh = load(Versioned(*mlp()), tmp_path / "small.safetensors")
+    assert torch.equal(fresh(VECTORS + 1), model(VECTORS + 1))
