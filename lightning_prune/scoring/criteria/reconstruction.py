@@ -10,7 +10,6 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -100,11 +99,12 @@ class ReconstructionStatistic(ActivationStatistic):
         walk = Walk(model, data, [Station(layer, "output") for layer in names])
         for visit in walk.visits(range(min(_STREAM_BATCHES, len(data.batch_sizes)))):
             layer = visit.station.layer
-            name, norm = names[layer], modules.get(walk.consumer(layer).norm or layer)
-            scale, shift = scale_and_shift(norm if isinstance(norm, _BatchNorm) else None)
+            name, norm = names[layer], walk.consumer(layer).batch_norm(modules)
+            scale, shift = scale_and_shift(norm)
             self._scales[name] = scale
             for batch in visit:
-                value = by_position(modules[layer], double(batch.value)) * scale + shift
+                value = by_position(modules[layer], double(batch.value))
+                value = value * scale.to(value) + shift.to(value)
                 if batch.stream is not None:
                     value = value + by_position(modules[layer], double(batch.stream))
                 value = value[value.isfinite().all(1)]

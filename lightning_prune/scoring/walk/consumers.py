@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple, final
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring.walk.chains import BATCH_NORMS, operator_name, readers_of, with_activations
 from lightning_prune.scoring.walk.recording import Recording, Step, Value, Weight
@@ -28,6 +31,11 @@ class Consumer(NamedTuple):
     norm: str | None = None
     stream: int | None = None
     clip: tuple[float, float] | None = None
+
+    def batch_norm(self, modules: Mapping[str, nn.Module]) -> _BatchNorm | None:
+        """The norm among the modules by canonical name; None if it is not one of PyTorch's."""
+        found = None if self.norm is None else modules.get(self.norm)
+        return found if isinstance(found, _BatchNorm) else None
 
 
 @final

@@ -11,7 +11,6 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.linear_maps import (
@@ -149,8 +148,7 @@ class _Fit:
         self, name: str, modules: Mapping[str, nn.Module], consumer: Consumer, axes: Axes, ridge: SequentialRidge
     ) -> None:
         self.layer: Any = modules[name]
-        norm = None if consumer.norm is None else modules.get(consumer.norm)
-        self.norm: Any = norm if isinstance(norm, _BatchNorm) else None
+        self.norm: Any = consumer.batch_norm(modules)
         self.clip = consumer.clip if consumer.norm is None or self.norm is not None else None
         self.ridge = ridge
         self.tensors = {part: joined(name, part) for part in ("weight", "bias")}
