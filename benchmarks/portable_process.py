@@ -70,7 +70,7 @@ def prune(network: Network, folder: Path) -> dict[str, Any]:
 
 
 def load(network: Network, folder: Path) -> dict[str, Any]:
-    """Load the file into a network that was built anew, and compare the outputs."""
+    """Load the file into a newly built network, and compare the outputs."""
     args, kwargs, expected = torch.load(folder / "outputs.pt", weights_only=True)
     network = Network(network.model, args, None, kwargs, network.heads)
     dense = outputs(network)

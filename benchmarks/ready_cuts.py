@@ -65,7 +65,7 @@ class Measured(CutExtension):
 
     losses: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
-    delays = True  # so that it is told of the plan; it waits for nothing
+    delays = True  # so that `prepare_cut` is called; the cut is not delayed
 
     def prepare_cut(self, run: RunContext, plan: Plan) -> bool:
         if "planned" not in self.losses:

@@ -474,7 +474,7 @@ class WhenStable(Schedule):
 
     The paper compares the units that are kept. If 10 % are removed, two random plans still have 82 % of them in common,
     and if 90 % are removed, the same holds of those that go; the lower of both indices is at most 1/3 for random plans
-    of any amount. A criterion that observes training starts anew with every plan, so that no batch counts in two plans.
+    of any amount. A criterion that observes training is reset after every plan, so that no batch counts in two plans.
     Criteria that read data at a cut read it for each plan. Agreements are logged as ``pruning/agreement``, their means
     as ``pruning/stability``.
 

@@ -146,7 +146,7 @@ def never(**settings: Any) -> WhenStable:
 
 
 def test_each_plan_has_batches_of_its_own(tmp_path: Path) -> None:
-    """A criterion that observes training starts anew with every plan."""
+    """A criterion that observes training is reset after every plan."""
 
     class Batches(Callback):
         counts: list[int] = []  # noqa: RUF012
