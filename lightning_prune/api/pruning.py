@@ -94,7 +94,8 @@ def prune(
             LightningModule's ``example_input_array``, or a batch of ``data``.
         pruning_ratio: Share of the units to remove, in [0, 1), for all or per layer; see `StructuredPruning`.
         budget: What remains, instead of a ratio: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
-            ``{"memory": 0.5}`` or ``{"latency": 0.6}``; see `StructuredPruning`.
+            ``{"memory": 0.5}``, ``{"latency": 0.6}`` or ``{"latency_ms": 2.5}``, or several, which are all met; see
+            `StructuredPruning`.
         criterion: Criterion of importance; `L1` by default. Most others require ``data``, all of which is used, in eval
             mode.
         scope: ``"local"``, ``"global"``, ``"erk"``, ``"random"``, or a `Scope`; several draws are compared by the
@@ -212,7 +213,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     tracing.structure = structure
     if scope.min_width == 0 and structure.flow is None:
         structure = with_flow(structure, traced, history.vanished if history is not None else ())
-    if asked.target.quantity == "latency":
+    if asked.target.uses_latency or scope.per == "latency":
         structure = with_latency(structure, latency_table(traced, structure))
     original = original_of(model, structure)
     target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])

@@ -15,7 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_prune.callbacks.lightning.processes import gathered, run_on_rank_zero
-from lightning_prune.planning import Amount, Depth, Plan, Target, best_depth, best_unit, plan_by_use
+from lightning_prune.planning import (
+    Amount,
+    Depth,
+    Limits,
+    Plan,
+    Quantity,
+    Target,
+    best_depth,
+    best_unit,
+    plan_by_use,
+)
 from lightning_prune.scoring import DataPass, Surrogate
 from lightning_prune.scoring.score_file import ScoreFile, network_fingerprint
 from lightning_prune.scoring.surrogates import Metric, metric_name, split_samples
@@ -222,7 +232,7 @@ class ScoringRun:
         """
         target = Target.of(None, budget.value)
         selected = [group.name for group in groups]
-        limit = target.fraction(self.original, selected) * self.original.amount(target.quantity, selected)
+        limits = target.amounts(self.original, selected)
         low, high = _LOWEST, _HIGHEST
         passes, best = 0.0, math.inf
         nearest: tuple[Mapping[Station, LayerScore], Path] | None = None
@@ -231,19 +241,23 @@ class ScoringRun:
             threshold = Amount("threshold", 10**exponent)
             found, more, file = self._in_turn(groups, stations, threshold)
             plan, _ = plan_by_use(self.structure, group_usage(groups, found), threshold, self.original)
-            size, passes = self._size(plan, target, selected), passes + more
-            rank_zero_info(f"threshold {10**exponent:.3g}: {size:,.0f} {target.quantity} of {limit:,.0f} are left")
-            if nearest is None or abs(size - limit) < best:
-                best, nearest = abs(size - limit), (found, file)
-            if (1 - _NEAR) * limit <= size <= limit:
+            # The size and limit that are furthest from being met.
+            (quantity, limit), size = max(self._sizes(plan, limits, selected), key=lambda one: one[1] / one[0][1])
+            passes += more
+            rank_zero_info(f"threshold {10**exponent:.3g}: {size:,.0f} {quantity} of {limit:,.0f} are left")
+            off = abs(size / limit - 1)
+            if nearest is None or off < best:
+                best, nearest = off, (found, file)
+            if 1 - _NEAR <= size / limit <= 1:
                 break
             low, high = (exponent, high) if size > limit else (low, exponent)
         assert nearest is not None
         return nearest[0], passes, nearest[1]
 
-    def _size(self, plan: Plan, target: Target, selected: Sequence[str]) -> float:
-        after = self.structure.take(plan.kept)
-        return Size.of(after).amount(target.quantity, selected)
+    def _sizes(self, plan: Plan, limits: Limits, selected: Sequence[str]) -> list[tuple[tuple[Quantity, float], float]]:
+        """Each limit with the size after the plan."""
+        after = Size.of(self.structure.take(plan.kept))
+        return [(limit, after.amount(limit[0], selected)) for limit in limits]
 
     # -- features and surrogates --------------------------------------------------------------------------------------
 

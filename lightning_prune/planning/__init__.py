@@ -12,7 +12,7 @@ from lightning_prune.planning.granularity import (
     Weight,
     choose_masks,
 )
-from lightning_prune.planning.plan import Plan, feasible, make_plan, notes_on_widths
+from lightning_prune.planning.plan import Limits, Plan, feasible, make_plan, notes_on_widths
 from lightning_prune.planning.schedules import (
     AtStart,
     Cubic,
@@ -28,7 +28,7 @@ from lightning_prune.planning.schedules import (
     reaches,
 )
 from lightning_prune.planning.scope import Scope, ScopeKind, select
-from lightning_prune.planning.target import NoEffectWarning, Target
+from lightning_prune.planning.target import NoEffectWarning, Quantity, Target
 
 __all__ = [
     "NM",
@@ -43,11 +43,13 @@ __all__ = [
     "Geometric",
     "Granularity",
     "Kernel",
+    "Limits",
     "LinearSchedule",
     "NoEffectWarning",
     "OneShot",
     "Plan",
     "Pool",
+    "Quantity",
     "RunLength",
     "Schedule",
     "Scope",

@@ -53,7 +53,11 @@ class Amount:
         if self.rule not in get_args(Rule):
             raise ValueError(f"expected a rule of {', '.join(get_args(Rule))}, got {self.rule!r}")
         if self.rule == "budget":
-            Target.of(None, self.value)
+            if Target.of(None, self.value).uses_latency:
+                raise ValueError(
+                    f"expected a budget of units, params, macs or memory, got {self.value}: no latency is measured "
+                    "here. Use `StructuredPruning` for a budget of latency."
+                )
             return
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise TypeError(f"expected a number for `{self.rule}`, got {self.value!r}")

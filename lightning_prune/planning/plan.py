@@ -20,10 +20,12 @@ from lightning_prune.planning.target import Quantity, Target
 from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["Plan", "feasible", "make_plan", "notes_on_widths"]
+__all__ = ["Limits", "Plan", "feasible", "make_plan", "notes_on_widths"]
 
 FloatArray = npt.NDArray[np.float64]
 IndexArray = npt.NDArray[np.int64]
+#: Quantities and their limits, all of which are met.
+Limits = Sequence[tuple[Quantity, float]]
 #: Units that are removed together, by group.
 Bundles = Mapping[str, Sequence[Sequence[int]]]
 
@@ -154,10 +156,10 @@ def make_plan(
         widths = vanishing.resolve(nearest)
     else:
         dense = original.among(now, structure)
-        fraction = 1 - share * (1 - target.fraction(original, dense))
+        limits = target.amounts(original, dense, share)
         merits = scope.kind == "global"
         keys = _merits(vanishing, ranked, scores, scope) if merits else _paces(vanishing, now, original, scope)
-        widths = _descend(vanishing, keys, target.quantity, fraction * original.amount(target.quantity, dense))
+        widths = _descend(vanishing, keys, limits)
     kept = {
         name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
         for name, order in ranked.items()
@@ -185,7 +187,7 @@ def feasible(
         bundles: Units that are removed together, by group; only number and sizes matter.
 
     Returns:
-        The smallest reachable size in the target's quantity.
+        The smallest reachable size in the target's quantity (of several, in the first one).
 
     Raises:
         ValueError: If the target is larger than the network or cannot be reached, has shares per layer in a global
@@ -193,18 +195,14 @@ def feasible(
     """
     original = original or Size.of(structure)
     vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope, bundles)
-    smallest = vanishing.size(
-        vanishing.resolve({n: allowed_widths[-1] for n, allowed_widths in vanishing.allowed.items()}), target.quantity
-    )
+    narrowest = vanishing.resolve({n: allowed_widths[-1] for n, allowed_widths in vanishing.allowed.items()})
+    smallest = vanishing.size(narrowest, target.quantity)
     if (shares := _shares(target, scope, selected)) is not None:
         for name in (name for name, remaining in shares.items() if remaining == 0):
             if vanishing.allowed[name][-1] > 0:
                 raise ValueError(f"a `pruning_ratio` of 1 for {name!r} cannot be met: {vanishing.refusal(name)}.")
         return smallest
-    dense = original.among(selected, structure)
-    limit = target.fraction(original, dense) * original.amount(target.quantity, dense)
-    if not _holds(smallest, limit, target.quantity):
-        raise ValueError(_unreachable(smallest, limit, target.quantity, scope))
+    vanishing.require(narrowest, target.amounts(original, original.among(selected, structure)))
     return smallest
 
 
@@ -318,8 +316,17 @@ class _Vanishing:
         cost = self.structure.cost
         if gone:
             cost = cost.without(gone, self.structure.drops(dict.fromkeys(gone, ())))
-        size: float = getattr(cost, quantity)(self.structure.widths | dict(widths))
-        return size
+        return cost.amount(quantity, self.structure.widths | dict(widths))
+
+    def holds(self, widths: Mapping[str, int], limits: Limits) -> bool:
+        """Whether these widths meet all limits."""
+        return all(_holds(self.size(widths, quantity), limit, quantity) for quantity, limit in limits)
+
+    def require(self, narrowest: Mapping[str, int], limits: Limits) -> None:
+        """Raise an error for limits that not even the narrowest widths meet."""
+        for quantity, limit in limits:
+            if not _holds(smallest := self.size(narrowest, quantity), limit, quantity):
+                raise ValueError(_unreachable(smallest, limit, quantity, self.scope))
 
     def price(self, name: str, quantity: Quantity) -> float:
         """What a unit of a group costs, as the mean from half the width on, while other groups keep their widths."""
@@ -332,6 +339,8 @@ class _Vanishing:
 def _shares(target: Target, scope: Scope, names: Collection[str]) -> dict[str, float] | None:
     """Final share of units per group; None if the groups share one budget."""
     remaining = target.remaining
+    if len(target.limits) > 1:
+        return None
     if isinstance(remaining, Mapping):
         if scope.kind != "local":
             raise ValueError(
@@ -461,8 +470,8 @@ def _merits(
     return merits
 
 
-def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Quantity, limit: float) -> dict[str, int]:
-    """Take the steps with the lowest keys until the limit is met.
+def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], limits: Limits) -> dict[str, int]:
+    """Take the steps with the lowest keys until all limits are met.
 
     The order of steps is fixed, so the number of steps is found by bisection, and smaller limits remove supersets.
     """
@@ -487,12 +496,11 @@ def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], quantity: Qu
         return found | dict.fromkeys(vanished, 0)
 
     def holds(count: int) -> bool:
-        return _holds(vanishing.size(widths(count), quantity), limit, quantity)
+        return vanishing.holds(widths(count), limits)
 
     count = bisect_left(range(len(order) + 1), True, key=holds)
     if count > len(order):
-        smallest = vanishing.size(widths(len(order)), quantity)
-        raise ValueError(_unreachable(smallest, limit, quantity, vanishing.scope))
+        vanishing.require(widths(len(order)), limits)
     return widths(count)
 
 
@@ -512,4 +520,5 @@ def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope
 
 def _of(quantity: Quantity) -> str:
     """Name of a quantity for messages."""
-    return {"memory": "bytes of memory", "latency": "milliseconds of latency"}.get(quantity, quantity)
+    latency = "milliseconds of latency"
+    return {"memory": "bytes of memory", "latency": latency, "latency_ms": latency}.get(quantity, quantity)

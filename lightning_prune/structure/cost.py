@@ -165,6 +165,11 @@ class CostModel:
             raise ValueError("the latency of this network was not measured: expected a cost model with a table")
         return table.value(widths, self.memory(widths))
 
+    def amount(self, quantity: str, widths: Mapping[str, int]) -> float:
+        """The cost in ``"params"``, ``"macs"``, ``"memory"``, ``"latency"`` or ``"latency_ms"`` at these widths."""
+        cost: float = getattr(self, quantity.removesuffix("_ms"))(widths)
+        return cost
+
     def without(self, groups: Collection[str], layers: Mapping[str, str]) -> CostModel:
         """The cost model without the units of ``groups`` and without ``layers`` (`Removal.modules`)."""
         if not layers:

@@ -64,7 +64,7 @@ class Size:
         """
         if quantity == "units":
             return sum(self.widths[name] for name in selected)
-        amount: float | None = getattr(self, "table_latency" if quantity == "latency" else quantity)
+        amount: float | None = self.table_latency if quantity in ("latency", "latency_ms") else getattr(self, quantity)
         if amount is None:
             raise ValueError(
                 f"expected a {quantity} that was measured, got none: the structure needs a table of latencies"

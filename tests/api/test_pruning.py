@@ -184,6 +184,32 @@ def test_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "latency by the table" in str(again)
 
 
+def test_milliseconds_beside_another_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 1e-3 * run().numel())
+    net = network()
+    report = prune(net, EXAMPLE, budget={"latency_ms": 3.6, "macs": 0.3})
+    assert report.final is not None
+    assert report.dense is not None
+    assert report.final.macs <= 0.3 * report.dense.macs
+    assert report.final.table_latency is not None
+    assert report.final.table_latency < 3.6
+    again = prune(net, EXAMPLE, budget={"macs": 0.9, "latency_ms": 1.5})
+    assert again.final is not None
+    assert again.final.table_latency is not None
+    assert 1.0 < again.final.table_latency <= 1.5
+    before = net.state_dict().copy()
+    with pytest.raises(ValueError, match=r"budget of 0.01 milliseconds of latency cannot be reached: .* are left"):
+        prune(net, EXAMPLE, budget={"latency_ms": 0.01})
+    assert all(tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_scores_per_millisecond_need_a_table_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "median_seconds", lambda run, _: 1e-3 * run().numel())
+    report = prune(network(), EXAMPLE, budget={"macs": 0.5}, scope=Scope("global", per="latency"))
+    assert report.final is not None
+    assert report.final.table_latency is not None
+
+
 def test_a_table_of_latencies_stays_though_the_first_cut_needed_none(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network()
     prune(net, EXAMPLE, pruning_ratio={"4": 0.25})

@@ -42,7 +42,7 @@ SCHEDULE = OneShot(at=1)
         ({"budget": 1.5}, "budget"),
         ({"budget": 0}, "budget"),
         ({"budget": {"flops": 0.5}}, '"units", "params", "macs"'),
-        ({"budget": {"macs": 0.5, "params": 0.5}}, "one key"),
+        ({"budget": {"macs": 0.5, "flops": 0.5}}, "got 'flops'"),
         ({"pruning_ratio": 0.5, "scope": "everywhere"}, '"local".*"global"'),
     ],
 )

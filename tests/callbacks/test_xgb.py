@@ -152,7 +152,7 @@ def test_processes_repair_one_network(kind: str, repairs: Any, depth: Any, tmp_p
 def test_a_budget(mode: Any, tmp_path: Path) -> None:
     """What remains is at most the budget, and one unit more would be above it."""
     module = Module()
-    pruning = XGBPruning(mode, budget={"params": 0.5}, surrogate=QUICK, extensions=[])
+    pruning = XGBPruning(mode, budget={"macs": 0.9, "params": 0.5}, surrogate=QUICK, extensions=[])
     fit(tmp_path, module, pruning)
     dense, now = pruning.report.dense, pruning.report.size
     assert dense is not None

@@ -114,6 +114,7 @@ def test_exactly_one() -> None:
         ("gain", True, TypeError),
         ("gain", "0.9", TypeError),
         ("budget", {"params": 2.0}, ValueError),
+        ("budget", {"macs": 0.5, "latency_ms": 2}, ValueError),
         ("share", 0.5, ValueError),
     ],
 )

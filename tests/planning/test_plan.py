@@ -104,6 +104,38 @@ def test_budget_is_met_within_one_unit_or_block(mlp, widths, seed, ratio, quanti
     assert all(plan.kept.values())
 
 
+@given(widths_lists, seeds, ratios, ratios, kinds)
+def test_of_several_budgets_the_plan_is_that_of_the_tightest(mlp, widths, seed, one, other, kind):
+    structure = mlp(widths)
+    original, scores, scope = Size.of(structure), draw_scores(structure, seed), Scope(kind)
+    targets = [Target("params", 1 - one), Target("latency_ms", (1 - other) * original.table_latency)]
+    both = Target.of(budget={target.quantity: target.remaining for target in targets})
+    if not all(reachable(structure, target, scope) for target in targets):
+        with pytest.raises(ValueError, match="cannot be reached"):
+            feasible(structure, both, scope, structure.widths)
+        with pytest.raises(ValueError, match="cannot be reached"):
+            make_plan(structure, scores, both, 1.0, scope, original)
+        return
+    plans = [make_plan(structure, scores, target, 1.0, scope, original) for target in (*targets, both)]
+    removed = [sum(structure.widths.values()) - sum((structure.widths | plan.widths).values()) for plan in plans]
+    assert plans[2] == plans[removed.index(max(removed[:2]))]
+
+
+def test_a_budget_of_units_among_several_is_of_all_layers(mlp):
+    structure = mlp([8, 8])
+    target = Target.of(budget={"units": 0.5, "params": 0.9})
+    plan = make_plan(structure, draw_scores(structure, 0), target, 1.0, Scope(), Size.of(structure))
+    assert plan.widths == {"net.0": 4, "net.2": 4}
+
+
+def test_milliseconds_that_cannot_be_reached_name_the_smallest(mlp):
+    structure = mlp([8])
+    smallest = structure.cost.latency({"net.0": 1})
+    message = rf"budget of 0.001 milliseconds of latency cannot be reached: .*, {smallest:.6g} milliseconds of latency"
+    with pytest.raises(ValueError, match=message):
+        feasible(structure, Target.of(budget={"macs": 0.9, "latency_ms": 1e-3}), Scope(), ["net.0"])
+
+
 @given(
     *(widths_lists, seeds, ratios, st.integers(1, 3), st.sampled_from(["none", "mean"])),
     st.sampled_from([None, "params", "macs"]),

@@ -1,10 +1,11 @@
 """What is to remain, and every way to say it wrongly."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
-from lightning_prune.planning.target import NoEffectWarning, Target
+from lightning_prune.planning.target import CombinedTarget, NoEffectWarning, Target
 from lightning_prune.structure import Size
 
 ORIGINAL = Size(params=1000, macs=5000, widths={"a": 30, "b": 10, "c": 60})
@@ -49,9 +50,15 @@ def test_nothing_to_remove_warns(given):
         ({"budget": 60.0}, ValueError, r"got 60.0 \(did you mean 0.6\?\). A count must be an int"),
         ({"budget": {"params": 0.0}}, ValueError, r"in \(0, 1\], the share of the params that remains, got 0.0"),
         ({"budget": {"macs": 0}}, ValueError, r"at least 1 \(an int counts macs\), got 0"),
-        ({"budget": {"flops": 0.5}}, ValueError, """"units", "params", "macs", "memory", "latency", got 'flops'"""),
-        ({"budget": {"params": 0.5, "macs": 0.5}}, ValueError, "one key"),
-        ({"budget": {}}, ValueError, "one key"),
+        ({"budget": {"flops": 0.5}}, ValueError, """"macs", "memory", "latency", "latency_ms", got 'flops'"""),
+        ({"budget": {"macs": 0.5, "flops": 0.5}}, ValueError, "got 'flops'"),
+        ({"budget": {"macs": 0.5, "units": {"a": 0.5}}}, ValueError, "one number per quantity"),
+        ({"budget": {}}, ValueError, 'at least one of "units", .*, got {}'),
+        ({"budget": {"latency": 2.5}}, ValueError, r'Milliseconds are given as {"latency_ms": 2.5}\.$'),
+        ({"budget": {"latency_ms": 0.0}}, ValueError, "more than 0 milliseconds, got 0.0"),
+        ({"budget": {"latency_ms": float("inf")}}, ValueError, "more than 0 milliseconds, got inf"),
+        ({"budget": {"latency_ms": "3"}}, TypeError, "a number of milliseconds, got '3'"),
+        ({"budget": {"latency_ms": True}}, TypeError, "a number of milliseconds, got True"),
         ({"budget": "60%"}, TypeError, "a share .* or a count .*, got '60%'"),
         ({"budget": True}, TypeError, "got True"),
     ],
@@ -59,6 +66,35 @@ def test_nothing_to_remove_warns(given):
 def test_misuse(given, error, message):
     with pytest.raises(error, match=message):
         Target.of(**given)
+
+
+def test_milliseconds_are_an_amount_whole_or_not():
+    original = replace(ORIGINAL, table_latency=4.0)
+    for given in (1, 1.0):
+        target = Target.of(budget={"latency_ms": given})
+        assert target.fraction(original, ["a"]) == 0.25
+        assert target.amounts(original, ["a"]) == (("latency_ms", 1.0),)
+        assert target.uses_latency
+    assert Target.of(budget={"latency": 1}).fraction(original, ["a"]) == 0.25
+    with pytest.raises(
+        ValueError, match=r'"latency_ms": 4.5} .*: it has 4 milliseconds .* a share as {"latency": 0.6}'
+    ):
+        Target.of(budget={"latency_ms": 4.5}).fraction(original, ["a"])
+
+
+def test_of_several_budgets_each_has_its_limit():
+    original = replace(ORIGINAL, table_latency=4.0)
+    target = Target.of(budget={"macs": 0.5, "latency_ms": 1, "params": 2000})
+    assert isinstance(target, CombinedTarget)
+    assert eval(repr(target)) == target
+    assert target.uses_latency
+    assert [limit.quantity for limit in target.limits] == ["macs", "latency_ms", "params"]
+    assert target.amounts(original, ["a"]) == (("macs", 2500), ("latency_ms", 1.0), ("params", 1000))
+    assert target.amounts(original, ["a"], 0.5) == (("macs", 3750), ("latency_ms", 2.5), ("params", 1000))
+    assert target.fraction(original, ["a"]) == 0.25, "of the one that is furthest away"
+    assert target.resolve(None, ("a",)) == (target, ("a",))
+    with pytest.warns(NoEffectWarning, match="nothing will be pruned"):
+        Target.of(budget={"macs": 1.0, "params": 1.0})
 
 
 @pytest.mark.parametrize(

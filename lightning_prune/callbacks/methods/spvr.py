@@ -133,9 +133,9 @@ class SPvRPruning(NetworkPruning):
         memory_limit: int = 2**30,
     ) -> None:
         self.target = Target.of(None, budget)
-        if self.target.quantity != "params":
+        if (quantities := [limit.quantity for limit in self.target.limits]) != ["params"]:
             raise ValueError(
-                f'SPvRPruning: expected a budget of parameters, {{"params": 0.1}}, got one of {self.target.quantity}. '
+                f'SPvRPruning: expected a budget of parameters, {{"params": 0.1}}, got one of {", ".join(quantities)}. '
                 "For other budgets give `StructuredPruning` the criterion `SPvR()`."
             )
         SPvR(group_size, samples_per_class, task, normalized)  # its own checks

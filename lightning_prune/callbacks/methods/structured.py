@@ -84,9 +84,10 @@ class StructuredPruning(NetworkPruning):
             layers that match none are not pruned; here 1 removes a branch from the network, with
             ``Scope(min_width=0)``.
         budget: Instead of a ratio, the size that remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
-            ``{"memory": 0.5}`` (bytes of one sample's activations) or ``{"latency": 0.6}`` (milliseconds of one sample,
-            by a table measured at the start of the run). A float is a share of the dense network in (0, 1], an int
-            a count; a bare number counts parameters.
+            ``{"memory": 0.5}`` (bytes of one sample's activations), ``{"latency": 0.6}`` or ``{"latency_ms": 2.5}``
+            (one sample, by a table measured at the start of the run). A float is a share of the dense network in (0,
+            1], an int a count, ``latency_ms`` always milliseconds; a bare number counts parameters. Several budgets,
+            ``{"macs": 0.5, "latency_ms": 3}``, are all met.
         criterion: Score of the units; by default `L1`.
         schedule: When to cut; by default five times, first after 10 % and last after 60 % of the run.
         scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores over all layers go),
@@ -249,7 +250,7 @@ class StructuredPruning(NetworkPruning):
         structure, history = super()._traced(trainer, traced), history_of(traced.model)
         if self.scope.min_width == 0 and structure.flow is None:
             structure = with_flow(structure, traced, history.vanished if history is not None else ())
-        if self.target.quantity == "latency":
+        if self.target.uses_latency or self.scope.per == "latency":
             structure = with_latency(structure, self._latency_table(trainer, traced, structure))
         return structure
 
