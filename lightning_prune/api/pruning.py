@@ -318,6 +318,7 @@ def _observed(
         raw = {"args": call.args, "kwargs": dict(call.kwargs)}
         data = DataPass([raw], inputs=lambda raw: raw["kwargs"] or raw["args"])
     copy = traced.copy("real").module
+    _require_runs(copy, data)
     with _data_errors():
         statistic.collect(copy, data)
     lost = {name: why for name, why in statistic.unobservable(copy).items() if name in selected}
@@ -330,6 +331,16 @@ def _observed(
     if lost:
         warnings.warn(f"{type(criterion).__name__} cannot score, so these stay as they are: {reasons}", stacklevel=5)
     return statistic, kept
+
+
+def _require_runs(copy: nn.Module, data: DataPass) -> None:
+    """Raise an error if a copy of the network fails on the first batch."""
+    len(data)  # reads the samples, whose errors say what they are about
+    with _data_errors():
+        try:
+            data.run(copy, limit=1)
+        except ValueError as error:  # as a batch norm raises it
+            raise RuntimeError(str(error)) from error
 
 
 @contextmanager
@@ -354,6 +365,8 @@ def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan
     if readers and asked.data is None:
         raise ValueError(f"prune: expected `data=` for {readers[0]!r}, which reads batches of it, got none.")
 
+    if readers and asked.data is not None:
+        _require_runs(traced.copy("real").module, asked.data)
     # A network wholly in eval mode is not frozen but evaluated. Of the model: its metrics are in train mode in a copy.
     is_training = any(module.training for module in traced.model.modules())
 

@@ -22,6 +22,7 @@ from lightning_prune import (
     Explicit,
     FoldMean,
     OneShot,
+    Reconstruction,
     ReestimateBatchNorm,
     Reinitialise,
     Ridge,
@@ -488,7 +489,7 @@ def test_of_random_allocations_the_one_with_the_least_loss_is_taken() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:
     """As the function that computes them says, called by hand."""
-    net, data = network().train(training), DataPass(labelled())
+    net, data = network().train(training), DataPass(labelled(256))
     dense = copy.deepcopy(net)
     prune(net, pruning_ratio=0.5, data=data, extensions=[repair])
     history = history_of(net)
@@ -502,6 +503,20 @@ def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:
         torch.testing.assert_close(state[name], content.to(state[name]))
     assert net.training is training
     assert all(module.training is training for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"extensions": [SequentialRidge()]}, {"extensions": [Ridge()]}, {"criterion": Reconstruction()}],
+    ids=repr,
+)
+def test_samples_instead_of_batches(asked: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    before = copy.deepcopy(net.state_dict())
+    images = list(torch.randn(4, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"fails on `data` .*4D input.*Give batches"):
+        prune(net, torch.randn(2, 3, 8, 8), pruning_ratio=0.5, data=images, **asked)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_repair_brings_the_outputs_back() -> None:

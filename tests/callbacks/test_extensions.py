@@ -63,6 +63,7 @@ def test_every_one_is_tried() -> None:
     assert {type(one) for one in EXTENSIONS} == kinds()
 
 
+@pytest.mark.filterwarnings("ignore:SequentialRidge fits only the constant")  # two batches are few
 @pytest.mark.parametrize("extension", EXTENSIONS, ids=repr)
 def test_one_instance_serves_many_runs(extension: Any, tmp_path: Path) -> None:
     """And what a run does with it leaves no trace in it; its state loads as plain data, and goes on bit by bit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.linear_maps import as_matrices, from_matrices, rows_of, spread
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery import Fold, FoldMean, Ridge, SequentialRidge, cut, install, repaired
+from lightning_prune.surgery.repairs import sequential_ridge
 
 LAYERS = [
     (nn.Linear(3, 5), (7, 4, 3)),
@@ -226,8 +228,10 @@ def test_it_brings_more_back_than_the_constants_alone():
     axes = axes_of(net, xs[0], [0, 1, 4])
     new = torch.cat(batches(64, 2, 8, 8, seed=11))
     wanted = net(new)
-    errors = [(refitted(net, axes, DataPass(xs), ridge)[0](new) - wanted).square().mean() for ridge in
-              (SequentialRidge(), SequentialRidge(max_inputs=1))]  # fmt: skip
+    fitted, _ = refitted(net, axes, DataPass(xs), SequentialRidge())
+    with pytest.warns(UserWarning, match=r"only the constant of .*at most max_inputs=1 inputs"):
+        shifted, _ = refitted(net, axes, DataPass(xs), SequentialRidge(max_inputs=1))
+    errors = [(narrow(new) - wanted).square().mean() for narrow in (fitted, shifted)]
     assert errors[0] < 0.6 * errors[1]
 
 
@@ -306,7 +310,9 @@ def test_layers_called_twice_and_shared_weights_stay():
 def test_a_weight_that_the_rows_do_not_determine_stays(samples, is_fitted):
     net = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
     axes = {"0.weight": {0: np.arange(6)}, "0.bias": {0: np.arange(6)}, "2.weight": {1: np.arange(6)}}
-    _, contents = refitted(net, axes, DataPass(batches(samples, 4, count=1)), SequentialRidge())
+    named = r"only the constant of 2 \(23 rows for 6 inputs\).* at least 4 rows per input"
+    with nullcontext() if is_fitted else pytest.warns(UserWarning, match=named):
+        _, contents = refitted(net, axes, DataPass(batches(samples, 4, count=1)), SequentialRidge())
     assert contents.keys() == ({"2.weight", "2.bias"} if is_fitted else {"2.bias"})
 
 
@@ -315,7 +321,8 @@ def test_of_too_many_inputs_the_constant_alone_is_fitted():
     axes = {"0.weight": {0: np.array([0, 2, 3])}, "0.bias": {0: np.array([0, 2, 3])}}
     axes |= {"2.weight": {1: np.array([0, 2, 3])}}
     data = DataPass(batches(2, 2, 9, 9))
-    contents = repaired(partial(copy.deepcopy, net), axes, [SequentialRidge(max_inputs=20)], data)
+    with pytest.warns(UserWarning, match=r"only the constant of 2 \(200 rows for 27 inputs\)"):
+        contents = repaired(partial(copy.deepcopy, net), axes, [SequentialRidge(max_inputs=20)], data)
     expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], data)
     assert contents.keys() == expected.keys() == {"2.bias"}
     torch.testing.assert_close(contents["2.bias"], expected["2.bias"])
@@ -329,3 +336,19 @@ def test_weights_of_inputs_that_are_constant_but_for_rounding_stay(repair):
     narrow, _ = refitted(net, axes_of(net, xs[0], [0, 2, 5]), DataPass(xs), repair)
     torch.testing.assert_close(narrow[2].weight, net[2].weight[:, [0, 2, 5]])
     torch.testing.assert_close(narrow(xs[0]), net(xs[0]))
+
+
+def test_rows_beyond_what_a_small_layer_needs_are_left_out(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    xs = batches(8, 2, 40, 40)
+    axes = axes_of(net, xs[0], [0, 1, 4])
+    seen_rows = []
+    real = sequential_ridge.rows_of
+    monkeypatch.setattr(sequential_ridge, "rows_of", lambda *args: seen_rows.append(len(args[3])) or real(*args))
+    few, _ = refitted(net, axes, DataPass(xs), SequentialRidge(rows=4096, strength=1e-6))
+    assert sorted(set(seen_rows)) == [512 * inputs // len(xs) for inputs in (9, 18, 27)]
+    monkeypatch.setattr(sequential_ridge, "_MOST_ROWS_PER_INPUT", 2**30)
+    every, _ = refitted(net, axes, DataPass(xs), SequentialRidge(rows=4096, strength=1e-6))
+    wanted = net(torch.cat(xs)).detach()
+    errors = [(one(torch.cat(xs)) - wanted).square().mean() for one in (few, every)]
+    assert errors[0] < 1.02 * errors[1]

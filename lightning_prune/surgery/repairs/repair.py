@@ -124,7 +124,10 @@ def repaired(
             contents |= later
     broken = [name for name, content in contents.items() if not content.isfinite().all()]
     if broken:
-        raise CutError(f"the repair gives NaN or infinity for {', '.join(broken)}")
+        raise CutError(
+            f"{', '.join(map(repr, repairs))}: expected finite new contents, got NaN or infinity for "
+            f"{', '.join(broken)}. Look for NaN or infinity in the data, and for activations that overflow."
+        )
     return contents
 
 

@@ -33,10 +33,13 @@ from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["SequentialRidge"]
 
+# Number of layers that a warning names.
+_LISTED = 5
 # A layer whose outputs differ by less, relative to the largest one, is left unchanged.
 _UNCHANGED = 1e-4
-# Minimum number of rows per input: with fewer, weights are not determined and become large.
-_ROWS_PER_INPUT = 4
+# Minimum number of rows per input: with fewer, weights are not determined and become large; and the largest number
+# that is used, because more take time (depthwise convolutions have few inputs) and change nothing.
+_ROWS_PER_INPUT, _MOST_ROWS_PER_INPUT = 4, 512
 # Minimum scale γ/σ of a batch norm to compensate a stream: with less, the weights would become large.
 _SMALLEST_GAIN = 1e-3
 # Further solutions for outputs that are clipped, and the largest number of inputs that are kept for them.
@@ -105,15 +108,24 @@ class SequentialRidge(Repair):
         modules = {canonical(name): module for name, module in narrow.named_modules()}
         names, problems = _layers(dense, narrow, data)
         contents: dict[str, Tensor] = {}
+        short: list[str] = []
         if names:
             targets = Walk(dense, data, [Station(name, "output") for name in names])
             inputs = Walk(narrow, data, [Station(name, "input") for name in names])
             for given, taken in zip(targets.visits(batches), inputs.visits(batches), strict=True):
                 name = taken.station.layer
-                fit = _Fit(name, modules, inputs.consumer(name), axes, self)
+                fit = _Fit(name, modules, inputs.consumer(name), axes, self, len(batches))
                 for target, source in zip(given, taken, strict=True):
                     fit.see(target, source)
                 contents |= fit.install()
+                short += [fit.shortage] * bool(fit.shortage)
+        if short:
+            listed = "; ".join([*short[:_LISTED], *[f"and {len(short) - _LISTED} more"] * (len(short) > _LISTED)])
+            warnings.warn(
+                f"SequentialRidge fits only the constant of {listed}. A weight needs at least {_ROWS_PER_INPUT} rows "
+                f"per input, and at most max_inputs={self.max_inputs} inputs.",
+                stacklevel=5,
+            )
         if problems:
             warnings.warn(f"SequentialRidge leaves some layers unchanged: {'; '.join(problems)}", stacklevel=5)
         return contents
@@ -142,15 +154,23 @@ class _Fit:
         consumer: What follows the layer.
         axes: Positions that the cut keeps.
         ridge: The settings.
+        batches: Number of batches that will be seen.
     """
 
     def __init__(
-        self, name: str, modules: Mapping[str, nn.Module], consumer: Consumer, axes: Axes, ridge: SequentialRidge
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module],
+        consumer: Consumer,
+        axes: Axes,
+        ridge: SequentialRidge,
+        batches: int,
     ) -> None:
+        self.name = name
         self.layer: Any = modules[name]
         self.norm: Any = consumer.batch_norm(modules)
         self.clip = consumer.clip if consumer.norm is None or self.norm is not None else None
-        self.ridge = ridge
+        self.strength = ridge.strength
         self.tensors = {part: joined(name, part) for part in ("weight", "bias")}
         if self.norm is not None:
             self.tensors["mean"] = joined(consumer.norm or "", "running_mean")
@@ -162,10 +182,12 @@ class _Fit:
         scale, self.shift = scale_and_shift(self.norm)
         self.scale = torch.where(scale.abs() > _SMALLEST_GAIN, scale, 0.0).expand(self.weight.shape[:2].numel())
         self.is_constant_only = self.weight.shape[2] > ridge.max_inputs
+        self.rows_per_batch = min(ridge.rows, -(-_MOST_ROWS_PER_INPUT * self.weight.shape[2] // batches))
         self.count = 0
         self.sums: dict[str, Tensor] = {}
-        self.rows: list[tuple[Tensor, ...]] = []  # inputs, wanted outputs, what is added before these are clipped
+        self.rows: list[tuple[Tensor, ...]] = []  # inputs, wanted outputs, and the range that is as good
         self.largest = self.change = 0.0
+        self.shortage = ""  # why only the constant was fitted
 
     @property
     def has_constant(self) -> bool:
@@ -175,7 +197,7 @@ class _Fit:
     def see(self, dense: StationBatch, narrow: StationBatch) -> None:
         """Add a batch: outputs of the layer in the dense network, and its inputs in the cut network."""
         outputs = by_position(self.layer, dense.value)
-        chosen = spread(len(outputs), self.ridge.rows).to(outputs.device)
+        chosen = spread(len(outputs), self.rows_per_batch).to(outputs.device)
         if not len(chosen):
             return
         wanted = double(outputs[chosen][:, self.kept])
@@ -198,18 +220,21 @@ class _Fit:
         if not self.is_constant_only:
             self._add(xx=x.mT @ x, yx=y.mT @ x)
             if self.clip is not None and sum(rows[0].numel() for rows in self.rows) < _KEPT_INPUTS:
-                self.rows.append((x.float(), y.float(), self._by_group(added).float()))
+                bounds = (self._by_group(bound) for bound in self._bounds(wanted, scale, added))
+                self.rows.append(tuple(part.float() for part in (x, y, *bounds)))
 
     def install(self) -> dict[str, Tensor]:
         """Fit, set the new values in the cut network, and return them by name."""
         if not self.count or self.change <= _UNCHANGED * self.largest:
             return {}
         found: dict[str, Tensor] = {}
-        if not self.is_constant_only and self.count >= _ROWS_PER_INPUT * self.weight.shape[2]:
+        inputs = self.weight.shape[2]
+        if not self.is_constant_only and self.count >= _ROWS_PER_INPUT * inputs:
             weight, constant = self._solve()
             found["weight"] = from_matrices(self.layer, weight)
         else:
             constant = self._mean("y") - _applied(self.weight, self._mean("x"))
+            self.shortage = f"{self.name} ({self.count} rows for {inputs} inputs)"
         if self.layer.bias is not None:
             found["bias"] = constant.flatten()
         elif self.norm is not None:  # a contribution that is no longer added must not be subtracted
@@ -226,7 +251,7 @@ class _Fit:
         x = x if self.has_constant else torch.zeros_like(x)
         square = covariance_of(square, x)
         scale = square.diagonal(dim1=1, dim2=2).mean(1)
-        strength = torch.where(scale > 0, self.ridge.strength * scale, 1.0)[:, None, None]
+        strength = torch.where(scale > 0, self.strength * scale, 1.0)[:, None, None]
         factors = torch.linalg.lu_factor(square + strength * torch.eye(square.shape[1], dtype=square.dtype))
 
         def solved(cross: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,21 +261,23 @@ class _Fit:
 
         weight, constant = solved(cross, y)
         if self.rows:
-            inputs, wanted, added = (torch.cat(parts, 1) for parts in zip(*self.rows, strict=True))
+            inputs, wanted, lowest, highest = (torch.cat(parts, 1) for parts in zip(*self.rows, strict=True))
             for _ in range(_CLIP_STEPS):
-                given = inputs @ weight.to(inputs).mT + constant.to(inputs)[:, None]
-                change = self._unclipped(given, wanted, added) - wanted
+                given = torch.baddbmm(constant.to(inputs)[:, None], inputs, weight.to(inputs).mT)
+                change = given.clamp_(lowest, highest).sub_(wanted)
                 moments = double(change.mT @ inputs).cpu() / inputs.shape[1]
                 weight, constant = solved(cross + moments, y + double(change.mean(1)).cpu())
         return weight, constant
 
-    def _unclipped(self, given: Tensor, wanted: Tensor, added: Tensor) -> Tensor:
-        """The wanted outputs; where these and the given ones are clipped to the same value, the given ones."""
+    def _bounds(self, wanted: Tensor, scale: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of outputs that are as good as the wanted ones, because they are clipped to the same value."""
         low, high = self.clip or (-torch.inf, torch.inf)
-        scale = self._by_group(self.scale.to(wanted)[None])
-        now, then = given * scale + added, wanted * scale + added
-        goal = torch.where(then <= low, now.clamp(max=low), torch.where(then >= high, now.clamp(min=high), then))
-        return torch.where(scale == 0, wanted, (goal - added) / scale)
+        goal = wanted * scale + added  # what is clipped
+        lowest = torch.where(goal <= low, -torch.inf, goal.clamp(max=high))
+        highest = torch.where(goal >= high, torch.inf, goal.clamp(min=low))
+        is_clipped = (lowest < highest) & (scale != 0)
+        ends = torch.where(is_clipped, (torch.stack([lowest, highest]) - added) / scale, wanted)
+        return ends.amin(0), ends.amax(0)
 
     def _by_group(self, rows: Tensor) -> Tensor:
         """Rows of all groups of a convolution as ``(groups, rows, channels of a group)``."""
