@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -16,8 +17,9 @@ from benchmarks.survey_networks import catalogue
 
 ROWS = EVIDENCE / "portable" / "rows.jsonl"
 
-#: Seconds that a process may take.
-_SECONDS = 600
+#: Seconds that a network may take, and parameters of the networks of one process: to start it takes longer than to
+#: prune a small one.
+_SECONDS, _PARAMETERS = 3600, 150_000_000
 
 
 def main() -> None:
@@ -33,30 +35,60 @@ def main() -> None:
     ]
     sizes = {row["network"]: row.get("params", 0) for row in rows_in(EVIDENCE / "engine" / "survey.jsonl")}
     jobs.sort(key=lambda job: sizes.get(job["network"], 0))
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        """The row of a network, computed with those that follow."""
+        name = job["network"]
+        if name not in found:
+            stored = {row["network"] for row in rows_in(ROWS)} if ROWS.is_file() else set()
+            following = [other for other in jobs[jobs.index(job) :] if other["network"] not in stored]
+            together = accumulate(sizes.get(other["network"], 0) for other in following)
+            count = max(1, sum(total <= _PARAMETERS for total in together))
+            found.update(round_trips(following[:count]))
+        return found.get(name) or round_trips([job], alone=True)[name]
+
     try:
-        for _ in computed(jobs, lambda job: round_trip(**job), ROWS, resume=given.resume):
+        for _ in computed(jobs, run, ROWS, resume=given.resume):
             pass
     finally:  # a stopped run has a table, too
         rows = rows_in(ROWS) if ROWS.is_file() else []
         publish("portable", {"networks": len(rows)}, table(rows, sum(map(len, catalogue().values()))))
 
 
-def round_trip(network: str, family: str) -> dict[str, Any]:
-    """One network: pruned in a process, loaded in another."""
-    row: dict[str, Any] = {}
+def round_trips(jobs: Sequence[Mapping[str, str]], *, alone: bool = False) -> dict[str, dict[str, Any]]:
+    """Rows by network, pruned in a process and loaded in another.
+
+    Args:
+        jobs: Networks and families.
+        alone: There is one, which has failed if its process ends. Else those of such a process have no row.
+    """
+    rows: dict[str, dict[str, Any]] = {job["network"]: {} for job in jobs}
     with tempfile.TemporaryDirectory() as folder:
         for step in ("prune", "load"):
-            command = [sys.executable, "-m", "benchmarks.portable_process", step, network, family, folder]
-            try:
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                return {"failure": f"{step}: not done after {_SECONDS} s"}
-            if done.returncode:
-                return {"failure": f"{step}: its process ended with code {done.returncode}"}
-            row |= json.loads(done.stdout)
-            if "failure" in row:
-                break
-    return row
+            left = [job for job in jobs if "failure" not in rows.get(job["network"], {"failure": ""})]
+            done, why = process(step, folder, left)
+            for name in (job["network"] for job in left):
+                if name in done:
+                    rows[name] |= done[name]
+                elif alone:
+                    rows[name] = {"failure": f"{step}: {why}"}
+                else:
+                    del rows[name]
+    return rows
+
+
+def process(step: str, folder: str, jobs: Sequence[Mapping[str, str]]) -> tuple[dict[str, dict[str, Any]], str]:
+    """What a process prints, by network, and how it ended."""
+    words = [f"{job['network']}={job['family']}" for job in jobs]
+    command = [sys.executable, "-m", "benchmarks.portable_process", step, folder, *words]
+    seconds = _SECONDS * len(jobs)
+    try:
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds, check=False)
+        text, why = ended.stdout, f"its process ended with code {ended.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        text, why = (stopped.stdout or b"").decode(), f"not done after {seconds} s"
+    return {row.pop("network"): row for row in map(json.loads, text.splitlines())}, why
 
 
 def table(rows: Sequence[Mapping[str, Any]], networks: int) -> str:

@@ -1,6 +1,6 @@
-"""One network in processes without Lightning: pruned and saved in the first, built and loaded in the second.
+"""Networks in processes without Lightning: pruned and saved in the first, built and loaded in the second.
 
-``python -m benchmarks.portable_process prune|load NETWORK FAMILY FOLDER`` prints a row.
+``python -m benchmarks.portable_process prune|load FOLDER NETWORK=FAMILY...`` prints a row per network.
 """
 
 from __future__ import annotations
@@ -95,13 +95,12 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     )
 
 
-def main(step: str, name: str, family: str, folder: str) -> dict[str, Any]:
+def main(step: str, name: str, family: str, folder: Path) -> dict[str, Any]:
     """A row, or why there is none."""
-    torch.set_num_threads(1)
     try:
         with coordinates_in_double(family):
             network = build(name, family)
-            return (prune if step == "prune" else load)(network, Path(folder))
+            return (prune if step == "prune" else load)(network, folder)
     except Exception as failure:
         text = (str(failure).strip().splitlines() or [""])[0][:200]
         return {"failure": f"{step}: {type(failure).__name__}: {text}"}
@@ -110,4 +109,9 @@ def main(step: str, name: str, family: str, folder: str) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
-    print(json.dumps(main(*sys.argv[1:])))
+    torch.set_num_threads(1)
+    step, folder, *networks = sys.argv[1:]
+    for name, _, family in (network.partition("=") for network in networks):
+        own = Path(folder) / name
+        own.mkdir(exist_ok=True)
+        print(json.dumps({"network": name, **main(step, name, family, own)}), flush=True)
