@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import inspect, load, prune, save, sensitivity, strip
+    from lightning_prune.api import inspect, load, prune, rebuild, save, sensitivity, strip
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -149,6 +149,7 @@ __all__ = [
     "load",
     "load_from_checkpoint",
     "prune",
+    "rebuild",
     "save",
     "sensitivity",
     "strip",
@@ -223,6 +224,7 @@ _ROOM_OF = {
     "load": "api",
     "load_from_checkpoint": "callbacks",
     "prune": "api",
+    "rebuild": "api",
     "save": "api",
     "sensitivity": "api",
     "strip": "api",

@@ -3,7 +3,8 @@
 from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
+from lightning_prune.api.rebuilding import rebuild
 from lightning_prune.api.scan import sensitivity
 from lightning_prune.api.stripping import strip
 
-__all__ = ["inspect", "load", "prune", "save", "sensitivity", "strip"]
+__all__ = ["inspect", "load", "prune", "rebuild", "save", "sensitivity", "strip"]

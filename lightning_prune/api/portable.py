@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ from lightning_prune.surgery.json_text import from_json, pairs_once, to_json
 from lightning_prune.surgery.plain import damaged
 from lightning_prune.surgery.tensors import canonical
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "tensors_to_store", "whole_file"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,7 +61,7 @@ def save(model: nn.Module, file: str | Path) -> None:
     """
     require_network(model)
     network = written(model)
-    weights, tied = _weights(network)
+    weights, tied = tensors_to_store(network)
     parts: dict[str, Any] = {}
     save_into(parts, network)
     save_masks_into(parts, network)
@@ -70,13 +72,8 @@ def save(model: nn.Module, file: str | Path) -> None:
             "safetensors has no room. `strip` the network of its masks first, or save a checkpoint."
         )
     safetensors = require("safetensors.torch", extra="portable")
-    path = Path(file)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(Path(file)) as part:
         safetensors.save_file(weights, str(part), metadata={"format": "pt", KEY: text})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(model: Module, file: str | Path) -> Module:
@@ -112,7 +109,18 @@ def load(model: Module, file: str | Path) -> Module:
     return model
 
 
-def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` once it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def tensors_to_store(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of the ``state_dict`` by canonical name, each once, and the names that the others are tied to."""
     weights: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

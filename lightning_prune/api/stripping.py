@@ -46,7 +46,8 @@ def strip(model: Module) -> Module:
     if stubs:
         raise ValueError(
             f"strip: expected a network of its own modules and PyTorch's, got modules of lightning_prune in place of "
-            f"{', '.join(stubs)}, which were removed. Nothing has changed. Use `save` and `load` instead."
+            f"{', '.join(stubs)}, which were removed. Nothing has changed. Use `save` and `rebuild` instead: that file "
+            "has such modules, too."
         )
     attach(network, None)
     attach_masks(network, {})

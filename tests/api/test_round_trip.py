@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_prune import load, prune, save
+from lightning_prune import load, prune, rebuild, save
 from lightning_prune.surgery.tensors import named
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
@@ -30,6 +31,7 @@ def test_outputs_are_equal_bit_for_bit(name: str, tmp_path: Path) -> None:
     network = build().eval()
     prune(network, example, pruning_ratio=1 / 3)
     save(network, tmp_path / "small.safetensors")
+    rebuild(network, tmp_path / "small.py")
     torch.manual_seed(2)
     fresh = build().eval()
     dense = sum(parameter.numel() for parameter in fresh.parameters())
@@ -37,3 +39,7 @@ def test_outputs_are_equal_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert sum(parameter.numel() for parameter in fresh.parameters()) < 0.9 * dense
     assert all(torch.equal(tensor, named(network)[name]) for name, tensor in named(fresh).items())
     assert torch.equal(fresh(example), network(example))
+    rebuilt = build().eval()
+    runpy.run_path(str(tmp_path / "small.py"))["load"](rebuilt, tmp_path / "small.safetensors")
+    assert repr(rebuilt) == repr(network)
+    assert torch.equal(rebuilt(example), network(example))

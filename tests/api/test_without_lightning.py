@@ -57,6 +57,7 @@ assert list(scan.metrics) == ["0", "4"]
 report = lightning_prune.prune(network, images, pruning_ratio=0.5)
 assert report.widths == {"0": 4, "4": 6}
 lightning_prune.save(network, f"{folder}/small.safetensors")
+lightning_prune.rebuild(network, f"{folder}/small.py")
 torch.save(network(images), f"{folder}/outputs.pt")
 torch.save(lightning_prune.strip(network), f"{folder}/stripped.pt")
 """
@@ -73,6 +74,11 @@ sys.meta_path.insert(0, Refusing("lightning_prune"))
 stripped = torch.load(f"{folder}/stripped.pt", weights_only=False)
 assert torch.equal(stripped(images), torch.load(f"{folder}/outputs.pt"))
 assert stripped[0].out_channels == 4
+sys.path.insert(0, folder)
+import small
+
+small.load(network, f"{folder}/small.safetensors")
+assert torch.equal(network(images), torch.load(f"{folder}/outputs.pt"))
 assert "lightning_prune" not in sys.modules
 """
 
@@ -132,7 +138,7 @@ class TestStrip:
         assert isinstance(net.outer, Constant)
         history = history_of(net)
         assert history is not None
-        with pytest.raises(ValueError, match=r"modules of lightning_prune in place of .*outer"):
+        with pytest.raises(ValueError, match=r"modules of lightning_prune in place of .*outer.* `rebuild` instead"):
             strip(net)
         assert history_of(net) is history
         save(net, tmp_path / "small.safetensors")
