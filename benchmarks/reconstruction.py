@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import EVIDENCE, add_resume, computed, fill, quiet, shown, summary
+from benchmarks.common import EVIDENCE, add_resume, computed, fill, quiet, rows_in, shown, summary
 from benchmarks.criteria import PREFIX, Bench
 from benchmarks.repair import calibration
 from lightning_prune import L1, Reconstruction, Scope
@@ -140,9 +140,11 @@ def main() -> None:
     source = CIFAR10(root=given.root)
     train, test = (normalised(part, source) for part in source.load())
     test = ImageTensors(test.images.contiguous(memory_format=torch.channels_last), test.labels)
-    tables, resume = [], given.resume
+    file, resume = FOLDER / "rows.jsonl", given.resume
+    settings = argparse.Namespace(divide=2.1, observe=10, batches=BATCHES)
+    known = {row["depth"] for row in rows_in(file)} if resume and file.is_file() else set()
+    benches = {depth: Bench(settings, load(depth), train, test) for depth in sorted({*known, *given.depths})}
     for depth in given.depths:
-        bench = Bench(argparse.Namespace(divide=2.1, observe=10, batches=BATCHES), load(depth), train, test)
         jobs = [
             {"depth": depth, "criterion": criterion, "scope": scope, "repair": repair, "divide": divide, "draw": draw}
             for divide in given.divide
@@ -150,11 +152,9 @@ def main() -> None:
             for criterion, scope, repair in ROWS
             if draw == 0 or REPAIRS[repair]
         ]
-        rows = []
-        for row in computed(jobs, partial(measure, bench), FOLDER / "rows.jsonl", resume=resume):
-            rows.append(row)
-            fill(FOLDER / "README.md", "\n\n".join([*tables, table(rows, depth, bench.dense)]))
-        tables.append(table(rows, depth, bench.dense))
+        for _ in computed(jobs, partial(measure, benches[depth]), file, resume=resume):
+            tables = [table(rows_in(file, depth=one), one, bench.dense) for one, bench in benches.items()]
+            fill(FOLDER / "README.md", "\n\n".join(tables))
         resume = True
 
 
