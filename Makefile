@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test test-cpu lint docs notebooks gpu compat newest clean
+.PHONY: demo test test-cpu test-pytorch-lightning lint docs notebooks gpu compat newest clean
 
 # One thread: more threads slow down such a small network, and make its latencies noisy.
 demo: $(VENV)/.demo  ## train and prune on the digits
@@ -17,6 +17,9 @@ test: lint  ## everything CI runs
 test-cpu: $(VENV)/.dev  ## the tests with the kernels of other processors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-pytorch-lightning: $(VENV)/.dev  ## the tests of callbacks in runs of the other Lightning package
+	LIGHTNING_PACKAGE=pytorch_lightning OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/callbacks
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

@@ -23,6 +23,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.support import other_package
+
+other_package.use()
+
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 

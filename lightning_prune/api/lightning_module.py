@@ -15,8 +15,8 @@ __all__ = ["is_cut_extension", "is_lightning_module", "keep_history"]
 
 def is_lightning_module(model: nn.Module) -> TypeIs[LightningModule]:
     """Whether a network is a LightningModule, of which there is none before Lightning is imported."""
-    lightning = sys.modules.get("lightning.pytorch")
-    return lightning is not None and isinstance(model, lightning.LightningModule)
+    packages = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    return any(package is not None and isinstance(model, package.LightningModule) for package in packages)
 
 
 def keep_history(model: nn.Module) -> None:

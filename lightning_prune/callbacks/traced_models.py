@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_prune.packages import beside
 from lightning_prune.structure import Call, StructureError, TracedModel
 from lightning_prune.structure.examples import accepted, candidates, forward_calls
 
@@ -48,7 +49,7 @@ def traced_model_of(
     example = convert(module.example_input_array) if own_example else None
     calls = forward_calls(module, batch, example, memo=memo, prepare=prepare)
     optional: tuple[Call, ...] = ()
-    if step and batch is not None and is_overridden("training_step", module):
+    if step and batch is not None and is_overridden("training_step", module, parent=beside(LightningModule, module)):
         optional = (Call(_step_arguments(module, batch), method="training_step", training=True),)
     return TracedModel(module, calls, optional, memo, prepare)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -57,6 +56,7 @@ from lightning_prune import (
 from lightning_prune.callbacks.lightning.averages import averages
 from tests.callbacks.networks import Curves, Net, Stream, equal, fit, make, samples, weights, widths
 from tests.callbacks.test_ddp import SETTINGS
+from tests.callbacks.test_other_package import other_fit
 from tests.callbacks.test_runs import Gan
 
 PAGE = Path(__file__).parents[2] / "docs" / "companions.md"
@@ -459,10 +459,8 @@ def stream(folder: Path) -> None:
 
 @companion("a `Trainer` of `pytorch_lightning`")
 def foreign(folder: Path) -> None:
-    trainer: Any = pytorch_lightning.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=folder
-    )
-    pruning().setup(trainer, make(), "fit")
+    module, _ = other_fit(folder, pruning())
+    assert module.net[0].out_features < 8
 
 
 # -- strategies --------------------------------------------------------------------------------------------------------

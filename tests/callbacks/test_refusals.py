@@ -217,13 +217,6 @@ def test_surroundings(tmp_path: Path) -> None:
     run = trainer(tmp_path, structured(), ContributionPruning(0.5))
     with pytest.raises(ValueError, match="expected `layers` in both"):
         refit(run, model)
-
-    class Foreign:
-        __module__ = "pytorch_lightning.trainer.trainer"
-
-    foreign: Any = Foreign()
-    with pytest.raises(TypeError, match="not from `pytorch_lightning`"):
-        structured().setup(foreign, model, "fit")
     with pytest.raises(ValueError, match="FSDP"):
         structured().setup(_with_strategy(tmp_path), model, "fit")
     assert "on_save_checkpoint" not in vars(make())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.display.status import log_status
 from lightning_prune.callbacks.display.wandb_run import log_checkpoints, log_report
 from lightning_prune.extras import require
+from lightning_prune.packages import both
 from lightning_prune.reporting import Report, Scores, latencies, layer_parameters, size_on_disk, timed
 from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page
@@ -45,16 +46,16 @@ def log_now(trainer: Trainer, numbers: Mapping[str, float], scores: Mapping[str,
     scores, step = scores or {}, step_of(trainer)
     for logger in trainer.loggers:
         logger.log_metrics({**numbers, **_shown_scores(logger, scores)}, step=step)
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, both(TensorBoardLogger)):
             for name, values in scores.items():
                 logger.experiment.add_histogram(f"pruning/scores/{name}", values, step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
 
 
 def _shown_scores(logger: Logger, scores: Mapping[str, Tensor]) -> dict[str, Any]:
-    if isinstance(logger, TensorBoardLogger) or not scores:
+    if isinstance(logger, both(TensorBoardLogger)) or not scores:
         return {}
-    if isinstance(logger, WandbLogger):
+    if isinstance(logger, both(WandbLogger)):
         Histogram = require("wandb", extra="wandb").Histogram  # noqa: N806
         return {f"pruning/scores/{name}": Histogram(values.numpy()) for name, values in scores.items()}
     quantiles = {name: asdict(Scores.of(values)) for name, values in scores.items()}
@@ -212,17 +213,17 @@ class ReportWriter:
         console = console_for()
         console.print(self.report.table())
         console.print(f"Report: {folder}", soft_wrap=True)
-        kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, both(ModelCheckpoint))]
         for one in sorted((one for one in kept if one.best_model_path), key=lambda one: one.monitor is None)[:1]:
             which = "Last" if one.monitor is None else "Best"
             console.print(f"{which} checkpoint: {one.best_model_path}", soft_wrap=True)
         for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, both(WandbLogger)):
                 pictures = [folder / f"{picture.name}.png" for picture in markdown_page.pictures]
                 log_report(logger, self.name, self.report, pictures, step_of(self.trainer))
                 if logger._log_model:
                     log_checkpoints(logger, self.trainer, self.report)
-            elif isinstance(logger, TensorBoardLogger):
+            elif isinstance(logger, both(TensorBoardLogger)):
                 self._to_tensorboard(logger, markdown_page)
 
     def _to_tensorboard(self, logger: TensorBoardLogger, page: Page) -> None:

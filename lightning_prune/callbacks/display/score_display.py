@@ -15,6 +15,7 @@ from lightning_prune.callbacks.display.layer_progress import LayerProgress
 from lightning_prune.callbacks.display.report_writer import step_of
 from lightning_prune.callbacks.display.wandb_run import log_media
 from lightning_prune.callbacks.layer_scores import Scored
+from lightning_prune.packages import both
 from lightning_prune.planning import dividing_threshold, widths_at
 from lightning_prune.reporting import (
     LayerScores,
@@ -164,7 +165,7 @@ def show_scores(trainer: Trainer, table: LayerScores, folder: Path, threshold: f
         console.print(table)
         console.print(f"Scores: {folder}", soft_wrap=True)
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, both(WandbLogger)):
             log_media(logger, "pruning", _tables(table), pictures, step_of(trainer))
 
 

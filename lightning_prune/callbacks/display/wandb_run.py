@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_prune.extras import require
+from lightning_prune.packages import both
 from lightning_prune.reporting import Report
 from lightning_prune.reporting.numeric import Table, numeric_tables
 
@@ -35,7 +36,7 @@ def wandb_run(trainer: Trainer, before: str | None) -> str | None:
     Returns:
         The id; without a W&B logger the previous one, so that a later resume still has it.
     """
-    now = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+    now = next((logger.version for logger in trainer.loggers if isinstance(logger, both(WandbLogger))), None)
     if now is not None and before is not None and now != before:
         rank_zero_info(
             f"The curves of this checkpoint are in the W&B run '{before}', but this run logs to '{now}'. To continue "
@@ -90,7 +91,9 @@ def log_checkpoints(logger: WandbLogger, trainer: Trainer, report: Report) -> No
         trainer: The finished run.
         report: The report of the run.
     """
-    saved = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
+    saved = [
+        one for one in trainer.checkpoint_callbacks if isinstance(one, both(ModelCheckpoint)) and one.best_model_path
+    ]
     aliases: dict[str, list[str]] = {}
     for one in saved:
         if one.monitor is None or one.last_model_path:

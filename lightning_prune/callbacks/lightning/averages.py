@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_prune.packages import both
+
 __all__ = ["ManualAverages", "averages", "count_from", "counts", "validation_weights"]
 
 # Elements of each parameter that are compared.
@@ -20,7 +22,7 @@ _COMPARED = 64
 def averages(trainer: Trainer) -> tuple[nn.Module, ...]:
     """The averaged copies, in the order of their callbacks."""
     models = [(callback, callback._average_model) for callback in _averaging(trainer)]
-    return tuple(model.module if isinstance(callback, WeightAveraging) else model for callback, model in models)
+    return tuple(model.module if isinstance(callback, both(WeightAveraging)) else model for callback, model in models)
 
 
 def counts(trainer: Trainer) -> list[int]:
@@ -37,15 +39,13 @@ def count_from(trainer: Trainer, numbers: Sequence[int]) -> None:
 
 
 def _averaging(trainer: Trainer) -> list[Any]:
-    return [
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and callback._average_model is not None
-    ]
+    kinds: tuple[type[Any], ...] = (*both(WeightAveraging), *both(StochasticWeightAveraging))
+    found = [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
+    return [callback for callback in found if callback._average_model is not None]
 
 
 def _count(callback: Any) -> torch.Tensor | None:
-    inside = isinstance(callback, WeightAveraging)
+    inside = isinstance(callback, both(WeightAveraging))
     return cast(torch.Tensor | None, (callback._average_model if inside else callback).n_averaged)
 
 
@@ -55,7 +55,7 @@ def validation_weights(trainer: Trainer, module: LightningModule) -> Iterator[No
 
     Lightning saves the other ones with ``weights_only``.
     """
-    swapping = [callback for callback in _averaging(trainer) if isinstance(callback, WeightAveraging)]
+    swapping = [callback for callback in _averaging(trainer) if isinstance(callback, both(WeightAveraging))]
     for callback in swapping:
         callback._swap_models(module)
     try:

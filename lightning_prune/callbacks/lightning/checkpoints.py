@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_prune.callbacks.lightning.averages import averages
+from lightning_prune.packages import both
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 
 __all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint"]
@@ -74,7 +75,7 @@ def load_from_checkpoint(
         TypeError: If ``model_class`` is not a LightningModule class.
         ValueError: If the file is incomplete, no checkpoint of a Trainer, or of other shapes without a history.
     """
-    if not (isinstance(model_class, type) and issubclass(model_class, LightningModule)):
+    if not (isinstance(model_class, type) and issubclass(model_class, both(LightningModule))):
         raise TypeError(
             f"expected the class of a LightningModule, got {model_class!r}. "
             "Write `load_from_checkpoint(MyModule, path)`."

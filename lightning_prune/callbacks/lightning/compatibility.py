@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.callbacks.lightning.processes import refuse_strategy
+from lightning_prune.packages import both
 
 __all__ = ["require_compatible"]
 
@@ -20,18 +21,12 @@ def require_compatible(callback: Callback, trainer: Trainer, module: LightningMo
         module: The network.
 
     Raises:
-        TypeError: For a trainer of another package.
-        ValueError: For everything else.
+        ValueError: If one does not.
     """
     name = type(callback).__name__
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"{name}: expected a Trainer of `lightning.pytorch`, got one of `{type(trainer).__module__}`. Import "
-            "Trainer, LightningModule and callbacks from `lightning.pytorch`, not from `pytorch_lightning`."
-        )
     refuse_strategy(name, trainer)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(other, ModelPruning) for other in callbacks):
+    if any(isinstance(other, both(ModelPruning)) for other in callbacks):
         raise ValueError(
             f"{name}: expected no `ModelPruning` of Lightning beside it, which puts other parameters in place of the "
             "weights. Mask with `MagnitudePruning(layers=...)` of this package instead, which goes with cuts of other "

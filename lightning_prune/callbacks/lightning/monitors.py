@@ -6,13 +6,15 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lightning_prune.packages import both
+
 __all__ = ["Thresholds", "hold_early_stopping", "reset_monitors"]
 
 
 def reset_monitors(trainer: Trainer) -> None:
     """Reset the best scores of every ``ModelCheckpoint`` and ``EarlyStopping``; files are kept."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        if isinstance(callback, both(ModelCheckpoint)) and callback.monitor is not None:
             callback.best_k_models = {}
             callback.kth_best_model_path = ""
             callback.kth_value = _worst(callback.mode)
@@ -53,7 +55,7 @@ class Thresholds:
 
 
 def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, both(EarlyStopping))]  # type: ignore[attr-defined]
 
 
 def _worst(mode: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.errors import PruningError
+from lightning_prune.packages import both
 from lightning_prune.planning import Plan
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import LatencyTable
@@ -60,7 +61,7 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         ValueError: For anything but one device or DDP, and for DDP communication hooks with a state.
     """
     strategy = trainer.strategy
-    if type(strategy) is DDPStrategy:
+    if isinstance(strategy, both(DDPStrategy)) and type(strategy) in both(DDPStrategy):
         state = strategy._ddp_comm_state
         if state is not None:
             raise ValueError(
@@ -68,7 +69,7 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
                 "the shapes before a cut. Use a hook such as `fp16_compress_hook`."
             )
         return
-    if isinstance(strategy, SingleDeviceStrategy):
+    if isinstance(strategy, both(SingleDeviceStrategy)):
         return
     raise ValueError(
         f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}. Use "
@@ -242,7 +243,7 @@ def unwrapped(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     created, as other processes may not take part.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+    if not isinstance(strategy, both(DDPStrategy)) or not isinstance(strategy.model, DistributedDataParallel):
         yield
         return
     strategy.model = module

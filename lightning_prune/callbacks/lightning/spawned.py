@@ -10,6 +10,7 @@ runs without a pruning callback are not affected. The launcher's private names a
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 
 from lightning_prune.callbacks.lightning.checkpoints import keep_history
+from lightning_prune.packages import beside, both
 from lightning_prune.reporting import Report
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 
@@ -25,18 +27,25 @@ __all__ = ["patch_spawn_launcher", "return_history"]
 
 _KEY = "lightning_prune"
 
-_recover_weights = _MultiProcessingLauncher._recover_results_in_main_process
+# The methods that were patched, by class.
+_recover_weights: dict[type[_MultiProcessingLauncher], Callable[..., None]] = {}
 
 
 def patch_spawn_launcher() -> None:
-    """Patch Lightning's launcher to repeat cuts of spawned processes in the main process; idempotent."""
-    _MultiProcessingLauncher._recover_results_in_main_process = _recover  # type: ignore[method-assign]
+    """Patch Lightning's launcher to repeat cuts of spawned processes in the main process; idempotent.
+
+    That of ``pytorch_lightning`` too, if it is imported.
+    """
+    for launcher in both(_MultiProcessingLauncher):
+        if launcher not in _recover_weights:
+            _recover_weights[launcher] = launcher._recover_results_in_main_process
+            launcher._recover_results_in_main_process = _recover  # type: ignore[method-assign]
 
 
 def return_history(trainer: Trainer) -> None:
     """Make the launcher of a spawned process return history, masks and reports with the weights."""
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _MultiProcessingLauncher):
+    if isinstance(launcher, both(_MultiProcessingLauncher)):
         launcher.get_extra_results = partial(_extra, launcher)  # type: ignore[method-assign]
 
 
@@ -65,7 +74,7 @@ def _recover(self: _MultiProcessingLauncher, worker_output: _WorkerOutput, train
         for callback, _ in _reports(trainer):
             if callback.state_key in found["reports"]:
                 vars(callback)["report"] = Report.from_plain(found["reports"][callback.state_key])
-    _recover_weights(self, worker_output, trainer)
+    _recover_weights[beside(_MultiProcessingLauncher, self)](self, worker_output, trainer)
 
 
 def _reports(trainer: Trainer) -> list[tuple[Callback, Report]]:

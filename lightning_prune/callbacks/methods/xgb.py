@@ -23,6 +23,7 @@ from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.scheduled import instance_of
 from lightning_prune.callbacks.traced_models import inputs_of
 from lightning_prune.callbacks.training_data import require_readable, training_data
+from lightning_prune.packages import beside
 from lightning_prune.planning import (
     Amount,
     CutPoint,
@@ -295,7 +296,7 @@ class XGBPruning(NamesHead, NetworkPruning):
                     stacklevel=2,
                 )
             self._score(trainer, module)
-            raise _TunerExitException
+            raise beside(_TunerExitException, trainer)
         super().act(trainer, module, batch_idx)
 
     @override
