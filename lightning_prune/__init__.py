@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import inspect, load, prune, rebuild, save, sensitivity, strip
+    from lightning_prune.api import export, inspect, load, prune, rebuild, save, sensitivity, strip
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -145,6 +145,7 @@ __all__ = [
     "XGBPruning",
     "XGBoost",
     "__version__",
+    "export",
     "inspect",
     "load",
     "load_from_checkpoint",
@@ -220,6 +221,7 @@ _ROOM_OF = {
     "WhenStable": "planning",
     "XGBPruning": "callbacks",
     "XGBoost": "scoring",
+    "export": "api",
     "inspect": "api",
     "load": "api",
     "load_from_checkpoint": "callbacks",

@@ -25,9 +25,12 @@ WITH_LIGHTNING = {"api", "callbacks", "study", "data", "models", "cli"}
 LIGHTNING_STEPS = {"test_step", "test_dataloader"}
 # Imported where they are used, because each one costs a second or may be missing.
 OPTIONAL = {
+    "executorch",
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "onnxscript",
+    "openvino",
     "ray",
     "safetensors",
     "sklearn",

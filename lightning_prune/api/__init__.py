@@ -1,5 +1,6 @@
 """Functions that need no Trainer, and no Lightning."""
 
+from lightning_prune.api.exporting import export
 from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
@@ -7,4 +8,4 @@ from lightning_prune.api.rebuilding import rebuild
 from lightning_prune.api.scan import sensitivity
 from lightning_prune.api.stripping import strip
 
-__all__ = ["inspect", "load", "prune", "rebuild", "save", "sensitivity", "strip"]
+__all__ = ["export", "inspect", "load", "prune", "rebuild", "save", "sensitivity", "strip"]

@@ -3,6 +3,7 @@
 from lightning_prune.reporting.backbone import backbone_modules, layer_parameters
 from lightning_prune.reporting.comparison import ComparedNetwork, Comparison
 from lightning_prune.reporting.comparison_figure import comparison_figure
+from lightning_prune.reporting.exported import Exported
 from lightning_prune.reporting.inspection import Inspection
 from lightning_prune.reporting.layer_scores import (
     LayerScores,
@@ -24,6 +25,7 @@ __all__ = [
     "ComparedNetwork",
     "Comparison",
     "Cut",
+    "Exported",
     "Inspection",
     "LayerScores",
     "Measurement",

@@ -58,6 +58,7 @@ report = lightning_prune.prune(network, images, pruning_ratio=0.5)
 assert report.widths == {"0": 4, "4": 6}
 lightning_prune.save(network, f"{folder}/small.safetensors")
 lightning_prune.rebuild(network, f"{folder}/small.py")
+assert lightning_prune.export(network, f"{folder}/small.pt2", images).difference < 1e-4
 torch.save(network(images), f"{folder}/outputs.pt")
 torch.save(lightning_prune.strip(network), f"{folder}/stripped.pt")
 """
@@ -79,6 +80,8 @@ import small
 
 small.load(network, f"{folder}/small.safetensors")
 assert torch.equal(network(images), torch.load(f"{folder}/outputs.pt"))
+exported = torch.export.load(f"{folder}/small.pt2").module()(images)
+assert torch.allclose(exported, stripped(images), atol=1e-5)
 assert "lightning_prune" not in sys.modules
 """
 
