@@ -116,6 +116,11 @@ def _of_unfit(error: BaseException) -> str | None:
     files = [Path(frame.f_code.co_filename) for frame, _ in walk_tb(error.__traceback__)]
     if not isinstance(error, RuntimeError) or not any(_homes()[0] / "models" in file.parents for file in files):
         return None
+    if any("model_summary" in str(file) for file in files) and "dtype" in str(error):
+        return (
+            f"Lightning's summary of the model does not convert its example to the precision of the run ({error}). "
+            "Give --trainer.enable_model_summary=false."
+        )
     return f"expected a network that accepts this data, got one for another shape ({error}). Check --model and --data."
 
 

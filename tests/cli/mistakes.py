@@ -209,6 +209,11 @@ MISTAKES = [
     ),
     Mistake("fit DIGITS --model.sizes 784", "--model.sizes: expected a list, got '784'."),
     Mistake(
+        "fit DIGITS --trainer.precision bf16-true",
+        "Lightning's summary of the model does not convert its example to the precision of the run (mat1 and mat2 must "
+        "have the same dtype, but got Float and BFloat16). Give --trainer.enable_model_summary=false.",
+    ),
+    Mistake(
         "fit DIGITS --model.sizes [784,50,10]",
         "expected a network that accepts this data, got one for another shape (mat1 and mat2 shapes cannot be "
         "multiplied (64x64 and 784x50)). Check --model and --data.",
