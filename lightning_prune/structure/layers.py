@@ -55,6 +55,10 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
         if isinstance(module, types):
             update(module, old_shapes)
             return
+    for kind in type(module).__mro__:
+        if f"{kind.__module__}.{kind.__qualname__}" in _FOREIGN_UPDATES:
+            _FOREIGN_UPDATES[f"{kind.__module__}.{kind.__qualname__}"](module, old_shapes)
+            return
 
 
 def relax_unflatten(module: nn.Module) -> None:
@@ -135,6 +139,10 @@ def _bilinear(module: Any, _: Shapes) -> None:
     module.out_features, module.in1_features, module.in2_features = _weight_shape(module)
 
 
+def _transposed_linear(module: Any, _: Shapes) -> None:
+    module.nx, module.nf = _weight_shape(module)
+
+
 #: First match wins.
 _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]], ...] = (
     ((nn.Linear,), _linear),
@@ -146,3 +154,8 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]
     ((nn.PReLU,), _prelu),
     ((nn.Bilinear,), _bilinear),
 )
+
+#: Layers of other packages, which need not be installed, by name.
+_FOREIGN_UPDATES: dict[str, Callable[[Any, Shapes], None]] = {
+    "transformers.pytorch_utils.Conv1D": _transposed_linear,  # of GPT-2
+}

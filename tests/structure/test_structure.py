@@ -763,6 +763,33 @@ def test_a_layer_says_its_new_widths(wide, narrow):
     assert {name: vars(wide)[name] for name in own} == own
 
 
+class Conv1D(nn.Module):
+    """As GPT-2 has it in transformers: the width of its outputs is in an attribute, which `forward` reads."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return flat.view(*x.shape[:-1], self.nf)
+
+
+def test_a_layer_of_transformers_that_keeps_its_width_in_an_attribute() -> None:
+    net = nn.Sequential(Conv1D(8, 4), nn.GELU(), Conv1D(4, 8), nn.GELU(), Conv1D(3, 4)).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    structure = trace(TracedModel.of(net, x))
+    assert structure.widths == {"0": 8, "2": 4}
+    axes = structure.axes({"0": [0, 2, 5], "2": [1, 3]})
+    zeroed = masked(net, axes)
+    narrow = shrunk(net, axes)
+    assert [(layer.nx, layer.nf) for layer in narrow[::2]] == [(4, 3), (3, 2), (2, 3)]
+    torch.testing.assert_close(narrow(x), zeroed(x))
+
+
 def test_a_module_with_the_name_that_compiling_gives_is_refused():
     """Its names would read like those of the module around it."""
 
