@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import export, inspect, load, prune, rebuild, save, sensitivity, strip
+    from lightning_prune.api import export, inspect, load, load_by_shapes, prune, rebuild, save, sensitivity, strip
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -148,6 +148,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_by_shapes",
     "load_from_checkpoint",
     "prune",
     "rebuild",
@@ -224,6 +225,7 @@ _ROOM_OF = {
     "export": "api",
     "inspect": "api",
     "load": "api",
+    "load_by_shapes": "api",
     "load_from_checkpoint": "callbacks",
     "prune": "api",
     "rebuild": "api",

@@ -1,5 +1,6 @@
 """Functions that need no Trainer, and no Lightning."""
 
+from lightning_prune.api.by_shapes import load_by_shapes
 from lightning_prune.api.exporting import export
 from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.portable import load, save
@@ -8,4 +9,4 @@ from lightning_prune.api.rebuilding import rebuild
 from lightning_prune.api.scan import sensitivity
 from lightning_prune.api.stripping import strip
 
-__all__ = ["export", "inspect", "load", "prune", "rebuild", "save", "sensitivity", "strip"]
+__all__ = ["export", "inspect", "load", "load_by_shapes", "prune", "rebuild", "save", "sensitivity", "strip"]

@@ -21,7 +21,7 @@ from lightning_prune.surgery.json_text import from_json, pairs_once, to_json
 from lightning_prune.surgery.plain import damaged
 from lightning_prune.surgery.tensors import canonical
 
-__all__ = ["load", "save", "tensors_to_store", "whole_file"]
+__all__ = ["load", "require_real", "save", "tensors_of", "tensors_to_store", "whole_file"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -97,16 +97,21 @@ def load(model: Module, file: str | Path) -> Module:
     """
     require_network(model)
     network = written(model)
-    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-        raise ValueError(
-            f"load: expected a {type(network).__name__} with weights, got one on the meta device. Build it on the CPU, "
-            'or call `.to_empty(device="cpu")` and set the buffers that no file has.'
-        )
+    require_real(network, "load")
     checkpoint = _read(Path(file))
     reset_compiled(network)
     load_weights(checkpoint, network)
     keep_history(network)
     return model
+
+
+def require_real(network: nn.Module, function: str) -> None:
+    """Check that a network has weights, to load others into."""
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        raise ValueError(
+            f"{function}: expected a {type(network).__name__} with weights, got one on the meta device. Build it on "
+            'the CPU, or call `.to_empty(device="cpu")` and set the buffers that no file has.'
+        )
 
 
 @contextmanager
@@ -158,6 +163,12 @@ def _require_storable(name: str, content: object) -> None:
             f"save: expected dense tensors in the `state_dict`, which a file of safetensors can hold, got {problem} "
             f"for {name!r}. Save a checkpoint by `torch.save(model.state_dict(), path)` instead."
         )
+
+
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, tied ones included."""
+    weights: dict[str, Tensor] = _read(file)["state_dict"]
+    return weights
 
 
 def _read(file: Path) -> dict[str, Any]:

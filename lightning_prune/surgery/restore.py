@@ -14,17 +14,27 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
+from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import is_within
-from lightning_prune.surgery.change import Change, undo_on_error
+from lightning_prune.surgery.change import Change, CutError, undo_on_error
 from lightning_prune.surgery.depth import restore
 from lightning_prune.surgery.edits import Drop, Keep, Replace, apply, same_effect
 from lightning_prune.surgery.history import KEY, Dense, History, HistoryError, Shape, attach, history_of
 from lightning_prune.surgery.masks import attach_masks, attach_read, read_masks
 from lightning_prune.surgery.names import missing_or_unexpected
 from lightning_prune.surgery.plain import damaged
+from lightning_prune.surgery.shrink import shrink
 from lightning_prune.surgery.tensors import blank, canonical, named
 
-__all__ = ["dense_copy", "load_from", "load_weights", "match_checkpoint_shapes", "replay", "with_history"]
+__all__ = [
+    "dense_copy",
+    "load_from",
+    "load_narrow",
+    "load_weights",
+    "match_checkpoint_shapes",
+    "replay",
+    "with_history",
+]
 
 
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
@@ -58,21 +68,65 @@ def load_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     change = Change()
     with undo_on_error(change):
         _load_from(change, checkpoint, (model,), strict=True)
-        # Names by canonical name; those of compiled modules differ.
-        own = model.state_dict()
-        names = {canonical(name): name for name in own}
         problems = list(_other_weights(model, weights))
-        if problems:
-            raise _another_network(problems)
-        for tensor in {id(tensor): tensor for tensor in named(model).values()}.values():
-            change.overwrite(tensor, tensor)  # logged, as loading may fail halfway
+        if problems and KEY not in checkpoint:
+            raise _another_network(problems, "it is of a pruned network without its history: use `load_by_shapes`")
+        _load_weights(change, model, weights)
+
+
+def load_narrow(model: nn.Module, axes: Axes, weights: Mapping[str, Tensor]) -> None:
+    """Cut a dense network, and load weights of these widths.
+
+    Args:
+        model: The network. It gets no history.
+        axes: Positions to keep, by name of parameter or buffer and dimension.
+        weights: The weights, by canonical name.
+
+    Raises:
+        HistoryError: If they are of another network; the network is unchanged.
+    """
+    change = Change()
+    with undo_on_error(change):
         try:
-            with torch.inference_mode(False):
-                found = OrderedDict((names.get(name, name), weight) for name, weight in weights.items())
-                found._metadata = own._metadata  # type: ignore[attr-defined]  # without versions, MNASNet refuses
-                model.load_state_dict(found)
-        except RuntimeError as error:
-            raise _another_network([" ".join(str(error).split())]) from error
+            shrink(change, model, axes)
+        except CutError as error:
+            raise HistoryError(str(error)) from error
+        if problems := list(_uneven(model)):
+            raise _another_network(problems)
+        _load_weights(change, model, weights)
+
+
+def _uneven(model: nn.Module) -> Iterator[str]:
+    """Messages about layers whose channels do not fill their groups."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            groups, channels = module.groups, [module.in_channels, module.out_channels]
+        elif isinstance(module, nn.GroupNorm):
+            groups, channels = module.num_groups, [module.num_channels]
+        else:
+            continue
+        if any(number % groups for number in channels):
+            shown = " and ".join(map(str, channels))
+            yield f"{canonical(name)} has {groups} groups, which {shown} channels do not fill"
+
+
+def _load_weights(change: Change, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights into a network of the right widths, as part of a ``change``."""
+    # Names by canonical name; those of compiled modules differ.
+    own = model.state_dict()
+    names = {canonical(name): name for name in own}
+    problems = list(_other_weights(model, weights))
+    if problems:
+        raise _another_network(problems)
+    for tensor in {id(tensor): tensor for tensor in named(model).values()}.values():
+        change.overwrite(tensor, tensor)  # logged, as loading may fail halfway
+    try:
+        with torch.inference_mode(False):
+            found = OrderedDict((names.get(name, name), weight) for name, weight in weights.items())
+            found._metadata = own._metadata  # type: ignore[attr-defined]  # without versions, MNASNet refuses
+            model.load_state_dict(found)
+    except RuntimeError as error:
+        raise _another_network([" ".join(str(error).split())]) from error
 
 
 def _load_from(change: Change, checkpoint: Mapping[str, Any], networks: Sequence[nn.Module], *, strict: bool) -> None:
@@ -96,12 +150,13 @@ def _other_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
     yield from missing_or_unexpected(model, {}, (), weights)
 
 
-def _another_network(problems: Sequence[str]) -> HistoryError:
+def _another_network(
+    problems: Sequence[str], otherwise: str = "the file or its pruning history was damaged: take another checkpoint"
+) -> HistoryError:
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     return HistoryError(
         f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
-        "Build the network with the arguments it had when the checkpoint was written. If it has them, the file's "
-        "pruning history was damaged: take another checkpoint."
+        f"Build the network with the arguments it had when the checkpoint was written. If it has them, {otherwise}."
     )
 
 

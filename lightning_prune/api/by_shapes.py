@@ -1,0 +1,142 @@
+"""Loading weights of a narrow network that come without a pruning history, where their shapes tell all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.api.portable import require_real, tensors_of
+from lightning_prune.structure.graph import Axes
+from lightning_prune.structure.traced_model import require_network, written
+from lightning_prune.surgery import HistoryError, history_of
+from lightning_prune.surgery.compiled import reset_compiled
+from lightning_prune.surgery.restore import load_narrow
+from lightning_prune.surgery.tensors import canonical, named, non_persistent
+
+__all__ = ["load_by_shapes"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+#: First bytes of what `torch.save` writes.
+_ZIP = b"PK\x03\x04"
+
+
+def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor]) -> Module:
+    """Load a plain ``state_dict`` of a narrow network into a newly built dense one, in place, by the shapes in it.
+
+    For weights that come without the history that `save` stores: from ``torch.save(model.state_dict())``, after
+    `strip`, or from another library. Each layer gets the widths of its tensors. That is the pruned network if nothing
+    but widths has changed. Groups stay as many as they are, but for depthwise convolutions and instance norms; so do
+    numbers that only code holds, such as that of attention heads. The loaded network has no history: amounts of
+    further pruning refer to its present size.
+
+    Args:
+        model: The network as it was built before it was pruned.
+        weights: A safetensors file, a file of ``torch.save`` (read with ``weights_only=True``), or the tensors by name.
+
+    Returns:
+        The network, in the mode it was in.
+
+    Raises:
+        HistoryError: If the names are not those of the network, a tensor is larger than the network's, or shapes do
+            not tell all: layers were removed, or a buffer that is not in the ``state_dict`` may have been cut. The
+            network is unchanged.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import load_by_shapes, prune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = prune(net, torch.zeros(2, 4), pruning_ratio=0.5)
+        >>> again = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> load_by_shapes(again, net.state_dict())
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    require_network(model)
+    network = written(model)
+    require_real(network, "load_by_shapes")
+    if history_of(network) is not None:
+        raise ValueError(
+            f"load_by_shapes: expected a newly built dense {type(network).__name__}, got one that was pruned. Build it "
+            "again. Weights of its own widths are loaded by `load_state_dict`."
+        )
+    found = _tensors(weights if isinstance(weights, Mapping) else _read(Path(weights)))
+    narrow = {canonical(name): weight for name, weight in found.items()}
+    here = {canonical(name): tensor for name, tensor in network.state_dict().items()}
+    axes: Axes = {}
+    for name in narrow.keys() & here.keys():
+        pairs = zip(narrow[name].shape, here[name].shape, strict=False)
+        axes[name] = {dim: np.arange(now) for dim, (now, dense) in enumerate(pairs) if now != dense}
+    axes = {name: kept for name, kept in axes.items() if kept}
+    if problems := [*_problems(narrow, here), *_unsaved(network, axes, here)]:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise HistoryError(
+            f"expected the weights of this {type(network).__name__}, of which shapes tell how narrow it is: "
+            f"{'; '.join(problems[:3])}{more}. Nothing has changed. Use `save` where it was pruned, and `load`."
+        )
+    reset_compiled(network)
+    load_narrow(network, axes, narrow)
+    return model
+
+
+def _problems(narrow: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:
+    yield from (f"{name} is missing in the weights" for name in sorted(here.keys() - narrow.keys()))
+    yield from (f"{name} is not in the network" for name in sorted(narrow.keys() - here.keys()))
+    for name, tensor in here.items():
+        now, dense = list(narrow.get(name, tensor).shape), list(tensor.shape)
+        if len(now) != len(dense) or any(a > b for a, b in zip(now, dense, strict=True)):
+            yield f"{name} is {now}, here it is {dense}"
+        elif 0 in now and 0 not in dense:
+            yield f"{name} is {now}: layers were removed"
+
+
+def _unsaved(network: nn.Module, axes: Axes, here: Mapping[str, Tensor]) -> Iterator[str]:
+    """Buffers that no file holds, and that may have been cut."""
+    lengths = {here[name].shape[dim] for name, kept in axes.items() for dim in kept}
+    present = named(network)
+    for name in sorted(non_persistent(network)):
+        buffer = present.get(name)
+        if buffer is not None and buffer.is_floating_point() and lengths & {*buffer.shape} - {1}:
+            yield f"{name} {list(buffer.shape)} is in no `state_dict`, and which of it was kept is not known"
+
+
+def _tensors(found: object) -> Mapping[str, Tensor]:
+    """Weights, which must be tensors by name."""
+    problem = "" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+    if isinstance(found, Mapping):
+        others = [f"a {type(part).__name__} for {name!r}" for name, part in found.items() if not _is_dense(part)]
+        problem = ", ".join(others[:3])
+    if problem:
+        raise HistoryError(
+            f"expected a `state_dict`, tensors by name, got {problem}. Nothing has changed. Of a checkpoint, give the "
+            'part that holds them, such as `torch.load(file, weights_only=True)["state_dict"]`.'
+        )
+    assert isinstance(found, Mapping)
+    return found
+
+
+def _is_dense(part: object) -> bool:
+    return isinstance(part, Tensor) and part.layout is torch.strided and not part.is_meta
+
+
+def _read(file: Path) -> object:
+    with file.open("rb") as opened:
+        is_zip = opened.read(len(_ZIP)) == _ZIP
+    if not is_zip:
+        return tensors_of(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise HistoryError(
+            f"expected a file of tensors, got '{file}', which is torn or holds other objects, which are not read since "
+            f"that would execute them. Nothing has changed. ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
