@@ -58,6 +58,7 @@ NAVIGATION = {
         "companions",
         "checkpoints",
         "deploy",
+        "hugging_face_and_timm",
         "wandb",
         "recipes",
         "messages",

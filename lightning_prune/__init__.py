@@ -8,7 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import export, inspect, load, load_by_shapes, prune, rebuild, save, sensitivity, strip
+    from lightning_prune.api import (
+        PrunedModel,
+        export,
+        inspect,
+        load,
+        load_by_shapes,
+        prune,
+        rebuild,
+        save,
+        sensitivity,
+        strip,
+    )
     from lightning_prune.callbacks import (
         ContributionPruning,
         CutExtension,
@@ -122,6 +133,7 @@ __all__ = [
     "NetworkSlimming",
     "NeuralProbe",
     "OneShot",
+    "PrunedModel",
     "PruningError",
     "Random",
     "Reconstruction",
@@ -199,6 +211,7 @@ _ROOM_OF = {
     "NetworkSlimming": "callbacks",
     "NeuralProbe": "scoring",
     "OneShot": "planning",
+    "PrunedModel": "api",
     "PruningError": "errors",
     "Random": "scoring",
     "Reconstruction": "scoring",

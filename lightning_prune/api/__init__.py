@@ -2,6 +2,7 @@
 
 from lightning_prune.api.by_shapes import load_by_shapes
 from lightning_prune.api.exporting import export
+from lightning_prune.api.hub import PrunedModel
 from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
@@ -9,4 +10,15 @@ from lightning_prune.api.rebuilding import rebuild
 from lightning_prune.api.scan import sensitivity
 from lightning_prune.api.stripping import strip
 
-__all__ = ["export", "inspect", "load", "load_by_shapes", "prune", "rebuild", "save", "sensitivity", "strip"]
+__all__ = [
+    "PrunedModel",
+    "export",
+    "inspect",
+    "load",
+    "load_by_shapes",
+    "prune",
+    "rebuild",
+    "save",
+    "sensitivity",
+    "strip",
+]
