@@ -1,117 +1,167 @@
-"""Latency estimated by the table compared with measured latency, for ResNet-18 before and after cuts.
+"""Latency by the table compared with the measured one, for networks that budgets in milliseconds have chosen.
 
-The table is measured on the dense network only; each pruned network is then timed with batch size 1. Both are processor
-time on one thread, which is less affected by other load than wall-clock time.
+For each network and runtime a table is measured on the dense network only: in this process for torch, and by the
+script of `latency_script` for onnxruntime and torch.compile. Then the network is cut to several budgets, and all
+networks are timed in turn with one sample. What is reported is the lowest of the rounds' medians, since other load on
+the machine makes a network only slower.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from statistics import fmean, median
-from time import process_time
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from time import sleep
+from typing import Any
 
 import torch
-from torchvision.models import resnet18
+from torch import nn
+from torchvision.models import VisionTransformer, mobilenet_v2, resnet18
 
-from benchmarks.common import publish, quiet
-from lightning_prune import Random, Scope, prune
+from benchmarks.common import EVIDENCE, add_resume, computed, publish, quiet, rows_in
+from lightning_prune import Random, Scope, latency_script, prune
 from lightning_prune.structure import TracedModel, trace
-from lightning_prune.structure import latency as latency_module
 from lightning_prune.structure.latency import measure_latency, with_latency
+from lightning_prune.structure.latency_file import read_table
+from lightning_prune.structure.time_layers import median_ms
+from lightning_prune.surgery import History, attach
 
-CUTS = (
-    {"pruning_ratio": 0.25},
-    {"pruning_ratio": 0.5},
-    {"pruning_ratio": 0.75},
-    {"budget": {"params": 0.3}, "scope": "global"},
-    {"budget": {"macs": 0.3}, "scope": "global"},
-    {"budget": {"latency": 0.7}},
-    {"budget": {"latency": 0.5}},
-    {"budget": {"latency": 0.3}, "scope": "global"},
-    {"budget": {"latency": 0.7}, "round_to": 16},
-    {"budget": {"latency": 0.5}, "round_to": 16},
-    {"budget": {"latency": 0.3}, "scope": "global", "round_to": 16},
-)
+ROWS = EVIDENCE / "latency" / "rows.jsonl"
+# Rounds of timing, and seconds between them, since another load may last for some time.
+_ROUNDS, _PAUSE = 40, 0.5
+
+#: Networks, the height and width of their images, and shares of the dense latency that are asked for.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[float, float]]] = {
+    "ResNet-18": (resnet18, 160, (0.75, 0.5)),
+    "MobileNetV2": (mobilenet_v2, 160, (0.85, 0.65)),
+    "ViT-B/16": (lambda: VisionTransformer(96, 16, 12, 12, 768, 3072), 96, (0.8, 0.65)),
+}
+RUNTIMES = ("torch", "onnxruntime", "torch.compile")
 
 
 def main() -> None:
-    """Measure, write results.json and the tables of README.md."""
+    """Measure, write rows.jsonl and the tables of README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=224, help="height and width in pixels")
-    parser.add_argument("--seconds", type=float, default=1.0, help="processor time to spend on each measured latency")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=[*RUNTIMES[:2]])
+    add_resume(parser)
     given = parser.parse_args()
     quiet()
-    latency_module.median_seconds = processor_seconds
-    x = torch.randn(1, 3, given.size, given.size)
+    jobs = [{"network": network, "runtime": runtime} for network in given.networks for runtime in given.runtimes]
+    try:
+        for _ in computed(jobs, lambda job: compare(**job), ROWS, resume=given.resume):
+            pass
+    finally:  # a stopped run has a table, too
+        rows = rows_in(ROWS) if ROWS.is_file() else []
+        publish("latency", {"rows": len(rows)}, _table(rows))
+
+
+def compare(network: str, runtime: str) -> dict[str, Any]:
+    """Cut a network to several budgets on a runtime, and time what is left."""
+    make, size, shares = NETWORKS[network]
+    x = torch.randn(1, 3, size, size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = None if runtime == "torch" else _measured_by_script(_built(make), x, runtime, folder)
+        dense = _built(make)
+        traced = TracedModel.of(dense, x)
+        structure = trace(traced)
+        table = measure_latency(traced, structure) if file is None else read_table(file, traced, structure)
+        structure = with_latency(structure, table)
+        whole, macs = structure.cost.latency(structure.widths), structure.cost.macs(structure.widths)
+        cuts: list[tuple[dict[str, Any], Scope]] = [
+            ({"latency_ms": shares[0] * whole}, Scope("local")),
+            ({"latency_ms": shares[1] * whole}, Scope("local")),
+            ({"latency_ms": shares[0] * whole}, Scope("global")),
+            ({"macs": 0.75, "latency_ms": shares[1] * whole}, Scope("global")),
+            ({"macs": 0.5}, Scope("local", round_to=16)),
+        ]
+        networks, rows = [dense], [{"cut": "dense", "macs": 1.0, "predicted": whole}]
+        for budget, scope in cuts:
+            narrow = _built(make)
+            attach(narrow, History.begin(structure))  # which has the table
+            report = prune(narrow, x, budget=budget, scope=scope, criterion=Random())
+            assert report.final is not None
+            name = ", ".join(f"{key} {value:.3g}" for key, value in budget.items())
+            name += f", {scope.kind}" + (f", round_to={scope.round_to}" if scope.round_to > 1 else "")
+            left = report.final.macs / macs
+            after = with_latency(trace(TracedModel.of(narrow, x)), table)
+            rows.append({"cut": name, "macs": left, "predicted": after.cost.latency(after.widths)})
+            networks.append(narrow)
+        runs = [_runner(narrow, x, runtime) for narrow in networks]
+    rounds = []
+    for _ in range(_ROUNDS):
+        rounds.append([median_ms(run, 0.05) for run in runs])
+        sleep(_PAUSE)
+    for row, times in zip(rows, zip(*rounds, strict=True), strict=True):
+        row |= {"measured": min(times), "median": median(times)}
+    return {"cuts": rows, "size": size}
+
+
+def _built(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    model = resnet18().eval()
-    traced = TracedModel.of(model, x)
-    table = measure_latency(traced, trace(traced))
-    rows = [_row("dense", model, traced, table, given.seconds)]
-    for cut in CUTS:
-        torch.manual_seed(0)
-        model = resnet18().eval()
-        scope = Scope(cut.get("scope", "local"), round_to=cut.get("round_to", 1))  # type: ignore[arg-type]
-        amount = {key: value for key, value in cut.items() if key in ("pruning_ratio", "budget")}
-        prune(model, x, criterion=Random(), scope=scope, **amount)  # type: ignore[arg-type]
-        rows.append(_row(json.dumps(cut), model, TracedModel.of(model, x), table, given.seconds))
-    error = fmean(abs(row["reckoned"] / row["measured"] - 1) for row in rows[1:])
-    shares = fmean(
-        abs(row["reckoned"] / rows[0]["reckoned"] - row["measured"] / rows[0]["measured"]) for row in rows[1:]
-    )
-    results = {
-        "rows": rows,
-        "mean relative error": error,
-        "mean error of the share that remains": shares,
-    }
-    publish("latency", results, _table(results))
+    return make().eval()
 
 
-def processor_seconds(run: Callable[[], object], seconds: float) -> float:
-    """Median processor time of ``run()``, from about so many ``seconds`` and at least five runs."""
-    run()
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
-        start = process_time()
-        run()
-        times.append(process_time() - start)
-    return median(times)
+def _measured_by_script(model: nn.Module, x: torch.Tensor, runtime: str, folder: str) -> str:
+    """The table that the script writes in a process of its own."""
+    script, table = Path(folder, "time_layers.py"), Path(folder, "table.json")
+    latency_script(model, x, str(script), runtime="onnxruntime" if runtime == "onnxruntime" else "torch")
+    words = [sys.executable, str(script), "--threads", "1", "--out", str(table)]
+    subprocess.run([*words, *(["--compile"] if runtime == "torch.compile" else [])], check=True)
+    print(json.dumps(json.loads(table.read_text())["about"]))
+    return str(table)
 
 
-def _row(name: str, model: torch.nn.Module, traced: TracedModel, table: object, seconds: float) -> dict[str, object]:
-    structure = with_latency(trace(traced), table)  # type: ignore[arg-type]
-    cost, widths = structure.cost, structure.widths
-    x = traced.calls[0].args[0]
-    with torch.no_grad():
-        measured = 1e3 * processor_seconds(lambda: model(x), seconds)
-    return {
-        "cut": name,
-        "params": cost.params(widths),
-        "macs": cost.macs(widths),
-        "reckoned": cost.latency(widths),
-        "measured": measured,
-    }
+def _runner(model: nn.Module, x: torch.Tensor, runtime: str) -> Callable[[], object]:
+    if runtime != "onnxruntime":
+        run = torch.compile(model) if runtime == "torch.compile" else model
+
+        def call() -> object:
+            with torch.no_grad():
+                return run(x)
+
+        return call
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    feeds = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feeds)
 
 
-def _table(results: dict[str, object]) -> str:
-    rows = results["rows"]
-    assert isinstance(rows, list)
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| cut | MACs left | by the table, ms | measured, ms | error | share left, table | measured |",
-        "|---|---|---|---|---|---|---|",
+        "| network | runtime | cut | MACs left | by the table, ms | measured, ms | error | of the share | faster |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    dense = rows[0]
+    errors, shares = [], []
     for row in rows:
-        reckoned, measured = row["reckoned"], row["measured"]
-        lines.append(
-            f"| `{row['cut']}` | {row['macs'] / dense['macs']:.2f} | {reckoned:.1f} | {measured:.1f} "
-            f"| {100 * (reckoned / measured - 1):+.0f} % | {reckoned / dense['reckoned']:.2f} "
-            f"| {measured / dense['measured']:.2f} |"
-        )
-    mean, share = results["mean relative error"], results["mean error of the share that remains"]
-    lines += ["", f"Mean error of the cut networks: {100 * mean:.1f} %; of the share that remains: {share:.3f}."]  # type: ignore[operator]
+        if "failure" in row:
+            lines.append(f"| {row['network']} | {row['runtime']} | {row['failure']} | | | | | | |")
+            continue
+        dense, expected = (row["cuts"][0][key] for key in ("measured", "predicted"))
+        for cut in row["cuts"]:
+            error = cut["predicted"] / cut["measured"] - 1
+            share = (error + 1) / (expected / dense) - 1
+            errors.append(abs(error))
+            shares.append(abs(share))
+            lines.append(
+                f"| {row['network']} | {row['runtime']} | {cut['cut']} | {cut['macs']:.2f} | {cut['predicted']:.2f} "
+                f"| {cut['measured']:.2f} | {100 * error:+.0f} % | {100 * share:+.0f} % "
+                f"| {dense / cut['measured']:.2f}× |"
+            )
+    if errors:
+        both = [f"mean {100 * sum(e) / len(e):.1f} %, largest {100 * max(e):.1f} %" for e in (errors, shares)]
+        lines += ["", f"Error: {both[0]}. Of the share of the dense network's latency: {both[1]}."]
     return "\n".join(lines)
 
 

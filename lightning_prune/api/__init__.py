@@ -4,6 +4,7 @@ from lightning_prune.api.by_shapes import load_by_shapes
 from lightning_prune.api.exporting import export
 from lightning_prune.api.hub import PrunedModel
 from lightning_prune.api.inspecting import inspect
+from lightning_prune.api.latency_script import latency_script
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
 from lightning_prune.api.rebuilding import rebuild
@@ -14,6 +15,7 @@ __all__ = [
     "PrunedModel",
     "export",
     "inspect",
+    "latency_script",
     "load",
     "load_by_shapes",
     "prune",

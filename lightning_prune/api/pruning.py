@@ -52,12 +52,12 @@ from lightning_prune.surgery import (
     Repair,
     check,
     history_of,
-    latency_table,
     losses_of_plans,
     original_of,
     refuse,
     repaired,
     require_one_restart,
+    table_of,
     transaction,
     with_history,
 )
@@ -82,6 +82,7 @@ def prune(
     extensions: Sequence[Repair] = (),
     optimizers: Optimizer | Iterable[Optimizer] = (),
     measure: bool = False,
+    latency_table: str | None = None,
 ) -> Report:
     """Prune a network in place, without training, and return a report.
 
@@ -110,13 +111,16 @@ def prune(
             ``data``, or `Reinitialise`. They use the network's current mode, or train mode if it is in eval mode.
         optimizers: One or several optimizers of the network, whose state is pruned too.
         measure: Measure the latency of one sample before and after the cut, which takes longer than the cut.
+        latency_table: File that a script of `latency_script` has written, so that a budget of latency is one on the
+            device where it ran. By default the latency on the network's own device is measured.
 
     Returns:
             The report: sizes before and after, widths, seconds; with `measure`, latencies.
 
     Raises:
-            ValueError: If an amount, a layer, the criterion, the example or an optimizer is invalid; nothing has
-                changed.
+            ValueError: If an amount, a layer, the criterion, the example, an optimizer or the latency table is invalid;
+                nothing has changed.
+            FileNotFoundError: If there is no such latency table.
             StructureError: If the network computes something else at the new widths; nothing has changed.
             CutError: If the narrower network fails; nothing has changed.
 
@@ -142,6 +146,7 @@ def prune(
     _require_loss(loss)
     require_type("prune", "measure", measure, bool)
     require_names("prune", layers=layers, ignore=ignore)
+    require_type("prune", "latency_table", latency_table, str | None)
     passes = None if data is None else _ready(data, model, loss)
     steppers = _optimizers(optimizers)
     refuse(steppers)
@@ -149,7 +154,7 @@ def prune(
     reset_compiled(model)
     with eager(model):
         written = model._orig_mod if isinstance(model, OptimizedModule) else model
-        cut = _Cut(target, criterion, scope, (layers, ignore), passes, repairs, measure)
+        cut = _Cut(target, criterion, scope, (layers, ignore), passes, repairs, measure, latency_table)
         return _prune(written, example, cut, steppers)
 
 
@@ -201,6 +206,7 @@ class _Cut:
     data: DataPass | None
     repairs: tuple[Repair, ...]
     measure: bool
+    latency_table: str | None
 
 
 def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimizer, ...]) -> Report:
@@ -213,8 +219,8 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     tracing.structure = structure
     if scope.min_width == 0 and structure.flow is None:
         structure = with_flow(structure, traced, history.vanished if history is not None else ())
-    if asked.target.uses_latency or scope.per == "latency":
-        structure = with_latency(structure, latency_table(traced, structure))
+    if asked.latency_table is not None or asked.target.uses_latency or scope.per == "latency":
+        structure = with_latency(structure, table_of(traced, structure, asked.latency_table))
     original = original_of(model, structure)
     target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])
     statistic, selected = _observed(asked, traced, structure, selected)

@@ -6,7 +6,7 @@ import math
 import zlib
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.planning.scope import Scope
-from lightning_prune.planning.target import Quantity, Target
+from lightning_prune.planning.target import LATENCIES, Quantity, Target
 from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
@@ -121,6 +121,8 @@ def make_plan(
       ties in the order of execution, until the budget is met.
     - With ``min_width=0``, a group may be removed entirely if the network's outputs still depend on its inputs,
       together with the other groups of the branch. Otherwise one unit (or block) is kept.
+    - With a budget of latency, a width is rounded up to the next multiple in which the latency rises, where that meets
+      the budget too.
     - With ``bundles``, whole bundles are removed, the one with the lowest mean score first, and a ratio is met to the
       nearest possible width.
 
@@ -140,7 +142,7 @@ def make_plan(
     """
     if not 0 <= share <= 1:
         raise ValueError(f"expected `share` in [0, 1], got {share}")
-    ranked = _ranked(structure, scores)
+    ranked, scope = _ranked(structure, scores), _on_device(structure, target, scope, bundles)
     now = {name: len(values) for name, values in ranked.items()}
     sorted_bundles = {name: _sorted(name, scores[name], found) for name, found in (bundles or {}).items()}
     ranked |= {name: np.array([u for bundle in found for u in bundle]) for name, found in sorted_bundles.items()}
@@ -159,7 +161,7 @@ def make_plan(
         limits = target.amounts(original, dense, share)
         merits = scope.kind == "global"
         keys = _merits(vanishing, ranked, scores, scope) if merits else _paces(vanishing, now, original, scope)
-        widths = _descend(vanishing, keys, limits)
+        widths = _rounded_up(vanishing, _descend(vanishing, keys, limits), limits)
     kept = {
         name: tuple(np.sort(order[now[name] - widths[name] :]).tolist())
         for name, order in ranked.items()
@@ -193,7 +195,7 @@ def feasible(
         ValueError: If the target is larger than the network or cannot be reached, has shares per layer in a global
             scope, or removes all units of a group that cannot be removed.
     """
-    original = original or Size.of(structure)
+    original, scope = original or Size.of(structure), _on_device(structure, target, scope, bundles)
     vanishing = _Vanishing(structure, {name: structure.widths[name] for name in selected}, scope, bundles)
     narrowest = vanishing.resolve({n: allowed_widths[-1] for n, allowed_widths in vanishing.allowed.items()})
     smallest = vanishing.size(narrowest, target.quantity)
@@ -237,6 +239,14 @@ def notes_on_widths(
                 f"for: min_width={scope.min_width}, and units go {step} at a time (round_to={scope.round_to})."
             )
     return notes
+
+
+def _on_device(structure: Structure, target: Target, scope: Scope, bundles: Bundles | None) -> Scope:
+    """The scope, for a budget of latency by default with widths that are fast on the device."""
+    table = structure.cost.latency_table
+    if table is None or bundles or not target.uses_latency or scope.round_to > 1:
+        return scope
+    return replace(scope, round_to=table.multiple)
 
 
 class _Vanishing:
@@ -502,6 +512,18 @@ def _descend(vanishing: _Vanishing, keys: Mapping[str, FloatArray], limits: Limi
     if count > len(order):
         vanishing.require(widths(len(order)), limits)
     return widths(count)
+
+
+def _rounded_up(vanishing: _Vanishing, widths: dict[str, int], limits: Limits) -> dict[str, int]:
+    """Round widths up to the multiples in which the latency rises, as far as all limits still hold."""
+    table = vanishing.structure.cost.latency_table
+    steps = {} if table is None or not any(quantity in LATENCIES for quantity, _ in limits) else table.steps()
+    for name, step in steps.items():
+        width = widths.get(name, 0)
+        if width % step:
+            wider = (w for w in vanishing.allowed[name] if width < w <= -(-width // step) * step)
+            widths[name] = next((w for w in wider if vanishing.holds({**widths, name: w}, limits)), width)
+    return widths
 
 
 def _holds(size: float, limit: float, quantity: Quantity) -> bool:

@@ -32,8 +32,9 @@ class Scope(Settings):
         min_width: Minimum number of units per group. With 0, groups that another path leads around (the branch of a
             residual block) may lose all units, and their layers are removed; other groups keep one unit.
         round_to: Channels and features after a cut are multiples of this (8 or 16 for tensor cores), rounded to
-            nearest; narrower groups keep their width. If a unit is several channels (those of a group norm), the step
-            in units is smaller accordingly.
+            nearest; narrower groups keep their width. With a budget of latency, 1 means 4, 8 or 16 where the latency
+            table shows that other widths are slow on the device. If a unit is several channels (those of a group norm),
+            the step in units is smaller accordingly.
         normalize: Normalisation of scores before a global comparison: ``"mean"`` divides by the mean absolute score of
             the group, so that layers with more weights per unit are not favoured; ``"none"`` compares scores directly
             (the plain L1 ranking over a whole network). By default ``"none"`` for comparable criteria such as `LAMP`

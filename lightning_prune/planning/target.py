@@ -14,12 +14,13 @@ from lightning_prune.planning.scope import pick
 from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
 
-__all__ = ["CombinedTarget", "NoEffectWarning", "Quantity", "Target"]
+__all__ = ["LATENCIES", "CombinedTarget", "NoEffectWarning", "Quantity", "Target"]
 
 #: Quantity of a target (1 MAC = 2 FLOPs; memory in bytes of activations and latency in ms, both for one sample).
 Quantity = Literal["units", "params", "macs", "memory", "latency", "latency_ms"]
 
-_LATENCIES: frozenset[Quantity] = frozenset({"latency", "latency_ms"})
+#: Quantities that need a latency table.
+LATENCIES: frozenset[Quantity] = frozenset({"latency", "latency_ms"})
 
 
 class NoEffectWarning(UserWarning):
@@ -112,7 +113,7 @@ class Target:
     @property
     def uses_latency(self) -> bool:
         """Whether a latency table is needed."""
-        return any(limit.quantity in _LATENCIES for limit in self.limits)
+        return any(limit.quantity in LATENCIES for limit in self.limits)
 
     def amounts(
         self, original: Size, selected: Collection[str], share: float = 1.0
@@ -172,7 +173,7 @@ class Target:
         if fraction > 1:
             size = original.amount(self.quantity, selected)
             whole = "its prunable groups have" if self.quantity == "units" else "it has"
-            unit = "milliseconds of latency" if self.quantity in _LATENCIES else self.quantity
+            unit = "milliseconds of latency" if self.quantity in LATENCIES else self.quantity
             share = '{"latency": 0.6}' if self.quantity == "latency_ms" else "a float in (0, 1]"
             raise ValueError(
                 f'budget={{"{self.quantity}": {self.remaining}}} is larger than the network: {whole} {size:.6g} '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,15 +50,19 @@ class LayerTimes:
         axes: Lengths of the two dimensions as functions of the widths.
         grid: Lengths at which it was measured, ascending, per dimension.
         ms: Milliseconds, one row per length of the first dimension; non-decreasing in both.
+        steps: Multiples in which times rise, per dimension: a length takes as long as the next multiple.
     """
 
     axes: tuple[Axis, Axis]
-    grid: tuple[tuple[int, ...], tuple[int, ...]]
-    ms: tuple[tuple[float, ...], ...]
+    grid: tuple[tuple[int, ...], tuple[int, ...]] = ((1,), (1,))
+    ms: tuple[tuple[float, ...], ...] = ((0.0,),)
+    steps: tuple[int, int] = (1, 1)
 
     def value(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds at these widths, by linear interpolation; 0 for a layer without units."""
-        first, second = (axis.length(widths) for axis in self.axes)
+        """Milliseconds at these widths, linear between the multiples of `steps`; 0 for a layer without units."""
+        first, second = (
+            -(-axis.length(widths) // step) * step for axis, step in zip(self.axes, self.steps, strict=True)
+        )
         if not first or not second:
             return 0.0
         return float(np.interp(first, self.grid[0], [np.interp(second, self.grid[1], row) for row in self.ms]))
@@ -66,14 +70,24 @@ class LayerTimes:
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and strings only."""
         axes = [{"fixed": axis.fixed, "repeat": dict(axis.repeat)} for axis in self.axes]
-        return {"axes": axes, "grid": [list(points) for points in self.grid], "ms": [list(row) for row in self.ms]}
+        return {
+            "axes": axes,
+            "grid": [list(points) for points in self.grid],
+            "ms": [list(row) for row in self.ms],
+            "steps": list(self.steps),
+        }
+
+    def scaled(self, factor: float) -> LayerTimes:
+        """The layer with all times multiplied by ``factor``."""
+        return replace(self, ms=tuple(tuple(factor * ms for ms in row) for row in self.ms))
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LayerTimes:
         """Read what `to_plain` wrote."""
         first, second = (Axis(axis["fixed"], tuple(axis["repeat"].items())) for axis in plain["axes"])
         rows, columns = (tuple(points) for points in plain["grid"])
-        return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]))
+        by_row, by_column = plain.get("steps", (1, 1))  # earlier versions know none
+        return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]), (by_row, by_column))
 
 
 @dataclass(frozen=True)
@@ -86,15 +100,34 @@ class LatencyTable:
         fixed: a, milliseconds that do not depend on the widths.
         per_byte: b, milliseconds per byte of activations, for all other operators (norms, activations, additions).
         layers: Convolutions and matrix products.
+        about: Device, runtime, threads and versions that it was measured with, where they are known.
+        multiple: Widths that are no multiples of this are slower than the table says.
     """
 
     fixed: float
     per_byte: float
     layers: tuple[LayerTimes, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    multiple: int = 1
+
+    @property
+    def device(self) -> str:
+        """Device and runtime, for messages."""
+        about = self.about
+        return f"{about.get('device')} ({about.get('runtime')})" if about else "a device that was not noted"
 
     def value(self, widths: Mapping[str, int], memory: int) -> float:
         """Milliseconds at these widths with ``memory`` bytes of activations."""
         return self.fixed + self.per_byte * memory + sum(layer.value(widths) for layer in self.layers)
+
+    def steps(self) -> dict[str, int]:
+        """Multiples in which the latency rises with the units of a group, those of all of its layers."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            for axis, step in zip(layer.axes, layer.steps, strict=True):
+                for name, repeat in axis.repeat:
+                    found[name] = math.lcm(found.get(name, 1), step // math.gcd(step, repeat))
+        return found
 
     def without(self, groups: Collection[str]) -> LatencyTable:
         """The table without the units of ``groups``: layers without inputs or outputs take no time."""
@@ -107,12 +140,14 @@ class LatencyTable:
             "fixed": self.fixed,
             "per_byte": self.per_byte,
             "layers": [layer.to_plain() for layer in self.layers],
+            **({"about": dict(self.about), "multiple": self.multiple} if self.about else {}),
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LatencyTable:
         """What `to_plain` wrote."""
-        return cls(plain["fixed"], plain["per_byte"], tuple(LayerTimes.from_plain(layer) for layer in plain["layers"]))
+        layers = tuple(LayerTimes.from_plain(layer) for layer in plain["layers"])
+        return cls(plain["fixed"], plain["per_byte"], layers, dict(plain.get("about", {})), plain.get("multiple", 1))
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.structure.cost import Axis, CostModel, LatencyTable, LayerTimes
+from lightning_prune.structure.cost import LatencyTable, LayerTimes
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.latency_fit import MULTIPLES, fit_table
+from lightning_prune.structure.time_layers import Torch, grid_of, measure, torch_layer
 from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["measure_latency", "median_seconds", "resize", "with_latency"]
+__all__ = [
+    "LatencyTimes",
+    "eval_copy",
+    "latency_times",
+    "measure_latency",
+    "median_seconds",
+    "resize",
+    "with_latency",
+]
 
-#: Fractions of the dense lengths at which a layer is timed.
-_SHARES = (0.125, 0.25, 0.5, 1.0)
-# Seconds to measure one point of a table, and the whole network.
-_POINT, _WHOLE = 0.01, 0.2
+# Widths at which the network is timed: shares of the present ones, and how often random ones between the smallest of
+# these and all.
+_UNIFORM, _RANDOM = (1.0, 0.75, 0.5, 0.25), 4
+# Seconds after which the layers, and then the networks, are not timed once more.
+_LIMIT = 20.0
 
 
 def with_latency(structure: Structure, table: LatencyTable) -> Structure:
@@ -34,52 +45,71 @@ def with_latency(structure: Structure, table: LatencyTable) -> Structure:
     return replace(structure, cost=replace(structure.cost, latency_table=table))
 
 
+@dataclass(frozen=True)
+class LatencyTimes:
+    """What is timed to know the latency of a network at any widths.
+
+    Attributes:
+        kinds: Descriptions of different layers, with the lengths at which they are timed.
+        layers: Axes of each call of a layer, and the number of its kind.
+        networks: Widths and bytes of activations of the network at several widths, the present ones first; and of some,
+            the number of which all widths are odd multiples, else 0.
+    """
+
+    kinds: tuple[Mapping[str, Any], ...]
+    layers: tuple[tuple[LayerTimes, int], ...]
+    networks: tuple[tuple[Mapping[str, int], int, int], ...]
+
+
 def measure_latency(traced: TracedModel, structure: Structure, dense: Mapping[str, int] | None = None) -> LatencyTable:
     """Time one sample's forward pass in eval mode, layer by layer at several widths, on copies.
 
-    Each convolution and matrix product of a layer is timed at an eighth, a quarter, half and all of each dimension that
-    can shrink. The time of the whole network beyond their sum is split into a fixed part and one proportional to the
-    bytes of its activations, by timing the network also with half of its units.
+    Each convolution and matrix product of a layer is timed at an eighth, a quarter, half, three quarters and all of
+    each dimension that can shrink, and between two of these for the step in which its times rise. The network is timed
+    at several widths, too; see `fit_table`.
 
     Args:
         traced: The network and its calls, on the device to measure.
         structure: Structure of the network.
         dense: Largest widths that the table must cover, by group, if the network was cut before.
     """
+    copy, args, kwargs = eval_copy(traced)
+    run = partial(copy.module, *args, **kwargs)
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=_devices(copy.module)):
+        inputs = _inputs(copy.module, args, kwargs)
+        timed = _times_of(inputs, structure, dense)
+        like = inputs[0][2] if inputs else torch.zeros(())
+        examples = {_key(_kind(layer, x)): x for _, layer, x in inputs}
+
+        def time_layer(kind: Mapping[str, Any], rows: int, columns: int, seconds: float) -> float:
+            return _milliseconds(torch_layer(kind, examples[_key(kind)], rows, columns), seconds)
+
+        def time_network(number: int, seconds: float) -> float:
+            with copy.cut(structure.axes({name: range(n) for name, n in timed.networks[number][0].items()})):
+                return _milliseconds(run, seconds)
+
+        measured = measure(timed.kinds, len(timed.networks), time_layer, time_network, limit=_LIMIT)
+    return fit_table(timed.kinds, timed.layers, timed.networks, measured, _about(like.device))
+
+
+def latency_times(traced: TracedModel, structure: Structure, dense: Mapping[str, int] | None = None) -> LatencyTimes:
+    """What is to be timed; takes the arguments of `measure_latency`."""
+    copy, args, kwargs = eval_copy(traced)
+    with torch.no_grad(), torch.random.fork_rng(devices=_devices(copy.module)):
+        return _times_of(_inputs(copy.module, args, kwargs), structure, dense)
+
+
+def eval_copy(traced: TracedModel) -> tuple[Any, Any, Any]:
+    """A copy of the network in eval mode, and the arguments of a call with one sample."""
     copy, call = traced.copy("real"), traced.calls[0]
     copy.module.eval()
     args, kwargs = (resize(part, call, 1) for part in (call.args, dict(call.kwargs)))
-    widths = structure.widths
-    half = {name: range(-(-width // 2)) for name, width in widths.items()}
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=_devices(copy.module)):
-        inputs = _inputs(copy.module, args, kwargs)
-        layers = _layers(inputs, structure.cost, {**widths, **(dense or {})})
-        run = partial(copy.module, *args, **kwargs)
-        whole = _milliseconds(run, _WHOLE)
-        with copy.cut(structure.axes(half)):
-            halved = _milliseconds(run, _WHOLE)
-    narrow = {name: len(kept) for name, kept in half.items()}
-    return _fit(structure.cost, layers, (widths, whole), (narrow, halved))
+    return copy, args, kwargs
 
 
-def _fit(
-    cost: CostModel,
-    layers: Sequence[LayerTimes],
-    whole: tuple[Mapping[str, int], float],
-    halved: tuple[Mapping[str, int], float],
-) -> LatencyTable:
-    """Fit the table to the measured times of the whole and, as far as possible, the halved network."""
-    known = sum(layer.value(whole[0]) for layer in layers)
-    if known > whole[1]:  # a layer may be slower alone than among others
-        scale = whole[1] / known
-        layers = [replace(layer, ms=tuple(tuple(scale * ms for ms in row) for row in layer.ms)) for layer in layers]
-        return LatencyTable(0.0, 0.0, tuple(layers))
-    rest = whole[1] - known
-    rest_halved = halved[1] - sum(layer.value(halved[0]) for layer in layers)
-    memory, memory_halved = cost.memory(whole[0]), cost.memory(halved[0])
-    per_byte = (rest - rest_halved) / (memory - memory_halved) if memory > memory_halved else 0.0
-    per_byte = min(max(per_byte, 0.0), rest / max(memory, 1))
-    return LatencyTable(rest - per_byte * memory, per_byte, tuple(layers))
+def _about(device: torch.device) -> dict[str, Any]:
+    """Device, runtime and versions of what is measured in this process."""
+    return Torch(str(device)).about()
 
 
 def _inputs(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, nn.Module, Tensor]]:
@@ -98,63 +128,83 @@ def _inputs(module: nn.Module, args: Any, kwargs: Any) -> list[tuple[str, nn.Mod
     return seen
 
 
-def _layers(
-    inputs: Sequence[tuple[str, nn.Module, Tensor]], cost: CostModel, dense: Mapping[str, int]
-) -> list[LayerTimes]:
-    """One table per call of a layer; identical layers are measured once."""
+def _times_of(
+    inputs: Sequence[tuple[str, nn.Module, Tensor]], structure: Structure, dense: Mapping[str, int] | None
+) -> LatencyTimes:
+    """What is to be timed; identical layers are timed once."""
+    cost, present = structure.cost, structure.widths
+    largest = {**present, **(dense or {})}
     weights = {term.layer: term.axes[:2] for term in cost.parameters if len(term.axes) >= 2}
-    measured: dict[tuple[Any, ...], tuple[tuple[float, ...], ...]] = {}
-    found = []
+    kinds: dict[str, dict[str, Any]] = {}
+    layers = []
     for name, layer, x in inputs:
         if name not in weights:
             continue  # its weight is computed or tied
         rows, columns = weights[name]
-        grid = (_points(rows, dense), _points(columns, dense))
-        key = (_kind(layer), grid, tuple(x.shape), x.dtype, x.device)
-        if key not in measured:
-            measured[key] = _measure(layer, x, grid)
-        found.append(LayerTimes((rows, columns), grid, measured[key]))
-    return found
+        grid = [grid_of(axis.length(largest), varies=bool(axis.repeat)) for axis in (rows, columns)]
+        kind = {**_kind(layer, x), "grid": grid}
+        key = json.dumps(kind)
+        kinds.setdefault(key, kind)
+        layers.append((LayerTimes((rows, columns)), [*kinds].index(key)))
+    sampled = [(widths, 0) for widths in _sampled_widths(present)]
+    sampled += [({name: _odd(width, multiple) for name, width in present.items()}, multiple) for multiple in MULTIPLES]
+    networks = tuple((widths, cost.memory(widths), multiple) for widths, multiple in sampled)
+    return LatencyTimes(tuple(kinds.values()), tuple(layers), networks)
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    names = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups")
-    return (type(layer), layer.bias is None, *(getattr(layer, name, None) for name in names))
+def _sampled_widths(widths: Mapping[str, int]) -> list[dict[str, int]]:
+    """Widths at which the network is timed: equal shares, and random ones, the same each time."""
+    rng = np.random.default_rng(0)
+    shares = [dict.fromkeys(widths, share) for share in _UNIFORM]
+    shares += [dict(zip(widths, rng.uniform(_UNIFORM[-1], 1, len(widths)), strict=True)) for _ in range(_RANDOM)]
+    found = [{name: _near(share[name] * width, width) for name, width in widths.items()} for share in shares]
+    return [widths for number, widths in enumerate(found) if widths not in found[:number]]
 
 
-def _points(axis: Axis, dense: Mapping[str, int]) -> tuple[int, ...]:
-    length = axis.length(dense)
-    shares = _SHARES if axis.repeat else (1.0,)
-    return tuple(sorted({max(round(share * length), 1) for share in shares}))
+def _odd(width: int, multiple: int) -> int:
+    """An odd multiple near six tenths of a width; the width itself where it is too narrow."""
+    return multiple * (2 * int(0.3 * width / multiple) + 1) if width > 2 * multiple else width
 
 
-def _measure(layer: nn.Module, x: Tensor, grid: tuple[Sequence[int], Sequence[int]]) -> tuple[tuple[float, ...], ...]:
-    times = np.array([[_milliseconds(_runner(layer, x, a, b), _POINT) for b in grid[1]] for a in grid[0]])
-    # Times must be monotone, so that a budget has one solution.
-    times = np.maximum.accumulate(np.maximum.accumulate(times, axis=0), axis=1)
-    return tuple(tuple(row) for row in times.tolist())
+def _near(wanted: float, width: int) -> int:
+    """A multiple of 8 near to the wanted width, or any width below 16."""
+    multiple = 8 if wanted >= 16 else 1
+    return min(max(round(wanted / multiple), 1) * multiple, width)
 
 
-def _runner(layer: Any, x: Tensor, rows: int, columns: int) -> Callable[[], Tensor]:
-    """The layer's operator with a weight whose first two dimensions are ``rows`` × ``columns``."""
+def _kind(layer: Any, x: Tensor) -> dict[str, Any]:
+    """Plain description of a layer and its input, without the lengths that can shrink."""
+    kind: dict[str, Any] = {"dtype": str(x.dtype).removeprefix("torch."), "bias": layer.bias is not None}
     if isinstance(layer, nn.Linear):
-        weight, x = x.new_zeros(rows, columns), x.new_zeros(*x.shape[:-1], columns)
-        return partial(F.linear, x, weight, None if layer.bias is None else x.new_zeros(rows))
-    per_group = (layer.in_channels if layer.transposed else layer.out_channels) // layer.groups
-    thin = min(layer.in_channels, layer.out_channels) == layer.groups > 1
-    groups = max(rows // per_group, 1) if thin else layer.groups
-    rows = max(rows // groups, 1) * groups
-    weight = x.new_zeros(rows, columns, *layer.kernel_size)
-    channels, outputs = (rows, columns * groups) if layer.transposed else (columns * groups, rows)
+        return {"op": "linear", "lead": list(x.shape[:-1]), **kind}
     dims = len(layer.kernel_size)
-    x = x.new_zeros(*x.shape[: x.dim() - dims - 1], channels, *x.shape[-dims:])
-    bias = None if layer.bias is None else x.new_zeros(outputs)
-    if layer.transposed:
-        operator = getattr(F, f"conv_transpose{dims}d")
-        return partial(
-            operator, x, weight, bias, layer.stride, layer.padding, layer.output_padding, groups, layer.dilation
-        )
-    return partial(getattr(F, f"conv{dims}d"), x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+    depthwise = min(layer.in_channels, layer.out_channels) == layer.groups > 1
+    return {
+        "op": "convolution",
+        "lead": list(x.shape[: x.dim() - dims - 1]),
+        "size": list(x.shape[-dims:]),
+        "kernel": list(layer.kernel_size),
+        "stride": list(layer.stride),
+        "padding": _padding(layer),
+        "output_padding": list(layer.output_padding),
+        "dilation": list(layer.dilation),
+        "transposed": bool(layer.transposed),
+        "depthwise": depthwise,
+        "groups": 1 if depthwise else layer.groups,
+        "per_group": (layer.in_channels if layer.transposed else layer.out_channels) // layer.groups,
+        **kind,
+    }
+
+
+def _padding(layer: Any) -> list[int]:
+    """Zeros on each side of each spatial axis."""
+    if layer.padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return [0] * len(layer.kernel_size) if layer.padding == "valid" else list(layer.padding)
+
+
+def _key(kind: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in kind.items() if name != "grid"})
 
 
 def _milliseconds(run: Callable[[], Any], seconds: float) -> float:

@@ -10,9 +10,9 @@ from lightning_prune.surgery.history import (
     edits_of,
     history_of,
     history_or_new,
-    latency_table,
     original_of,
     save_into,
+    table_of,
 )
 from lightning_prune.surgery.masks import (
     Masks,
@@ -85,7 +85,6 @@ __all__ = [
     "history_of",
     "history_or_new",
     "install",
-    "latency_table",
     "load_from",
     "load_weights",
     "losses_of_plans",
@@ -103,6 +102,7 @@ __all__ = [
     "save_masks_into",
     "shrink_units",
     "spec_of",
+    "table_of",
     "take",
     "transaction",
     "transform_stored",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_prune.structure import Size
 from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
+from lightning_prune.structure.latency_file import read_table
 from lightning_prune.structure.layers import is_within, tensors
 from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.surgery import plain
@@ -41,9 +43,9 @@ __all__ = [
     "edits_of",
     "history_of",
     "history_or_new",
-    "latency_table",
     "original_of",
     "save_into",
+    "table_of",
 ]
 
 #: Key of the history in a checkpoint.
@@ -340,9 +342,17 @@ def history_of(model: nn.Module) -> History | None:
 
 
 def history_or_new(model: nn.Module, structure: Structure) -> History:
-    """The history of ``model``, or a new one, with the structure's latency table if it has none."""
+    """The history of ``model``, or a new one, with the structure's latency table if it has none or another one."""
     history = history_of(model) or History.begin(structure)
-    return history if history.latency is not None else replace(history, latency=structure.cost.latency_table)
+    return replace(history, latency=_table_now(history, structure))
+
+
+def _table_now(history: History, structure: Structure) -> LatencyTable | None:
+    """The latency table of the history, or the structure's if that was measured elsewhere or at another time."""
+    known, given = history.latency, structure.cost.latency_table
+    if known is None or (given is not None and given.about != known.about):
+        return given
+    return known  # which has the layers that were removed since
 
 
 def edits_of(
@@ -362,12 +372,30 @@ def edits_of(
     return tuple(edits)
 
 
-def latency_table(traced: TracedModel, structure: Structure) -> LatencyTable:
-    """The latency table of earlier cuts, or a new one."""
+def table_of(traced: TracedModel, structure: Structure, file: str | None = None) -> LatencyTable:
+    """The latency table in a file, else that of earlier cuts, else a new one.
+
+    Args:
+        traced: The network and its calls.
+        structure: Structure of the network.
+        file: What the script of `latency_script` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is none of this network.
+    """
     history = history_of(traced.model)
-    if history is not None and history.latency is not None:
-        return history.latency
-    return measure_latency(traced, structure, None if history is None else history.size.widths)
+    known, dense = (None, None) if history is None else (history.latency, history.size.widths)
+    if file is not None:
+        table = read_table(file, traced, structure, dense)
+        if known is not None and known.about != table.about:
+            warnings.warn(
+                f"the network was pruned with a latency table of {known.device}; budgets and the report now refer to "
+                f"{file}, measured on {table.device}",
+                stacklevel=2,
+            )
+        return table
+    return known if known is not None else measure_latency(traced, structure, dense)
 
 
 def original_of(model: nn.Module, structure: Structure) -> Size:
@@ -389,9 +417,10 @@ def original_of(model: nn.Module, structure: Structure) -> Size:
             f"expected the groups the network was pruned with ({', '.join(sorted(history.groups_now))}), found "
             f"{', '.join(structure.widths)}. Resume with the code and versions that wrote the checkpoint."
         )
-    cost, table = structure.cost, history.latency or structure.cost.latency_table
+    cost, table = structure.cost, _table_now(history, structure)
     memory = original.memory or cost.memory(original.widths)
-    latency = original.table_latency
+    is_other = history.latency is not None and table is not history.latency
+    latency = None if is_other else original.table_latency
     if latency is None and table is not None and history.dense_is_measurable:
         latency = table.value(original.widths, memory)
     return replace(original, memory=memory, table_latency=latency)

@@ -25,9 +25,9 @@ from lightning_prune import (
     StructuredPruning,
     Taylor,
 )
-from lightning_prune.structure import latency
 from tests.callbacks.contents import content, untimed
 from tests.callbacks.networks import BATCHES, Net, Stream, equal, fit, make, refit, samples, trainer, widths
+from tests.support.planted_times import plant_times
 
 EPOCHS = 6
 PRUNERS: dict[str, Any] = {
@@ -43,8 +43,8 @@ SCHEDULE = LinearSchedule(start=2, end=4, cuts=2)
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    """Each operator takes as long as its result has elements, or a multiple of it."""
-    monkeypatch.setattr(latency, "median_seconds", lambda run, _: times * 1e-3 * run().numel())
+    """Everything takes as long as it has multiply-accumulates, or a multiple of it."""
+    plant_times(monkeypatch, times * 1e-3)
 
 
 def test_a_latency_keeps_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

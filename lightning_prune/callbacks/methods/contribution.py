@@ -31,6 +31,7 @@ class ContributionPruning(StructuredPruning):
             final size, and delay early stopping until the last cut.
         dirpath: Folder for the report; by default the logger's folder.
         extensions: Repairs and cut extensions, such as `Ridge`, `Rollback`, `SaveEachSize`; see `StructuredPruning`.
+        latency_table: File of a script of `latency_script`, for a budget of latency on another device.
 
     Example:
         >>> from lightning_prune import ContributionPruning

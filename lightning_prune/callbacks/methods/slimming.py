@@ -44,7 +44,8 @@ class NetworkSlimming(StructuredPruning):
         criterion: Score of the units; by default `BNScale`.
         schedule: When to cut; by default once, after 60 % of the run.
         scope: By default one threshold over all layers, without normalising the scales.
-        **options: ``layers``, ``ignore``, ``reset_monitors``, ``dirpath`` and ``extensions``, see `StructuredPruning`.
+        **options: ``layers``, ``ignore``, ``reset_monitors``, ``dirpath``, ``extensions`` and ``latency_table``, see
+            `StructuredPruning`.
 
     Raises:
         ValueError: Before the first training step if the penalty applies to no layer.

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.arguments import require_type
 from lightning_prune.callbacks.display.report_writer import split_halves
 from lightning_prune.callbacks.display.status import log_status
 from lightning_prune.callbacks.extensions.extension import CutExtension
@@ -21,6 +22,7 @@ from lightning_prune.callbacks.lightning.processes import (
     measure_on_rank_zero,
     merged,
     on_rank_zero,
+    run_on_rank_zero,
 )
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
 from lightning_prune.callbacks.observation import Observation
@@ -48,8 +50,8 @@ from lightning_prune.structure.latency import with_latency
 from lightning_prune.surgery import (
     Repair,
     history_of,
-    latency_table,
     losses_of_plans,
+    table_of,
 )
 from lightning_prune.surgery.tensors import named
 
@@ -66,6 +68,7 @@ class StructuredOptions(TypedDict, total=False):
     reset_monitors: bool
     dirpath: str | None
     extensions: list[Repair | CutExtension] | None
+    latency_table: str | None
 
 
 class StructuredPruning(NetworkPruning):
@@ -101,6 +104,8 @@ class StructuredPruning(NetworkPruning):
         extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `SequentialRidge`,
             `Fold`, `FoldMean` and `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of
             the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`, `GrowPenalty`.
+        latency_table: File that a script of `latency_script` has written, so that a budget of latency is one on the
+            device where it ran. By default the latency on the training device is measured.
 
     Raises:
         ValueError: On construction for amounts out of range; before the first training step for everything that depends
@@ -125,12 +130,15 @@ class StructuredPruning(NetworkPruning):
         reset_monitors: bool = True,
         dirpath: str | None = None,
         extensions: list[Repair | CutExtension] | None = None,
+        latency_table: str | None = None,
     ) -> None:
         self.target = Target.of(pruning_ratio, budget)
         # None rather than a default instance: on the command line its settings would leak into another class's.
         self.criterion = self.default_criterion() if criterion is None else criterion
         instance_of(self, "criterion", self.criterion, Criterion, "L1()")
         self.scope = Scope.of(scope, comparable=self.criterion.comparable)
+        require_type(type(self).__name__, "latency_table", latency_table, str | None)
+        self.latency_table = latency_table
         super().__init__(schedule, layers, ignore, reset_monitors, dirpath, extensions)
 
     @override
@@ -250,16 +258,19 @@ class StructuredPruning(NetworkPruning):
         structure, history = super()._traced(trainer, traced), history_of(traced.model)
         if self.scope.min_width == 0 and structure.flow is None:
             structure = with_flow(structure, traced, history.vanished if history is not None else ())
-        if self.target.uses_latency or self.scope.per == "latency":
+        if self.latency_table is not None or self.target.uses_latency or self.scope.per == "latency":
             structure = with_latency(structure, self._latency_table(trainer, traced, structure))
         return structure
 
     def _latency_table(self, trainer: Trainer, traced: TracedModel, structure: Structure) -> LatencyTable:
         """Latency table, measured once on rank zero so that all processes make the same plan."""
+        if self.latency_table is not None:
+            read = run_on_rank_zero(trainer, lambda: table_of(traced, structure, self.latency_table).to_plain())
+            self._latency = LatencyTable.from_plain(read)
         if self._latency is None:
             saying = log_status(trainer, "Measuring the latency of each layer at several widths")
             with trainer.precision_plugin.forward_context(), saying:
-                self._latency = measure_on_rank_zero(trainer, lambda: latency_table(traced, structure))
+                self._latency = measure_on_rank_zero(trainer, lambda: table_of(traced, structure))
         return self._latency
 
     @property
