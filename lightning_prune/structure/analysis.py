@@ -12,6 +12,7 @@ from torch import nn
 from lightning_prune.structure.atoms import Atoms, IndexArray
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
+from lightning_prune.structure.rms_norms import rms_norms
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.traced_model import StructureError, TracedModel, batch_size_of, describe, first_line
 from lightning_prune.structure.tracing import (
@@ -72,6 +73,7 @@ class Analysis:
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
         self.tracer.choices = choices or {}
+        self.tracer.rms_norms = rms_norms(traced.model)
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
         self.same_in_both_modes: list[Call] = []

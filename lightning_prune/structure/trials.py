@@ -195,6 +195,7 @@ class Trials:
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)
         tracer.units, tracer.compares_lengths = self.analysis.tracer.units, self.analysis.tracer.compares_lengths
+        tracer.rms_norms = self.analysis.tracer.rms_norms
         tracer.whole_groups = dict(self.analysis.tracer.whole_groups)
         return tracer
 

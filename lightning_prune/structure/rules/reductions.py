@@ -126,7 +126,10 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     "logcumsumexp",
 )
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Reduce or normalise over dimensions, which are frozen unless removed units do not change the result."""
+    """Reduce or normalise over dimensions, which are frozen unless removed units do not change the result.
+
+    The mean in a root-mean-square norm is that of a narrower norm after a cut, like a layer norm's.
+    """
     name = str(func._schema.name).removeprefix("aten::")
     if name in ("max", "min") and len(flat_tensors(args)) == 2:
         pointwise(t, func, args, kwargs, out)
@@ -136,7 +139,8 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = dimensions(argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
     t.note_lengths([x.shape[d] for d in dims], touched)
-    if not (value.zero and _ignores_zeros(func, args, kwargs)):
+    is_norm = name == "mean" and dims == [x.dim() - 1] and t.is_rms_norm
+    if not is_norm and not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in flat_tensors(out):
         if result.dim() == x.dim():

@@ -50,6 +50,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first_decisions: Decisions of the first trace, which a trial must reproduce.
         first_views: Views of the first trace.
         trail: Arguments of the latest operators, to locate a failure.
+        rms_norms: Names of the modules that are root-mean-square norms.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -79,6 +80,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.views: list[Blocks | None] = []
         self.first_decisions: list[Decision] | None = None
         self.first_views: list[Blocks | None] = []
+        self.rms_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
@@ -198,6 +200,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An operator and the module it runs in, for messages."""
         place = f" in `{self.stack[-1]}`" if self.stack and self.stack[-1] else ""
         return f"`{operator_name(func)}`{place}"
+
+    @property
+    def is_rms_norm(self) -> bool:
+        """Whether the current operator runs in a root-mean-square norm."""
+        return bool(self.stack) and self.stack[-1] in self.rms_norms
 
     def note(self, *numbers: float | Picked | None) -> None:
         """Add numbers to the script entry of the current operator."""
