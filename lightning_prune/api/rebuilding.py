@@ -15,7 +15,7 @@ from lightning_prune.api import standalone
 from lightning_prune.api.portable import tensors_to_store, whole_file
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import TracedModel
-from lightning_prune.structure.layers import is_within, tensors
+from lightning_prune.structure.layers import is_within, options, tensors
 from lightning_prune.structure.stubs import Constant, Empty
 from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import History, Keep, LayerSpec, history_of, spec_of
@@ -128,8 +128,8 @@ def _changed(network: nn.Module, history: History) -> Iterator[tuple[str, Parts]
         name = canonical(full_name)
         if is_within(name, history.dense.layers):
             continue
-        options = history.dense.attributes.get(name, {})
-        parts: Parts = {part: (_plain(dense), _plain(vars(module)[part])) for part, dense in options.items()}
+        before = history.dense.attributes.get(name, {})
+        parts: Parts = {part: (_plain(dense), _plain(vars(module)[part])) for part, dense in before.items()}
         if type(module) is nn.Unflatten:  # a cut lets it infer a length, and nothing tells what that was
             parts["unflattened_size"] = (None, _plain(module.unflattened_size))
         for own, tensor in tensors(module).items():
@@ -212,7 +212,7 @@ def _differences(made: nn.Module, network: nn.Module) -> Iterator[str]:
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    return {name: _plain(vars(module).get(name)) for name in getattr(module, "__constants__", ())}
+    return {name: _plain(value) for name, value in options(module).items()}
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["canonical", "is_within", "named", "refresh", "relax_unflatten", "tensors"]
+__all__ = ["canonical", "is_within", "named", "options", "refresh", "relax_unflatten", "tensors"]
 
 #: What ``torch.compile`` puts into the names of everything inside a compiled module.
 _COMPILED = "_orig_mod."
@@ -55,10 +55,22 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
         if isinstance(module, types):
             update(module, old_shapes)
             return
-    for kind in type(module).__mro__:
-        if f"{kind.__module__}.{kind.__qualname__}" in _FOREIGN_UPDATES:
-            _FOREIGN_UPDATES[f"{kind.__module__}.{kind.__qualname__}"](module, old_shapes)
-            return
+    if foreign := _foreign(module):
+        foreign[1](module, old_shapes)
+
+
+def options(module: nn.Module) -> dict[str, Any]:
+    """A layer's configuration attributes by name, those that `refresh` sets among them."""
+    # PyTorch's layers list theirs in `__constants__`.
+    foreign = _foreign(module)
+    names = (*getattr(module, "__constants__", ()), *(foreign[0] if foreign else ()))
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def _foreign(module: nn.Module) -> tuple[tuple[str, ...], Callable[[Any, Shapes], None]] | None:
+    """Width attributes of a layer of another package, and how they are set."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    return next((_FOREIGN_UPDATES[name] for name in names if name in _FOREIGN_UPDATES), None)
 
 
 def relax_unflatten(module: nn.Module) -> None:
@@ -155,7 +167,7 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]
     ((nn.Bilinear,), _bilinear),
 )
 
-#: Layers of other packages, which need not be installed, by name.
-_FOREIGN_UPDATES: dict[str, Callable[[Any, Shapes], None]] = {
-    "transformers.pytorch_utils.Conv1D": _transposed_linear,  # of GPT-2
+#: Layers of other packages, which need not be installed, by name: their width attributes, and how they are set.
+_FOREIGN_UPDATES: dict[str, tuple[tuple[str, ...], Callable[[Any, Shapes], None]]] = {
+    "transformers.pytorch_utils.Conv1D": (("nx", "nf"), _transposed_linear),  # of GPT-2
 }

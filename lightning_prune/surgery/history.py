@@ -15,7 +15,7 @@ from lightning_prune.structure.cost import LatencyTable
 from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.latency_file import read_table
-from lightning_prune.structure.layers import is_within, tensors
+from lightning_prune.structure.layers import is_within, options, tensors
 from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.depth import layer, templates
@@ -79,10 +79,9 @@ class Dense:
         touched = {id(present[name]) for name in names}
         buffers = {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched}
         attributes = {
-            # PyTorch's layers list their configuration attributes in `__constants__`.
-            canonical(prefix): {name: vars(module)[name] for name in module.__constants__ if name in vars(module)}
+            canonical(prefix): found
             for prefix, module in model.named_modules()
-            if hasattr(module, "__constants__") and any(id(t) in touched for t in tensors(module).values())
+            if any(id(t) in touched for t in tensors(module).values()) and (found := options(module))
         }
         # Earlier entries take precedence.
         return replace(self, buffers={**buffers, **self.buffers}, attributes={**attributes, **self.attributes})

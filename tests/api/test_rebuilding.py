@@ -46,6 +46,20 @@ class Folded(nn.Sequential):
         super().__init__(nn.Linear(6, 16), nn.Unflatten(1, (8, 2)), nn.Conv1d(8, 4, 1), nn.Flatten(), nn.Linear(8, 3))
 
 
+class Conv1D(nn.Module):
+    """GPT-2's layer in transformers: ``forward`` reads the width of its outputs from an attribute."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
 
@@ -56,6 +70,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "residual": (Block, IMAGES),
     "half": (lambda: mlp().bfloat16(), VECTORS.bfloat16()),
     "folded": (Folded, VECTORS),
+    "attributes": (lambda: nn.Sequential(Conv1D(8, 6), nn.GELU(), Conv1D(3, 8)), VECTORS),
     "module": (lambda: CNNClassifier(channels=(4, 4), hidden=(6, 6)), torch.zeros(2, 3, 32, 32)),
 }
 
@@ -107,6 +122,16 @@ def test_a_loaded_network_is_rebuilt_too(tmp_path: Path) -> None:
     again = load(Block(), tmp_path / "first.safetensors")
     x = torch.randn_like(IMAGES)
     assert torch.equal(rebuilt(again, Block(), tmp_path)(x), net(x))
+
+
+def test_attributes_are_widened_again(tmp_path: Path) -> None:
+    """Also those of layers that PyTorch does not know."""
+    build, example = NETWORKS["attributes"]
+    net, other = build(), build()
+    save(net, tmp_path / "dense.safetensors")
+    prune(other, example, pruning_ratio=0.5)
+    x = torch.randn_like(example)
+    assert torch.equal(load(other, tmp_path / "dense.safetensors")(x), net(x))
 
 
 def test_narrow_alone_keeps_the_weights_in_front(tmp_path: Path) -> None:
