@@ -76,11 +76,11 @@ def stored(file: Path, settings: Mapping[str, Any], *, resume: bool, rows: str =
 
 
 def command(module: str) -> str:
-    """The command that was run, with FOLDER for folders of this machine, and without ``--resume``."""
+    """The command that was run, with FOLDER and PYTHON for places of this machine, and without ``--resume``."""
     arguments = [word for word in sys.argv[1:] if word != "--resume"]
     for at, word in enumerate(arguments[:-1]):
-        if word in ("--root", "--work"):
-            arguments[at + 1] = "FOLDER"
+        if word in ("--root", "--work", "--python"):
+            arguments[at + 1] = "PYTHON" if word == "--python" else "FOLDER"
     return shlex.join(["python", "-m", module, *arguments])
 
 

@@ -233,7 +233,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     plan = plans[0] if len(plans) == 1 else _best(asked, traced, structure, plans)
     with _example_errors(model, call):
         present = _size(traced, structure, measure=asked.measure)
-    report, number = Report(dense=present, versions=versions()), 0
+    report, number = Report(dense=present, versions=versions(), config={"criterion": repr(asked.criterion)}), 0
     if history is not None:
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(size_of(structure, original, backbone_modules(model)), present, number)
