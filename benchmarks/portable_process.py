@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
+import runpy
 import sys
 import time
 import warnings
@@ -28,7 +30,7 @@ class NoLightning:
 sys.meta_path.insert(0, NoLightning())  # type: ignore[arg-type]
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import lightning_prune  # noqa: E402
 from benchmarks.survey_networks import Network, build, coordinates_in_double, settle  # noqa: E402
@@ -41,6 +43,8 @@ from lightning_prune.surgery.tensors import named  # noqa: E402
 #: Share of the units that is removed from each layer.
 _RATIO = 1 / 3
 _MEMORY = 12 * 2**30
+#: Parameters of the largest network that is rebuilt, too, for which two must fit into memory.
+_REBUILT = 200_000_000
 
 
 def prune(network: Network, folder: Path) -> dict[str, Any]:
@@ -62,23 +66,54 @@ def prune(network: Network, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     lightning_prune.save(model, folder / "small.safetensors")
     seconds = time.perf_counter() - began
-    torch.save((network.args, dict(network.kwargs), outputs(network)), folder / "outputs.pt")
+    torch.save((network.args, dict(network.kwargs), outputs(network), digest(model)), folder / "outputs.pt")
+    if before <= _REBUILT:
+        lightning_prune.rebuild(model, folder / "small.py")
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     size = (folder / "small.safetensors").stat().st_size
     after = sum(parameter.numel() for parameter in model.parameters())
     return {"params": before, "left": after / before, "save_s": seconds, "bytes": size, "beside": size - weights}
 
 
-def load(network: Network, folder: Path) -> dict[str, Any]:
-    """Load the file into a newly built network, and compare the outputs."""
-    args, kwargs, expected = torch.load(folder / "outputs.pt", weights_only=True)
+def load(network: Network, folder: Path, name: str, family: str) -> dict[str, Any]:
+    """Load the file into a newly built network, and compare the outputs; then with what `rebuild` wrote, in another."""
+    args, kwargs, expected, weights = torch.load(folder / "outputs.pt", weights_only=True)
     network = Network(network.model, args, None, kwargs, network.heads)
     dense = outputs(network)
     began = time.perf_counter()
     lightning_prune.load(network.model, folder / "small.safetensors")
     seconds = time.perf_counter() - began
     assert not [name for name in sys.modules if name.partition(".")[0] in NoLightning.packages]
-    return {"load_s": seconds, "equal": same(outputs(network), expected), "dense_equal": same(dense, expected)}
+    found, own = outputs(network), digest(network.model)
+    rebuilt = None
+    if (folder / "small.py").is_file():
+        fresh = build(name, family).model
+        runpy.run_path(str(folder / "small.py"))["load"](fresh, folder / "small.safetensors")
+        rebuilt = same(outputs(Network(fresh, args, None, kwargs, network.heads)), found)
+    return {
+        "load_s": seconds,
+        "equal": same(found, expected),
+        "dense_equal": same(dense, expected),
+        "rebuilt": rebuilt,
+        "weights_equal": own == weights,
+        "difference": difference(found, expected),
+        "torch": torch.__version__,
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of names, shapes and bits of the weights."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {[*tensor.shape]} {tensor.dtype}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """The largest difference, relative to the largest output."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.numel()]
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-300)) for a, b in pairs)
 
 
 def outputs(network: Network) -> list[Tensor]:
@@ -100,7 +135,7 @@ def main(step: str, name: str, family: str, folder: Path) -> dict[str, Any]:
     try:
         with coordinates_in_double(family):
             network = build(name, family)
-            return (prune if step == "prune" else load)(network, folder)
+            return prune(network, folder) if step == "prune" else load(network, folder, name, family)
     except Exception as failure:
         text = (str(failure).strip().splitlines() or [""])[0][:200]
         return {"failure": f"{step}: {type(failure).__name__}: {text}"}
