@@ -10,6 +10,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
@@ -24,6 +26,7 @@ from lightning_prune.reporting import (
     Report,
     backbone_modules,
     latency,
+    note_latency_table,
     size_of,
     size_on_disk,
     timed,
@@ -220,7 +223,9 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
     if scope.min_width == 0 and structure.flow is None:
         structure = with_flow(structure, traced, history.vanished if history is not None else ())
     if asked.latency_table is not None or asked.target.uses_latency or scope.per == "latency":
-        structure = with_latency(structure, table_of(traced, structure, asked.latency_table))
+        with _progress("Measuring the latency") as show:
+            table = table_of(traced, structure, asked.latency_table, show)
+        structure = with_latency(structure, table)
     original = original_of(model, structure)
     target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])
     statistic, selected = _observed(asked, traced, structure, selected)
@@ -238,6 +243,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         number = len({edit.cut for edit in history.edits})
         report.pruned_before(size_of(structure, original, backbone_modules(model)), present, number)
     report.notes += structure.notes
+    note_latency_table(report, structure.cost.latency_table, is_given=asked.latency_table is not None)
     warn_of_kept_units(report, notes_on_widths(structure, target, scope, selected, original))
     after = structure
     if not plan.is_empty:
@@ -267,6 +273,17 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
         )
     report.final = _size(traced, after, measure=asked.measure)
     return report
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[float], object]]:
+    """A progress bar in a terminal; it goes when the work is done."""
+    console = Console(stderr=True)
+    bar = Progress(TextColumn(what), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
+    task = bar.add_task(what, total=1.0)
+    bar.disable = not console.is_terminal
+    with bar:
+        yield lambda share: bar.update(task, completed=share)
 
 
 def _best(asked: _Cut, traced: TracedModel, structure: Structure, plans: Sequence[Plan]) -> Plan:

@@ -16,7 +16,7 @@ from lightning_prune.reporting.measure import Timing, latencies, latency, size_o
 from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
 from lightning_prune.reporting.plots import report_figure
 from lightning_prune.reporting.record import Cut, Measurement, Scores, SizeCheckpoint, size_of, timed
-from lightning_prune.reporting.report import Report, plain, warn_of_kept_units
+from lightning_prune.reporting.report import Report, note_latency_table, plain, warn_of_kept_units
 from lightning_prune.reporting.sensitivity import Sensitivity
 from lightning_prune.reporting.thresholds import SizeAtThreshold, threshold_figure, thresholds_grid
 from lightning_prune.reporting.typed import require
@@ -43,6 +43,7 @@ __all__ = [
     "latencies",
     "latency",
     "layer_parameters",
+    "note_latency_table",
     "over_depth_figure",
     "over_depth_grid",
     "plain",

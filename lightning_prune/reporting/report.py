@@ -24,15 +24,17 @@ from lightning_prune.reporting.plots import report_figure
 from lightning_prune.reporting.record import Cut, Measurement, Record, Scores, SizeCheckpoint
 from lightning_prune.reporting.report_pages import report_pages
 from lightning_prune.reporting.typed import require
-from lightning_prune.structure import Size
+from lightning_prune.structure import LatencyTable, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Group as RichGroup
 
 
-__all__ = ["Report", "plain", "warn_of_kept_units"]
+__all__ = ["Report", "note_latency_table", "plain", "warn_of_kept_units"]
 
+# Relative error of a latency table that is worth a note.
+_NOISY = 0.15
 # Form of `Report.to_plain`; a reader of old checkpoints needs it.
 _FORMAT = 4
 
@@ -264,6 +266,17 @@ class Report(Record):
             return Grid("Weights by layer", columns, tuple(cells))
         rows = tuple((name, count(old), count(now[name]), share(now[name], old)) for name, old in dense.items())
         return Grid("Widths", ("group", "dense, units", "pruned, units", "left"), rows)
+
+
+def note_latency_table(report: Report, table: LatencyTable | None, *, is_given: bool) -> None:
+    """Note the device of a latency table that was given, and whether a table fits badly."""
+    notes = [f"Latencies by the table are those of {table.device}."] if table is not None and is_given else []
+    if table is not None and table.error > _NOISY:
+        notes.append(
+            f"The latency table is off by up to {100 * table.error:.0f} % for the networks that were timed for it: "
+            "other programs may have run meanwhile."
+        )
+    report.notes[:] = dict.fromkeys([*report.notes, *notes])
 
 
 def warn_of_kept_units(report: Report, stays: Mapping[str, str]) -> None:

@@ -102,6 +102,7 @@ class LatencyTable:
         layers: Convolutions and matrix products.
         about: Device, runtime, threads and versions that it was measured with, where they are known.
         multiple: Widths that are no multiples of this are slower than the table says.
+        error: Largest relative error of the times of the network that the table was fitted to.
     """
 
     fixed: float
@@ -109,6 +110,7 @@ class LatencyTable:
     layers: tuple[LayerTimes, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     multiple: int = 1
+    error: float = 0.0
 
     @property
     def device(self) -> str:
@@ -140,14 +142,15 @@ class LatencyTable:
             "fixed": self.fixed,
             "per_byte": self.per_byte,
             "layers": [layer.to_plain() for layer in self.layers],
-            **({"about": dict(self.about), "multiple": self.multiple} if self.about else {}),
+            **({"about": dict(self.about), "multiple": self.multiple, "error": self.error} if self.about else {}),
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LatencyTable:
         """What `to_plain` wrote."""
         layers = tuple(LayerTimes.from_plain(layer) for layer in plain["layers"])
-        return cls(plain["fixed"], plain["per_byte"], layers, dict(plain.get("about", {})), plain.get("multiple", 1))
+        about, multiple, error = plain.get("about", {}), plain.get("multiple", 1), plain.get("error", 0.0)
+        return cls(plain["fixed"], plain["per_byte"], layers, dict(about), multiple, error)
 
 
 @dataclass(frozen=True)

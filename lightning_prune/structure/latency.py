@@ -61,7 +61,12 @@ class LatencyTimes:
     networks: tuple[tuple[Mapping[str, int], int, int], ...]
 
 
-def measure_latency(traced: TracedModel, structure: Structure, dense: Mapping[str, int] | None = None) -> LatencyTable:
+def measure_latency(
+    traced: TracedModel,
+    structure: Structure,
+    dense: Mapping[str, int] | None = None,
+    progress: Callable[[float], object] = lambda _: None,
+) -> LatencyTable:
     """Time one sample's forward pass in eval mode, layer by layer at several widths, on copies.
 
     Each convolution and matrix product of a layer is timed at an eighth, a quarter, half, three quarters and all of
@@ -72,6 +77,7 @@ def measure_latency(traced: TracedModel, structure: Structure, dense: Mapping[st
         traced: The network and its calls, on the device to measure.
         structure: Structure of the network.
         dense: Largest widths that the table must cover, by group, if the network was cut before.
+        progress: Called with the share that is done.
     """
     copy, args, kwargs = eval_copy(traced)
     run = partial(copy.module, *args, **kwargs)
@@ -88,7 +94,7 @@ def measure_latency(traced: TracedModel, structure: Structure, dense: Mapping[st
             with copy.cut(structure.axes({name: range(n) for name, n in timed.networks[number][0].items()})):
                 return _milliseconds(run, seconds)
 
-        measured = measure(timed.kinds, len(timed.networks), time_layer, time_network, limit=_LIMIT)
+        measured = measure(timed.kinds, len(timed.networks), time_layer, time_network, limit=_LIMIT, progress=progress)
     return fit_table(timed.kinds, timed.layers, timed.networks, measured, _about(like.device))
 
 

@@ -60,10 +60,11 @@ def fit_table(
     factors = _fit(columns[odd == 0], ms[odd == 0])
     slow = ms / np.maximum(columns @ factors, 1e-12) > _SLOW
     multiple = next((each for each in MULTIPLES if not slow[odd == each].any()), 2 * MULTIPLES[-1])
+    error = float(np.abs(columns[odd == 0] @ factors / ms[odd == 0] - 1).max())
     fixed, per_byte, *scales = factors.tolist()
     scale = dict(zip(names, scales, strict=True))
     scaled = (layer.scaled(scale[classes[kind]]) for layer, (_, kind) in zip(alone, layers, strict=True))
-    return LatencyTable(fixed, per_byte, tuple(scaled), dict(about), multiple)
+    return LatencyTable(fixed, per_byte, tuple(scaled), dict(about), multiple, error)
 
 
 def _class(kind: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -371,13 +371,19 @@ def edits_of(
     return tuple(edits)
 
 
-def table_of(traced: TracedModel, structure: Structure, file: str | None = None) -> LatencyTable:
+def table_of(
+    traced: TracedModel,
+    structure: Structure,
+    file: str | None = None,
+    progress: Callable[[float], object] = lambda _: None,
+) -> LatencyTable:
     """The latency table in a file, else that of earlier cuts, else a new one.
 
     Args:
         traced: The network and its calls.
         structure: Structure of the network.
         file: What the script of `latency_script` wrote.
+        progress: Called with the share that is done, if the latency is measured.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -394,7 +400,7 @@ def table_of(traced: TracedModel, structure: Structure, file: str | None = None)
                 stacklevel=2,
             )
         return table
-    return known if known is not None else measure_latency(traced, structure, dense)
+    return known if known is not None else measure_latency(traced, structure, dense, progress)
 
 
 def original_of(model: nn.Module, structure: Structure) -> Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def test_a_budget_is_one_of_the_device_where_the_table_is_from(tmp_path: Path, m
     assert report.dense.table_latency == pytest.approx(1e-6 * report.dense.macs, rel=0.05)
     assert report.final.table_latency == pytest.approx(1e-6 * macs, rel=0.05)
     assert report.final.table_latency <= 0.004  # type: ignore[operator]
+    assert report.notes == ["Latencies by the table are those of phone (onnxruntime (CPUExecutionProvider))."]
     history = history_of(net)
     assert history is not None
     assert history.latency is not None
@@ -106,6 +108,15 @@ def test_a_budget_is_one_of_the_device_where_the_table_is_from(tmp_path: Path, m
     assert history is not None
     assert history.latency is not None
     assert history.latency.about["device"] == "board"
+
+
+def test_a_table_of_a_busy_device_is_noted(tmp_path: Path) -> None:
+    file = Path(written(tmp_path))
+    stored = json.loads(file.read_text())
+    stored["measured"]["networks"][1] *= 3
+    file.write_text(json.dumps(stored))
+    report = prune(built(16), EXAMPLE, budget={"macs": 0.9}, latency_table=str(file))
+    assert re.search(r"table is off by up to \d\d % for .* other programs may have run meanwhile", report.notes[1])
 
 
 def test_a_budget_that_the_device_cannot_reach(tmp_path: Path) -> None:

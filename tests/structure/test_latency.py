@@ -52,7 +52,7 @@ def test_a_length_takes_as_long_as_the_next_multiple_of_the_step():
 
 def test_a_network_is_the_sum_of_its_layers_and_a_rest_that_follows_its_memory():
     layer = times(((1.0, 3.0), (2.0, 8.0)), (1, 2))
-    table = LatencyTable(0.5, 0.01, (layer,) * 2, {"device": "phone", "runtime": "onnxruntime"})
+    table = LatencyTable(0.5, 0.01, (layer,) * 2, {"device": "phone", "runtime": "onnxruntime"}, 8, 0.25)
     cost = CostModel((), (), {}, (Term(4.0, (Axis(0, (("a", 1),)),)),), table)
     assert cost.latency({"a": 4, "b": 3}) == cost.amount("latency_ms", {"a": 4, "b": 3}) == 0.5 + 0.01 * 16 + 16
     assert LatencyTable.from_plain(table.to_plain()) == table

@@ -42,7 +42,7 @@ from lightning_prune.planning import (
     notes_on_widths,
     select,
 )
-from lightning_prune.reporting import require, warn_of_kept_units
+from lightning_prune.reporting import note_latency_table, require, warn_of_kept_units
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups, statistic_of
 from lightning_prune.structure import LatencyTable, Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow
@@ -226,6 +226,7 @@ class StructuredPruning(NetworkPruning):
         self._data_of_draws = self._for_draws(trainer, module, batch)
         timeline = self._moments(trainer, self._resolved.fraction(original, original.among(selected, structure)))
         warn_of_kept_units(self.report, notes_on_widths(structure, self._resolved, self.scope, selected, original))
+        note_latency_table(self.report, self._latency, is_given=self.latency_table is not None)
         return timeline
 
     def _for_draws(self, trainer: Trainer, module: LightningModule, batch: Any) -> DataPass | None:
