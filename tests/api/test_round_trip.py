@@ -19,7 +19,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=10), IMAGES),
     "shufflenet": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), IMAGES),
-    "timm": (lambda: timm.create_model("mobilenetv4_conv_small_050", num_classes=10), IMAGES),
+    "timm": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=10), IMAGES),
     "transformer": (lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=10), IMAGES),
 }
 
