@@ -29,6 +29,8 @@ Runtime = Literal["torch", "onnxruntime"]
 
 # Floating-point weights of at least so many elements are written by the script itself.
 _LARGE = 256
+# Versions of ONNX that devices with an older onnxruntime (1.14) know.
+_OPSET, _IR_VERSION = 18, 8
 
 
 def latency_script(
@@ -111,9 +113,11 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 def _as_onnx(network: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """A network as an ONNX model without its large weights, and their names, types and shapes."""
-    program = torch.onnx.export(network, args, kwargs=kwargs, dynamo=True, verbose=False)
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "opset_version": _OPSET}
+    program = torch.onnx.export(network, args, kwargs=kwargs, **options)
     assert program is not None
     model = program.model_proto
+    model.ir_version = _IR_VERSION
     graph, weights = model.graph, []
     small = []
     for tensor in graph.initializer:

@@ -1,7 +1,8 @@
 """Times the layers of a network at several widths on this device, and writes a table.
 
-This file stands alone: it needs numpy, and torch or onnxruntime. `lightning_prune.latency_script` writes a copy of it
-with the layers of a network at its end, to be run on the device that the network is meant for.
+This file stands alone: it needs Python 3.8 or later, numpy, and torch or onnxruntime (1.14 or later).
+`lightning_prune.latency_script` writes a copy of it with the layers of a network at its end, to be run on the device
+that the network is meant for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,7 +58,8 @@ _POINT, _NETWORK = 0.01, 0.05
 
 # A plain dict that describes a layer.
 Kind = Any
-Run = Callable[[], object]
+if TYPE_CHECKING:  # Python 3.8 has no such types
+    Run = Callable[[], object]
 
 
 def grid_of(length: int, *, varies: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ LAYERS = [
     (nn.ConvTranspose2d(12, 8, 3, stride=2, padding=1, output_padding=1), (1, 12, 5, 6)),
     (nn.ConvTranspose2d(12, 8, 2, groups=4, dilation=2), (1, 12, 5, 6)),
 ]
+
+
+def test_it_is_python_of_an_old_device() -> None:
+    """Of version 3.8: its grammar, and no types such as ``list[int]`` where they are evaluated."""
+    tree = ast.parse(Path(time_layers.__file__).read_text(), feature_version=(3, 8))
+    evaluated = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    assert not [ast.unparse(node) for top in evaluated for node in ast.walk(top) if isinstance(node, ast.Subscript)]
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if "strict=" in call or ".removesuffix(" in call or ".removeprefix(" in call]
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: str(value))
