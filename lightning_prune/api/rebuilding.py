@@ -124,8 +124,8 @@ def _shown(entries: Mapping[str, Any]) -> dict[str, str]:
 
 def _changed(network: nn.Module, history: History) -> Iterator[tuple[str, Parts]]:
     """What has changed of each layer that is still the dense network's, in the network's order."""
-    for full_name, module in network.named_modules():
-        name = canonical(full_name)
+    # Of a layer and what `torch.compile` has put around it, the layer comes last.
+    for name, module in {canonical(name): module for name, module in network.named_modules()}.items():
         if is_within(name, history.dense.layers):
             continue
         before = history.dense.attributes.get(name, {})

@@ -82,6 +82,15 @@ def test_dense_weights() -> None:
     assert torch.equal(load_by_shapes(fresh, net.state_dict())(x), net(x))
 
 
+def test_compiled_layers_have_the_names_of_others() -> None:
+    net, fresh = mlp(), mlp()
+    prune(net, VECTORS, pruning_ratio=0.5)
+    fresh[2] = torch.compile(fresh[2])  # type: ignore[assignment]
+    x = torch.randn_like(VECTORS)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(load_by_shapes(fresh, net.state_dict())(x), net(x))
+
+
 def test_load_names_it(tmp_path: Path) -> None:
     net = mlp()
     prune(net, VECTORS, pruning_ratio=0.5)

@@ -134,6 +134,16 @@ def test_attributes_are_widened_again(tmp_path: Path) -> None:
     assert torch.equal(load(other, tmp_path / "dense.safetensors")(x), net(x))
 
 
+def test_compiled_layers_have_the_names_of_others(tmp_path: Path) -> None:
+    net = mlp()
+    prune(net, VECTORS, pruning_ratio=0.5)
+    net[2] = torch.compile(net[2])  # type: ignore[assignment]
+    compiled: Any = torch.compile(net)
+    x = torch.randn_like(VECTORS)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(rebuilt(compiled, mlp(), tmp_path)(x), compiled(x))
+
+
 def test_narrow_alone_keeps_the_weights_in_front(tmp_path: Path) -> None:
     """To train the narrow network from scratch."""
     net, fresh = mlp(), mlp()
