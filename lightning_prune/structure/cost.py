@@ -42,6 +42,13 @@ class Term:
         return self.factor * math.prod(axis.length(widths) for axis in self.axes)
 
 
+def _multiple(value: object) -> int:
+    """A number of units read from a file."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected a multiple of at least 1, got {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class LayerTimes:
     """Measured time of one convolution or matrix product, by the first two dimensions of its weight.
@@ -86,7 +93,7 @@ class LayerTimes:
         """Read what `to_plain` wrote."""
         first, second = (Axis(axis["fixed"], tuple(axis["repeat"].items())) for axis in plain["axes"])
         rows, columns = (tuple(points) for points in plain["grid"])
-        by_row, by_column = plain.get("steps", (1, 1))  # earlier versions know none
+        by_row, by_column = map(_multiple, plain.get("steps", (1, 1)))  # earlier versions know none
         return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]), (by_row, by_column))
 
 
@@ -149,8 +156,8 @@ class LatencyTable:
     def from_plain(cls, plain: Mapping[str, Any]) -> LatencyTable:
         """What `to_plain` wrote."""
         layers = tuple(LayerTimes.from_plain(layer) for layer in plain["layers"])
-        about, multiple, error = plain.get("about", {}), plain.get("multiple", 1), plain.get("error", 0.0)
-        return cls(plain["fixed"], plain["per_byte"], layers, dict(about), multiple, error)
+        about, multiple, error = plain.get("about", {}), _multiple(plain.get("multiple", 1)), plain.get("error", 0.0)
+        return cls(plain["fixed"], plain["per_byte"], layers, dict(about), multiple, float(error))
 
 
 @dataclass(frozen=True)

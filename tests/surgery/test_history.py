@@ -29,6 +29,10 @@ from lightning_prune.surgery.tensors import named
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+# Latency tables in plain data.
+TABLE = {"fixed": 1.0, "per_byte": 0.0, "layers": []}
+LAYER = {"axes": [{"fixed": 1, "repeat": {}}] * 2, "grid": [[1], [1]], "ms": [[1.0]]}
+
 
 def _prune(net, model, cuts=2, start=0):
     """Cuts at random, recorded as a callback would; returns the checkpoint after each."""
@@ -403,6 +407,10 @@ class TestPlain:
             (("original", "shapes", 3), [3], "a key of 'shapes' to be a str"),
             (("original", "memory"), 1.5, "expected 'memory' to be a int"),
             (("original", "latency"), {"fixed": 1.0}, "table of latencies is none"),
+            (("original", "latency"), {**TABLE, "multiple": 0}, "expected a multiple of at least 1, got 0"),
+            (("original", "latency"), {**TABLE, "about": 3}, "table of latencies is none"),
+            (("original", "latency"), {**TABLE, "error": "x"}, "table of latencies is none"),
+            (("original", "latency"), {**TABLE, "layers": [LAYER | {"steps": [0, 1]}]}, "a multiple of at least 1"),
             (("edits",), {}, "'edits' to be a list"),
             (("edits", 0), "cut", "an edit to be a dict"),
             (("edits", 0, "kind"), "grow", "unknown kind 'grow'.*upgrade"),
