@@ -7,6 +7,7 @@ from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.latency_script import latency_script
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
+from lightning_prune.api.quantising import quantise
 from lightning_prune.api.rebuilding import rebuild
 from lightning_prune.api.scan import sensitivity
 from lightning_prune.api.stripping import strip
@@ -19,6 +20,7 @@ __all__ = [
     "load",
     "load_by_shapes",
     "prune",
+    "quantise",
     "rebuild",
     "save",
     "sensitivity",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +19,9 @@ from torch.fx import GraphModule
 
 from lightning_prune.api.formats import FORMATS, Format
 from lightning_prune.api.inspecting import traced_model_for
-from lightning_prune.api.samples import Samples, largest_difference, tensors_in
+from lightning_prune.api.samples import Samples, largest_difference, milliseconds, tensors_in
 from lightning_prune.errors import PruningError
 from lightning_prune.reporting import Exported
-from lightning_prune.structure.latency import median_seconds
 from lightning_prune.structure.traced_model import first_line, require_network, written
 from lightning_prune.structure.tracing import forked_rng
 from lightning_prune.structure.tracing.contexts import mha_fastpath_disabled
@@ -32,8 +30,6 @@ __all__ = ["ExportError", "export"]
 
 #: Largest difference of an output from the network's, as a share of its largest magnitude.
 _TOLERANCE = 1e-4
-#: Seconds to time a file, in rounds, because a machine may be busy for a while.
-_SECONDS, _ROUNDS = 0.2, 5
 _FLOATS = (torch.float32, torch.float64)
 _FOLLOWS = (
     "It follows PyTorch's operators only: Python code that decides by the values of tensors (`if x.sum() > 0:`) has to "
@@ -104,7 +100,8 @@ def export(model: nn.Module, file: str | Path, example: Any = None, *, dense: nn
             part = Path(folder, name, path.name)
             part.parent.mkdir()
             files.append(_exported(network, written_as, part, example))
-        results = _timed(files)
+        latencies = milliseconds([run for _, run in files])
+        results = [replace(result, latency_ms=ms) for (result, _), ms in zip(files, latencies, strict=True)]
         for found in sorted(Path(folder, "network").iterdir(), key=lambda found: found.name == path.name):
             found.replace(path.with_name(found.name))  # the file itself last
     own, *others = (replace(result, file=path) for result in results)
@@ -128,13 +125,6 @@ def _require_floats(model: nn.Module) -> None:
                 f"export: expected weights in float32 or float64, got {tensor.dtype} for {name!r}. Give "
                 "`copy.deepcopy(model).float()`, and let the runtime choose a smaller type."
             )
-
-
-def _timed(files: Sequence[_Runnable]) -> list[Exported]:
-    """Time files in turn, so that other load on the machine affects all of them equally."""
-    rounds = [[median_seconds(run, _SECONDS / _ROUNDS) for _, run in files] for _ in range(_ROUNDS)]
-    medians = map(median, zip(*rounds, strict=True))
-    return [replace(result, latency_ms=1e3 * seconds) for (result, _), seconds in zip(files, medians, strict=True)]
 
 
 def _exported(model: nn.Module, written_as: Format, file: Path, example: Any) -> _Runnable:

@@ -66,11 +66,7 @@ class ONNX(Format):
 
     def runner(self, file: Path) -> Runner:
         """Load it with graph optimizations, as they are on by default."""
-        runtime = require("onnxruntime", extra=self.extra)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
-        session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = self._session(file)
         names = [value.name for value in session.get_inputs()]
 
         def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -78,6 +74,17 @@ class ONNX(Format):
             return [torch.as_tensor(out) for out in session.run(None, dict(zip(names, arrays, strict=True)))]
 
         return run
+
+    def inputs(self, file: Path) -> list[str]:
+        """Names of a file's inputs."""
+        return [value.name for value in self._session(file).get_inputs()]
+
+    def _session(self, file: Path) -> Any:
+        runtime = require("onnxruntime", extra=self.extra)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 class TorchExport(Format):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect as signatures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.structure import StructureError
-from lightning_prune.structure.latency import resize
+from lightning_prune.structure.latency import median_seconds, resize
 from lightning_prune.structure.traced_model import batch_size_of, describe, first_line, written
 from lightning_prune.structure.tracing import Call
 
-__all__ = ["Samples", "largest_difference", "tensors_in"]
+__all__ = ["Samples", "largest_difference", "milliseconds", "tensors_in"]
+
+#: Seconds to time one of several, in rounds, because a machine may be busy for a while.
+_SECONDS, _ROUNDS = 0.2, 5
 
 
 class Samples:
@@ -105,6 +109,12 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     if [out.shape for out in found] != [out.shape for out in expected]:
         return float("inf")
     return max(map(_difference, found, expected), default=0.0)
+
+
+def milliseconds(runs: Sequence[Callable[[], object]]) -> list[float]:
+    """Median times of functions, called in turn, so that other load on the machine affects all of them equally."""
+    rounds = [[median_seconds(run, _SECONDS / _ROUNDS) for run in runs] for _ in range(_ROUNDS)]
+    return [1e3 * median(times) for times in zip(*rounds, strict=True)]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from lightning_prune.reporting.layer_scores import (
 from lightning_prune.reporting.measure import Timing, latencies, latency, size_on_disk, versions
 from lightning_prune.reporting.over_depth import over_depth_figure, over_depth_grid
 from lightning_prune.reporting.plots import report_figure
+from lightning_prune.reporting.quantised import Quantised, QuantisedRow, wilson
 from lightning_prune.reporting.record import Cut, Measurement, Scores, SizeCheckpoint, size_of, timed
 from lightning_prune.reporting.report import Report, note_latency_table, plain, warn_of_kept_units
 from lightning_prune.reporting.sensitivity import Sensitivity
@@ -29,6 +30,8 @@ __all__ = [
     "Inspection",
     "LayerScores",
     "Measurement",
+    "Quantised",
+    "QuantisedRow",
     "Report",
     "ScoredDepth",
     "ScoredLayer",
@@ -57,4 +60,5 @@ __all__ = [
     "timed",
     "versions",
     "warn_of_kept_units",
+    "wilson",
 ]

@@ -1,0 +1,174 @@
+"""Post-training quantisation to 8-bit integers, compared with the float network on test samples."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.api.exporting import ExportError, export
+from lightning_prune.api.formats import ONNX, Runner
+from lightning_prune.api.samples import milliseconds
+from lightning_prune.extras import require
+from lightning_prune.reporting import Quantised
+from lightning_prune.reporting.quantised import QuantisedRow
+from lightning_prune.structure.traced_model import first_line, require_network
+
+__all__ = ["quantise"]
+
+#: Inputs of a batch, and labels if it has them.
+_Batch = tuple[Tensor, Tensor | None]
+
+
+def quantise(
+    model: nn.Module,
+    file: str | Path,
+    calibration: Iterable[Any],
+    test: Iterable[Any],
+    *,
+    dense: nn.Module | None = None,
+) -> Quantised:
+    """Quantise a classifier to 8-bit integers after training, in an ONNX file, and compare it with the float network.
+
+    Weights are quantised per channel, activations per tensor with the ranges that they have on the calibration samples
+    (onnxruntime's static quantisation; the file holds pairs of QuantizeLinear and DequantizeLinear). Prune first: the
+    ranges are those of the narrow network. The file is run on the test samples before it is moved into its place.
+
+    Args:
+        model: A pruned network, or a dense one, with one input and outputs ``(samples, classes)``. It is not modified.
+        file: The file to write, ``.onnx``.
+        calibration: Some hundred training samples: batches of inputs or of ``(inputs, labels)``, such as a DataLoader.
+        test: Samples to compare on, other than those: batches of the same kind. With labels the accuracy is measured.
+        dense: The network before pruning, for two more rows of the table.
+
+    Returns:
+        Accuracy, bytes, milliseconds and agreement of predictions with their 95 % interval, as a table of up to four
+        rows: dense, pruned, dense quantised, pruned quantised.
+
+    Raises:
+        ValueError: If the suffix or the batches are others than expected.
+        ExportError: If the network cannot be exported or quantised, or its outputs are no ``(samples, classes)``.
+        ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing (extra ``export``).
+    """
+    path = Path(file)
+    if path.suffix != ".onnx":
+        raise ValueError(f"quantise: expected a file with the suffix `.onnx`, got {path.name!r}.")
+    networks = {"pruned": model} if dense is None else {"dense": dense, "pruned": model}
+    for network in networks.values():
+        require_network(network)
+    ONNX().require()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"quantise: expected a folder for {path.name}, got {str(path.parent)!r}, which is none."
+        )
+    ranges, held_out = _batches(calibration, "calibration"), _batches(test, "test")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        files = {name: _floats(net, Path(folder, f"{name}.onnx"), ranges[0][0]) for name, net in networks.items()}
+        files |= {f"{name}, quantised": _integers(floats, ranges) for name, floats in files.items()}
+        rows = _compared(files, held_out)
+        files["pruned, quantised"].replace(path)
+    samples = sum(len(inputs) for inputs, _ in held_out)
+    return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows)
+
+
+def _batches(data: Iterable[Any], name: str) -> list[_Batch]:
+    """Batches as inputs on the CPU, with labels or None."""
+    found: list[_Batch] = []
+    for raw in data:
+        parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw, None)
+        if len(parts) != 2 or not isinstance(parts[0], Tensor) or not isinstance(parts[1], (Tensor, type(None))):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise ValueError(
+                f"quantise: expected batches of inputs or of `(inputs, labels)` in `{name}`, got ({kinds}). "
+                "Give tensors."
+            )
+        labels = None if parts[1] is None else parts[1].cpu()
+        found.append((parts[0].detach().cpu(), labels))
+    if not found:
+        raise ValueError(f"quantise: expected samples in `{name}`, got none.")
+    return found
+
+
+def _floats(model: nn.Module, file: Path, example: Tensor) -> Path:
+    """Write the verified float32 file."""
+    if export(model, file, example).batch_size is not None:
+        raise ExportError(
+            f"quantise: expected a network that takes batches of any size, got {type(model).__name__}, whose batch "
+            "size is fixed. Leave it out of the code of `forward`."
+        )
+    return file
+
+
+def _integers(file: Path, batches: Sequence[_Batch]) -> Path:
+    """Quantise a float32 file with the ranges of these batches."""
+    tools: Any = require("onnxruntime.quantization", extra=ONNX.extra)
+    shapes: Any = require("onnxruntime.quantization.shape_inference", extra=ONNX.extra)
+    prepared, quantised = (file.with_name(f"{file.stem}-{step}.onnx") for step in ("prepared", "int8"))
+    with _quantising():
+        shapes.quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+        reader = _Reader(ONNX().inputs(prepared)[0], batches)
+        tools.quantize_static(str(prepared), str(quantised), reader, per_channel=True)
+    return quantised
+
+
+class _Reader:
+    """Batches as onnxruntime's calibration reads them."""
+
+    def __init__(self, name: str, batches: Sequence[_Batch]) -> None:
+        self._batches = iter([{name: inputs.numpy()} for inputs, _ in batches])
+
+    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        """The next batch, None at the end."""
+        return next(self._batches, None)
+
+
+@contextmanager
+def _quantising() -> Iterator[None]:
+    """Convert errors of the quantisation, and silence its advice, which has been followed."""
+    root = logging.getLogger()
+    before, root.disabled = root.disabled, True
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(
+            f"quantise: onnxruntime cannot quantise the network ({type(error).__name__}: {first_line(error)}). No file "
+            "is left."
+        ) from error
+    finally:
+        root.disabled = before
+
+
+def _compared(files: dict[str, Path], batches: Sequence[_Batch]) -> tuple[QuantisedRow, ...]:
+    """Run all files on the test samples."""
+    runs = {name: ONNX().runner(file) for name, file in files.items()}
+    one = batches[0][0][:1]
+    times = milliseconds([partial(run, (one,), {}) for run in runs.values()])
+    predictions = {name: _predictions(run, batches) for name, run in runs.items()}
+    has_labels = all(labels is not None for _, labels in batches)
+    labels = torch.cat([labels for _, labels in batches if labels is not None]) if has_labels else None
+    rows = []
+    for (name, file), ms in zip(files.items(), times, strict=True):
+        found, floats = predictions[name], predictions[name.partition(",")[0]]
+        accuracy = None if labels is None else float((found == labels).float().mean())
+        agreed = int((found == floats).sum()) if "," in name else None
+        rows.append(QuantisedRow(name, file.stat().st_size, ms, accuracy, agreed))
+    return tuple(rows)
+
+
+def _predictions(run: Runner, batches: Sequence[_Batch]) -> Tensor:
+    classes = []
+    for inputs, _ in batches:
+        outputs = run((inputs,), {})
+        if len(outputs) != 1 or outputs[0].dim() != 2 or outputs[0].shape[1] < 2:
+            shapes = [tuple(out.shape) for out in outputs]
+            raise ExportError(f"quantise: expected one output of shape (samples, classes), got {shapes}.")
+        classes.append(outputs[0].argmax(1))
+    return torch.cat(classes)

@@ -1,0 +1,130 @@
+"""A network in 8-bit integers predicts what it predicted, its file is whole, and every number of the table is true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import prune, quantise
+from lightning_prune.api import quantising
+from lightning_prune.api.exporting import ExportError
+from lightning_prune.reporting import wilson
+
+IMAGES, LABELS = torch.randn(48, 1, 8, 8), torch.randint(4, (48,))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)),
+    )
+    with torch.no_grad():
+        net[7].weight.mul_(10)  # classes that are apart
+    net(IMAGES)
+    return net.eval()
+
+
+class TestFourRows:
+    def test_dense_pruned_quantised_and_both(self, tmp_path: Path) -> None:
+        dense, net = network(), network()
+        prune(net, IMAGES, pruning_ratio=0.5)
+        data = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)
+        done = quantise(net, tmp_path / "small.onnx", [IMAGES[:16]], data, dense=dense)
+        assert [*tmp_path.iterdir()] == [done.file]
+        assert [row.name for row in done.rows] == ["dense", "pruned", "dense, quantised", "pruned, quantised"]
+        with torch.no_grad():
+            predictions = [model(IMAGES).argmax(1) for model in (dense, net)]
+        for row, found in zip(done.rows, predictions, strict=False):
+            assert row.accuracy == pytest.approx(float((found == LABELS).float().mean()))
+            assert row.agreed is None
+        session = onnxruntime.InferenceSession(str(done.file), providers=["CPUExecutionProvider"])
+        outputs = torch.as_tensor(session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0])
+        last = done.rows[-1]
+        assert last.agreed == int((outputs.argmax(1) == predictions[1]).sum())
+        assert last.accuracy == pytest.approx(float((outputs.argmax(1) == LABELS).float().mean()))
+        assert last.bytes == done.file.stat().st_size
+        assert done.agreement == last.agreed / 48
+        assert done.agreement > 0.8
+        assert all(row.latency_ms > 0 for row in done.rows)
+        stored = {tensor.data_type for tensor in onnx.load(done.file).graph.initializer if len(tensor.dims) == 4}
+        assert stored == {onnx.TensorProto.INT8}
+        low, high = wilson(last.agreed, 48)
+        assert f"({100 * low:.2f} to {100 * high:.2f})" in str(done)
+
+    def test_without_labels_and_dense(self, tmp_path: Path) -> None:
+        done = quantise(network(), tmp_path / "small.onnx", [IMAGES], [IMAGES])
+        assert [row.name for row in done.rows] == ["pruned", "pruned, quantised"]
+        assert [row.accuracy for row in done.rows] == [None, None]
+
+
+class TestRefusals:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Iterator[Path]:
+        file = tmp_path / "small.onnx"
+        file.write_text("old")
+        yield file
+        assert file.read_text() == "old"
+        assert [*tmp_path.iterdir()] == [file]
+
+    @pytest.mark.parametrize(
+        ("data", "match"),
+        [
+            (([], [IMAGES]), "expected samples in `calibration`, got none"),
+            (([IMAGES], []), "expected samples in `test`, got none"),
+            (([{"x": IMAGES}], [IMAGES]), r"`\(inputs, labels\)` in `calibration`, got \(dict, NoneType\)"),
+            (([IMAGES], [(IMAGES, LABELS, LABELS)]), r"in `test`, got \(Tensor, Tensor, Tensor\)"),
+        ],
+    )
+    def test_data(self, data: tuple[list[Any], list[Any]], match: str, file: Path) -> None:
+        with pytest.raises(ValueError, match=match):
+            quantise(network(), file, *data)
+
+    def test_another_format(self, file: Path) -> None:
+        with pytest.raises(ValueError, match=r"suffix `\.onnx`, got 'small\.pte'"):
+            quantise(network(), file.with_suffix(".pte"), [IMAGES], [IMAGES])
+
+    def test_no_folder(self, file: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="expected a folder"):
+            quantise(network(), file.parent / "nowhere" / "small.onnx", [IMAGES], [IMAGES])
+
+    def test_no_network(self, file: Path) -> None:
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+            quantise(3, file, [IMAGES], [IMAGES])  # type: ignore[arg-type]
+
+    def test_a_fixed_batch_size(self, file: Path) -> None:
+        class Loop(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.stack([super(Loop, self).forward(row) for row in x])
+
+        with pytest.raises(ExportError, match="takes batches of any size, got Loop"):
+            quantise(Loop(3, 2), file, [torch.randn(3, 3)], [torch.randn(3, 3)])
+
+    def test_no_classes(self, file: Path) -> None:
+        with pytest.raises(ExportError, match=r"\(samples, classes\), got \[\(48, 1\)\]"):
+            quantise(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), file, [IMAGES], [IMAGES])
+
+    def test_what_onnxruntime_refuses(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refusing(name: str, batches: Any) -> None:
+            raise RuntimeError("no such operator\nsecond line")
+
+        monkeypatch.setattr(quantising, "_Reader", refusing)
+        with pytest.raises(ExportError, match=r"cannot quantise the network \(RuntimeError: no such operator\)"):
+            quantise(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), file, [IMAGES], [IMAGES])
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (95, 100, 0.8882, 0.9785)],
+)
+def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
+    """Values of the literature."""
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
