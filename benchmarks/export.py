@@ -119,16 +119,16 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def listed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = ["network", "format", "image", "parameters left", "batch", "file, KiB", "ms", "largest difference"]
+    columns = ["network", "format", "image", "parameters left", "batch", "file, KiB", "largest difference"]
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * (len(columns) - 2)]
     for row in rows:
         cells = [row["network"], f"`{row['suffix']}`"]
         if "failure" in row:
-            cells += [row["failure"].replace("|", "/"), *[""] * 5]
+            cells += [row["failure"].replace("|", "/"), *[""] * 4]
         else:
             batch = "any" if row["batch_size"] is None else str(row["batch_size"])
             cells += [str(row["side"]), f"{row['left']:.2f}", batch, f"{row['bytes'] / 1024:,.0f}"]
-            cells += [f"{row['latency_ms']:.2f}", f"{row['difference']:.1e}"]
+            cells += [f"{row['difference']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
