@@ -75,7 +75,7 @@ def resnet20() -> tuple[nn.Module, nn.Module, ImageTensors, ImageTensors]:
         budget={"macs": 1 / 2.1},
         criterion=Reconstruction(_DRAWN // _BATCH),
         layers=[f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)],
-        data=train.images[torch.randperm(len(train))[:_DRAWN]].split(_BATCH),
+        data=list(train.images[torch.randperm(len(train))[:_DRAWN]].split(_BATCH)),
         extensions=[SequentialRidge(_DRAWN // _BATCH, strength=0.01, rows=4096)],
     )
     return dense, small.eval(), train, test
