@@ -33,7 +33,10 @@ WRONG: Mapping[str, tuple[object, ...]] = {
     "Unit": ("epochs", "Step", None),
 }
 
-NEEDED: Mapping[str, Mapping[str, object]] = {"SklearnEstimator": {"estimator": "sklearn.tree.DecisionTreeClassifier"}}
+NEEDED: Mapping[str, Mapping[str, object]] = {
+    "PrunedModel": {"model": torch.nn.Linear(1, 1)},
+    "SklearnEstimator": {"estimator": "sklearn.tree.DecisionTreeClassifier"},
+}
 
 CASES = [
     pytest.param(kind, field.name, value, id=f"{kind.__name__}-{field.name}-{value!r}")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.api.portable import load, save
+from lightning_prune.arguments import Settings
 from lightning_prune.extras import require
 from lightning_prune.reporting.grid import Grid, count, share
 from lightning_prune.reporting.report import Report
@@ -25,7 +26,7 @@ _LIBRARY, _WEIGHTS, _CARD = "lightning-prune", "model.safetensors", "README.md"
 
 
 @dataclass(frozen=True, eq=False)
-class PrunedModel:
+class PrunedModel(Settings):
     """A pruned network that is saved to and loaded from the Hugging Face Hub, or a folder.
 
     The mixins of huggingface_hub build the network by ``cls(...)``, in its dense form, into which narrow weights do
@@ -62,10 +63,7 @@ class PrunedModel:
 
     def __post_init__(self) -> None:
         require_network(self.model)
-        if self.report is not None and not isinstance(self.report, Report):
-            raise TypeError(
-                f"PrunedModel: expected `report` to be a report of `prune` or a callback, got {self.report!r}."
-            )
+        super().__post_init__()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and a model card, ``README.md``, which is not written over.

@@ -185,7 +185,7 @@ class TestRefusals:
     def test_what_is_no_network_or_report(self) -> None:
         with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got a str"):
             PrunedModel("resnet18")  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"expected `report` to be a report of .*, got 0\.5"):
+        with pytest.raises(TypeError, match=r"expected `report` to be .*Report or None, got 0\.5"):
             PrunedModel(mlp(), 0.5)  # type: ignore[arg-type]
 
     def test_without_huggingface_hub(
