@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, ModelPruning
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
@@ -22,6 +22,9 @@ from lightning_prune import LinearSchedule, OneShot, StructuredPruning, Taylor, 
 from lightning_prune.packages import beside, both
 from lightning_prune.surgery import history_of
 from tests.callbacks.small import loaders
+
+# Not by an import statement, which is that of the other package where the whole suite runs with it.
+LIGHTNING = import_module("lightning.pytorch")
 
 
 class Other(pl.LightningModule):
@@ -99,14 +102,14 @@ def test_lightnings_own_pruning_is_refused_beside_it(tmp_path: Path) -> None:
 
 def test_its_module_in_the_trainer_of_the_other_package_is_refused_by_lightning(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="LightningModule"):
-        Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path).fit(Other(), *loaders())
+        LIGHTNING.Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path).fit(Other(), *loaders())
 
 
 def test_classes_of_both_packages() -> None:
-    assert both(LightningModule) == (LightningModule, pl.LightningModule)
-    assert beside(LightningModule, Other()) is pl.LightningModule
-    assert beside(LightningModule, LightningModule()) is LightningModule
-    assert beside(LightningModule, nn.Linear(1, 1)) is LightningModule
+    assert both(LIGHTNING.LightningModule) == (LIGHTNING.LightningModule, pl.LightningModule)
+    assert beside(LIGHTNING.LightningModule, Other()) is pl.LightningModule
+    for instance in (LIGHTNING.LightningModule(), nn.Linear(1, 1)):
+        assert beside(LIGHTNING.LightningModule, instance) is LIGHTNING.LightningModule
 
 
 def test_the_other_package_is_not_imported_for_it() -> None:
