@@ -47,7 +47,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
             kept = torch.arange(0, width, 2)
             whole = _factors(own, weight, inputs)
             narrow = _factors(own, weight[kept], inputs[:, kept])
-    except Exception:
+    except Exception:  # whatever a module raises for these inputs, it is another one
         return False
     expected = whole[:1]
     return all(
@@ -61,5 +61,5 @@ def _factors(norm: Any, weight: Tensor, inputs: Tensor) -> Tensor:
     shapes = {"weight": tuple(norm.weight.shape)}
     norm.weight = nn.Parameter(weight, requires_grad=False)
     refresh(norm, shapes)
-    outputs: Tensor = norm(inputs)
+    outputs: Tensor = norm.forward(inputs)  # the user's hooks must not see these numbers
     return outputs / (inputs / inputs.square().mean(1, keepdim=True).sqrt())

@@ -123,3 +123,10 @@ def test_other_modules_are_none() -> None:
 
 def test_in_half_precision() -> None:
     assert rms_norms(network(Norm).bfloat16()) == {"1", "4"}
+
+
+def test_hooks_do_not_see_the_random_numbers() -> None:
+    net, seen = network(Norm), []
+    net[1].register_forward_hook(lambda *args: seen.append(args))
+    assert rms_norms(net) == {"1", "4"}
+    assert not seen
