@@ -42,6 +42,10 @@ FIRST = {
         "--checkpoint.monitor": "metric for the best checkpoint (default: the logged accuracy or loss)",
         "--ckpt_path": "checkpoint to continue from; last: the newest of this name",
     },
+    "What is written": {
+        "--file": "the file to write; for export, its suffix is the format (.onnx, .pt2, .pte, .xml)",
+        "--runtime": "what runs the network on the device: torch or onnxruntime",
+    },
 }
 
 _WIDTH, _COLUMN = 110, 38
@@ -60,23 +64,24 @@ class ShortHelp(_HelpAction):
     ) -> None:
         options = {option for action in parser._actions for option in action.option_strings}
         if "--trainer.callbacks" in options:
-            print(_short(parser, len(options)))
+            print(_short(parser, options))
         else:
             parser.print_help()
         parser.exit()
 
 
-def _short(parser: ArgumentParser, options: int) -> str:
+def _short(parser: ArgumentParser, options: set[str]) -> str:
     command = parser.prog.split()[-1]
     lines = [f"usage: lightning-prune {command} --config RECIPE [--OPTION VALUE ...]", "", parser.description or ""]
     for title, known in FIRST.items():
-        lines += ["", f"{title}:"]
-        for option, text in known.items():
+        shown = {option: text for option, text in known.items() if option in options}
+        lines += ["", f"{title}:"] if shown else []
+        for option, text in shown.items():
             first, *rest = wrap(text, _WIDTH - _COLUMN)
             lines += [f"  {option:<{_COLUMN - 2}}{first}", *(indent(line, " " * _COLUMN) for line in rest)]
     lines += [
         "",
-        f"--help-all lists all {options} options, --model.help CLASS and --data.help CLASS those of a class, and",
+        f"--help-all lists all {len(options)} options, --model.help CLASS and --data.help CLASS those of a class, and",
         "--trainer.callbacks.help CLASS those of a callback. --print_config prints the configuration and exits;",
         "--debug shows the traceback of an error.",
     ]

@@ -21,7 +21,10 @@ from typing_extensions import override
 __all__ = ["COMMANDS", "OneLineParser", "in_one_line", "near", "of_parser", "of_unknown"]
 
 #: The commands of `lightning-prune`.
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "score", "compare", "controls", "study", "recipes")
+COMMANDS = (
+    *("fit", "validate", "test", "predict", "inspect", "score", "export", "latency_script"),
+    *("compare", "controls", "study", "recipes"),
+)
 
 # Packages whose errors are meant for the user.
 _SPEAKING = ("lightning_prune", "lightning")

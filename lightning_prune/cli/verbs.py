@@ -1,7 +1,8 @@
-"""fit, validate, test, predict, inspect and score: LightningCLI with this package's classes and a folder per run."""
+"""The commands of one network (fit, inspect, export, ...): LightningCLI with our classes and a folder per run."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -27,12 +28,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 # Imported so that their classes can be given by short names in YAML and on the command line.
+import lightning_prune.api
 import lightning_prune.callbacks
 import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
 import lightning_prune.scoring.criteria
+from lightning_prune.api.latency_script import Runtime
 from lightning_prune.callbacks.display.wandb_run import log_checkpoints
+from lightning_prune.callbacks.lightning.checkpoints import load_into
 from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.cli import runs
 from lightning_prune.cli.bar import SizeProgressBar
@@ -41,27 +45,32 @@ from lightning_prune.cli.help import ShortHelp
 from lightning_prune.cli.messages import near, of_parser
 from lightning_prune.cli.parser import Parser
 from lightning_prune.data import ImageData
+from lightning_prune.surgery import history_of
 
 __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 
 _DESCRIPTION = (
     "Prune networks while Lightning trains them. `lightning-prune recipes` lists, shows and copies the bundled "
     "experiments; `--config` takes their names as well as files. `lightning-prune compare` compares finished runs, "
+    "`lightning-prune export` writes a trained network to a file for another runtime, "
     "`lightning-prune controls` runs a pruning fit beside what the same training gives without it, and "
     "`lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; `--debug` shows the "
     "traceback of an error."
 )
 
+# Commands of `PruningTrainer` that write no folder of a run.
+_WITHOUT_FOLDER = ("inspect", "export", "latency_script")
+
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer with the additional methods `inspect` and `score`."""
+    """Lightning's Trainer with the additional methods `inspect`, `export`, `latency_script` and `score`."""
 
     def inspect(
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        weights_only: bool | None = None,  # noqa: ARG002
+        weights_only: bool | None = None,
     ) -> None:
         """Print what can be pruned, what cannot, and why.
 
@@ -69,11 +78,69 @@ class PruningTrainer(Trainer):
             model: The network.
             datamodule: Source of the example if the model has no ``example_input_array``.
             ckpt_path: Inspect the network in this checkpoint, with its widths.
-            weights_only: Not used; accepted so that the configuration of a run can be used.
+            weights_only: As in ``test``.
         """
         if ckpt_path is not None:
-            model = lightning_prune.load_from_checkpoint(type(model), ckpt_path)
+            load_into(model, ckpt_path, weights_only)
         rich.print(lightning_prune.inspect(model, example_of(model, datamodule)))
+
+    def export(
+        self,
+        model: LightningModule,
+        file: str,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the network in a checkpoint to a file for another runtime, and verify it there.
+
+        Args:
+            model: The dense network.
+            file: The file to write: .onnx, .pt2 (torch.export), .pte (ExecuTorch) or .xml (OpenVINO).
+            datamodule: The file is verified on its first training batch; without data, on the ``example_input_array``.
+            ckpt_path: The checkpoint.
+            weights_only: As in ``test``.
+
+        Raises:
+            ValueError: If no checkpoint is given.
+        """
+        if ckpt_path is None:
+            raise ValueError(
+                "export: expected a checkpoint, got none. Give --ckpt_path FILE, or last for the newest of the run."
+            )
+        dense = copy.deepcopy(model)
+        load_into(model, ckpt_path, weights_only)
+        samples = None if datamodule is None else _first_batch(datamodule)
+        beside = None if history_of(model) is None else dense
+        rich.print(lightning_prune.export(model, file, samples, dense=beside))
+
+    def latency_script(
+        self,
+        model: LightningModule,
+        file: str = "time_layers.py",
+        runtime: Runtime = "torch",
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write a Python script that measures a latency table of the network on another device.
+
+        Args:
+            model: The network.
+            file: The script to write.
+            runtime: What runs the network there: torch or onnxruntime.
+            datamodule: Source of the example if the model has no ``example_input_array``.
+            ckpt_path: Take the network in this checkpoint, with its widths.
+            weights_only: As in ``test``.
+        """
+        if ckpt_path is not None:
+            load_into(model, ckpt_path, weights_only)
+        lightning_prune.latency_script(model, example_of(model, datamodule), file, runtime=runtime)
+        needed = "numpy and torch" if runtime == "torch" else "numpy and onnxruntime"
+        print(
+            f"Latency script: {file}. Run it on the device, which needs {needed}: python {Path(file).name} --threads 4 "
+            "--out table.json. Then give the table to a pruning callback as `latency_table`."
+        )
 
     def score(
         self,
@@ -151,7 +218,7 @@ class PruningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}, "score": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in (*_WITHOUT_FOLDER, "score")}}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -179,7 +246,8 @@ class PruningCLI(LightningCLI):
             command = next(iter(self._subcommand_parsers))
             raise ValueError(of_parser(error.message, command, self._options(command, words, error.message))) from error
         checkpoint = self.config[self.config.subcommand].ckpt_path
-        if checkpoint not in (None, "last", "best", "hpc", "registry"):
+        named = ("last",) if self.config.subcommand in _WITHOUT_FOLDER else ("last", "best", "hpc", "registry")
+        if checkpoint is not None and checkpoint not in named:
             _check_checkpoint(checkpoint)
 
     def _options(self, command: str, words: Sequence[str], refused: str) -> list[str]:
@@ -197,18 +265,27 @@ class PruningCLI(LightningCLI):
         if config.name is None:
             files = [Path(str(file)).stem for file in config.config or []]
             config.name = "_".join(files) or config.model.class_path.rpartition(".")[2]
+        if self.subcommand in _WITHOUT_FOLDER and config.ckpt_path == "last":
+            parent = self._parent()
+            found = runs.last_checkpoint(parent)
+            if found is None:
+                raise FileNotFoundError(
+                    f"--ckpt_path: expected a run of this name that has a last.ckpt, found none in {parent}. Give "
+                    "--name, or the file."
+                )
+            config.ckpt_path = str(found)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         whole = self.config[self.subcommand]
         config = whole.trainer
-        leaves_nothing = self.subcommand == "inspect" or config.fast_dev_run
+        leaves_nothing = self.subcommand in _WITHOUT_FOLDER or config.fast_dev_run
         folder = None if leaves_nothing else self._folder()
         if folder:
             kwargs["default_root_dir"] = str(folder)
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(folder, _tags(whole)) if folder and self.subcommand != "score" else False
-        if self.subcommand != "inspect":
+        if self.subcommand not in _WITHOUT_FOLDER:
             built = self._get(self.config_init, "trainer"), self._get(self.config_init, "checkpoint")
             kwargs["callbacks"] = with_checkpoints(*built)
         if config.enable_progress_bar is not False and "callbacks" in kwargs:
@@ -269,7 +346,7 @@ class PruningCLI(LightningCLI):
 
     def _folder(self) -> Path:
         config = self.config[self.subcommand]
-        parent = Path(config.trainer.default_root_dir or "runs") / config.name
+        parent = self._parent()
         checkpoint = runs.last_checkpoint(parent) if config.ckpt_path == "last" else config.ckpt_path
         earlier = runs.of_checkpoint(Path(checkpoint)) if checkpoint else None
         if earlier is not None and self.subcommand == "fit":
@@ -280,11 +357,20 @@ class PruningCLI(LightningCLI):
         self._made = rank_zero_only(runs.new)(parent)
         return self._made or runs.latest(parent) or parent
 
+    def _parent(self) -> Path:
+        """The folder of all runs of this name."""
+        config = self.config[self.subcommand]
+        return Path(config.trainer.default_root_dir or "runs", config.name)
+
 
 def example_of(model: LightningModule, datamodule: LightningDataModule | None) -> Any:
     """The first training batch, if the model has no ``example_input_array`` and there is data."""
     if model.example_input_array is not None or datamodule is None:
         return None
+    return _first_batch(datamodule)
+
+
+def _first_batch(datamodule: LightningDataModule) -> Any:
     datamodule.prepare_data()
     datamodule.setup("fit")
     return next(iter(datamodule.train_dataloader()))

@@ -7,7 +7,8 @@ import pytest
 from lightning_prune.cli import main
 from lightning_prune.cli.help import FIRST
 
-OPTIONS = [option for known in FIRST.values() for option in known]
+WRITTEN = {"export": ["--file"], "latency_script": ["--file", "--runtime"]}
+OPTIONS = [option for known in FIRST.values() for option in known if option not in WRITTEN["latency_script"]]
 
 
 def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -28,6 +29,14 @@ def test_twenty_options_come_first(word: str, capsys: pytest.CaptureFixture[str]
     assert "--help-all" in text
 
 
+@pytest.mark.parametrize("command", WRITTEN)
+def test_commands_that_write_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown([command, "--help"], capsys)
+    for option in OPTIONS + WRITTEN[command]:
+        assert f"\n  {option} " in text
+    assert ("--runtime" in text) == ("--runtime" in WRITTEN[command])
+
+
 def test_all_options_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(["fit", "--help-all"], capsys)
     for option in (*OPTIONS, "--trainer.barebones", "--model.help", "--print_config"):
@@ -38,5 +47,5 @@ def test_all_options_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 def test_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(["--help"], capsys)
     assert text.startswith("usage: lightning-prune ")
-    for command in ("fit", "validate", "test", "predict", "inspect", "score", "recipes", "compare", "study"):
+    for command in ("fit", "validate", "test", "predict", "inspect", "score", "export", "recipes", "compare", "study"):
         assert command in text

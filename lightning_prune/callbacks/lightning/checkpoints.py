@@ -12,6 +12,7 @@ from threading import RLock
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.cloud_io import _load as read
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -19,7 +20,7 @@ from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.packages import both
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 
-__all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint"]
+__all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint", "load_into"]
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -106,6 +107,29 @@ def load_from_checkpoint(
                 del model_class.on_load_checkpoint
             else:
                 model_class.on_load_checkpoint = before  # type: ignore[method-assign]
+
+
+def load_into(module: LightningModule, checkpoint_path: str | Path, weights_only: bool | None = None) -> None:
+    """Give a module, built with the arguments it had, the widths and weights of a checkpoint, on the CPU.
+
+    Unlike `load_from_checkpoint`, it needs no ``save_hyperparameters()``.
+
+    Raises:
+        HistoryError: If the checkpoint is of another architecture or its history is damaged.
+        ValueError: If the file is incomplete, no checkpoint of a Trainer, or of other shapes without a history.
+    """
+    keep_history(module)
+    try:
+        checkpoint = read(checkpoint_path, map_location="cpu", weights_only=weights_only is not False)
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise KeyError("pytorch-lightning_version")
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    except (KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        message = _cause(error, Path(checkpoint_path), type(module))
+        if message is None:
+            raise
+        raise ValueError(message) from error
 
 
 def _cause(error: Exception, file: Path, model_class: type[LightningModule]) -> str | None:
