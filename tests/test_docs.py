@@ -156,9 +156,8 @@ def test_commands_are_understood(
                 assert verb == "compare" or recipes.experiment(options[1])
             parsed(partial(main, [verb, *options]), monkeypatch)
         case ("lightning-prune", *options):
-            Path("runs/mine/001").mkdir(parents=True)
-            for file in ("mine.yaml", "runs/mine/001/config.yaml"):
-                Path(file).write_text(recipes.path("digits_mlp_contribution").read_text())
+            recipes.copy("digits_mlp_contribution", Path("mine.yaml"))
+            recipes.copy("digits_mlp_contribution", Path("runs/mine/001/config.yaml"))
             Path("my_data.yaml").write_text("class_path: Digits\n")
             Path("my_package.py").write_text("from lightning_prune.models import MLPClassifier as MyModule\n")
             monkeypatch.syspath_prepend(in_tmp)
