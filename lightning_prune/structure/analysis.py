@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,6 @@ class Analysis:
                 f"{type(traced.model).__name__} cannot be copied for analysis ({type(error).__name__}: {error}). "
                 "Pruning runs a copy of the network on fake tensors; make `copy.deepcopy(model)` work, or keep what it "
                 "cannot copy outside of the module."
-                "be copied outside of the module."
             ) from error
         self.notes += self.first.notes
         self.labels = {
@@ -237,7 +236,7 @@ class Analysis:
         for group in groups:
             names[group.name] = names.get(group.name, 0) + 1
             suffix = f"#{names[group.name]}" if names[group.name] > 1 else ""
-            self.groups.append(Group(group.name + suffix, group.width, group.members))
+            self.groups.append(replace(group, name=group.name + suffix))
 
     def _learns(self, group: Group) -> bool:
         """Whether a parameter has these units, other than as an axis of length 1 that no layer produces.

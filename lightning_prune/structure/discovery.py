@@ -164,10 +164,19 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         The best analysis.
     """
     _find(analysis, trial=trial)
+    frozen = analysis.atoms.frozen()
+    splits = {
+        key: parts
+        for key, (parts, labels) in analysis.tracer.splits.items()
+        if len(parts) > 1 and frozen[analysis.atoms.find(np.concatenate(labels))].any()
+    }
+    # Queries and keys of other widths are split by other sizes, and are heads of one attention.
+    together = {key: parts[-2] for key, parts in splits.items()}
     choices: dict[SplitKey, int] = {}
-    for key, (parts, labels) in analysis.tracer.splits.items():
-        if not analysis.atoms.frozen()[analysis.atoms.find(np.concatenate(labels))].any():
-            continue
+    for key, parts in splits.items():
+        if len(splits) > 1 and _can_cut(analysis.with_choices(together), key):
+            choices = together
+            break
         for part in parts[:-1]:
             if _can_cut(analysis.with_choices({**choices, key: part}), key):
                 choices[key] = part
@@ -200,4 +209,7 @@ def _can_cut(analysis: Analysis, key: SplitKey) -> bool:
     analysis.find_groups()
     atoms = analysis.atoms.find(np.concatenate(analysis.tracer.splits[key][1]))
     groups = [g for g in analysis.groups if g.width > 1 and np.isin(analysis.atoms_of(g), atoms).any()]
-    return bool(groups) and Trials(analysis).attempt(groups, follow=all(g.width > 2 for g in groups)) is None
+    if not groups:
+        return False
+    trials, follow = Trials(analysis), all(g.width > 2 for g in groups)
+    return trials.attempt(groups, follow) is None or trials.with_sizes(groups[0], follow) is not None

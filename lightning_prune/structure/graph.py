@@ -78,11 +78,14 @@ class Group:
         name: First layer in the order of execution that produces the units.
         width: Number of units.
         members: All axes of the units, producers first.
+        sizes: Integer attributes of modules that follow the width, as axes without contents: a member called
+            ``blocks.0.attn.num_heads`` with as many positions as its value (see `SizeAttribute`).
     """
 
     name: str
     width: int
     members: tuple[Member, ...]
+    sizes: tuple[Member, ...] = ()
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -97,18 +100,20 @@ class Group:
     def take(self, kept: Sequence[int], axes: Axes) -> Group:
         """The group after a cut that keeps the units ``kept``, its positions renumbered along ``axes``."""
         rows = np.asarray(kept, dtype=np.int64)
-        members = []
-        for member in self.members:
+
+        def narrow(member: Member) -> Member:
             index = member.index[rows]
             survivors = axes.get(member.tensor, {}).get(member.dim)
-            if survivors is not None:
-                index = np.searchsorted(survivors, index)
-            members.append(replace(member, index=index))
-        return Group(self.name, len(rows), tuple(members))
+            return replace(member, index=index if survivors is None else np.searchsorted(survivors, index))
+
+        return Group(self.name, len(rows), tuple(map(narrow, self.members)), tuple(map(narrow, self.sizes)))
 
     def without_layers(self, drops: Mapping[str, str]) -> Group:
         """The group without its members in removed layers."""
-        return replace(self, members=tuple(m for m in self.members if not _is_dropped(m.tensor, m.dim, drops)))
+        members, sizes = (
+            tuple(m for m in axes if not _is_dropped(m.tensor, m.dim, drops)) for axes in (self.members, self.sizes)
+        )
+        return replace(self, members=members, sizes=sizes)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ class Structure:
     def axes(self, kept: Mapping[str, Iterable[int]]) -> Axes:
         """Kept positions of every axis that a cut changes, without those of removed layers.
 
+        Sizes in attributes are among them, as dimension 0 of `Group.sizes`.
+
         Args:
             kept: Units to keep per group, ascending, in the current numbering; missing groups keep all units.
 
@@ -220,10 +227,11 @@ class Structure:
             lost[np.fromiter(units, dtype=np.int64)] = False
             if not lost.any():
                 continue
-            for member in group.members:
+            for member in (*group.members, *group.sizes):
                 axis = member.tensor, member.dim
                 if axis not in stays:
-                    stays[axis] = np.ones(self.cost.shapes[member.tensor][member.dim], dtype=np.bool_)
+                    shape = self.cost.shapes.get(member.tensor, (member.index.size,))  # a size has one group
+                    stays[axis] = np.ones(shape[member.dim], dtype=np.bool_)
                 stays[axis][member.index[lost]] = False
         axes: Axes = {}
         for (tensor, dim), mask in stays.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["canonical", "is_within", "named", "options", "refresh", "relax_unflatten", "tensors"]
+__all__ = ["canonical", "is_within", "named", "options", "refresh", "relax_unflatten", "tensors", "updates_widths"]
 
 #: What ``torch.compile`` puts into the names of everything inside a compiled module.
 _COMPILED = "_orig_mod."
@@ -57,6 +57,11 @@ def refresh(module: nn.Module, old_shapes: Shapes) -> None:
             return
     if foreign := _foreign(module):
         foreign[1](module, old_shapes)
+
+
+def updates_widths(module: nn.Module) -> bool:
+    """Whether `refresh` sets the width attributes of this module."""
+    return any(isinstance(module, types) for types, _ in _UPDATES) or _foreign(module) is not None
 
 
 def options(module: nn.Module) -> dict[str, Any]:

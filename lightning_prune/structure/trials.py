@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.structure.analysis import Analysis, TracedRun
 from lightning_prune.structure.atoms import IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import CostModel
-from lightning_prune.structure.graph import Axes, Group, Structure
+from lightning_prune.structure.graph import Axes, Group, Member, Structure
 from lightning_prune.structure.rules import RULES, unknown
+from lightning_prune.structure.size_attributes import candidates, unread
 from lightning_prune.structure.traced_model import first_line
 from lightning_prune.structure.tracing import (
     FakeCopy,
@@ -30,6 +32,8 @@ _LOG = logging.getLogger("lightning_prune")
 _MOST_OPERATORS = 500_000
 #: Minimum number of trials per network.
 _LEAST_TRIALS = 64
+#: Largest number of sizes in attributes that are tried at once.
+_MOST_SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Failure:
     reason: str
     trail: list[IndexArray]
     numbers: bool = False  # whether operators or their numbers differed
+    module: str = ""  # the module of the latest operator
+    position: tuple[int, int] = (0, 0)  # the run that failed, and the number of operators that had run
 
 
 class _Called(TorchFunctionMode):
@@ -71,10 +77,11 @@ class Trials:
         """Run trial cuts, freeze the groups that fail and return the others."""
         groups = self._try_some(groups, [g for g in groups if g.width > 2], follow=True)
         # With one of two units left, axes of length 1 broadcast and couplings cannot be compared, only the script.
-        return self._try_some(groups, [g for g in groups if g.width == 2], follow=False)
+        return self._with_unread_sizes(self._try_some(groups, [g for g in groups if g.width == 2], follow=False))
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
         failed: set[str] = set()
+        resized: dict[str, Group] = {}
         while candidates:
             if not self._is_out_of_trials():
                 failing = self._failing(candidates, follow)
@@ -83,11 +90,64 @@ class Trials:
             if not failing:
                 break
             for group, reason in failing:
+                found = None if group.name in resized else self.with_sizes(group, follow)
+                if found is not None:
+                    resized[group.name] = found
+                    continue
+                failed.add(group.name)
                 for m in group.members:
                     self.analysis.atoms.freeze(self.analysis.labels[m.tensor][m.dim][m.index.ravel()], reason)
-            failed |= {group.name for group, _ in failing}
-            candidates = [g for g in candidates if g.name not in failed]
-        return [g for g in groups if g.name not in failed]
+            candidates = [resized.get(g.name, g) for g in candidates if g.name not in failed]
+        return [resized.get(g.name, g) for g in groups if g.name not in failed]
+
+    def with_sizes(self, group: Group, follow: bool) -> Group | None:
+        """The group with the attributes that a network computes with set to its width, if its cut passes then.
+
+        The cut is repaired where it fails: attributes of the module in which it does are tried, then all others, the
+        fewest first, until it gets further.
+
+        Returns:
+            The group with its `sizes`; None if it fails with all of them, or without any passes alone.
+        """
+        found = candidates(self.analysis.first.module, group)
+        failure = self.attempt([group], follow) if found else None
+        if failure is None:
+            return None
+        while failure is not None:
+            here = [size for size in found.get(failure.module, ()) if size not in group.sizes]
+            others = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
+            further = self._further(group, failure, here, follow) or self._further(group, failure, others, follow)
+            if further is None:
+                return None
+            group, failure = further
+        return group
+
+    def _with_unread_sizes(self, groups: list[Group]) -> list[Group]:
+        """The groups with those attributes too that the network does not compute with, but that name its heads."""
+
+        def with_unread(group: Group) -> Group:
+            found = candidates(self.analysis.first.module, group)
+            others = [size for sizes in found.values() for size in unread(group, sizes) if size not in group.sizes]
+            return replace(group, sizes=(*group.sizes, *others)) if others else group
+
+        whole = [with_unread(group) for group in groups]
+        changed = [new for new, old in zip(whole, groups, strict=True) if new is not old]
+        return whole if changed and self.attempt(changed, follow=False) is None else groups
+
+    def _further(
+        self, group: Group, failure: Failure, found: list[Member], follow: bool
+    ) -> tuple[Group, Failure | None] | None:
+        """The group with some of these sizes, with which its cut passes, or fails later; None if there are none."""
+        for number in range(1, min(len(found), _MOST_SIZES) + 1):
+            for sizes in combinations(found, number):
+                if self._is_out_of_trials():
+                    return None
+                self._count += 1
+                longer = replace(group, sizes=(*group.sizes, *sizes))
+                now = self.attempt([longer], follow)
+                if now is None or now.position > failure.position:
+                    return longer, now
+        return None
 
     def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
         """Groups whose cut fails, with reasons: those at the failing operator, or else found by bisection."""
@@ -144,7 +204,7 @@ class Trials:
         """Run a cut copy and compare its script with the first trace; with `follow`, its couplings too."""
         labels, atoms = self._labels_at(axes), SealedAtoms(self.analysis.atoms)
         tracer = self._second_tracer(atoms)
-        for run in self.analysis.runs:
+        for number, run in enumerate(self.analysis.runs):
             call, copy = run.call, self.analysis.copy(run.kind)
             try:
                 if run.kind == "real":
@@ -158,7 +218,8 @@ class Trials:
                 if follow:
                     atoms.check()
             except Exception as error:
-                return self._failure(error, tracer, atoms if follow else None)
+                failure = self._failure(error, tracer, atoms if follow else None)
+                return replace(failure, position=(number, len(tracer.script)))
             finally:
                 tracer.forget()
         return None
@@ -209,7 +270,8 @@ class Trials:
         trail = [self._roots(flat_tensors(*arguments), tracer) for arguments in reversed(tracer.trail)]
         if isinstance(error, MismatchError) and error.atoms.size:
             trail = [error.atoms]
-        return Failure(f"{type(error).__name__}: {first_line(error)}", trail, isinstance(error, NumberError))
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Failure(reason, trail, isinstance(error, NumberError), tracer.module)
 
     def _roots(self, inputs: Sequence[torch.Tensor], tracer: Tracer) -> IndexArray:
         axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]

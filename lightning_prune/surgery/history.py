@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.structure import Size
 from lightning_prune.structure.cost import LatencyTable
@@ -16,6 +17,7 @@ from lightning_prune.structure.graph import Axes, Structure
 from lightning_prune.structure.latency import measure_latency
 from lightning_prune.structure.latency_file import read_table
 from lightning_prune.structure.layers import is_within, options, tensors
+from lightning_prune.structure.size_attributes import size_attributes
 from lightning_prune.structure.traced_model import TracedModel
 from lightning_prune.surgery import plain
 from lightning_prune.surgery.depth import layer, templates
@@ -45,6 +47,7 @@ __all__ = [
     "history_or_new",
     "original_of",
     "save_into",
+    "shapes_of",
     "table_of",
 ]
 
@@ -75,22 +78,27 @@ class Dense:
 
     def with_cut(self, model: nn.Module, names: Iterable[str]) -> Dense:
         """Add the state of ``model`` before its tensors ``names`` are cut for the first time."""
-        present, unsaved = named(model), non_persistent(model)
-        touched = {id(present[name]) for name in names}
+        names = set(names)
+        present, unsaved, sizes = named(model), non_persistent(model), size_attributes(model, names)
+        touched = {id(present[name]) for name in names - sizes.keys()}
         buffers = {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched}
         attributes = {
             canonical(prefix): found
             for prefix, module in model.named_modules()
             if any(id(t) in touched for t in tensors(module).values()) and (found := options(module))
         }
+        for name, place in sizes.items():
+            owner = name.rpartition(".")[0]
+            attributes[owner] = {**attributes.get(owner, {}), place.attribute: place.value}
         # Earlier entries take precedence.
-        return replace(self, buffers={**buffers, **self.buffers}, attributes={**attributes, **self.attributes})
+        known = {owner: {**found, **self.attributes.get(owner, {})} for owner, found in attributes.items()}
+        return replace(self, buffers={**buffers, **self.buffers}, attributes={**self.attributes, **known})
 
-    def shape_of(self, name: str, tensor: Tensor) -> Shape:
-        """The dense shape of a tensor that was not cut yet."""
+    def shape_of(self, name: str, shape: Shape) -> Shape:
+        """The dense shape of a tensor that was not cut yet, given its shape now."""
         owner, _, own = name.rpartition(".")
         bare = self.layers.get(owner)
-        return tuple((tensor if bare is None else tensors(bare)[own]).shape)
+        return shape if bare is None else tuple(tensors(bare)[own].shape)
 
     def without(
         self, model: nn.Module, names: Iterable[str], shapes: Mapping[str, Shape], replaced: Collection[str]
@@ -144,16 +152,18 @@ class History:
         Raises:
             HistoryError: If the edit does not match the model and this history, or does not consist of plain numbers.
         """
-        known, present = self._state_now(), named(model)
+        known, present = self._state_now(), shapes_of(model, edit.axes if isinstance(edit, Keep) else ())
         new: dict[str, Shape] = {}
         if isinstance(edit, Keep):
             edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
             for name in edit.axes:
                 if name not in present:
-                    raise HistoryError(f"Expected the name of a parameter or buffer of the network, got {name!r}.")
+                    raise HistoryError(
+                        f"Expected the name of a parameter, a buffer or a whole number of the network, got {name!r}."
+                    )
             first = [name for name in edit.axes if name not in known.lengths]
             new = {name: self.dense.shape_of(name, present[name]) for name in first}
-            known.lengths |= {name: list(present[name].shape) for name in first}
+            known.lengths |= {name: list(present[name]) for name in first}
             dense = self.dense.with_cut(model, new)
         else:
             for name in map(canonical, edit.modules):
@@ -324,6 +334,18 @@ class History:
         memory = plain.count(original, "memory") if "memory" in original else None
         latency = _table(plain.entry(original, "latency", dict), known.units) if "latency" in original else None
         return cls(shapes, Size(params, macs, widths, memory=memory), edits, latency=latency)
+
+
+def shapes_of(model: nn.Module, names: Iterable[str] = ()) -> dict[str, Shape]:
+    """Shapes of all parameters and buffers that have one, by canonical name.
+
+    Args:
+        model: The network.
+        names: Names of which some may be sizes in attributes (`size_attributes`), whose shape is their value.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in named(model).items() if not is_lazy(tensor)}
+    others = [canonical(name) for name in names if canonical(name) not in shapes]
+    return {**shapes, **{name: (place.value,) for name, place in size_attributes(model, others).items()}}
 
 
 def attach(model: nn.Module, history: History | None) -> None:

@@ -16,6 +16,7 @@ from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.graph import Axes
 from lightning_prune.structure.layers import is_within
+from lightning_prune.structure.size_attributes import size_attributes
 from lightning_prune.surgery.change import Change, CutError, undo_on_error
 from lightning_prune.surgery.depth import restore
 from lightning_prune.surgery.edits import Drop, Keep, Replace, apply, same_effect
@@ -268,9 +269,9 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
     change.edit_attributes(model, lambda: attach_masks(model, {}))
     with torch.inference_mode(False), torch.no_grad():
         restore(change, model, dense.layers)
-        present = named(model)
+        present, sizes = named(model), size_attributes(model, history.shapes)
         for name, shape in history.shapes.items():
-            if name not in dense.buffers:
+            if name not in dense.buffers and name not in sizes:
                 change.assign(present[name], blank(present[name], shape), None)
         for name, buffer in dense.buffers.items():
             content = blank(present[name], buffer.shape)
@@ -297,6 +298,9 @@ def _differences(
 ) -> Iterator[str]:
     """Messages about differences between a checkpoint and the dense network."""
     present, modules = _before(model, mine)
+    named_by_both = {**({} if mine is None else mine.shapes), **({} if history is None else history.shapes)}
+    for name, place in size_attributes(model, named_by_both.keys() - present.keys()).items():
+        present[name] = torch.empty(place.value, device="meta")
     # By `id`, as a tied tensor has several names, of which a history may have only one.
     dense = {id(tensor): tuple(tensor.shape) for tensor in present.values() if not is_lazy(tensor)}
     if mine is not None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import refresh, relax_unflatten, tensors
+from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
 from lightning_prune.surgery.change import Change, CutError, undo_on_error, writable
 from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
@@ -66,6 +68,7 @@ def shrink(
     """Cut a network as part of a ``change``, which is undone if it fails; see :func:`cut`."""
     optimizers, modules = [unwrap(optimizer) for optimizer in optimizers], [model, *copies]
     refuse(optimizers)
+    resized = _resized(modules, axes)
     pieces = _pieces(modules, axes)
     touched = {id(piece.tensor) for piece in pieces}
     # A module may be in both the model and a copy.
@@ -85,8 +88,7 @@ def shrink(
         alive = [change.assign(piece.tensor, *new) for piece, new in zip(pieces, narrow, strict=True)]
         for entries, new_entries in states:
             change.replace_entries(entries, new_entries)
-        for owner, old_shapes in owners.items():
-            change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
+        _set_widths(change, owners, resized)
         _relax_unflatten(change, modules)
         try:
             drop(change, modules, drops or {}, optimizers)
@@ -128,6 +130,16 @@ class _Piece:
     kept: Mapping[int, IndexArray]
 
 
+def _set_widths(
+    change: Change, owners: Mapping[nn.Module, Mapping[str, torch.Size]], resized: Mapping[SizeAttribute, int]
+) -> None:
+    """Set the attributes of layers that follow from their tensors, and sizes in other attributes."""
+    for owner, old_shapes in owners.items():
+        change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
+    for place, value in resized.items():
+        change.set_attributes(place.module, {place.attribute: value})
+
+
 def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:
     for part in (part for module in modules for part in module.modules() if isinstance(part, nn.Unflatten)):
         change.edit_attributes(part, lambda part=part: relax_unflatten(part))  # type: ignore[misc]
@@ -135,6 +147,8 @@ def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:
 
 def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
     """Tensors to cut; tied tensors once."""
+    sizes = size_attributes(modules[0], axes)
+    axes = {name: kept for name, kept in axes.items() if canonical(name) not in sizes}
     shapes = {name: tensor.shape for name, tensor in named(modules[0]).items() if not is_lazy(tensor)}
     pieces: dict[int, _Piece] = {}
     for module in modules:
@@ -152,12 +166,28 @@ def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
     return list(pieces.values())
 
 
+def _resized(modules: list[nn.Module], axes: Axes) -> dict[SizeAttribute, int]:
+    """Sizes in attributes that the axes name, and their values after the cut."""
+    names = {canonical(name): kept for name, kept in axes.items()}
+    resized: dict[SizeAttribute, int] = {}
+    for module in modules:
+        for name, place in size_attributes(module, names).items():
+            kept = names[name].get(0, np.arange(0))
+            if not 0 < len(kept) <= place.value or kept[-1] >= place.value:
+                raise CutError(
+                    f"Cannot cut {name}: expected positions within its value, {place.value}, got {len(kept)} positions"
+                    f"{f' up to {kept[-1]}' if len(kept) else ''}. Nothing has changed."
+                )
+            resized[place] = len(kept)
+    return resized
+
+
 def _require_cuttable(
     name: str, tensor: Tensor | None, shape: tuple[int, ...] | None, kept: Mapping[int, IndexArray]
 ) -> None:
     problem = ""
     if tensor is None:
-        problem = "the network (or one of its copies) has no such parameter or buffer"
+        problem = "the network (or one of its copies) has no such parameter or buffer, nor such a whole number"
     elif is_lazy(tensor):
         problem = "it belongs to a lazy layer and has no shape yet: run one forward pass first"
     elif tensor.shape != shape:

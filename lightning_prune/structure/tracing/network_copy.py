@@ -29,6 +29,7 @@ from lightning_prune.structure.hooks import (
     stored_objects,
 )
 from lightning_prune.structure.layers import canonical, refresh, relax_unflatten, tensors
+from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
 from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
 from lightning_prune.structure.tracing.contexts import (
     SAME_UNITS_IN_BOTH_MODES,
@@ -122,9 +123,15 @@ class FakeCopy:
 
     @contextmanager
     def cut(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
-        """Narrow the copy within the context, given ``{tensor: {dim: kept positions}}``."""
+        """Narrow the copy within the context, given ``{tensor: {dim: kept positions}}``.
+
+        Sizes in attributes (`size_attributes`) are set, too.
+        """
         whole = dict(self.named)
+        sizes = {place: len(axes[name][0]) for name, place in self._sizes(axes).items()}
+        axes = {name: kept for name, kept in axes.items() if name in whole}
         owners = {id(module): module for name in axes for module, _ in self._slots[id(whole[name])]}
+        owners |= {id(place.module): place.module for place in sizes}
         before = [(m, _plain(m), {n: tuple(t.shape) for n, t in tensors(m).items()}) for m in owners.values()]
         try:
             for name, kept in axes.items():
@@ -132,6 +139,8 @@ class FakeCopy:
                 self._put(whole[name], self.named[name])
             for module, _, shapes in before:
                 refresh(module, shapes)
+            for place, value in sizes.items():
+                vars(place.module)[place.attribute] = value
             yield
         finally:
             for name in axes:
@@ -141,6 +150,12 @@ class FakeCopy:
                     delattr(module, name)
                 vars(module).update(plain)
             self.named = whole
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, SizeAttribute]:
+        others = [name for name in names if name not in self.named]
+        found = size_attributes(self.module, others)
+        assert len(found) == len(others), "neither a tensor nor a size of the network"
+        return found
 
     def _put(self, place: torch.Tensor, tensor: torch.Tensor) -> None:
         """Put a tensor into every slot that `place` had originally."""
@@ -164,11 +179,11 @@ class FakeCopy:
     @contextmanager
     def masked(self, axes: Mapping[str, Mapping[int, IndexArray]]) -> Iterator[None]:
         """Set the slices that a cut removes to zero within the context."""
-        whole = {name: self.named[name].detach().clone() for name in axes}
+        whole = {name: self.named[name].detach().clone() for name in axes if name in self.named}
         try:
-            for name, kept in axes.items():
+            for name in whole:
                 tensor = self.named[name].detach()
-                for dim, positions in kept.items():
+                for dim, positions in axes[name].items():
                     gone = np.setdiff1d(np.arange(tensor.shape[dim]), positions)
                     tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
             yield

@@ -82,6 +82,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.first_views: list[Blocks | None] = []
         self.rms_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
+        self.module = ""  # the module of the latest operator
         self._rule_of: dict[Any, Callable[..., None]] = {}
         self._values: dict[int, tuple[torch.Tensor, Value]] = {}
         self._latest: list[tuple[torch.Tensor, Value]] = []
@@ -248,6 +249,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.meta and "device" in kwargs:  # constants are created on the meta device too
             kwargs = {**kwargs, "device": "meta"}
         self.trail.append((args, kwargs))
+        self.module = self.stack[-1] if self.stack else ""
         out = operator.shortcut(*args, **kwargs) if self.meta and operator.shortcut else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)

@@ -1,0 +1,260 @@
+"""Networks that compute with sizes in attributes of their modules, above all attention."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune import load, prune, rebuild, save
+from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.surgery import History, HistoryError, history_of
+from lightning_prune.surgery.edits import Keep
+from lightning_prune.surgery.history import attach, edits_of
+from lightning_prune.surgery.restore import match_checkpoint_shapes
+from lightning_prune.surgery.shrink import CutError, cut, mask
+
+BATCH, TOKENS, WIDTH = 2, 3, 8
+
+
+class Attention(nn.Module):
+    """One layer for queries, keys and values, whose head count and head width are attributes."""
+
+    def __init__(self, heads: int = 4, features: int = 6, width: int = WIDTH) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.inner_dim = heads, features, heads * features
+        self.layer_idx = 4  # equals the number of heads of some tests
+        self.qkv, self.out = nn.Linear(width, 3 * self.inner_dim), nn.Linear(self.inner_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, self.inner_dim)
+        return self.out(x)
+
+
+class Grouped(nn.Module):
+    """Each key–value head serves several query heads, under rotary embeddings; the attributes have odd names."""
+
+    def __init__(self, heads: int = 6, keys: int = 3, features: int = 4) -> None:
+        super().__init__()
+        self.nq, self.nk, self.w = heads, keys, features
+        self.q, self.o = nn.Linear(WIDTH, heads * features), nn.Linear(heads * features, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, keys * features), nn.Linear(WIDTH, keys * features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        angles = torch.arange(tokens, dtype=x.dtype)[:, None] / 10.0 ** torch.arange(2, dtype=x.dtype).repeat(2)
+        q, k = (
+            layer(x).view(batch, tokens, n, self.w).transpose(1, 2)
+            for layer, n in ((self.q, self.nq), (self.k, self.nk))
+        )
+        v = self.v(x).view(batch, tokens, self.nk, self.w).transpose(1, 2)
+        q, k = (part * angles.cos() + _turned(part) * angles.sin() for part in (q, k))
+        times = self.q.out_features // self.k.out_features
+        k, v = (part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for part in (k, v))
+        x = (q @ k.transpose(-2, -1) / 2.0).softmax(-1) @ v
+        return self.o(x.transpose(1, 2).reshape(batch, tokens, self.nq * self.w))
+
+
+def _turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+class Encoder(nn.Module):
+    """Its own width is an attribute, too."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.embed_dim, self.patch_size = WIDTH, WIDTH
+        self.embed, self.block, self.head = nn.Linear(5, WIDTH), block, nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.embed(x), (0, 0, self.patch_size, 0))[:, self.patch_size :]
+        x = x + self.block(x)
+        return self.head(x.reshape(-1, self.embed_dim)).view(len(x), -1)
+
+
+def _encoder(block: nn.Module | None = None) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(Attention() if block is None else block).double()
+
+
+def _example() -> Tensor:
+    return torch.randn(BATCH, TOKENS, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _traced(model: nn.Module) -> Structure:
+    return trace(TracedModel.of(model, _example()))
+
+
+def _values(model: nn.Module) -> dict[str, int]:
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int
+    }
+
+
+def _drawn(structure: Structure, seed: int = 0) -> dict[str, tuple[int, ...]]:
+    draw = np.random.default_rng(seed)
+    return {
+        group.name: tuple(np.sort(draw.permutation(group.width)[: max(1, group.width - 2)]).tolist())
+        for group in structure.groups
+    }
+
+
+@pytest.mark.parametrize("block", [Attention(), Attention(4, 4), Attention(3, 8), Attention(8, 2), Grouped()])
+def test_cut_heads_and_widths_equal_the_masked_network(block: nn.Module) -> None:
+    model, x = _encoder(copy.deepcopy(block)), _example()
+    structure = _traced(model)
+    heads = block.nk if isinstance(block, Grouped) else block.num_heads
+    assert structure.widths == {"embed": WIDTH, structure.groups[1].name: heads}
+    assert structure.reachable["params"] > 0.9
+    for seed in range(3):
+        axes = structure.axes(_drawn(structure, seed))
+        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes)
+        mask(zeroed, axes)
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
+
+
+def test_attributes_follow_and_others_stay() -> None:
+    model = _encoder()
+    before = _values(model)
+    structure = _traced(model)
+    cut(model, structure.axes({"embed": (0, 2, 4, 5, 7), "block.qkv": (1, 3)}))
+    changed = {name: value for name, value in _values(model).items() if value != before[name]}
+    assert {name: changed[name] for name in changed if not name.endswith("_features")} == {
+        ".embed_dim": 5,
+        "block.num_heads": 2,
+        "block.inner_dim": 12,
+    }
+
+
+def test_narrow_network_equals_one_that_was_built_narrow() -> None:
+    model, x = _encoder(), _example()
+    structure = _traced(model)
+    kept, small = np.array([0, 3]), Attention(heads=2).double()
+    rows = (np.arange(3)[:, None, None] * 24 + kept[:, None] * 6 + np.arange(6)).ravel()
+    with torch.no_grad():
+        small.qkv.weight.copy_(model.block.qkv.weight[rows])
+        small.qkv.bias.copy_(model.block.qkv.bias[rows])
+        small.out.weight.copy_(model.block.out.weight[:, rows[:12]])
+        small.out.bias.copy_(model.block.out.bias)
+    expected = copy.deepcopy(model)
+    expected.block = small
+    cut(model, structure.axes({"block.qkv": (0, 3)}))
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+class Literal(Attention):
+    """Its number of heads is written into the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, 24))
+
+
+class Shared(nn.Module):
+    """Two attentions with one number of heads, so that neither can lose heads alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 4
+        self.first, self.second = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24)
+        self.out = nn.Linear(48, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(x).view(*x.shape[:2], self.n, 6) for layer in (self.first, self.second)]
+        return self.out(torch.cat([part.softmax(-1).flatten(2) for part in parts], -1))
+
+
+@pytest.mark.parametrize("block", [Literal(), Shared()])
+def test_what_no_attribute_repairs_is_frozen(block: nn.Module) -> None:
+    structure = _traced(_encoder(copy.deepcopy(block)))
+    assert structure.widths == {"embed": WIDTH}
+    assert any(frozen.layer.startswith("block.") for frozen in structure.frozen)
+
+
+def test_undoing_a_cut_restores_attributes() -> None:
+    model, x = _encoder(), _example()
+    before, expected = _values(model), model(x).detach()
+    change = cut(model, _traced(model).axes({"embed": (0, 1), "block.qkv": (2,)}))
+    assert _values(model) != before
+    change.undo()
+    assert _values(model) == before
+    assert torch.equal(model(x), expected)
+
+
+def test_history_replays_and_widens() -> None:
+    model, x = _encoder(), _example()
+    dense = copy.deepcopy(model)
+    structure, history = _traced(model), None
+    checkpoints = []
+    for number, kept in enumerate(({"embed": (0, 1, 2, 3, 5, 6), "block.qkv": (0, 2, 3)}, {"block.qkv": (0, 2)})):
+        history = history_of(model) or History.begin(structure)
+        for edit in edits_of(structure, kept, 0, 0, number):
+            history = history.add(edit, model)
+        cut(model, structure.axes(kept))
+        attach(model, history)
+        structure = structure.take(kept)
+        plain = History.from_plain(history.to_plain())
+        checkpoints.append((plain, copy.deepcopy(model.state_dict()), _values(model), model(x).detach()))
+    for here in (dense, model):  # from the dense network on, and back from the narrowest
+        for plain, weights, values, outputs in checkpoints:
+            match_checkpoint_shapes(here, weights, plain, strict=True)
+            here.load_state_dict(weights)
+            assert _values(here) == values
+            assert torch.equal(here(x), outputs)
+    match_checkpoint_shapes(model, {}, None)
+    assert _values(model) == _values(_encoder())
+    again = _traced(dense)
+    assert again.widths == structure.widths
+    assert {m.tensor for g in again.groups for m in g.sizes} == {m.tensor for g in structure.groups for m in g.sizes}
+
+
+def test_history_of_another_number_of_heads_is_refused() -> None:
+    model = _encoder()
+    structure = _traced(model)
+    history = History.begin(structure).add(edits_of(structure, {"block.qkv": (0, 1)}, 0, 0, 0)[0], model)
+    other = _encoder()
+    other.block.num_heads = 8
+    with pytest.raises(HistoryError, match=r"block.num_heads was \[4\] before it was cut, here it is \[8\]"):
+        match_checkpoint_shapes(other, {}, history)
+    assert other.block.num_heads == 8
+
+
+def test_positions_beyond_a_size_are_refused() -> None:
+    model = _encoder()
+    with pytest.raises(CutError, match="expected positions within its value, 4, got 2 positions up to 4"):
+        cut(model, {"block.num_heads": {0: np.array([0, 4])}})
+    with pytest.raises(CutError, match="got 0 positions"):
+        cut(model, {"block.num_heads": {0: np.array([], dtype=np.int64)}})
+    edit = Keep({"block.depth": {0: np.array([0])}}, {}, 0, 0, 0)
+    with pytest.raises(HistoryError, match="whole number"):
+        History.begin(_traced(model)).add(edit, model)
+    assert model.block.num_heads == 4
+
+
+def test_files_restore_attributes(tmp_path) -> None:
+    model, x = _encoder(), _example()
+    prune(model, x, pruning_ratio=0.5)
+    assert model.block.num_heads == 2
+    save(model, tmp_path / "small.safetensors")
+    rebuild(model, tmp_path / "small.py")
+    loaded = load(_encoder(), tmp_path / "small.safetensors")
+    defined: dict[str, object] = {}
+    exec((tmp_path / "small.py").read_text(), defined)
+    rebuilt = defined["load"](_encoder(), str(tmp_path / "small.safetensors"))
+    for again in (loaded, rebuilt):
+        assert _values(again) == _values(model)
+        assert torch.equal(again(x), model(x))
