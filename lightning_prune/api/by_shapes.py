@@ -5,14 +5,18 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.api.inspecting import traced_model_for
 from lightning_prune.api.portable import require_real, tensors_of
+from lightning_prune.structure import Structure, trace
 from lightning_prune.structure.graph import Axes
+from lightning_prune.structure.layers import is_within
+from lightning_prune.structure.size_attributes import modules_with_heads
 from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import HistoryError, history_of
 from lightning_prune.surgery.compiled import reset_compiled
@@ -27,26 +31,28 @@ Module = TypeVar("Module", bound=nn.Module)
 _ZIP = b"PK\x03\x04"
 
 
-def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor]) -> Module:
+def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor], example: Any = None) -> Module:
     """Load a plain ``state_dict`` of a narrow network into a newly built dense one, in place, by the shapes in it.
 
     For weights that come without the history that `save` stores: from ``torch.save(model.state_dict())``, after
     `strip`, or from another library. Each layer gets the widths of its tensors. That is the pruned network if nothing
-    but widths has changed. Groups stay as many as they are, but for depthwise convolutions and instance norms; so do
-    numbers that only code holds, such as that of attention heads. The loaded network has no history: amounts of
-    further pruning refer to its present size.
+    but widths has changed. Groups stay as many as they are, but for depthwise convolutions and instance norms. Numbers
+    that modules hold, such as that of attention heads, follow only if an example is given. The loaded network has no
+    history: amounts of further pruning refer to its present size.
 
     Args:
         model: The network as it was built before it was pruned.
         weights: A safetensors file, a file of ``torch.save`` (read with ``weights_only=True``), or the tensors by name.
+        example: A batch of inputs, as for `prune`. The dense network is traced with it, to find what follows the
+            widths; required if an attention may have lost heads.
 
     Returns:
         The network, in the mode it was in.
 
     Raises:
         HistoryError: If the names are not those of the network, a tensor is larger than the network's, or shapes do
-            not tell all: layers were removed, or a buffer that is not in the ``state_dict`` may have been cut. The
-            network is unchanged.
+            not tell all: layers were removed, an attention may have lost heads and no example is given, or a buffer
+            that is not in the ``state_dict`` may have been cut. The network is unchanged.
 
     Example:
         >>> import torch
@@ -77,7 +83,12 @@ def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor]) ->
         pairs = zip(narrow[name].shape, here[name].shape, strict=False)
         axes[name] = {dim: np.arange(now) for dim, (now, dense) in enumerate(pairs) if now != dense}
     axes = {name: kept for name, kept in axes.items() if kept}
-    if problems := [*_problems(narrow, here), *_unsaved(network, axes, here)]:
+    problems = [*_problems(narrow, here), *_unsaved(network, axes, here)]
+    if not problems and example is not None:
+        axes |= _sizes(trace(traced_model_for(network, example)), axes)
+    elif not problems:
+        problems = list(_heads(network, axes))
+    if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise HistoryError(
             f"expected the weights of this {type(network).__name__}, of which shapes tell how narrow it is: "
@@ -86,6 +97,37 @@ def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor]) ->
     reset_compiled(network)
     load_narrow(network, axes, narrow)
     return model
+
+
+def _heads(network: nn.Module, axes: Axes) -> Iterator[str]:
+    """Modules that may have fewer attention heads, a number that no shape tells."""
+    cut = [name.rpartition(".")[0] for name, kept in axes.items() if 0 in kept]
+    for name in modules_with_heads(network):
+        if any(is_within(layer, [name]) for layer in cut):
+            yield f"{name} may have lost attention heads, which no shape tells: give an `example`, too"
+
+
+def _sizes(structure: Structure, axes: Axes) -> Axes:
+    """Sizes in attributes that follow the widths of these axes."""
+    found: Axes = {}
+    for group in (group for group in structure.groups if group.sizes):
+        whole = next((m for m in group.members if m.index.size == structure.cost.shapes[m.tensor][m.dim]), None)
+        if whole is None:
+            raise HistoryError(
+                f"expected an axis with the units of {group.name!r} alone, from whose length their number follows, but "
+                "others share each of them. Nothing has changed. Use `save` where it was pruned, and `load`."
+            )
+        positions = axes.get(whole.tensor, {}).get(whole.dim)
+        if positions is None:
+            continue
+        units, rest = divmod(len(positions), whole.index.shape[1])
+        if rest:
+            raise HistoryError(
+                f"expected units of {whole.index.shape[1]} positions each along dimension {whole.dim} of "
+                f"{whole.tensor}, got {len(positions)}. Nothing has changed. The weights are of another network."
+            )
+        found.update((size.tensor, {0: np.arange(units * size.index.shape[1])}) for size in group.sizes)
+    return found
 
 
 def _problems(narrow: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.layers import canonical, updates_widths
 
-__all__ = ["SizeAttribute", "candidates", "size_attributes", "unread"]
+__all__ = ["SizeAttribute", "candidates", "modules_with_heads", "size_attributes", "unread"]
 
 #: Names of sizes of attention that its `forward` need not read.
 _HEADS = frozenset({"heads", "n_head", "n_heads", "nhead", "num_attention_heads", "num_heads", "num_key_value_heads"})
@@ -51,6 +51,15 @@ def size_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, SizeAtt
         for name in inside
     )
     return {name: place for name, place in places if type(vars(place.module).get(place.attribute)) is int}
+
+
+def modules_with_heads(model: nn.Module) -> list[str]:
+    """Names of the modules with a number of attention heads in an attribute."""
+    return [
+        canonical(name)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(type(vars(module).get(own)) is int for own in _HEADS)
+    ]
 
 
 def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
