@@ -14,6 +14,7 @@ from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
 from lightning_prune.structure.rms_norms import rms_norms
 from lightning_prune.structure.rules import RULES, unknown
+from lightning_prune.structure.sharding import has_shards, plain_classes
 from lightning_prune.structure.traced_model import StructureError, TracedModel, batch_size_of, describe, first_line
 from lightning_prune.structure.tracing import (
     Blocks,
@@ -72,7 +73,8 @@ class Analysis:
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
         self.tracer.choices = choices or {}
-        self.tracer.rms_norms = rms_norms(traced.model)
+        with plain_classes(traced.model):
+            self.tracer.rms_norms = rms_norms(traced.model)
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
         self.same_in_both_modes: list[Call] = []
@@ -160,7 +162,8 @@ class Analysis:
 
     def _run(self, call: Call) -> None:
         """Trace a call on the cheapest kind of tensors that it runs on."""
-        for kind in KINDS:
+        kinds = KINDS[:-1] if has_shards(self.traced.model) else KINDS  # no process has all weights
+        for kind in kinds:
             counted = self.tracer.macs, self.tracer.written
             self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
             try:
@@ -168,9 +171,9 @@ class Analysis:
             except Exception as error:
                 self.tracer.forget()
                 self.tracer.macs, self.tracer.written = counted
-                if kind == KINDS[-1]:
+                if kind == kinds[-1]:
                     raise
-                dearer = _NAMES[KINDS[KINDS.index(kind) + 1]]
+                dearer = _NAMES[kinds[kinds.index(kind) + 1]]
                 why = f"it does not run on {_NAMES[kind]} ({type(error).__name__}: {first_line(error)})"
                 self.remarks[f"`{call.method}` was traced on {dearer}, which takes longer, as {why}"] = None
                 continue

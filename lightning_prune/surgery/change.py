@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_prune.errors import PruningError
+from lightning_prune.structure.sharding import assign_sharded, is_sharded
 
 __all__ = ["Change", "CutError", "undo_on_error", "writable"]
 
@@ -202,6 +203,9 @@ class _Callback:
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> bool:
+    if is_sharded(tensor):
+        assign_sharded(tensor, data, grad)
+        return False
     # The gradient must have the tensor's shape, so it is set after the data.
     tensor.grad = None
     tensor.data = data

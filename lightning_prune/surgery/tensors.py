@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_prune.structure.graph import IndexArray
 from lightning_prune.structure.layers import canonical, named
+from lightning_prune.structure.sharding import is_sharded, sharded_like, whole
 
 __all__ = ["blank", "canonical", "named", "non_persistent", "take", "zero"]
 
@@ -30,10 +31,11 @@ def non_persistent(model: nn.Module) -> set[str]:
 def take(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tensor:
     """Copy ``tensor`` with only the positions ``kept`` along each given dimension.
 
-    Dtype, device and memory format (channels-last, transposed) are preserved.
+    Dtype, device and memory format (channels-last, transposed) are preserved. A sharded tensor is gathered, and what is
+    kept is sharded likewise.
 
     Args:
-        tensor: A dense tensor, possibly fake or meta.
+        tensor: A dense tensor, possibly fake, meta or sharded.
         kept: Positions to keep, strictly ascending, by dimension; other dimensions are kept whole.
 
     Raises:
@@ -42,6 +44,8 @@ def take(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tens
     _require_dense(tensor)
     for dim, positions in kept.items():
         _require_positions(tensor, dim, positions)
+    if is_sharded(tensor):
+        return sharded_like(take(whole(tensor), kept), tensor)
     # index_select returns a contiguous tensor, so dimensions are permuted to memory order first.
     order = _memory_order(tensor)
     out = tensor.permute(order)
@@ -77,7 +81,9 @@ def zero(tensor: Tensor, kept: Mapping[int, IndexArray | Sequence[int]]) -> Tens
 
 
 def blank(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros of another ``shape`` with the dtype, device and memory order of ``tensor``."""
+    """Zeros of another ``shape`` with the dtype, device, memory order and sharding of ``tensor``."""
+    if is_sharded(tensor):
+        return sharded_like(torch.zeros(tuple(shape), dtype=tensor.dtype, device=tensor.device), tensor)
     order = _memory_order(tensor)
     return tensor.new_zeros([shape[dim] for dim in order]).permute(_inverse(order))
 

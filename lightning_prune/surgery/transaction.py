@@ -37,6 +37,7 @@ def transaction(
     epoch: int = 0,
     step: int = 0,
     cut: int | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> Iterator[Transaction]:
     """Change a network, its optimizers and its averaged copies atomically.
 
@@ -53,6 +54,8 @@ def transaction(
         epoch: Epoch, for the history.
         step: Number of optimizer steps so far, for the history.
         cut: Index of the cut in the schedule, for the history; by default the number of cuts so far.
+        agree: In distributed training, returns whether the verification has succeeded in all processes, given whether
+            it has in this one.
 
     Yields:
         The `Transaction`, which can also be undone later, as long as nothing was trained.
@@ -78,7 +81,7 @@ def transaction(
         >>> net[0], net[2], structure.widths
         (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=5, bias=True), {'0': 4})
     """
-    change = Transaction(model, optimizers, copies, run, epoch=epoch, step=step, cut=cut)
+    change = Transaction(model, optimizers, copies, run, epoch=epoch, step=step, cut=cut, agree=agree)
     try:
         yield change
         change.verify()
@@ -100,6 +103,7 @@ class Transaction(Change):
         epoch: int,
         step: int,
         cut: int | None,
+        agree: Callable[[bool], bool],
     ) -> None:
         super().__init__()
         self.model, self.optimizers, self.copies = model, tuple(optimizers), tuple(copies)
@@ -107,7 +111,7 @@ class Transaction(Change):
         if cut is None:
             cut = 0 if history is None else len({edit.cut for edit in history.edits})
         self.when = (epoch, step, cut)
-        self._run = run
+        self._run, self._agree = run, agree
         self._checked = 0  # steps of the change that are verified
 
     def keep(
@@ -213,7 +217,7 @@ class Transaction(Change):
         """
         if self._run is not None and len(self._done) > self._checked:
             with _as_cut_error():
-                verify(self, self._run, self.model)
+                verify(self, self._run, self.model, self._agree)
         self._checked = len(self._done)
 
     @property

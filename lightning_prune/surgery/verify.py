@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure.hooks import computing_hooks, hook_stores_restored
+from lightning_prune.structure.sharding import is_sharded
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.tensors import named
 
@@ -50,17 +51,23 @@ def check(run: Callable[[], Any], model: nn.Module) -> bool:
         return all(_is_finite(value) for value in values)
 
 
-def verify(change: Change, run: Callable[[], Any], model: nn.Module) -> None:
+def verify(change: Change, run: Callable[[], Any], model: nn.Module, agree: Callable[[bool], bool] = bool) -> None:
     """Verify a changed network; see :func:`check`.
 
     Non-finite values that existed before the change are accepted.
 
+    Args:
+        change: The change.
+        run: Runs a forward pass.
+        model: The network.
+        agree: Whether values are finite in all processes, given whether they are in this one.
+
     Raises:
         CutError: If a pass fails, or outputs or gradients are no longer finite.
     """
-    if not check(run, model):
+    if not agree(check(run, model)):
         with change.undone():
-            if check(run, model):
+            if agree(check(run, model)):
                 raise CutError("the outputs or gradients are no longer finite, before the cut they were")
 
 
@@ -150,6 +157,6 @@ def _leaves(value: object) -> Iterator[Tensor]:
 
 
 def _is_finite(value: Tensor) -> bool:
-    values = value.coalesce().values() if value.is_sparse else value
+    values = value.coalesce().values() if value.is_sparse else value.to_local() if is_sharded(value) else value
     # A sum needs no memory; it may overflow where every number is finite.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())

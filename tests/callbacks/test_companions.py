@@ -43,6 +43,7 @@ from lightning_prune import (
     L2,
     NM,
     ContributionPruning,
+    Fisher,
     HybridPruning,
     LinearSchedule,
     MagnitudePruning,
@@ -506,6 +507,14 @@ def sharded(strategy: type) -> Callable[[Path], None]:
     return case
 
 
+companion("`ModelParallelStrategy` with `fully_shard` (FSDP2)")(accepted(strategy=ModelParallelStrategy(2, 1)))
+
+
+@companion("`ModelParallelStrategy` with masks, repairs, or criteria of gradients")
+def needs_gradients(folder: Path) -> None:
+    run = Trainer(accelerator="cpu", devices=2, logger=False, strategy=ModelParallelStrategy(2, 1))
+    pruning(criterion=Fisher()).setup(run, make(), "fit")
+
+
 companion('`strategy="fsdp"`')(sharded(FSDPStrategy))
-companion("`ModelParallelStrategy`")(sharded(ModelParallelStrategy))
 companion("`DeepSpeedStrategy`")(sharded(DeepSpeedStrategy))

@@ -699,3 +699,13 @@ def test_what_is_no_description_of_a_layer(modules: Any, photograph: Any, same: 
     with pytest.raises(TypeError, match="expected a `LayerSpec` by the name of each module"), transaction(model) as c:
         c.replace(modules, lambda: trace(traced), trace(traced))
     assert same(before, photograph(model))
+
+
+def test_the_verification_of_all_processes_counts(photograph: Any, same: Any) -> None:
+    model = chain()
+    before, answers = photograph(model), iter([False, True])
+    with pytest.raises(CutError, match="no longer finite"):
+        truncate(model, agree=lambda _: next(answers))
+    assert same(photograph(model), before)
+    truncate(model, agree=lambda _: False)  # nor was it before the cut
+    assert not same(photograph(model), before)

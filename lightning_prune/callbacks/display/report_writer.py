@@ -29,6 +29,7 @@ from lightning_prune.reporting.grid import console_for
 from lightning_prune.reporting.pages import Page
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import Size, TracedModel
+from lightning_prune.structure.sharding import has_shards
 
 __all__ = ["Pace", "ReportWriter", "log_now", "split_halves", "step_of"]
 
@@ -174,6 +175,8 @@ class ReportWriter:
         """
         if not self.trainer.is_global_zero:
             return size
+        if has_shards(traced.model):  # no process has room for a copy
+            return replace(size, layers=layer_parameters(traced.model))
         networks = [traced.copy("real").module]
         try:
             if dense is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 
 from lightning_prune.packages import both
+from lightning_prune.structure.sharding import whole
 
 __all__ = ["ManualAverages", "averages", "count_from", "counts", "validation_weights"]
 
@@ -130,4 +131,4 @@ def _form(parameters: dict[str, nn.Parameter]) -> tuple[tuple[str, torch.Size], 
 
 
 def _sample(part: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().flatten()[:_COMPARED].clone() for parameter in part.parameters()]
+    return [whole(parameter.detach()).flatten()[:_COMPARED].clone() for parameter in part.parameters()]

@@ -18,9 +18,10 @@ from torch import nn
 
 from lightning_prune.callbacks.lightning.averages import averages
 from lightning_prune.packages import both
+from lightning_prune.structure.sharding import has_shards
 from lightning_prune.surgery import load_from, save_into, save_masks_into
 
-__all__ = ["StatefulCallback", "keep_history", "load_from_checkpoint", "load_into"]
+__all__ = ["StatefulCallback", "check_states", "keep_history", "load_from_checkpoint", "load_into"]
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -165,12 +166,14 @@ def _load(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     type(module).on_load_checkpoint(module, checkpoint)
     copies: tuple[nn.Module, ...] = ()
     if module._trainer is not None:
-        _check_states(module.trainer, checkpoint)
+        if has_shards(module):  # `sharding.narrow_before_loading` has set the widths
+            return
+        check_states(module.trainer, checkpoint)
         copies = averages(module.trainer)
     load_from(checkpoint, module, *copies, strict=module.strict_loading)
 
 
-def _check_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def check_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Check the states of callbacks before the network changes, as Lightning loads them later."""
     states = checkpoint.get("callbacks", {})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +23,7 @@ from lightning_prune.packages import both
 from lightning_prune.planning import Plan
 from lightning_prune.scoring import Statistic
 from lightning_prune.structure import LatencyTable
+from lightning_prune.structure.sharding import is_sharded
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
         trainer: The run.
 
     Raises:
-        ValueError: For anything but one device or DDP, and for DDP communication hooks with a state.
+        ValueError: For anything but one device, DDP or FSDP2, and for DDP communication hooks with a state.
     """
     strategy = trainer.strategy
     if isinstance(strategy, both(DDPStrategy)) and type(strategy) in both(DDPStrategy):
@@ -69,11 +70,12 @@ def refuse_strategy(name: str, trainer: Trainer) -> None:
                 "the shapes before a cut. Use a hook such as `fp16_compress_hook`."
             )
         return
-    if isinstance(strategy, both(SingleDeviceStrategy)):
+    if isinstance(strategy, (*both(SingleDeviceStrategy), *both(ModelParallelStrategy))):
         return
     raise ValueError(
-        f"{name}: expected one device or DistributedDataParallel, got {type(strategy).__name__}. Use "
-        '`Trainer(devices=1)` or `Trainer(strategy="ddp")`: layers of sharded networks cannot be cut yet.'
+        f"{name}: expected one device, DistributedDataParallel or FSDP2, got {type(strategy).__name__}, whose layers "
+        'cannot be cut. Use `Trainer(devices=1)`, `Trainer(strategy="ddp")`, or `ModelParallelStrategy` with '
+        "`fully_shard` in `configure_model`."
     )
 
 
@@ -215,7 +217,7 @@ def _failures(mine: int) -> int:
 
 
 def assert_same_parameters(module: LightningModule) -> None:
-    """Assert that all processes hold the same parameters.
+    """Assert that all processes hold the same parameters; of sharded ones, that their shapes agree.
 
     Raises:
         DisagreementError: If their shapes or contents differ.
@@ -223,7 +225,7 @@ def assert_same_parameters(module: LightningModule) -> None:
     if not several():
         return
     numbers = [float(p.numel()) for p in module.parameters()]
-    sums = [p.detach().to(torch.float64).sum() for p in module.parameters()]
+    sums = [p.detach().to(torch.float64).sum() for p in module.parameters() if not is_sharded(p)]
     mine = torch.stack([torch.tensor(numbers, device=_device()).double().sum(), *(s.to(_device()) for s in sums)])
     lowest, highest = mine.clone(), mine.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN)

@@ -93,6 +93,11 @@ class NetworkSlimming(StructuredPruning):
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "penalty": repr(self.penalty)}
 
+    @property
+    @override
+    def _needs_whole_network(self) -> str | None:
+        return f"`penalty={self.penalty!r}`"
+
     @override
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
         selected = super()._eligible(structure)

@@ -44,9 +44,10 @@ from lightning_prune.planning import (
 )
 from lightning_prune.reporting import note_latency_table, require, warn_of_kept_units
 from lightning_prune.scoring import L1, Criterion, DataPass, Statistic, bundles_of, score_groups, statistic_of
-from lightning_prune.structure import LatencyTable, Size, Structure, StructureError, TracedModel
+from lightning_prune.structure import CostModel, LatencyTable, Size, Structure, StructureError, TracedModel
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.latency import with_latency
+from lightning_prune.structure.sharding import WholeTensors
 from lightning_prune.surgery import (
     Repair,
     history_of,
@@ -301,6 +302,20 @@ class StructuredPruning(NetworkPruning):
             return "expected no `extensions`, which know of the cuts of one callback only. Leave them out"
         return None
 
+    @property
+    @override
+    def _needs_whole_network(self) -> str | None:
+        statistic = statistic_of(self.criterion, Structure((), (), CostModel((), (), {})))
+        if statistic is not None and (statistic.uses_loss or statistic.collects):
+            return f"`criterion={self.criterion!r}`, which uses {statistic.evidence}"
+        if self.extensions:
+            return f"`extensions={list(self.extensions)!r}`"
+        if self.scope.draws > 1 or self.scope.min_width == 0:
+            return f"`scope={self.scope!r}`, which compares networks or removes layers"
+        if self.target.uses_latency or self.scope.per == "latency":
+            return f"{self.target}, which needs a latency"
+        return None
+
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
         """Groups that the settings and the method allow to prune."""
         return select(structure, self.layers, self.ignore)[0]
@@ -371,7 +386,7 @@ class StructuredPruning(NetworkPruning):
         """Plan of a cut, the same in all processes, scores by group, and values to log."""
         structure, statistic = self._structure, self._observation.statistic
         assert structure is not None
-        tensors = {name: tensor.detach() for name, tensor in named(module).items()}
+        tensors = WholeTensors(named(module))
         if statistic is not None and self._data_at_cut is not None:
             self._let_collect(statistic, module, self._data_at_cut)
         with merged(statistic):

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import is_not
 from typing import Any
 
@@ -29,6 +29,7 @@ from lightning_prune.structure.hooks import (
     stored_objects,
 )
 from lightning_prune.structure.layers import canonical, refresh, relax_unflatten, tensors
+from lightning_prune.structure.sharding import is_mesh, is_sharded, plain_classes
 from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
 from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
 from lightning_prune.structure.tracing.contexts import (
@@ -83,7 +84,8 @@ class FakeCopy:
         self.named: dict[str, torch.Tensor] = {}
         hooks, held = computing_hooks(model) if with_hooks else {}, stored_objects(model)
         replacements = self._replacements(model, memo or {}, held)
-        self.module = _copied(model, replacements)
+        with plain_classes(model):
+            self.module = _copied(model, replacements)
         self.hooks, self.notes = copy_hooks(hooks, model, replacements)
         self._held = [replacements[id(thing)] for thing in held if id(thing) in replacements]
         if prepare is not None:
@@ -110,13 +112,29 @@ class FakeCopy:
         for thing in held:
             if isinstance(thing, torch.Tensor):
                 replacements.setdefault(id(thing), self._own(thing))
+            elif is_mesh(thing):
+                replacements.setdefault(id(thing), thing)
         return replacements
 
     def _replacement(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_sharded(tensor):
+            return self._blank(tensor)
         if self.mode is not None:
             return self.mode.from_tensor(tensor, static_shapes=True)
         replacement = self._own(tensor)
         return nn.Parameter(replacement, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else replacement
+
+    def _blank(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor without content in place of a sharded one."""
+        if self.kind == "real":
+            raise ValueError(
+                "expected a network whose weights are all in this process, to copy them, got one that is sharded by "
+                "`fully_shard`"
+            )
+        with self.mode or nullcontext():
+            device = "meta" if self.mode is None else tensor.device
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("meta") if self.kind == "meta" else tensor.detach().clone()
