@@ -210,15 +210,16 @@ def unit_weights(group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If no weight produces or takes the group's units.
     """
-    return torch.cat(unit_members(group, tensors), dim=1)
+    return torch.cat(list(unit_members(group, tensors)), dim=1)
 
 
-def unit_members(group: Group, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+def unit_members(group: Group, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """The parts of :func:`unit_weights`, one of shape ``(width, n)`` per weight; views where possible."""
     for role in ("out", "in"):
         members = [member for member in group.members if member.role == role]
         if members:
-            return [unit_rows(tensors[m.tensor], m) for m in members]
+            yield from (unit_rows(tensors[m.tensor], m) for m in members)
+            return
     raise ValueError(
         f"group '{group.name}': expected a weight that produces its units or takes them as input, got only "
         f"{', '.join(m.tensor for m in group.members)}. Exclude the layer from pruning."

@@ -159,8 +159,13 @@ def require_supported(model: nn.Module) -> None:
 
     Raises:
         ValueError: If parameters are sharded along another dimension than their first, by tensor parallelism too, or
-            kept on the CPU.
+            kept on the CPU, or PyTorch is older than 2.13.
     """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ValueError(
+            f"expected PyTorch 2.13 or later, whose FSDP2 recovers from a failed pass, got {torch.__version__}. "
+            "Upgrade it."
+        )
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and parameter.placements not in ((Shard(0),), (Replicate(), Shard(0))):
             raise ValueError(

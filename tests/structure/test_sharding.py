@@ -20,6 +20,8 @@ from lightning_prune.structure.sharding import WholeTensors, fit_groups, require
 from lightning_prune.surgery import CutError, history_of, transaction
 from lightning_prune.surgery.tensors import named
 
+pytestmark = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="refused before PyTorch 2.13")
+
 KEPT = {"0": (0, 2, 5, 6), "2": (1, 3, 4)}
 
 
@@ -152,12 +154,15 @@ def test_whole_tensors() -> None:
         assert torch.equal(tensors[name], tensor)
 
 
-def test_what_cannot_be_cut_is_refused() -> None:
+def test_what_cannot_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_supported(sharded())
     with pytest.raises(ValueError, match="CPUOffloadPolicy"):
         require_supported(sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)))
     with pytest.raises(ValueError, match=r"along their first dimension.*0.weight.*Shard\(dim=1\)"):
         require_supported(sharded(shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None))
+    monkeypatch.delattr(FSDPModule, "reset_iter_state")
+    with pytest.raises(ValueError, match=r"expected PyTorch 2\.13 or later"):
+        require_supported(sharded())
 
 
 def test_gradients_without_synchronization_are_refused() -> None:
@@ -172,9 +177,9 @@ def test_gradients_without_synchronization_are_refused() -> None:
 
 
 def test_the_private_parts_of_pytorch_that_we_use() -> None:
-    """PyTorch 2.11 to 2.15 have them; another minor may keep shapes in other places."""
+    """PyTorch 2.13 to 2.15 have them; another minor may keep shapes in other places."""
     minor = tuple(map(int, torch.__version__.split(".")[:2]))
-    assert (2, 11) <= minor <= (2, 15), "look at `structure/sharding.py` before this test is widened"
+    assert (2, 13) <= minor <= (2, 15), "look at `structure/sharding.py` before this test is widened"
     model = sharded()
     model(batch(0)).sum().backward()
     state = model[0]._get_fsdp_state()

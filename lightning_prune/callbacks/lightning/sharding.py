@@ -76,6 +76,9 @@ def _load_checkpoint(trainer: Trainer, checkpoint_path: Any, weights_only: bool 
     strategy, module = trainer.strategy, trainer.lightning_module
     checkpoint = _read(Path(strategy.broadcast(checkpoint_path)), weights_only)
     check_states(trainer, checkpoint)
+    for optimizer in strategy.optimizers:  # those of a fit before, of other shapes; Lightning loads them too
+        optimizer.zero_grad()
+        optimizer.state.clear()
     try:
         load_from(checkpoint, module, strict=module.strict_loading)
     finally:
