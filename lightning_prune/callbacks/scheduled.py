@@ -21,7 +21,7 @@ from lightning_prune.callbacks.display.wandb_run import wandb_run
 from lightning_prune.callbacks.lightning.checkpoints import keep_history
 from lightning_prune.callbacks.lightning.compatibility import require_compatible
 from lightning_prune.callbacks.lightning.progress import is_fast_dev_run, now, run_length
-from lightning_prune.callbacks.lightning.sharding import is_sharding, narrow_before_loading, refuse_sharded
+from lightning_prune.callbacks.lightning.sharding import narrow_before_loading, refuse_sharded
 from lightning_prune.callbacks.lightning.spawned import patch_spawn_launcher, return_history
 from lightning_prune.callbacks.session import CutMade, Participant, Session
 from lightning_prune.planning import CutPoint, LinearSchedule, Schedule, due, reaches
@@ -104,11 +104,6 @@ class ScheduledPruning(Participant):
         return False
 
     @property
-    def _needs_whole_network(self) -> str | None:
-        """What needs a whole network in each process, for messages; None if a sharded one is enough."""
-        return f"`{type(self).__name__}`"
-
-    @property
     def _compares_plans(self) -> bool:
         """Whether the schedule may decide by plans that are made without a cut."""
         return False
@@ -184,12 +179,6 @@ class ScheduledPruning(Participant):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_compatible(self, trainer, pl_module)
-        if is_sharding(trainer) and (reason := self._needs_whole_network) is not None:
-            raise ValueError(
-                f"{type(self).__name__}: expected settings that work with a sharded network, got {reason}. With "
-                "`ModelParallelStrategy`, `StructuredPruning` and `ContributionPruning` can be used with criteria of "
-                "weights (`L1`) and activations (`Contribution`)."
-            )
         narrow_before_loading(trainer)
         Session.join(self, trainer)
         keep_history(pl_module)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_prune import (
     ContributionPruning,
     Fisher,
+    GradualUnfreezing,
     HybridPruning,
     NetworkSlimming,
     Reconstruction,
@@ -64,6 +65,7 @@ REFUSED: dict[str, Any] = {
     "masks": lambda: HybridPruning(0.5),
     "a penalty": lambda: NetworkSlimming(0.5),
     "XGB": lambda: XGBPruning(),
+    "unfreezing": GradualUnfreezing,
     "gradients": lambda: StructuredPruning(0.5, criterion=Fisher()),
     "data at a cut": lambda: StructuredPruning(0.5, criterion=Reconstruction()),
     "repairs": lambda: ContributionPruning(0.5, extensions=[Ridge()]),

@@ -32,6 +32,11 @@ _loading = RLock()
 class StatefulCallback(Callback):
     """A callback whose state in a checkpoint is checked before the network changes."""
 
+    @property
+    def needs_whole_network(self) -> str | None:
+        """What needs a whole network in each process, for messages; None if a sharded one is enough."""
+        return f"`{type(self).__name__}`"
+
     def snapshot_state(self) -> Callable[[], None]:
         """Return a function that restores the current state of the callback."""
         return partial(vars(self).update, dict(vars(self)))

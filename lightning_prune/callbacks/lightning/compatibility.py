@@ -6,13 +6,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_prune.callbacks.lightning.checkpoints import StatefulCallback
 from lightning_prune.callbacks.lightning.processes import refuse_strategy
+from lightning_prune.callbacks.lightning.sharding import is_sharding
 from lightning_prune.packages import both
 
 __all__ = ["require_compatible"]
 
 
-def require_compatible(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+def require_compatible(callback: StatefulCallback, trainer: Trainer, module: LightningModule) -> None:
     """Check that trainer, strategy, callbacks and module support a cut.
 
     Args:
@@ -25,6 +27,12 @@ def require_compatible(callback: Callback, trainer: Trainer, module: LightningMo
     """
     name = type(callback).__name__
     refuse_strategy(name, trainer)
+    if is_sharding(trainer) and (reason := callback.needs_whole_network) is not None:
+        raise ValueError(
+            f"{name}: expected settings that work with a sharded network, got {reason}. With `ModelParallelStrategy`, "
+            "`StructuredPruning` and `ContributionPruning` can be used with criteria of weights (`L1`) and activations "
+            "(`Contribution`)."
+        )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(other, both(ModelPruning)) for other in callbacks):
         raise ValueError(

@@ -95,7 +95,7 @@ class NetworkSlimming(StructuredPruning):
 
     @property
     @override
-    def _needs_whole_network(self) -> str | None:
+    def needs_whole_network(self) -> str | None:
         return f"`penalty={self.penalty!r}`"
 
     @override

@@ -304,7 +304,7 @@ class StructuredPruning(NetworkPruning):
 
     @property
     @override
-    def _needs_whole_network(self) -> str | None:
+    def needs_whole_network(self) -> str | None:
         statistic = statistic_of(self.criterion, Structure((), (), CostModel((), (), {})))
         if statistic is not None and (statistic.uses_loss or statistic.collects):
             return f"`criterion={self.criterion!r}`, which uses {statistic.evidence}"
