@@ -26,7 +26,7 @@ from lightning_prune.structure.traced_model import first_line, require_network, 
 from lightning_prune.structure.tracing import forked_rng
 from lightning_prune.structure.tracing.contexts import mha_fastpath_disabled
 
-__all__ = ["ExportError", "export"]
+__all__ = ["ExportError", "export", "program_of"]
 
 #: Largest difference of an output from the network's, as a share of its largest magnitude.
 _TOLERANCE = 1e-4
@@ -151,7 +151,7 @@ def _attempt(module: nn.Module, samples: Samples, batch_size: int | None, writte
     name, threads, runtime = type(module).__name__, torch.get_num_threads(), written_as.version()
     cure = f"Try another format: {', '.join(f'`{suffix}`' for suffix in FORMATS if suffix != file.suffix)}."
     with _stage(f"`torch.export` cannot follow {name}", _FOLLOWS):
-        program = _program(module, samples, batch_size)
+        program = program_of(module, samples, batch_size)
     with _stage(f"{name} cannot be written as `{file.suffix}`", cure):
         written_as.write(program, file)
     parts = [(0, samples.number), (0, 1)] if batch_size is None else _parts(samples.number, batch_size)
@@ -169,7 +169,7 @@ def _attempt(module: nn.Module, samples: Samples, batch_size: int | None, writte
     return result, partial(run, args, kwargs)
 
 
-def _program(module: nn.Module, samples: Samples, batch_size: int | None) -> ExportedProgram:
+def program_of(module: nn.Module, samples: Samples, batch_size: int | None) -> ExportedProgram:
     """Trace a module by `torch.export`.
 
     Raises:

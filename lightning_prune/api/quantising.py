@@ -1,10 +1,10 @@
-"""Post-training quantisation to 8-bit integers, compared with the float network on test samples."""
+"""Quantisation to integers, after training or by the ranges of training, compared with the float network."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.api.exporting import ExportError, export
+from lightning_prune.api.exporting import ExportError, export, program_of
 from lightning_prune.api.formats import ONNX, Runner
-from lightning_prune.api.samples import milliseconds
+from lightning_prune.api.inspecting import traced_model_for
+from lightning_prune.api.integers import store_integers
+from lightning_prune.api.samples import Samples, milliseconds, tensors_in
 from lightning_prune.extras import require
 from lightning_prune.reporting import Quantised
 from lightning_prune.reporting.quantised import QuantisedRow
 from lightning_prune.structure.traced_model import first_line, require_network
+from lightning_prune.surgery import FakeQuantisation
 
 __all__ = ["quantise"]
+
+# The row of the file.
+_LAST = "pruned, quantised"
+# Has 4-bit integers; read by onnxruntime 1.18 and newer.
+_OPSET = 21
 
 #: Inputs of a batch, and labels if it has them.
 _Batch = tuple[Tensor, Tensor | None]
@@ -31,30 +39,34 @@ _Batch = tuple[Tensor, Tensor | None]
 def quantise(
     model: nn.Module,
     file: str | Path,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | FakeQuantisation,
     test: Iterable[Any],
     *,
     dense: nn.Module | None = None,
 ) -> Quantised:
-    """Quantise a classifier to 8-bit integers after training, in an ONNX file, and compare it with the float network.
+    """Quantise a classifier to integers in an ONNX file, and compare it with the float network.
 
-    Weights are quantised per channel, activations per tensor with the ranges that they have on the calibration samples
-    (onnxruntime's static quantisation; the file holds pairs of QuantizeLinear and DequantizeLinear). Prune first: the
-    ranges are those of the narrow network. The file is run on the test samples before it is moved into its place.
+    With calibration samples, this is quantisation after training: weights are quantised per channel, activations per
+    tensor with the ranges that they have on these samples (onnxruntime's static quantisation). With the
+    `FakeQuantisation` that the network was trained with, the file computes what was trained. Both hold pairs of
+    QuantizeLinear and DequantizeLinear. Prune first: the ranges are those of the narrow network. The file is run on the
+    test samples before it is moved into its place.
 
     Args:
         model: A pruned network, or a dense one, with one input and outputs ``(samples, classes)``. It is not modified.
         file: The file to write, ``.onnx``.
         calibration: Some hundred training samples: batches of inputs or of ``(inputs, labels)``, such as a DataLoader.
+            After quantisation-aware training: ``callback.rounding`` of `QuantisationAware`.
         test: Samples to compare on, other than those: batches of the same kind. With labels the accuracy is measured.
         dense: The network before pruning, for two more rows of the table.
 
     Returns:
         Accuracy, bytes, milliseconds and agreement of predictions with their 95 % interval, as a table of up to four
-        rows: dense, pruned, dense quantised, pruned quantised.
+        rows: dense, pruned, dense quantised (after training only), pruned quantised.
 
     Raises:
-        ValueError: If the suffix or the batches are others than expected.
+        ValueError: If the suffix or the batches are others than expected, or the network was not trained with the
+            `FakeQuantisation`.
         ExportError: If the network cannot be exported or quantised, or its outputs are no ``(samples, classes)``.
         ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing (extra ``export``).
     """
@@ -69,14 +81,23 @@ def quantise(
         raise FileNotFoundError(
             f"quantise: expected a folder for {path.name}, got {str(path.parent)!r}, which is none."
         )
-    ranges, held_out = _batches(calibration, "calibration"), _batches(test, "test")
+    held_out = _batches(test, "test")
+    rounding = calibration if isinstance(calibration, FakeQuantisation) else None
+    if rounding is not None:
+        rounding.require_trained(model)
+    ranges = held_out if isinstance(calibration, FakeQuantisation) else _batches(calibration, "calibration")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         files = {name: _floats(net, Path(folder, f"{name}.onnx"), ranges[0][0]) for name, net in networks.items()}
-        files |= {f"{name}, quantised": _integers(floats, ranges) for name, floats in files.items()}
-        rows = _compared(files, held_out)
-        files["pruned, quantised"].replace(path)
+        references = {}
+        if rounding is not None:
+            files[_LAST] = Path(folder, "trained.onnx")
+            references[_LAST] = _trained_integers(model, rounding, files[_LAST], ranges[0][0])
+        else:
+            files |= {f"{name}, quantised": _integers(floats, ranges) for name, floats in files.items()}
+        rows = _compared(files, held_out, references)
+        files[_LAST].replace(path)
     samples = sum(len(inputs) for inputs, _ in held_out)
-    return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows)
+    return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows, is_trained=rounding is not None)
 
 
 def _batches(data: Iterable[Any], name: str) -> list[_Batch]:
@@ -112,11 +133,32 @@ def _integers(file: Path, batches: Sequence[_Batch]) -> Path:
     tools: Any = require("onnxruntime.quantization", extra=ONNX.extra)
     shapes: Any = require("onnxruntime.quantization.shape_inference", extra=ONNX.extra)
     prepared, quantised = (file.with_name(f"{file.stem}-{step}.onnx") for step in ("prepared", "int8"))
-    with _quantising():
+    with _quantising("onnxruntime cannot quantise"):
         shapes.quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
         reader = _Reader(ONNX().inputs(prepared)[0], batches)
         tools.quantize_static(str(prepared), str(quantised), reader, per_channel=True)
     return quantised
+
+
+def _trained_integers(model: nn.Module, rounding: FakeQuantisation, file: Path, example: Tensor) -> Runner:
+    """Write the file that computes what was trained; returns what was trained, in PyTorch."""
+    traced = traced_model_for(model, example)
+    module = traced.copy("real").module.eval().requires_grad_(False).cpu()
+    rounding.fix(module)
+    with _quantising("PyTorch cannot export"):
+        program = program_of(module, Samples(model, traced.calls[0]), None)
+        converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=_OPSET)
+        assert converted is not None
+        converted.save(str(file))
+        layers = store_integers(file, rounding.weight_bits)
+    if layers == 0:
+        raise ExportError(f"quantise: found no layer of {type(model).__name__} in the file whose inputs are rounded.")
+
+    @torch.no_grad()
+    def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        return tensors_in(module(*args, **kwargs))
+
+    return run
 
 
 class _Reader:
@@ -131,7 +173,7 @@ class _Reader:
 
 
 @contextmanager
-def _quantising() -> Iterator[None]:
+def _quantising(problem: str) -> Iterator[None]:
     """Convert errors of the quantisation, and silence its advice, which has been followed."""
     root = logging.getLogger()
     before, root.disabled = root.disabled, True
@@ -139,15 +181,16 @@ def _quantising() -> Iterator[None]:
         yield
     except Exception as error:
         raise ExportError(
-            f"quantise: onnxruntime cannot quantise the network ({type(error).__name__}: {first_line(error)}). No file "
-            "is left."
+            f"quantise: {problem} the network ({type(error).__name__}: {first_line(error)}). No file is left."
         ) from error
     finally:
         root.disabled = before
 
 
-def _compared(files: dict[str, Path], batches: Sequence[_Batch]) -> tuple[QuantisedRow, ...]:
-    """Run all files on the test samples."""
+def _compared(
+    files: dict[str, Path], batches: Sequence[_Batch], references: Mapping[str, Runner]
+) -> tuple[QuantisedRow, ...]:
+    """Run all files on the test samples, and compare quantised ones with their references or the float network."""
     runs = {name: ONNX().runner(file) for name, file in files.items()}
     one = batches[0][0][:1]
     times = milliseconds([partial(run, (one,), {}) for run in runs.values()])
@@ -156,9 +199,11 @@ def _compared(files: dict[str, Path], batches: Sequence[_Batch]) -> tuple[Quanti
     labels = torch.cat([labels for _, labels in batches if labels is not None]) if has_labels else None
     rows = []
     for (name, file), ms in zip(files.items(), times, strict=True):
-        found, floats = predictions[name], predictions[name.partition(",")[0]]
+        found = predictions[name]
+        own = references.get(name)
+        expected = predictions[name.partition(",")[0]] if own is None else _predictions(own, batches)
         accuracy = None if labels is None else float((found == labels).float().mean())
-        agreed = int((found == floats).sum()) if "," in name else None
+        agreed = int((found == expected).sum()) if "," in name else None
         rows.append(QuantisedRow(name, file.stat().st_size, ms, accuracy, agreed))
     return tuple(rows)
 

@@ -22,6 +22,7 @@ from lightning_prune.callbacks.methods import (
     XGBPruning,
 )
 from lightning_prune.callbacks.network_pruning import Decision, NetworkPruning
+from lightning_prune.callbacks.quantisation_aware import QuantisationAware
 
 __all__ = [
     "ContributionPruning",
@@ -34,6 +35,7 @@ __all__ = [
     "MagnitudePruning",
     "NetworkPruning",
     "NetworkSlimming",
+    "QuantisationAware",
     "ReestimateIfBetter",
     "Rewind",
     "Rollback",

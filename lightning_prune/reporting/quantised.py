@@ -23,8 +23,8 @@ class QuantisedRow:
         bytes: Size of its ONNX file.
         latency_ms: Median time of one sample in milliseconds.
         accuracy: Share of test samples that it classifies right, in [0, 1]; None without labels.
-        agreed: Number of test samples for which it predicts the class that the same network predicts in float32; None
-            for the float32 network itself.
+        agreed: Number of test samples for which it predicts the class that the same network predicts in float32, or
+            after quantisation-aware training, with the rounding of training in PyTorch; None for the float32 network.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Quantised(Shown):
         threads: Number of threads it ran on.
         samples: Number of test samples.
         rows: The networks; the last is the file's.
+        is_trained: Whether the file has the ranges of quantisation-aware training.
     """
 
     file: Path
@@ -51,15 +52,17 @@ class Quantised(Shown):
     threads: int
     samples: int
     rows: tuple[QuantisedRow, ...]
+    is_trained: bool = False
 
     @property
     def agreement(self) -> float:
-        """Share of test samples with the same prediction as in float32, in [0, 1]."""
+        """Share of test samples with the same prediction, in [0, 1]; see `QuantisedRow.agreed`."""
         return (self.rows[-1].agreed or 0) / self.samples
 
     def grids(self) -> tuple[Grid, ...]:
         """The table: a row per network."""
-        columns = ("", "accuracy, %", "KiB", "ms", "same prediction as in float32, %")
+        reference = "training" if self.is_trained else "float32"
+        columns = ("", "accuracy, %", "KiB", "ms", f"same prediction as in {reference}, %")
         rows = tuple(
             (
                 row.name,

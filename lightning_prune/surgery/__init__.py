@@ -3,6 +3,7 @@
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.dead import dead_units, without_dead
 from lightning_prune.surgery.edits import Drop, Edit, Keep, Replace, transform_stored
+from lightning_prune.surgery.fake_quantisation import FakeQuantisation
 from lightning_prune.surgery.history import (
     History,
     HistoryError,
@@ -53,6 +54,7 @@ __all__ = [
     "CutError",
     "Drop",
     "Edit",
+    "FakeQuantisation",
     "Fold",
     "FoldMean",
     "GroupLasso",

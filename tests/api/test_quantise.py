@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import prune, quantise
+from lightning_prune import FakeQuantisation, prune, quantise
 from lightning_prune.api import quantising
 from lightning_prune.api.exporting import ExportError
 from lightning_prune.reporting import wilson
@@ -64,6 +64,86 @@ class TestFourRows:
         done = quantise(network(), tmp_path / "small.onnx", [IMAGES], [IMAGES])
         assert [row.name for row in done.rows] == ["pruned", "pruned, quantised"]
         assert [row.accuracy for row in done.rows] == [None, None]
+
+
+class Rows(nn.Module):
+    """Layers of each kind, with a negative scale of a norm that is folded, and rows of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)),
+            *(nn.BatchNorm2d(8), nn.Flatten(2)),
+        )
+        self.rows, self.norm, self.line = nn.Linear(16, 6), nn.LayerNorm(6), nn.Conv1d(8, 2, 1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.line(self.norm(self.rows(self.features(x)).relu())).flatten(1))
+
+
+def trained(bits: int) -> tuple[Rows, FakeQuantisation]:
+    """A network after three steps with rounding."""
+    torch.manual_seed(0)
+    net, rounding = Rows(), FakeQuantisation(bits)
+    with torch.no_grad():
+        net.features[1].weight[::2] *= -1
+        net.features[4].weight[0] = 0
+        net.head.weight.mul_(10)  # classes that are apart
+    rounding.attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(IMAGES), LABELS).backward()
+        optimizer.step()
+    net.eval()
+    return net, rounding
+
+
+class TestTrainedWithRounding:
+    @pytest.mark.parametrize(("bits", "top"), [(8, 127), (4, 7)])
+    def test_the_file_computes_what_was_trained(self, bits: int, top: int, tmp_path: Path) -> None:
+        net, rounding = trained(bits)
+        with torch.no_grad():
+            expected = net(IMAGES)
+        rounding.detach()
+        done = quantise(net, tmp_path / "small.onnx", rounding, [(IMAGES, LABELS)])
+        assert [*tmp_path.iterdir()] == [done.file]
+        assert [row.name for row in done.rows] == ["pruned", "pruned, quantised"]
+        session = onnxruntime.InferenceSession(str(done.file), providers=["CPUExecutionProvider"])
+        found = torch.as_tensor(session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0])
+        # With 8 bits, biases are rounded, and in a few samples a value between two integers falls to the other side.
+        same = (found - expected).abs().amax(1) < 1e-3 * expected.abs().max()
+        assert same.float().mean() > (0.7 if bits == 8 else 0.9)
+        last = done.rows[-1]
+        assert last.agreed == int((found.argmax(1) == expected.argmax(1)).sum()) >= 45
+        assert last.accuracy == pytest.approx(float((found.argmax(1) == LABELS).float().mean()))
+        assert "same prediction as in training" in str(done)
+        self.check_integers(done.file, net, bits, top)
+
+    def check_integers(self, file: Path, net: Rows, bits: int, top: int) -> None:
+        """All five weights are integers; those of the first layer are the rounded ones, with the norm's sign."""
+        model = onnx.load(file)
+        kind = onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4
+        weights = [t for t in model.graph.initializer if t.data_type == kind and len(t.dims) > 1]
+        assert len(weights) == 5
+        arrays = [torch.as_tensor(onnx.numpy_helper.to_array(t).astype("int32")) for t in weights]
+        weight = net.features[0].weight.detach()
+        integers = (weight / weight.abs().amax((1, 2, 3), keepdim=True) * top).round()
+        expected = (integers * net.features[1].weight.detach().sign().reshape(-1, 1, 1, 1)).int()
+        assert any(torch.equal(array, expected) for array in arrays)
+        assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+        floats = sum(len(t.raw_data) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+        assert floats < 4 * sum(p.numel() for p in net.parameters())
+
+    def test_while_it_rounds(self, tmp_path: Path) -> None:
+        net, rounding = trained(8)
+        with pytest.raises(ValueError, match="expected one that is not attached"):
+            quantise(net, tmp_path / "small.onnx", rounding, [IMAGES])
+        rounding.detach()
+        with pytest.raises(ValueError, match=r"expected the network that was trained with it, got Sequential"):
+            quantise(network(), tmp_path / "small.onnx", rounding, [IMAGES])
+        assert not [*tmp_path.iterdir()]
 
 
 class TestRefusals:
