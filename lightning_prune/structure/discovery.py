@@ -212,4 +212,8 @@ def _can_cut(analysis: Analysis, key: SplitKey) -> bool:
     if not groups:
         return False
     trials, follow = Trials(analysis), all(g.width > 2 for g in groups)
-    return trials.attempt(groups, follow) is None or trials.with_sizes(groups[0], follow) is not None
+    return (
+        trials.attempt(groups, follow) is None
+        or trials.attempt(groups[:1], follow) is None
+        or trials.with_sizes(groups[0], follow) is not None
+    )

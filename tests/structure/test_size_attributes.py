@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,46 @@ def test_what_no_attribute_repairs_is_frozen(block: nn.Module) -> None:
     structure = _traced(_encoder(copy.deepcopy(block)))
     assert structure.widths == {"embed": WIDTH}
     assert any(frozen.layer.startswith("block.") for frozen in structure.frozen)
+
+
+class Biased(nn.Module):
+    """As in T5: the number of heads follows from the width but for a bias, which may be none."""
+
+    def __init__(self, *, has_bias: bool) -> None:
+        super().__init__()
+        self.n_heads, self.features, self.has_bias = 4, 6, has_bias
+        self.q, self.k, self.v, self.o = (nn.Linear(*sizes) for sizes in [(WIDTH, 24)] * 3 + [(24, WIDTH)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], -1, self.features).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3)
+        if self.has_bias:
+            scores = scores + torch.zeros(1, self.n_heads, TOKENS, TOKENS, dtype=x.dtype)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_of_two_attentions_of_which_one_needs_an_attribute() -> None:
+    """Both are split alike, so that heads are chosen for both at once, though they are not cut in the same way."""
+    network = nn.Sequential(nn.Linear(5, WIDTH), Biased(has_bias=False), Biased(has_bias=True)).double()
+    widths = _traced(network).widths
+    assert (widths["1.q"], widths["2.q"]) == (4, 4)
+
+
+class Caching(Attention):
+    """As in transformers: the configuration decides whether keys and values are returned, for the next call."""
+
+    def __init__(self) -> None:
+        super().__init__(width=5)
+        self.config = SimpleNamespace(use_cache=True)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return (super().forward(x), self.qkv(x)) if self.config.use_cache else super().forward(x)
+
+
+def test_a_cache_is_no_output() -> None:
+    network = Caching().double()
+    assert _traced(network).widths == {"qkv": 4}
+    assert network.config.use_cache
 
 
 def test_undoing_a_cut_restores_attributes() -> None:

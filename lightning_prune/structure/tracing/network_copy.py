@@ -90,6 +90,7 @@ class FakeCopy:
         self._held = [replacements[id(thing)] for thing in held if id(thing) in replacements]
         if prepare is not None:
             prepare(self.module)
+        _turn_caches_off(self.module)
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self._registers: list[dict[Any, Any]] = []
         for module in self.module.modules():
@@ -301,6 +302,14 @@ class FakeCopy:
         self.tracked = True
         for name, module in self.module.named_modules():
             vars(module)["forward"] = push_name(module.forward, name, self.stack)
+
+
+def _turn_caches_off(model: nn.Module) -> None:
+    """Let transformers models return no keys and values, which only the network itself reads, in its next call."""
+    for module in model.modules():
+        config = vars(module).get("config")
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # type: ignore[union-attr]
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
