@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.api import (
         PrunedModel,
+        SavedModel,
         export,
+        from_pretrained,
         inspect,
         latency_script,
         load,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         quantise,
         rebuild,
         save,
+        save_pretrained,
         sensitivity,
         strip,
     )
@@ -152,6 +155,7 @@ __all__ = [
     "SPvR",
     "SPvRPruning",
     "SaveEachSize",
+    "SavedModel",
     "ScaleL1",
     "Scope",
     "SequentialRidge",
@@ -164,6 +168,7 @@ __all__ = [
     "XGBoost",
     "__version__",
     "export",
+    "from_pretrained",
     "inspect",
     "latency_script",
     "load",
@@ -173,6 +178,7 @@ __all__ = [
     "quantise",
     "rebuild",
     "save",
+    "save_pretrained",
     "sensitivity",
     "strip",
 ]
@@ -235,6 +241,7 @@ _ROOM_OF = {
     "SPvR": "scoring",
     "SPvRPruning": "callbacks",
     "SaveEachSize": "callbacks",
+    "SavedModel": "api",
     "ScaleL1": "surgery",
     "SequentialRidge": "surgery",
     "Scope": "planning",
@@ -246,6 +253,7 @@ _ROOM_OF = {
     "XGBPruning": "callbacks",
     "XGBoost": "scoring",
     "export": "api",
+    "from_pretrained": "api",
     "inspect": "api",
     "latency_script": "api",
     "load": "api",
@@ -255,6 +263,7 @@ _ROOM_OF = {
     "quantise": "api",
     "rebuild": "api",
     "save": "api",
+    "save_pretrained": "api",
     "sensitivity": "api",
     "strip": "api",
 }

@@ -37,6 +37,7 @@ OPTIONAL = {
     "submitit",
     "timm",
     "torchvision",
+    "transformers",
     "wandb",
     "xgboost",
 }

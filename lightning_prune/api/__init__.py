@@ -3,6 +3,7 @@
 from lightning_prune.api.by_shapes import load_by_shapes
 from lightning_prune.api.exporting import export
 from lightning_prune.api.hub import PrunedModel
+from lightning_prune.api.hugging_face import SavedModel, from_pretrained, save_pretrained
 from lightning_prune.api.inspecting import inspect
 from lightning_prune.api.latency_script import latency_script
 from lightning_prune.api.portable import load, save
@@ -14,7 +15,9 @@ from lightning_prune.api.stripping import strip
 
 __all__ = [
     "PrunedModel",
+    "SavedModel",
     "export",
+    "from_pretrained",
     "inspect",
     "latency_script",
     "load",
@@ -23,6 +26,7 @@ __all__ = [
     "quantise",
     "rebuild",
     "save",
+    "save_pretrained",
     "sensitivity",
     "strip",
 ]
