@@ -384,9 +384,10 @@ def tables(rows: list[dict[str, Any]], held: dict[str, dict[str, int]]) -> str:
 def main() -> None:
     """All rows, and the memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     add_resume(parser)
     given = parser.parse_args()
-    jobs = [{"network": network, "optimizer": optimizer} for network in NETWORKS for optimizer in OPTIMIZERS]
+    jobs = [{"network": network, "optimizer": optimizer} for network in given.networks for optimizer in OPTIMIZERS]
     rows = list(computed(jobs, row, EVIDENCE / "fsdp2" / "rows.jsonl", resume=given.resume))
     held = {}
     for processes in PROCESSES:
