@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.api import standalone
 from lightning_prune.api.portable import tensors_to_store, whole_file
 from lightning_prune.errors import PruningError
-from lightning_prune.structure import TracedModel
+from lightning_prune.structure import TracedModel, attention
 from lightning_prune.structure.layers import is_within, options, tensors
 from lightning_prune.structure.stubs import Constant, Empty
 from lightning_prune.structure.traced_model import require_network, written
@@ -90,14 +90,19 @@ def _text(network: nn.Module, history: History, tied: Mapping[str, str]) -> str:
     layers = {name: parts for name, parts in _changed(network, history) if parts}
     kind = type(network)
     has_stubs = any(isinstance(modules[name], (Constant, Empty)) for name in modules if is_within(name, replaced))
-    functions: list[Any] = [standalone.narrow, standalone.differences, standalone.load]
+    functions: list[Any] = [standalone.narrow, standalone.narrow_layer, standalone.differences, standalone.load]
     functions += [standalone.Empty, standalone.Constant, standalone.positions] if has_stubs else []
+    attentions = [name for name, module in modules.items() if type(module) is attention.MultiheadAttention]
+    sources = [inspect.getsource(one) for one in functions]
+    if attentions:
+        own = inspect.getsource(attention)
+        sources.append(own[own.index("class MultiheadAttention") :])
     shown = {name: f"({kind!r}, lambda: {call})" for name, (kind, call) in replaced.items()}
     blocks = [
         f'"""Makes a narrow {kind.__name__} of a dense one, which is built as it was before it was pruned.\n\n'
         f'    network = load({kind.__name__}(...), "small.safetensors")\n\n'
         'Written by `lightning_prune.rebuild`; it needs PyTorch, and safetensors to read such a file.\n"""',
-        _IMPORTS + ("\nfrom torch.nn import functional as F" if has_stubs else ""),
+        _IMPORTS + ("\nfrom torch.nn import functional as F" if has_stubs or attentions else ""),
         f"NETWORK = {kind.__name__!r}",
         _table("LAYERS", "Of each layer: options and shapes of tensors, dense and narrow.", _shown(layers)),
         _table("REPLACED", "Layers of another class: the dense class, and what stands there now.", shown),
@@ -106,11 +111,10 @@ def _text(network: nn.Module, history: History, tied: Mapping[str, str]) -> str:
             "Positions that are kept of buffers that no file holds, by dimension.",
             _shown(_positions(history, non_persistent(network) & history.shapes.keys())),
         ),
+        f"#: Attention layers whose heads have another width in all than their inputs.\nATTENTIONS = {attentions}",
         _table("TIED", "Tensors that are one with another, under whose name they are saved.", _shown(tied)),
     ]
-    return (
-        "\n\n".join(blocks) + "\n\n\n" + "\n\n".join(inspect.getsource(one) + "\n" for one in functions).rstrip() + "\n"
-    )
+    return "\n\n".join(blocks) + "\n\n\n" + "\n\n".join(source.rstrip() + "\n" for source in sources)
 
 
 def _table(name: str, comment: str, entries: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """What every file of `rebuild` holds below its tables: it is copied there, and needs nothing but PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Constant", "Empty", "differences", "load", "narrow", "positions"]
+from lightning_prune.structure.attention import MultiheadAttention
+
+__all__ = ["Constant", "Empty", "differences", "load", "narrow", "narrow_layer", "positions"]
 
 # The tables of a file stand in for these.
 NETWORK = ""
 LAYERS: Mapping[str, Mapping[str, tuple[Any, Any]]] = {}
 REPLACED: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {}
 POSITIONS: Mapping[str, Mapping[int, list[int]]] = {}
+ATTENTIONS: Sequence[str] = []
 TIED: Mapping[str, str] = {}
 
 
@@ -28,17 +31,24 @@ def narrow(model: nn.Module) -> nn.Module:
         for dim, kept in axes.items():
             buffer.data = buffer.index_select(dim, torch.tensor(kept, device=buffer.device))
     for name, parts in LAYERS.items():
-        for part, (_, now) in parts.items():
-            here = getattr(layers[name], part)
-            if isinstance(here, Tensor):
-                here.data = here.detach()[tuple(map(slice, now))].clone()
-            else:
-                setattr(layers[name], part, now)
+        narrow_layer(layers[name], parts)
+    for name in ATTENTIONS:
+        layers[name].__class__ = MultiheadAttention
     like = next(model.parameters())
     for name, (_, build) in REPLACED.items():
         parent, _, own = name.rpartition(".")
         setattr(layers[parent], own, build().to(like.device, like.dtype).train(layers[name].training))
     return model
+
+
+def narrow_layer(layer: nn.Module, parts: Mapping[str, tuple[Any, Any]]) -> None:
+    """Set options and lengths of tensors."""
+    for part, (_, now) in parts.items():
+        here = getattr(layer, part)
+        if isinstance(here, Tensor):
+            here.data = here.detach()[tuple(map(slice, now))].clone()
+        else:
+            setattr(layer, part, now)
 
 
 def differences(layers: Mapping[str, nn.Module]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_prune.structure.attention import MultiheadAttention
 from lightning_prune.structure.stubs import Constant, Empty
 from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import attach, attach_masks
@@ -30,7 +31,8 @@ def strip(model: Module) -> Module:
         The network.
 
     Raises:
-        ValueError: If whole layers were removed and are replaced by modules of this package; nothing has changed.
+        ValueError: If whole layers were removed, or an `nn.MultiheadAttention` was cut, and modules of this package
+            stand there; nothing has changed.
 
     Example:
         >>> import pickle, torch
@@ -42,6 +44,13 @@ def strip(model: Module) -> Module:
     """
     require_network(model)
     network = written(model)
+    attentions = [name for name, module in network.named_modules() if type(module) is MultiheadAttention]
+    if attentions:
+        raise ValueError(
+            f"strip: expected a network of its own modules and PyTorch's, got attention of lightning_prune in "
+            f"{', '.join(attentions)}, whose heads have another width in all than their inputs, which PyTorch's cannot "
+            "have. Nothing has changed. Use `save` and `rebuild` instead: that file has this attention, too."
+        )
     stubs = [name for name, module in network.named_modules() if isinstance(module, (Constant, Empty))]
     if stubs:
         raise ValueError(

@@ -167,7 +167,7 @@ class Analysis:
             counted = self.tracer.macs, self.tracer.written
             self.tracer.macs, self.tracer.written = list(counted[0]), list(counted[1])
             try:
-                out = self.copy(kind).run(self.tracer, call, self.labels)
+                out = self._run_on(kind, call)
             except Exception as error:
                 self.tracer.forget()
                 self.tracer.macs, self.tracer.written = counted
@@ -183,6 +183,21 @@ class Analysis:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()
             return
+
+    def _run_on(self, kind: Kind, call: Call) -> Any:
+        """Run a call, and again with the weights of its attention layers if it turns out to use them."""
+        copy, counted = self.copy(kind), (list(self.tracer.macs), list(self.tracer.written))
+        try:
+            out = copy.run(self.tracer, call, self.labels)
+        except Exception:
+            if not copy.uses_attention_weights(call, failed=True):
+                raise
+        else:
+            if not copy.uses_attention_weights(call, failed=False):
+                return out
+        self.tracer.forget()
+        self.tracer.macs, self.tracer.written = counted
+        return copy.run(self.tracer, call, self.labels)
 
     def freeze_output(self, tracer: Tracer, call: Call, out: Any) -> None:
         """Freeze the axes of the network's outputs."""

@@ -8,10 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["canonical", "is_within", "named", "options", "refresh", "relax_unflatten", "tensors", "updates_widths"]
+from lightning_prune.structure.attention import MultiheadAttention
+
+__all__ = [
+    "ATTENTION",
+    "canonical",
+    "is_within",
+    "named",
+    "options",
+    "refresh",
+    "relax_unflatten",
+    "tensors",
+    "updates_widths",
+]
 
 #: What ``torch.compile`` puts into the names of everything inside a compiled module.
 _COMPILED = "_orig_mod."
+
+#: Classes of PyTorch's attention before and after a cut.
+ATTENTION = (nn.MultiheadAttention, MultiheadAttention)
 
 Shape = Sequence[int]
 Shapes = Mapping[str, Shape]
@@ -69,6 +84,8 @@ def options(module: nn.Module) -> dict[str, Any]:
     # PyTorch's layers list theirs in `__constants__`.
     foreign = _foreign(module)
     names = (*getattr(module, "__constants__", ()), *(foreign[0] if foreign else ()))
+    if isinstance(module, nn.MultiheadAttention):
+        names = (*names, "embed_dim", "kdim", "vdim", "num_heads", "_qkv_same_embed_dim")
     return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
@@ -160,6 +177,18 @@ def _transposed_linear(module: Any, _: Shapes) -> None:
     module.nx, module.nf = _weight_shape(module)
 
 
+def _attention(module: Any, _: Shapes) -> None:
+    own = tensors(module)
+    packed = own.get("in_proj_weight")
+    q, k, v = packed.chunk(3) if packed is not None else (own[f"{part}_proj_weight"] for part in "qkv")
+    module.num_heads, module.embed_dim = q.shape[0] // module.head_dim, q.shape[1]
+    module.kdim, module.vdim = k.shape[1], v.shape[1]
+    # PyTorch's fused operators compute the features of a head from both.
+    module._qkv_same_embed_dim = packed is not None and q.shape[0] == q.shape[1]
+    if type(module) in ATTENTION:
+        module.__class__ = nn.MultiheadAttention if q.shape[0] == q.shape[1] else MultiheadAttention
+
+
 #: First match wins.
 _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]], ...] = (
     ((nn.Linear,), _linear),
@@ -170,6 +199,7 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     ((nn.PReLU,), _prelu),
     ((nn.Bilinear,), _bilinear),
+    ((nn.MultiheadAttention,), _attention),
 )
 
 #: Layers of other packages, which need not be installed, by name: their width attributes, and how they are set.

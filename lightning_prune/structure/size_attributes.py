@@ -58,7 +58,7 @@ def modules_with_heads(model: nn.Module) -> list[str]:
     return [
         canonical(name)
         for name, module in model.named_modules(remove_duplicate=False)
-        if any(type(vars(module).get(own)) is int for own in _HEADS)
+        if any(type(vars(module).get(own)) is int for own in _HEADS) and not updates_widths(module)
     ]
 
 

@@ -98,12 +98,12 @@ class Change:
 
     def edit_attributes(self, module: nn.Module, edit: Callable[[], None]) -> None:
         """Run an ``edit`` that sets plain attributes of ``module``."""
-        place = _Attributes(vars(module))
+        place = _Attributes(module)
         old = place.read()
         self._done.append((place, old))
         edit()
         # Only what the edit has changed is undone, not later changes by others (such as `training`).
-        now = vars(module)
+        now = place.read()
         place.names = {name for name in now.keys() | old.keys() if now.get(name) is not old.get(name)}
 
     def also(self, back: Callable[[], object]) -> None:
@@ -173,21 +173,24 @@ class _Entries:
 
 
 class _Attributes:
-    """Plain attributes of a module: all of them, or those of some ``names``."""
+    """Plain attributes of a module and its class: all of them, or those of some ``names``."""
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self.attributes = attributes
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.names: set[str] | None = None
 
     def read(self) -> dict[str, Any]:
-        return dict(self.attributes)
+        return {**vars(self.module), "__class__": type(self.module)}
 
     def write(self, content: Mapping[str, Any]) -> None:
-        for name in self.attributes.keys() | content.keys() if self.names is None else self.names:
-            if name in content:
-                self.attributes[name] = content[name]
+        attributes = vars(self.module)
+        for name in attributes.keys() | content.keys() if self.names is None else self.names:
+            if name == "__class__":
+                self.module.__class__ = content[name]
+            elif name in content:
+                attributes[name] = content[name]
             else:
-                self.attributes.pop(name, None)
+                attributes.pop(name, None)
 
 
 class _Callback:

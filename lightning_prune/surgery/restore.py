@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.graph import Axes
-from lightning_prune.structure.layers import is_within
+from lightning_prune.structure.layers import is_within, refresh
 from lightning_prune.structure.size_attributes import size_attributes
 from lightning_prune.surgery.change import Change, CutError, undo_on_error
 from lightning_prune.surgery.depth import restore
@@ -279,6 +279,8 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
     for prefix, module in model.named_modules():
         if canonical(prefix) in dense.attributes:
             change.set_attributes(module, dense.attributes[canonical(prefix)])
+        if isinstance(module, nn.MultiheadAttention):
+            change.edit_attributes(module, partial(refresh, module, {}))  # its class
 
 
 def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], set[str]]:

@@ -28,9 +28,10 @@ from lightning_prune.structure.hooks import (
     reachable_objects,
     stored_objects,
 )
-from lightning_prune.structure.layers import canonical, refresh, relax_unflatten, tensors
+from lightning_prune.structure.layers import ATTENTION, canonical, refresh, relax_unflatten, tensors
 from lightning_prune.structure.sharding import is_mesh, is_sharded, plain_classes
 from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
+from lightning_prune.structure.tracing.attention import AttentionWeights
 from lightning_prune.structure.tracing.calls import Call, forked_rng, output_tensors
 from lightning_prune.structure.tracing.contexts import (
     SAME_UNITS_IN_BOTH_MODES,
@@ -91,6 +92,8 @@ class FakeCopy:
         if prepare is not None:
             prepare(self.module)
         _turn_caches_off(self.module)
+        self.attention_weights = AttentionWeights()
+        self._uses_attention_weights: set[int] = set()
         self._slots: dict[int, list[tuple[nn.Module, str]]] = {}
         self._registers: list[dict[Any, Any]] = []
         for module in self.module.modules():
@@ -224,6 +227,7 @@ class FakeCopy:
             labels: Label of every axis of every parameter and buffer.
         """
         self._track_modules()
+        self.attention_weights.start(id(call) in self._uses_attention_weights)
         self.module.train(call.training)
         tracer.stack = self.stack
         tracer.meta = self.kind == "meta"
@@ -256,6 +260,19 @@ class FakeCopy:
                 stack.callback(setattr, tracer, "counting", counting)
                 out = out, run(*args, **kwargs)
             return out
+
+    def uses_attention_weights(self, call: Call, failed: bool) -> bool:
+        """Whether a run without attention weights shows that the call uses them; later runs of it compute them.
+
+        Args:
+            call: The call of the latest run, whose output the caller still holds.
+            failed: Whether it raised an exception.
+        """
+        weights = self.attention_weights
+        if not (weights.kept or (failed and weights.left_out)):
+            return False
+        self._uses_attention_weights.add(id(call))
+        return True
 
     def _stores(self) -> list[Any]:
         """Mutable objects besides the modules that a run may write to."""
@@ -301,7 +318,9 @@ class FakeCopy:
             return
         self.tracked = True
         for name, module in self.module.named_modules():
-            vars(module)["forward"] = push_name(module.forward, name, self.stack)
+            is_attention = type(module) in ATTENTION
+            forward = self.attention_weights.forward_of(module) if is_attention else module.forward
+            vars(module)["forward"] = push_name(forward, name, self.stack)
 
 
 def _turn_caches_off(model: nn.Module) -> None:
