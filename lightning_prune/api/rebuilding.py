@@ -133,7 +133,11 @@ def _changed(network: nn.Module, history: History) -> Iterator[tuple[str, Parts]
         if is_within(name, history.dense.layers):
             continue
         before = history.dense.attributes.get(name, {})
-        parts: Parts = {part: (_plain(dense), _plain(vars(module)[part])) for part, dense in before.items()}
+        parts: Parts = {
+            part: (dense, now) if type(dense) is type(now) is list else (_plain(dense), _plain(now))
+            for part, dense in before.items()
+            for now in [vars(module)[part]]
+        }
         if type(module) is nn.Unflatten:  # a cut lets it infer a length, and nothing tells what that was
             parts["unflattened_size"] = (None, _plain(module.unflattened_size))
         for own, tensor in tensors(module).items():

@@ -1,13 +1,15 @@
-"""Sizes that modules keep in integer attributes (``num_heads``, ``head_dim``) and compute with.
+"""Sizes that modules keep in integer attributes (``num_heads``, ``head_dim``) or lists of them, and compute with.
 
-They are named like tensors, ``blocks.0.attn.num_heads``, and are cut like a tensor with one axis of that length.
+They are named like tensors, ``blocks.0.attn.num_heads`` or ``conv.splits[1]``, and are cut like a tensor with one axis
+of that length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -24,33 +26,61 @@ _FEATURES_OF_HEADS = frozenset({"all_head_size", "attn_dim", "inner_dim"})
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """An integer attribute of a module."""
+    """An integer attribute of a module, or an integer in a list or tuple.
+
+    Attributes:
+        module: The module.
+        attribute: Name of the attribute.
+        position: Position in the list; None for an integer.
+    """
 
     module: nn.Module
     attribute: str
+    position: int | None = None
+
+    @property
+    def content(self) -> Any:
+        """Content of the attribute: the integer, or the list."""
+        return vars(self.module)[self.attribute]
 
     @property
     def value(self) -> int:
-        """Its value."""
-        value: int = vars(self.module)[self.attribute]
+        """The integer."""
+        value: int = self.content if self.position is None else self.content[self.position]
         return value
+
+    def with_value(self, value: int) -> Any:
+        """Content of the attribute with another integer."""
+        if self.position is None:
+            return value
+        whole = self.content
+        return type(whole)((*whole[: self.position], value, *whole[self.position + 1 :]))
+
+
+def _integers(own: str, content: object) -> Iterator[tuple[str, int | None, int]]:
+    """Name, position and value of the integers in an attribute."""
+    if type(content) is int:
+        yield own, None, content
+    elif isinstance(content, (list, tuple)) and not hasattr(content, "_fields"):
+        yield from ((f"{own}[{n}]", n, part) for n, part in enumerate(content) if type(part) is int)
 
 
 def size_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, SizeAttribute]:
-    """The integer attributes among these names: the canonical name of a module, a dot, and the attribute's own."""
+    """The integers among these names: the canonical name of a module, a dot, and the attribute's own."""
     owned: dict[str, list[str]] = {}
     for name in names:
         owned.setdefault(name.rpartition(".")[0], []).append(name)
     if not owned:
         return {}
     modules = {canonical(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    places = (
-        (name, SizeAttribute(modules[owner], name.rpartition(".")[2]))
-        for owner, inside in owned.items()
-        if owner in modules
-        for name in inside
-    )
-    return {name: place for name, place in places if type(vars(place.module).get(place.attribute)) is int}
+    found = {}
+    for owner, module in ((owner, modules[owner]) for owner in owned if owner in modules):
+        for name in owned[owner]:
+            attribute = name.rpartition(".")[2].partition("[")[0]
+            for full, position, _ in _integers(attribute, vars(module).get(attribute)):
+                if f"{owner}.{full}" == name or (not owner and full == name):
+                    found[name] = SizeAttribute(module, attribute, position)
+    return found
 
 
 def modules_with_heads(model: nn.Module) -> list[str]:
@@ -87,8 +117,9 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
             continue
         members = tuple(
             _member(f"{name}.{own}" if name else own, group.width, value // group.width)
-            for own, value in vars(module).items()
-            if type(value) is int and value > 1 and value % group.width == 0 and value // group.width in per_unit
+            for attribute, content in vars(module).items()
+            for own, _, value in _integers(attribute, content)
+            if value > 1 and value % group.width == 0 and value // group.width in per_unit
         )
         if members:
             found[name] = members

@@ -138,15 +138,16 @@ class Trials:
         self, group: Group, failure: Failure, found: list[Member], follow: bool
     ) -> tuple[Group, Failure | None] | None:
         """The group with some of these sizes, with which its cut passes, or fails later; None if there are none."""
-        for number in range(1, min(len(found), _MOST_SIZES) + 1):
-            for sizes in combinations(found, number):
-                if self._is_out_of_trials():
-                    return None
-                self._count += 1
-                longer = replace(group, sizes=(*group.sizes, *sizes))
-                now = self.attempt([longer], follow)
-                if now is None or now.position > failure.position:
-                    return longer, now
+        # One by one, all at once, then some.
+        numbers = [1, len(found), *range(2, min(len(found) - 1, _MOST_SIZES) + 1)] if found else []
+        for sizes in (sizes for number in numbers for sizes in combinations(found, number)):
+            if self._is_out_of_trials():
+                return None
+            self._count += 1
+            longer = replace(group, sizes=(*group.sizes, *sizes))
+            now = self.attempt([longer], follow)
+            if now is None or now.position > failure.position:
+                return longer, now
         return None
 
     def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:

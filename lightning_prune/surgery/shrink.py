@@ -137,7 +137,7 @@ def _set_widths(
     for owner, old_shapes in owners.items():
         change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
     for place, value in resized.items():
-        change.set_attributes(place.module, {place.attribute: value})
+        change.set_attributes(place.module, {place.attribute: place.with_value(value)})
 
 
 def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:

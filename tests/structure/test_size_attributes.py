@@ -299,3 +299,43 @@ def test_files_restore_attributes(tmp_path) -> None:
     for again in (loaded, rebuilt):
         assert _values(again) == _values(model)
         assert torch.equal(again(x), model(x))
+
+
+class Mixed(nn.Module):
+    """Convolves unequal parts of its channels by kernels of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits = [5, 3]
+        self.stem, self.head = nn.Conv1d(2, 8, 1), nn.Conv1d(9, 2, 1)
+        self.parts = nn.ModuleList([nn.Conv1d(5, 5, 3, padding=1, groups=5), nn.Conv1d(3, 4, 5, padding=2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.stem(x).relu(), self.splits, 1)
+        return self.head(torch.cat([layer(part) for layer, part in zip(self.parts, parts, strict=True)], 1).relu())
+
+
+def test_sizes_in_a_list(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().double(), torch.randn(2, 2, 6, dtype=torch.float64)
+    dense = copy.deepcopy(model)
+    structure = trace(TracedModel.of(model, x))
+    assert sorted(structure.widths.values()) == [3, 4, 5]
+    axes = structure.axes(_drawn(structure))
+    zeroed = copy.deepcopy(model)
+    change = cut(model, axes)
+    mask(zeroed, axes)
+    assert model.splits == [3, 1]
+    torch.testing.assert_close(model(x), zeroed(x), rtol=1e-12, atol=1e-12)
+    change.undo()
+    assert model.splits == [5, 3]
+    prune(model, x, pruning_ratio=0.4)
+    save(model, tmp_path / "small.safetensors")
+    rebuild(model, tmp_path / "small.py")
+    defined: dict[str, object] = {}
+    exec((tmp_path / "small.py").read_text(), defined)
+    loaded = load(copy.deepcopy(dense), tmp_path / "small.safetensors")
+    rebuilt = defined["load"](copy.deepcopy(dense), str(tmp_path / "small.safetensors"))
+    for again in (loaded, rebuilt):
+        assert again.splits == model.splits != [5, 3]
+        assert torch.equal(again(x), model(x))

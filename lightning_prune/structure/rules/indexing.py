@@ -54,17 +54,17 @@ def cat(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
 def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Split: equal parts lose the same indices; unequal parts are frozen."""
+    """Split: equal parts lose the same indices; unequal ones of given sizes lose any, which a trial decides."""
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
     parts = list(out)
     axis = value.axes[dim]
     sizes = [p.shape[dim] for p in parts]
     if isinstance(axis, np.ndarray) and len(parts) > 1:
-        if len(set(sizes)) == 1:
+        if t.decide(len(set(sizes)) == 1):
             by_part = axis.reshape(len(parts), -1)
             t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(parts) - 1))
-        else:
+        elif "split_with_sizes" not in str(func._schema.name):
             t.freeze([axis], f"split into unequal parts in {t.where(func)}")
     start = 0
     for part, size in zip(parts, sizes, strict=True):

@@ -24,10 +24,13 @@ __all__: list[str] = []  # the rules register themselves
     "_native_batch_norm_legit_functional",
 )
 def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Batch norm: parameters and statistics are removed with their channel."""
+    """Batch norm: parameters and statistics are removed with their channel.
+
+    Of weights that are standardised by it, a cut equals a narrower layer, not a masked one, as of a layer norm.
+    """
     x = t.value(args[0])
-    # A standardised weight: statistics over units would change with a cut.
-    t.freeze([x.axes[0], *x.axes[2:]], f"normalised over in {t.where(func)}")
+    over = x.axes[:1] if t.constant else (x.axes[0], *x.axes[2:])
+    t.freeze(over, f"normalised over in {t.where(func)}")
     channel: AxisLabel = x.axes[1]
     zeros = {}
     for name in ("weight", "bias", "running_mean", "running_var"):

@@ -151,9 +151,9 @@ class FakeCopy:
         """
         whole = dict(self.named)
         sizes = {place: len(axes[name][0]) for name, place in self._sizes(axes).items()}
+        contents = [(place, place.content) for place in sizes]
         axes = {name: kept for name, kept in axes.items() if name in whole}
         owners = {id(module): module for name in axes for module, _ in self._slots[id(whole[name])]}
-        owners |= {id(place.module): place.module for place in sizes}
         before = [(m, _plain(m), {n: tuple(t.shape) for n, t in tensors(m).items()}) for m in owners.values()]
         try:
             for name, kept in axes.items():
@@ -162,9 +162,11 @@ class FakeCopy:
             for module, _, shapes in before:
                 refresh(module, shapes)
             for place, value in sizes.items():
-                vars(place.module)[place.attribute] = value
+                vars(place.module)[place.attribute] = place.with_value(value)
             yield
         finally:
+            for place, content in contents:
+                vars(place.module)[place.attribute] = content
             for name in axes:
                 self._put(whole[name], whole[name])
             for module, plain, _ in before:
