@@ -77,6 +77,7 @@ class Analysis:
             self.tracer.rms_norms = rms_norms(traced.model)
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
+        self.failed: list[Group] = []  # groups whose trial cuts failed
         self.same_in_both_modes: list[Call] = []
         self.patterns: list[tuple[IndexArray, tuple[tuple[str, int], ...]]] = []
         self.remarks: dict[str, None] = {}

@@ -181,11 +181,41 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
             if _can_cut(analysis.with_choices({**choices, key: part}), key):
                 choices[key] = part
                 break
-    if not choices:
-        return analysis
+    best = analysis
+    if choices:
+        other = analysis.with_choices(choices)
+        _find(other, trial=trial)
+        best = other if other.free_indices() > analysis.free_indices() else analysis
+    tied = _with_tied_heads(best, {**together, **choices})
+    return tied if tied is not None and tied.free_indices() > best.free_indices() else best
+
+
+def _with_tied_heads(analysis: Analysis, choices: Mapping[SplitKey, int]) -> Analysis | None:
+    """An analysis where heads leave with as many channels of the embedding.
+
+    Code that reads the embedding width from its input, and views the features of all heads as that many, cannot lose
+    one without the other.
+    """
+    streams = {group.width: group for group in analysis.failed if group.members[0].index.shape[1] == 1}
     other = analysis.with_choices(choices)
-    _find(other, trial=trial)
-    return other if other.free_indices() > analysis.free_indices() else analysis
+    if not (streams and choices):
+        return None
+    other.trace()
+    found = False
+    for key in choices.keys() & other.tracer.splits.keys():
+        for label in other.tracer.splits[key][1]:
+            # Queries, keys and values may be one axis.
+            width = max((w for w in streams if len(label) in (w, 2 * w, 3 * w)), default=None)
+            if width is not None:
+                first = streams[width].members[0]
+                other.atoms.unite(label[:width], other.labels[first.tensor][first.dim][first.index[:, 0]])
+                found = True
+    if not found:
+        return None
+    other.freeze_unused()
+    other.find_groups()
+    other.groups = Trials(other).passing(other.groups)
+    return other
 
 
 def _find(analysis: Analysis, *, trial: bool) -> None:

@@ -95,6 +95,7 @@ class Trials:
                     resized[group.name] = found
                     continue
                 failed.add(group.name)
+                self.analysis.failed.append(group)
                 for m in group.members:
                     self.analysis.atoms.freeze(self.analysis.labels[m.tensor][m.dim][m.index.ravel()], reason)
             candidates = [resized.get(g.name, g) for g in candidates if g.name not in failed]

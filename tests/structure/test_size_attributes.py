@@ -339,3 +339,45 @@ def test_sizes_in_a_list(tmp_path) -> None:
     for again in (loaded, rebuilt):
         assert again.splits == model.splits != [5, 3]
         assert torch.equal(again(x), model(x))
+
+
+class TiedBlock(nn.Module):
+    """Views the features of all heads as its inputs are wide, as much published code does."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        parts = self.qkv(self.norm(x)).split(self.width, dim=2)
+        q, k, v = (part.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _tied(width: int, heads: int) -> nn.Sequential:
+    blocks = [TiedBlock(width, heads) for _ in range(2)]
+    return nn.Sequential(nn.Linear(5, width), *blocks, nn.Linear(width, 2)).double()
+
+
+def test_heads_leave_with_channels_of_the_embedding_where_code_ties_both() -> None:
+    torch.manual_seed(0)
+    wide, narrow, x = _tied(12, 4), _tied(6, 2), _example()
+    structure = _traced(wide)
+    assert structure.widths == {"0": 4}
+    kept = np.array([1, 3])
+    channels = (kept[:, None] * 3 + np.arange(3)).ravel()
+    all_heads = (np.arange(3)[:, None] * 12 + channels).ravel()
+    expected = {}
+    for name, tensor in wide.state_dict().items():
+        axes = {0: all_heads if ".qkv." in name else channels, 1: channels}
+        axes.pop(0 if name.startswith("3.") else 1 if name.startswith("0.") else 2, None)
+        for dim in range(tensor.dim()):
+            tensor = tensor.index_select(dim, torch.from_numpy(axes[dim])) if dim in axes else tensor
+        expected[name] = tensor
+    narrow.load_state_dict(expected)
+    cut(wide, structure.axes({"0": (1, 3)}))
+    assert [(wide[n].heads, wide[n].width) for n in (1, 2)] == [(2, 6)] * 2
+    torch.testing.assert_close(wide(x), narrow(x), rtol=1e-12, atol=1e-12)
