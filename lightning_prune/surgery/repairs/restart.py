@@ -30,9 +30,10 @@ class Reinitialise(Repair):
     With the rule ``"he"`` (used in the thesis), linear and convolutional weights are normal with
     :math:`\sigma^2 = 2 / \mathrm{fan}_{in}` (He et al., 2015) and their biases 0; every other layer uses its
     ``reset_parameters``, which also resets running statistics of norms. With the rule ``"own"``, every layer uses
-    ``reset_parameters``. Custom initialisation in a network's constructor is not repeated. Frozen parameters are
-    reinitialised as well. The optimizer state is cleared; learning rate and schedulers continue. The rule is recorded
-    in the history of the cut (``reinitialised/he``).
+    ``reset_parameters``. `torch.nn.MultiheadAttention`, which has none, is initialised as PyTorch does. Custom
+    initialisation in a network's constructor is not repeated. Frozen parameters are reinitialised as well. The
+    optimizer state is cleared; learning rate and schedulers continue. The rule is recorded in the history of the cut
+    (``reinitialised/he``).
 
     Args:
         seed: Seed of the weights, the same in all processes; the random state of the training is not changed.
@@ -99,6 +100,9 @@ def _own(model: nn.Module) -> dict[str, Tensor]:
 
 def _draw(module: nn.Module, rule: Rule) -> bool:
     """Initialise the module's own parameters; returns whether this is possible."""
+    if isinstance(module, nn.MultiheadAttention):
+        _draw_attention(module)
+        return True
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         return False
@@ -108,3 +112,14 @@ def _draw(module: nn.Module, rule: Rule) -> bool:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     return True
+
+
+def _draw_attention(layer: nn.MultiheadAttention) -> None:
+    """Initialise the layer's own parameters as PyTorch does; its output projection is a layer by itself."""
+    for name, tensor in tensors(layer).items():
+        if name.endswith("_weight"):
+            nn.init.xavier_uniform_(tensor)
+        elif name == "in_proj_bias":
+            nn.init.zeros_(tensor)
+        else:
+            nn.init.xavier_normal_(tensor)
