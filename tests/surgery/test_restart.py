@@ -81,3 +81,19 @@ def test_a_bare_parameter_is_refused():
 
     with pytest.raises(ValueError, match=r"expected every parameter .* got scale\. Add a `reset_parameters"):
         drawn(Scaled())
+
+
+def test_attention_is_drawn_as_by_pytorch():
+    torch.manual_seed(0)
+    for options in ({}, {"kdim": 24, "vdim": 16}, {"add_bias_kv": True}):
+        layer = nn.MultiheadAttention(64, 4, **options)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.fill_(3.0)
+        contents = Reinitialise(rule="own").after(copy.deepcopy(layer), lambda *_: None)
+        assert contents.keys() == dict(layer.named_parameters()).keys()
+        layer._reset_parameters()
+        for name, parameter in layer.named_parameters():
+            if name.endswith("_weight"):
+                assert contents[name].abs().max().item() == pytest.approx(parameter.abs().max().item(), rel=0.02)
+            assert contents[name].std().item() == pytest.approx(parameter.std().item(), rel=0.3) or "out_proj" in name
