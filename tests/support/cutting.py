@@ -61,7 +61,22 @@ def cut(model, axes):
             home[name] = narrow.get(id(home[name]), home[name])
     for module, shapes in changed:
         refresh(module, shapes)
+    for name, kept in axes.items():
+        if name not in named(model):
+            _set_size(model, name, len(kept[0]))
     return model
+
+
+def _set_size(model, name, value):
+    """Set an integer attribute, ``block.heads``, or an entry of a list, ``block.parts[1]``."""
+    owner, _, own = name.rpartition(".")
+    module, (own, _, position) = model.get_submodule(owner), own.partition("[")
+    if position:
+        content = list(getattr(module, own))
+        content[int(position[:-1])] = value
+        value = content
+    assert hasattr(module, own)
+    setattr(module, own, value)
 
 
 def _narrow(tensor, kept_by_dim):

@@ -27,6 +27,34 @@ class Buffered(nn.Module):
         self.register_buffer("shift", torch.linspace(-1, 1, width)[:, None, None], persistent=False)
 
 
+class Heads(nn.Module):
+    """Attention that computes with attributes, or views the features of all heads as its inputs are wide."""
+
+    def __init__(self, width, heads, features, tied):
+        super().__init__()
+        self.heads, self.features, self.inner, self.tied = heads, features, heads * features, tied
+        self.qkv, self.out = nn.Linear(width, 3 * self.inner), nn.Linear(self.inner, width)
+
+    def forward(self, x):
+        n, length, width = x.shape
+        inner, features = (width, width // self.heads) if self.tied else (self.inner, self.features)
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, features).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).reshape(n, length, inner))
+
+
+class Parts(nn.Module):
+    """Parts of sizes in a list, one of them through a layer."""
+
+    def __init__(self, width, first, out):
+        super().__init__()
+        self.sizes, self.layer = [first, width - first], nn.Conv2d(first, out, 1)
+
+    def forward(self, x):
+        u, v = x.split(self.sizes, 1)
+        return torch.cat([self.layer(u), v], 1)
+
+
 class RandomNet(nn.Module):
     """A network from a list of steps ``(kind, a, b)``, each on the latest value and perhaps an earlier one."""
 
@@ -205,6 +233,29 @@ class RandomNet(nn.Module):
 
         return width, 0, step
 
+    def _sized(self, name, width, earlier, a, b):
+        """Attention whose heads and features are attributes."""
+        self._layer(name, Heads(width, 1 + a % 4, 1 + b % 3, tied=False))
+        return width, 0, _over_positions
+
+    def _tied_heads(self, name, width, earlier, a, b):
+        """Attention whose features are as many as its inputs."""
+        heads = _groups(width, a)
+        self._layer(name, Heads(width, heads, width // heads, tied=True))
+        return width, 0, _over_positions
+
+    def _multihead(self, name, width, earlier, a, b):
+        """PyTorch's attention, by itself or with another value."""
+        self._layer(name, nn.MultiheadAttention(width, _groups(width, a), bias=b % 2 == 0, batch_first=True))
+        return width, 0, lambda layer, x, _: x + _over_positions(lambda y: layer(y, y, y)[0], x, None)
+
+    def _parts(self, name, width, earlier, a, b):
+        if width < 3:
+            return None
+        first = 1 + a % (width - 1)
+        self._layer(name, Parts(width, first, 2 + b))
+        return 2 + b + width - first, 0, lambda layer, x, _: layer(x)
+
     def _from_end(self, name, width, earlier, a, b):
         """A bound counted from the end."""
         if width < 3:
@@ -279,6 +330,11 @@ class RandomNet(nn.Module):
     def _mix(self, name, width, earlier, a, b):
         """A mean over the channels: freezes them."""
         return width, 0, lambda layer, x, _: x + x.mean(1, keepdim=True)
+
+
+def _over_positions(layer, x, _):
+    """A layer of tokens, applied to the positions of an image."""
+    return layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).view(len(x), -1, *x.shape[2:])
 
 
 KINDS = sorted(name[1:] for name in vars(RandomNet) if name.startswith("_") and not name.startswith("__"))
