@@ -30,6 +30,7 @@ Parts = dict[str, tuple[Any, Any]]
 _IMPORTS = """\
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn"""

@@ -283,16 +283,26 @@ class Analysis:
         columns: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for column, alike in enumerate(places):
             columns.setdefault(alike, []).append(column)
-        order = self.tracer.order
-        ranks = ("out", "along", "in")
-        axes = sorted(
-            ((axis, alike) for alike in columns for axis in alike),
-            key=lambda one: (ranks.index(self._role(one[0])), order.get(one[0][0], len(order)), one[0]),
-        )
+        axes = sorted(((axis, alike) for alike in columns for axis in alike), key=lambda one: self._place(one[0]))
         units = units[np.argsort(units[:, columns[axes[0][1]][0]], kind="stable")]
         index = {alike: units[:, chosen] for alike, chosen in columns.items()}
         members = tuple(Member(*axis, self._role(axis), index[alike]) for axis, alike in axes)
         return Group(members[0].layer, len(units), members)
+
+    def tied(self, whole: Group, parts: Sequence[Group]) -> Group:
+        """A group that was extended by others of its width: their units leave together."""
+        first = whole.members[0]
+        units = self.labels[first.tensor][first.dim][first.index[:, 0]]
+        for part in parts:
+            other = part.members[0]
+            self.atoms.unite(units, self.labels[other.tensor][other.dim][other.index[:, 0]])
+        members = tuple(sorted(whole.members, key=lambda m: self._place((m.tensor, m.dim))))
+        return Group(members[0].layer, whole.width, members, whole.sizes)
+
+    def _place(self, axis: tuple[str, int]) -> tuple[int, int, tuple[str, int]]:
+        """Where an axis stands among the members of a group."""
+        order = self.tracer.order
+        return ("out", "along", "in").index(self._role(axis)), order.get(axis[0], len(order)), axis
 
     def _role(self, axis: tuple[str, int]) -> Role:
         return self.tracer.roles.get(axis, "along")  # type: ignore[return-value]

@@ -245,5 +245,5 @@ def _can_cut(analysis: Analysis, key: SplitKey) -> bool:
     return (
         trials.attempt(groups, follow) is None
         or trials.attempt(groups[:1], follow) is None
-        or trials.with_sizes(groups[0], follow) is not None
+        or trials.repaired(groups[0], groups[1:], follow) is not None
     )

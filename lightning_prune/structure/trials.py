@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -35,6 +35,8 @@ _MOST_OPERATORS = 500_000
 _LEAST_TRIALS = 64
 #: Largest number of sizes in attributes that are tried at once.
 _MOST_SIZES = 3
+#: Largest number of groups that are tried where none is at the operator that fails.
+_MOST_TIED = 3
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Trials:
         return self._with_unread_sizes(self._try_some(groups, [g for g in groups if g.width == 2], follow=False))
 
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
-        failed: set[str] = set()
-        resized: dict[str, Group] = {}
+        tried: set[str] = set()
         while candidates:
             if not self._is_out_of_trials():
                 failing = self._failing(candidates, follow)
@@ -91,38 +92,61 @@ class Trials:
             if not failing:
                 break
             for group, reason in failing:
-                found = None if group.name in resized else self.with_sizes(group, follow)
-                if found is not None:
-                    resized[group.name] = found
+                if all(group is not known for known in candidates):  # it was tied to another one
                     continue
-                failed.add(group.name)
-                self.analysis.failed.append(group)
-                for m in group.members:
-                    self.analysis.atoms.freeze(self.analysis.labels[m.tensor][m.dim][m.index.ravel()], reason)
-            candidates = [resized.get(g.name, g) for g in candidates if g.name not in failed]
-        return [resized.get(g.name, g) for g in groups if g.name not in failed]
+                others = [g for g in candidates if g is not group and g.name not in tried]
+                found = None if group.name in tried else self.repaired(group, others, follow)
+                tried.add(group.name)
+                whole, absorbed = found or (None, [])
+                if whole is None:
+                    self._freeze(group, reason)
+                elif absorbed:
+                    whole = self.analysis.tied(whole, absorbed)
+                    tried.add(whole.name)
+                groups, candidates = (_replaced(known, group, whole, absorbed) for known in (groups, candidates))
+        return groups
 
-    def with_sizes(self, group: Group, follow: bool) -> Group | None:
-        """The group with the attributes that a network computes with set to its width, if its cut passes then.
+    def _freeze(self, group: Group, reason: str) -> None:
+        self.analysis.failed.append(group)
+        for m in group.members:
+            self.analysis.atoms.freeze(self.analysis.labels[m.tensor][m.dim][m.index.ravel()], reason)
 
-        The cut is repaired where it fails: attributes of the module in which it does are tried, then all others, the
-        fewest first, until it gets further.
+    def repaired(self, group: Group, others: Sequence[Group], follow: bool) -> tuple[Group, list[Group]] | None:
+        """The group with what must change with it, if its cut passes then.
+
+        A cut is repaired where it fails: attributes of the module in which it does are set, or all others, the fewest
+        first, or another group of this width is cut alike, as code may use the width of one for both, until it gets
+        further.
+
+        Args:
+            group: A group whose cut fails.
+            others: Groups that may be tied to it.
+            follow: As in `attempt`.
 
         Returns:
-            The group with its `sizes`; None if it fails with all of them, or without any passes alone.
+            The group with its `sizes` and the members of tied groups, and these groups; None if its cut fails with
+            them, or passes alone.
         """
         found = candidates(self.analysis.first.module, group)
-        failure = self.attempt([group], follow) if found else None
+        alike = [other for other in others if other.width == group.width and _is_of_single(group, other)]
+        failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
             return None
+        absorbed: list[Group] = []
         while failure is not None:
             here = [size for size in found.get(failure.module, ()) if size not in group.sizes]
-            others = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
-            further = self._further(group, failure, here, follow) or self._further(group, failure, others, follow)
+            elsewhere = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
+            further = self._further(_with_sizes(group, here), failure, follow)
+            further = further or self._further(_with_sizes(group, elsewhere), failure, follow)
+            if further is None:
+                near = self.suspects(alike, failure) or alike[:_MOST_TIED]
+                further = self._further((_merged(group, other) for other in near), failure, follow)
             if further is None:
                 return None
             group, failure = further
-        return group
+            absorbed += [other for other in alike if _is_part(other, group)]
+            alike = [other for other in alike if not _is_part(other, group)]
+        return group, absorbed
 
     def _with_unread_sizes(self, groups: list[Group]) -> list[Group]:
         """The groups with those attributes too that the network does not compute with, but that name its heads."""
@@ -136,20 +160,15 @@ class Trials:
         changed = [new for new, old in zip(whole, groups, strict=True) if new is not old]
         return whole if changed and self.attempt(changed, follow=False) is None else groups
 
-    def _further(
-        self, group: Group, failure: Failure, found: list[Member], follow: bool
-    ) -> tuple[Group, Failure | None] | None:
-        """The group with some of these sizes, with which its cut passes, or fails later; None if there are none."""
-        # One by one, all at once, then some.
-        numbers = [1, len(found), *range(2, min(len(found) - 1, _MOST_SIZES) + 1)] if found else []
-        for sizes in (sizes for number in numbers for sizes in combinations(found, number)):
+    def _further(self, groups: Iterable[Group], failure: Failure, follow: bool) -> tuple[Group, Failure | None] | None:
+        """The first of these groups whose cut passes or fails later; None if there is none."""
+        for group in groups:
             if self._is_out_of_trials():
                 return None
             self._count += 1
-            longer = replace(group, sizes=(*group.sizes, *sizes))
-            now = self.attempt([longer], follow)
+            now = self.attempt([group], follow)
             if now is None or now.position > failure.position:
-                return longer, now
+                return group, now
         return None
 
     def _failing(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
@@ -285,3 +304,30 @@ class Trials:
         axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]
         atoms = np.concatenate([*axes, np.empty(0, dtype=np.int64)])
         return self.analysis.atoms.find(atoms[atoms < len(self.analysis.atoms)])
+
+
+def _with_sizes(group: Group, found: Sequence[Member]) -> Iterator[Group]:
+    """The group with one of these sizes, with all of them, and with some."""
+    numbers = [1, len(found), *range(2, min(len(found) - 1, _MOST_SIZES) + 1)] if found else []
+    for number in numbers:
+        for sizes in combinations(found, number):
+            yield replace(group, sizes=(*group.sizes, *sizes))
+
+
+def _merged(group: Group, other: Group) -> Group:
+    return replace(group, members=(*group.members, *other.members), sizes=(*group.sizes, *other.sizes))
+
+
+def _is_of_single(*groups: Group) -> bool:
+    """Whether every unit of these groups is a single output of each layer that produces it."""
+    return all(member.index.shape[1] == 1 for group in groups for member in group.members if member.role == "out")
+
+
+def _is_part(other: Group, group: Group) -> bool:
+    return any(member is other.members[0] for member in group.members)
+
+
+def _replaced(groups: list[Group], group: Group, whole: Group | None, absorbed: Sequence[Group]) -> list[Group]:
+    """The groups with ``whole`` in the place of ``group``, and without those that it has absorbed."""
+    left = (g for g in groups if all(g is not other for other in absorbed))
+    return [whole if g is group else g for g in left if g is not group or whole is not None]  # type: ignore[misc]

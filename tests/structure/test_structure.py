@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.structure import Call, StructureError, TracedModel, refresh, trace, trials
-from tests.support.architectures import CASES, Auxiliary, Net
+from tests.support.architectures import CASES, Auxiliary, Net, Standardised
 from tests.support.counting import counting
 from tests.support.cutting import cut, draw, half, masked, named, shrunk
 
@@ -807,3 +807,18 @@ def test_a_module_with_the_name_that_compiling_gives_is_refused():
         trace(TracedModel.of(model, torch.zeros(1, 4)))
     compiled = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4)), nn.Linear(4, 2))
     assert trace(TracedModel.of(compiled, torch.zeros(1, 4))).widths == {"0": 4, "1": 4}
+
+
+def test_a_narrow_layer_standardises_the_weights_that_are_left():
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(3, 6, 1), Standardised(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    x, kept = torch.randn(2, 3, 5, 5, dtype=torch.float64), [0, 2, 3]
+    structure = trace(TracedModel.of(wide, x))
+    narrow = copy.deepcopy(wide)
+    narrow[0], narrow[1] = nn.Conv2d(3, 3, 1).double(), Standardised(3, 4, 3).double()
+    weights = wide.state_dict()
+    for name, dim in (("0.weight", 0), ("0.bias", 0), ("1.weight", 1)):
+        weights[name] = weights[name].index_select(dim, torch.tensor(kept))
+    narrow.load_state_dict(weights)
+    small = shrunk(wide, structure.axes({"0": kept}))
+    torch.testing.assert_close(small(x), narrow(x), rtol=1e-12, atol=1e-12)
