@@ -138,6 +138,12 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if not labelled:
         wild = any(n > 1 for n, _ in old) and all(isinstance(axis, str) for n, axis in old if n > 1)
         return [WILD if wild else None for _ in new]
+    if len(labelled) > 1 and t.constant:  # the inputs of a convolution and the positions of its kernel
+        longest = t.decide(max(labelled, key=lambda d: old[d][0]))
+        others = [d for d in labelled if d != longest]
+        t.freeze([old[d][1] for d in others], f"merged with another axis in {t.where(func)}")
+        old = [(n, None if d in others else axis) for d, (n, axis) in enumerate(old)]
+        labelled = [longest]
     if len(labelled) > 1:
         t.freeze([old[d][1] for d in labelled], f"two axes that could shrink are merged in {t.where(func)}")
         return [None] * len(new)

@@ -174,16 +174,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.decisions.append((part, others))
         return part
 
-    def decide(self, now: bool) -> bool:
-        """Whether something held in the first trace, where lengths may be equal by chance in a trial."""
+    def decide(self, now: int) -> int:
+        """What held in the first trace, where lengths may be equal by chance in a trial."""
         if self.first_decisions is None:
-            part = int(now)
+            part = now
         elif len(self.decisions) < len(self.first_decisions):
             part = self.first_decisions[len(self.decisions)][0] or 0
         else:
             raise MismatchError("an axis is split that was not split before")
         self.decisions.append((part, ()))
-        return bool(part)
+        return part
 
     def assigned(self, tensor: torch.Tensor, given: torch.Tensor) -> None:
         """Follow ``tensor.data = given``: the axes of both are united."""
