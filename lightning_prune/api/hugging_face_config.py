@@ -141,7 +141,8 @@ class _Search:
         """Check that layers that repeat each other have one width, since the configuration has one number for them."""
         first: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}
         for name, shape in self._wanted.shapes.items():
-            known, other = first.setdefault((re.sub(r"\d+", "#", name), self._start.shapes[name]), (name, shape))
+            layer = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+            known, other = first.setdefault((layer, self._start.shapes[name]), (name, shape))
             if other != shape:
                 raise ConfigError(f"{known} is {list(other)} and {name} {list(shape)}, of which it has one number")
 
