@@ -395,9 +395,10 @@ class ConsumerStatistic(Statistic):
     def unhookable(self, model: nn.Module) -> dict[str, str]:
         """Groups whose units enter no plain Linear, Conv or ConvTranspose, with reasons."""
         seen = {target.group for targets in self.targets(model).values() for target in targets}
+        places = {name: ", ".join(dict.fromkeys(own)) for name, own in self.sources.items()}
         return {
-            name: f"its units enter {', '.join(self.sources[name])}, which is no plain Linear, Conv or ConvTranspose"
-            if name in self.sources
+            name: f"its units enter {places[name]}, which is no plain Linear, Conv or ConvTranspose"
+            if name in places
             else "no layer takes its units as input"
             for name in self.structure.widths
             if name not in seen

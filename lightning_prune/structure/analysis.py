@@ -111,7 +111,6 @@ class Analysis:
 
     def trace(self) -> None:
         """Run all calls and unite the atoms that can only be removed together."""
-        self._freeze_recurrent()
         for number, call in enumerate(self.traced.calls):
             if self._is_known(call):
                 continue
@@ -130,19 +129,6 @@ class Analysis:
             self.run_if_possible(call)
 
     # -- tracing ----------------------------------------------------------------------------------------------------
-
-    def _freeze_recurrent(self) -> None:
-        """Freeze recurrent layers, whose fused kernels cannot be traced."""
-        for prefix, module in self.first.module.named_modules():
-            if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-                continue
-            cell = isinstance(module, nn.RNNCellBase)
-            reason = f"`{prefix}` ({type(module).__name__}) is recurrent: its widths cannot be cut"
-            for name in module._parameters:
-                axes = self.labels.get(f"{prefix}.{name}" if prefix else name, ())
-                # The inputs of a cell are those of two linear layers.
-                for atoms in axes[:1] if cell and name.startswith("weight_ih") else axes:
-                    self.atoms.freeze(atoms, reason)
 
     def _is_known(self, call: Call) -> bool:
         """Whether the same call was traced in the other mode and no module read `training`."""

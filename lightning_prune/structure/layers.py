@@ -189,6 +189,18 @@ def _attention(module: Any, _: Shapes) -> None:
         module.__class__ = nn.MultiheadAttention if q.shape[0] == q.shape[1] else MultiheadAttention
 
 
+def _recurrent(module: Any, _: Shapes) -> None:
+    w_ih, w_hh = (getattr(module, f"weight_{name}_l0") for name in ("ih", "hh"))
+    module.input_size, gates = w_ih.shape[1], {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.hidden_size = w_ih.shape[0] // gates
+    module.proj_size = w_hh.shape[1] if module.proj_size else 0
+    module.flatten_parameters()
+
+
+def _recurrent_cell(module: Any, _: Shapes) -> None:
+    module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+
+
 #: First match wins.
 _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]], ...] = (
     ((nn.Linear,), _linear),
@@ -200,6 +212,8 @@ _UPDATES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any, Shapes], None]
     ((nn.PReLU,), _prelu),
     ((nn.Bilinear,), _bilinear),
     ((nn.MultiheadAttention,), _attention),
+    ((nn.RNNBase,), _recurrent),
+    ((nn.RNNCellBase,), _recurrent_cell),
 )
 
 #: Layers of other packages, which need not be installed, by name: their width attributes, and how they are set.

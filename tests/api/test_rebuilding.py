@@ -65,12 +65,27 @@ def mlp() -> nn.Sequential:
 
 
 IMAGES, VECTORS = torch.zeros(2, 3, 8, 8), torch.zeros(2, 6)
+
+
+class Reader(nn.Module):
+    """A recurrent layer between a table and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.memory = nn.Embedding(9, 4), nn.LSTM(4, 6, 2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(self.embed(x.abs().long()))[0])
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (mlp, VECTORS),
     "residual": (Block, IMAGES),
     "half": (lambda: mlp().bfloat16(), VECTORS.bfloat16()),
     "folded": (Folded, VECTORS),
     "attributes": (lambda: nn.Sequential(Conv1D(8, 6), nn.GELU(), Conv1D(3, 8)), VECTORS),
+    "recurrent": (Reader, VECTORS),
     "module": (lambda: CNNClassifier(channels=(4, 4), hidden=(6, 6)), torch.zeros(2, 3, 32, 32)),
 }
 

@@ -40,14 +40,15 @@ def test_totals():
     assert "of the parameters and 100.0 % of the MACs lie on them" in inspected.summary
 
 
-def test_what_a_recurrent_layer_holds_cannot_be_reached():
+def test_what_a_frozen_layer_holds_cannot_be_reached():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
             self.lstm, self.hidden, self.head = nn.LSTM(4, 32, batch_first=True), nn.Linear(32, 8), nn.Linear(8, 2)
 
         def forward(self, x):
-            return self.head(self.hidden(self.lstm(x)[0]).relu())
+            literal = torch.zeros(1, len(x), 32)
+            return self.head(self.hidden(self.lstm(x, (literal, literal))[0]).relu())
 
     structure = trace(TracedModel.of(Recurrent(), torch.zeros(2, 5, 4)))
     assert structure.widths == {"hidden": 8}

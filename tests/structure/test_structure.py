@@ -682,26 +682,6 @@ def test_a_scripted_part_is_named():
         trace(TracedModel.of(nn.Sequential(scripted, nn.Linear(3, 2)), torch.ones(2, 4)))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
-def test_what_a_recurrent_layer_freezes_names_it(kind):
-    class Sequence(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.memory, self.head = nn.Linear(4, 3), kind(3, 5), nn.Linear(5, 2)
-
-        def forward(self, x):
-            state = self.memory(self.embed(x))[0]
-            return self.head(state)
-
-    structure = trace(TracedModel.of(Sequence(), torch.randn(6, 4)))
-    reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
-    named_here = {tensor for tensor, reason in reasons.items() if f"`memory` ({kind.__name__}) is recurrent" in reason}
-    inputs = set() if kind is nn.LSTMCell else {"embed.weight"}
-    suffix = "" if kind is nn.LSTMCell else "_l0"
-    assert named_here == {f"memory.weight_ih{suffix}", f"memory.weight_hh{suffix}"} | inputs
-    assert [group.name for group in structure.groups] == (["embed"] if kind is nn.LSTMCell else [])
-
-
 def test_a_norm_that_averages_over_all_batches_can_be_cut():
     """Its count of batches, which enters what it computes, is that of the network in every run."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 2))

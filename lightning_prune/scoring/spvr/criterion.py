@@ -113,7 +113,7 @@ class MaskingStatistic(ConsumerStatistic):
         modules = {canonical(name): module for name, module in model.named_modules()}
         partly = {}
         for name, places in self.sources.items():
-            closed = [place for place in places if not is_linear_layer(modules.get(place, model))]
+            closed = [place for place in dict.fromkeys(places) if not is_linear_layer(modules.get(place, model))]
             if closed:
                 partly[name] = f"its units enter {', '.join(closed)}, which is no plain Linear, Conv or ConvTranspose"
         return partly | super().unhookable(model)

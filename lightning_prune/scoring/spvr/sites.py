@@ -79,7 +79,8 @@ def sites_of_groups(
         called = {station.layer for station in stations if station.point == "input"}
         closed += [layer for layer in channels if layer not in called]
         if closed:
-            refused[group.name] = f"its units enter {', '.join(closed)}, which is no plain layer that is called"
+            places = ", ".join(dict.fromkeys(closed))
+            refused[group.name] = f"its units enter {places}, which is no plain layer that is called"
         else:
             at = [station for station in stations if station.point == "input" and station.layer in channels]
             sites[group.name] = Site(group.name, group.width, {station: channels[station.layer] for station in at})

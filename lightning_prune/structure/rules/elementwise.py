@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule
-from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, Value, flat_tensors
+from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, Value, flat_tensors, memory_of
 
 __all__ = ["broadcast", "pointwise", "same", "zero_along"]
 
@@ -168,6 +168,8 @@ def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
     """Zeros or noise, the same at every index; the trial checks whether their size depends on a width."""
     t.repeated(out.shape[:-1])
     t.label(out, (WILD,) * out.dim())
+    if _out_of_place(func) in ("zeros", "new_zeros", "full", "new_full"):
+        t.zeros.add(memory_of(out))
 
 
 @rule(
@@ -186,7 +188,10 @@ def uniform_content(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
     "item",
 )
 def constant(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A constant: axes of fixed size."""
+    """A constant: axes of fixed size, unless it is zero."""
+    if str(func._schema.name) in ("aten::full", "aten::new_full") and argument(func, args, kwargs, "fill_value") == 0:
+        uniform_content(t, func, args, kwargs, out)
+        return
     t.repeated(x for tensor in flat_tensors(out) for x in tensor.shape[:-1])
     rigid(t, out)
 

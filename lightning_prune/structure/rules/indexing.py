@@ -142,6 +142,15 @@ def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.label(out, [*value.axes[:dim], *([None] * indices[dim].dim()), *value.axes[dim + 1 :]], zero=value.zero)
 
 
+@rule("_pack_padded_sequence")
+def pack(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Rows of all samples and time steps that are not padding; the features are followed."""
+    value = t.value(args[0])
+    t.freeze(value.axes[:2], f"the samples and time steps of {t.where(func)}")
+    t.label(out[0], [None, *value.axes[2:]], zero=value.zero)
+    rigid(t, out[1])
+
+
 @rule("glu")
 def glu(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Gated linear unit: both halves lose the same indices."""

@@ -13,7 +13,7 @@ from lightning_prune.structure.tracing.labels import (
     Value,
 )
 from lightning_prune.structure.tracing.network_copy import FakeCopy
-from lightning_prune.structure.tracing.operators import flat_tensors
+from lightning_prune.structure.tracing.operators import flat_tensors, memory_of
 from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "Value",
     "flat_tensors",
     "forked_rng",
+    "memory_of",
     "output_tensors",
 ]

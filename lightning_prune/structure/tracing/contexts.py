@@ -38,6 +38,7 @@ SAME_UNITS_IN_BOTH_MODES = frozenset(
     [
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.LSTM, nn.GRU, nn.RNN),
     ]
 )
 

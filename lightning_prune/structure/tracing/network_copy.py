@@ -44,6 +44,7 @@ from lightning_prune.structure.tracing.contexts import (
 )
 from lightning_prune.structure.tracing.labels import AxisLabel, Kind
 from lightning_prune.structure.tracing.operators import CONSTANT
+from lightning_prune.structure.tracing.recurrent import RecurrentFunctions, is_recurrent
 from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = ["FakeCopy"]
@@ -252,8 +253,14 @@ class FakeCopy:
                 tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
             self.asked = stack.enter_context(record_mode_readers(self.module, self.stack))
             stack.enter_context(data_assignments_traced(tracer))
+            recurrent = [module for module in self.module.modules() if is_recurrent(module)]
+            for layer in recurrent:
+                if isinstance(layer, nn.RNNBase):
+                    layer._update_flat_weights()
             left = stack.enter_context(self._state_restored())
             stack.enter_context(contents_restored(self._stores()))
+            if recurrent:
+                stack.enter_context(RecurrentFunctions(tracer))
             stack.enter_context(tracer)
             run = self.module if call.method == "forward" else getattr(self.module, call.method)
             out = run(*args, **kwargs)
@@ -320,9 +327,14 @@ class FakeCopy:
             return
         self.tracked = True
         for name, module in self.module.named_modules():
+            if isinstance(module, nn.RNNBase):  # reads the memory of its weights
+                vars(module)["flatten_parameters"] = _do_nothing
             is_attention = type(module) in ATTENTION
             forward = self.attention_weights.forward_of(module) if is_attention else module.forward
             vars(module)["forward"] = push_name(forward, name, self.stack)
+
+
+def _do_nothing() -> None: ...
 
 
 def _turn_caches_off(model: nn.Module) -> None:

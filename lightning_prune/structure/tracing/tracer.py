@@ -50,6 +50,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first_decisions: Decisions of the first trace, which a trial must reproduce.
         first_views: Views of the first trace.
         trail: Arguments of the latest operators, to locate a failure.
+        zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
         rms_norms: Names of the modules that are root-mean-square norms.
     """
 
@@ -80,6 +81,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.views: list[Blocks | None] = []
         self.first_decisions: list[Decision] | None = None
         self.first_views: list[Blocks | None] = []
+        self.zeros: set[int] = set()
         self.rms_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self.module = ""  # the module of the latest operator
@@ -124,6 +126,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._by_storage.clear()
         self._by_memory.clear()
         self._wild.clear()
+        self.zeros.clear()
         self._noted = []
         self.script, self.decisions, self.views = [], [], []
 
@@ -348,6 +351,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         the same content at every index.
         """
         own, memory = self.value(out), memory_of(out)
+        self.zeros.discard(memory)
         unclear = not own.zero and any(isinstance(axis, np.ndarray) for axis in own.axes)
         if not unclear and memory not in self._wild:
             return
