@@ -1,6 +1,6 @@
 """Networks of transformers: what can be pruned, what is left at half of every group, and the way back from a folder.
 
-Networks are randomly initialised at the shapes of the named ones; language models with few layers and small
+Networks are randomly initialised at the shapes of the named ones; large language models with few layers and small
 vocabularies, to fit into memory. ``python -m benchmarks.hugging_face``
 """
 

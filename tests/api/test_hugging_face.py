@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_prune import SavedModel, from_pretrained, prune, save_pretrained
+from lightning_prune import SavedModel, Scope, from_pretrained, load, prune, save, save_pretrained
 from lightning_prune.structure.tracing import output_tensors
 from lightning_prune.surgery import HistoryError, apply_masks, attach_masks, history_of, masks_of
 from lightning_prune.surgery.tensors import named
@@ -219,6 +219,19 @@ class TestHistory:
         assert loaded.generation_config.max_new_tokens == 7
         assert loaded.dtype == torch.bfloat16
         assert from_pretrained(type(model), tmp_path / "small", dtype=torch.float32).dtype == torch.float32
+
+    def test_removed_layers(self, tmp_path: Path) -> None:
+        """From which the network is widened again, as by a checkpoint from before."""
+        model = vit().eval()
+        save(model, tmp_path / "dense.safetensors")
+        dense = copy.deepcopy(model)
+        scope = Scope("global", min_width=0)
+        prune(model, IMAGES, pruning_ratio=0.999, layers="vit.layers.0.mlp.fc1", scope=scope)
+        saved = save_pretrained(model, tmp_path / "small", IMAGES)
+        assert saved.reason.startswith("layers were removed or replaced, with which vit.layers.0.layernorm_after.bias")
+        loaded = from_pretrained(type(model), tmp_path / "small")
+        assert_same(loaded, model, IMAGES)
+        assert_same(load(loaded, tmp_path / "dense.safetensors"), dense, IMAGES)
 
     def test_a_buffer_that_is_in_no_file(self, tmp_path: Path) -> None:
         """The configuration gives the shapes, but other contents."""
