@@ -381,3 +381,27 @@ def test_heads_leave_with_channels_of_the_embedding_where_code_ties_both() -> No
     cut(wide, structure.axes({"0": (1, 3)}))
     assert [(wide[n].heads, wide[n].width) for n in (1, 2)] == [(2, 6)] * 2
     torch.testing.assert_close(wide(x), narrow(x), rtol=1e-12, atol=1e-12)
+
+
+class Separate(nn.Module):
+    """Fused attention of separate queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(WIDTH, 4),
+            nn.Linear(WIDTH, 4),
+            nn.Linear(WIDTH, 4),
+            nn.Linear(4, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_as_many_samples_as_heads(batch: int) -> None:
+    structure = trace(TracedModel.of(_encoder(Separate()), _example()[:1].expand(batch, -1, -1)))
+    assert structure.widths == {"embed": WIDTH, "block.q": 2}

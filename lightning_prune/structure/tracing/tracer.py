@@ -166,7 +166,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = len(label), tuple(sizes)
             if parts:
                 self.splits.setdefault(key, (parts, []))[1].append(label)
-            part = self.choices.get(key, parts[-1]) if parts else None
+            chosen = self.choices.get(key)
+            part = chosen if chosen in parts else parts[-1] if parts else None  # another axis may be split alike
         elif len(self.decisions) < len(self.first_decisions):
             part = self.first_decisions[len(self.decisions)][0]
         else:
