@@ -92,19 +92,47 @@ class Trials:
             if not failing:
                 break
             for group, reason in failing:
-                if all(group is not known for known in candidates):  # it was tied to another one
-                    continue
-                others = [g for g in candidates if g is not group and g.name not in tried]
-                found = None if group.name in tried else self.repaired(group, others, follow)
-                tried.add(group.name)
-                whole, absorbed = found or (None, [])
-                if whole is None:
-                    self._freeze(group, reason)
-                elif absorbed:
-                    whole = self.analysis.tied(whole, absorbed)
-                    tried.add(whole.name)
-                groups, candidates = (_replaced(known, group, whole, absorbed) for known in (groups, candidates))
+                if any(group is known for known in candidates):  # else it was tied to another one
+                    for old, new, absorbed in self._mended(group, reason, candidates, tried, follow):
+                        groups, candidates = (_replaced(known, old, new, absorbed) for known in (groups, candidates))
         return groups
+
+    def _mended(
+        self, group: Group, reason: str, candidates: Sequence[Group], tried: set[str], follow: bool
+    ) -> list[tuple[Group, Group | None, list[Group]]]:
+        """What takes the place of a failing group, and of groups like it: the group, the new one, what it absorbs.
+
+        If nothing repairs its cut, the group is frozen and leaves.
+        """
+        others = [g for g in candidates if g is not group and g.name not in tried]
+        found = None if group.name in tried else self.repaired(group, others, follow)
+        tried.add(group.name)
+        if found is None:
+            self._freeze(group, reason)
+            return [(group, None, [])]
+        whole, absorbed = found
+        if absorbed:
+            whole = self.analysis.tied(whole, absorbed)
+            tried.add(whole.name)
+        left = [g for g in others if all(g is not other for other in absorbed)]
+        return [(group, whole, absorbed), *((old, new, []) for old, new in self._alike(whole, left, follow))]
+
+    def _alike(self, group: Group, others: Sequence[Group], follow: bool) -> list[tuple[Group, Group]]:
+        """Groups of the same width, such as the same layers of other blocks, and what they are with the same sizes.
+
+        There are none if their cut fails with these.
+        """
+        wanted = Counter(map(_kind, group.sizes))
+        pairs = []
+        for other in others:
+            if not wanted or other.sizes or other.width != group.width:
+                continue
+            found = candidates(self.analysis.first.module, other)
+            sizes = tuple(size for sizes in found.values() for size in sizes if _kind(size) in wanted)
+            if Counter(map(_kind, sizes)) == wanted:
+                pairs.append((other, replace(other, sizes=sizes)))
+        self._count += bool(pairs)
+        return pairs if pairs and self.attempt([group, *(longer for _, longer in pairs)], follow) is None else []
 
     def _freeze(self, group: Group, reason: str) -> None:
         self.analysis.failed.append(group)
@@ -312,6 +340,11 @@ def _with_sizes(group: Group, found: Sequence[Member]) -> Iterator[Group]:
     for number in numbers:
         for sizes in combinations(found, number):
             yield replace(group, sizes=(*group.sizes, *sizes))
+
+
+def _kind(size: Member) -> tuple[str, int]:
+    """The name of a size within its module, and what it counts of a unit."""
+    return size.tensor.rpartition(".")[2], size.index.shape[1]
 
 
 def _merged(group: Group, other: Group) -> Group:
