@@ -353,7 +353,7 @@ class Analysis:
         )
         batch = batch_size_of(self.traced.calls[0])
         if self.tracer.samples is not None:  # an example without a batch dimension gets one of length 1
-            batch = min(batch, self.tracer.samples)
+            batch = self.tracer.samples if self.tracer.time_first else min(batch, self.tracer.samples)
         macs, memory = (
             tuple(
                 Term(r.factor / (1 if r.once else batch), tuple(axis(atoms) for atoms in r.axes), r.layer)

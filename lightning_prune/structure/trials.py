@@ -24,6 +24,7 @@ from lightning_prune.structure.tracing import (
     FakeCopy,
     Tracer,
     flat_tensors,
+    is_recurrent,
 )
 
 __all__ = ["Failure", "Trials"]
@@ -156,7 +157,7 @@ class Trials:
             them, or passes alone.
         """
         found = candidates(self.analysis.first.module, group)
-        alike = [other for other in others if other.width == group.width and _is_of_single(group, other)]
+        alike = [other for other in others if other.width == group.width and self._is_of_single(group, other)]
         failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
             return None
@@ -175,6 +176,13 @@ class Trials:
             absorbed += [other for other in alike if _is_part(other, group)]
             alike = [other for other in alike if not _is_part(other, group)]
         return group, absorbed
+
+    def _is_of_single(self, *groups: Group) -> bool:
+        """Whether every unit of these groups is a single output of each layer that produces it, or of each gate."""
+        members = (member for group in groups for member in group.members if member.role == "out")
+        several = {member.layer for member in members if member.index.shape[1] > 1}
+        modules = dict(self.analysis.first.module.named_modules()) if several else {}
+        return all(layer in modules and is_recurrent(modules[layer]) for layer in several)
 
     def _with_unread_sizes(self, groups: list[Group]) -> list[Group]:
         """The groups with those attributes too that the network does not compute with, but that name its heads."""
@@ -349,11 +357,6 @@ def _kind(size: Member) -> tuple[str, int]:
 
 def _merged(group: Group, other: Group) -> Group:
     return replace(group, members=(*group.members, *other.members), sizes=(*group.sizes, *other.sizes))
-
-
-def _is_of_single(*groups: Group) -> bool:
-    """Whether every unit of these groups is a single output of each layer that produces it."""
-    return all(member.index.shape[1] == 1 for group in groups for member in group.members if member.role == "out")
 
 
 def _is_part(other: Group, group: Group) -> bool:

@@ -59,7 +59,7 @@ def assert_masked(model, structure, *example, seed=0):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "options"), OPTIONS[::3] + OPTIONS[1::3] + OPTIONS[2::3])
+@pytest.mark.parametrize(("kind", "options"), OPTIONS)
 def test_a_cut_layer_equals_the_masked_one(kind, options):
     """Random units leave; all layers and directions keep one number of units, as PyTorch's kernels want."""
     model, x = Reader(kind, **options), torch.randn(2, 4, 3)
@@ -115,6 +115,20 @@ def test_macs_of_all_time_steps(kind, gates):
     assert structure.cost.macs(narrow) == 6 * per_step + 4 * 3 * 2
 
 
+@pytest.mark.parametrize("samples", [2, 9])
+def test_macs_are_those_of_a_sample_if_time_comes_first(samples):
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory, self.head = nn.LSTM(3, 7), nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.head(self.memory(x)[0])
+
+    structure = structure_of(TimeFirst(), torch.randn(6, samples, 3))
+    assert structure.cost.macs(structure.widths) == 6 * (4 * 7 * (3 + 7) + 7 * 2)
+
+
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_cut_cell_equals_the_masked_one(kind, bias):
@@ -134,6 +148,38 @@ def test_a_cut_cell_equals_the_masked_one(kind, bias):
     assert structure.widths == {"embed": 5, "cell": 7}
     assert structure.cost.macs(structure.widths) == 4 * (3 * 5 + CELLS[kind] * 7 * (5 + 7)) + 7 * 2
     assert_masked(model, structure, x)
+
+
+def test_cells_that_share_a_size_lose_the_same_units():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = 6
+            self.lower, self.upper, self.head = nn.LSTMCell(3, 6), nn.GRUCell(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            hidden, cell, top = (torch.zeros(len(x), self.hidden, dtype=x.dtype) for _ in range(3))
+            for step in x.unbind(1):
+                hidden, cell = self.lower(step, (hidden, cell))
+                top = self.upper(hidden, top)
+            return self.head(top)
+
+    model, x = Stack(), torch.randn(2, 4, 3)
+    structure = structure_of(model, x)
+    assert structure.widths == {"lower": 6}
+    assert_masked(model, structure, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weights_that_are_computed(normed):
+    model, x = Reader(batch_first=True), torch.randn(2, 4, 3)
+    normed(model.memory, "weight_hh_l0")
+    with torch.no_grad():
+        model(x)
+    assert prune(model, x, pruning_ratio=0.4, layers="memory").widths == {"embed": 5, "memory": 4}
+    assert model.memory.hidden_size == 4
+    model(x)[0].sum().backward()
 
 
 class Given(nn.Module):

@@ -14,6 +14,7 @@ from lightning_prune.structure.tracing.labels import (
 )
 from lightning_prune.structure.tracing.network_copy import FakeCopy
 from lightning_prune.structure.tracing.operators import flat_tensors, memory_of
+from lightning_prune.structure.tracing.recurrent import is_recurrent
 from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Value",
     "flat_tensors",
     "forked_rng",
+    "is_recurrent",
     "memory_of",
     "output_tensors",
 ]

@@ -72,10 +72,11 @@ class RecurrentFunctions(TorchFunctionMode):
         else:
             given, weights, has_biases, layers, dropout, training, bidirectional, batch_first = rest
             x = x.transpose(0, 1) if batch_first else x
+            if self.tracer.samples is None:
+                self.tracer.samples = x.shape[1]
+                self.tracer.time_first = not batch_first and x.shape[0] == self.tracer.batch
         directions = 1 + bidirectional
         size = len(weights) // (layers * directions)
-        if not packed and self.tracer.samples is None:
-            self.tracer.samples = x.shape[1]
         finals: list[State] = []
         states = [part.unbind() for part in (given if has_cell else (given,))]
         for layer in range(layers):

@@ -67,7 +67,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.written: list[MacsRecord] = []
         self.counting = False
         self.batch = 1  # batch size of the example, from its shape
-        self.samples: int | None = None  # batch size of the first convolution
+        self.samples: int | None = None  # batch size of the first convolution or recurrent layer
+        self.time_first = False  # whether the first dimension of the example is that of time steps
         self.constant = True  # whether the current operator does not depend on the network's inputs
         self.meta = False
         self.script: list[tuple[Any, ...]] = []
