@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -184,12 +185,27 @@ def _encoder_layer(source: Tensor, width: int, *args: Any, **_: Any) -> int:
     return _multi_head(source, source, source, width) + 4 * len(source) * source.shape[1] * hidden.numel()
 
 
-# Floating-point operations by operator. PyTorch has no formulas for fused attention on processors, and for the whole
-# layers that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run in eval mode without gradients.
+def _recurrent(source: Tensor, *arguments: Any, **_: Any) -> int:
+    flat = [tensor for part in arguments[:2] for tensor in (part if isinstance(part, (list, tuple)) else [part])]
+    weights = [tensor for tensor in flat if isinstance(tensor, Tensor) and tensor.dim() == 2]  # the others are biases
+    return 2 * math.prod(source.shape[:-1]) * sum(weight.numel() for weight in weights)
+
+
+def _recurrent_backward(*arguments: Any, **options: Any) -> int:
+    return 2 * _recurrent(*arguments, **options)
+
+
+# Floating-point operations by operator. PyTorch has no formulas for fused attention on processors, for fused recurrent
+# layers, and for the whole layers that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run in eval mode
+# without gradients.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._native_multi_head_attention: _multi_head,
     torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _recurrent_backward,
+    torch.ops.aten._cudnn_rnn: _recurrent,
+    torch.ops.aten._cudnn_rnn_backward: _recurrent_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -165,3 +165,22 @@ def test_networks_on_the_meta_device_do_not_count() -> None:
     with MacCounter() as counter:
         nn.Linear(4, 4, device="meta")(torch.zeros(2, 4, device="meta"))
     assert counter.macs == 0
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_count_in_every_mode(context: Any, kind: type[nn.RNNBase], gates: int) -> None:
+    """Also where all time steps are one operator, as those of an LSTM on processors that have it."""
+    layer, x = kind(3, 6, 2, batch_first=True, bidirectional=True), torch.randn(2, 5, 3)
+    with context(), MacCounter() as counter:
+        layer(x)
+    assert counter.macs == 2 * 5 * 2 * gates * 6 * ((3 + 6) + (12 + 6))
+
+
+def test_the_backward_pass_of_an_lstm_counts() -> None:
+    layer, x = nn.LSTM(3, 6), torch.randn(5, 2, 3, requires_grad=True)
+    out = layer(x)[0].sum()
+    with MacCounter() as counter:
+        out.backward()  # type: ignore[no-untyped-call]
+    forward, first = 5 * 2 * 4 * 6 * (3 + 6), 2 * 4 * 6 * 6  # the state of zeros needs no gradient
+    assert 2 * forward - 2 * first <= counter.macs <= 2 * forward
