@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
 PUBLIC = [getattr(lightning_prune, name) for name in lightning_prune.__all__]
-SETTINGS = [kind for kind in PUBLIC if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+#: What functions return, which nobody constructs.
+RESULTS = {"SavedModel"}
+SETTINGS = [
+    kind
+    for kind in PUBLIC
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__name__ not in RESULTS
+]
 
 WRONG: Mapping[str, tuple[object, ...]] = {
     "int": (1.5, math.nan, True, "a", [], None),

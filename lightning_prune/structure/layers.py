@@ -13,6 +13,7 @@ from lightning_prune.structure.attention import MultiheadAttention
 __all__ = [
     "ATTENTION",
     "canonical",
+    "has_own_projections",
     "is_within",
     "named",
     "options",
@@ -177,8 +178,16 @@ def _transposed_linear(module: Any, _: Shapes) -> None:
     module.nx, module.nf = _weight_shape(module)
 
 
+def has_own_projections(module: nn.MultiheadAttention) -> bool:
+    """Whether the weights of queries, keys and values are parameters of the layer."""
+    own = tensors(module)
+    return "in_proj_weight" in own or all(f"{part}_proj_weight" in own for part in "qkv")
+
+
 def _attention(module: Any, _: Shapes) -> None:
     own = tensors(module)
+    if not has_own_projections(module):  # they are computed
+        return
     packed = own.get("in_proj_weight")
     q, k, v = packed.chunk(3) if packed is not None else (own[f"{part}_proj_weight"] for part in "qkv")
     module.num_heads, module.embed_dim = q.shape[0] // module.head_dim, q.shape[1]
@@ -186,7 +195,9 @@ def _attention(module: Any, _: Shapes) -> None:
     # PyTorch's fused operators compute the features of a head from both.
     module._qkv_same_embed_dim = packed is not None and q.shape[0] == q.shape[1]
     if type(module) in ATTENTION:
-        module.__class__ = nn.MultiheadAttention if q.shape[0] == q.shape[1] else MultiheadAttention
+        # `nn.TransformerEncoder` packs samples of unequal lengths, which PyTorch's takes with an even number of heads.
+        is_pytorchs = q.shape[0] == q.shape[1] and module.num_heads % 2 == 0
+        module.__class__ = nn.MultiheadAttention if is_pytorchs else MultiheadAttention
 
 
 def _recurrent(module: Any, _: Shapes) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ _LOG = logging.getLogger("lightning_prune")
 _MOST_OPERATORS = 500_000
 #: Minimum number of trials per network.
 _LEAST_TRIALS = 64
-#: Largest number of sizes in attributes that are tried at once.
-_MOST_SIZES = 3
+#: Largest number of combinations of sizes in attributes that are tried where a cut fails.
+_MOST_COMBINATIONS = 24
 #: Largest number of groups that are tried where none is at the operator that fails.
 _MOST_TIED = 3
 
@@ -166,7 +166,7 @@ class Trials:
             here = [size for size in found.get(failure.module, ()) if size not in group.sizes]
             elsewhere = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
             further = self._further(_with_sizes(group, here), failure, follow)
-            further = further or self._further(_with_sizes(group, elsewhere), failure, follow)
+            further = further or self._further(_with_sizes(group, elsewhere, most=0), failure, follow)
             if further is None:
                 near = self.suspects(alike, failure) or alike[:_MOST_TIED]
                 further = self._further((_merged(group, other) for other in near), failure, follow)
@@ -193,6 +193,12 @@ class Trials:
             return replace(group, sizes=(*group.sizes, *others)) if others else group
 
         whole = [with_unread(group) for group in groups]
+        # A number that two attentions share is that of neither.
+        claims = Counter(size.tensor for group in whole for size in group.sizes)
+        whole = [
+            new if all(claims[size.tensor] == 1 for size in new.sizes) else old
+            for new, old in zip(whole, groups, strict=True)
+        ]
         changed = [new for new, old in zip(whole, groups, strict=True) if new is not old]
         return whole if changed and self.attempt(changed, follow=False) is None else groups
 
@@ -342,12 +348,11 @@ class Trials:
         return self.analysis.atoms.find(atoms[atoms < len(self.analysis.atoms)])
 
 
-def _with_sizes(group: Group, found: Sequence[Member]) -> Iterator[Group]:
-    """The group with one of these sizes, with all of them, and with some."""
-    numbers = [1, len(found), *range(2, min(len(found) - 1, _MOST_SIZES) + 1)] if found else []
-    for number in numbers:
-        for sizes in combinations(found, number):
-            yield replace(group, sizes=(*group.sizes, *sizes))
+def _with_sizes(group: Group, found: Sequence[Member], most: int = _MOST_COMBINATIONS) -> Iterator[Group]:
+    """The group with one of these sizes, with all of them, and with at most so many combinations of two or three."""
+    some = (sizes for number in (2, 3) for sizes in combinations(found, number) if number < len(found))
+    for sizes in (*((size,) for size in found), *([tuple(found)] if len(found) > 1 else []), *islice(some, most)):
+        yield replace(group, sizes=(*group.sizes, *sizes))
 
 
 def _kind(size: Member) -> tuple[str, int]:

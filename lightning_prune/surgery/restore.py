@@ -278,9 +278,10 @@ def _widen(change: Change, model: nn.Module, history: History) -> None:
             change.assign(present[name], content.copy_(buffer), None)
     for prefix, module in model.named_modules():
         if canonical(prefix) in dense.attributes:
-            change.set_attributes(module, dense.attributes[canonical(prefix)])
-        if isinstance(module, nn.MultiheadAttention):
-            change.edit_attributes(module, partial(refresh, module, {}))  # its class
+            known = dense.attributes[canonical(prefix)]  # a wrapper of `torch.compile` has none of them
+            change.set_attributes(module, {name: value for name, value in known.items() if name in vars(module)})
+            if isinstance(module, nn.MultiheadAttention):
+                change.edit_attributes(module, partial(refresh, module, {}))  # its class
 
 
 def _before(model: nn.Module, mine: History | None) -> tuple[dict[str, Tensor], set[str]]:

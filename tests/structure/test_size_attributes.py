@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_prune import load, prune, rebuild, save
 from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure.trials import Trials
 from lightning_prune.surgery import History, HistoryError, history_of
 from lightning_prune.surgery.edits import Keep
 from lightning_prune.surgery.history import attach, edits_of
@@ -405,3 +406,50 @@ class Separate(nn.Module):
 def test_as_many_samples_as_heads(batch: int) -> None:
     structure = trace(TracedModel.of(_encoder(Separate()), _example()[:1].expand(batch, -1, -1)))
     assert structure.widths == {"embed": WIDTH, "block.q": 2}
+
+
+class TwoAttentions(nn.Module):
+    """Self- and cross-attention with one number of heads, which neither computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.first, self.second = Separate(), Separate()
+        for layer in (self.first, self.second):
+            layer.q, layer.k, layer.v = (nn.Linear(WIDTH, 12) for _ in range(3))
+            layer.o = nn.Linear(12, WIDTH)
+            layer.heads = -1
+        self.members = nn.ModuleList([self.first.q, self.second.q])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            q, k, v = (part(x).unflatten(-1, (-1, 3)).transpose(1, 2) for part in (layer.q, layer.k, layer.v))
+            x = x + layer.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_number_that_two_groups_share_is_that_of_neither() -> None:
+    model = _encoder(TwoAttentions())
+    structure = _traced(model)
+    assert sorted(structure.widths.values()) == [4, 4, WIDTH]
+    cut(model, structure.axes({name: (0, n - 1) for name, n in structure.widths.items() if n == 4}))
+    assert model.block.num_heads == 4
+
+
+class Scaled(Encoder):
+    """A number follows from its width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed.out_features**0.5
+
+
+def test_many_attributes_of_one_value_are_no_search_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _encoder()
+    model.__class__ = Scaled
+    for module in model.modules():
+        vars(module).update({f"size{n}": WIDTH for n in range(12)})
+    counted = []
+    attempt = Trials.attempt
+    monkeypatch.setattr(Trials, "attempt", lambda *args: counted.append(1) or attempt(*args))
+    assert _traced(model).widths == {"block.qkv": 4}
+    assert len(counted) < 400

@@ -28,7 +28,14 @@ from lightning_prune.structure.hooks import (
     reachable_objects,
     stored_objects,
 )
-from lightning_prune.structure.layers import ATTENTION, canonical, refresh, relax_unflatten, tensors
+from lightning_prune.structure.layers import (
+    ATTENTION,
+    canonical,
+    has_own_projections,
+    refresh,
+    relax_unflatten,
+    tensors,
+)
 from lightning_prune.structure.sharding import is_mesh, is_sharded, plain_classes
 from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
 from lightning_prune.structure.tracing.attention import AttentionWeights
@@ -329,8 +336,9 @@ class FakeCopy:
         for name, module in self.module.named_modules():
             if isinstance(module, nn.RNNBase):  # reads the memory of its weights
                 vars(module)["flatten_parameters"] = _do_nothing
-            is_attention = type(module) in ATTENTION
-            forward = self.attention_weights.forward_of(module) if is_attention else module.forward
+            forward = module.forward
+            if isinstance(module, nn.MultiheadAttention) and type(module) in ATTENTION and has_own_projections(module):
+                forward = self.attention_weights.forward_of(module)
             vars(module)["forward"] = push_name(forward, name, self.stack)
 
 
