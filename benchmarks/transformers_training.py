@@ -166,7 +166,8 @@ class GPT(Module):
         self.blocks = nn.Sequential(*(Block(96, 6) for _ in range(4)))
         self.norm, self.head = nn.LayerNorm(96), nn.Linear(96, size, bias=False)
         self.characters.weight = self.head.weight
-        nn.init.normal_(self.head.weight, std=0.02)
+        for table in (self.head, self.places):
+            nn.init.normal_(table.weight, std=0.02)
         self.example_input_array = torch.zeros(2, CONTEXT, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Any:
