@@ -246,12 +246,6 @@ class History:
         return frozenset(self.original.widths) - self.vanished
 
     @property
-    def single(self) -> frozenset[str]:
-        """Groups that cuts have left with one unit."""
-        units = self.widths_now
-        return frozenset(name for name, width in self.original.widths.items() if units.get(name) == 1 < width)
-
-    @property
     def axes(self) -> Axes:
         """All cuts since the last replacement as one."""
         return _composed(self.since_replaced)

@@ -187,15 +187,16 @@ def match_checkpoint_shapes(
 def with_history(structure: Structure, traced: TracedModel) -> Structure:
     """The structure of a network that was cut, with the groups that its present shapes alone do not show.
 
-    Of attention with one head left, nothing tells that its 16 features are one unit. So the network is traced as wide
-    as it was before its cuts, and what is found is cut alike.
+    Of attention with one head left, nothing tells that its 16 features are one unit, and with two, a trial that takes
+    one of them runs other operators. So the network is traced as wide as it was before its cuts, and what is found is
+    cut alike.
 
     Args:
         structure: As traced on the network as it is now.
         traced: The network and how it is run.
     """
     history = history_of(traced.model)
-    if history is None or not history.single - structure.widths.keys():
+    if history is None or structure.widths.keys() == history.groups_now:
         return structure
     wide, change = dense_copy(traced, "real"), Change()
     for edit in history.until_replaced:

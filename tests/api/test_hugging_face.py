@@ -345,3 +345,15 @@ def test_generation_after_a_cut(build: Build) -> None:
     assert len(tokens[:, -5:].unique()) > 2
     assert torch.equal(tokens, model.generate(**prompt, **options, use_cache=False))
     assert torch.equal(tokens, model.generate(**prompt, **options, cache_implementation="static", disable_compile=True))
+
+
+def test_a_network_with_two_heads_left_is_pruned_again() -> None:
+    """A new trace does not find them where a trial takes one of two heads that windows mask."""
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(image_size=56, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=7)
+    model = transformers.SwinForImageClassification(config).eval()
+    images = torch.randn(2, 3, 56, 56)
+    heads = "swin.encoder.layers.0.blocks.1.attention.q_proj"
+    assert prune(model, images, pruning_ratio=0.5).widths[heads] == 2
+    assert prune(model, images, pruning_ratio=0.75).widths[heads] == 1
+    assert model(images).logits.shape == (2, 2)
