@@ -1,4 +1,4 @@
-"""Networks of transformers: what can be pruned, what is left at half of every group, and the way back from a folder.
+"""Models of transformers: what can be pruned, their size with half of every group, and saving and loading them.
 
 Networks are randomly initialised at the shapes of the named ones; large language models with few layers and small
 vocabularies, to fit into memory. ``python -m benchmarks.hugging_face``
@@ -151,7 +151,7 @@ def is_stream(name: str) -> bool:
 
 
 def saved(model: Any, example: dict[str, Any]) -> dict[str, Any]:
-    """The way back, and whether what is loaded is the same and generates."""
+    """How the model is saved, and whether the loaded one gives the same outputs and generates."""
     with tempfile.TemporaryDirectory() as place:
         began = perf_counter()
         try:

@@ -97,7 +97,7 @@ def _text(network: nn.Module, history: History, tied: Mapping[str, str]) -> str:
     sources = [inspect.getsource(one) for one in functions]
     if attentions:
         own = inspect.getsource(attention)
-        sources.append(own[own.index("class MultiheadAttention") :])
+        sources.append(own[own.index("def attention(") :])
     shown = {name: f"({kind!r}, lambda: {call})" for name, (kind, call) in replaced.items()}
     blocks = [
         f'"""Makes a narrow {kind.__name__} of a dense one, which is built as it was before it was pruned.\n\n'

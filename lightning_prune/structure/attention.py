@@ -7,30 +7,6 @@ from torch.nn import functional as F
 __all__ = ["MultiheadAttention", "attention"]
 
 
-class MultiheadAttention(nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` with any number of heads of ``head_dim`` features, whatever its embedding width.
-
-    PyTorch's computes the features of a head as embedding width / number of heads, so neither can change alone. A layer
-    takes this class when it is cut; parameters, arguments and results are the same.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As in `torch.nn.MultiheadAttention`."""
-        return attention(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
-
-
 def attention(
     layer: nn.MultiheadAttention,
     query: Tensor,
@@ -42,7 +18,7 @@ def attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `MultiheadAttention` computes with the parameters of a layer."""
+    """What `MultiheadAttention` computes with the parameters of a layer; arguments and results are PyTorch's."""
     if is_causal and attn_mask is None:
         raise RuntimeError("expected `attn_mask` with `is_causal`, which only says that this mask is causal")
     if query.is_nested:
@@ -122,3 +98,13 @@ def _attention_of_nested(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
     absent = positions >= torch.tensor(lengths, device=padded.device)[:, None]
     out, _ = attention(layer, padded, padded, padded, absent, need_weights=False)
     return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` with any number of heads of ``head_dim`` features, whatever its embedding width.
+
+    PyTorch's computes the features of a head as embedding width / number of heads, so neither can change alone. A layer
+    takes this class when it is cut; parameters, arguments and results are the same.
+    """
+
+    forward = attention

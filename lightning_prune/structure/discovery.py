@@ -197,9 +197,9 @@ def _with_tied_heads(analysis: Analysis, choices: Mapping[SplitKey, int]) -> Ana
     one without the other.
     """
     streams = {group.width: group for group in analysis.failed if group.members[0].index.shape[1] == 1}
-    other = analysis.with_choices(choices)
     if not (streams and choices):
         return None
+    other = analysis.with_choices(choices)
     other.trace()
     found = False
     for key in choices.keys() & other.tracer.splits.keys():

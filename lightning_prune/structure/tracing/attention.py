@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.structure.attention import attention
 
 __all__ = ["AttentionWeights"]
+
+_SIGNATURE = inspect.signature(attention)
 
 
 class _Unread:
@@ -46,25 +49,18 @@ class AttentionWeights:
     def forward_of(self, layer: nn.MultiheadAttention) -> Callable[..., Any]:
         """A `forward` for a layer, that computes what the layer does at any number of heads and any width."""
 
-        def forward(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            key_padding_mask: Tensor | None = None,
-            need_weights: bool = True,
-            attn_mask: Tensor | None = None,
-            average_attn_weights: bool = True,
-            is_causal: bool = False,
-        ) -> Any:
-            computed = need_weights and self.computed
-            out = attention(
-                layer, query, key, value, key_padding_mask, computed, attn_mask, average_attn_weights, is_causal
-            )
-            if computed or not need_weights:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            asked = _SIGNATURE.bind(layer, *args, **kwargs)
+            asked.apply_defaults()
+            needed = asked.arguments["need_weights"]
+            asked.arguments["need_weights"] = needed and self.computed
+            out = attention(*asked.args, **asked.kwargs)
+            if self.computed or not needed:
                 return out
             unread = _Unread()
             self._returned.add(unread)
             self.left_out = True
             return out[0], unread
 
+        forward.__wrapped__ = layer.forward  # type: ignore[attr-defined]  # its signature is what `inspect` reports
         return forward

@@ -163,32 +163,35 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             A part, or None if the atoms differ along none.
         """
         part: int | None
-        if self.first_decisions is None:
+        first = self._first_decision()
+        if first is None:
             key = len(label), tuple(sizes)
             if parts:
                 self.splits.setdefault(key, (parts, []))[1].append(label)
             chosen = self.choices.get(key)
             part = chosen if chosen in parts else parts[-1] if parts else None  # another axis may be split alike
-        elif len(self.decisions) < len(self.first_decisions):
-            part = self.first_decisions[len(self.decisions)][0]
         else:
-            raise MismatchError("an axis is split that was not split before")
+            part = first[0]
         others = tuple(n for k, n in enumerate(sizes) if k != part)
-        if self.first_decisions is not None and others != self.first_decisions[len(self.decisions)][1]:
+        if first is not None and others != first[1]:
             raise MismatchError("the parts of a split do not follow its units")
         self.decisions.append((part, others))
         return part
 
     def decide(self, now: int) -> int:
         """What held in the first trace, where lengths may be equal by chance in a trial."""
-        if self.first_decisions is None:
-            part = now
-        elif len(self.decisions) < len(self.first_decisions):
-            part = self.first_decisions[len(self.decisions)][0] or 0
-        else:
-            raise MismatchError("an axis is split that was not split before")
+        first = self._first_decision()
+        part = now if first is None else first[0] or 0
         self.decisions.append((part, ()))
         return part
+
+    def _first_decision(self) -> Decision | None:
+        """What the first trace decided at this point; None in the first trace itself."""
+        if self.first_decisions is None:
+            return None
+        if len(self.decisions) >= len(self.first_decisions):
+            raise MismatchError("an axis is split that was not split before")
+        return self.first_decisions[len(self.decisions)]
 
     def assigned(self, tensor: torch.Tensor, given: torch.Tensor) -> None:
         """Follow ``tensor.data = given``: the axes of both are united."""
