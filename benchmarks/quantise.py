@@ -177,7 +177,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     parts = []
     for row in rows:
         found = tuple(QuantisedRow(**values) for values in row["rows"])
-        shown = Quantised(Path(row["network"]), row["runtime"], 1, row["samples"], found)
+        shown = Quantised(Path(row["network"]), row["runtime"], 1, row["samples"], found, _CALIBRATION)
         parts.append(shown.grids()[0].markdown())
     return "\n\n".join(parts)
 

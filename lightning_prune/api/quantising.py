@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,17 +24,15 @@ from lightning_prune.extras import require
 from lightning_prune.reporting import Quantised
 from lightning_prune.reporting.quantised import QuantisedRow
 from lightning_prune.structure.traced_model import first_line, require_network
-from lightning_prune.surgery import FakeQuantisation
+from lightning_prune.surgery import FakeQuantisation, history_of
 
 __all__ = ["quantise"]
 
-# The row of the file.
-_LAST = "pruned, quantised"
 # Has 4-bit integers; read by onnxruntime 1.18 and newer.
 _OPSET = 21
 
 #: Inputs of a batch, and labels if it has them.
-_Batch = tuple[Tensor, Tensor | None]
+_Batch: TypeAlias = tuple[Tensor, Any]
 
 
 def quantise(
@@ -57,12 +56,14 @@ def quantise(
         file: The file to write, ``.onnx``.
         calibration: Some hundred training samples: batches of inputs or of ``(inputs, labels)``, such as a DataLoader.
             After quantisation-aware training: ``callback.rounding`` of `QuantisationAware`.
-        test: Samples to compare on, other than those: batches of the same kind. With labels the accuracy is measured.
+        test: Samples to compare on, other than those: batches of the same kind, read one at a time. With labels (class
+            numbers of shape ``(samples,)``) the accuracy is measured.
         dense: The network before pruning, for two more rows of the table.
 
     Returns:
         Accuracy, bytes, milliseconds and agreement of predictions with their 95 % interval, as a table of up to four
-        rows: dense, pruned, dense quantised (after training only), pruned quantised.
+        rows: dense, pruned, dense quantised (after training only), pruned quantised. Without ``dense``, a network that
+        has no history of cuts is called ``"network"``.
 
     Raises:
         ValueError: If the suffix or the batches are others than expected, or the network was not trained with the
@@ -73,7 +74,8 @@ def quantise(
     path = Path(file)
     if path.suffix != ".onnx":
         raise ValueError(f"quantise: expected a file with the suffix `.onnx`, got {path.name!r}.")
-    networks = {"pruned": model} if dense is None else {"dense": dense, "pruned": model}
+    own = "network" if dense is None and history_of(model) is None else "pruned"
+    networks = {own: model} if dense is None else {"dense": dense, own: model}
     for network in networks.values():
         require_network(network)
     ONNX().require()
@@ -81,41 +83,59 @@ def quantise(
         raise FileNotFoundError(
             f"quantise: expected a folder for {path.name}, got {str(path.parent)!r}, which is none."
         )
-    held_out = _batches(test, "test")
+    (example, _), held_out = _peeked(map(_labelled, test), "test")
     rounding = calibration if isinstance(calibration, FakeQuantisation) else None
     if rounding is not None:
         rounding.require_trained(model)
-    ranges = held_out if isinstance(calibration, FakeQuantisation) else _batches(calibration, "calibration")
+    ranges: list[Tensor] = []
+    if not isinstance(calibration, FakeQuantisation):
+        (example, _), batches = _peeked(map(partial(_inputs, "calibration"), calibration), "calibration")
+        ranges = [inputs for inputs, _ in batches]
+    last = f"{own}, quantised"
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        files = {name: _floats(net, Path(folder, f"{name}.onnx"), ranges[0][0]) for name, net in networks.items()}
+        files = {name: _floats(net, Path(folder, f"{name}.onnx"), example) for name, net in networks.items()}
         references = {}
         if rounding is not None:
-            files[_LAST] = Path(folder, "trained.onnx")
-            references[_LAST] = _trained_integers(model, rounding, files[_LAST], ranges[0][0])
+            files[last] = Path(folder, "trained.onnx")
+            references[last] = _trained_integers(model, rounding, files[last], example)
         else:
             files |= {f"{name}, quantised": _integers(floats, ranges) for name, floats in files.items()}
-        rows = _compared(files, held_out, references)
-        files[_LAST].replace(path)
-    samples = sum(len(inputs) for inputs, _ in held_out)
-    return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows, is_trained=rounding is not None)
+        samples, rows = _compared(files, held_out, references)
+        files[last].replace(path)
+    return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows, sum(map(len, ranges)))
 
 
-def _batches(data: Iterable[Any], name: str) -> list[_Batch]:
-    """Batches as inputs on the CPU, with labels or None."""
-    found: list[_Batch] = []
-    for raw in data:
-        parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw, None)
-        if len(parts) != 2 or not isinstance(parts[0], Tensor) or not isinstance(parts[1], (Tensor, type(None))):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise ValueError(
-                f"quantise: expected batches of inputs or of `(inputs, labels)` in `{name}`, got ({kinds}). "
-                "Give tensors."
-            )
-        labels = None if parts[1] is None else parts[1].cpu()
-        found.append((parts[0].detach().cpu(), labels))
-    if not found:
+def _peeked(batches: Iterator[_Batch], name: str) -> tuple[_Batch, Iterator[_Batch]]:
+    """The first batch, which is read at once, and all of them."""
+    first = next(batches, None)
+    if first is None:
         raise ValueError(f"quantise: expected samples in `{name}`, got none.")
-    return found
+    return first, chain([first], batches)
+
+
+def _inputs(name: str, raw: Any) -> _Batch:
+    """Inputs of a batch on the CPU, and its labels or None."""
+    parts = tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
+    if len(parts) not in (1, 2) or not isinstance(parts[0], Tensor):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(
+            f"quantise: expected batches of inputs or of `(inputs, labels)` in `{name}`, got ({kinds}). Give tensors."
+        )
+    return parts[0].detach().cpu(), parts[1] if len(parts) == 2 else None
+
+
+def _labelled(raw: Any) -> _Batch:
+    """Inputs and labels of a test batch."""
+    inputs, labels = _inputs("test", raw)
+    if labels is None:
+        return inputs, None
+    if not isinstance(labels, Tensor) or labels.shape != inputs.shape[:1] or labels.is_floating_point():
+        got = f"{labels.dtype}, {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            "quantise: expected the class number of each sample as labels in `test`, integers of shape (samples,), "
+            f"got {got}. Give these, or inputs alone."
+        )
+    return inputs, labels.cpu()
 
 
 def _floats(model: nn.Module, file: Path, example: Tensor) -> Path:
@@ -128,7 +148,7 @@ def _floats(model: nn.Module, file: Path, example: Tensor) -> Path:
     return file
 
 
-def _integers(file: Path, batches: Sequence[_Batch]) -> Path:
+def _integers(file: Path, batches: Sequence[Tensor]) -> Path:
     """Quantise a float32 file with the ranges of these batches."""
     tools: Any = require("onnxruntime.quantization", extra=ONNX.extra)
     shapes: Any = require("onnxruntime.quantization.shape_inference", extra=ONNX.extra)
@@ -164,8 +184,8 @@ def _trained_integers(model: nn.Module, rounding: FakeQuantisation, file: Path, 
 class _Reader:
     """Batches as onnxruntime's calibration reads them."""
 
-    def __init__(self, name: str, batches: Sequence[_Batch]) -> None:
-        self._batches = iter([{name: inputs.numpy()} for inputs, _ in batches])
+    def __init__(self, name: str, batches: Sequence[Tensor]) -> None:
+        self._batches = iter([{name: inputs.numpy()} for inputs in batches])
 
     def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
         """The next batch, None at the end."""
@@ -188,32 +208,36 @@ def _quantising(problem: str) -> Iterator[None]:
 
 
 def _compared(
-    files: dict[str, Path], batches: Sequence[_Batch], references: Mapping[str, Runner]
-) -> tuple[QuantisedRow, ...]:
-    """Run all files on the test samples, and compare quantised ones with their references or the float network."""
+    files: dict[str, Path], batches: Iterable[_Batch], references: Mapping[str, Runner]
+) -> tuple[int, tuple[QuantisedRow, ...]]:
+    """Run all files on the test samples, and compare quantised ones with their references or the float network.
+
+    Returns:
+        The number of samples, and a row per file.
+    """
     runs = {name: ONNX().runner(file) for name, file in files.items()}
-    one = batches[0][0][:1]
-    times = milliseconds([partial(run, (one,), {}) for run in runs.values()])
-    predictions = {name: _predictions(run, batches) for name, run in runs.items()}
-    has_labels = all(labels is not None for _, labels in batches)
-    labels = torch.cat([labels for _, labels in batches if labels is not None]) if has_labels else None
+    predicted: dict[Runner, list[Tensor]] = {run: [] for run in (*runs.values(), *references.values())}
+    known: list[Tensor] = []
+    times: list[float] = []
+    for inputs, labels in batches:
+        times = times or milliseconds([partial(run, (inputs[:1],), {}) for run in runs.values()])
+        known += [] if labels is None else [labels]
+        for run, classes in predicted.items():
+            classes.append(_classes(run, inputs))
+    predictions = {run: torch.cat(classes) for run, classes in predicted.items()}
+    expected = torch.cat(known) if known else torch.empty(0)
     rows = []
-    for (name, file), ms in zip(files.items(), times, strict=True):
-        found = predictions[name]
-        own = references.get(name)
-        expected = predictions[name.partition(",")[0]] if own is None else _predictions(own, batches)
-        accuracy = None if labels is None else float((found == labels).float().mean())
-        agreed = int((found == expected).sum()) if "," in name else None
-        rows.append(QuantisedRow(name, file.stat().st_size, ms, accuracy, agreed))
-    return tuple(rows)
+    for (name, run), ms in zip(runs.items(), times, strict=True):
+        found, reference = predictions[run], references.get(name, runs[name.partition(",")[0]])
+        accuracy = float((found == expected).float().mean()) if len(expected) == len(found) else None
+        agreed = int((found == predictions[reference]).sum()) if "," in name else None
+        rows.append(QuantisedRow(name, files[name].stat().st_size, ms, accuracy, agreed))
+    return len(found), tuple(rows)
 
 
-def _predictions(run: Runner, batches: Sequence[_Batch]) -> Tensor:
-    classes = []
-    for inputs, _ in batches:
-        outputs = run((inputs,), {})
-        if len(outputs) != 1 or outputs[0].dim() != 2 or outputs[0].shape[1] < 2:
-            shapes = [tuple(out.shape) for out in outputs]
-            raise ExportError(f"quantise: expected one output of shape (samples, classes), got {shapes}.")
-        classes.append(outputs[0].argmax(1))
-    return torch.cat(classes)
+def _classes(run: Runner, inputs: Tensor) -> Tensor:
+    outputs = run((inputs,), {})
+    if len(outputs) != 1 or outputs[0].dim() != 2 or outputs[0].shape[1] < 2:
+        shapes = [tuple(out.shape) for out in outputs]
+        raise ExportError(f"quantise: expected one output of shape (samples, classes), got {shapes}.")
+    return outputs[0].argmax(1)

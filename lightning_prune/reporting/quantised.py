@@ -19,7 +19,8 @@ class QuantisedRow:
     """One network, in float32 or in 8-bit integers.
 
     Attributes:
-        name: ``"dense"``, ``"pruned"``, ``"dense, quantised"`` or ``"pruned, quantised"``.
+        name: ``"dense"``, ``"pruned"``, ``"dense, quantised"`` or ``"pruned, quantised"``; ``"network"`` and
+            ``"network, quantised"`` where nothing was pruned.
         bytes: Size of its ONNX file.
         latency_ms: Median time of one sample in milliseconds.
         accuracy: Share of test samples that it classifies right, in [0, 1]; None without labels.
@@ -44,7 +45,7 @@ class Quantised(Shown):
         threads: Number of threads it ran on.
         samples: Number of test samples.
         rows: The networks; the last is the file's.
-        is_trained: Whether the file has the ranges of quantisation-aware training.
+        calibration: Number of samples that gave the ranges; 0 for the ranges of quantisation-aware training.
     """
 
     file: Path
@@ -52,7 +53,7 @@ class Quantised(Shown):
     threads: int
     samples: int
     rows: tuple[QuantisedRow, ...]
-    is_trained: bool = False
+    calibration: int
 
     @property
     def agreement(self) -> float:
@@ -61,7 +62,7 @@ class Quantised(Shown):
 
     def grids(self) -> tuple[Grid, ...]:
         """The table: a row per network."""
-        reference = "training" if self.is_trained else "float32"
+        reference = "float32" if self.calibration else "training"
         columns = ("", "accuracy, %", "KiB", "ms", f"same prediction as in {reference}, %")
         rows = tuple(
             (
@@ -73,9 +74,10 @@ class Quantised(Shown):
             )
             for row in self.rows
         )
+        ranges = plural(self.calibration, "sample") if self.calibration else "quantisation-aware training"
         note = (
-            f"{count(self.samples)} test samples; in brackets, Wilson's 95 % interval. Time of one sample in "
-            f"{self.runtime} on {plural(self.threads, 'thread')}."
+            f"{count(self.samples)} test samples; in brackets, Wilson's 95 % interval. Ranges of the integers from "
+            f"{ranges}. Time of one sample in {self.runtime} on {plural(self.threads, 'thread')}."
         )
         return (Grid(str(self.file), columns, rows, note=note),)
 

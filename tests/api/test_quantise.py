@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import FakeQuantisation, prune, quantise
@@ -60,10 +61,23 @@ class TestFourRows:
         low, high = wilson(last.agreed, 48)
         assert f"({100 * low:.2f} to {100 * high:.2f})" in str(done)
 
-    def test_without_labels_and_dense(self, tmp_path: Path) -> None:
-        done = quantise(network(), tmp_path / "small.onnx", [IMAGES], [IMAGES])
-        assert [row.name for row in done.rows] == ["pruned", "pruned, quantised"]
+    def test_test_batches_without_labels_one_at_a_time(self, tmp_path: Path) -> None:
+        held: list[StorageWeakRef] = []
+
+        def batches() -> Iterator[Tensor]:
+            for part in IMAGES.split(6):
+                # The first, which was read before the rest, and the one before.
+                assert sum(not one.expired() for one in held) <= 2
+                batch = part.clone()
+                held.append(StorageWeakRef(batch.untyped_storage()))
+                yield batch
+                del batch
+
+        labels = {"of": "another kind"}  # not used for ranges
+        done = quantise(network(), tmp_path / "small.onnx", [(IMAGES, labels)], batches())
+        assert [row.name for row in done.rows] == ["network", "network, quantised"]
         assert [row.accuracy for row in done.rows] == [None, None]
+        assert done.samples == 48
 
 
 class Rows(nn.Module):
@@ -109,7 +123,7 @@ class TestTrainedWithRounding:
         rounding.detach()
         done = quantise(net, tmp_path / "small.onnx", rounding, [(IMAGES, LABELS)])
         assert [*tmp_path.iterdir()] == [done.file]
-        assert [row.name for row in done.rows] == ["pruned", "pruned, quantised"]
+        assert [row.name for row in done.rows] == ["network", "network, quantised"]
         session = onnxruntime.InferenceSession(str(done.file), providers=["CPUExecutionProvider"])
         found = torch.as_tensor(session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0])
         # With 8 bits, biases are rounded, and in a few samples a value between two integers falls to the other side.
@@ -160,7 +174,9 @@ class TestRefusals:
         [
             (([], [IMAGES]), "expected samples in `calibration`, got none"),
             (([IMAGES], []), "expected samples in `test`, got none"),
-            (([{"x": IMAGES}], [IMAGES]), r"`\(inputs, labels\)` in `calibration`, got \(dict, NoneType\)"),
+            (([{"x": IMAGES}], [IMAGES]), r"`\(inputs, labels\)` in `calibration`, got \(dict\)"),
+            (([IMAGES], [(IMAGES, LABELS[:, None])]), r"integers of shape \(samples,\), got torch\.int64, \(48, 1\)"),
+            (([IMAGES], [(IMAGES, {"of": "another kind"})]), r"integers of shape \(samples,\), got dict"),
             (([IMAGES], [(IMAGES, LABELS, LABELS)]), r"in `test`, got \(Tensor, Tensor, Tensor\)"),
         ],
     )
