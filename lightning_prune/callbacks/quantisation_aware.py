@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from lightning_prune.packages import both
 from lightning_prune.planning import CutPoint, OneShot
 from lightning_prune.surgery import FakeQuantisation
 
-__all__ = ["QuantisationAware"]
+__all__ = ["QuantisationAware", "rounding_in"]
 
 _FORMAT = 1
 
@@ -148,3 +149,13 @@ class QuantisationAware(StatefulCallback):
     def _detach(self) -> None:
         if self.rounding is not None:
             self.rounding.detach()
+
+
+def rounding_in(checkpoint: Mapping[str, Any]) -> FakeQuantisation | None:
+    """The rounding that the network of a checkpoint was trained with; None if it was not.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    plain = checkpoint.get("callbacks", {}).get(QuantisationAware.__qualname__, {}).get("rounding")
+    return None if plain is None else FakeQuantisation.from_plain(plain)

@@ -44,6 +44,7 @@ FIRST = {
     },
     "What is written": {
         "--file": "the file to write; for export, its suffix is the format (.onnx, .pt2, .pte, .xml)",
+        "--samples": "training samples that give the ranges of the integers (default: 512)",
         "--runtime": "what runs the network on the device: torch or onnxruntime",
     },
 }

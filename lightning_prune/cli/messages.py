@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "OneLineParser", "in_one_line", "near", "of_parser", "of_
 
 #: The commands of `lightning-prune`.
 COMMANDS = (
-    *("fit", "validate", "test", "predict", "inspect", "score", "export", "latency_script"),
+    *("fit", "validate", "test", "predict", "inspect", "score", "export", "quantise", "latency_script"),
     *("compare", "controls", "study", "recipes"),
 )
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ import lightning_prune.scoring.criteria
 from lightning_prune.api.latency_script import Runtime
 from lightning_prune.callbacks.display.wandb_run import log_checkpoints
 from lightning_prune.callbacks.lightning.checkpoints import load_into
+from lightning_prune.callbacks.quantisation_aware import rounding_in
 from lightning_prune.callbacks.scheduled import ScheduledPruning
 from lightning_prune.cli import runs
 from lightning_prune.cli.bar import SizeProgressBar
@@ -52,18 +54,18 @@ __all__ = ["PruningCLI", "PruningTrainer", "RunConfig", "example_of", "run"]
 _DESCRIPTION = (
     "Prune networks while Lightning trains them. `lightning-prune recipes` lists, shows and copies the bundled "
     "experiments; `--config` takes their names as well as files. `lightning-prune compare` compares finished runs, "
-    "`lightning-prune export` writes a trained network to a file for another runtime, "
+    "`lightning-prune export` writes a trained network to a file for another runtime, `quantise` in 8-bit integers, "
     "`lightning-prune controls` runs a pruning fit beside what the same training gives without it, and "
     "`lightning-prune study` runs a grid of hyperparameters. Each command has a `--help`; `--debug` shows the "
     "traceback of an error."
 )
 
 # Commands of `PruningTrainer` that write no folder of a run.
-_WITHOUT_FOLDER = ("inspect", "export", "latency_script")
+_WITHOUT_FOLDER = ("inspect", "export", "quantise", "latency_script")
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer with the additional methods `inspect`, `export`, `latency_script` and `score`."""
+    """Lightning's Trainer with the additional methods `inspect`, `export`, `quantise`, `latency_script` and `score`."""
 
     def inspect(
         self,
@@ -104,15 +106,50 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If no checkpoint is given.
         """
-        if ckpt_path is None:
-            raise ValueError(
-                "export: expected a checkpoint, got none. Give --ckpt_path FILE, or last for the newest of the run."
-            )
         dense = copy.deepcopy(model)
-        load_into(model, ckpt_path, weights_only)
+        load_into(model, _required("export", ckpt_path), weights_only)
         samples = None if datamodule is None else _first_batch(datamodule)
         beside = None if history_of(model) is None else dense
         rich.print(lightning_prune.export(model, file, samples, dense=beside))
+
+    def quantise(
+        self,
+        model: LightningModule,
+        file: str,
+        samples: int = 512,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the classifier in a checkpoint in 8-bit integers to an ONNX file, and compare it with the float one.
+
+        Args:
+            model: The dense network.
+            file: The file to write, .onnx.
+            samples: Number of training samples that give the ranges of the integers: the first that the training loader
+                yields. A checkpoint of training with `QuantisationAware` holds the ranges, and needs none.
+            datamodule: Training data, and test data (without, validation data) to compare on, all of it or
+                ``limit_test_batches`` (``limit_val_batches``). Without one, the data of the model.
+            ckpt_path: The checkpoint.
+            weights_only: As in ``test``.
+
+        Raises:
+            ValueError: If no checkpoint, no data or no sample is given.
+        """
+        if samples < 1:
+            raise ValueError(f"quantise: expected `samples` of at least 1, got {samples}.")
+        checkpoint = load_into(model, _required("quantise", ckpt_path), weights_only)
+        data = model if datamodule is None else datamodule
+        held_out = next((name for name in ("test", "val") if is_overridden(f"{name}_dataloader", data)), None)
+        if not is_overridden("train_dataloader", data) or held_out is None:
+            raise ValueError(
+                "quantise: expected data for training, and for the test or validation, got none. Give --data: one of "
+                "this package (Digits) or your own (my_package.MyData)."
+            )
+        rounding = rounding_in(checkpoint)
+        test = _test_batches(data, held_out, self.limit_test_batches if held_out == "test" else self.limit_val_batches)
+        done = lightning_prune.quantise(model, file, rounding or _training_inputs(data, samples), test)
+        rich.print(done)
 
     def latency_script(
         self,
@@ -374,6 +411,38 @@ def _first_batch(datamodule: LightningDataModule) -> Any:
     datamodule.prepare_data()
     datamodule.setup("fit")
     return next(iter(datamodule.train_dataloader()))
+
+
+def _required(command: str, ckpt_path: str | None) -> str:
+    if ckpt_path is None:
+        raise ValueError(
+            f"{command}: expected a checkpoint, got none. Give --ckpt_path FILE, or last for the newest of the run."
+        )
+    return ckpt_path
+
+
+def _training_inputs(data: LightningModule | LightningDataModule, samples: int) -> Iterator[Any]:
+    """Inputs of the first training samples, batch by batch."""
+    data.prepare_data()
+    data.setup("fit")
+    left = samples
+    for batch in data.train_dataloader():
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        yield inputs[:left] if isinstance(inputs, torch.Tensor) else inputs
+        left -= len(inputs)
+        if left <= 0:
+            return
+
+
+def _test_batches(data: LightningModule | LightningDataModule, name: str, limit: int | float) -> Iterator[Any]:
+    """The test or validation data, or as many of its batches (int) or the share of them (float) that the limit says."""
+    data.prepare_data()
+    data.setup("test" if name == "test" else "validate")
+    loader = getattr(data, f"{name}_dataloader")()
+    if isinstance(limit, float):
+        yield from loader if limit == 1 else islice(loader, int(limit * len(loader)))
+    else:
+        yield from islice(loader, limit)
 
 
 def run(words: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:

@@ -51,7 +51,9 @@ class Mistake:
         return f"lightning-prune {self.words.replace('DIGITS', '--config digits_mlp_contribution')}".strip()
 
 
-_COMMANDS = "fit, validate, test, predict, inspect, score, export, latency_script, compare, controls, study, recipes"
+_COMMANDS = (
+    "fit, validate, test, predict, inspect, score, export, quantise, latency_script, compare, controls, study, recipes"
+)
 _NETWORK = (
     "fit: expected a network, got none. Give a recipe that has one with --config (see `lightning-prune recipes`), "
     "or --model: one of this package (MLPClassifier) or your own (my_package.MyModule)."

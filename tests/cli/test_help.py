@@ -7,8 +7,12 @@ import pytest
 from lightning_prune.cli import main
 from lightning_prune.cli.help import FIRST
 
-WRITTEN = {"export": ["--file"], "latency_script": ["--file", "--runtime"]}
-OPTIONS = [option for known in FIRST.values() for option in known if option not in WRITTEN["latency_script"]]
+WRITTEN = {
+    "export": ["--file"],
+    "quantise": ["--file", "--samples"],
+    "latency_script": ["--file", "--runtime"],
+}
+OPTIONS = [option for title, known in FIRST.items() for option in known if title != "What is written"]
 
 
 def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -34,7 +38,8 @@ def test_commands_that_write_a_file(command: str, capsys: pytest.CaptureFixture[
     text = shown([command, "--help"], capsys)
     for option in OPTIONS + WRITTEN[command]:
         assert f"\n  {option} " in text
-    assert ("--runtime" in text) == ("--runtime" in WRITTEN[command])
+    for option in ("--runtime", "--samples"):
+        assert (option in text) == (option in WRITTEN[command])
 
 
 def test_all_options_on_request(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,5 +52,17 @@ def test_all_options_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 def test_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(["--help"], capsys)
     assert text.startswith("usage: lightning-prune ")
-    for command in ("fit", "validate", "test", "predict", "inspect", "score", "export", "recipes", "compare", "study"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "inspect",
+        "score",
+        "export",
+        "quantise",
+        "recipes",
+        "compare",
+        "study",
+    ):
         assert command in text

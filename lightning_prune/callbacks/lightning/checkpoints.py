@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -115,10 +115,15 @@ def load_from_checkpoint(
                 model_class.on_load_checkpoint = before  # type: ignore[method-assign]
 
 
-def load_into(module: LightningModule, checkpoint_path: str | Path, weights_only: bool | None = None) -> None:
+def load_into(
+    module: LightningModule, checkpoint_path: str | Path, weights_only: bool | None = None
+) -> Mapping[str, Any]:
     """Give a module, built with the arguments it had, the widths and weights of a checkpoint, on the CPU.
 
     Unlike `load_from_checkpoint`, it needs no ``save_hyperparameters()``.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         HistoryError: If the checkpoint is of another architecture or its history is damaged.
@@ -131,6 +136,7 @@ def load_into(module: LightningModule, checkpoint_path: str | Path, weights_only
             raise KeyError("pytorch-lightning_version")
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        return checkpoint
     except (KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         message = _cause(error, Path(checkpoint_path), type(module))
         if message is None:
