@@ -180,5 +180,5 @@ def _read(file: Path) -> object:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise HistoryError(
             f"expected a file of tensors, got '{file}', which is torn or holds other objects, which are not read since "
-            f"that would execute them. Nothing has changed. ({type(error).__name__}: {str(error).splitlines()[0]})"
+            "that would execute them. Nothing has changed. Save its `state_dict()`."
         ) from error

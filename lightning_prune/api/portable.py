@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ def save(model: nn.Module, file: str | Path) -> None:
     replaced at once, so it is never half written.
 
     Args:
-        model: A pruned network, or a dense one: a LightningModule or any module.
+        model: A pruned network, or a dense one: a LightningModule or any module. Of one that was pruned as a part of
+            another, such as a LightningModule's backbone, give the other, which has the history.
         file: The file to write, such as ``"small.safetensors"``.
 
     Raises:
@@ -196,6 +198,11 @@ def _contents(file: Path) -> tuple[str | None, dict[str, Tensor]]:
     except HistoryError:
         raise
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        if zipfile.is_zipfile(file):
+            raise HistoryError(
+                f"expected a safetensors file, got '{file}', which `torch.save` wrote. Nothing has changed. Load a "
+                "checkpoint of the Trainer by `load_from_checkpoint`, and a `state_dict` by `load_by_shapes`."
+            ) from error
         raise HistoryError(
             f"expected a whole safetensors file, got '{file}' of {file.stat().st_size:,} bytes, which is another kind "
             "of file, or was torn while it was written or copied. Nothing has changed. Take another copy. "

@@ -83,6 +83,8 @@ def quantise(
         raise FileNotFoundError(
             f"quantise: expected a folder for {path.name}, got {str(path.parent)!r}, which is none."
         )
+    for name, data in (("calibration", calibration), ("test", test)):
+        _require_batches(data, name)
     (example, _), held_out = _peeked(map(_labelled, test), "test")
     rounding = calibration if isinstance(calibration, FakeQuantisation) else None
     if rounding is not None:
@@ -103,6 +105,16 @@ def quantise(
         samples, rows = _compared(files, held_out, references)
         files[last].replace(path)
     return Quantised(path, ONNX().version(), torch.get_num_threads(), samples, rows, sum(map(len, ranges)))
+
+
+def _require_batches(data: object, name: str) -> None:
+    is_pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    if isinstance(data, Tensor) or is_pair:
+        got = "a pair of tensors" if is_pair else "a tensor"
+        raise ValueError(
+            f"quantise: expected batches in `{name}`, got {got}. Give a DataLoader, a list such as "
+            "`[(inputs, labels)]`, or `inputs.split(64)`."
+        )
 
 
 def _peeked(batches: Iterator[_Batch], name: str) -> tuple[_Batch, Iterator[_Batch]]:

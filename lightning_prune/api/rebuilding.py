@@ -74,7 +74,8 @@ def rebuild(model: nn.Module, file: str | Path) -> None:
     if history is None:
         raise ValueError(
             f"rebuild: expected a pruned {type(network).__name__} with its pruning history, got one without: it is "
-            "dense, or was stripped or loaded without a history. Call `rebuild` before `strip`."
+            "dense, a part of the module that was pruned (give that one), or was stripped or loaded without a history. "
+            "Call `rebuild` before `strip`."
         )
     weights, tied = tensors_to_store(network)
     text = _text(network, history, tied)

@@ -533,10 +533,11 @@ def _holds(size: float, limit: float, quantity: Quantity) -> bool:
 
 def _unreachable(smallest: float, limit: float, quantity: Quantity, scope: Scope) -> str:
     what = _of(quantity)
+    kinds = "" if quantity == "latency_ms" else "; an int is a count, a float a share"
     return (
         f"the budget of {limit:.6g} {what} cannot be reached: with every prunable group at its narrowest "
         f"(min_width={scope.min_width}, round_to={scope.round_to}), {smallest:.6g} {what} are left. Give a larger "
-        f"budget, a smaller `min_width` or `round_to`, or free more layers; an int is a count, a float a share."
+        f"budget, a smaller `min_width` or `round_to`, or free more layers{kinds}."
     )
 
 

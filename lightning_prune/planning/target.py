@@ -87,10 +87,12 @@ class Target:
             NoEffectWarning: If nothing is to be removed.
         """
         if (pruning_ratio is None) == (budget is None):
-            got = "none" if budget is None else f"both: pruning_ratio={pruning_ratio}, budget={budget}"
+            got = 'none. Give pruning_ratio=0.5 or budget={"params": 0.6}'
+            if budget is not None:
+                got = f"both: pruning_ratio={pruning_ratio}, budget={budget}. Set one of them to None (null in YAML)"
             raise ValueError(
-                f"expected exactly one of `pruning_ratio` (the share of units to remove) and `budget` (what remains), "
-                f'got {got}. Give pruning_ratio=0.5 or budget={{"params": 0.6}}.'
+                "expected exactly one of `pruning_ratio` (the share of units to remove) and `budget` (what remains), "
+                f"got {got}."
             )
         target = cls("units", _remaining(pruning_ratio)) if pruning_ratio is not None else _budget(budget)
         if all(limit.is_whole for limit in target.limits):

@@ -38,6 +38,12 @@ __all__ = [
 ]
 
 
+_NO_HISTORY = (
+    "it is of a pruned network without its history, or of a part of one: save the whole module that was pruned, which "
+    "has the history, or use `load_by_shapes`"
+)
+
+
 def load_from(checkpoint: Mapping[str, Any], model: nn.Module, *copies: nn.Module, strict: bool = False) -> None:
     """Set the widths and masks of ``model`` to those of ``checkpoint``, before its ``state_dict`` is loaded.
 
@@ -71,7 +77,7 @@ def load_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
         _load_from(change, checkpoint, (model,), strict=True)
         problems = list(_other_weights(model, weights))
         if problems and KEY not in checkpoint:
-            raise _another_network(problems, "it is of a pruned network without its history: use `load_by_shapes`")
+            raise _another_network(problems, _NO_HISTORY)
         _load_weights(change, model, weights)
 
 

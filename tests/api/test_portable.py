@@ -271,7 +271,16 @@ class TestRefusals:
 
     def test_another_kind_of_file(self, file: Path) -> None:
         torch.save(mlp().state_dict(), file)
-        self.refused(file, "expected a whole safetensors file")
+        self.refused(file, r"which `torch\.save` wrote\. .* a `state_dict` by `load_by_shapes`")
+
+    def test_a_part_of_the_pruned_module(self, file: Path) -> None:
+        whole = nn.Sequential(nn.Identity(), mlp())
+        prune(whole, torch.zeros(2, 6), pruning_ratio=0.5)
+        save(whole[1], file)
+        self.refused(file, "a part of one: save the whole module that was pruned")
+        save(whole, file)
+        part = load(nn.ModuleDict({"1": mlp()}), file)["1"]
+        assert torch.equal(part(torch.ones(2, 6)), whole(torch.ones(2, 6)))
 
     def test_no_file(self, file: Path) -> None:
         with pytest.raises(FileNotFoundError):

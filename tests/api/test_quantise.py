@@ -172,6 +172,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("data", "match"),
         [
+            ((IMAGES, [IMAGES]), "expected batches in `calibration`, got a tensor"),
+            (([IMAGES], (IMAGES, LABELS)), "expected batches in `test`, got a pair of tensors"),
             (([], [IMAGES]), "expected samples in `calibration`, got none"),
             (([IMAGES], []), "expected samples in `test`, got none"),
             (([{"x": IMAGES}], [IMAGES]), r"`\(inputs, labels\)` in `calibration`, got \(dict\)"),

@@ -266,7 +266,7 @@ MISTAKES = [
     Mistake(
         "fit DIGITS --trainer.callbacks.budget 0.5",
         "expected exactly one of `pruning_ratio` (the share of units to remove) and `budget` (what remains), "
-        'got both: pruning_ratio=0.5, budget=0.5. Give pruning_ratio=0.5 or budget={"params": 0.6}.',
+        "got both: pruning_ratio=0.5, budget=0.5. Set one of them to None (null in YAML).",
     ),
     Mistake(
         "fit DIGITS --trainer.callbacks.schedule Geometrc",
