@@ -150,7 +150,7 @@ def examine(network: Network) -> dict[str, Any]:
 def out_of_reach(structure: Structure, parameters: Sequence[str]) -> dict[str, float]:
     """Share of the parameters that lie on no axis that can shrink, by the reason of the axis that produces them."""
     free = Counter[tuple[str, int]]()
-    for member in (member for group in structure.groups for member in group.members):
+    for member in (member for group in structure.groups if not group.within for member in group.members):
         free[member.tensor, member.dim] += member.index.size
     reasons = {frozen.tensor: reason(frozen) for frozen in reversed(structure.frozen)}
     lost = Counter[str]()

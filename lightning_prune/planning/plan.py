@@ -442,7 +442,7 @@ def _random_density(seed: int, name: str) -> float:
 def _densities(structure: Structure, names: Collection[str], original: Size) -> dict[str, float]:
     """Erdős–Rényi kernel densities, up to a common factor: sum over product of the sizes of the producing weights."""
     sizes = {tensor: list(shape) for tensor, shape in structure.cost.shapes.items()}
-    for group in structure.groups:
+    for group in (group for group in structure.groups if not group.within):
         for member in group.members:
             sizes[member.tensor][member.dim] += (original.widths[group.name] - group.width) * member.index.shape[1]
     densities = {}

@@ -110,11 +110,12 @@ def select(
 
     A pattern is the name of a layer (``"encoder.fc1"``), a glob (``"encoder.*"``, ``"*.fc?"``), or the name of a
     module, for all layers inside. It selects a group if it matches the group's name or any layer that produces its
-    units, as these layers can only shrink together.
+    units, as these layers can only shrink together. Groups of features of attention heads are selected only by patterns
+    of their own names (``"*#head_dim"``).
 
     Args:
         structure: Structure of the network.
-        layers: Patterns of layers to prune; all by default.
+        layers: Patterns of layers to prune; all by default, but for features of heads.
         ignore: Patterns of layers not to prune; takes precedence over ``layers``.
 
     Returns:
@@ -130,14 +131,9 @@ def select(
     for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
         for pattern in patterns:
             _check(argument, pattern, structure, frozen)
-    selected, refused = [], {}
-    for group in structure.groups:
-        if spared := [pattern for pattern in unwanted if _picks(pattern, group)]:
-            refused[group.name] = f"ignored by {spared[0]!r}"
-        elif layers is not None and not any(_picks(pattern, group) for pattern in wanted):
-            refused[group.name] = "not among `layers`"
-        else:
-            selected.append(group.name)
+    why_not = {group.name: _why_not(group, None if layers is None else wanted, unwanted) for group in structure.groups}
+    selected = [name for name, why in why_not.items() if why is None]
+    refused = {name: why for name, why in why_not.items() if why is not None}
     if not selected:
         groups = ", ".join(structure.widths)
         raise ValueError(
@@ -145,6 +141,16 @@ def select(
         )
     producers = {layer for group in structure.groups for layer in group.producers}
     return tuple(selected), refused | {layer: why for layer, why in frozen.items() if layer not in producers}
+
+
+def _why_not(group: Group, wanted: Sequence[str] | None, unwanted: Sequence[str]) -> str | None:
+    """Why a group is not selected; None if it is."""
+    if spared := [pattern for pattern in unwanted if _picks(pattern, group)]:
+        return f"ignored by {spared[0]!r}"
+    if wanted is None:
+        name = f"layers=[..., {group.name!r}]"
+        return f"features of heads are pruned where they are named: {name}" if group.within else None
+    return None if any(_picks(pattern, group) for pattern in wanted) else "not among `layers`"
 
 
 def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[str, str]:
@@ -186,6 +192,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _picks(pattern: str, group: Group) -> bool:
+    if group.within:  # only by its own name, since it has the layers of its heads
+        return "#" in pattern and fnmatchcase(group.name, pattern)
     return any(matches(pattern, name) for name in (group.name, *group.producers))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_prune.structure.tracing import (
     Decision,
     FakeCopy,
     Kind,
+    MacsRecord,
     SplitKey,
     Tracer,
     output_tensors,
@@ -32,6 +34,14 @@ __all__ = ["KINDS", "Analysis", "TracedRun"]
 #: Kinds of copies, the cheapest first.
 KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
 _NAMES: dict[Kind, str] = {"meta": "the meta device", "fake": "fake tensors", "real": "real tensors"}
+
+
+@dataclass(frozen=True)
+class HeadFeatures:
+    """Groups of features of attention heads, and the analysis that found them, in which features are the units."""
+
+    groups: list[Group]
+    analysis: Analysis
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Analysis:
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
         self.failed: list[Group] = []  # groups whose trial cuts failed
+        self.head_features: HeadFeatures | None = None
         self.same_in_both_modes: list[Call] = []
         self.patterns: list[tuple[IndexArray, tuple[tuple[str, int], ...]]] = []
         self.remarks: dict[str, None] = {}
@@ -95,14 +106,18 @@ class Analysis:
     def structure(self) -> Structure:
         """The structure that was found."""
         groups = self.groups
+        features = [] if self.head_features is None else self.head_features.groups
+        every = [one for group in groups for one in (group, *(f for f in features if f.within == group.name))]
         return Structure(
-            tuple(groups), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
+            tuple(every), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
         )
 
     def follow(self, structure: Structure) -> None:
         """Trace again with the units of a known structure."""
         self.labels = {name: tuple(axis.copy() for axis in axes) for name, axes in self.labels.items()}
         for group in structure.groups:
+            if group.within:  # its features are coupled through the heads
+                continue
             first = group.members[0]
             units = self.labels[first.tensor][first.dim][first.index[:, :1]]
             for member in group.members:
@@ -326,6 +341,38 @@ class Analysis:
     # -- cost -------------------------------------------------------------------------------------------------------
 
     def _cost(self, groups: Sequence[Group]) -> CostModel:
+        length, inner = self._lengths(groups), self._inner_lengths()
+
+        def axis(name: str, dim: int) -> Axis:
+            whole = length(self.labels[name][dim])
+            part = None if inner is None else inner(self.head_features.analysis.labels[name][dim])  # type: ignore[union-attr]
+            return replace(whole, inner=(part, self.shapes[name][dim])) if part and part.repeat else whole
+
+        parameters = tuple(
+            Term(1.0, tuple(axis(name, dim) for dim in range(tensor.dim())), name.rpartition(".")[0])
+            for name, tensor in self.first.named.items()
+            if isinstance(tensor, nn.Parameter)
+        )
+        batch = batch_size_of(self.traced.calls[0])
+        if self.tracer.samples is not None:  # an example without a batch dimension gets one of length 1
+            batch = self.tracer.samples if self.tracer.time_first else min(batch, self.tracer.samples)
+
+        def terms(records: Sequence[MacsRecord], others: Sequence[MacsRecord]) -> tuple[Term, ...]:
+            """Records of both analyses: heads are labelled in one, their features in the other."""
+            found = []
+            for record, other in zip(records, others, strict=True):
+                axes = [length(atoms) for atoms in record.axes]
+                shares = [] if inner is None else [part for part in map(inner, other.axes) if part.repeat]
+                full = math.prod(len(atoms) for atoms in other.axes if inner is not None and inner(atoms).repeat)
+                found.append(Term(record.factor / full / (1 if record.once else batch), (*axes, *shares), record.layer))
+            return tuple(found)
+
+        tracer = self.tracer
+        other = tracer if self.head_features is None else self.head_features.analysis.tracer
+        return CostModel(parameters, terms(tracer.macs, other.macs), self.shapes, terms(tracer.written, other.written))
+
+    def _lengths(self, groups: Sequence[Group]) -> Callable[[IndexArray], Axis]:
+        """A function from the atoms of an axis to its length."""
         owner = np.full(len(self.atoms), -1)
         for number, group in enumerate(groups):
             owner[self.atoms_of(group)] = number
@@ -337,7 +384,7 @@ class Analysis:
 
         known = {
             id(self.labels[name][dim]): shared
-            for shared, places in ((length(roots), places) for roots, places in self.patterns)
+            for shared, places in ((length(self.atoms.find(roots)), places) for roots, places in self.patterns)
             for name, dim in places
         }
 
@@ -346,19 +393,8 @@ class Analysis:
                 known[id(atoms)] = length(self.atoms.find(atoms))
             return known[id(atoms)]
 
-        parameters = tuple(
-            Term(1.0, tuple(axis(atoms) for atoms in self.labels[name]), name.rpartition(".")[0])
-            for name, tensor in self.first.named.items()
-            if isinstance(tensor, nn.Parameter)
-        )
-        batch = batch_size_of(self.traced.calls[0])
-        if self.tracer.samples is not None:  # an example without a batch dimension gets one of length 1
-            batch = self.tracer.samples if self.tracer.time_first else min(batch, self.tracer.samples)
-        macs, memory = (
-            tuple(
-                Term(r.factor / (1 if r.once else batch), tuple(axis(atoms) for atoms in r.axes), r.layer)
-                for r in records
-            )
-            for records in (self.tracer.macs, self.tracer.written)
-        )
-        return CostModel(parameters, macs, self.shapes, memory)
+        return axis
+
+    def _inner_lengths(self) -> Callable[[IndexArray], Axis] | None:
+        """The same for the features of heads, of which another analysis has the atoms."""
+        return None if self.head_features is None else self.head_features.analysis._lengths(self.head_features.groups)

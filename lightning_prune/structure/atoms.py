@@ -83,6 +83,10 @@ class Atoms:
         frozen[self.find(held)] = True
         return frozen
 
+    def are_frozen(self, atoms: IndexArray) -> bool:
+        """Whether all these atoms are in frozen classes."""
+        return bool(self.frozen()[self.find(atoms)].all())
+
     def class_reasons(self) -> dict[int, str]:
         """The first reason given for each frozen class, by representative."""
         held = np.flatnonzero(self.reason[: self._count] >= 0)
@@ -176,6 +180,10 @@ class SealedAtoms(Atoms):
     def find(self, atoms: IndexArray) -> IndexArray:
         """The representative of each atom's class in the first trace."""
         return self._find(atoms)
+
+    def are_frozen(self, atoms: IndexArray) -> bool:
+        """Whether all these atoms are in classes that were frozen in the first trace."""
+        return not self._loose(self._find(atoms)).size
 
     def _loose(self, roots: IndexArray) -> IndexArray:
         """The representatives among these that are not frozen."""

@@ -15,18 +15,42 @@ __all__ = ["Axis", "CostModel", "LatencyTable", "LayerTimes", "Term"]
 
 @dataclass(frozen=True)
 class Axis:
-    """Length of an axis as a function of the widths: ``fixed + Σ repeat[g] · width[g]``."""
+    """Length of an axis as a function of the widths: ``fixed + Σ repeat[g] · width[g]``.
+
+    Attributes:
+        fixed: Positions that no group has.
+        repeat: Groups with the number of positions that each of their units has.
+        inner: Of the features of attention heads: their share of the length above, as an axis and its full length.
+    """
 
     fixed: int
     repeat: tuple[tuple[str, int], ...] = ()
+    inner: tuple[Axis, int] | None = None
 
     def length(self, widths: Mapping[str, int]) -> int:
         """Number of positions when group ``g`` has ``widths[g]`` units."""
-        return self.fixed + sum(k * widths[g] for g, k in self.repeat)
+        outer = self.fixed + sum(k * widths[g] for g, k in self.repeat)
+        return outer if self.inner is None else outer * self.inner[0].length(widths) // self.inner[1]
+
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """All groups that the length depends on, with a number of positions of one unit at the widths in `repeat`."""
+        return self.repeat if self.inner is None else (*self.repeat, *self.inner[0].repeat)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts and numbers."""
+        plain: dict[str, Any] = {"fixed": self.fixed, "repeat": dict(self.repeat)}
+        return plain if self.inner is None else {**plain, "inner": self.inner[0].to_plain(), "of": self.inner[1]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Axis:
+        """Read what `to_plain` wrote."""
+        inner = (cls.from_plain(plain["inner"]), _multiple(plain["of"])) if "inner" in plain else None
+        return cls(plain["fixed"], tuple(plain["repeat"].items()), inner)
 
     def without(self, groups: Collection[str]) -> Axis:
         """The axis when ``groups`` have no units."""
-        return replace(self, repeat=tuple((name, k) for name, k in self.repeat if name not in groups))
+        inner = None if self.inner and any(name in groups for name, _ in self.inner[0].repeat) else self.inner
+        return Axis(self.fixed, tuple((name, k) for name, k in self.repeat if name not in groups), inner)
 
 
 @dataclass(frozen=True)
@@ -76,9 +100,8 @@ class LayerTimes:
 
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and strings only."""
-        axes = [{"fixed": axis.fixed, "repeat": dict(axis.repeat)} for axis in self.axes]
         return {
-            "axes": axes,
+            "axes": [axis.to_plain() for axis in self.axes],
             "grid": [list(points) for points in self.grid],
             "ms": [list(row) for row in self.ms],
             "steps": list(self.steps),
@@ -91,7 +114,7 @@ class LayerTimes:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> LayerTimes:
         """Read what `to_plain` wrote."""
-        first, second = (Axis(axis["fixed"], tuple(axis["repeat"].items())) for axis in plain["axes"])
+        first, second = map(Axis.from_plain, plain["axes"])
         rows, columns = (tuple(points) for points in plain["grid"])
         by_row, by_column = map(_multiple, plain.get("steps", (1, 1)))  # earlier versions know none
         return cls((first, second), (rows, columns), tuple(tuple(row) for row in plain["ms"]), (by_row, by_column))
@@ -134,7 +157,7 @@ class LatencyTable:
         found: dict[str, int] = {}
         for layer in self.layers:
             for axis, step in zip(layer.axes, layer.steps, strict=True):
-                for name, repeat in axis.repeat:
+                for name, repeat in axis.counts():
                     found[name] = math.lcm(found.get(name, 1), step // math.gcd(step, repeat))
         return found
 

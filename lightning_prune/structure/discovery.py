@@ -11,6 +11,7 @@ import torch
 
 from lightning_prune.structure.analysis import Analysis
 from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.head_features import add_head_features
 from lightning_prune.structure.traced_model import (
     StructureError,
     TracedModel,
@@ -124,7 +125,8 @@ def _verify_shapes(analyse: Callable[[], Analysis], structure: Structure, kept: 
             return
         # Couplings were checked by the trial, and a network that cannot run fails in the cut itself.
         trials = Trials(analysis)
-        failure = trials.compare(structure.axes(narrower), follow=False)
+        crossed = any(group.within for group in groups)
+        failure = trials.compare(structure.axes(narrower), follow=False, crossed=crossed)
         suspects = groups if failure is None else trials.suspects(groups, failure) or groups
         reason = failure.reason if failure is not None and failure.numbers else None
         if reason is None and single:
@@ -145,16 +147,23 @@ def _analysed(traced: TracedModel, *, trial: bool) -> Analysis:
     """Analyse a network, without its hooks if it cannot be traced with them."""
     analysis = Analysis(traced)
     try:
-        return _best(analysis, trial=trial)
+        return _with_features(_best(analysis, trial=trial), trial=trial)
     except StructureError as error:
         if not analysis.first.hooks:
             raise
         try:
-            without = _best(Analysis(replace(traced, with_hooks=False)), trial=trial)
+            without = _with_features(_best(Analysis(replace(traced, with_hooks=False)), trial=trial), trial=trial)
         except StructureError:
             raise error from error.__cause__
         without.notes.append(f"the network's hooks were ignored, as it could not be traced with them: {error}")
         return without
+
+
+def _with_features(analysis: Analysis, *, trial: bool) -> Analysis:
+    """The analysis with the features of heads; they are found by trial cuts alone."""
+    if trial:
+        add_head_features(analysis)
+    return analysis
 
 
 def _best(analysis: Analysis, *, trial: bool) -> Analysis:
@@ -186,8 +195,22 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         other = analysis.with_choices(choices)
         _find(other, trial=trial)
         best = other if other.free_indices() > analysis.free_indices() else analysis
+    elif trial and (heads := _heads(analysis)):
+        other = analysis.with_choices(heads)
+        _find(other, trial=trial)
+        best = other if other.free_indices() >= analysis.free_indices() else analysis
     tied = _with_tied_heads(best, {**together, **choices})
     return tied if tied is not None and tied.free_indices() > best.free_indices() else best
+
+
+def _heads(analysis: Analysis) -> dict[SplitKey, int]:
+    """The parts that are heads, for splits in modules that take a softmax: attention loses heads if it can."""
+    tracer = analysis.tracer
+    return {
+        key: parts[-2]
+        for key, (parts, _) in tracer.splits.items()
+        if len(parts) > 1 and tracer.split_in[key] <= tracer.attentions
+    }
 
 
 def _with_tied_heads(analysis: Analysis, choices: Mapping[SplitKey, int]) -> Analysis | None:

@@ -135,9 +135,10 @@ class _Covers:
 
     def __init__(self, analysis: Analysis, structure: Structure) -> None:
         self.atoms = analysis.atoms
-        self.names = [group.name for group in structure.groups]
+        groups = [group for group in structure.groups if not group.within]
+        self.names = [group.name for group in groups]
         self.owner = np.full(len(self.atoms.parent), -1)
-        for number, group in enumerate(structure.groups):
+        for number, group in enumerate(groups):
             first = group.members[0]
             self.owner[self.atoms.find(analysis.labels[first.tensor][first.dim][first.index[:, 0]])] = number
 
@@ -182,6 +183,7 @@ def _flow(cover: _Covers, passes: tuple[Pass, ...], analysis: Analysis, structur
     producers = {
         group.name: tuple(m.tensor for m in group.members if m.role == "out" and m.tensor in owners)
         for group in structure.groups
+        if not group.within
     }
     return Flow(passes, covers, owners, layer_kinds(model), producers)
 

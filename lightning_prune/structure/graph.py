@@ -80,12 +80,15 @@ class Group:
         members: All axes of the units, producers first.
         sizes: Integer attributes of modules that follow the width, as axes without contents: a member called
             ``blocks.0.attn.num_heads`` with as many positions as its value (see `SizeAttribute`).
+        within: Name of the group of attention heads whose features the units are: each is one feature of every head.
+            Removing heads and features takes rows and columns of the same block. Empty for all other groups.
     """
 
     name: str
     width: int
     members: tuple[Member, ...]
     sizes: tuple[Member, ...] = ()
+    within: str = ""
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -104,9 +107,13 @@ class Group:
         def narrow(member: Member) -> Member:
             index = member.index[rows]
             survivors = axes.get(member.tensor, {}).get(member.dim)
-            return replace(member, index=index if survivors is None else np.searchsorted(survivors, index))
+            if survivors is None:
+                return replace(member, index=index)
+            stays = np.isin(index, survivors)  # those of removed heads, or features of heads, are gone
+            return replace(member, index=np.searchsorted(survivors, index[stays]).reshape(len(rows), -1))
 
-        return Group(self.name, len(rows), tuple(map(narrow, self.members)), tuple(map(narrow, self.sizes)))
+        members, sizes = tuple(map(narrow, self.members)), tuple(map(narrow, self.sizes))
+        return replace(self, width=len(rows), members=members, sizes=sizes)
 
     def without_layers(self, drops: Mapping[str, str]) -> Group:
         """The group without its members in removed layers."""
@@ -193,6 +200,8 @@ class Structure:
             ValueError: If they cannot be removed; the message says why.
         """
         names = tuple(groups)
+        if inner := [group.name for group in self.groups if group.within and group.name in names]:
+            raise ValueError(f"{', '.join(inner)}: expected at least one feature of each head to stay, got none")
         if self.flow is None:
             if names:
                 raise ValueError(f"{', '.join(names)}: expected at least one unit to stay, got none (see `with_flow`)")
@@ -230,7 +239,7 @@ class Structure:
             for member in (*group.members, *group.sizes):
                 axis = member.tensor, member.dim
                 if axis not in stays:
-                    shape = self.cost.shapes.get(member.tensor, (member.index.size,))  # a size has one group
+                    shape = self.cost.shapes.get(member.tensor, (member.index.size,))  # of a size, all positions
                     stays[axis] = np.ones(shape[member.dim], dtype=np.bool_)
                 stays[axis][member.index[lost]] = False
         axes: Axes = {}
@@ -246,7 +255,7 @@ class Structure:
         groups = tuple(
             g.take(units.get(g.name, range(g.width)), axes).without_layers(drops)
             for g in self.groups
-            if g.name not in removal.groups
+            if not {g.name, g.within} & removal.groups
         )
         frozen = tuple(f for f in self.frozen if not _is_dropped(f.tensor, f.dim, drops))
         cost = self.cost.take(axes).without(removal.groups, drops)

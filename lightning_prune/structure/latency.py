@@ -40,7 +40,7 @@ _LIMIT = 20.0
 
 def with_latency(structure: Structure, table: LatencyTable) -> Structure:
     """The structure with a latency table; groups that were removed take no time."""
-    names = {name for layer in table.layers for axis in layer.axes for name, _ in axis.repeat}
+    names = {name for layer in table.layers for axis in layer.axes for name, _ in axis.counts()}
     table = table.without(names - structure.widths.keys())
     return replace(structure, cost=replace(structure.cost, latency_table=table))
 

@@ -22,6 +22,7 @@ __all__ = ["SizeAttribute", "candidates", "modules_with_heads", "size_attributes
 #: Names of sizes of attention that its `forward` need not read.
 _HEADS = frozenset({"heads", "n_head", "n_heads", "nhead", "num_attention_heads", "num_heads", "num_key_value_heads"})
 _FEATURES_OF_HEADS = frozenset({"all_head_size", "attn_dim", "inner_dim"})
+_FEATURES = frozenset({"attention_head_size", "d_head", "dim_head", "head_dim", "head_size", "key_value_proj_dim"})
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,20 @@ def _member(name: str, width: int, times: int) -> Member:
     return Member(name, 0, "along", np.arange(width * times, dtype=np.int64).reshape(width, times))
 
 
-def unread(group: Group, found: Iterable[Member]) -> tuple[Member, ...]:
-    """Those that, by their names, follow a group of whole heads, even if the network computes with none of them."""
+def unread(group: Group, found: Iterable[Member], *, features: bool = False) -> tuple[Member, ...]:
+    """Those that, by their names, follow a group of whole heads, even if the network computes with none of them.
+
+    Args:
+        group: The group.
+        found: Sizes that may follow it.
+        features: Whether the units are features of all heads.
+    """
     if max(m.index.shape[1] for m in group.members) == 1:
         return ()
 
     def follows(size: Member) -> bool:
         own, times = size.tensor.rpartition(".")[2], size.index.shape[1]
-        return own in _HEADS or (own in _FEATURES_OF_HEADS and times > 1)
+        single = own in _FEATURES and times == 1 if features else own in _HEADS
+        return single or (own in _FEATURES_OF_HEADS and times > 1)
 
     return tuple(filter(follows, found))

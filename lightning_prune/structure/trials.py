@@ -71,10 +71,13 @@ class Trials:
 
     Args:
         analysis: Analysis of the network; failing groups are frozen in it, with notes.
+        heads: The attention heads of each group, by name, if the units are features of heads. Those of one attention
+            may be tied, as code may use one number for the features of queries, keys and values.
     """
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Analysis, heads: Mapping[str, str] | None = None) -> None:
         self.analysis = analysis
+        self._heads = heads or {}
         self._count = 0
 
     def passing(self, groups: list[Group]) -> list[Group]:
@@ -116,24 +119,44 @@ class Trials:
             whole = self.analysis.tied(whole, absorbed)
             tried.add(whole.name)
         left = [g for g in others if all(g is not other for other in absorbed)]
-        return [(group, whole, absorbed), *((old, new, []) for old, new in self._alike(whole, left, follow))]
+        return [(group, whole, absorbed), *self._alike(whole, len(absorbed), left, follow)]
 
-    def _alike(self, group: Group, others: Sequence[Group], follow: bool) -> list[tuple[Group, Group]]:
+    def _alike(
+        self, group: Group, absorbed: int, others: Sequence[Group], follow: bool
+    ) -> list[tuple[Group, Group, list[Group]]]:
         """Groups of the same width, such as the same layers of other blocks, and what they are with the same sizes.
 
         There are none if their cut fails with these.
+
+        Args:
+            group: The repaired group.
+            absorbed: Number of groups that were tied to it.
+            others: Groups that may be like it.
+            follow: As in `attempt`.
         """
         wanted = Counter(map(_kind, group.sizes))
-        pairs = []
+        found: list[tuple[Group, Group, list[Group]]] = []
         for other in others:
-            if not wanted or other.sizes or other.width != group.width:
+            if not wanted or other.sizes or other.width != group.width or any(other in tied for _, _, tied in found):
                 continue
-            found = candidates(self.analysis.first.module, other)
-            sizes = tuple(size for sizes in found.values() for size in sizes if _kind(size) in wanted)
+            tied = [one for one in others if one is not other and self._is_of_one_attention(one, other)]
+            if self._heads and len(tied) != absorbed:
+                continue
+            longer = other
+            for one in tied:
+                longer = _merged(longer, one)
+            fitting = candidates(self.analysis.first.module, longer)
+            sizes = tuple(size for sizes in fitting.values() for size in sizes if _kind(size) in wanted)
             if Counter(map(_kind, sizes)) == wanted:
-                pairs.append((other, replace(other, sizes=sizes)))
-        self._count += bool(pairs)
-        return pairs if pairs and self.attempt([group, *(longer for _, longer in pairs)], follow) is None else []
+                found.append((other, replace(longer, sizes=sizes), tied))
+        self._count += bool(found)
+        if not found or self.attempt([group, *(longer for _, longer, _ in found)], follow) is not None:
+            return []
+        return [(old, self.analysis.tied(new, tied) if tied else new, tied) for old, new, tied in found]
+
+    def _is_of_one_attention(self, one: Group, other: Group) -> bool:
+        heads = self._heads.get(one.name)
+        return heads is not None and heads == self._heads.get(other.name) and one.width == other.width
 
     def _freeze(self, group: Group, reason: str) -> None:
         self.analysis.failed.append(group)
@@ -157,7 +180,7 @@ class Trials:
             them, or passes alone.
         """
         found = candidates(self.analysis.first.module, group)
-        alike = [other for other in others if other.width == group.width and self._is_of_single(group, other)]
+        alike = [other for other in others if other.width == group.width and self._can_tie(group, other)]
         failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
             return None
@@ -177,9 +200,14 @@ class Trials:
             alike = [other for other in alike if not _is_part(other, group)]
         return group, absorbed
 
-    def _is_of_single(self, *groups: Group) -> bool:
-        """Whether every unit of these groups is a single output of each layer that produces it, or of each gate."""
-        members = (member for group in groups for member in group.members if member.role == "out")
+    def _can_tie(self, group: Group, other: Group) -> bool:
+        """Whether every unit of these groups is a single output of each layer that produces it, or of each gate.
+
+        Features of heads have an output for every head.
+        """
+        if self._heads:
+            return self._is_of_one_attention(group, other)
+        members = (member for one in (group, other) for member in one.members if member.role == "out")
         several = {member.layer for member in members if member.index.shape[1] > 1}
         modules = dict(self.analysis.first.module.named_modules()) if several else {}
         return all(layer in modules and is_recurrent(modules[layer]) for layer in several)
@@ -189,7 +217,8 @@ class Trials:
 
         def with_unread(group: Group) -> Group:
             found = candidates(self.analysis.first.module, group) if group.width > 1 else {}
-            others = [size for sizes in found.values() for size in unread(group, sizes) if size not in group.sizes]
+            named = [size for sizes in found.values() for size in unread(group, sizes, features=bool(self._heads))]
+            others = [size for size in named if size not in group.sizes]
             return replace(group, sizes=(*group.sizes, *others)) if others else group
 
         whole = [with_unread(group) for group in groups]
@@ -267,12 +296,20 @@ class Trials:
             alike[group.width] += 1
             lost = draw.permutation(group.width)[: max(min(number, group.width - 2), 1)]
             kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
-        return self.compare(Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept), follow)
+        axes = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept)
+        return self.compare(axes, follow, crossed=any(group.within for group in groups))
 
-    def compare(self, axes: Axes, follow: bool) -> Failure | None:
-        """Run a cut copy and compare its script with the first trace; with `follow`, its couplings too."""
+    def compare(self, axes: Axes, follow: bool, *, crossed: bool = False) -> Failure | None:
+        """Run a cut copy and compare its script with the first trace.
+
+        Args:
+            axes: Positions to keep.
+            follow: Compare the couplings, too.
+            crossed: Whether heads lose features, so that axes of fixed size are shorter.
+        """
         labels, atoms = self._labels_at(axes), SealedAtoms(self.analysis.atoms)
         tracer = self._second_tracer(atoms)
+        tracer.crossed = crossed
         for number, run in enumerate(self.analysis.runs):
             call, copy = run.call, self.analysis.copy(run.kind)
             try:
@@ -325,7 +362,7 @@ class Trials:
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)
         tracer.units, tracer.compares_lengths = self.analysis.tracer.units, self.analysis.tracer.compares_lengths
-        tracer.rms_norms = self.analysis.tracer.rms_norms
+        tracer.rms_norms, tracer.of_features = self.analysis.tracer.rms_norms, self.analysis.tracer.of_features
         tracer.whole_groups = dict(self.analysis.tracer.whole_groups)
         return tracer
 

@@ -139,6 +139,8 @@ class Flow:
     def without(self, groups: Iterable[str]) -> Removal | str:
         """The removal of ``groups``; a string with the reason if they cannot be removed."""
         wanted = frozenset(groups) | self.removal.groups
+        if inner := wanted - self.producers.keys() - self.removal.groups:
+            return f"each head keeps at least one feature ({', '.join(sorted(inner))})"
         if wanted not in self._known:
             self._known[wanted] = self._without(wanted) if wanted else Removal()
         return self._known[wanted]

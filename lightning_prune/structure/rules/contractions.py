@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
-from lightning_prune.structure.rules.registry import labelled, rule, unknown
+from lightning_prune.structure.rules.registry import argument, labelled, rule, unknown
 from lightning_prune.structure.tracing import AxisLabel, Tracer, Value, flat_tensors
 
 __all__: list[str] = []  # the rules register themselves
@@ -52,7 +52,10 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     if y.dim() >= 2:
         axes.append(b.axes[-1])
         t.role(b, y.dim() - 1, "out")
-    rows_zero = x.dim() < 2 or not isinstance(a.axes[-2], np.ndarray) or a.zero
+    rows = a.axes[-2] if x.dim() >= 2 else None
+    rows_zero = not isinstance(rows, np.ndarray) or a.zero
+    if t.of_features and isinstance(rows, np.ndarray) and not a.zero and t.atoms.are_frozen(rows):
+        axes[-1 if y.dim() < 2 else -2], rows_zero = None, True  # positions, which no cut removes
     columns_zero = y.dim() < 2 or not isinstance(b.axes[-1], np.ndarray) or b.zero
     zero = zero and rows_zero and columns_zero
     if bias is not None:
@@ -74,11 +77,15 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
 def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """softmax(q kᵀ · scale) v on (batch, heads, positions, features).
 
-    The features of v are followed; those of q and k are frozen, since the scale is computed from their number.
+    The features of v are followed. Those of q and k are frozen: the scale may be computed from their number. Where they
+    are the units (`Tracer.of_features`), a given scale does not.
     """
     q, k, v = (t.value(x) for x in args[:3])
     where = t.where(func)
-    t.freeze([q.axes[3], k.axes[3]], f"the scale of {where}")
+    if not t.of_features or argument(func, args, kwargs, "scale") is None:
+        t.freeze([q.axes[3], k.axes[3]], f"the scale of {where}")
+    else:
+        _contract(t, func, q, 3, k, 3, args[0].shape[3])
     t.freeze([q.axes[2], k.axes[2], v.axes[2]], f"the positions of {where}")
     for tensor in flat_tensors(args[3:], kwargs):
         t.freeze(t.value(tensor).axes, f"the mask of {where}")
@@ -87,7 +94,7 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
     samples, heads, rows, features = args[0].shape
     pairs = samples * rows * args[1].shape[2]
-    t.count(pairs * features, [outer[1]], [heads])
+    t.count(pairs, [outer[1], q.axes[3]], [heads, features])
     t.count(pairs, [outer[1], v.axes[3]], [heads, args[2].shape[3]])
     for extra in flat_tensors(out[1:]):
         t.label(extra, [*outer, *([None] * (extra.dim() - 2))] if extra.dim() > 2 else [None] * extra.dim())

@@ -45,10 +45,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choices: The part that carries the units, for splits of an axis, by its length and those of its parts.
         whole_groups: Whether whole groups of a grouped convolution are removed, by the name of its weight.
         splits: Splits of the run, with the parts that could carry the units, and the atoms.
+        split_in: The modules in which they run.
+        attentions: The modules that take a softmax.
         decisions: The part chosen at each split of a run, and the lengths of the other parts.
         views: Old and new dimensions that correspond in each view of a run; None where they are unchanged.
         first_decisions: Decisions of the first trace, which a trial must reproduce.
         first_views: Views of the first trace.
+        of_features: Whether features of attention heads are the units rather than heads.
+        crossed: Whether the other parts of a split may have become shorter.
         trail: Arguments of the latest operators, to locate a failure.
         zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
         rms_norms: Names of the modules that are root-mean-square norms.
@@ -78,10 +82,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.choices: Mapping[SplitKey, int] = {}
         self.whole_groups: dict[str, bool] = {}
         self.splits: dict[SplitKey, tuple[list[int], list[IndexArray]]] = {}
+        self.split_in: dict[SplitKey, set[str]] = {}
+        self.attentions: set[str] = set()
         self.decisions: list[Decision] = []
         self.views: list[Blocks | None] = []
         self.first_decisions: list[Decision] | None = None
         self.first_views: list[Blocks | None] = []
+        self.of_features = False
+        self.crossed = False
         self.zeros: set[int] = set()
         self.rms_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
@@ -168,12 +176,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = len(label), tuple(sizes)
             if parts:
                 self.splits.setdefault(key, (parts, []))[1].append(label)
+                self.split_in.setdefault(key, set()).add(self.module)
             chosen = self.choices.get(key)
             part = chosen if chosen in parts else parts[-1] if parts else None  # another axis may be split alike
         else:
             part = first[0]
         others = tuple(n for k, n in enumerate(sizes) if k != part)
-        if first is not None and others != first[1]:
+        if first is not None and others != first[1] and not self.crossed:
             raise MismatchError("the parts of a split do not follow its units")
         self.decisions.append((part, others))
         return part
@@ -278,6 +287,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = self._rule_of.get(func)
         if rule is None:
             rule = self._rule_of[func] = self._rule(operator)
+        if operator.name in ("_softmax", "_safe_softmax") or "dot_product_attention" in operator.name:
+            self.attentions.add(self.module)
         rule(self, func, args, kwargs, out)
         self._compare(operator, args, kwargs, out)
         self._note_memory((args, kwargs), out)
@@ -329,7 +340,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for result in results:
             known = self._values.get(id(result))
             if known is not None:
-                lengths += [n if a is None else None for n, a in zip(result.shape, known[1].axes, strict=True)]
+                fixed = [a is None and not self.crossed for a in known[1].axes]
+                lengths += [n if same else None for n, same in zip(result.shape, fixed, strict=True)]
         return lengths
 
     def _note_memory(self, inputs: Any, out: Any) -> None:

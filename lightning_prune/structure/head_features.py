@@ -1,0 +1,114 @@
+"""Features of attention heads as units of their own, beside whole heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from lightning_prune.structure.analysis import Analysis, HeadFeatures
+from lightning_prune.structure.graph import Group, IndexArray, Member
+from lightning_prune.structure.trials import Trials
+
+__all__ = ["SUFFIX", "add_head_features"]
+
+#: Of the names of groups of features.
+SUFFIX = "#head_dim"
+
+
+def add_head_features(analysis: Analysis) -> None:
+    """Find the groups of features that every head of an attention can lose, if there are whole heads to remove.
+
+    A view splits an axis into heads and features. In the analysis heads are the units; in a second one features are. A
+    group of the second is taken if each of its units has as many positions of every head of one group, so that cuts of
+    both take rows and columns of one block, and if a trial cut of both passes.
+
+    Args:
+        analysis: The analysis, whose `head_features` are set.
+    """
+    owners = _Owners(group for group in analysis.groups if group.width > 1)
+    if not (analysis.tracer.choices and owners.with_several):
+        return
+    other = analysis.with_choices({})
+    other.tracer.of_features = True
+    # Both have the same atoms of parameters. Positions, for one, are frozen by operators behind the heads.
+    frozen = np.flatnonzero(analysis.atoms.frozen()[analysis.atoms.find(np.arange(analysis.tracer.units))])
+    other.atoms.freeze(frozen, "frozen beside the heads")
+    other.trace()
+    other.freeze_unused()
+    other.find_groups()
+    tracers = analysis.tracer, other.tracer
+    if len({len(tracer.macs) for tracer in tracers}) > 1 or len({len(tracer.written) for tracer in tracers}) > 1:
+        return
+    crossed = {group.name: owners.of(group) for group in other.groups if group.width > 2}
+    heads = {name: one.name for name, one in crossed.items() if one is not None}
+    other.groups = Trials(other, heads).passing([group for group in other.groups if group.name in heads])
+    found = [
+        replace(
+            group,
+            name=f"{group.name}{SUFFIX}",
+            sizes=tuple(map(_by_feature, group.sizes)),
+            within=heads[group.name],
+        )
+        for group in other.groups
+    ]
+    found = _passing(analysis, found)
+    if found:
+        analysis.head_features = HeadFeatures(found, other)
+
+
+def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:
+    """The groups of features whose trial cuts pass together with those of all other groups."""
+    trials, wide = Trials(analysis), [group for group in analysis.groups if group.width > 2]
+    if not features or trials.attempt([*wide, *features], follow=True) is None:
+        return features
+    by_name = {group.name: group for group in analysis.groups}
+    alone = [one for one in features if trials.attempt([by_name[one.within], one], follow=False) is None]
+    if not alone or trials.attempt([*wide, *alone], follow=True) is None:
+        return alone
+    analysis.notes.append(
+        f"the features of heads were left out, as a trial cut of all groups failed with them: "
+        f"{', '.join(group.name for group in alone)}"
+    )
+    return []
+
+
+def _by_feature(size: Member) -> Member:
+    """A size that counts the features of all heads, in their order: head by head."""
+    width, times = size.index.shape
+    return replace(size, index=np.ascontiguousarray(size.index.reshape(times, width).T))
+
+
+class _Owners:
+    """Looks up the heads that the positions of an axis belong to."""
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.groups = list(groups)
+        self.with_several = any(m.index.shape[1] > 1 for g in self.groups for m in g.members if m.role == "out")
+        self._units: dict[tuple[str, int], list[tuple[int, IndexArray]]] = {}
+        for number, group in enumerate(self.groups):
+            for member in group.members:
+                self._units.setdefault((member.tensor, member.dim), []).append((number, member.index))
+
+    def of(self, features: Group) -> Group | None:
+        """The group of heads that all these features cross; None if they do not."""
+        numbers = {self._crossed(member) for member in features.members}
+        number = numbers.pop()
+        return None if numbers or number is None else self.groups[number]
+
+    def _crossed(self, member: Member) -> int | None:
+        """The group whose units alone are on this axis, and have equally many positions of each feature."""
+        found = self._units.get((member.tensor, member.dim), [])
+        if len(found) != 1:
+            return None
+        ((number, index),) = found
+        heads, times = index.shape
+        if times == 1 or index.size != index.max() + 1 or member.index.shape[1] % heads:
+            return None
+        unit = np.empty(index.size, dtype=np.int64)
+        unit[index] = np.arange(heads)[:, None]
+        if member.index.max() >= index.size:
+            return None
+        each = np.repeat(np.arange(heads), member.index.shape[1] // heads)
+        return number if (np.sort(unit[member.index], axis=1) == each).all() else None

@@ -1,0 +1,216 @@
+"""Features of attention heads as units of their own, beside whole heads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune import inspect, load, prune, save
+from lightning_prune.planning import select
+from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.surgery.shrink import cut, mask
+
+HEADS, FEATURES, WIDTH, LENGTH = 4, 6, 10, 5
+
+
+class Attention(nn.Module):
+    """Self-attention as transformers writes it: one number for the features of queries, keys and values.
+
+    Args:
+        values: Another number for the features of values.
+        scaled: Whether the scale is kept in an attribute rather than computed from the features.
+    """
+
+    def __init__(self, values: int | None = None, *, scaled: bool = True) -> None:
+        super().__init__()
+        self.head_dim, self.num_heads = FEATURES, HEADS
+        self.value_dim = values
+        self.scaling = FEATURES**-0.5 if scaled else None
+        inner = HEADS * (values or FEATURES)
+        self.q, self.k = (nn.Linear(WIDTH, HEADS * FEATURES) for _ in "qk")
+        self.v, self.out = nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k))
+        v = self.v(x).view(*x.shape[:2], -1, self.value_dim or self.head_dim).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+        return self.out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class Packed(nn.Module):
+    """Queries, keys and values from one layer, scaled by hand; the heads are counted from the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim, self.scale = FEATURES, FEATURES**-0.5
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * HEADS * FEATURES), nn.Linear(HEADS * FEATURES, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def _network(*blocks: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, WIDTH), *blocks, nn.Linear(WIDTH, 2)]
+    network = nn.Sequential(*layers).double().eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return network
+
+
+def _networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "one number": _network(Attention(), Attention()),
+        "two numbers": _network(Attention(8), Attention(8)),
+        "packed": _network(Packed(), Packed()),
+    }
+
+
+X = torch.randn(2, LENGTH, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _structure(network: nn.Module) -> Structure:
+    return trace(TracedModel.of(network, X))
+
+
+def _drawn(structure: Structure, seed: int, which: Any = lambda _: True) -> dict[str, tuple[int, ...]]:
+    draw = np.random.default_rng(seed)
+    return {
+        g.name: tuple(sorted(draw.permutation(g.width)[: max(g.width // 2, 2)].tolist()))
+        for g in structure.groups
+        if which(g)
+    }
+
+
+def test_groups_are_found() -> None:
+    found = {name: {g.name: (g.width, g.within) for g in _structure(n).groups} for name, n in _networks().items()}
+    features = {name: {g: w for g, w in groups.items() if "#" in g} for name, groups in found.items()}
+    assert features["one number"] == {f"{n}.q#head_dim": (FEATURES, f"{n}.q") for n in "12"}
+    assert features["two numbers"] == {
+        f"{n}.{layer}#head_dim": (width, f"{n}.q") for n in "12" for layer, width in (("q", FEATURES), ("v", 8))
+    }
+    assert {within for _, within in features["packed"].values()} == {"1.qkv", "2.qkv"}
+    for name, groups in found.items():
+        assert {groups[within][0] for _, within in features[name].values()} == {HEADS}, name
+
+
+@pytest.mark.parametrize("name", _networks())
+@pytest.mark.parametrize("seed", range(3))
+def test_cuts_of_heads_and_features_equal_the_masked_network(name: str, seed: int) -> None:
+    network = _networks()[name]
+    structure = _structure(network)
+    kept = _drawn(structure, seed)
+    axes, widths = structure.axes(kept), {group: len(units) for group, units in kept.items()}
+    masked = copy.deepcopy(network)
+    mask(masked, axes)
+    with torch.no_grad():
+        dense, expected = network(X), masked(X)
+    cut(network, axes)
+    torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
+    assert (expected - dense).abs().max() > 1e-3
+    assert structure.cost.params(widths) == sum(p.numel() for p in network.parameters())
+
+
+def test_rows_that_stay_are_those_of_kept_features_of_kept_heads() -> None:
+    network = _networks()["one number"]
+    structure = _structure(network)
+    heads, features = (1, 3), (0, 2, 5)
+    weights = {name: getattr(network[1], name).weight.detach().clone() for name in ("q", "k", "v", "out")}
+    cut(network, structure.axes({"1.q": heads, "1.q#head_dim": features}))
+    for name, weight in weights.items():
+        rows = weight.T if name == "out" else weight
+        expected = rows.reshape(HEADS, FEATURES, -1)[list(heads)][:, list(features)].flatten(0, 1)
+        found = getattr(network[1], name).weight
+        assert torch.equal(found.T if name == "out" else found, expected), name
+    assert (network[1].head_dim, network[1].num_heads) == (3, 2)
+
+
+def test_macs_are_those_that_run() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = _networks()["packed"]
+    structure = _structure(network)
+    kept = _drawn(structure, 0)
+    cut(network, structure.axes(kept))
+    with FlopCounterMode(display=False) as counter:
+        network(X[:1])
+    assert structure.cost.macs({name: len(units) for name, units in kept.items()}) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("features_first", [False, True])
+def test_cuts_in_turn_are_one_cut(features_first: bool) -> None:
+    once, twice = _networks()["two numbers"], _networks()["two numbers"]
+    structure = _structure(once)
+    kept = _drawn(structure, 0)
+    cut(once, structure.axes(kept))
+    for which in (features_first, not features_first):
+        part = {name: units for name, units in kept.items() if ("#" in name) == which}
+        cut(twice, structure.axes(part))
+        structure = structure.take(part)
+    assert torch.equal(once(X), twice(X))
+    again = _structure(twice)
+    assert again.widths == structure.widths == {name: len(units) for name, units in kept.items()}
+    assert {g.name: g for g in again.groups} == {g.name: g for g in structure.groups}
+
+
+def test_features_are_pruned_where_they_are_named() -> None:
+    structure = _structure(_networks()["one number"])
+    selected, refused = select(structure)
+    assert not [name for name in selected if "#" in name]
+    assert "named" in refused["1.q#head_dim"]
+    assert select(structure, ["*#head_dim"])[0] == ("1.q#head_dim", "2.q#head_dim")
+    assert select(structure, ["1.q"])[0] == ("1.q",)
+    assert select(structure, ["*", "*#head_dim"], ignore="2.*#head_dim")[0] == tuple(
+        name for name in structure.widths if name != "2.q#head_dim"
+    )
+
+
+def test_at_least_one_feature_stays() -> None:
+    structure = _structure(_networks()["one number"])
+    with pytest.raises(ValueError, match="at least one feature of each head"):
+        structure.axes({"1.q#head_dim": ()})
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_budgets_take_heads_and_features(scope: Any, tmp_path: Path) -> None:
+    network = _networks()["one number"]
+    before = sum(parameter.numel() for parameter in network.parameters())
+    prune(network, X, budget={"params": 0.5}, layers=["*", "*#head_dim"], scope=scope)
+    left = sum(parameter.numel() for parameter in network.parameters())
+    assert 0.35 * before < left <= 0.5 * before
+    save(network, tmp_path / "small.safetensors")
+    other = _networks()["one number"]
+    load(other, tmp_path / "small.safetensors")
+    assert torch.equal(other(X), network(X))
+    prune(network, X, pruning_ratio=0.3, layers="*#head_dim")  # a second time
+    assert network(X).isfinite().all()
+
+
+def test_each_kind_alone() -> None:
+    network = _networks()["one number"]
+    report = prune(network, X, pruning_ratio=0.5, layers="*#head_dim")
+    assert (network[1].head_dim, network[1].num_heads, network[2].head_dim) == (3, HEADS, 3)
+    assert network[1].q.out_features == HEADS * 3
+    assert report.final is not None
+
+
+def test_features_stay_where_the_scale_follows_them() -> None:
+    groups = _structure(_network(Attention(scaled=False))).groups
+    assert [group.name for group in groups if group.within] == []
+    assert any(group.width == HEADS for group in groups)
+
+
+def test_inspect_says_whose_features_they_are() -> None:
+    text = str(inspect(_networks()["one number"], X))
+    assert "1.q#head_dim" in text
+    assert "every head of 1.q" in text
