@@ -29,7 +29,7 @@ from lightning_prune.structure.tracing import (
     output_tensors,
 )
 
-__all__ = ["KINDS", "Analysis", "TracedRun"]
+__all__ = ["KINDS", "Analysis", "HeadFeatures", "TracedRun"]
 
 #: Kinds of copies, the cheapest first.
 KINDS: tuple[Kind, ...] = ("meta", "fake", "real")
@@ -83,6 +83,12 @@ class Analysis:
         self.shapes = {name: tuple(t.shape) for name, t in self.first.named.items()}
         self.tracer = Tracer(self.atoms, RULES, unknown)
         self.tracer.choices = choices or {}
+        self.tracer.axes = {
+            int(axis[0]): (name, dim, len(axis))
+            for name, axes in self.labels.items()
+            for dim, axis in enumerate(axes)
+            if len(axes) > 1 and len(axis)
+        }
         with plain_classes(traced.model):
             self.tracer.rms_norms = rms_norms(traced.model)
         self.runs: list[TracedRun] = []

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune import prune
 from lightning_prune.structure import Call, StructureError, TracedModel, refresh, trace, trials
 from tests.support.architectures import CASES, Auxiliary, Net, Standardised
 from tests.support.counting import counting
@@ -802,3 +803,34 @@ def test_a_narrow_layer_standardises_the_weights_that_are_left():
     narrow.load_state_dict(weights)
     small = shrunk(wide, structure.axes({"0": kept}))
     torch.testing.assert_close(small(x), narrow(x), rtol=1e-12, atol=1e-12)
+
+
+class _Positions(nn.Module):
+    """Adds as many learned positions as its input is long."""
+
+    def __init__(self, *, whole):
+        super().__init__()
+        self.first, self.last, self.places = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.randn(1, 9, 6))
+        self.whole = whole
+
+    def forward(self, x):
+        places = self.places if self.whole else self.places[:, : x.shape[1]]
+        return self.last(self.first(x) + places)
+
+
+@pytest.mark.parametrize("length", [4, 9])
+def test_positions_beyond_the_example_are_no_units(length):
+    structure = trace(TracedModel.of(_Positions(whole=length == 9), torch.randn(2, length, 3)))
+    assert structure.widths == {"first": 6}
+    assert {(m.tensor, m.dim) for g in structure.groups for m in g.members if m.tensor == "places"} == {("places", 2)}
+
+
+def test_computed_weights_produce_units():
+    network = nn.Sequential(Standardised(3, 8, 3, padding=1), nn.ReLU(), Standardised(8, 6, 3, padding=1))
+    structure = trace(TracedModel.of(network, torch.randn(2, 3, 4, 4)))
+    assert {(m.tensor, m.dim, m.role) for m in structure.group("0").members if m.tensor.endswith("weight")} == {
+        ("0.weight", 0, "out"),
+        ("2.weight", 1, "in"),
+    }
+    prune(network, torch.randn(2, 3, 4, 4), pruning_ratio=0.5)
+    assert (network[0].out_channels, network[2].in_channels) == (4, 4)

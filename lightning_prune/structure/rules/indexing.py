@@ -91,6 +91,8 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                 held = slice(bound) if bound > 0 else slice(bound, None)
                 t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
         part = axis[start:end:step]
+        if value.constant and len(part) < n:  # such as positions beyond the example's length
+            t.freeze([axis], f"a part of a parameter, taken by {t.where(func)}")
         if step != 1:
             t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
         t.picked(axis, part)

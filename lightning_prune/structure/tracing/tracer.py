@@ -39,6 +39,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         meta: Whether the network runs on the meta device.
+        axes: Axes of parameters by their first atom: name, dimension, length.
         script: Operators of a run, with the numbers that enter them and the lengths of axes of fixed size.
         expected: Script of the first trace, which a trial must reproduce.
         units: Number of atoms of parameters and buffers; later atoms are constants.
@@ -64,6 +65,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rules = rules
         self.fallback = fallback
         self.stack: list[str] = []
+        self.axes: dict[int, tuple[str, int, int]] = {}
         self.roles: dict[tuple[str, int], str] = {}
         self.order: dict[str, int] = {}
         self.seen: set[str] = set()
@@ -213,12 +215,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.label(tensor, axes, zero=value.zero, source=own.source or value.source)
 
     def role(self, value: Value, dim: int, role: str) -> None:
-        """Record the role of a parameter's axis."""
+        """Record the role of a parameter's axis, also where a weight is computed from the parameter."""
+        place = None
         if value.source is not None:
-            name, dims = value.source
-            self.roles.setdefault((name, dims[dim]), role)
-            self.seen.add(name)
-            self.order.setdefault(name, len(self.order))
+            place = value.source[0], value.source[1][dim]
+        elif value.constant:
+            place = self._own_axis(value.axes[dim])
+        if place is not None:
+            self.roles.setdefault(place, role)
+            self.seen.add(place[0])
+            self.order.setdefault(place[0], len(self.order))
+
+    def _own_axis(self, axis: AxisLabel) -> tuple[str, int] | None:
+        """The axis of a parameter of two dimensions or more whose atoms, in order, are those of a label."""
+        if not isinstance(axis, np.ndarray) or not len(axis) or int(axis[0]) not in self.axes:
+            return None
+        name, dim, length = self.axes[int(axis[0])]
+        return (name, dim) if len(axis) == length and (np.diff(axis) == 1).all() else None
 
     def repeated(self, times: Iterable[int]) -> None:
         """Record that a tensor is repeated this often per axis: once per sample makes it depend on the batch."""
