@@ -142,6 +142,8 @@ def _changed(network: nn.Module, history: History) -> Iterator[tuple[str, Parts]
         }
         if type(module) is nn.Unflatten:  # a cut lets it infer a length, and nothing tells what that was
             parts["unflattened_size"] = (None, _plain(module.unflattened_size))
+        if isinstance(module, nn.MultiheadAttention) and "scale" in vars(module):  # which PyTorch's has not
+            parts["scale"] = (None, vars(module)["scale"])
         for own, tensor in tensors(module).items():
             full = f"{name}.{own}" if name else own
             if full in history.shapes:

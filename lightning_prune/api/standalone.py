@@ -44,7 +44,7 @@ def narrow(model: nn.Module) -> nn.Module:
 def narrow_layer(layer: nn.Module, parts: Mapping[str, tuple[Any, Any]]) -> None:
     """Set options and lengths of tensors."""
     for part, (_, now) in parts.items():
-        here = getattr(layer, part)
+        here = getattr(layer, part, None)
         if isinstance(here, Tensor):
             here.data = here.detach()[tuple(map(slice, now))].clone()
         else:

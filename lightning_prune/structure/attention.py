@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MultiheadAttention", "attention"]
+__all__ = ["MultiheadAttention", "attention", "scale_of"]
 
 
 def attention(
@@ -35,7 +35,7 @@ def attention(
     if layer.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     mask = None if only_causal else _mask(layer, attn_mask, key_padding_mask, q, k)
-    dropout, scale = layer.dropout if layer.training else 0.0, layer.head_dim**-0.5
+    dropout, scale = layer.dropout if layer.training else 0.0, scale_of(layer)
     weights: Tensor | None = None
     if need_weights:
         products = q * scale @ k.transpose(-2, -1)
@@ -48,6 +48,12 @@ def attention(
     if not is_batched:
         return out[0], None if weights is None else weights[0]
     return out if layer.batch_first else out.transpose(0, 1), weights
+
+
+def scale_of(layer: nn.MultiheadAttention) -> float:
+    """The factor of the products of queries and keys: that of the heads' first width, if they have become narrower."""
+    scale: float = vars(layer).get("scale", layer.head_dim**-0.5)
+    return scale
 
 
 def _projected(
@@ -103,8 +109,9 @@ def _attention_of_nested(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with any number of heads of ``head_dim`` features, whatever its embedding width.
 
-    PyTorch's computes the features of a head as embedding width / number of heads, so neither can change alone. A layer
-    takes this class when it is cut; parameters, arguments and results are the same.
+    PyTorch's computes the features of a head as embedding width / number of heads, so neither can change alone, and
+    their scale from the features. A layer takes this class when it is cut; parameters, arguments and results are the
+    same. Heads that have lost features keep their scale, in the attribute ``scale``.
     """
 
     forward = attention

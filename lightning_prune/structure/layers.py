@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_prune.structure.attention import MultiheadAttention
+from lightning_prune.structure.attention import MultiheadAttention, scale_of
 
 __all__ = [
     "ATTENTION",
@@ -86,7 +87,7 @@ def options(module: nn.Module) -> dict[str, Any]:
     foreign = _foreign(module)
     names = (*getattr(module, "__constants__", ()), *(foreign[0] if foreign else ()))
     if isinstance(module, nn.MultiheadAttention):
-        names = (*names, "embed_dim", "kdim", "vdim", "num_heads", "_qkv_same_embed_dim")
+        names = (*names, "embed_dim", "kdim", "vdim", "num_heads", "head_dim", "scale", "_qkv_same_embed_dim")
     return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
@@ -197,6 +198,7 @@ def _attention(module: Any, _: Shapes) -> None:
     if type(module) in ATTENTION:
         # `nn.TransformerEncoder` packs samples of unequal lengths, which PyTorch's takes with an even number of heads.
         is_pytorchs = q.shape[0] == q.shape[1] and module.num_heads % 2 == 0
+        is_pytorchs = is_pytorchs and math.isclose(scale_of(module), module.head_dim**-0.5)
         module.__class__ = nn.MultiheadAttention if is_pytorchs else MultiheadAttention
 
 

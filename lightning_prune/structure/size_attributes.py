@@ -114,17 +114,24 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
     per_unit = {divisor for member in group.members for divisor in _divisors(member.index.shape[1])}
     found = {}
     for name, module in ((canonical(name), module) for name, module in model.named_modules()):
-        if name not in around or updates_widths(module):
+        if name not in around:
             continue
         members = tuple(
             _member(f"{name}.{own}" if name else own, group.width, value // group.width)
-            for attribute, content in vars(module).items()
+            for attribute, content in _own_sizes(module).items()
             for own, _, value in _integers(attribute, content)
             if value > 1 and value % group.width == 0 and value // group.width in per_unit
         )
         if members:
             found[name] = members
     return found
+
+
+def _own_sizes(module: nn.Module) -> dict[str, object]:
+    """Attributes of a module that do not follow from its tensors."""
+    if isinstance(module, nn.MultiheadAttention):
+        return {"head_dim": vars(module).get("head_dim")}
+    return {} if updates_widths(module) else vars(module)
 
 
 def _divisors(n: int) -> set[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_prune.structure.attention import scale_of
 from lightning_prune.structure.graph import Axes, IndexArray
 from lightning_prune.structure.layers import refresh, relax_unflatten, tensors
 from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
@@ -134,10 +135,11 @@ def _set_widths(
     change: Change, owners: Mapping[nn.Module, Mapping[str, torch.Size]], resized: Mapping[SizeAttribute, int]
 ) -> None:
     """Set the attributes of layers that follow from their tensors, and sizes in other attributes."""
+    for place, value in resized.items():  # first, as heads are counted by their features
+        scale = {"scale": scale_of(place.module)} if isinstance(place.module, nn.MultiheadAttention) else {}
+        change.set_attributes(place.module, {**scale, place.attribute: place.with_value(value)})
     for owner, old_shapes in owners.items():
         change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
-    for place, value in resized.items():
-        change.set_attributes(place.module, {place.attribute: place.with_value(value)})
 
 
 def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:

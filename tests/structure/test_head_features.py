@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import inspect, load, prune, save
+from lightning_prune import inspect, load, prune, rebuild, save
 from lightning_prune.planning import select
 from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.structure.attention import MultiheadAttention
+from lightning_prune.surgery.restore import dense_copy
 from lightning_prune.surgery.shrink import cut, mask
 
 HEADS, FEATURES, WIDTH, LENGTH = 4, 6, 10, 5
@@ -58,6 +62,19 @@ class Packed(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Builtin(nn.Module):
+    """PyTorch's layer, which has one width for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.out = nn.Linear(WIDTH, HEADS * FEATURES), nn.Linear(HEADS * FEATURES, WIDTH)
+        self.attention = nn.MultiheadAttention(HEADS * FEATURES, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
 def _network(*blocks: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(3, WIDTH), *blocks, nn.Linear(WIDTH, 2)]
@@ -73,6 +90,7 @@ def _networks() -> dict[str, nn.Module]:
         "one number": _network(Attention(), Attention()),
         "two numbers": _network(Attention(8), Attention(8)),
         "packed": _network(Packed(), Packed()),
+        "PyTorch's": _network(Builtin(), Builtin()),
     }
 
 
@@ -100,6 +118,7 @@ def test_groups_are_found() -> None:
         f"{n}.{layer}#head_dim": (width, f"{n}.q") for n in "12" for layer, width in (("q", FEATURES), ("v", 8))
     }
     assert {within for _, within in features["packed"].values()} == {"1.qkv", "2.qkv"}
+    assert features["PyTorch's"] == {f"{n}.attention#head_dim": (FEATURES, f"{n}.attention") for n in "12"}
     for name, groups in found.items():
         assert {groups[within][0] for _, within in features[name].values()} == {HEADS}, name
 
@@ -194,6 +213,28 @@ def test_budgets_take_heads_and_features(scope: Any, tmp_path: Path) -> None:
     assert torch.equal(other(X), network(X))
     prune(network, X, pruning_ratio=0.3, layers="*#head_dim")  # a second time
     assert network(X).isfinite().all()
+
+
+def test_pytorchs_layer_keeps_its_scale(tmp_path: Path) -> None:
+    network = _networks()["PyTorch's"]
+    prune(network, X, pruning_ratio=0.5, layers="*#head_dim")
+    attention = network[1].attention
+    assert (attention.head_dim, attention.num_heads, attention.scale) == (3, HEADS, FEATURES**-0.5)
+    assert type(attention) is MultiheadAttention
+    expected = network(X).detach()
+    save(network, tmp_path / "small.safetensors")
+    rebuild(network, tmp_path / "small.py")
+    loaded = load(_networks()["PyTorch's"], tmp_path / "small.safetensors")
+    rebuilt = runpy.run_path(str(tmp_path / "small.py"))["load"](
+        _networks()["PyTorch's"], tmp_path / "small.safetensors"
+    )
+    for other in (loaded, rebuilt, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(X), expected)
+    prune(network, X, pruning_ratio=0.3, layers=["*", "*#head_dim"])
+    assert network[1].attention.scale == FEATURES**-0.5
+    wide = dense_copy(TracedModel.of(network, X), "real")
+    assert type(wide[1].attention) is nn.MultiheadAttention
+    assert wide[1].attention.head_dim == FEATURES
 
 
 def test_each_kind_alone() -> None:

@@ -119,21 +119,35 @@ def _traced(model: nn.Module) -> Structure:
 def test_heads_and_width_equal_the_masked_network(options: dict[str, Any]) -> None:
     model, x = Network(**options), _draw(BATCH, KEYS, 6, seed=5)
     structure = _traced(model)
-    assert structure.widths == {"stem": WIDTH, "attention": HEADS}
-    for kept in ({"attention": (1, 3)}, {"stem": (0, 1, 4, 6, 11)}, {"attention": (0,), "stem": (2, 3)}):
+    assert structure.widths == {"stem": WIDTH, "attention": HEADS, "attention#head_dim": WIDTH // HEADS}
+    features = "attention#head_dim"
+    for kept in (
+        {"attention": (1, 3)},
+        {"stem": (0, 1, 4, 6, 11)},
+        {"attention": (0,), "stem": (2, 3)},
+        {features: (0, 2)},
+        {features: (1,), "attention": (0, 2), "stem": (2, 3)},
+    ):
         small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
         cut(small, structure.axes(kept))
         mask(zeroed, structure.axes(kept))
         torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
         layer = small.attention
         assert (layer.num_heads, layer.embed_dim) == (len(kept.get("attention", range(HEADS))), small.stem.out_features)
-        assert (layer.head_dim, type(layer)) == (WIDTH // HEADS, MultiheadAttention)
+        width = len(kept.get(features, range(WIDTH // HEADS)))
+        assert (layer.head_dim, type(layer)) == (width, MultiheadAttention)
 
 
 @pytest.mark.parametrize("uses", ["result", "output"])
 def test_no_head_leaves_where_attention_weights_are_used(uses: str) -> None:
-    model = Network(uses)
-    assert _traced(model).widths == {"stem": WIDTH}
+    model, x = Network(uses), _draw(BATCH, KEYS, 6, seed=5)
+    structure = _traced(model)
+    assert structure.widths == {"stem": WIDTH, "attention": WIDTH // HEADS}  # features of every head
+    small, zeroed, kept = copy.deepcopy(model), copy.deepcopy(model), {"attention": (0, 2), "stem": (2, 3, 5)}
+    cut(small, structure.axes(kept))
+    mask(zeroed, structure.axes(kept))
+    torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
+    assert (small.attention.num_heads, small.attention.head_dim) == (HEADS, 2)
 
 
 def test_the_class_is_pytorchs_where_it_can_be() -> None:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from lightning_prune.structure.atoms import IndexArray
+from lightning_prune.structure.attention import scale_of
 from lightning_prune.structure.hooks import (
     REGISTERS,
     computing_hooks,
@@ -167,10 +168,10 @@ class FakeCopy:
             for name, kept in axes.items():
                 self.named[name] = self._narrow(whole[name], kept)
                 self._put(whole[name], self.named[name])
-            for module, _, shapes in before:
-                refresh(module, shapes)
             for place, value in sizes.items():
                 vars(place.module)[place.attribute] = place.with_value(value)
+            for module, _, shapes in before:
+                refresh(module, shapes)
             yield
         finally:
             for place, content in contents:
@@ -338,6 +339,7 @@ class FakeCopy:
                 vars(module)["flatten_parameters"] = _do_nothing
             forward = module.forward
             if isinstance(module, nn.MultiheadAttention) and type(module) in ATTENTION and has_own_projections(module):
+                vars(module)["scale"] = scale_of(module)  # stays where the features of heads are cut
                 forward = self.attention_weights.forward_of(module)
             vars(module)["forward"] = push_name(forward, name, self.stack)
 
