@@ -1,4 +1,4 @@
-"""Options of callbacks on the command line: they apply to the callback that has them, wherever it is in the list."""
+"""Options on the command line: they override files, and those of callbacks apply to the callback that has them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from lightning_prune.cli.messages import COMMANDS
+
 __all__ = ["placed"]
 
 _LIST = "--trainer.callbacks"
@@ -20,7 +22,10 @@ _HOMES = ("lightning_prune", "lightning.pytorch.callbacks")
 
 
 def placed(words: Sequence[str]) -> list[str]:
-    """The arguments of a command line, with each option of a callback moved after the last callback that has it.
+    """The arguments of a command line, with files first and each option of a callback after the callback that has it.
+
+    The parser lets later arguments override earlier ones, and files written by a run give every option a value. With
+    the files first, no option is overridden by one.
 
     The parser gives ``--trainer.callbacks.NAME`` to the last callback of the current list. If the list comes from a
     file and an option belongs to another callback, the list is passed again, one callback at a time, each followed by
@@ -30,15 +35,16 @@ def placed(words: Sequence[str]) -> list[str]:
     Args:
         words: The arguments, with file names after ``--config``.
     """
+    words = _files_first(words)
     found = _last_list(words)
     if found is None:
-        return [*words]
+        return words
     end, callbacks = found
     options, others = _split(words[end:])
     takers = [_taker(name, callbacks) for name, _ in options]
     last = len(callbacks) - 1
     if any(_is_list(word) for word in others) or all(taker in (None, last) for taker in takers):
-        return [*words]
+        return words
     parts: list[str] = []
     for place, callback in enumerate(callbacks):
         one = callback if place else [callback]
@@ -47,6 +53,21 @@ def placed(words: Sequence[str]) -> list[str]:
             if taker == place or (taker is None and place == last):  # the last one rejects an unknown option
                 parts += option
     return [*words[:end], *parts, *others]
+
+
+def _files_first(words: Sequence[str]) -> list[str]:
+    """The arguments with each ``--config FILE`` after the command moved right behind it, in the same order."""
+    begin = next((place + 1 for place, word in enumerate(words) if word in COMMANDS), 0)
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(words[begin:])
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        if flag in ("--config", "-c"):
+            files += [word] if equals else [word, *_next(rest)]
+        else:
+            others.append(word)
+    return [*words[:begin], *files, *others]
 
 
 def _last_list(words: Sequence[str]) -> tuple[int, list[Any]] | None:

@@ -416,8 +416,7 @@ def _first_batch(datamodule: LightningDataModule) -> Any:
 def _required(command: str, ckpt_path: str | None) -> str:
     if ckpt_path is None:
         raise ValueError(
-            f"{command}: expected a checkpoint, got none. Give --ckpt_path FILE, or last for the newest of the run, "
-            "after --config, which overrides what comes before it."
+            f"{command}: expected a checkpoint, got none. Give --ckpt_path FILE, or last for the newest of the run."
         )
     return ckpt_path
 

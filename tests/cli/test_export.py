@@ -151,7 +151,6 @@ def test_a_script_for_the_device(run: Path, tmp_path: Path, capsys: pytest.Captu
         ("export --file=a.pte --ckpt_path=last", "It belongs to the extra `executorch`: pip install"),
         ("quantise --ckpt_path=last", "quantise: expected --file, got none."),
         ("quantise --file=a.onnx", "quantise: expected a checkpoint, got none. Give --ckpt_path FILE, or last"),
-        ("quantise --ckpt_path=last --config=CONFIG --file=a.onnx", "--config, which overrides what comes before"),
         ("quantise --file=a.onnx --ckpt_path=last --samples=0", "expected `samples` of at least 1, got 0."),
         ("quantise --file=a.onnx --ckpt_path=last --data=null", "expected data for training, and for the test or"),
         ("quantise --file=a.pt2 --ckpt_path=last", "expected a file with the suffix `.onnx`, got 'a.pt2'"),
@@ -161,7 +160,7 @@ def test_a_script_for_the_device(run: Path, tmp_path: Path, capsys: pytest.Captu
 def test_refusals(
     words: str, answer: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command, *options = words.replace("CONFIG", f"{run}/config.yaml").split()
+    command, *options = words.split()
     torch.save(weights(run), "weights.pt")
     for package in ("executorch", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed

@@ -49,7 +49,6 @@ def test_options_within_an_argument() -> None:
         ["--config", XGB, *E_U],
         ["--config", XGB, "--trainer.callbacks.nonsense=1"],
         ["--config", XGB, "--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.gain=0.5"],
-        ["--trainer.callbacks.gain=0.5", "--config", XGB],
         ["--config", "nowhere.yaml", "--trainer.callbacks.gain=0.5"],
         ["--config"],
         [],
@@ -57,6 +56,15 @@ def test_options_within_an_argument() -> None:
 )
 def test_what_the_parser_does_by_itself_is_left_to_it(words: list[str]) -> None:
     assert placed(words) == words
+
+
+def test_files_come_first() -> None:
+    """A file that a run has written gives every option a value, and overrode options before it."""
+    words = ["test", "--ckpt_path=last", "--config", XGB, *E_U, "-c=other.yaml", "--name", "fit"]
+    assert placed(words) == ["test", "--config", XGB, "-c=other.yaml", "--ckpt_path=last", *E_U, "--name", "fit"]
+    assert placed(["--config=top.yaml", "fit", "--name=a", "--config"]) == [
+        *("--config=top.yaml", "fit", "--config", "--name=a")
+    ]
 
 
 def test_the_last_file_with_callbacks_counts(tmp_path: Path) -> None:

@@ -102,9 +102,10 @@ def test_the_other_verbs_leave_the_run_alone(verb: str, capsys: pytest.CaptureFi
     run = Path("runs/first/001")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     (checkpoint,) = run.rglob("last.ckpt")
-    for number in ("001", "002"):
-        main([verb, f"--config={run}/config.yaml", f"--ckpt_path={checkpoint}", *QUIET])
-        assert (run / verb / number / "config.yaml").is_file()
+    words = [f"--config={run}/config.yaml", f"--ckpt_path={checkpoint}"]
+    for number, ordered in (("001", words), ("002", words[::-1])):
+        main([verb, *ordered, *QUIET])
+        assert config(run / verb / number)["ckpt_path"] == str(checkpoint)
     assert {file: file.read_bytes() for file in before} == before
     if verb == "predict":
         assert f"Predictions: {run}/predict/002/predictions.pt, a tensor of 359 in the order" in capsys.readouterr().out
