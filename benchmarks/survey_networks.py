@@ -53,6 +53,41 @@ class Encoder(nn.Module):
         return logits
 
 
+#: Thirty more, drawn from all names of timm 1.0.31 by ``random.Random(0).sample``, those of at most 60 M parameters.
+DRAWN = (
+    "repvit_m2_3",
+    "convnext_atto_rms",
+    "tf_efficientnetv2_b1",
+    "swinv2_cr_small_ns_224",
+    "resnet26t",
+    "mobilevitv2_150",
+    "swin_s3_tiny_224",
+    "iformer_l",
+    "efficientnetv2_rw_m",
+    "mobilenetv1_100",
+    "efficientnetv2_rw_s",
+    "vit_small_patch16_rope_224",
+    "efficientvit_b2",
+    "cspresnet50w",
+    "swiftformer_l1",
+    "regnetx_006",
+    "hgnet_tiny",
+    "xcit_small_24_p8_384",
+    "sam2_hiera_small",
+    "maxvit_rmlp_pico_rw_256",
+    "crossvit_tiny_240",
+    "caformer_s18",
+    "dla102x",
+    "resnet101s",
+    "vit_relpos_medium_patch16_cls_224",
+    "test_convnext2",
+    "pit_s_224",
+    "levit_conv_384",
+    "nf_resnet26",
+    "cs3darknet_focus_l",
+)
+
+
 @dataclass(frozen=True)
 class Network:
     """A network and how it is run.
@@ -100,16 +135,23 @@ def catalogue() -> dict[str, list[str]]:
         folder = torchvision.models.get_model_builder(name).__module__.split(".")[2]
         if folder != "quantization":
             families[_FOLDERS.get(folder, "classification")].append(name)
-    return {**families, "timm": list(TIMM), "encoders": ["nn.TransformerEncoder", "BertModel"]}
+    return {
+        **families,
+        "timm": list(TIMM),
+        "timm, drawn": list(DRAWN),
+        "encoders": ["nn.TransformerEncoder", "BertModel"],
+    }
 
 
 def build(name: str, family: str) -> Network:
     """An untrained network in float64, and an example."""
     torch.manual_seed(0)
-    if family == "timm":
+    if family.startswith("timm"):
         import timm
 
-        return Network(timm.create_model(name).double(), (_image(2, 224),))
+        network = timm.create_model(name).double()
+        config = network.default_cfg
+        return Network(network, (_image(2, config["input_size"][-1] if config.get("fixed_input_size") else 224),))
     if family == "encoders":
         return _encoder(name)
     model = torchvision_model(name).double()
