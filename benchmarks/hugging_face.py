@@ -131,6 +131,7 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
         "params": dense,
         "reachable": structure.reachable,
         "heads": blocks(model, structure, QUERIES),
+        "features": blocks(model, structure, QUERIES, within=True),
         "inner": blocks(model, structure, INNER),
         "streams": sum(is_stream(group.name) for group in structure.groups),
         "left": sum(parameter.numel() for parameter in model.parameters()) / dense,
@@ -139,14 +140,17 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def blocks(model: nn.Module, structure: Structure, pattern: re.Pattern[str]) -> tuple[int, int]:
-    """Layers of a kind whose outputs can be pruned, and all of them."""
+def blocks(
+    model: nn.Module, structure: Structure, pattern: re.Pattern[str], *, within: bool = False
+) -> tuple[int, int]:
+    """Layers of a kind whose outputs can be pruned, and all of them; ``within``, by the features of their heads."""
     names = [name for name, _ in model.named_modules() if pattern.search(f".{name}")]
-    made = {name for group in structure.groups for name in group.producers}
+    made = {name for group in structure.groups if bool(group.within) == within for name in group.producers}
     return len(made & {*names}), len(names)
 
 
 def is_stream(name: str) -> bool:
+    name = name.partition("#")[0]
     return not QUERIES.search(f".{name}") and not INNER.search(f".{name}")
 
 
@@ -190,6 +194,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "parameters",
         "reachable: parameters, MACs",
         "attentions that lose heads",
+        "features of heads",
         "inner widths",
         "streams",
         "left at half of every group",
@@ -207,6 +212,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             f"{one['params'] / 1e6:.1f} M",
             f"{reach['params']:.1%}, {reach['macs']:.1%}",
             "{} of {}".format(*one["heads"]),
+            "{} of {}".format(*one["features"]),
             "{} of {}".format(*one["inner"]),
             str(one["streams"]),
             f"{one['left']:.1%}",
