@@ -79,6 +79,7 @@ class Trials:
         self.analysis = analysis
         self._heads = heads or {}
         self._count = 0
+        self._draw = 0  # of how many units groups lose
 
     def passing(self, groups: list[Group]) -> list[Group]:
         """Run trial cuts, freeze the groups that fail and return the others."""
@@ -89,10 +90,7 @@ class Trials:
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
         tried: set[str] = set()
         while candidates:
-            if not self._is_out_of_trials():
-                failing = self._failing(candidates, follow)
-            else:  # those that passed alone are kept if they pass together
-                failing = self._undecided(candidates) if self.attempt(candidates, follow) else []
+            failing = self._failing_twice(candidates, follow)
             if not failing:
                 break
             for group, reason in failing:
@@ -100,6 +98,18 @@ class Trials:
                     for old, new, absorbed in self._mended(group, reason, candidates, tried, follow):
                         groups, candidates = (_replaced(known, old, new, absorbed) for known in (groups, candidates))
         return groups
+
+    def _failing_twice(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
+        """Groups whose cut fails in one of two trials: lengths that code takes for one another may be equal in one."""
+        failing: list[tuple[Group, str]] = []
+        for self._draw in (0, 1):
+            if not self._is_out_of_trials():
+                failing = self._failing(groups, follow)
+            else:  # those that passed alone are kept if they pass together
+                failing = self._undecided(groups) if self.attempt(groups, follow) else []
+            if failing:
+                break
+        return failing
 
     def _mended(
         self, group: Group, reason: str, candidates: Sequence[Group], tried: set[str], follow: bool
@@ -134,7 +144,7 @@ class Trials:
             others: Groups that may be like it.
             follow: As in `attempt`.
         """
-        wanted = Counter(map(_kind, group.sizes))
+        wanted, claimed = Counter(map(_kind, group.sizes)), {size.tensor for size in group.sizes}
         found: list[tuple[Group, Group, list[Group]]] = []
         for other in others:
             if not wanted or other.sizes or other.width != group.width or any(other in tied for _, _, tied in found):
@@ -147,7 +157,8 @@ class Trials:
                 longer = _merged(longer, one)
             fitting = candidates(self.analysis.first.module, longer)
             sizes = tuple(size for sizes in fitting.values() for size in sizes if _kind(size) in wanted)
-            if Counter(map(_kind, sizes)) == wanted:
+            if Counter(map(_kind, sizes)) == wanted and not claimed & {size.tensor for size in sizes}:
+                claimed |= {size.tensor for size in sizes}
                 found.append((other, replace(longer, sizes=sizes), tied))
         self._count += bool(found)
         if not found or self.attempt([group, *(longer for _, longer, _ in found)], follow) is not None:
@@ -287,14 +298,18 @@ class Trials:
     def attempt(self, groups: list[Group], follow: bool) -> Failure | None:
         """Cut about half of the units of these groups and run the copy; None if the trial passes.
 
-        Groups of one width lose different numbers, as code may use the width of one for another.
+        Groups on axes of one length lose different numbers, as code may use the length of one for another.
         """
         draw = np.random.default_rng(0)
         kept, alike = {}, Counter[int]()
-        for group in groups:
-            number = (group.width - 1) // 2 + alike[group.width] % 3
-            alike[group.width] += 1
-            lost = draw.permutation(group.width)[: max(min(number, group.width - 2), 1)]
+        for position, group in enumerate(groups):
+            first = group.members[0]
+            length = self.analysis.shapes[first.tensor][first.dim] // first.index.shape[1]
+            number = max(min((group.width - 1) // 2 + alike[length] % 3, group.width - 2), 1)
+            alike[length] += 1
+            if self._draw:
+                number = (number + position) % max(group.width - 1, 2)
+            lost = draw.permutation(group.width)[:number]
             kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
         axes = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept)
         return self.compare(axes, follow, crossed=any(group.within for group in groups))

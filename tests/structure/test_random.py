@@ -19,6 +19,14 @@ EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "100"))
 @example(([("grouped", 1, 1), ("shuffle", 0, 0), ("grouped", 1, 2)], "pool", 0))
 # Cut to one channel in a group, of which a slice freezes another: the rehearsal took the groups for depthwise ones.
 @example(([("transposed", 1, 1), ("from_end", 0, 0), ("kernel", 1, 0)], "pool", 1))
+# Widths that code takes for one another were equal by chance in the trial, or could not lose different numbers.
+@example(([("in_place", 0, 0), ("tied_heads", 0, 0)], "pool", 0))
+@example(([("slice", 0, 1), ("tied_heads", 0, 0)], "pool", 0))
+@example(([("tied_heads", 1, 0)], "pool", 0))
+@example(([("swap", 0, 0), ("tied_heads", 1, 0)], "pool", 1))
+# A number in a module was set for two groups.
+@example(([("parts", 1, 0)], "pool", 0))
+@example(([("branch", 0, 1), ("sized", 0, 2)], "pool", 0))
 @settings(max_examples=EXAMPLES)
 @given(networks)
 def test_random_networks(drawn):

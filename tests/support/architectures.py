@@ -457,7 +457,7 @@ case("functional", (4,), {"weight": 7, "kernel": 5})(Functional)
 case(
     "bare parameters and attention",
     (5, 6),
-    {"embed": 8, "attention": 2, "up": 12},
+    {"embed": 8, "attention": 2, "attention#head_dim": 4, "up": 12},
     {"head.weight": "an output"},
     masked=False,
 )(Attention)

@@ -59,11 +59,11 @@ def cut(model, axes):
             changed.append((module, {name: tuple(tensor.shape) for name, tensor in own.items()}))
         for home, name in slots:
             home[name] = narrow.get(id(home[name]), home[name])
-    for module, shapes in changed:
-        refresh(module, shapes)
     for name, kept in axes.items():
         if name not in named(model):
             _set_size(model, name, len(kept[0]))
+    for module, shapes in changed:
+        refresh(module, shapes)
     return model
 
 
@@ -76,6 +76,8 @@ def _set_size(model, name, value):
         content[int(position[:-1])] = value
         value = content
     assert hasattr(module, own)
+    if isinstance(module, nn.MultiheadAttention):  # the temperature of its softmax stays
+        module.scale = getattr(module, "scale", module.head_dim**-0.5)
     setattr(module, own, value)
 
 
