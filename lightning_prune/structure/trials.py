@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ _MOST_OPERATORS = 500_000
 _LEAST_TRIALS = 64
 #: Largest number of combinations of sizes in attributes that are tried where a cut fails.
 _MOST_COMBINATIONS = 24
+#: Number of like groups of other blocks, none of which was repaired, after which the next ones are frozen at once.
+_LIKE_BLOCKS = 2
 #: Largest number of groups that are tried where none is at the operator that fails.
 _MOST_TIED = 3
 
@@ -80,6 +83,7 @@ class Trials:
         self._heads = heads or {}
         self._count = 0
         self._draw = 0  # of how many units groups lose
+        self._beyond_repair = Counter[tuple[tuple[str, int], ...]]()  # groups by their place in a block
 
     def passing(self, groups: list[Group]) -> list[Group]:
         """Run trial cuts, freeze the groups that fail and return the others."""
@@ -119,9 +123,12 @@ class Trials:
         If nothing repairs its cut, the group is frozen and leaves.
         """
         others = [g for g in candidates if g is not group and g.name not in tried]
-        found = None if group.name in tried else self.repaired(group, others, follow)
+        place, found = _place(group), None
+        if group.name not in tried and self._beyond_repair[place] < _LIKE_BLOCKS:
+            found = self.repaired(group, others, follow)
         tried.add(group.name)
         if found is None:
+            self._beyond_repair[place] += 1
             self._freeze(group, reason)
             return [(group, None, [])]
         whole, absorbed = found
@@ -160,10 +167,12 @@ class Trials:
             if Counter(map(_kind, sizes)) == wanted and not claimed & {size.tensor for size in sizes}:
                 claimed |= {size.tensor for size in sizes}
                 found.append((other, replace(longer, sizes=sizes), tied))
-        self._count += bool(found)
-        if not found or self.attempt([group, *(longer for _, longer, _ in found)], follow) is not None:
-            return []
-        return [(old, self.analysis.tied(new, tied) if tied else new, tied) for old, new, tied in found]
+        # All of them, or else those of the same place in their blocks.
+        for some in (found, [one for one in found if _place(one[1]) == _place(group)]):
+            self._count += bool(some)
+            if some and self.attempt([group, *(longer for _, longer, _ in some)], follow) is None:
+                return [(old, self.analysis.tied(new, tied) if tied else new, tied) for old, new, tied in some]
+        return []
 
     def _is_of_one_attention(self, one: Group, other: Group) -> bool:
         heads = self._heads.get(one.name)
@@ -405,6 +414,11 @@ def _with_sizes(group: Group, found: Sequence[Member], most: int = _MOST_COMBINA
     some = (sizes for number in (2, 3) for sizes in combinations(found, number) if number < len(found))
     for sizes in (*((size,) for size in found), *([tuple(found)] if len(found) > 1 else []), *islice(some, most)):
         yield replace(group, sizes=(*group.sizes, *sizes))
+
+
+def _place(group: Group) -> tuple[tuple[str, int], ...]:
+    """The axes of a group by names without numbers, the same for those of all blocks."""
+    return tuple(sorted((re.sub(r"\d+", "#", member.tensor), member.dim) for member in group.members))
 
 
 def _kind(size: Member) -> tuple[str, int]:
