@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -169,14 +169,76 @@ def test_the_network_of_a_checkpoint(tmp_path: Path) -> None:
     assert state["extensions"] == {}
 
 
-def test_the_teacher_outlives_a_resume_after_the_last_cut(tmp_path: Path) -> None:
-    """A new process has the narrow network only; the wide one is in the checkpoint."""
+@pytest.mark.parametrize("is_file", [False, True])
+def test_the_teacher_outlives_a_resume_after_the_last_cut(is_file: bool, tmp_path: Path) -> None:
+    """A new process has the narrow network only; the wide one is in the checkpoint of this run, or of another one."""
+    fit(tmp_path / "other", make(Net), epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
+    extension = Distill(teacher=str(tmp_path / "dense.ckpt") if is_file else None)
     saver = ModelCheckpoint(tmp_path / "files", filename="{epoch}", save_top_k=-1)
     whole = make(Net)
-    fit(tmp_path, whole, pruner(Distill()), saver, epochs=4)
+    fit(tmp_path, whole, pruner(extension), saver, epochs=4)
     again = lightning_prune.load_from_checkpoint(Net, tmp_path / "files" / "epoch=2.ckpt")
-    fit(tmp_path / "again", again, pruner(Distill()), ckpt_path=tmp_path / "files" / "epoch=2.ckpt", epochs=4)
+    fit(tmp_path / "again", again, pruner(extension), ckpt_path=tmp_path / "files" / "epoch=2.ckpt", epochs=4)
     assert_same(again, whole)
+
+
+class Trained(Callback):
+    """The network at the end, before averaged weights take its place, and the average."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        (averaging,) = (one for one in trainer.callbacks if isinstance(one, EMAWeightAveraging))
+        self.body = copy.deepcopy(pl_module.body)
+        self.average = copy.deepcopy(averaging._average_model.module.body)
+
+
+def test_the_average_of_the_weights(tmp_path: Path) -> None:
+    """With a decay of 1 it stays what it was after the first step, and is narrow since the cut."""
+    model, trained, averaging = make(Plain), Trained(), EMAWeightAveraging(decay=1.0)
+    start, callback = copy.deepcopy(model.body), pruner(Distill(teacher="average"))
+    saver = ModelCheckpoint(tmp_path / "files", filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, model, callback, trained, averaging, saver, epochs=EPOCHS, precision="64-true", validate=False)
+    assert trained.average[0].out_features == 6
+    term = lambda z, w: kl(z, w, 2.0, 1)  # noqa: E731
+    expected = by_hand(start.double(), double(loader()), term, teacher=trained.average.double())
+    assert_same(trained.body, expected)
+    resumed = Trained()
+    callbacks = (pruner(Distill(teacher="average")), resumed, EMAWeightAveraging(decay=1.0))
+    file = tmp_path / "files" / "epoch=1.ckpt"
+    fit(tmp_path / "b", make(Plain), *callbacks, ckpt_path=file, epochs=EPOCHS, precision="64-true", validate=False)
+    # The average and the weights beside it come back in float32.
+    torch.testing.assert_close(resumed.body[0].weight, expected[0].weight, rtol=0, atol=1e-6)
+
+
+def test_a_teacher_that_is_named_replaces_the_one_of_the_run_so_far(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "files", save_last=True)
+    fit(tmp_path, make(Plain), pruner(Distill()), saver, epochs=2, validate=False)
+    file = tmp_path / "files" / "last.ckpt"
+    ends = []
+    for name, extension in (("dense", Distill()), ("narrow", Distill(teacher=str(file)))):
+        model, last = make(Plain), ModelCheckpoint(tmp_path / name, save_last=True)
+        fit(tmp_path / name, model, pruner(extension), last, ckpt_path=file, epochs=3, validate=False)
+        ends.append(model)
+        state = torch.load(tmp_path / name / "last.ckpt", weights_only=True)["callbacks"]["StructuredPruning"]
+        assert state["extensions"].keys() == ({"Distill"} if name == "dense" else set())
+    assert (ends[0].body[0].weight - ends[1].body[0].weight).abs().max() > 1e-4
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Head(Net):
+    """Of one class, and with a layer that nobody calls and one that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.spare = nn.Linear(3, 1), nn.Linear(3, 3)
+        self.twice = Twice()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        found, _ = self.twice(self(batch[0]))
+        return F.binary_cross_entropy_with_logits(self.one(found)[:, 0], (batch[1] > 0).to(found.dtype))
 
 
 class Quiet(Net):
@@ -198,6 +260,10 @@ class Quiet(Net):
         (Net, Distill(layer="second"), r"whose outputs are in the group 'second'"),
         (Net, Distill(teacher="nowhere.ckpt"), "got 'nowhere.ckpt': no such file"),
         (Quiet, Distill(), "`training_step` of Quiet calls no layer with parameters"),
+        (Head, Distill(), r"expected at least two classes for loss=\"kl\", got outputs of shape \(8, 1\) from 'one'"),
+        (Head, Distill(layer="spare", loss="mse"), "`training_step` of Head does not call 'spare'"),
+        (Head, Distill(layer="twice", loss="mse"), "returns a tensor, got 'twice', which returns a tuple"),
+        (Net, Distill(teacher="average"), "expected a callback that averages weights .* got none"),
     ],
     ids=str,
 )

@@ -284,6 +284,33 @@ def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
             fit(tmp_path, make(Net), pruner, epochs=4, ckpt_path=tmp_path / "damaged.ckpt")
 
 
+class Failing(Plain):
+    """Whose loss is NaN in eval mode, from an epoch on."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+        self.register_buffer("added", torch.tensor(0.0 if epoch else torch.nan))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.training else loss + self.added
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.epoch:
+            self.added.fill_(torch.nan)
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """Two infinite losses are not the same: no cut is ready then."""
+    pruner = StructuredPruning(0.5, schedule=OneShot(1), extensions=[GrowPenalty(0.01, 2)])
+    with pytest.raises(ValueError, match="expected a finite loss of `training_step` on validation data"):
+        fit(tmp_path / "first", make(Failing, 0), pruner, epochs=5)
+    with pytest.warns(UserWarning, match="more than `jump`. Cut 1 changed the held-out loss by \\+inf%"):
+        fit(tmp_path / "later", make(Failing, 1), pruner, epochs=5)
+    assert [cut.epoch for cut in pruner.report.cuts] == [3]
+
+
 class Manual(Plain):
     def __init__(self) -> None:
         super().__init__()

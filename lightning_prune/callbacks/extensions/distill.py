@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
+from lightning_prune.callbacks.lightning.averages import averages, counts
 from lightning_prune.reporting import require
-from lightning_prune.surgery import load_from, save_into
+from lightning_prune.surgery import Edit, load_from, save_into
 from lightning_prune.surgery.compiled import is_compiled
 from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["Distill"]
+
+_AVERAGE = "average"
 
 
 @final
@@ -40,15 +43,18 @@ class Distill(CutExtension):
     :math:`L`; the term is logged as ``pruning/distillation``.
 
     The dense network is a copy from right before the first cut, so train it well before pruning, or the network of a
-    checkpoint; it is not trained further. It runs ``training_step`` on the same batches, in eval mode and without
-    gradients, which adds about a third of a dense training step to each step, and the memory of its weights. Put random
-    augmentation in the data loader, because in ``training_step`` each network would draw its own.
+    checkpoint; it is not trained further. With ``teacher="average"``, the averaged weights of Lightning's
+    `EMAWeightAveraging` (or another one) are learnt from instead, as they are at each step and cut like the network
+    (Tarvainen and Valpola, "Mean teachers", 2017); before averaging starts there is no term. The teacher runs
+    ``training_step`` on the same batches, in eval mode and without gradients, which adds about a third of a dense
+    training step to each step, and the memory of its weights. Put random augmentation in the data loader, because in
+    ``training_step`` each network would draw its own.
 
     Args:
         weight: Weight w of the term, above 0.
         temperature: Temperature T, above 0.
-        teacher: Checkpoint of the same module, dense or pruned; by default the network before the first cut, which is
-            then part of this run's checkpoints.
+        teacher: Checkpoint of the same module, dense or pruned, or ``"average"``; by default the network before the
+            first cut, which is then part of this run's checkpoints.
         layer: Name of the layer whose outputs are compared; by default the last layer with parameters that
             ``training_step`` calls. Its outputs must not be pruned.
         loss: ``"kl"`` for logits, ``"mse"`` for other outputs. The class dimension is the last one of a Linear layer's
@@ -56,7 +62,8 @@ class Distill(CutExtension):
 
     Raises:
         ValueError: On construction for settings out of range; before the first training step if there is no such
-            layer, its outputs can be pruned, the network is compiled, or the checkpoint is of another module.
+            layer, ``training_step`` does not call it, its outputs can be pruned, are no tensor or have fewer than two
+            classes (``"kl"``), the network is compiled, the checkpoint is of another module, or nothing is averaged.
 
     Example:
         >>> from lightning_prune import Distill, StructuredPruning
@@ -89,22 +96,42 @@ class Distill(CutExtension):
                 "layers. Do not use `torch.compile`."
             )
         self._name = self._checked_layer(run)
-        if self.teacher is not None:
+        if self.teacher is None:
+            return
+        self._stored = None  # of a run so far that had no `teacher`
+        if self.teacher != _AVERAGE:
             self._dense = self._loaded(run)
+        elif not averages(run.trainer):
+            raise ValueError(
+                'Distill: expected a callback that averages weights for `teacher="average"`, got none. Give the '
+                "Trainer `EMAWeightAveraging()`."
+            )
 
     @override
     def before_cut(self, run: RunContext) -> None:
-        if self._dense is None and self._stored is None:
+        if self.teacher is None and self._dense is None and self._stored is None:
             self._dense = _frozen(run.traced.copy("real").module)
 
     @override
+    def after_cut(self, edits: Sequence[Edit]) -> None:
+        self._forget_average()
+
+    @override
+    def after_take_back(self) -> None:
+        self._forget_average()
+
+    @override
     def before_step(self, run: RunContext, batch: Any, batch_idx: int) -> None:
+        if not self._name:  # resumed after the last cut, where nothing else is to prepare
+            self.prepare(run)
         if self._stored is not None:
             self._dense = _restored(run, self._stored)
             self._stored = None
+        if self.teacher == _AVERAGE and run.report.cuts and counts(run.trainer)[0]:
+            self._dense = self._dense or _frozen(run.traced.copy("real").module)
+            self._dense.load_state_dict(averages(run.trainer)[0].state_dict())
         if self._dense is None or not run.report.cuts:
             return
-        self._name = self._name or self._checked_layer(run)
         dense, (step,) = self._dense.to(run.module.device), run.traced.optional
         self._wanted, self._terms = [], []
         handle = dense.get_submodule(self._name).register_forward_hook(
@@ -147,6 +174,11 @@ class Distill(CutExtension):
         require(state["teacher"]["state_dict"], dict[str, Any], "weights of the network to learn from")
         self._dense, self._stored = None, state["teacher"]
 
+    def _forget_average(self) -> None:
+        """Drop the copy for averaged weights, which has the shapes of before."""
+        if self.teacher == _AVERAGE:
+            self._dense = None
+
     def _pull(self, layer: nn.Module, output: Tensor, scale: float) -> None:
         """Add the gradient of the term to the gradient of a layer's outputs."""
         if not output.requires_grad or len(self._terms) == len(self._wanted):  # not trained, or computed once more
@@ -168,18 +200,36 @@ class Distill(CutExtension):
 
     def _checked_layer(self, run: RunContext) -> str:
         """Name of the layer whose outputs are compared."""
-        name = _last_layer(run) if self.layer is None else self.layer
+        network = type(run.module).__name__
         modules = sorted({canonical(found) for found, _ in run.module.named_modules()} - {""})
-        if name not in modules:
+        if self.layer is not None and self.layer not in modules:
             raise ValueError(
-                f"Distill: expected `layer` to be a layer of {type(run.module).__name__}, got {name!r}. Layers: "
+                f"Distill: expected `layer` to be a layer of {network}, got {self.layer!r}. Layers: "
                 f"{', '.join(modules)}."
             )
+        called = _called(run, self.layer)
+        if not called:
+            what = "calls no layer with parameters" if self.layer is None else f"does not call {self.layer!r}"
+            raise ValueError(
+                f"Distill: `training_step` of {network} {what}. Give the name of a module that it calls as `layer`."
+            )
+        name, output = [*called.items()][-1]
         cut = [group.name for group in run.groups if name in group.producers]
         if cut:
             raise ValueError(
                 f"Distill: expected a `layer` whose outputs are not pruned, got {name!r}, whose outputs are in the "
                 f"group {cut[0]!r}. Use the last layer, or exclude the group with `ignore={cut[0]!r}`."
+            )
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"Distill: expected a `layer` that returns a tensor, got {name!r}, which returns a "
+                f"{type(output).__name__}. Give another `layer`."
+            )
+        classes = output.shape[_class_dim(run.module.get_submodule(name), output)] if output.dim() else 1
+        if self.loss == "kl" and classes < 2:
+            raise ValueError(
+                f'Distill: expected at least two classes for loss="kl", got outputs of shape {tuple(output.shape)} '
+                f'from {name!r}, whose term is always 0. Give loss="mse", or another `layer`.'
             )
         return name
 
@@ -214,25 +264,22 @@ def _frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _last_layer(run: RunContext) -> str:
-    """Name of the last layer with parameters that the training step calls."""
+def _called(run: RunContext, layer: str | None) -> dict[str, Any]:
+    """Outputs of a layer, or of all layers with parameters, in the order of their last call in the training step."""
     copy, (step,) = _frozen(run.traced.copy("real").module), run.traced.optional
-    called: list[str] = []
-    for name, layer in copy.named_modules():
-        if next(layer.parameters(), None) is not None and next(layer.children(), None) is None:
-            layer.register_forward_hook(partial(_note, called, canonical(name)))
+    called: dict[str, Any] = {}
+    for name, module in copy.named_modules():
+        is_last = next(module.parameters(), None) is not None and next(module.children(), None) is None
+        if is_last if layer is None else canonical(name) == layer:
+            module.register_forward_hook(partial(_note, called, canonical(name)))
     with torch.no_grad(), _own_random_state(run), run.trainer.precision_plugin.forward_context():
         getattr(copy, step.method)(*step.args)
-    if not called:
-        raise ValueError(
-            f"Distill: `training_step` of {type(run.module).__name__} calls no layer with parameters. Give the name of "
-            "a module that it calls as `layer`."
-        )
-    return called[-1]
+    return called
 
 
-def _note(called: list[str], name: str, *_: object) -> None:
-    called.append(name)
+def _note(called: dict[str, Any], name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    called.pop(name, None)
+    called[name] = output
 
 
 def _own_random_state(run: RunContext) -> AbstractContextManager[None]:

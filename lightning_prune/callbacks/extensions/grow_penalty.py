@@ -64,7 +64,7 @@ class GrowPenalty(CutExtension):
 
     Raises:
         ValueError: On construction for settings out of range; before the first training step if there is not enough
-            time before the end of the run, no validation data, or no loss.
+            time before the end of the run, no validation data, or no finite loss.
 
     Example:
         >>> from lightning_prune import GrowPenalty, OneShot, StructuredPruning
@@ -114,7 +114,12 @@ class GrowPenalty(CutExtension):
                 f"would be made after {end} of {total} steps. Let the schedule end earlier, give a smaller `over`, or "
                 "train longer."
             )
-        run.held_out_losses((Plan({}, {}),), run.trainer.world_size)  # whether it can be measured
+        (loss,) = run.held_out_losses((Plan({}, {}),), run.trainer.world_size)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{self!r}: expected a finite loss of `training_step` on validation data, in eval mode, got NaN or "
+                "infinity. No cut changes it by a known share: check the data and the learning rate."
+            )
 
     @override
     def prepare_cut(self, run: RunContext, plan: Plan) -> bool:
@@ -212,7 +217,9 @@ class GrowPenalty(CutExtension):
 
 
 def _change(before: float, after: float) -> float:
-    """Relative change of a loss."""
+    """Relative change of a loss; infinity if it is not known."""
+    if not math.isfinite(before) or not math.isfinite(after):
+        return math.inf
     if before == after:
         return 0.0
     return (after - before) / abs(before) if before else math.inf
