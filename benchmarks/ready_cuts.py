@@ -40,13 +40,14 @@ from tests.support.pretrained import accuracy, load, normalised
 FOLDER = EVIDENCE / "ready_cuts"
 HELD_OUT = 2000
 
-#: Network and optimizer: epochs, the epoch of the plan, and epochs of the penalty.
+#: Network and optimizer: epochs, the epoch of the cut at once, and epochs of the penalty.
 RUNS = {
     ("MLP", "AdamW"): (8, 2, 2),
     ("MLP", "SGD"): (8, 2, 2),
     ("ResNet-20", "SGD"): (6, 1, 2),
 }
-WAYS = ("at once", "growing penalty")
+#: The penalty begins when the network without it is cut, or one epoch earlier and ends then.
+WAYS = ("at once", "growing penalty", "growing penalty before")
 
 
 def cifar10(root: str | None, seed: int) -> CIFAR10:
@@ -92,6 +93,8 @@ def train(job: Mapping[str, Any], root: str | None, work: Path) -> dict[str, Any
     """One run."""
     network, optimizer, steps = job["network"], job["optimizer"], job["steps"]
     epochs, first, over = RUNS[network, optimizer]
+    if job["way"] == "growing penalty before":
+        first, over = first - 1, 1
     seed_everything(job["seed"], verbose=False)
     model: Any
     data: Any
@@ -112,7 +115,7 @@ def train(job: Mapping[str, Any], root: str | None, work: Path) -> dict[str, Any
         return [made], [{"scheduler": CosineAnnealingLR(made, total), "interval": "step"}]
 
     model.configure_optimizers = MethodType(configure_optimizers, model)
-    growing = [GrowPenalty(jump=0.01, over=over, samples=HELD_OUT)] if job["way"] == "growing penalty" else []
+    growing = [GrowPenalty(jump=0.01, over=over, samples=HELD_OUT)] if job["way"] != "at once" else []
     pruner = StructuredPruning(**amount, schedule=OneShot(first), extensions=[Measured(), *growing])
     home = work / "-".join(str(job[name]) for name in ("network", "optimizer", "steps", "way", "seed")).replace(
         " ", "_"

@@ -50,7 +50,8 @@ class GrowPenalty(CutExtension):
     zero together.
 
     The loss may rise while the units shrink, instead of at the cut: compare it with its value when the cut was planned,
-    which is in the report, and leave time to train after the cut.
+    which is in the report, and leave time to train after the cut. Let the schedule begin earlier by ``over`` than
+    without the penalty, so that as many epochs follow the cut.
 
     The loss is that of ``training_step``, in eval mode. What a cut would change is logged as ``pruning/jump`` at every
     check, what it has changed (with the repairs of other extensions) as ``pruning/jump_at_cut``, and is in the report.
