@@ -19,13 +19,14 @@ _TOLERANCE = 1e-4
 
 
 def rms_norms(model: nn.Module) -> frozenset[str]:
-    """Names of the modules that compute ``x / rms(x) · g(weight)`` over the last axis, at any width.
+    """Names of the modules that compute ``x / rms(x) · g(weight)`` over the last axis or over channels, at any width.
 
     Such a norm averages over all units. Its result after a cut is therefore that of a narrower norm, not that of the
     masked network, as with `nn.LayerNorm`. A module is recognised by its results on random numbers, with its own weight
     and with a narrower one.
     """
-    found = {name for name, module in model.named_modules() if _has_one_weight(module) and _is_rms_norm(module)}
+    candidates = [(name, module) for name, module in model.named_modules() if _has_one_weight(module)]
+    found = {name for name, module in candidates if _is_rms_norm(module, 0) or _is_rms_norm(module, 2)}
     return frozenset(map(canonical, found))
 
 
@@ -34,7 +35,8 @@ def _has_one_weight(module: nn.Module) -> bool:
     return [name for name, _ in own] == ["weight"] and own[0][1].dim() == 1 and len(own[0][1]) > 1
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
+def _is_rms_norm(module: nn.Module, spatial: int) -> bool:
+    """Whether the results are those of a norm of units that are followed by so many axes."""
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.RMSNorm):
         return False
     draw = torch.Generator().manual_seed(0)
@@ -45,8 +47,8 @@ def _is_rms_norm(module: nn.Module) -> bool:
             weight = torch.randn(width, generator=draw)
             inputs = _MAGNITUDE * torch.randn(_SAMPLES, width, generator=draw)
             kept = torch.arange(0, width, 2)
-            whole = _factors(own, weight, inputs)
-            narrow = _factors(own, weight[kept], inputs[:, kept])
+            whole = _factors(own, weight, inputs, spatial)
+            narrow = _factors(own, weight[kept], inputs[:, kept], spatial)
     except Exception:  # whatever a module raises for these inputs, it is another one
         return False
     expected = whole[:1]
@@ -56,10 +58,17 @@ def _is_rms_norm(module: nn.Module) -> bool:
     )
 
 
-def _factors(norm: Any, weight: Tensor, inputs: Tensor) -> Tensor:
-    """What a norm with this weight multiplies every normalised input by."""
+def _factors(norm: Any, weight: Tensor, inputs: Tensor, spatial: int) -> Tensor:
+    """What a norm with this weight multiplies every normalised input by.
+
+    Raises:
+        ValueError: If the outputs are not as many as the inputs.
+    """
     shapes = {"weight": tuple(norm.weight.shape)}
     norm.weight = nn.Parameter(weight, requires_grad=False)
     refresh(norm, shapes)
-    outputs: Tensor = norm.forward(inputs)  # the user's hooks must not see these numbers
-    return outputs / (inputs / inputs.square().mean(1, keepdim=True).sqrt())
+    given = inputs.reshape(*inputs.shape, *[1] * spatial)
+    outputs: Tensor = norm.forward(given)  # the user's hooks must not see these numbers
+    if outputs.shape != given.shape:
+        raise ValueError(f"expected outputs of the shape {tuple(given.shape)}, got {tuple(outputs.shape)}")
+    return outputs.reshape(inputs.shape) / (inputs / inputs.square().mean(1, keepdim=True).sqrt())

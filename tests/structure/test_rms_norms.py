@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure.rms_norms import rms_norms
@@ -130,3 +131,25 @@ def test_hooks_do_not_see_the_random_numbers() -> None:
     net[1].register_forward_hook(lambda *args: seen.append(args))
     assert rms_norms(net) == {"1", "4"}
     assert not seen
+
+
+class OfChannels(Norm):
+    """Over the channels of images, as timm's RmsNorm2d; vectors come out as something else."""
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps)
+        return x * self.weight[:, None, None]
+
+
+def test_norms_over_channels() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), OfChannels(8), nn.Conv2d(8, 2, 1))
+    assert rms_norms(net) == {"1"}
+    x, kept = torch.randn(2, 3, 4, 4), (0, 3, 5)
+    structure = trace(TracedModel.of(net, x))
+    assert structure.widths == {"0": 8}
+    norm = OfChannels(3)
+    norm.weight.data = net[1].weight.data[list(kept)]
+    hidden = F.conv2d(x, net[0].weight[list(kept)], net[0].bias[list(kept)])
+    expected = F.conv2d(norm(hidden), net[2].weight[:, list(kept)], net[2].bias).detach()
+    torch.testing.assert_close(shrunk(net, structure.axes({"0": kept}))(x), expected)

@@ -139,7 +139,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = dimensions(argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
     t.note_lengths([x.shape[d] for d in dims], touched)
-    is_norm = name == "mean" and dims == [x.dim() - 1] and t.is_rms_norm
+    is_norm = name == "mean" and dims in ([x.dim() - 1], [1]) and t.is_rms_norm
     if not is_norm and not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in flat_tensors(out):
