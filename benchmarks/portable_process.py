@@ -42,14 +42,14 @@ from lightning_prune.surgery.tensors import named  # noqa: E402
 
 #: Share of the units that is removed from each layer.
 _RATIO = 1 / 3
-_MEMORY = 12 * 2**30
+_MEMORY = 18 * 2**30
 #: Parameters of the largest network that is rebuilt, too, for which two must fit into memory.
 _REBUILT = 200_000_000
 
 
 def prune(network: Network, folder: Path) -> dict[str, Any]:
     """Prune a network of other weights than it is built with, and save it with its inputs and outputs."""
-    model = network.model
+    model = network.model.eval()  # detectors train with targets only
     torch.manual_seed(1)
     settle(model)
     with torch.no_grad():
