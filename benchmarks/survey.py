@@ -64,7 +64,7 @@ def still_norms(model: nn.Module) -> Iterator[None]:
 
     def affine(module: Any, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         x, shape = args[0], [-1]
-        if isinstance(module, nn.GroupNorm) or type(module).__name__.endswith("Norm2d"):
+        if isinstance(module, nn.GroupNorm) or "Norm2d" in type(module).__name__:
             shape = [-1, *[1] * (x.dim() - 2)]
         shape = list(getattr(module, "wb_shape", shape))  # timm's global response norm
         for name, combine in (("weight", torch.mul), ("bias", torch.add)):
