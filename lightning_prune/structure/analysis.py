@@ -368,9 +368,10 @@ class Analysis:
             found = []
             for record, other in zip(records, others, strict=True):
                 axes = [length(atoms) for atoms in record.axes]
-                shares = [] if inner is None else [part for part in map(inner, other.axes) if part.repeat]
-                full = math.prod(len(atoms) for atoms in other.axes if inner is not None and inner(atoms).repeat)
-                found.append(Term(record.factor / full / (1 if record.once else batch), (*axes, *shares), record.layer))
+                inside = [] if inner is None else [(inner(atoms), len(atoms)) for atoms in other.axes]
+                shares = [(part, full) for part, full in inside if part.repeat]
+                factor = record.factor / math.prod(full for _, full in shares) / (1 if record.once else batch)
+                found.append(Term(factor, (*axes, *(part for part, _ in shares)), record.layer))
             return tuple(found)
 
         tracer = self.tracer

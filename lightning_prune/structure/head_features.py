@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +27,7 @@ def add_head_features(analysis: Analysis) -> None:
     Args:
         analysis: The analysis, whose `head_features` are set.
     """
-    owners = _Owners(group for group in analysis.groups if group.width > 1)
+    owners = _Owners((group for group in analysis.groups if group.width > 1), analysis.shapes)
     if not (analysis.tracer.choices and owners.with_several):
         return
     other = analysis.with_choices({})
@@ -83,8 +83,8 @@ def _by_feature(size: Member) -> Member:
 class _Owners:
     """Looks up the heads that the positions of an axis belong to."""
 
-    def __init__(self, groups: Iterable[Group]) -> None:
-        self.groups = list(groups)
+    def __init__(self, groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.groups, self.shapes = list(groups), shapes
         self.with_several = any(m.index.shape[1] > 1 for g in self.groups for m in g.members if m.role == "out")
         self._units: dict[tuple[str, int], list[tuple[int, IndexArray]]] = {}
         for number, group in enumerate(self.groups):
@@ -104,11 +104,9 @@ class _Owners:
             return None
         ((number, index),) = found
         heads, times = index.shape
-        if times == 1 or index.size != index.max() + 1 or member.index.shape[1] % heads:
+        if times == 1 or index.size != self.shapes[member.tensor][member.dim] or member.index.shape[1] % heads:
             return None
         unit = np.empty(index.size, dtype=np.int64)
         unit[index] = np.arange(heads)[:, None]
-        if member.index.max() >= index.size:
-            return None
         each = np.repeat(np.arange(heads), member.index.shape[1] // heads)
         return number if (np.sort(unit[member.index], axis=1) == each).all() else None
