@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
@@ -82,7 +82,7 @@ class Trials:
         self.analysis = analysis
         self._heads = heads or {}
         self._count = 0
-        self._draw = 0  # of how many units groups lose
+        self._draw = 0  # which of `_draws` is tried
         self._beyond_repair = Counter[tuple[tuple[str, int], ...]]()  # groups by their place in a block
 
     def passing(self, groups: list[Group]) -> list[Group]:
@@ -94,7 +94,7 @@ class Trials:
     def _try_some(self, groups: list[Group], candidates: list[Group], *, follow: bool) -> list[Group]:
         tried: set[str] = set()
         while candidates:
-            failing = self._failing_twice(candidates, follow)
+            failing = self._failing_in_a_draw(candidates, follow)
             if not failing:
                 break
             for group, reason in failing:
@@ -103,10 +103,11 @@ class Trials:
                         groups, candidates = (_replaced(known, old, new, absorbed) for known in (groups, candidates))
         return groups
 
-    def _failing_twice(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
-        """Groups whose cut fails in one of two trials: lengths that code takes for one another may be equal in one."""
+    def _failing_in_a_draw(self, groups: list[Group], follow: bool) -> list[tuple[Group, str]]:
+        """Groups whose cut fails in one of the draws: lengths that code takes for one another are equal in others."""
         failing: list[tuple[Group, str]] = []
-        for self._draw in (0, 1):
+        for draw, _ in enumerate(self._draws(groups)):
+            self._draw = draw
             if not self._is_out_of_trials():
                 failing = self._failing(groups, follow)
             else:  # those that passed alone are kept if they pass together
@@ -249,6 +250,7 @@ class Trials:
             for new, old in zip(whole, groups, strict=True)
         ]
         changed = [new for new, old in zip(whole, groups, strict=True) if new is not old]
+        self._draw = 0  # in which all of them lose units
         return whole if changed and self.attempt(changed, follow=False) is None else groups
 
     def _further(self, groups: Iterable[Group], failure: Failure, follow: bool) -> tuple[Group, Failure | None] | None:
@@ -305,23 +307,40 @@ class Trials:
         return []
 
     def attempt(self, groups: list[Group], follow: bool) -> Failure | None:
-        """Cut about half of the units of these groups and run the copy; None if the trial passes.
-
-        Groups on axes of one length lose different numbers, as code may use the length of one for another.
-        """
-        draw = np.random.default_rng(0)
-        kept, alike = {}, Counter[int]()
-        for position, group in enumerate(groups):
-            first = group.members[0]
-            length = self.analysis.shapes[first.tensor][first.dim] // first.index.shape[1]
-            number = max(min((group.width - 1) // 2 + alike[length] % 3, group.width - 2), 1)
-            alike[length] += 1
-            if self._draw:
-                number = (number + position) % max(group.width - 1, 2)
-            lost = draw.permutation(group.width)[:number]
-            kept[group.name] = np.setdiff1d(np.arange(group.width), lost).tolist()
+        """Cut about half of the units of these groups and run the copy; None if the trial passes."""
+        random, draws = np.random.default_rng(0), self._draws(groups)
+        numbers = draws[min(self._draw, len(draws) - 1)]
+        lost = [random.permutation(group.width)[:number] for group, number in zip(groups, numbers, strict=True)]
+        kept = {g.name: np.setdiff1d(np.arange(g.width), rows).tolist() for g, rows in zip(groups, lost, strict=True)}
         axes = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes)).axes(kept)
         return self.compare(axes, follow, crossed=any(group.within for group in groups))
+
+    def _draws(self, groups: Sequence[Group]) -> list[list[int]]:
+        """How many units each group loses, in draws of which one tells any two groups apart.
+
+        Two groups are told apart where they lose different shares of their units, as code may use the length of one for
+        that of the other, or a multiple of it. There are two draws, and more only where many groups have few units: of
+        three, one or none is lost.
+        """
+        alike, first = Counter[int](), []
+        for group in groups:
+            member = group.members[0]
+            length = self.analysis.shapes[member.tensor][member.dim] // member.index.shape[1]
+            first.append(max(min((group.width - 1) // 2 + alike[length] % 3, group.width - 2), 1))
+            alike[length] += 1
+        draws = [first]
+        shares: list[tuple[float, ...]] = [(number / group.width,) for number, group in zip(first, groups, strict=True)]
+        narrow_first = sorted(range(len(groups)), key=lambda at: groups[at].width)
+        while len(draws) < 2 or len(set(shares)) < len(groups):
+            numbers, taken = [0] * len(groups), defaultdict[tuple[float, ...], list[float]](list)
+            for at in narrow_first:
+                width, others = groups[at].width, taken[shares[at]]
+                free = (number for number in _other_numbers(first[at], width) if number / width not in others)
+                numbers[at] = next(free, len(others) % 2)
+                others.append(numbers[at] / width)
+            draws.append(numbers)
+            shares = [(*share, n / group.width) for share, n, group in zip(shares, numbers, groups, strict=True)]
+        return draws
 
     def compare(self, axes: Axes, follow: bool, *, crossed: bool = False) -> Failure | None:
         """Run a cut copy and compare its script with the first trace.
@@ -407,6 +426,13 @@ class Trials:
         axes = [axis for x in inputs for axis in tracer.value(x).axes if isinstance(axis, np.ndarray)]
         atoms = np.concatenate([*axes, np.empty(0, dtype=np.int64)])
         return self.analysis.atoms.find(atoms[atoms < len(self.analysis.atoms)])
+
+
+def _other_numbers(first: int, width: int) -> Iterator[int]:
+    """Numbers of units that a group may lose instead of the first, which comes late, and none at the end."""
+    yield from range(first + 1, width - 1)
+    yield from range(1, first + 1)
+    yield 0
 
 
 def _with_sizes(group: Group, found: Sequence[Member], most: int = _MOST_COMBINATIONS) -> Iterator[Group]:

@@ -24,6 +24,7 @@ EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_EXAMPLES", "100"))
 @example(([("slice", 0, 1), ("tied_heads", 0, 0)], "pool", 0))
 @example(([("tied_heads", 1, 0)], "pool", 0))
 @example(([("swap", 0, 0), ("tied_heads", 1, 0)], "pool", 1))
+@example(([("sized", 0, 2), ("tied_heads", 1, 0)], "pool", 0))
 # A number in a module was set for two groups.
 @example(([("parts", 1, 0)], "pool", 0))
 @example(([("branch", 0, 1), ("sized", 0, 2)], "pool", 0))

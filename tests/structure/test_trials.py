@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -75,3 +76,28 @@ def test_random_numbers_of_the_network_are_drawn_without_a_trace() -> None:
     before = states()
     trace(TracedModel.of(model, X))
     assert states() == before
+
+
+class Confused(nn.Module):
+    """Layers side by side; code takes the width of one of them for that of another."""
+
+    def __init__(self, layers: str, width: int, one: str, other: str) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleDict({name: nn.Linear(4, width) for name in layers})
+        self.out = nn.ModuleDict({name: nn.Linear(width, 3) for name in layers})
+        self.one, self.other = one, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = {name: layer(x).relu() for name, layer in self.hidden.items()}
+        hidden[self.other] = hidden[self.other].view(len(x), hidden[self.one].shape[1])
+        return torch.stack([layer(hidden[name]) for name, layer in self.out.items()]).sum(0)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_any_two_layers_whose_widths_code_takes_for_one_another_are_found(width: int) -> None:
+    """However few units they have, one of the draws tells them apart; the other layers can still be cut."""
+    for one, other in itertools.combinations("abcde", 2):
+        structure = trace(TracedModel.of(Confused("abcde", width, one, other), X))
+        found = {group.producers for group in structure.groups}
+        apart = {(f"hidden.{name}",) for name in "abcde" if name not in (one, other)}
+        assert found - {(f"hidden.{one}", f"hidden.{other}")} == apart
