@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from lightning_prune.structure.analysis import Analysis
-from lightning_prune.structure.graph import Structure
+from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.head_features import add_head_features
 from lightning_prune.structure.traced_model import (
     StructureError,
@@ -180,10 +181,10 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         if len(parts) > 1 and frozen[analysis.atoms.find(np.concatenate(labels))].any()
     }
     # Queries and keys of other widths are split by other sizes, and are heads of one attention.
-    together = {key: parts[-2] for key, parts in splits.items()}
+    together = {key: parts[-2] for key, parts in splits.items() if _has_heads(parts)}
     choices: dict[SplitKey, int] = {}
     for key, parts in splits.items():
-        if len(splits) > 1 and _can_cut(analysis.with_choices(together), key):
+        if len(splits) > 1 and key in together and _can_cut(analysis.with_choices(together), key):
             choices = together
             break
         for part in parts[:-1]:
@@ -213,25 +214,46 @@ def _heads(analysis: Analysis) -> dict[SplitKey, int]:
     }
 
 
+def _has_heads(parts: Sequence[int]) -> bool:
+    """Whether the part before the features is that of heads; a single head has no part."""
+    return len(parts) > 1 and parts[-2] == parts[-1] - 1
+
+
 def _with_tied_heads(analysis: Analysis, choices: Mapping[SplitKey, int]) -> Analysis | None:
     """An analysis where heads leave with as many channels of the embedding.
 
     Code that reads the embedding width from its input, and views the features of all heads as that many, cannot lose
-    one without the other.
+    one without the other. Nor can other layers of that width whose cut failed, as code may view their channels as that
+    many, too.
     """
-    streams = {group.width: group for group in analysis.failed if group.members[0].index.shape[1] == 1}
-    if not (streams and choices):
+    failed: dict[int, list[Group]] = {}
+    for group in analysis.failed:
+        if group.members[0].index.shape[1] == 1:
+            failed.setdefault(group.width, []).append(group)
+    if not (failed and choices):
         return None
+    every = _with_tied(analysis, choices, failed)
+    if every is None or every.free_indices() > analysis.free_indices() or max(map(len, failed.values())) == 1:
+        return every
+    return _with_tied(analysis, choices, {width: groups[-1:] for width, groups in failed.items()})
+
+
+def _with_tied(
+    analysis: Analysis, choices: Mapping[SplitKey, int], streams: Mapping[int, Sequence[Group]]
+) -> Analysis | None:
+    """An analysis with these choices where heads leave with the groups of their width; None if there are no heads."""
     other = analysis.with_choices(choices)
     other.trace()
     found = False
     for key in choices.keys() & other.tracer.splits.keys():
         for label in other.tracer.splits[key][1]:
             # Queries, keys and values may be one axis.
+            likely = math.prod(key[1][choices[key] :])
             width = max((w for w in streams if len(label) in (w, 2 * w, 3 * w)), default=None)
+            width = likely if likely in streams else width
             if width is not None:
-                first = streams[width].members[0]
-                other.atoms.unite(label[:width], other.labels[first.tensor][first.dim][first.index[:, 0]])
+                for first in (group.members[0] for group in streams[width]):
+                    other.atoms.unite(label[:width], other.labels[first.tensor][first.dim][first.index[:, 0]])
                 found = True
     if not found:
         return None

@@ -93,7 +93,11 @@ def _example() -> Tensor:
 
 
 def _traced(model: nn.Module) -> Structure:
-    return trace(TracedModel.of(model, _example()))
+    return _traced_on(model, _example())
+
+
+def _traced_on(model: nn.Module, x: Tensor) -> Structure:
+    return trace(TracedModel.of(model, x))
 
 
 def _values(model: nn.Module) -> dict[str, int]:
@@ -382,6 +386,71 @@ def test_heads_leave_with_channels_of_the_embedding_where_code_ties_both() -> No
     cut(wide, structure.axes({"0": (1, 3)}))
     assert [(wide[n].heads, wide[n].width) for n in (1, 2)] == [(2, 6)] * 2
     torch.testing.assert_close(wide(x), narrow(x), rtol=1e-12, atol=1e-12)
+
+
+class Pooled(nn.Module):
+    """Attends to its inputs at half the resolution, whose layer is viewed as its inputs are wide, too."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.query, self.both, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.pool = nn.Conv1d(width, width, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q = self.query(x).reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+        pooled = self.pool(x.mT.reshape(batch, width, tokens)).reshape(batch, width, -1).mT
+        both = self.both(pooled).reshape(batch, -1, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, *both.unbind(0))
+        return x + self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def test_layers_that_code_views_as_wide_as_the_embedding_leave_with_its_heads() -> None:
+    torch.manual_seed(0)
+    # The single head of the first block has two parts, of keys and values, which are no heads of the second.
+    model = nn.Sequential(nn.Linear(5, 4), Pooled(4, 1), nn.Linear(4, 8), Pooled(8, 4), Pooled(8, 4), nn.Linear(8, 2))
+    model, x = model.double(), torch.randn(BATCH, 4, 5, dtype=torch.float64)
+    structure = _traced_on(model, x)
+    assert structure.widths["2"] == 4
+    assert {"3.pool", "3.both", "4.pool", "4.out"} <= set(structure.group("2").producers)
+    for heads in ((0, 3), (1, 2, 3), (2,)):
+        axes = structure.axes({"2": heads})
+        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes)
+        mask(zeroed, axes)
+        assert (small[3].heads, small[3].head_dim, small[3].pool.out_channels) == (len(heads), 2, 2 * len(heads))
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
+
+
+class ClassToken(nn.Module):
+    """Attends from a class token, whose position is sliced off and viewed together with the features."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.token = heads, nn.Parameter(torch.randn(1, 1, width))
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, width = x.shape
+        x = torch.cat((self.token.expand(batch, -1, -1), x), dim=1)
+        q = self.q(x[:, :1]).reshape(batch, 1, self.heads, width // self.heads).transpose(1, 2)
+        k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, 1, width)
+        return (x[:, :1] + self.out(y))[:, 0]
+
+
+def test_a_position_that_is_merged_with_features_does_not_hold_them() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 12), ClassToken(12, 4), nn.Linear(12, 2)).double(), _example()
+    structure = _traced_on(model, x)
+    assert structure.widths == {"0": 4}
+    for heads in ((0, 3), (2,)):
+        axes = structure.axes({"0": heads})
+        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes)
+        mask(zeroed, axes)
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
 
 class Separate(nn.Module):

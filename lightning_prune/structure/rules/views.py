@@ -138,12 +138,8 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
     if not labelled:
         wild = any(n > 1 for n, _ in old) and all(isinstance(axis, str) for n, axis in old if n > 1)
         return [WILD if wild else None for _ in new]
-    if len(labelled) > 1 and t.constant:  # the inputs of a convolution and the positions of its kernel
-        longest = t.decide(max(labelled, key=lambda d: old[d][0]))
-        others = [d for d in labelled if d != longest]
-        t.freeze([old[d][1] for d in others], f"merged with another axis in {t.where(func)}")
-        old = [(n, None if d in others else axis) for d, (n, axis) in enumerate(old)]
-        labelled = [longest]
+    if len(labelled) > 1:
+        old, labelled = _merged(t, func, old, labelled)
     if len(labelled) > 1:
         t.freeze([old[d][1] for d in labelled], f"two axes that could shrink are merged in {t.where(func)}")
         return [None] * len(new)
@@ -167,6 +163,21 @@ def _regroup(t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], new: list[i
         spread = np.moveaxis(grid, keep, -1).reshape(-1, new[keep])
         t.atoms.unite(spread[1:].ravel(), np.tile(spread[0], len(spread) - 1))
     return [line if k == keep else None for k in range(len(new))]
+
+
+def _merged(
+    t: Tracer, func: Any, old: list[tuple[int, AxisLabel]], labelled: list[int]
+) -> tuple[list[tuple[int, AxisLabel]], list[int]]:
+    """Dimensions that become one, and those with a label: one if the others cannot shrink."""
+    if t.constant:  # the inputs of a convolution and the positions of its kernel
+        only = t.decide(max(labelled, key=lambda d: old[d][0]))
+        t.freeze([old[d][1] for d in labelled if d != only], f"merged with another axis in {t.where(func)}")
+    else:  # positions after a class token, say
+        free = [d for d in labelled if not t.atoms.are_frozen(old[d][1])]  # type: ignore[arg-type]
+        only = t.decide(free[0] + 1 if len(free) == 1 else 0) - 1
+    if only < 0:
+        return old, labelled
+    return [(n, axis if d == only or d not in labelled else None) for d, (n, axis) in enumerate(old)], [only]
 
 
 def _line(grid: IndexArray, axis: int) -> IndexArray:
