@@ -210,8 +210,13 @@ def _heads(analysis: Analysis) -> dict[SplitKey, int]:
     return {
         key: parts[-2]
         for key, (parts, _) in tracer.splits.items()
-        if len(parts) > 1 and tracer.split_in[key] <= tracer.attentions
+        if len(parts) > 1 and _is_view(key) and tracer.split_in[key] <= tracer.attentions
     }
+
+
+def _is_view(key: SplitKey) -> bool:
+    """Whether a view makes the split, rather than a slice, which takes a single part."""
+    return len(key[1]) > 1
 
 
 def _has_heads(parts: Sequence[int]) -> bool:
@@ -245,7 +250,7 @@ def _with_tied(
     other = analysis.with_choices(choices)
     other.trace()
     found = False
-    for key in choices.keys() & other.tracer.splits.keys():
+    for key in filter(_is_view, choices.keys() & other.tracer.splits.keys()):
         for label in other.tracer.splits[key][1]:
             # Queries, keys and values may be one axis.
             likely = math.prod(key[1][choices[key] :])

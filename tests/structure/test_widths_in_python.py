@@ -79,7 +79,7 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
         lambda _, h: h * torch.ones(1).repeat(h.shape[1]).sum(),
         lambda _, h: h * h[:, :, None].expand(-1, -1, h.shape[1]).flatten(1).sum(1, keepdim=True),
         lambda _, h: h * h.repeat(1, h.shape[1]).sum(1, keepdim=True),
-        lambda _, h: h + h[:, h.shape[1] // 2 :].sum(1, keepdim=True),
+        lambda _, h: h + h[:, h.shape[1] // 3 :].sum(1, keepdim=True),
         lambda _, h: h * channel_mask(h.new_zeros(h.shape[1])),
         lambda _, h: h * F.pad(h.new_zeros(4) + 1, (0, h.shape[1] - 4)),
         lambda _, h: h * rows(h.sigmoid()).mean(1, keepdim=True),
@@ -111,7 +111,7 @@ def through_alias(_: nn.Module, h: Tensor) -> Tensor:
         "repeated, counted",
         "merged, counted",
         "tiled, counted",
-        "bound in the middle",
+        "bound at no equal part",
         "mask in part",
         "mask padded",
         "rows written one by one",
@@ -121,6 +121,32 @@ def test_is_frozen_with_a_reason(work: Callable[[nn.Module, Tensor], Tensor]) ->
     structure = trace(TracedModel.of(Between(work), torch.randn(2, 4)))
     assert structure.widths == {}
     assert {entry.layer for entry in structure.frozen} == {"first", "second"}
+
+
+def middle_cleared(_: nn.Module, h: Tensor) -> Tensor:
+    h, length = h.clone(), h.shape[1] // 4
+    h[:, length : 2 * length].zero_()
+    return h
+
+
+@pytest.mark.parametrize(
+    ("work", "width"),
+    [
+        (lambda _, h: h + h[:, h.shape[1] // 2 :].sum(1, keepdim=True), 4),
+        (lambda _, h: torch.cat((-h[:, h.shape[1] // 2 :], h[:, : h.shape[1] // 2]), dim=1), 4),
+        (middle_cleared, 2),
+        (lambda _, h: h[:, :4].repeat(1, 2), 4),
+    ],
+    ids=["second half", "halves exchanged", "second quarter of four", "half by a number, of the others"],
+)
+def test_equal_parts_by_slices_lose_the_same_units(work: Callable[[nn.Module, Tensor], Tensor], width: int) -> None:
+    torch.manual_seed(0)
+    model, x = Between(work).double(), torch.randn(2, 4, dtype=torch.float64)
+    structure = trace(TracedModel.of(model, x))
+    assert structure.widths == {"first": width}
+    for seed in range(3):
+        axes = structure.axes(draw(structure, seed))
+        torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

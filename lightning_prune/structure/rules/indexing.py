@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
 from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule, unknown
 from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer
@@ -77,29 +78,39 @@ def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Slice: the indices before each bound are frozen, since the bound is a number.
 
-    For a bound counted from the end, those after it are. The trial checks bounds that are computed from a width.
+    For a bound counted from the end, those after it are. One of equal parts may lose the same indices as the others
+    instead. The trial checks bounds that are computed from a width.
     """
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
     start = argument(func, args, kwargs, "start") or 0
     end = argument(func, args, kwargs, "end")
     step = argument(func, args, kwargs, "step") or 1
-    n, axis = x.shape[dim], value.axes[dim]
+    axis = value.axes[dim]
     if isinstance(axis, np.ndarray):
-        for bound in (start, end):
-            if bound is not None and -n < bound < n and bound:
-                held = slice(bound) if bound > 0 else slice(bound, None)
-                t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
         part = axis[start:end:step]
-        if value.constant and len(part) < n:  # such as positions beyond the example's length
-            t.freeze([axis], f"a part of a parameter, taken by {t.where(func)}")
-        if step != 1:
-            t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
+        if step == 1 and t.takes_equal_part(axis, len(axis[:start]), len(part)):
+            by_part = axis.reshape(-1, len(part))
+            t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(by_part) - 1))
+        else:
+            _freeze_far_side(t, func, axis, (start, end, step))
+            if value.constant and len(part) < len(axis):  # such as positions beyond the example's length
+                t.freeze([axis], f"a part of a parameter, taken by {t.where(func)}")
         t.picked(axis, part)
         axis = part
     elif axis is None:
         t.note(start)
     t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
+
+
+def _freeze_far_side(t: Tracer, func: Any, axis: IndexArray, bounds: tuple[int, int | None, int]) -> None:
+    start, end, step = bounds
+    for bound in (start, end):
+        if bound is not None and -len(axis) < bound < len(axis) and bound:
+            held = slice(bound) if bound > 0 else slice(bound, None)
+            t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
+    if step != 1:
+        t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
 
 
 @rule("select", "select_copy")

@@ -21,7 +21,7 @@ Kind = Literal["meta", "fake", "real"]
 #: Runs of old and new dimensions with the same number of elements, in order.
 Blocks = list[tuple[list[int], list[int]]]
 
-#: Length of an axis and of the parts that a view splits it into.
+#: Length of an axis and of the parts that a view splits it into, or of the one part that a slice takes.
 SplitKey = tuple[int, tuple[int, ...]]
 
 #: The part of a split that carries the units, if any, and the lengths of the other parts.

@@ -28,6 +28,9 @@ __all__ = ["Tracer"]
 #: Largest number of elements of a constant whose content is compared.
 _SMALL = 10_000
 
+#: What a slice may take, in place of the part of a split that carries the units.
+_EQUAL_PART, _AFTER_BOUND = 0, 1
+
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that labels every tensor's axes with atoms by the rule of each operator.
@@ -188,6 +191,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise MismatchError("the parts of a split do not follow its units")
         self.decisions.append((part, others))
         return part
+
+    def takes_equal_part(self, label: IndexArray, start: int, length: int) -> bool:
+        """Whether a slice takes one of equal parts, which lose the same units, rather than what lies after a bound.
+
+        Both are tried where it could, under the key ``(length of the axis, (length of the part,))``.
+        """
+        is_part = 0 < length < len(label) and start % length == 0 and len(label) % length == 0
+        key = len(label), (length,)
+        if is_part and self.first_decisions is None:
+            self.splits.setdefault(key, ([_EQUAL_PART, _AFTER_BOUND], []))[1].append(label)
+            self.split_in.setdefault(key, set()).add(self.module)
+        chosen = self.decide(self.choices.get(key, _AFTER_BOUND) if is_part else _AFTER_BOUND)
+        return chosen == _EQUAL_PART and is_part
 
     def decide(self, now: int) -> int:
         """What held in the first trace, where lengths may be equal by chance in a trial."""
