@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure import TracedModel, trace
+from lightning_prune.structure import TracedModel, Tracing, trace
+from tests.support.cutting import masked, shrunk
 
 
 class Between(nn.Module):
@@ -101,3 +102,32 @@ def test_any_two_layers_whose_widths_code_takes_for_one_another_are_found(width:
         found = {group.producers for group in structure.groups}
         apart = {(f"hidden.{name}",) for name in "abcde" if name not in (one, other)}
         assert found - {(f"hidden.{one}", f"hidden.{other}")} == apart
+
+
+class SharedKeys(nn.Module):
+    """Attention in which two heads of keys and values, turned by a constant, serve two queries each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(4, 12), nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 2)
+        self.register_buffer("turn", torch.linspace(0.5, 2, 15).view(1, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], -1, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = q * self.turn.unsqueeze(1), k * self.turn.unsqueeze(1)
+        k, v = (part[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for part in (k, v))
+        out: Tensor = self.out(((q @ k.transpose(2, 3)).softmax(3) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_one_of_two_heads_of_keys_and_values_is_removed() -> None:
+    """The heads are an axis of length 1 after the cut, as is that of the constant, and stay known as heads."""
+    model, x = SharedKeys().double(), torch.randn(1, 5, 4, dtype=torch.float64)
+    tracing = Tracing(TracedModel.of(model, x))
+    (heads,) = tracing.structure.groups
+    assert heads.width == 2
+    assert {member.layer for member in heads.members} == {"q", "k", "v", "out"}
+    for unit in range(2):
+        tracing.verify_shapes({heads.name: [unit]})
+        axes = tracing.structure.axes({heads.name: [unit]})
+        torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x))

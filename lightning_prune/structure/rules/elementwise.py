@@ -65,12 +65,18 @@ _ZERO_KEEPING = frozenset(
 
 
 def broadcast(t: Tracer, func: Any, values: Sequence[tuple[torch.Tensor, Value]], ndim: int) -> list[AxisLabel]:
-    """Labels of a broadcast result: aligned dimensions of equal length are united, those of length 1 ignored."""
+    """Labels of a broadcast result: aligned dimensions of equal length are united, those of length 1 ignored.
+
+    Where a trial leaves a single unit, an axis of length 1 without units is one that is broadcast over many.
+    """
     axes: list[AxisLabel] = [None] * ndim
     where = t.where(func)
     for back in range(1, ndim + 1):
         present = [(x.shape[-back], v.axes[-back]) for x, v in values if x.dim() >= back]
         longest = max((n for n, _ in present), default=1)
+        if longest == 1 and t.first_decisions is not None:
+            units = [one for one in present if isinstance(one[1], np.ndarray) and not t.atoms.are_frozen(one[1])]
+            present = units or present
         label: AxisLabel = WILD
         for n, axis in present:
             if n == longest:
