@@ -453,6 +453,52 @@ def test_a_position_that_is_merged_with_features_does_not_hold_them() -> None:
         torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
 
+class AddsZeros(nn.Module):
+    """Attention that adds zeros for all heads, of another layer if there are any, as T5 does from a decoder."""
+
+    def __init__(self, heads: int = 4, features: int = 3) -> None:
+        super().__init__()
+        self.heads, self.features = heads, features
+        self.q, self.k, self.v = (nn.Linear(WIDTH, heads * features) for _ in range(3))
+        self.out = nn.Linear(heads * features, WIDTH)
+
+    def forward(self, x: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.features)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if zeros is None:
+            zeros = torch.zeros(1, self.heads, x.shape[1], x.shape[1], dtype=x.dtype)
+        y = (q @ k.mT + zeros).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).flatten(2)), zeros
+
+
+class SharesZeros(nn.Module):
+    """Passes the zeros of the first attention on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = AddsZeros(), AddsZeros(), AddsZeros()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, zeros = self.first(x, None)
+        x, zeros = self.second(x, zeros)
+        x, _ = self.last(x, None)
+        return x
+
+
+def test_zeros_that_two_layers_add_tie_their_heads() -> None:
+    model, x = _encoder(SharesZeros()), _example()
+    structure = _traced(model)
+    widths = {name: width for name, width in structure.widths.items() if "#head_dim" not in name}
+    assert widths == {"embed": WIDTH, "block.first.q": 4, "block.last.q": 4}
+    assert set(structure.group("block.first.q").consumers) == {"block.first.out", "block.second.out"}
+    for seed in range(3):
+        axes = structure.axes(_drawn(structure, seed))
+        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes)
+        mask(zeroed, axes)
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
+    assert [part.heads for part in (small.block.first, small.block.second, small.block.last)] == [2, 2, 2]
+
+
 class Separate(nn.Module):
     """Fused attention of separate queries, keys and values."""
 

@@ -94,6 +94,9 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         return
     for result in flat_tensors(out):
         axes = broadcast(t, func, inputs, result.dim())
+        for x, value in inputs:
+            if any(isinstance(axis, str) for axis in value.axes):
+                t.settle(x, axes)
         t.label(result, axes, zero=_stays_zero(func, args, inputs, axes))
 
 

@@ -125,6 +125,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values[id(tensor)] = known  # keeps the tensor alive, so that its id is not reused
         self._latest.append(known)
 
+    def settle(self, tensor: torch.Tensor, axes: Sequence[AxisLabel]) -> None:
+        """Label those axes of a tensor that had the same content at every index by what they have met, from the right.
+
+        The tensor has one length for all that it meets: zeros that several layers add to their heads tie these.
+        """
+        value = self.value(tensor)
+        met = axes[len(axes) - tensor.dim() :]
+        own = tuple(
+            new if isinstance(old, str) and isinstance(new, np.ndarray) and n == len(new) > 1 else old
+            for old, new, n in zip(value.axes, met, tensor.shape, strict=True)
+        )
+        if any(old is not new for old, new in zip(value.axes, own, strict=True)):
+            self._note_places()
+            self._values[id(tensor)] = tensor, value._replace(axes=own)
+            self._by_storage[storage_key(tensor)] = value._replace(axes=own)
+
     def _note_places(self) -> None:
         """Register new labels by storage too, as autograd wraps some results in new objects."""
         for tensor, value in self._latest:
