@@ -47,7 +47,8 @@ COMPARED = ("resnet18", "resnet50", "densenet121", "vgg16_bn")
 def ours(model: nn.Module, x: Tensor) -> None:
     """Analyse and cut half of every group."""
     structure = trace(TracedModel.of(model, x))
-    cut(model, structure.axes(half(structure)))
+    kept = half(structure)
+    cut(model, structure.axes(kept), factors=structure.factors(kept))
 
 
 def theirs(model: nn.Module, x: Tensor) -> None:

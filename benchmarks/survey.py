@@ -131,7 +131,7 @@ def examine(network: Network) -> dict[str, Any]:
     kept = half(structure)
     axes, widths = structure.axes(kept), {name: len(units) for name, units in kept.items()}
     dense, expected = outputs(network), outputs(network, axes)
-    cut(model, axes)
+    cut(model, axes, factors=structure.factors(kept))
     row["error"] = difference(expected, outputs(network))
     row["effect"] = difference(dense, expected)
     row["stilled"] = any(map(_uneven, model.modules()))

@@ -397,7 +397,8 @@ def _repaired(asked: _Cut, traced: TracedModel, structure: Structure, plan: Plan
         copy: nn.Module = traced.copy("real").module
         return copy if is_training else copy.train()
 
-    return repaired(copied, structure.axes(plan.kept), asked.repairs, asked.data, structure.drops(plan.kept))
+    axes, drops, factors = structure.axes(plan.kept), structure.drops(plan.kept), structure.factors(plan.kept)
+    return repaired(copied, axes, asked.repairs, asked.data, drops, factors)
 
 
 def _of_weights() -> list[str]:

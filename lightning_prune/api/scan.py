@@ -86,7 +86,7 @@ def sensitivity(
             if plan.is_empty:  # less than one unit
                 values.append(values[-1] if values else dense)
                 continue
-            with cut(model, structure.axes(plan.kept)):
+            with cut(model, structure.axes(plan.kept), factors=structure.factors(plan.kept)):
                 values.append(measured())
         metrics[name] = tuple(values)
     return Sensitivity(dense, shares, metrics, type(criterion).__name__)

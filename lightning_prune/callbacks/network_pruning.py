@@ -279,11 +279,10 @@ class NetworkPruning(ScheduledPruning):
         if plan.is_empty:
             return structure
         context = self._run(trainer, module)
-        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
         with all_or_none():
             repairs = self._extensions.repairs(context)
             with log_status(trainer, "Repairing the weights that stay"):
-                contents = self._extensions.contents(context, repairs, axes, drops)
+                contents = self._extensions.contents(context, repairs, structure, plan)
         contents = from_rank_zero(trainer, contents)
         notes = run_on_rank_zero(trainer, lambda: {key: value for one in repairs for key, value in one.info.items()})
         verify_shapes(traced, structure, plan.kept)

@@ -46,13 +46,19 @@ class HeadFeatures:
 
 @dataclass(frozen=True)
 class TracedRun:
-    """A traced call: the kind of copy it ran on, its operators with their numbers, its splits and its views."""
+    """A traced call: the kind of copy it ran on, its operators with their numbers, its splits, views and queries."""
 
     call: Call
     kind: Kind
     script: list[tuple[Any, ...]]
     decisions: list[Decision]
     views: list[Blocks | None]
+    query_widths: list[int]
+
+    @classmethod
+    def of(cls, call: Call, kind: Kind, tracer: Tracer) -> TracedRun:
+        """The latest run of a tracer."""
+        return cls(call, kind, tracer.script, tracer.decisions, tracer.views, tracer.query_widths)
 
 
 class Analysis:
@@ -186,7 +192,7 @@ class Analysis:
                 self.remarks[f"`{call.method}` was traced on {dearer}, which takes longer, as {why}"] = None
                 continue
             self.freeze_output(self.tracer, call, out)
-            self.runs.append(TracedRun(call, kind, self.tracer.script, self.tracer.decisions, self.tracer.views))
+            self.runs.append(TracedRun.of(call, kind, self.tracer))
             if not self.copy(kind).depends_on_mode:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -12,12 +13,15 @@ import numpy.typing as npt
 from lightning_prune.structure.cost import CostModel
 from lightning_prune.structure.vanishing import Flow, Removal
 
-__all__ = ["Axes", "Frozen", "Group", "Member", "Role", "Structure"]
+__all__ = ["Axes", "Factors", "Frozen", "Group", "Member", "Role", "Structure"]
 
 IndexArray = npt.NDArray[np.int64]
 
 #: Kept positions per tensor and dimension: ``{"net.0.weight": {0: array([0, 2, 5])}}``.
 Axes = dict[str, dict[int, IndexArray]]
+
+#: What some rows (dimension 0) of a tensor are multiplied by after a cut: their positions in it, and the factor.
+Factors = dict[str, tuple[IndexArray, float]]
 
 #: Role of an axis: its layer produces the units ("out"), consumes them ("in") or works per unit ("along": bias, norm).
 Role = Literal["out", "in", "along"]
@@ -82,6 +86,9 @@ class Group:
             ``blocks.0.attn.num_heads`` with as many positions as its value (see `SizeAttribute`).
         within: Name of the group of attention heads whose features the units are: each is one feature of every head.
             Removing heads and features takes rows and columns of the same block. Empty for all other groups.
+        queries: Rows of weights and biases that compute the queries of an attention whose scale follows the width of
+            its heads, 1/√width. Those that stay are multiplied by √(units after / units before a cut), so that the
+            temperature of the softmax stays.
     """
 
     name: str
@@ -89,6 +96,7 @@ class Group:
     members: tuple[Member, ...]
     sizes: tuple[Member, ...] = ()
     within: str = ""
+    queries: tuple[Member, ...] = ()
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -112,15 +120,16 @@ class Group:
             stays = np.isin(index, survivors)  # those of removed heads, or features of heads, are gone
             return replace(member, index=np.searchsorted(survivors, index[stays]).reshape(len(rows), -1))
 
-        members, sizes = tuple(map(narrow, self.members)), tuple(map(narrow, self.sizes))
-        return replace(self, width=len(rows), members=members, sizes=sizes)
+        members, sizes, queries = (tuple(map(narrow, some)) for some in (self.members, self.sizes, self.queries))
+        return replace(self, width=len(rows), members=members, sizes=sizes, queries=queries)
 
     def without_layers(self, drops: Mapping[str, str]) -> Group:
         """The group without its members in removed layers."""
-        members, sizes = (
-            tuple(m for m in axes if not _is_dropped(m.tensor, m.dim, drops)) for axes in (self.members, self.sizes)
+        members, sizes, queries = (
+            tuple(m for m in axes if not _is_dropped(m.tensor, m.dim, drops))
+            for axes in (self.members, self.sizes, self.queries)
         )
-        return replace(self, members=members, sizes=sizes)
+        return replace(self, members=members, sizes=sizes, queries=queries)
 
 
 @dataclass(frozen=True)
@@ -247,6 +256,17 @@ class Structure:
             if not _is_dropped(tensor, dim, drops):
                 axes.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return axes
+
+    def factors(self, kept: Mapping[str, Iterable[int]]) -> Factors:
+        """What rows of queries are multiplied by in a cut (`Group.queries`); arguments as of `axes`."""
+        axes, factors = self.axes(kept), {}
+        for group in map(self.group, kept):
+            units = np.fromiter(kept[group.name], dtype=np.int64)
+            for rows in group.queries if 0 < len(units) < group.width else ():
+                survivors = axes.get(rows.tensor, {}).get(0, np.empty(0, dtype=np.int64))
+                stay = np.intersect1d(rows.index[units], survivors)
+                factors[rows.tensor] = np.searchsorted(survivors, stay), math.sqrt(len(units) / group.width)
+        return factors
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:
         """The structure after a cut."""

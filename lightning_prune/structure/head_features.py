@@ -9,6 +9,8 @@ import numpy as np
 
 from lightning_prune.structure.analysis import Analysis, HeadFeatures
 from lightning_prune.structure.graph import Group, IndexArray, Member
+from lightning_prune.structure.query_rows import with_query_rows
+from lightning_prune.structure.size_attributes import stored_scales
 from lightning_prune.structure.trials import Trials
 
 __all__ = ["SUFFIX", "add_head_features"]
@@ -54,8 +56,23 @@ def add_head_features(analysis: Analysis) -> None:
         for group in other.groups
     ]
     found = _passing(analysis, found)
+    modules = {group.name: _with_own_scale(other, group) for group in found}
+    found = [
+        replace(one, sizes=(*one.sizes, *stored_scales(other.first.module, one, modules[one.name]))) for one in found
+    ]
+    found = with_query_rows(analysis, found, modules)
     if found:
         analysis.head_features = HeadFeatures(found, other)
+
+
+def _with_own_scale(analysis: Analysis, features: Group) -> set[str]:
+    """The modules whose attention computes its scale from the number of these features."""
+    units = analysis.atoms_of(features)
+    return {
+        module
+        for module, labels in analysis.tracer.own_scales.items()
+        if any(np.isin(analysis.atoms.find(label), units).any() for label in labels)
+    }
 
 
 def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:

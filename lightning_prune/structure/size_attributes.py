@@ -1,7 +1,7 @@
 """Sizes that modules keep in integer attributes (``num_heads``, ``head_dim``) or lists of them, and compute with.
 
-They are named like tensors, ``blocks.0.attn.num_heads`` or ``conv.splits[1]``, and are cut like a tensor with one axis
-of that length.
+Sizes are named like tensors, ``blocks.0.attn.num_heads`` or ``conv.splits[1]``, and are cut like a tensor with one axis
+of that length. A float attribute ``scale`` of 1/√n, where n is the width of attention heads, counts as a size of n.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch import nn
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.layers import canonical, updates_widths
 
-__all__ = ["SizeAttribute", "candidates", "modules_with_heads", "size_attributes", "unread"]
+__all__ = ["SizeAttribute", "candidates", "modules_with_heads", "size_attributes", "stored_scales", "unread"]
 
 #: Names of sizes of attention that its `forward` need not read.
 _HEADS = frozenset({"heads", "n_head", "n_heads", "nhead", "num_attention_heads", "num_heads", "num_key_value_heads"})
 _FEATURES_OF_HEADS = frozenset({"all_head_size", "attn_dim", "inner_dim"})
 _FEATURES = frozenset({"attention_head_size", "d_head", "dim_head", "head_dim", "head_size", "key_value_proj_dim"})
+_SCALES = ("scale", "scaling")
 
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """An integer attribute of a module, or an integer in a list or tuple.
+    """An integer attribute of a module, an integer in a list or tuple, or a float that is 1/√n of one.
 
     Attributes:
         module: The module.
         attribute: Name of the attribute.
-        position: Position in the list; None for an integer.
+        position: Position in the list; None for a number.
     """
 
     module: nn.Module
@@ -41,19 +42,19 @@ class SizeAttribute:
 
     @property
     def content(self) -> Any:
-        """Content of the attribute: the integer, or the list."""
+        """Content of the attribute: the number, or the list."""
         return vars(self.module)[self.attribute]
 
     @property
     def value(self) -> int:
         """The integer."""
-        value: int = self.content if self.position is None else self.content[self.position]
-        return value
+        value: int | float = self.content if self.position is None else self.content[self.position]
+        return round(value**-2) if isinstance(value, float) else value
 
     def with_value(self, value: int) -> Any:
         """Content of the attribute with another integer."""
         if self.position is None:
-            return value
+            return value**-0.5 if isinstance(self.content, float) else value
         whole = self.content
         return type(whole)((*whole[: self.position], value, *whole[self.position + 1 :]))
 
@@ -64,6 +65,30 @@ def _integers(own: str, content: object) -> Iterator[tuple[str, int | None, int]
         yield own, None, content
     elif isinstance(content, (list, tuple)) and not hasattr(content, "_fields"):
         yield from ((f"{own}[{n}]", n, part) for n, part in enumerate(content) if type(part) is int)
+
+
+def _is_scale(own: str, content: object) -> bool:
+    """Whether an attribute is a scale 1/√n of attention heads of width n."""
+    if type(content) is not float or not any(word in own for word in _SCALES) or not 0 < content <= 1:
+        return False
+    return math.isclose(content, round(content**-2) ** -0.5, rel_tol=1e-9)
+
+
+def stored_scales(model: nn.Module, features: Group, names: Iterable[str]) -> tuple[Member, ...]:
+    """Attributes with the scale 1/√width of heads, which another way to compute their attention reads.
+
+    Args:
+        model: The network.
+        features: The group of the features of heads.
+        names: Modules whose attention computes its scale from the width.
+    """
+    modules = {canonical(name): module for name, module in model.named_modules()}
+    return tuple(
+        _member(f"{name}.{own}" if name else own, features.width, 1)
+        for name in names
+        for own, content in vars(modules[name]).items()
+        if _is_scale(own, content) and round(content**-2) == features.width
+    )
 
 
 def size_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, SizeAttribute]:
@@ -78,7 +103,10 @@ def size_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, SizeAtt
     for owner, module in ((owner, modules[owner]) for owner in owned if owner in modules):
         for name in owned[owner]:
             attribute = name.rpartition(".")[2].partition("[")[0]
-            for full, position, _ in _integers(attribute, vars(module).get(attribute)):
+            content = vars(module).get(attribute)
+            if _is_scale(attribute, content):
+                found[name] = SizeAttribute(module, attribute)
+            for full, position, _ in _integers(attribute, content):
                 if f"{owner}.{full}" == name or (not owner and full == name):
                     found[name] = SizeAttribute(module, attribute, position)
     return found

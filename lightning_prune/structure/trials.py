@@ -359,7 +359,7 @@ class Trials:
                 if run.kind == "real":
                     run = self._masked(run, copy, axes)
                 tracer.first_decisions, tracer.first_views = run.decisions, run.views
-                tracer.expected = run.script
+                tracer.expected, tracer.first_query_widths = run.script, run.query_widths
                 with copy.cut(axes):
                     out = copy.run(tracer, call, labels)
                 tracer.finish()
@@ -400,7 +400,7 @@ class Trials:
         tracer.choices = self.analysis.tracer.choices
         with copy.masked(axes):
             copy.run(tracer, run.call, self.analysis.labels)
-        return TracedRun(run.call, run.kind, tracer.script, tracer.decisions, tracer.views)
+        return TracedRun.of(run.call, run.kind, tracer)
 
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)

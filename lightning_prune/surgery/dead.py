@@ -67,11 +67,11 @@ def without_dead(
             if not dead:
                 continue
             stay = np.setdiff1d(np.arange(structure.widths[name]), dead)
-            axes = structure.axes({name: stay})
+            axes, factors = structure.axes({name: stay}), structure.factors({name: stay})
             trial = copy.deepcopy(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a mean that cannot be folded shows in the outputs
-                new = repaired(iter([trial]).__next__, axes, [FoldMean(batches=1)], once)
+                new = repaired(iter([trial]).__next__, axes, [FoldMean(batches=1)], once, factors=factors)
             if not _same(expected, _outputs(trial, run)):
                 refused.add(name)
                 continue

@@ -6,6 +6,7 @@ and the plain-data format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.structure import Size
-from lightning_prune.structure.graph import Axes, IndexArray
+from lightning_prune.structure.graph import Axes, Factors, IndexArray
 from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.stubs import Kind
 from lightning_prune.surgery import plain
@@ -27,7 +28,7 @@ from lightning_prune.surgery.plain import HistoryError
 from lightning_prune.surgery.replacing import replace_modules
 from lightning_prune.surgery.shrink import shrink
 from lightning_prune.surgery.specs import LayerSpec
-from lightning_prune.surgery.tensors import canonical, take
+from lightning_prune.surgery.tensors import canonical, rescaled, take
 
 __all__ = [
     "UPGRADE",
@@ -57,6 +58,7 @@ class Keep:
         step: Number of optimizer steps before the cut.
         cut: Index of the cut in the schedule, from 0.
         info: Additional numbers (the pruning ratio, a metric).
+        factors: What rows of queries are multiplied by, in the numbering after this cut (`Group.queries`).
     """
 
     kind: ClassVar[str] = "keep"
@@ -67,6 +69,7 @@ class Keep:
     step: int
     cut: int
     info: Mapping[str, float] = field(default_factory=dict)
+    factors: Factors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +143,7 @@ def apply(
     """
     optimizers, copies = tuple(optimizers), tuple(copies)
     if isinstance(edit, Keep):
-        shrink(change, model, edit.axes, optimizers, copies)
+        shrink(change, model, edit.axes, optimizers, copies, factors=edit.factors)
     elif isinstance(edit, Drop):
         shrink(change, model, {}, optimizers, copies, edit.modules)
     else:
@@ -153,7 +156,8 @@ def transform_stored(edit: Edit, stored: Mapping[str, Tensor]) -> dict[str, Tens
     For a `Replace`, tensors of the replaced modules are removed; the caller adds those of the new ones.
     """
     if isinstance(edit, Keep):
-        return {name: take(tensor, edit.axes.get(name, {})) for name, tensor in stored.items()}
+        taken = {name: take(tensor, edit.axes.get(name, {})) for name, tensor in stored.items()}
+        return {name: rescaled(tensor, edit.factors.get(name)) for name, tensor in taken.items()}
     if isinstance(edit, Drop):
         return {name: tensor for name, tensor in stored.items() if stays(name, edit.modules)}
     return {name: tensor for name, tensor in stored.items() if not is_within(name, edit.modules)}
@@ -242,6 +246,9 @@ def write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
         modules = {canonical(name): str(kind) for name, kind in edit.modules.items()}
         return {"kind": edit.kind, "modules": modules, "groups": [str(group) for group in edit.groups], **when}
     info = {name: _plain_number(f"info[{name!r}]", value) for name, value in edit.info.items()}
+    factors = {}
+    if isinstance(edit, Keep):
+        factors = {name: {"rows": tensor(rows), "factor": float(f)} for name, (rows, f) in edit.factors.items()}
     if isinstance(edit, Replace):
         return {
             "kind": edit.kind,
@@ -258,6 +265,7 @@ def write_edit(edit: Edit, known: dict[bytes, Tensor]) -> dict[str, Any]:
         "kept": {group: tensor(units) for group, units in edit.kept.items()},
         **when,
         "info": info,
+        **({"factors": factors} if factors else {}),
     }
 
 
@@ -308,7 +316,20 @@ def _read_keep(edit: dict[str, Any], known: NetworkState) -> Keep:
         if group not in known.units:
             raise plain.damaged(f"an edit cuts a group {group!r} without a dense width")
         kept[group] = tuple(plain.positions(positions, known.units[group], group).tolist())
-    return Keep(axes, kept, *_when(edit), _info(edit))
+    return Keep(axes, kept, *_when(edit), _info(edit), _read_factors(edit, axes))
+
+
+def _read_factors(edit: dict[str, Any], axes: Axes) -> Factors:
+    factors: Factors = {}
+    for name, found in plain.items(edit, "factors", dict) if "factors" in edit else ():
+        if 0 not in axes.get(name, {}):
+            raise plain.damaged(f"an edit multiplies rows of {name!r}, which it does not cut")
+        rows = plain.positions(plain.entry(found, "rows", Tensor), len(axes[name][0]), name)
+        factor = float(plain.number(found.get("factor"), f"the factor of {name!r}"))
+        if not 0 < factor < math.inf:
+            raise plain.damaged(f"an edit multiplies rows of {name!r} by {factor}")
+        factors[name] = rows, factor
+    return factors
 
 
 def _read_drop(edit: dict[str, Any], known: NetworkState) -> Drop:

@@ -155,7 +155,9 @@ class History:
         known, present = self._state_now(), shapes_of(model, edit.axes if isinstance(edit, Keep) else ())
         new: dict[str, Shape] = {}
         if isinstance(edit, Keep):
-            edit = replace(edit, axes={canonical(name): axes for name, axes in edit.axes.items()})
+            axes = {canonical(name): kept for name, kept in edit.axes.items()}
+            factors = {canonical(name): rows for name, rows in edit.factors.items()}
+            edit = replace(edit, axes=axes, factors=factors)
             for name in edit.axes:
                 if name not in present:
                     raise HistoryError(
@@ -381,7 +383,9 @@ def edits_of(
     """The edits of a cut: a `Keep` and a `Drop`."""
     axes, drops = structure.axes(kept), structure.drops(kept)
     narrow = {name: units for name, units in kept.items() if units}
-    edits: list[Edit] = [Keep(axes, narrow, epoch, step, cut, info or {})] if axes or narrow else []
+    edits: list[Edit] = []
+    if axes or narrow:
+        edits.append(Keep(axes, narrow, epoch, step, cut, info or {}, structure.factors(narrow)))
     if drops:
         edits.append(Drop(drops, tuple(name for name, units in kept.items() if not units), epoch, step, cut))
     return tuple(edits)

@@ -120,7 +120,12 @@ def _edit(
     axes = {
         name: {dim(key): position(kept) for key, kept in dims.items()} for name, dims in plain.items(edit, "axes", dict)
     }
-    return {**edit, "axes": axes, "kept": {name: position(kept) for name, kept in plain.items(edit, "kept", object)}}
+    factors = {
+        name: {**rows, "rows": position(plain.entry(rows, "rows", object))}
+        for name, rows in (plain.items(edit, "factors", dict) if "factors" in edit else ())
+    }
+    kept = {name: position(kept) for name, kept in plain.items(edit, "kept", object)}
+    return {**edit, "axes": axes, "kept": kept, **({"factors": factors} if factors else {})}
 
 
 def _read_edit(found: object, positions_at: Callable[[object], Tensor]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.structure.graph import IndexArray
-from lightning_prune.surgery.tensors import take
+from lightning_prune.surgery.tensors import rescaled, take
 
 __all__ = ["OptimizerRefusedError", "UnsliceableStateError", "migrate", "refuse", "unwrap"]
 
@@ -18,6 +18,12 @@ __all__ = ["OptimizerRefusedError", "UnsliceableStateError", "migrate", "refuse"
 _REFUSED = {
     "LBFGS": "keeps its history as flat vectors over all parameters at once",
     "ZeroRedundancyOptimizer": "shards its state over the processes",
+}
+#: State of PyTorch's optimizers that changes with a weight: its power of the factor by which that is multiplied.
+_POWERS = {
+    **dict.fromkeys(("momentum_buffer", "exp_avg", "exp_inf", "grad_avg", "prev"), -1),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var"), -2),
+    **dict.fromkeys(("ax", "step_size"), 1),
 }
 
 
@@ -55,7 +61,12 @@ def refuse(optimizers: Iterable[Optimizer]) -> None:
                 )
 
 
-def migrate(state: Mapping[str, Any], shape: tuple[int, ...], kept: Mapping[int, IndexArray]) -> dict[str, Any]:
+def migrate(
+    state: Mapping[str, Any],
+    shape: tuple[int, ...],
+    kept: Mapping[int, IndexArray],
+    factors: tuple[IndexArray, float] | None = None,
+) -> dict[str, Any]:
     """Slice the optimizer state of a parameter.
 
     Tensors of the parameter's shape (momentum, second moments) are sliced like it; factored ones, whose axes are the
@@ -66,11 +77,20 @@ def migrate(state: Mapping[str, Any], shape: tuple[int, ...], kept: Mapping[int,
         state: ``optimizer.state[parameter]``.
         shape: The parameter's shape before the cut.
         kept: Positions kept by dimension.
+        factors: Rows of the parameter after the cut that are multiplied, and by what. Gradients are divided by it, so
+            momentum and moments of PyTorch's optimizers are, too.
 
     Raises:
         UnsliceableStateError: If an entry has another shape or type; the message names its key.
     """
-    return {key: _migrated(key, value, shape, kept) for key, value in state.items()}
+    return {
+        key: _rescaled(_migrated(key, value, shape, kept), factors, _POWERS.get(key, 0)) for key, value in state.items()
+    }
+
+
+def _rescaled(value: Any, factors: tuple[IndexArray, float] | None, power: int) -> Any:
+    has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1
+    return rescaled(value, factors, power) if has_rows and power else value
 
 
 def _migrated(key: str, value: Any, shape: tuple[int, ...], kept: Mapping[int, IndexArray]) -> Any:

@@ -37,7 +37,8 @@ def losses_of_plans(copy: nn.Module, structure: Structure, plans: Iterable[Plan]
         def see(batch: Batch, loss: Tensor, found: list[float] = found) -> None:
             found.append(len(batch) * float(loss))
 
-        with cut(copy, structure.axes(plan.kept), drops=structure.drops(plan.kept)):
+        axes, drops = structure.axes(plan.kept), structure.drops(plan.kept)
+        with cut(copy, axes, drops=drops, factors=structure.factors(plan.kept)):
             data.run(copy, see, call=data.loss_of)
         sums.append(sum(found))
     return torch.tensor(sums, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.structure.attention import scale_of
-from lightning_prune.structure.graph import Axes, IndexArray
+from lightning_prune.structure.graph import Axes, Factors, IndexArray
 from lightning_prune.structure.layers import refresh, relax_unflatten, tensors
 from lightning_prune.structure.size_attributes import SizeAttribute, size_attributes
 from lightning_prune.surgery.change import Change, CutError, undo_on_error, writable
 from lightning_prune.surgery.depth import drop
 from lightning_prune.surgery.masks import narrowed
 from lightning_prune.surgery.optimizers import UnsliceableStateError, migrate, refuse, unwrap
-from lightning_prune.surgery.tensors import canonical, named, take, zero
+from lightning_prune.surgery.tensors import canonical, named, rescaled, take, zero
 
 __all__ = ["cut", "forget", "mask", "shrink"]
 
@@ -32,6 +32,7 @@ def cut(
     optimizers: Iterable[Optimizer] = (),
     copies: Iterable[nn.Module] = (),
     drops: Mapping[str, str] | None = None,
+    factors: Factors | None = None,
 ) -> Change:
     """Make a network physically narrower, in place, with its optimizers.
 
@@ -45,6 +46,7 @@ def cut(
         optimizers: All optimizers of its parameters.
         copies: Modules of the same structure (averaged weights), which are cut too.
         drops: Layers to remove afterwards, by name (``structure.drops(kept)``).
+        factors: What rows of tensors are multiplied by (``structure.factors(kept)``).
 
     Returns:
         The change, which can be undone.
@@ -54,7 +56,7 @@ def cut(
         OptimizerRefusedError: If an optimizer is not supported.
     """
     change = Change()
-    shrink(change, model, axes, optimizers, copies, drops)
+    shrink(change, model, axes, optimizers, copies, drops, factors)
     return change
 
 
@@ -65,12 +67,13 @@ def shrink(
     optimizers: Iterable[Optimizer] = (),
     copies: Iterable[nn.Module] = (),
     drops: Mapping[str, str] | None = None,
+    factors: Factors | None = None,
 ) -> None:
     """Cut a network as part of a ``change``, which is undone if it fails; see :func:`cut`."""
     optimizers, modules = [unwrap(optimizer) for optimizer in optimizers], [model, *copies]
     refuse(optimizers)
     resized = _resized(modules, axes)
-    pieces = _pieces(modules, axes)
+    pieces = _pieces(modules, axes, factors or {})
     touched = {id(piece.tensor) for piece in pieces}
     # A module may be in both the model and a copy.
     owners = {
@@ -81,7 +84,9 @@ def shrink(
     }
     with writable(), undo_on_error(change):
         # All allocations first, then only assignments.
-        narrow = [(_apply(take, piece, piece.tensor.data), _narrow_grad(piece)) for piece in pieces]
+        narrow = [
+            (rescaled(_apply(take, piece, piece.tensor.data), piece.factors), _narrow_grad(piece)) for piece in pieces
+        ]
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for optimizer in optimizers:
             for piece in pieces:
@@ -111,7 +116,7 @@ def mask(model: nn.Module, axes: Axes) -> Change:
     """Set all that :func:`cut` would remove from parameters and buffers to zero, in place; same errors."""
     change = Change()
     with writable(), undo_on_error(change):
-        for piece in _pieces([model], axes):
+        for piece in _pieces([model], axes, {}):
             change.assign(piece.tensor, _apply(zero, piece, piece.tensor.data), piece.tensor.grad)
     return change
 
@@ -124,11 +129,12 @@ def forget(change: Change, optimizers: Iterable[Optimizer]) -> None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor to cut with the positions to keep."""
+    """A tensor to cut with the positions to keep, and what rows of these are multiplied by."""
 
     name: str
     tensor: Tensor
     kept: Mapping[int, IndexArray]
+    factors: tuple[IndexArray, float] | None
 
 
 def _set_widths(
@@ -147,7 +153,7 @@ def _relax_unflatten(change: Change, modules: Iterable[nn.Module]) -> None:
         change.edit_attributes(part, lambda part=part: relax_unflatten(part))  # type: ignore[misc]
 
 
-def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
+def _pieces(modules: list[nn.Module], axes: Axes, factors: Factors) -> list[_Piece]:
     """Tensors to cut; tied tensors once."""
     sizes = size_attributes(modules[0], axes)
     axes = {name: kept for name, kept in axes.items() if canonical(name) not in sizes}
@@ -159,7 +165,7 @@ def _pieces(modules: list[nn.Module], axes: Axes) -> list[_Piece]:
             tensor = found.get(canonical(name))
             _require_cuttable(name, tensor, shapes.get(canonical(name)), kept)
             assert tensor is not None
-            first = pieces.setdefault(id(tensor), _Piece(name, tensor, kept))
+            first = pieces.setdefault(id(tensor), _Piece(name, tensor, kept, factors.get(name)))
             if first.kept is not kept and not _same(first.kept, kept):
                 raise CutError(
                     f"{first.name} and {name} are one tensor (tied), but are to be cut differently: {first.kept} and "
@@ -210,7 +216,7 @@ def _apply(function: Callable[[Tensor, Mapping[int, IndexArray]], Tensor], piece
 
 
 def _narrow_grad(piece: _Piece) -> Tensor | None:
-    return None if piece.tensor.grad is None else _apply(take, piece, piece.tensor.grad)
+    return None if piece.tensor.grad is None else rescaled(_apply(take, piece, piece.tensor.grad), piece.factors, -1)
 
 
 def _narrow_state(optimizer: Optimizer, piece: _Piece) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -219,7 +225,7 @@ def _narrow_state(optimizer: Optimizer, piece: _Piece) -> Iterator[tuple[dict[st
         return
     entries = optimizer.state[piece.tensor]
     try:
-        yield entries, migrate(entries, tuple(piece.tensor.shape), piece.kept)
+        yield entries, migrate(entries, tuple(piece.tensor.shape), piece.kept, piece.factors)
     except UnsliceableStateError as error:
         warnings.warn(
             f"{type(optimizer).__name__} starts with an empty state for {piece.name}: its state cannot be sliced, "

@@ -13,7 +13,7 @@ from lightning_prune.structure.graph import IndexArray
 from lightning_prune.structure.layers import canonical, named
 from lightning_prune.structure.sharding import is_sharded, sharded_like, whole
 
-__all__ = ["blank", "canonical", "named", "non_persistent", "take", "zero"]
+__all__ = ["blank", "canonical", "named", "non_persistent", "rescaled", "take", "zero"]
 
 #: Bytes per block.
 _BLOCK = 1 << 18
@@ -66,6 +66,24 @@ def _select(tensor: Tensor, selection: Mapping[int, Tensor]) -> Tensor:
         return out
     for dim, index in selection.items():
         tensor = tensor.index_select(dim, index)
+    return tensor
+
+
+def rescaled(tensor: Tensor, factors: tuple[IndexArray, float] | None, power: int = 1) -> Tensor:
+    """Multiply rows of a tensor, in place if it is not sharded.
+
+    Args:
+        tensor: A tensor that nothing else refers to.
+        factors: The rows and the factor; None to change nothing.
+        power: Power of the factor.
+    """
+    if factors is None:
+        return tensor
+    if is_sharded(tensor):
+        return sharded_like(rescaled(whole(tensor), factors, power), tensor)
+    rows, factor = factors
+    with torch.no_grad():
+        tensor[_index(rows, tensor)] *= factor**power
     return tensor
 
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import inspect, load, prune, rebuild, save
+from lightning_prune import Ridge, SequentialRidge, inspect, load, prune, rebuild, save
 from lightning_prune.planning import select
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.attention import MultiheadAttention
+from lightning_prune.surgery.edits import NetworkState, read_edit, transform_stored, write_edit
+from lightning_prune.surgery.history import edits_of
+from lightning_prune.surgery.repairs import Repair
 from lightning_prune.surgery.restore import dense_copy
 from lightning_prune.surgery.shrink import cut, mask
 
@@ -46,6 +49,31 @@ class Attention(nn.Module):
         v = self.v(x).view(*x.shape[:2], -1, self.value_dim or self.head_dim).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
         return self.out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class Fused(nn.Module):
+    """As timm writes it: queries, keys and values from one layer, and a scale that PyTorch computes if it is fused.
+
+    Args:
+        uses: Other uses of the queries than in the attention.
+    """
+
+    def __init__(self, uses: str = "") -> None:
+        super().__init__()
+        self.head_dim, self.scale, self.fused, self.uses = FEATURES, FEATURES**-0.5, True, uses
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * HEADS * FEATURES), nn.Linear(HEADS * FEATURES, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        if self.uses == "bias":
+            q = q.tanh()
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
+        if self.uses == "sum":
+            out = out + q
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class Packed(nn.Module):
@@ -91,6 +119,8 @@ def _networks() -> dict[str, nn.Module]:
         "two numbers": _network(Attention(8), Attention(8)),
         "packed": _network(Packed(), Packed()),
         "PyTorch's": _network(Builtin(), Builtin()),
+        "own scale": _network(Attention(scaled=False), Attention(scaled=False)),
+        "fused": _network(Fused(), Fused()),
     }
 
 
@@ -117,7 +147,9 @@ def test_groups_are_found() -> None:
     assert features["two numbers"] == {
         f"{n}.{layer}#head_dim": (width, f"{n}.q") for n in "12" for layer, width in (("q", FEATURES), ("v", 8))
     }
+    assert features["own scale"] == features["one number"]
     assert {within for _, within in features["packed"].values()} == {"1.qkv", "2.qkv"}
+    assert features["fused"] == features["packed"]
     assert features["PyTorch's"] == {f"{n}.attention#head_dim": (FEATURES, f"{n}.attention") for n in "12"}
     for name, groups in found.items():
         assert {groups[within][0] for _, within in features[name].values()} == {HEADS}, name
@@ -134,7 +166,7 @@ def test_cuts_of_heads_and_features_equal_the_masked_network(name: str, seed: in
     mask(masked, axes)
     with torch.no_grad():
         dense, expected = network(X), masked(X)
-    cut(network, axes)
+    cut(network, axes, factors=structure.factors(kept))
     torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
     assert (expected - dense).abs().max() > 1e-3
     assert structure.cost.params(widths) == sum(p.numel() for p in network.parameters())
@@ -167,14 +199,15 @@ def test_macs_are_those_that_run() -> None:
 
 
 @pytest.mark.parametrize("features_first", [False, True])
-def test_cuts_in_turn_are_one_cut(features_first: bool) -> None:
-    once, twice = _networks()["two numbers"], _networks()["two numbers"]
+@pytest.mark.parametrize("name", ["two numbers", "fused"])
+def test_cuts_in_turn_are_one_cut(name: str, features_first: bool) -> None:
+    once, twice = _networks()[name], _networks()[name]
     structure = _structure(once)
     kept = _drawn(structure, 0)
-    cut(once, structure.axes(kept))
+    cut(once, structure.axes(kept), factors=structure.factors(kept))
     for which in (features_first, not features_first):
         part = {name: units for name, units in kept.items() if ("#" in name) == which}
-        cut(twice, structure.axes(part))
+        cut(twice, structure.axes(part), factors=structure.factors(part))
         structure = structure.take(part)
     assert torch.equal(once(X), twice(X))
     again = _structure(twice)
@@ -245,10 +278,126 @@ def test_each_kind_alone() -> None:
     assert report.final is not None
 
 
-def test_features_stay_where_the_scale_follows_them() -> None:
-    groups = _structure(_network(Attention(scaled=False))).groups
-    assert [group.name for group in groups if group.within] == []
-    assert any(group.width == HEADS for group in groups)
+# -- scales that follow the features -----------------------------------------------------------------------------------
+
+
+HALF = {"1.qkv#head_dim": (0, 2, 5), "2.qkv#head_dim": (1, 2, 3)}
+
+
+def test_queries_of_heads_are_multiplied_where_the_scale_follows_their_width() -> None:
+    network = _networks()["fused"]
+    structure = _structure(network)
+    before = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
+    cut(network, structure.axes(HALF), factors=structure.factors(HALF))
+    for name, tensor in network.named_parameters():
+        expected = before[name]
+        if "qkv" in name:  # three features of each head stay; the first third of the rows are queries
+            kept = list(HALF[f"{name[0]}.qkv#head_dim"])
+            expected = expected.reshape(3, HEADS, FEATURES, -1)[:, :, kept].clone()
+            expected[0] *= 0.5**0.5
+            expected = expected.reshape(tensor.shape)
+        if "1.out.weight" in name or "2.out.weight" in name:
+            continue
+        torch.testing.assert_close(tensor, expected, rtol=1e-15, atol=0)
+
+
+def test_a_stored_scale_is_that_of_the_width() -> None:
+    network = _networks()["fused"]
+    report = prune(network, X, pruning_ratio=0.5, layers="*#head_dim")
+    assert report.final is not None
+    fused = network(X)
+    assert (network[1].head_dim, network[1].scale) == (3, 3**-0.5)
+    network[1].fused = network[2].fused = False
+    torch.testing.assert_close(network(X), fused, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("uses", ["sum", "bias"])
+def test_features_stay_where_queries_cannot_be_multiplied(uses: str) -> None:
+    structure = _structure(_network(Fused(), Fused(uses)))
+    assert [group.name for group in structure.groups if group.within] == ["1.qkv#head_dim"]
+    assert ["2.qkv#head_dim were left out, as the temperature" in note for note in structure.notes] == [True]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "RMSprop", "ASGD"])
+def test_gradients_and_optimizer_state_follow_the_factor(kind: str) -> None:
+    options = {"momentum": 0.9} if kind == "SGD" else {"amsgrad": True} if kind == "Adam" else {}
+    network = _networks()["fused"]
+    structure = _structure(network)
+    axes, factors = structure.axes(HALF), structure.factors(HALF)
+    masked = copy.deepcopy(network)
+    mask(masked, axes)
+    narrow = copy.deepcopy(masked)
+    states = []
+    for one in (masked, narrow):
+        optimizer = getattr(torch.optim, kind)(one.parameters(), lr=1e-9, **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            one(X).square().mean().backward()
+            optimizer.step()
+        if one is narrow:
+            cut(one, axes, [optimizer], factors=factors)
+        optimizer.zero_grad()
+        one(X).square().mean().backward()
+        optimizer.step()  # with the gradients of a network that was made narrow from the beginning
+        states.append({name: (p.grad, optimizer.state[p]) for name, p in one.named_parameters()})
+    for name in ("1.qkv.weight", "2.qkv.bias"):
+        (wide_grad, wide), (grad, state) = (found[name] for found in states)
+        kept, (rows, factor) = axes[name][0], factors[name]
+        scale = torch.ones(len(kept), dtype=torch.float64)
+        scale[rows] = factor
+        scale = scale.reshape(-1, *[1] * (grad.dim() - 1))
+        torch.testing.assert_close(grad, wide_grad[kept] / scale, rtol=1e-6, atol=1e-9)
+        powers = {"exp_avg_sq": -2, "max_exp_avg_sq": -2, "square_avg": -2, "sum": -2, "ax": 1}
+        tensors = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1]
+        assert tensors
+        for key in tensors:
+            power = powers.get(key, -1)
+            torch.testing.assert_close(state[key], wide[key][kept] * scale**power, rtol=1e-5, atol=1e-12)
+
+
+def test_stored_weights_follow_the_factor() -> None:
+    network = _networks()["fused"]
+    structure = _structure(network)
+    stored = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    (edit,) = edits_of(structure, HALF, 0, 0, 0)
+    read = read_edit(write_edit(edit, {}), NetworkState({n: [*t.shape] for n, t in _sized(network)}, structure.widths))
+    cut(network, structure.axes(HALF), factors=structure.factors(HALF))
+    for one in (edit, read):
+        for name, tensor in transform_stored(one, stored).items():
+            assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+def _sized(network: nn.Module) -> list[tuple[str, Tensor]]:
+    sizes = [(f"{n}.{own}", torch.empty(FEATURES)) for n in "12" for own in ("head_dim", "scale")]
+    return [*network.state_dict().items(), *sizes]
+
+
+@pytest.mark.parametrize("name", ["own scale", "fused"])
+def test_files_of_networks_with_multiplied_queries(name: str, tmp_path: Path) -> None:
+    network = _networks()[name]
+    prune(network, X, pruning_ratio=0.5, layers="*#head_dim")
+    prune(network, X, pruning_ratio=0.7, layers=["*", "*#head_dim"])
+    save(network, tmp_path / "small.safetensors")
+    rebuild(network, tmp_path / "small.py")
+    loaded = load(_networks()[name], tmp_path / "small.safetensors")
+    rebuilt = runpy.run_path(str(tmp_path / "small.py"))["load"](_networks()[name], tmp_path / "small.safetensors")
+    for other in (loaded, rebuilt):
+        assert torch.equal(other(X), network(X))
+        assert getattr(other[1], "scale", None) == getattr(network[1], "scale", None)
+
+
+@pytest.mark.parametrize("repair", [Ridge(batches=4), SequentialRidge(batches=4)])
+def test_repairs_keep_the_temperature(repair: Repair) -> None:
+    network = _networks()["fused"]
+    with torch.no_grad():  # every other feature is never used
+        for block in network[1:3]:
+            block.qkv.weight.unflatten(0, (-1, FEATURES))[:, 1::2] = 0
+            block.qkv.bias.unflatten(0, (-1, FEATURES))[:, 1::2] = 0
+    expected = network(X).detach()
+    batches = torch.randn(4, 32, LENGTH, 3, dtype=torch.float64).unbind()
+    prune(network, X, pruning_ratio=0.5, layers="*#head_dim", extensions=[repair], data=list(batches))
+    assert network[1].head_dim == 3
+    torch.testing.assert_close(network(X), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_inspect_says_whose_features_they_are() -> None:

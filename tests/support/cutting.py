@@ -42,9 +42,13 @@ def masked(model, axes):
     return model
 
 
-def shrunk(model, axes):
-    """A copy without the removed slices."""
-    return cut(copy.deepcopy(model), axes)
+def shrunk(model, axes, factors=None):
+    """A copy without the removed slices, and with rows of queries multiplied."""
+    narrow = cut(copy.deepcopy(model), axes)
+    with torch.no_grad():
+        for name, (rows, factor) in (factors or {}).items():
+            named(narrow)[name][rows] *= factor
+    return narrow
 
 
 def cut(model, axes):
@@ -76,6 +80,8 @@ def _set_size(model, name, value):
         content[int(position[:-1])] = value
         value = content
     assert hasattr(module, own)
+    if isinstance(getattr(module, own), float):  # a scale by the width of heads
+        value = 1 / value**0.5
     if isinstance(module, nn.MultiheadAttention):  # the temperature of its softmax stays
         module.scale = getattr(module, "scale", module.head_dim**-0.5)
     setattr(module, own, value)

@@ -360,7 +360,7 @@ def check(drawn):
             tracing.verify_shapes(kept)
         verify_shapes(TracedModel.of(model, x), structure, kept)
         axes = structure.axes(kept)
-        small = shrunk(model, axes)
+        small = shrunk(model, axes, structure.factors(kept))
         torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)
         structure, model = structure.take(kept), small
         assert structure.cost.params(structure.widths) == sum(p.numel() for p in model.parameters())

@@ -438,6 +438,14 @@ class TestPlain:
             (("edits", 1, "kept", "0"), torch.tensor([7]), r"in \[0, 6\)"),
             (("edits", 0, "epoch"), None, "it has no 'epoch'"),
             (("edits", 0, "info", "note"), "text", r"info\['note'\] to be a int"),
+            (("edits", 0, "factors"), {"0.scale": {}}, "multiplies rows of '0.scale', which it does not cut"),
+            (("edits", 0, "factors"), {"0.bias": {"rows": torch.arange(2)}}, "the factor of '0.bias' to be a int"),
+            (("edits", 0, "factors"), {"0.bias": {"rows": torch.arange(9), "factor": 0.5}}, "ascending positions"),
+            (
+                ("edits", 0, "factors"),
+                {"0.bias": {"rows": torch.arange(2), "factor": -1.0}},
+                "multiplies rows.*by -1.0",
+            ),
         ],
         ids=str,
     )

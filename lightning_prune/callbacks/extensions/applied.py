@@ -13,7 +13,7 @@ from lightning_prune.callbacks.calibration import Calibration
 from lightning_prune.callbacks.extensions.extension import CutExtension, RunContext
 from lightning_prune.planning import Plan
 from lightning_prune.reporting import require
-from lightning_prune.structure import Axes
+from lightning_prune.structure import Structure
 from lightning_prune.surgery import Edit, Repair, repaired
 
 __all__ = ["Extensions"]
@@ -81,15 +81,15 @@ class Extensions:
         return [repair for found in lists for repair in found]
 
     def contents(
-        self, run: RunContext, repairs: Sequence[Repair], axes: Axes, drops: Mapping[str, str]
+        self, run: RunContext, repairs: Sequence[Repair], structure: Structure, plan: Plan
     ) -> dict[str, Tensor]:
         """Compute the new values of parameters and buffers that these repairs change at a cut, by name.
 
         Args:
             run: The run, before the cut.
             repairs: The repairs returned by `repairs`.
-            axes: Indices that the cut keeps.
-            drops: Layers that the cut removes, and their replacements.
+            structure: Structure of the network.
+            plan: What the cut keeps.
 
         Raises:
             CutError: If a value is not finite.
@@ -97,7 +97,8 @@ class Extensions:
         if not repairs:
             return {}
         batches = self._calibration(run, repairs)
-        return repaired(batches.copy, axes, repairs, batches.data, drops)
+        axes, drops, factors = structure.axes(plan.kept), structure.drops(plan.kept), structure.factors(plan.kept)
+        return repaired(batches.copy, axes, repairs, batches.data, drops, factors)
 
     def after_cut(self, edits: Sequence[Edit]) -> None:
         """Call the hook of each extension."""

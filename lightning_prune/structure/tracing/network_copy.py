@@ -53,6 +53,7 @@ from lightning_prune.structure.tracing.contexts import (
 from lightning_prune.structure.tracing.labels import AxisLabel, Kind
 from lightning_prune.structure.tracing.operators import CONSTANT
 from lightning_prune.structure.tracing.recurrent import RecurrentFunctions, is_recurrent
+from lightning_prune.structure.tracing.scales import OwnScales
 from lightning_prune.structure.tracing.tracer import Tracer
 
 __all__ = ["FakeCopy"]
@@ -237,11 +238,47 @@ class FakeCopy:
             call: What to run.
             labels: Label of every axis of every parameter and buffer.
         """
+        tracer.stack = self.stack
+        tracer.meta = self.kind == "meta"
+        with ExitStack() as stack:
+            stack.enter_context(self._alone(call))
+            args, kwargs = self._inputs((call.args, dict(call.kwargs)))
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+            tracer.constant = True
+            for name, tensor in self.named.items():
+                tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
+            self.asked = stack.enter_context(record_mode_readers(self.module, self.stack))
+            stack.enter_context(data_assignments_traced(tracer))
+            recurrent = self._recurrent()
+            left = stack.enter_context(self._state_restored())
+            stack.enter_context(contents_restored(self._stores()))
+            if recurrent:
+                stack.enter_context(RecurrentFunctions(tracer))
+            stack.enter_context(OwnScales(tracer))
+            stack.enter_context(tracer)
+            run = self.module if call.method == "forward" else getattr(self.module, call.method)
+            out = run(*args, **kwargs)
+            if call.method == "forward" and left():  # a second call may read what the first stored
+                counting, tracer.counting = tracer.counting, False
+                stack.callback(setattr, tracer, "counting", counting)
+                out = out, run(*args, **kwargs)
+            return out
+
+    def compute(self, call: Call) -> Any:
+        """Run a copy on real tensors without a tracer; inputs get noise, always the same."""
+        with self._alone(call), self._state_restored(), contents_restored(self._stores()):
+            self._recurrent()
+            torch.manual_seed(0)
+            args, kwargs = tree_map(_with_noise, self._inputs((call.args, dict(call.kwargs))))
+            return self.module(*args, **kwargs)
+
+    @contextmanager
+    def _alone(self, call: Call) -> Iterator[None]:
+        """What every run needs: modules in the mode of the call, and nothing outside of the copy that changes."""
         self._track_modules()
         self.attention_weights.start(id(call) in self._uses_attention_weights)
         self.module.train(call.training)
-        tracer.stack = self.stack
-        tracer.meta = self.kind == "meta"
         with ExitStack() as stack:
             stack.enter_context(_TRACING)
             stack.enter_context(mha_fastpath_disabled())
@@ -253,30 +290,15 @@ class FakeCopy:
             stack.enter_context(forked_rng())
             if self.kind == "real":
                 stack.enter_context(buffers_restored(self.module.buffers()))
-            args, kwargs = self._inputs((call.args, dict(call.kwargs)))
-            if self.mode is not None:
-                stack.enter_context(self.mode)
-            tracer.constant = True
-            for name, tensor in self.named.items():
-                tracer.label(tensor, labels[name], zero=True, source=(name, tuple(range(tensor.dim()))))
-            self.asked = stack.enter_context(record_mode_readers(self.module, self.stack))
-            stack.enter_context(data_assignments_traced(tracer))
-            recurrent = [module for module in self.module.modules() if is_recurrent(module)]
-            for layer in recurrent:
-                if isinstance(layer, nn.RNNBase):
-                    layer._update_flat_weights()
-            left = stack.enter_context(self._state_restored())
-            stack.enter_context(contents_restored(self._stores()))
-            if recurrent:
-                stack.enter_context(RecurrentFunctions(tracer))
-            stack.enter_context(tracer)
-            run = self.module if call.method == "forward" else getattr(self.module, call.method)
-            out = run(*args, **kwargs)
-            if call.method == "forward" and left():  # a second call may read what the first stored
-                counting, tracer.counting = tracer.counting, False
-                stack.callback(setattr, tracer, "counting", counting)
-                out = out, run(*args, **kwargs)
-            return out
+            yield
+
+    def _recurrent(self) -> list[nn.Module]:
+        """Recurrent layers, with the weights that they have now."""
+        layers = [module for module in self.module.modules() if is_recurrent(module)]
+        for layer in layers:
+            if isinstance(layer, nn.RNNBase):
+                layer._update_flat_weights()
+        return layers
 
     def uses_attention_weights(self, call: Call, failed: bool) -> bool:
         """Whether a run without attention weights shows that the call uses them; later runs of it compute them.
@@ -345,6 +367,10 @@ class FakeCopy:
 
 
 def _do_nothing() -> None: ...
+
+
+def _with_noise(leaf: Any) -> Any:
+    return leaf + torch.randn_like(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
 
 def _turn_caches_off(model: nn.Module) -> None:

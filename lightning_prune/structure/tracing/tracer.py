@@ -57,6 +57,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first_views: Views of the first trace.
         of_features: Whether features of attention heads are the units rather than heads.
         crossed: Whether the other parts of a split may have become shorter.
+        query_widths: Features of each query of a run whose attention computes its scale from their number.
+        first_query_widths: Those of the first trace.
+        own_scales: Atoms of these features, by module, where they are the units.
         trail: Arguments of the latest operators, to locate a failure.
         zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
         rms_norms: Names of the modules that are root-mean-square norms.
@@ -95,6 +98,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.first_views: list[Blocks | None] = []
         self.of_features = False
         self.crossed = False
+        self.query_widths: list[int] = []
+        self.first_query_widths: list[int] | None = None
+        self.own_scales: dict[str, list[IndexArray]] = {}
         self.zeros: set[int] = set()
         self.rms_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
@@ -158,7 +164,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._wild.clear()
         self.zeros.clear()
         self._noted = []
-        self.script, self.decisions, self.views = [], [], []
+        self.script, self.decisions, self.views, self.query_widths = [], [], [], []
 
     def meet(self, a: AxisLabel, b: AxisLabel, where: str) -> AxisLabel:
         """Unite two axes of equal length and return the label of the result."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import Settings
 from lightning_prune.scoring import DataPass
-from lightning_prune.structure.graph import Axes
+from lightning_prune.structure.graph import Axes, Factors
 from lightning_prune.surgery.change import Change, CutError
 from lightning_prune.surgery.depth import stays
 from lightning_prune.surgery.shrink import cut
-from lightning_prune.surgery.tensors import named, take
+from lightning_prune.surgery.tensors import named, rescaled, take
 
 __all__ = ["Repair", "Run", "install", "repaired", "require_one_restart", "require_positive"]
 
@@ -59,6 +59,7 @@ class Repair(Settings, ABC):
         narrow: nn.Module,  # noqa: ARG002
         axes: Axes,  # noqa: ARG002
         data: DataPass,  # noqa: ARG002
+        factors: Factors,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """New contents, computed from the networks before and after the cut.
 
@@ -67,6 +68,7 @@ class Repair(Settings, ABC):
             narrow: A copy of the network after it, which may be modified.
             axes: Positions that the cut keeps.
             data: Batches for both.
+            factors: What rows of tensors were multiplied by in the cut.
         """
         return {}
 
@@ -81,6 +83,7 @@ def repaired(
     repairs: Sequence[Repair],
     data: DataPass | None,
     drops: Mapping[str, str] | None = None,
+    factors: Factors | None = None,
 ) -> dict[str, Tensor]:
     """Contents of parameters and buffers that repairs change, by name, in the shapes after the cut.
 
@@ -90,12 +93,13 @@ def repaired(
         repairs: Repairs in order; a later one overrides earlier ones.
         data: Batches for the repairs; None if no repair needs any.
         drops: Layers that the cut removes (``structure.drops(kept)``).
+        factors: What it multiplies rows of tensors by (``structure.factors(kept)``).
 
     Raises:
         CutError: If a content is not finite.
         ValueError: If a repair needs batches, and there are none.
     """
-    drops, model = drops or {}, copied()
+    drops, factors, model = drops or {}, factors or {}, copied()
     compares = [type(repair).between is not Repair.between for repair in repairs]
     dense = copied().eval() if any(compares) else model
 
@@ -112,12 +116,13 @@ def repaired(
             contents |= repair.before(model, emptied, run)
         for module, training in modes:
             module.training = training
-        cut(model, axes, drops=drops)
-        contents = {name: take(new, axes.get(name, {})) for name, new in contents.items() if stays(name, drops)}
+        cut(model, axes, drops=drops, factors=factors)
+        taken = {name: take(new, axes.get(name, {})) for name, new in contents.items() if stays(name, drops)}
+        contents = {name: rescaled(new, factors.get(name)) for name, new in taken.items()}
         _copy_into(model, contents)
         for repair, does_compare in zip(repairs, compares, strict=True):
             if does_compare:
-                contents |= repair.between(dense, model, axes, _required(data, repairs))
+                contents |= repair.between(dense, model, axes, _required(data, repairs), factors)
                 _copy_into(model, contents)
             later = repair.after(model, run)
             _copy_into(model, later)

@@ -25,11 +25,11 @@ from lightning_prune.scoring.linear_maps import (
     spread,
 )
 from lightning_prune.scoring.walk import Consumer, Station, StationBatch, Walk, stations_of
-from lightning_prune.structure.graph import Axes
+from lightning_prune.structure.graph import Axes, Factors
 from lightning_prune.surgery.repairs.linear import input_dim, joined, tied_layers
 from lightning_prune.surgery.repairs.repair import Repair, require_positive
 from lightning_prune.surgery.repairs.ridge import FoldMean
-from lightning_prune.surgery.tensors import canonical
+from lightning_prune.surgery.tensors import canonical, rescaled
 
 __all__ = ["SequentialRidge"]
 
@@ -102,7 +102,9 @@ class SequentialRidge(Repair):
         emptied = {name: dims for name, dims in axes.items() if any(not len(kept) for kept in dims.values())}
         return FoldMean(self.batches).before(model, emptied, run) if emptied else {}
 
-    def between(self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass) -> dict[str, Tensor]:
+    def between(
+        self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass, factors: Factors
+    ) -> dict[str, Tensor]:
         """The refitted weights, biases and running means; also sets them in the narrow network."""
         batches = range(min(self.batches, len(data.batch_sizes)))
         modules = {canonical(name): module for name, module in narrow.named_modules()}
@@ -114,7 +116,7 @@ class SequentialRidge(Repair):
             inputs = Walk(narrow, data, [Station(name, "input") for name in names])
             for given, taken in zip(targets.visits(batches), inputs.visits(batches), strict=True):
                 name = taken.station.layer
-                fit = _Fit(name, modules, inputs.consumer(name), axes, self, len(batches))
+                fit = _Fit(name, modules, inputs.consumer(name), axes, self, len(batches), factors)
                 for target, source in zip(given, taken, strict=True):
                     fit.see(target, source)
                 contents |= fit.install()
@@ -155,6 +157,7 @@ class _Fit:
         axes: Positions that the cut keeps.
         ridge: The settings.
         batches: Number of batches that will be seen.
+        factors: What rows of tensors were multiplied by in the cut.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class _Fit:
         axes: Axes,
         ridge: SequentialRidge,
         batches: int,
+        factors: Factors,
     ) -> None:
         self.name = name
         self.layer: Any = modules[name]
@@ -179,6 +183,7 @@ class _Fit:
         kept = next((positions for positions in found if positions is not None), None)
         self.kept = slice(None) if kept is None else torch.from_numpy(np.array(kept))
         self.weight = as_matrices(self.layer)
+        self.factors = rescaled(torch.ones(self.weight.shape[:2].numel()), factors.get(self.tensors["weight"]))
         scale, self.shift = scale_and_shift(self.norm)
         self.scale = torch.where(scale.abs() > _SMALLEST_GAIN, scale, 0.0).expand(self.weight.shape[:2].numel())
         self.is_constant_only = self.weight.shape[2] > ridge.max_inputs
@@ -201,6 +206,7 @@ class _Fit:
         if not len(chosen):
             return
         wanted = double(outputs[chosen][:, self.kept])
+        wanted = wanted * self.factors.to(wanted)
         scale, added = self.scale.to(wanted), self.shift.to(wanted).expand_as(wanted)
         before, after = dense.stream, narrow.stream
         if before is not None and after is not None:
