@@ -1,6 +1,8 @@
 """What all errors of this package have in common."""
 
-__all__ = ["PruningError"]
+from collections.abc import Sequence
+
+__all__ = ["PruningError", "listed"]
 
 
 class PruningError(Exception):
@@ -8,3 +10,8 @@ class PruningError(Exception):
 
     Wrong arguments are a ``ValueError`` or ``TypeError`` as everywhere.
     """
+
+
+def listed(parts: Sequence[str], most: int = 5) -> str:
+    """The first of these parts of a message, and the number of the others."""
+    return "; ".join([*parts[:most], *([f"and {len(parts) - most} more"] if len(parts) > most else [])])

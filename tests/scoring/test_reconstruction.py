@@ -116,11 +116,18 @@ def test_nothing_is_left_on_the_model_and_in_copies():
 def test_layers_with_too_many_inputs_are_left_out_with_the_reason():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 2)).double()
-    data = [torch.randn(4, 1, 6, 6, dtype=torch.float64)]
+    data = [torch.randn(20, 1, 6, 6, dtype=torch.float64)]
     statistic = collected(model, data, max_inputs=20)
     lost = statistic.unobservable(model)
     assert lost == {"0": "2 has 54 inputs, more than max_inputs=20"}
     assert statistic.value("2").shape == (4,)
+
+
+def test_layers_with_fewer_rows_than_inputs_are_named():
+    with pytest.warns(
+        UserWarning, match=r"fewer rows than inputs, .*: 2 \(4 rows for 6 inputs\)\. Give more `batches`"
+    ):
+        collected(net(), batches(count=2), rows=2)
 
 
 def test_units_that_are_constant_but_for_rounding_cost_nothing():

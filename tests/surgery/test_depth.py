@@ -281,7 +281,7 @@ def means_of(model: nn.Module, layers: list[str], batches: list[Tensor]) -> dict
 def test_a_constant_is_what_the_layer_gave_on_average(name: str, repair: Repair) -> None:
     model, x = build(name)
     structure = structure_of(model.eval(), x)
-    batches = [torch.randn_like(x), x[:1]]
+    batches = [*(torch.randn_like(x) for _ in range(4)), x[:1]]
     kept = gone(structure, CASES[name][2])
     axes, drops = structure.axes(kept), structure.drops(kept)
     means = means_of(model, [layer for layer, kind in drops.items() if kind == "constant"], batches)

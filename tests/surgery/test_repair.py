@@ -293,12 +293,21 @@ def test_ridge_of_grouped_and_transposed_convolutions(second, norm, inner, dim):
 
 def test_too_many_inputs_have_their_mean_folded():
     net, batches, axes = conv_net(nn.Conv2d(6, 4, 3)), data(2, 2, 9, 9), conv_axes([0, 2, 3, 5])
-    contents = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=53)], runs(batches))
+    with pytest.warns(
+        UserWarning, match=r"folds only the mean of second \(54 inputs\): more inputs than max_inputs=53"
+    ):
+        contents = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=53)], runs(batches))
     expected = repaired(partial(copy.deepcopy, net), axes, [FoldMean()], runs(batches))
     assert contents.keys() == expected.keys() == {"second.bias"}
     assert torch.equal(contents["second.bias"], expected["second.bias"])
     fitted = repaired(partial(copy.deepcopy, net), axes, [Ridge(max_inputs=54)], runs(batches))
     assert fitted.keys() == {"second.bias", "second.weight"}
+
+
+def test_fewer_rows_than_inputs_are_named():
+    net, batches, axes = conv_net(nn.Conv2d(6, 4, 3)), data(2, 2, 9, 9), conv_axes([0, 2, 3, 5])
+    with pytest.warns(UserWarning, match=r"fewer rows than inputs, .*: second \(\d+ rows for 54 inputs\). Give more"):
+        repaired(partial(copy.deepcopy, net), axes, [Ridge(rows=4)], runs(batches))
 
 
 # -- batch norm -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_prune.errors import listed
 from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.linear_maps import (
@@ -87,7 +89,22 @@ class ReconstructionStatistic(ActivationStatistic):
             self._names = {}
             for handle in handles:
                 handle.remove()
+        self._warn_of_few_rows(data.world_size)
         self._see_streams(model, data)
+
+    def _warn_of_few_rows(self, processes: int) -> None:
+        counts = {name: int(getattr(self, _moments(name))[0, -1, -1]) * processes for name in self._weights}
+        few = [
+            f"{name} ({count} rows for {self._weights[name].shape[2]} inputs)"
+            for name, count in counts.items()
+            if 0 < count < self._weights[name].shape[2]
+        ]
+        if few:
+            warnings.warn(
+                f"Reconstruction sees fewer rows than inputs, whose units seem to replace one another: {listed(few)}. "
+                "Give more `batches` or `rows`.",
+                stacklevel=3,
+            )
 
     def _see_streams(self, model: nn.Module, data: DataPass) -> None:
         """Add what the outputs of the layers become: after their batch norms, and added to a residual stream."""
@@ -269,7 +286,8 @@ class Reconstruction(ObservingCriterion):
     :math:`O(m N^2)` for :math:`m` units and :math:`N` inputs (channels times kernel elements), and :math:`8 N^2` bytes.
 
     Args:
-        batches: Batches of training data; together with ``rows`` more rows than inputs.
+        batches: Batches of training data; together with ``rows`` at least as many rows as inputs, else a warning names
+            the layers.
         strength: λ relative to the mean variance of the inputs, above 0.
         rows: Patches (tokens, samples) per batch and layer, spread evenly where there are more.
         max_inputs: Groups that enter a layer with more inputs (of a group of its channels) are not scored.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.errors import listed
 from lightning_prune.structure.graph import Axes
 from lightning_prune.surgery.repairs.linear import Consumer, consumers
 from lightning_prune.surgery.repairs.observed import InputMean, InputMoments, Observation, observed_contents
@@ -59,11 +61,13 @@ class Ridge(Repair):
 
     A convolution is treated as a linear layer on its patches (channels times kernel elements), a grouped one as one
     such layer per group, and a transposed one as a convolution of its inputs with zeros inserted. Layers with more than
-    ``max_inputs`` inputs (per group) and those that lose all inputs get `FoldMean` instead. A layer without a bias and
-    without a following batch norm is fitted without a constant, on second moments instead of covariances.
+    ``max_inputs`` inputs (per group), which a warning names, and those that lose all inputs get `FoldMean` instead. A
+    layer without a bias and without a following batch norm is fitted without a constant, on second moments instead of
+    covariances.
 
     Args:
-        batches: Batches of training data for the covariances; at least the number of inputs divided by ``rows``.
+        batches: Batches of training data for the covariances; together with ``rows`` at least as many rows as inputs,
+            else a warning names the layers.
         strength: λ, above 0.
         rows: Patches (tokens, samples) per batch and layer, spread evenly if there are more.
         max_inputs: Largest number of inputs of a layer (per group); the matrices take its square in memory.
@@ -81,7 +85,29 @@ class Ridge(Repair):
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
         """The refitted weights and shifted biases."""
         observed = [self._observation(consumer) for consumer in consumers(model, axes)]
-        return observed_contents(model, observed, partial(run, model, self.batches), "Ridge")
+        contents = observed_contents(model, observed, partial(run, model, self.batches), "Ridge")
+        few = [
+            f"{one.consumer.name} ({one.count} rows for {one.consumer.inputs} inputs)"
+            for one in observed
+            if isinstance(one, _Regression) and 0 < one.count < one.consumer.inputs
+        ]
+        if few:
+            warnings.warn(
+                f"Ridge fits weights to fewer rows than inputs, which λ alone determines then: {listed(few)}. Give "
+                "more `batches` or `rows`.",
+                stacklevel=4,
+            )
+        large = [
+            f"{one.consumer.name} ({one.consumer.inputs} inputs)"
+            for one in observed
+            if isinstance(one, InputMean) and len(one.consumer.kept)
+        ]
+        if large:
+            warnings.warn(
+                f"Ridge folds only the mean of {listed(large)}: more inputs than max_inputs={self.max_inputs}.",
+                stacklevel=4,
+            )
+        return contents
 
     def _observation(self, consumer: Consumer) -> Observation:
         fits = consumer.inputs <= self.max_inputs and len(consumer.kept) > 0

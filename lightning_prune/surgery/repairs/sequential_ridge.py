@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.errors import listed
 from lightning_prune.scoring import DataPass
 from lightning_prune.scoring.linear_maps import (
     as_matrices,
@@ -33,8 +34,6 @@ from lightning_prune.surgery.tensors import canonical, rescaled
 
 __all__ = ["SequentialRidge"]
 
-# Number of layers that a warning names.
-_LISTED = 5
 # A layer whose outputs differ by less, relative to the largest one, is left unchanged.
 _UNCHANGED = 1e-4
 # Minimum number of rows per input: with fewer, weights are not determined and become large; and the largest number
@@ -122,10 +121,9 @@ class SequentialRidge(Repair):
                 contents |= fit.install()
                 short += [fit.shortage] * bool(fit.shortage)
         if short:
-            listed = "; ".join([*short[:_LISTED], *[f"and {len(short) - _LISTED} more"] * (len(short) > _LISTED)])
             warnings.warn(
-                f"SequentialRidge fits only the constant of {listed}. A weight needs at least {_ROWS_PER_INPUT} rows "
-                f"per input, and at most max_inputs={self.max_inputs} inputs.",
+                f"SequentialRidge fits only the constant of {listed(short)}. A weight needs at least "
+                f"{_ROWS_PER_INPUT} rows per input, and at most max_inputs={self.max_inputs} inputs.",
                 stacklevel=5,
             )
         if problems:
