@@ -122,12 +122,14 @@ def test_cut_heads_and_widths_equal_the_masked_network(block: nn.Module) -> None
     model, x = _encoder(copy.deepcopy(block)), _example()
     structure = _traced(model)
     heads = block.nk if isinstance(block, Grouped) else block.num_heads
-    assert structure.widths == {"embed": WIDTH, structure.groups[1].name: heads}
+    features = {g.name: block.head_dim for g in structure.groups if g.within}
+    assert structure.widths == {"embed": WIDTH, structure.groups[1].name: heads, **features}
+    assert len(features) == (isinstance(block, Attention) and block.head_dim > 2)
     assert structure.reachable["params"] > 0.9
     for seed in range(3):
-        axes = structure.axes(_drawn(structure, seed))
-        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
-        cut(small, axes)
+        kept = _drawn(structure, seed)
+        axes, small, zeroed = structure.axes(kept), copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes, factors=structure.factors(kept))
         mask(zeroed, axes)
         torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
@@ -227,7 +229,7 @@ class Caching(Attention):
 
 def test_a_cache_is_no_output() -> None:
     network = Caching().double()
-    assert _traced(network).widths == {"qkv": 4}
+    assert _traced(network).widths == {"qkv": 4, "qkv#head_dim": 6}
     assert network.config.use_cache
 
 
@@ -565,6 +567,6 @@ def test_many_attributes_of_one_value_are_no_search_without_end(monkeypatch: pyt
         vars(module).update({f"size{n}": WIDTH for n in range(12)})
     counted = []
     attempt = Trials.attempt
-    monkeypatch.setattr(Trials, "attempt", lambda *args: counted.append(1) or attempt(*args))
-    assert _traced(model).widths == {"block.qkv": 4}
+    monkeypatch.setattr(Trials, "attempt", lambda *args, **kw: counted.append(1) or attempt(*args, **kw))
+    assert _traced(model).widths == {"block.qkv": 4, "block.qkv#head_dim": 6}
     assert len(counted) < 400
