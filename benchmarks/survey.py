@@ -54,7 +54,7 @@ def _uneven(module: nn.Module) -> bool:
     """Whether a norm's statistics run over units, so that a cut leaves others than a mask does."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups < module.num_channels
-    own = ("GlobalResponseNorm", "RmsNorm", "RmsNorm2d")
+    own = ("ConvNextV2GRN", "GlobalResponseNorm", "RmsNorm", "RmsNorm2d")
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module).__name__ in own
 
 

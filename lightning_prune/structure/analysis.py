@@ -13,7 +13,7 @@ from torch import nn
 from lightning_prune.structure.atoms import Atoms, IndexArray
 from lightning_prune.structure.cost import Axis, CostModel, Term
 from lightning_prune.structure.graph import Frozen, Group, Member, Role, Structure
-from lightning_prune.structure.rms_norms import rms_norms
+from lightning_prune.structure.own_norms import own_norms
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.sharding import has_shards, plain_classes
 from lightning_prune.structure.traced_model import StructureError, TracedModel, batch_size_of, describe, first_line
@@ -96,7 +96,7 @@ class Analysis:
             if len(axes) > 1 and len(axis)
         }
         with plain_classes(traced.model):
-            self.tracer.rms_norms = rms_norms(traced.model)
+            self.tracer.own_norms = own_norms(traced.model)
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
         self.failed: list[Group] = []  # groups whose trial cuts failed

@@ -405,7 +405,7 @@ class Trials:
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)
         tracer.units, tracer.compares_lengths = self.analysis.tracer.units, self.analysis.tracer.compares_lengths
-        tracer.rms_norms, tracer.of_features = self.analysis.tracer.rms_norms, self.analysis.tracer.of_features
+        tracer.own_norms, tracer.of_features = self.analysis.tracer.own_norms, self.analysis.tracer.of_features
         tracer.whole_groups = dict(self.analysis.tracer.whole_groups)
         return tracer
 

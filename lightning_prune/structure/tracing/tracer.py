@@ -62,7 +62,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         own_scales: Atoms of these features, by module, where they are the units.
         trail: Arguments of the latest operators, to locate a failure.
         zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
-        rms_norms: Names of the modules that are root-mean-square norms.
+        own_norms: Names of the modules that are norms over units which the network writes itself.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -102,7 +102,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.first_query_widths: list[int] | None = None
         self.own_scales: dict[str, list[IndexArray]] = {}
         self.zeros: set[int] = set()
-        self.rms_norms: frozenset[str] = frozenset()
+        self.own_norms: frozenset[str] = frozenset()
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self.module = ""  # the module of the latest operator
         self._rule_of: dict[Any, Callable[..., None]] = {}
@@ -282,9 +282,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"`{operator_name(func)}`{place}"
 
     @property
-    def is_rms_norm(self) -> bool:
-        """Whether the current operator runs in a root-mean-square norm."""
-        return bool(self.stack) and self.stack[-1] in self.rms_norms
+    def is_own_norm(self) -> bool:
+        """Whether the current operator runs in a norm over units which the network writes itself."""
+        return bool(self.stack) and self.stack[-1] in self.own_norms
 
     def note(self, *numbers: float | Picked | None) -> None:
         """Add numbers to the script entry of the current operator."""

@@ -1,4 +1,4 @@
-"""Root-mean-square norms that networks write themselves: recognised by their results, cut like layer norms."""
+"""Norms over units that networks write themselves: recognised by their results, cut like layer norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.structure import TracedModel, trace
-from lightning_prune.structure.rms_norms import rms_norms
+from lightning_prune.structure.own_norms import own_norms
 from tests.support.cutting import shrunk
 
 
@@ -79,7 +79,7 @@ def network(norm: type[nn.Module], width: int = 8) -> nn.Sequential:
 def test_a_cut_equals_a_narrower_network(norm: type[nn.Module]) -> None:
     net = network(norm)
     x = torch.randn(4, 7, 5)
-    assert rms_norms(net) == {"1", "4"}
+    assert own_norms(net) == {"1", "4"}
     before = copy.deepcopy(net.state_dict())
     structure = trace(TracedModel.of(net, x))
     assert {name: net.state_dict()[name].equal(value) for name, value in before.items()} == dict.fromkeys(before, True)
@@ -100,7 +100,7 @@ def test_a_cut_equals_a_narrower_network(norm: type[nn.Module]) -> None:
 @pytest.mark.parametrize("norm", [Centred, OfAFixedWidth, Gate])
 def test_what_only_looks_like_one_stays_frozen(norm: type[nn.Module]) -> None:
     net = network(norm)
-    assert rms_norms(net) == frozenset()
+    assert own_norms(net) == frozenset()
     structure = trace(TracedModel.of(net, torch.randn(4, 5)))
     assert structure.widths == {}
     assert any(
@@ -119,17 +119,17 @@ def test_other_modules_are_none() -> None:
             nn.BatchNorm1d(8),
         ]
     )
-    assert rms_norms(others) == frozenset()
+    assert own_norms(others) == frozenset()
 
 
 def test_in_half_precision() -> None:
-    assert rms_norms(network(Norm).bfloat16()) == {"1", "4"}
+    assert own_norms(network(Norm).bfloat16()) == {"1", "4"}
 
 
 def test_hooks_do_not_see_the_random_numbers() -> None:
     net, seen = network(Norm), []
     net[1].register_forward_hook(lambda *args: seen.append(args))
-    assert rms_norms(net) == {"1", "4"}
+    assert own_norms(net) == {"1", "4"}
     assert not seen
 
 
@@ -144,7 +144,7 @@ class OfChannels(Norm):
 def test_norms_over_channels() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), OfChannels(8), nn.Conv2d(8, 2, 1))
-    assert rms_norms(net) == {"1"}
+    assert own_norms(net) == {"1"}
     x, kept = torch.randn(2, 3, 4, 4), (0, 3, 5)
     structure = trace(TracedModel.of(net, x))
     assert structure.widths == {"0": 8}
@@ -153,3 +153,70 @@ def test_norms_over_channels() -> None:
     hidden = F.conv2d(x, net[0].weight[list(kept)], net[0].bias[list(kept)])
     expected = F.conv2d(norm(hidden), net[2].weight[:, list(kept)], net[2].bias).detach()
     torch.testing.assert_close(shrunk(net, structure.axes({"0": kept}))(x), expected)
+
+
+class ResponseNorm(nn.Module):
+    """As in ConvNeXt V2, with channels last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(self.shape(width))) for _ in range(2))
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        return 1, 1, 1, width
+
+    def forward(self, x):
+        norms = torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True)
+        return self.weight * (x * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))) + self.bias + x
+
+
+class OfSecond(ResponseNorm):
+    """With channels second, and one axis for its weights, the shift first."""
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        return (width,)
+
+    def forward(self, x):
+        norms = x.norm(p=2, dim=(2, 3), keepdim=True)
+        shift, scale = (own.view(1, -1, 1, 1) for own in (self.weight, self.bias))
+        return x + torch.addcmul(shift, scale, x * (norms / norms.mean(dim=1, keepdim=True).add(1e-6)))
+
+
+class WithoutTheInput(ResponseNorm):
+    def forward(self, x):
+        return super().forward(x) - x
+
+
+def blocks(norm: type[nn.Module], width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    if norm is OfSecond:
+        return nn.Sequential(nn.Conv2d(3, width, 1), nn.GELU(), norm(width), nn.Conv2d(width, 2, 1)).double()
+    return nn.Sequential(nn.Linear(3, width), nn.GELU(), norm(width), nn.Linear(width, 2)).double()
+
+
+@pytest.mark.parametrize("norm", [ResponseNorm, OfSecond])
+def test_a_cut_response_norm_equals_a_narrower_one(norm: type[nn.Module]) -> None:
+    net = blocks(norm)
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    assert own_norms(net) == {"2"}
+    structure = trace(TracedModel.of(net, x))
+    assert structure.widths == {"0": 8}
+    for kept in ([0, 3, 5], [6]):
+        narrow, expected = shrunk(net, structure.axes({"0": kept})), blocks(norm, len(kept))
+        own = net.state_dict()
+        expected.load_state_dict(
+            {
+                "0.weight": own["0.weight"][kept], "0.bias": own["0.bias"][kept],
+                "2.weight": own["2.weight"][..., kept], "2.bias": own["2.bias"][..., kept],
+                "3.weight": own["3.weight"][:, kept], "3.bias": own["3.bias"],
+            }
+        )  # fmt: skip
+        torch.testing.assert_close(narrow(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+def test_another_norm_of_responses_stays_frozen() -> None:
+    net = blocks(WithoutTheInput)
+    assert own_norms(net) == frozenset()
+    structure = trace(TracedModel.of(net, torch.randn(2, 3, 3, 3, dtype=torch.float64)))
+    assert structure.widths == {}
+    assert any("reduced over in `mean`" in frozen.reason for frozen in structure.frozen)
