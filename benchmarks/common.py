@@ -46,11 +46,20 @@ def machine() -> dict[str, Any]:
 
 @cache
 def here() -> dict[str, Any]:
-    """Machine, versions and commit, for the rows that are computed here; ``-dirty`` where files differ from it."""
-    folder = Path(__file__).parent
-    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
-    return {**machine(), "commit": found.stdout.strip() or None}
+    """Machine, versions and commit, for the rows that are computed here.
+
+    The commit ends with ``-dirty`` where files other than the evidence differ from it.
+    """
+
+    def git(*words: str) -> str:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/evidence")
+    return {**machine(), "commit": f"{commit}-dirty" if changed else commit or None}
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:

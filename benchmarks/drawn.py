@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,9 @@ def _summary(lines: Path) -> tuple[dict[str, Any], str]:
         "with its masked original; its parameters are counted, its MACs held against FlopCounterMode, and one step "
         "back is made."
     )
+    commits = Counter[str]()
+    for piece in pieces.values():
+        commits[str(piece["at"]["commit"])] += piece["networks"]
+    text += f" Networks by commit: {', '.join(f'{commit} {number}' for commit, number in commits.items())}."
     failures = "\n".join(f"- seed {p['seed']}: {p['failure'].splitlines()[0]}" for p in failed)
     return {"networks": total, "seeds": len(pieces), "seconds": seconds}, f"{text}\n\n{failures}".strip()
