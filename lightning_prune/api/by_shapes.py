@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_prune.api.inspecting import traced_model_for
 from lightning_prune.api.portable import require_real, tensors_of
+from lightning_prune.errors import listed
 from lightning_prune.structure import Structure, trace
-from lightning_prune.structure.graph import Axes
+from lightning_prune.structure.graph import Axes, Group
 from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.size_attributes import modules_with_heads
 from lightning_prune.structure.traced_model import require_network, written
@@ -37,7 +39,8 @@ def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor], ex
     For weights that come without the history that `save` stores: from ``torch.save(model.state_dict())``, after
     `strip`, or from another library. Each layer gets the widths of its tensors. That is the pruned network if nothing
     but widths has changed. Groups stay as many as they are, but for depthwise convolutions and instance norms. Numbers
-    that modules hold, such as that of attention heads, follow only if an example is given. The loaded network has no
+    that modules hold, such as that of attention heads, follow only if an example is given; where shapes allow for fewer
+    heads and for fewer features of each (``#head_dim``), heads are taken, with a warning. The loaded network has no
     history: amounts of further pruning refer to its present size.
 
     Args:
@@ -110,24 +113,44 @@ def _heads(network: nn.Module, axes: Axes) -> Iterator[str]:
 def _sizes(structure: Structure, axes: Axes) -> Axes:
     """Sizes in attributes that follow the widths of these axes."""
     found: Axes = {}
-    for group in (group for group in structure.groups if group.sizes):
-        whole = next((m for m in group.members if m.index.size == structure.cost.shapes[m.tensor][m.dim]), None)
-        if whole is None:
+    assumed: list[str] = []
+    for group in (group for group in structure.groups if group.sizes and not group.within):
+        units, rest, length = _units(structure, group, axes)
+        inner = [one for one in structure.groups if one.within == group.name]
+        features = {one.name: _units(structure, one, axes) for one in inner}
+        are_features = bool(inner) and not any(rest for _, rest, _ in features.values())
+        if rest and not are_features:
             raise HistoryError(
-                f"expected an axis with the units of {group.name!r} alone, from whose length their number follows, but "
-                "others share each of them. Nothing has changed. Use `save` where it was pruned, and `load`."
+                f"expected weights with whole heads or units of {group.name!r}, got an axis of {length} positions. "
+                "Nothing has changed. The weights are of another network, or heads and their features were pruned: use "
+                "`save` where it was pruned, and `load`."
             )
-        positions = axes.get(whole.tensor, {}).get(whole.dim)
-        if positions is None:
-            continue
-        units, rest = divmod(len(positions), whole.index.shape[1])
-        if rest:
-            raise HistoryError(
-                f"expected units of {whole.index.shape[1]} positions each along dimension {whole.dim} of "
-                f"{whole.tensor}, got {len(positions)}. Nothing has changed. The weights are of another network."
-            )
-        found.update((size.tensor, {0: np.arange(units * size.index.shape[1])}) for size in group.sizes)
+        if units < group.width and not rest and are_features:
+            assumed.append(f"{group.name} has {units} heads")
+        counted = {group.name: units} if not rest else {name: number for name, (number, _, _) in features.items()}
+        for one in (one for one in (group, *inner) if counted.get(one.name, one.width) < one.width):
+            lengths = {size.tensor: counted[one.name] * size.index.shape[1] for size in one.sizes}
+            found.update((name, {0: np.arange(now)}) for name, now in lengths.items())
+    if assumed:
+        warnings.warn(
+            f"load_by_shapes takes whole heads as removed where shapes allow for fewer features of heads, too: "
+            f"{listed(assumed)}. If features were pruned (`#head_dim`), use `save` where it was pruned, and `load`.",
+            stacklevel=3,
+        )
     return found
+
+
+def _units(structure: Structure, group: Group, axes: Axes) -> tuple[int, int, int]:
+    """How many units an axis that these have alone holds after a cut, what remains of it, and its length."""
+    shapes = structure.cost.shapes
+    whole = next((m for m in group.members if m.index.size == shapes[m.tensor][m.dim]), None)
+    if whole is None:
+        raise HistoryError(
+            f"expected an axis with the units of {group.name!r} alone, from whose length their number follows, but "
+            "others share each of them. Nothing has changed. Use `save` where it was pruned, and `load`."
+        )
+    length = len(axes.get(whole.tensor, {}).get(whole.dim, range(whole.index.size)))
+    return *divmod(length, whole.index.shape[1]), length
 
 
 def _problems(narrow: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:

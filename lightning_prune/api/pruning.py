@@ -227,7 +227,7 @@ def _prune(model: nn.Module, example: Any, asked: _Cut, optimizers: tuple[Optimi
             table = table_of(traced, structure, asked.latency_table, show)
         structure = with_latency(structure, table)
     original = original_of(model, structure)
-    target, selected = asked.target.resolve(structure, select(structure, *asked.names)[0])
+    target, selected = asked.target.resolve(structure, select(structure, *asked.names, asked.target.names)[0])
     statistic, selected = _observed(asked, traced, structure, selected)
     groups = [structure.group(name) for name in selected]
     bundles = bundles_of(asked.criterion, groups, statistic)

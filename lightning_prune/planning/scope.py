@@ -105,6 +105,7 @@ def select(
     structure: Structure,
     layers: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
+    named: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Select the groups to prune.
 
@@ -117,6 +118,7 @@ def select(
         structure: Structure of the network.
         layers: Patterns of layers to prune; all by default, but for features of heads.
         ignore: Patterns of layers not to prune; takes precedence over ``layers``.
+        named: Patterns that select features of heads, too, if ``layers`` is None: those of `Target.names`.
 
     Returns:
         Names of the selected groups in the order of execution, and reasons for all other layers by name.
@@ -131,7 +133,8 @@ def select(
     for argument, patterns in (("layers", wanted), ("ignore", unwanted)):
         for pattern in patterns:
             _check(argument, pattern, structure, frozen)
-    why_not = {group.name: _why_not(group, None if layers is None else wanted, unwanted) for group in structure.groups}
+    by_default = None if layers is not None else named
+    why_not = {group.name: _why_not(group, wanted, unwanted, by_default) for group in structure.groups}
     selected = [name for name, why in why_not.items() if why is None]
     refused = {name: why for name, why in why_not.items() if why is not None}
     if not selected:
@@ -143,13 +146,15 @@ def select(
     return tuple(selected), refused | {layer: why for layer, why in frozen.items() if layer not in producers}
 
 
-def _why_not(group: Group, wanted: Sequence[str] | None, unwanted: Sequence[str]) -> str | None:
-    """Why a group is not selected; None if it is."""
+def _why_not(
+    group: Group, wanted: Sequence[str], unwanted: Sequence[str], by_default: Sequence[str] | None
+) -> str | None:
+    """Why a group is not selected; None if it is. Of features, defaults have those that ``by_default`` names."""
     if spared := [pattern for pattern in unwanted if _picks(pattern, group)]:
         return f"ignored by {spared[0]!r}"
-    if wanted is None:
-        name = f"layers=[..., {group.name!r}]"
-        return f"features of heads are pruned where they are named: {name}" if group.within else None
+    if by_default is not None:
+        is_meant = not group.within or any(_picks(pattern, group) for pattern in by_default)
+        return None if is_meant else f"features of heads are pruned where they are named: layers=[..., {group.name!r}]"
     return None if any(_picks(pattern, group) for pattern in wanted) else "not among `layers`"
 
 

@@ -117,6 +117,11 @@ class Target:
         """Whether a latency table is needed."""
         return any(limit.quantity in LATENCIES for limit in self.limits)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names and globs of the groups it has shares for; none if it is for the whole network."""
+        return tuple(self.remaining) if isinstance(self.remaining, Mapping) else ()
+
     def amounts(
         self, original: Size, selected: Collection[str], share: float = 1.0
     ) -> tuple[tuple[Quantity, float], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,43 @@ def test_a_state_dict(name: str) -> None:
     assert repr(fresh) == repr(net)
     assert history_of(fresh) is None
     prune(fresh, example, pruning_ratio=0.25)  # of the present size
+
+
+class Attention(nn.Module):
+    """Attention whose numbers of heads and of their features are attributes."""
+
+    def __init__(self, heads: int, features: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, features
+        self.qkv, self.out = nn.Linear(6, 3 * heads * features), nn.Linear(heads * features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(out.transpose(1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim))
+
+
+TOKENS = torch.linspace(-1, 1, 2 * 4 * 6).view(2, 4, 6)
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("qkv", False), ("qkv", True), ("qkv#head_dim", False)])
+def test_heads_and_their_features(kind: str, warns: bool) -> None:
+    def build() -> nn.Module:
+        return Attention(*((4, 6) if warns else (5, 3) if kind == "qkv" else (3, 5)))
+
+    net, fresh = build(), build()
+    prune(net, TOKENS, pruning_ratio=0.5 if warns else 0.35, layers=kind)
+    with pytest.warns(match="takes whole heads.* qkv has 2 heads") if warns else contextlib.nullcontext():
+        load_by_shapes(fresh, net.state_dict(), TOKENS)
+    assert torch.equal(fresh(TOKENS), net(TOKENS))
+    assert (fresh.num_heads, fresh.head_dim) == (net.num_heads, net.head_dim)
+
+
+def test_heads_and_features_pruned_together_are_refused() -> None:
+    net = Attention(4, 6)
+    prune(net, TOKENS, pruning_ratio={"qkv": 0.25, "qkv#head_dim": 0.17})
+    with pytest.raises(HistoryError, match="whole heads or units of 'qkv', got an axis of 45 positions"):
+        load_by_shapes(Attention(4, 6), net.state_dict(), TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "stripped"])

@@ -421,6 +421,7 @@ def labelled(total: int = 24) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", criteria.__all__)
+@pytest.mark.filterwarnings("ignore:Reconstruction sees fewer rows than inputs")
 def test_every_criterion_without_a_trainer(kind: str) -> None:
     net = network()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

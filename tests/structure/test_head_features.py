@@ -227,6 +227,12 @@ def test_features_are_pruned_where_they_are_named() -> None:
     )
 
 
+@pytest.mark.parametrize("ratios", [{"1.q#head_dim": 0.5}, {"*": 0.5, "*#head_dim": 0.5}])
+def test_features_are_named_by_the_pruning_ratio_too(ratios: dict[str, float]) -> None:
+    widths = prune(_networks()["one number"], X, pruning_ratio=ratios).widths
+    assert (widths["1.q#head_dim"], widths["1.q"]) == (3, HEADS // 2 if "*" in ratios else HEADS)
+
+
 def test_at_least_one_feature_stays() -> None:
     structure = _structure(_networks()["one number"])
     with pytest.raises(ValueError, match="at least one feature of each head"):

@@ -115,12 +115,12 @@ class Attention(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention that counts its heads by what is left: whole heads are units."""
+    """Attention that counts its heads by what is left: whole heads are units, and features if it is fused."""
 
     def __init__(self, fused=False, **layers):
         super().__init__()
-        self.fused, self.features = fused, 4
-        self.out, self.names = nn.Linear(12, 3), list(layers)
+        self.fused, self.features = fused, 7 if fused else 4
+        self.out, self.names = nn.Linear(3 * self.features, 3), list(layers)
         for name, layer in layers.items():
             setattr(self, name, layer)
 
@@ -512,7 +512,7 @@ case("attention heads, three layers", (5, 6), {"q": 3})(
     lambda: Heads(q=nn.Linear(6, 12), k=nn.Linear(6, 12), v=nn.Linear(6, 12))
 )
 case("attention heads, one layer", (5, 6), {"qkv": 3})(lambda: Heads(qkv=nn.Linear(6, 36)))
-case("attention heads, fused", (5, 6), {"qkv": 3})(lambda: Heads(fused=True, qkv=nn.Linear(6, 36)))
+case("attention heads, fused", (5, 6), {"qkv": 3, "qkv#head_dim": 7})(lambda: Heads(fused=True, qkv=nn.Linear(6, 63)))
 case("glu", (4,), {"0": 6})(lambda: nn.Sequential(nn.Linear(4, 12), nn.GLU(), nn.Linear(6, 2)))
 case("slicing", (4,), {"up": 3, "left": 5}, {"up.weight": "bound"})(
     lambda: Net(

@@ -318,7 +318,7 @@ class StructuredPruning(NetworkPruning):
 
     def _eligible(self, structure: Structure) -> tuple[str, ...]:
         """Groups that the settings and the method allow to prune."""
-        return select(structure, self.layers, self.ignore)[0]
+        return select(structure, self.layers, self.ignore, self.target.names)[0]
 
     def _observable(self, silent: Mapping[str, str], selected: tuple[str, ...]) -> tuple[str, ...]:
         """Selected groups that the criterion can score.
