@@ -172,6 +172,21 @@ class RandomNet(nn.Module):
         at = 1 + a % (width - 2)
         return (width - at, 0, lambda layer, x, _: x[:, at:]) if b % 2 else (at, 0, lambda layer, x, _: x[:, :at])
 
+    def _equal_part(self, name, width, earlier, a, b):
+        """One of equal parts, at bounds that are computed from the width: alone, or written to within the rest."""
+        parts = _groups(width, a + 2)
+        at = b % parts
+
+        def step(layer, x, _):
+            length = x.shape[1] // parts
+            if b % 3 == 0:
+                return x[:, at * length : (at + 1) * length]
+            x = x.clone()
+            x[:, at * length : (at + 1) * length].mul_(0.5)
+            return x
+
+        return width // parts if b % 3 == 0 else width, 0, step
+
     def _reuse(self, name, width, earlier, a, b):
         self._layer(name, nn.Conv2d(width, width, 1))
         return width, 0, lambda layer, x, _: layer(layer(x).relu()).relu()
