@@ -3,7 +3,8 @@
 A VGG form (no residuals) and a vision transformer (LayerNorm, GELU), trained here on Fashion-MNIST, and
 EfficientNet-Lite0 (depthwise convolutions, ReLU6) with ImageNet weights and a linear head for TensorFlow's flowers.
 `prune` removes inner units until the MACs are divided, without training: by L1 with and without repairs, and by
-`Reconstruction` with uniform widths and per MAC. Criteria and repairs see 2,048 training images without labels; all
+`Reconstruction` with uniform widths and per MAC. The transformer also loses embedding width, with its norms refitted or
+not. Criteria and repairs see 2,048 training images without labels; all
 test images count. With ``--resume`` it goes on where it was stopped; trained networks are kept in ``--work``. Needs
 Fashion-MNIST and ``flower_photos`` in the folder that ``LIGHTNING_PRUNE_DATA`` names, timm, and the weights' package.
 """
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from benchmarks.common import EVIDENCE, add_resume, computed, fill, quiet, shown, trained_once
-from lightning_prune import L1, Reconstruction, Ridge, Scope, prune
+from lightning_prune import L1, Reconstruction, RefitLayerNorm, Ridge, Scope, prune
 from lightning_prune.data import FashionMNIST, ImageFolder, ImageTensors
 from lightning_prune.models import ImageClassifier
 from lightning_prune.surgery import SequentialRidge
@@ -38,6 +39,8 @@ REFIT = partial(SequentialRidge, strength=0.01, rows=4096)
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {
     "L1": lambda: {"criterion": L1()},
     "L1, Ridge": lambda: {"criterion": L1(), "extensions": [Ridge()]},
+    "L1, RefitLayerNorm": lambda: {"criterion": L1(), "extensions": [RefitLayerNorm()]},
+    "L1, RefitLayerNorm, Ridge": lambda: {"criterion": L1(), "extensions": [RefitLayerNorm(), Ridge()]},
     "L1, SequentialRidge": lambda: {"criterion": L1(), "extensions": [REFIT()]},
     "Reconstruction, SequentialRidge": lambda: {"criterion": Reconstruction(), "extensions": [REFIT()]},
     "Reconstruction per MAC, SequentialRidge": lambda: {
@@ -180,6 +183,12 @@ CASES: dict[str, Case] = {
         1.5,
         {"layers": "*.mlp.0"},
     ),
+    "ViT losing embedding width": Case(
+        partial(trained, ViT, "vit", 6, partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.05)),
+        fashion,
+        1.25,
+        {"layers": "net.conv_proj"},
+    ),
     "EfficientNet-Lite0, flowers": Case(
         lite0, flowers, 1.5, {"ignore": ["net.conv_stem", "net.blocks.0.0.conv_pw", "*.conv_pwl"]}
     ),
@@ -253,7 +262,7 @@ def main() -> None:
         for network in given.networks
         for draw in range(given.draws)
         for way in WAYS
-        if draw == 0 or way != "L1"
+        if (draw == 0 or way != "L1") and ("LayerNorm" not in way or "embedding" in network)
     ]
     rows = []
     for row in computed(jobs, partial(measure, given.work), FOLDER / "rows.jsonl", resume=given.resume):

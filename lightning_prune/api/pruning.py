@@ -110,8 +110,9 @@ def prune(
             They are moved to the network's device.
         loss: Loss for gradient-based criteria (`Taylor`, `GraSP`, ...), ``loss(outputs, labels)``, such as
             ``torch.nn.functional.cross_entropy``; not needed for a `DataPass` with a loss.
-        extensions: Repairs of the remaining weights, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm` from
-            ``data``, or `Reinitialise`. They use the network's current mode, or train mode if it is in eval mode.
+        extensions: Repairs of the remaining weights, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm`,
+            `RefitLayerNorm` from ``data``, or `Reinitialise`. They use the network's current mode, or train mode if it
+            is in eval mode.
         optimizers: One or several optimizers of the network, whose state is pruned too.
         measure: Measure the latency of one sample before and after the cut, which takes longer than the cut.
         latency_table: File that a script of `latency_script` has written, so that a budget of latency is one on the

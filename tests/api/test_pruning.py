@@ -483,7 +483,9 @@ def test_of_random_allocations_the_one_with_the_least_loss_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "repair", [Ridge(), SequentialRidge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()], ids=repr
+    "repair",
+    [Ridge(), SequentialRidge(), FoldMean(), ReestimateBatchNorm(), Reinitialise()],
+    ids=repr,
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_repairs_without_a_trainer(repair: Repair, training: bool) -> None:

@@ -19,6 +19,7 @@ from lightning_prune.surgery import (
     CutError,
     FoldMean,
     ReestimateBatchNorm,
+    RefitLayerNorm,
     Ridge,
     cut,
     install,
@@ -378,6 +379,7 @@ def test_values_can_be_printed_pickled_and_compared(repair):
         (Ridge, {"strength": 0.0}),
         (Ridge, {"rows": -1}),
         (ReestimateBatchNorm, {"batches": 0}),
+        (RefitLayerNorm, {"batches": 0}),
     ],
 )
 def test_numbers_out_of_range(kind, given):

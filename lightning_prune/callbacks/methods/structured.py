@@ -103,8 +103,8 @@ class StructuredPruning(NetworkPruning):
             final size, and disable early stopping until the last cut.
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.
         extensions: Extensions of every cut, in order. Repairs of the weights: `Ridge`, `SequentialRidge`,
-            `Fold`, `FoldMean` and `ReestimateBatchNorm`, from some training batches, or `Reinitialise`. Extensions of
-            the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`, `GrowPenalty`.
+            `Fold`, `FoldMean`, `ReestimateBatchNorm` and `RefitLayerNorm`, from some training batches, or
+            `Reinitialise`. Extensions of the run: `Rewind`, `Rollback`, `SaveEachSize`, `Distill`, `GrowPenalty`.
         latency_table: File that a script of `latency_script` has written, so that a budget of latency is one on the
             device where it ran. By default the latency on the training device is measured.
 

@@ -2,6 +2,7 @@
 
 from lightning_prune.surgery.repairs.batch_norms import ReestimateBatchNorm
 from lightning_prune.surgery.repairs.fold import Fold
+from lightning_prune.surgery.repairs.layer_norms import RefitLayerNorm
 from lightning_prune.surgery.repairs.repair import Repair, install, repaired, require_one_restart
 from lightning_prune.surgery.repairs.restart import Reinitialise, StoredWeights
 from lightning_prune.surgery.repairs.ridge import FoldMean, Ridge
@@ -11,6 +12,7 @@ __all__ = [
     "Fold",
     "FoldMean",
     "ReestimateBatchNorm",
+    "RefitLayerNorm",
     "Reinitialise",
     "Repair",
     "Ridge",
