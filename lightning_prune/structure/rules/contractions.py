@@ -123,7 +123,7 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.note_lengths([x.shape[channel]], [label])
         produced = w.axes[dim_out]
     else:
-        produced = _grouped(t, v.axes[channel], w, groups, transposed, where)
+        produced = _grouped(t, v.axes[channel], w, groups, transposed, where, weight.shape[1])
     if bias is not None:
         produced = t.meet(produced, t.value(bias).axes[0], where)
     axes = [*v.axes[:channel], produced, *([None] * spatial)]
@@ -137,13 +137,17 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.label(out, axes, zero=w.zero and samples_zero and (bias is None or t.value(bias).zero))
 
 
-def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: bool, where: str) -> AxisLabel:
+def _grouped(
+    t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: bool, where: str, per_inner: int
+) -> AxisLabel:
     """Couple the channels of a grouped convolution and return the labels of its output channels.
 
     If a group has one input or one output channel (depthwise), whole groups are removed; else every group loses the
     same positions, so that all keep the same width.
     """
     rows, inner = w.axes[0], w.axes[1]
+    if inner is None and per_inner == 1:  # a view of a weight with one channel per group
+        inner = t.atoms.fresh(1, f"the channels inside a group of {where}")
     if not w.zero or not isinstance(rows, np.ndarray) or not isinstance(inner, np.ndarray):
         t.freeze([given, rows, inner], f"a grouped convolution with a computed weight in {where}")
         return None
@@ -152,7 +156,7 @@ def _grouped(t: Tracer, given: AxisLabel, w: Value, groups: int, transposed: boo
         return None
     by_group = rows.reshape(groups, -1)
     given_by_group = given.reshape(groups, -1)
-    per_row_group, per_inner = by_group.shape[1], len(inner)
+    per_row_group = by_group.shape[1]
     roots = t.atoms.find(by_group)
     # In a network that was cut before, the structure tells whether groups of one channel are removed as a whole.
     whole = (per_row_group == 1 or per_inner == 1) and not (roots == roots[0]).all()

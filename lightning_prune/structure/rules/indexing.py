@@ -10,7 +10,7 @@ import torch
 from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
 from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule, unknown
-from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer
+from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, memory_of
 
 __all__ = ["index", "reads_sizes", "split"]
 
@@ -153,6 +153,36 @@ def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
     t.freeze(t.value(indices[dim]).axes, f"used as an index in {t.where(func)}")
     t.label(out, [*value.axes[:dim], *([None] * indices[dim].dim()), *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("index_add", "index_reduce", "scatter_add", "scatter_reduce")
+def gathered(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Rows added up at given places, as graph networks pass messages: the other axes are followed.
+
+    Places that are the same for all features are expanded over them.
+    """
+    x = args[0]
+    places, rows = argument(func, args, kwargs, "index"), argument(func, args, kwargs, "source")
+    rows = argument(func, args, kwargs, "src") if rows is None else rows
+    dim, where = argument(func, args, kwargs, "dim") % max(x.dim(), 1), t.where(func)
+    value, given, index = t.value(x), t.value(rows), t.value(places)
+    is_for_each = places.dim() == rows.dim() and str(func._schema.name).removeprefix("aten::").startswith("scatter")
+    axes: list[AxisLabel] = []
+    for d in range(x.dim()):
+        labels = [value.axes[d], given.axes[d], *([index.axes[d]] if is_for_each else [])]
+        if d == dim:
+            t.freeze(labels, f"the places of {where}")
+            axes.append(None)
+            continue
+        label = labels[0]
+        for other in labels[1:]:
+            label = t.meet(label, other, where)
+        axes.append(label)
+    if not is_for_each:
+        t.freeze(index.axes, f"the places of {where}")
+    starts_at_zero = value.zero or memory_of(x) in t.zeros
+    reduces_zeros = argument(func, args, kwargs, "reduce", "sum") != "prod"
+    t.label(out, axes, zero=given.zero and starts_at_zero and reduces_zeros)
 
 
 @rule("_pack_padded_sequence")
