@@ -35,6 +35,8 @@ LARGEST_PICTURE = 80_000
 INTERNAL = {"lightning_prune.data.ImageData", "lightning_prune.data.ImageTensors", "lightning_prune.models.Classifier"}
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 HEADING = re.compile(r"^#+ +(.*?) *$", re.MULTILINE)
+#: Blocks of pages and these runs of tutorials have a few images only, and a layer that is large for a matrix of inputs.
+FEW_IMAGES = "ignore:Ridge f(its weights to fewer rows|olds only the mean)"
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_timing")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")  # a reader's Trainer has no logger yet
+@pytest.mark.filterwarnings(FEW_IMAGES)
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_blocks_run(page: Path, in_tmp: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
@@ -213,6 +216,7 @@ def pretrained():
 
 
 @pytest.mark.usefixtures("_no_timing")
+@pytest.mark.filterwarnings(FEW_IMAGES)
 @pytest.mark.parametrize("page", TUTORIALS, ids=[page.stem for page in TUTORIALS])
 def test_tutorials_run(page: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells of a tutorial, without a kernel; the runs of a study are numbers by a formula."""
