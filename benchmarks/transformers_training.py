@@ -48,7 +48,7 @@ WAYS: dict[str, Callable[[int], list[StructuredPruning]]] = {
             criterion=L1(),
             budget=BUDGET,
             schedule=OneShot(at=1, unit="step"),
-            extensions=[Reinitialise(seed=seed)],
+            extensions=[Reinitialise(seed=seed, rule="own")],
         )
     ],
 }
@@ -154,6 +154,22 @@ class Block(nn.Module):
         return out
 
 
+class Table(nn.Embedding):
+    """Small weights, as GPT-2's."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Head(nn.Linear):
+    """The same for the weights that the output shares with the characters."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
 class GPT(Module):
     """A character model with 64 characters of context: four blocks of width 96 with six heads, tied embeddings."""
 
@@ -162,12 +178,10 @@ class GPT(Module):
     def __init__(self) -> None:
         super().__init__()
         size = len(text()[2])
-        self.characters, self.places = nn.Embedding(size, 96), nn.Embedding(CONTEXT, 96)
+        self.characters, self.places = Table(size, 96), Table(CONTEXT, 96)
         self.blocks = nn.Sequential(*(Block(96, 6) for _ in range(4)))
-        self.norm, self.head = nn.LayerNorm(96), nn.Linear(96, size, bias=False)
+        self.norm, self.head = nn.LayerNorm(96), Head(96, size, bias=False)
         self.characters.weight = self.head.weight
-        for table in (self.head, self.places):
-            nn.init.normal_(table.weight, std=0.02)
         self.example_input_array = torch.zeros(2, CONTEXT, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Any:
