@@ -298,6 +298,8 @@ def _widths(row: Mapping[str, Any]) -> str:
     """Units left by kind: of each group of the same name but for numbers, the range."""
     kinds: dict[str, list[str]] = {}
     for name, width in (row["widths"] or {}).items():
+        if "#" in name:  # features of heads, which are not pruned here
+            continue
         short = "heads" if "att" in name else "feed-forward" if "linear1" in name else "embedding"
         kinds.setdefault(short, []).append(f"{width}/{row['dense_widths'][name]}")
     return ", ".join(f"{kind} {' '.join(dict.fromkeys(found))}" for kind, found in kinds.items())
