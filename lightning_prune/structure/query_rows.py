@@ -8,7 +8,9 @@ shown by numbers: on a copy with noise in its weights, the cut network must equa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +22,18 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.analysis import Analysis
 from lightning_prune.structure.cost import CostModel
-from lightning_prune.structure.graph import Axes, Factors, Group, Member, Structure
+from lightning_prune.structure.graph import Axes, Factors, Group, IndexArray, Member, Structure
 from lightning_prune.structure.traced_model import first_line
-from lightning_prune.structure.tracing import FakeCopy, output_tensors
+from lightning_prune.structure.tracing import Call, FakeCopy, output_tensors
 
 __all__ = ["with_query_rows"]
 
 #: How many times further from the masked network the cut one must be without the factors than with them.
 _CERTAINTY = 100
+#: What queries are multiplied by in the checks; the attention divides them by it. The second shows where they are
+#: clipped, the first what is added to them.
+_SIZES = (1.0, 1024.0)
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of PyTorch's attention
 #: Largest number of parameters of a network that is copied with its weights for this.
 _MOST_PARAMETERS = 1_000_000_000
 
@@ -57,7 +63,7 @@ def with_query_rows(analysis: Analysis, groups: Sequence[Group], modules: Mappin
 
 
 class _Numbers:
-    """Runs a copy of the network with noise in its weights.
+    """Runs a copy of the network with noise in its weights, and in float32 where they have half the precision.
 
     Args:
         analysis: Analysis of the network.
@@ -70,12 +76,16 @@ class _Numbers:
         size = sum(parameter.numel() for parameter in analysis.traced.model.parameters())
         if size > _MOST_PARAMETERS:
             raise ValueError(f"expected at most {_MOST_PARAMETERS:,} parameters, to run a copy, got {size:,}")
-        self.analysis, self.call = analysis, analysis.traced.calls[0]
+        self.analysis = analysis
+        self.calls = [run.call for run in analysis.runs if run.call.method == "forward"]
         self.copy = analysis.traced.copy("real")
+        for tensor in self.copy.named.values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
         for parameter in self.copy.module.parameters():
             if parameter.is_floating_point():
-                spread = max(parameter[0].numel(), 1) ** -0.5 if parameter.dim() > 1 else 0.1
+                spread = max(math.prod(parameter.shape[1:]), 1) ** -0.5 if parameter.dim() > 1 else 0.1
                 noise = torch.randn(parameter.shape, generator=generator) * spread
                 parameter.requires_grad_().data.add_(noise.to(parameter))
 
@@ -83,29 +93,81 @@ class _Numbers:
         """The groups with their queries, of which a cut keeps what the masked network computes."""
         recorder = _Queries(self.copy, groups, modules)
         with recorder:
-            self.copy.compute(self.call)
-        whole = [replace(group, queries=tuple(queries)) for group, queries in recorder.queries()]
-        return whole if self._is_equal(whole) else [group for group in whole if self._is_equal([group])]
+            self.copy.compute(self.calls[0])
+        whole, own = recorder.queries(), set().union(*modules.values())
+        if self._is_equal(whole, own):
+            return whole
+        found: list[Group] = []
+        for group in whole:
+            if self._is_equal([*found, group], own):
+                found.append(group)
+        return found
 
-    def _is_equal(self, groups: Sequence[Group]) -> bool:
-        """Whether a cut equals the masked network, and would not without the factors."""
+    def _is_equal(self, groups: Sequence[Group], modules: set[str]) -> bool:
+        """Whether a cut equals the masked network in every call, and would not without the factors."""
         kept = {group.name: tuple(range(0, group.width, 2)) for group in groups}
         structure = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes))
         axes, factors = structure.axes(kept), structure.factors(kept)
-        with torch.no_grad(), self.copy.masked(axes):
-            masked = self._values()
-        without, scaled = (float((self._cut(axes, f) - masked).norm()) for f in ({}, factors))
-        return scaled * _CERTAINTY < without
+        rows = {q.tensor: q.index.flatten() for group in groups for q in group.queries}
+        for size in _SIZES:
+            with torch.no_grad(), self._multiplied(rows, size), _Check(self.copy, modules, size):
+                for call in self.calls:
+                    with self.copy.masked(axes):
+                        masked = self._values(call)
+                    without, scaled = (float((self._cut(call, axes, f) - masked).norm()) for f in ({}, factors))
+                    if not scaled * _CERTAINTY < without:
+                        return False
+        return True
 
-    def _cut(self, axes: Axes, factors: Factors) -> Tensor:
-        with torch.no_grad(), self.copy.cut(axes):
+    @contextmanager
+    def _multiplied(self, rows: Mapping[str, IndexArray], size: float) -> Iterator[None]:
+        """Multiply rows of tensors within the context, by a power of two, which is exact."""
+
+        def multiply(factor: float) -> None:
+            for name, index in rows.items():
+                self.copy.named[name].data[torch.from_numpy(index)] *= factor
+
+        multiply(size)
+        try:
+            yield
+        finally:
+            multiply(1 / size)
+
+    def _cut(self, call: Call, axes: Axes, factors: Factors) -> Tensor:
+        with self.copy.cut(axes):
             for name, (rows, factor) in factors.items():
                 self.copy.named[name].data[torch.from_numpy(rows)] *= factor
-            return self._values()
+            return self._values(call)
 
-    def _values(self) -> Tensor:
-        outputs = [out for out in output_tensors(self.copy.compute(self.call)) if out.is_floating_point()]
+    def _values(self, call: Call) -> Tensor:
+        outputs = [out for out in output_tensors(self.copy.compute(call)) if out.is_floating_point()]
         return torch.cat([out.detach().double().flatten() for out in outputs])
+
+
+class _Check(TorchFunctionMode):
+    """Runs without dropout, which would draw other numbers at other widths, and divides the queries of attention.
+
+    Args:
+        copy: The copy that runs.
+        modules: Modules whose queries are divided.
+        size: What they are divided by.
+    """
+
+    def __init__(self, copy: FakeCopy, modules: set[str], size: float) -> None:
+        super().__init__()
+        self.copy, self.modules, self.size = copy, modules, size
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else named["input"]
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs or {})
+        if named.get("scale") is None and self.copy.stack[-1] in self.modules:
+            named["query"] = named["query"] / self.size
+        return func(**{**named, "dropout_p": 0.0})
 
 
 class _Queries(TorchFunctionMode):
@@ -114,38 +176,41 @@ class _Queries(TorchFunctionMode):
     def __init__(self, copy: FakeCopy, groups: Sequence[Group], modules: Mapping[str, set[str]]) -> None:
         super().__init__()
         self.copy, self.groups, self.modules = copy, groups, modules
-        self.rows: dict[str, Tensor] = {}
+        self.rows: dict[tuple[str, str], Tensor] = {}  # by group and tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and kwargs.get("scale") is None:
-            for group in self.groups:
-                if self.copy.stack[-1] in self.modules[group.name]:
-                    self._see(group, args[0] if args else kwargs["query"])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs or {})
+        if func is not scaled_dot_product_attention or (kwargs or {}).get("scale") is not None:
+            return out
+        groups = [group for group in self.groups if self.copy.stack[-1] in self.modules[group.name]]
+        for group in groups:
+            self._see(group, args[0] if args else (kwargs or {})["query"])
+        # Queries of a later attention with the same weights depend on keys and values of this one, too.
+        return out.detach() if groups else out
 
     def _see(self, group: Group, query: Tensor) -> None:
         present = {m.tensor: self.copy.named[m.tensor] for m in group.members if m.role != "in"}
         own = {name: tensor for name, tensor in present.items() if isinstance(tensor, nn.Parameter)}
+        if not own or not query.requires_grad:
+            return
         value = (query * torch.randn_like(query)).sum()
         grads = torch.autograd.grad(value, list(own.values()), retain_graph=True, allow_unused=True)
         for name, grad in zip(own, grads, strict=True):
             if grad is not None:
                 rows = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
-                self.rows[name] = rows | self.rows.get(name, rows)
+                self.rows[group.name, name] = rows | self.rows.get((group.name, name), rows)
 
-    def queries(self) -> list[tuple[Group, list[Member]]]:
+    def queries(self) -> list[Group]:
         """The groups, each with the rows of its members that queries depend on."""
-        return [(group, [self._rows_of(member) for member in self._members(group)]) for group in self.groups]
+        return [replace(group, queries=tuple(self._rows_of(group))) for group in self.groups]
 
-    def _members(self, group: Group) -> list[Member]:
-        return [m for m in group.members if m.dim == 0 and m.tensor in self.rows and self.rows[m.tensor].any()]
-
-    def _rows_of(self, member: Member) -> Member:
-        """The positions that are rows of queries, as many of every unit."""
-        chosen = self.rows[member.tensor].numpy(force=True)[member.index]
-        if len(counts := np.unique(chosen.sum(1))) > 1:
-            raise ValueError(f"expected the queries to have as many rows of each feature in {member.tensor}: {counts}")
-        return replace(member, index=member.index[chosen].reshape(len(member.index), -1))
+    def _rows_of(self, group: Group) -> Iterator[Member]:
+        """The positions of each member that are rows of queries for any unit."""
+        for member in group.members:
+            rows = self.rows.get((group.name, member.tensor))
+            if member.dim == 0 and rows is not None and rows.any():
+                columns = rows.numpy(force=True)[member.index].any(0)
+                if columns.any():
+                    yield replace(member, index=np.ascontiguousarray(member.index[:, columns]))

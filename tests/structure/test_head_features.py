@@ -55,7 +55,7 @@ class Fused(nn.Module):
     """As timm writes it: queries, keys and values from one layer, and a scale that PyTorch computes if it is fused.
 
     Args:
-        uses: Other uses of the queries than in the attention.
+        uses: Other uses of the queries than in the attention, or another attention while training.
     """
 
     def __init__(self, uses: str = "") -> None:
@@ -67,12 +67,37 @@ class Fused(nn.Module):
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if self.uses == "bias":
             q = q.tanh()
-        if self.fused:
+        if self.uses == "clip":
+            q = q.clamp(-50, 50)  # far from what the example gives
+        if self.uses == "training" and self.training:
+            out = (q @ k.transpose(-2, -1) / FEATURES**0.5).softmax(-1) @ v
+        elif self.fused:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             out = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
         if self.uses == "sum":
             out = out + q
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class TwoQueries(nn.Module):
+    """Two attentions with the same heads, whose queries one layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = FEATURES, FEATURES - 2
+        self.q = nn.Linear(WIDTH, HEADS * (self.first + self.second))
+        self.k1, self.k2 = (nn.Linear(WIDTH, HEADS * n) for n in (self.first, self.second))
+        self.v, self.out = nn.Linear(WIDTH, HEADS * FEATURES), nn.Linear(HEADS * FEATURES, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (-1, self.first + self.second)).transpose(1, 2)
+        k1, k2 = (
+            k(x).unflatten(-1, (-1, n)).transpose(1, 2) for k, n in ((self.k1, self.first), (self.k2, self.second))
+        )
+        v = self.v(x).unflatten(-1, (-1, FEATURES)).transpose(1, 2)
+        q1, q2 = q.split([self.first, self.second], -1)
+        out = F.scaled_dot_product_attention(q1, k1, v) - F.scaled_dot_product_attention(q2, k2, v) / 2
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -317,11 +342,43 @@ def test_a_stored_scale_is_that_of_the_width() -> None:
     torch.testing.assert_close(network(X), fused, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("uses", ["sum", "bias"])
+@pytest.mark.parametrize("uses", ["sum", "bias", "clip", "training"])
 def test_features_stay_where_queries_cannot_be_multiplied(uses: str) -> None:
     structure = _structure(_network(Fused(), Fused(uses)))
     assert [group.name for group in structure.groups if group.within] == ["1.qkv#head_dim"]
     assert ["2.qkv#head_dim were left out, as the temperature" in note for note in structure.notes] == [True]
+
+
+def _cut_is_masked(network: nn.Module, structure: Structure) -> None:
+    kept = {g.name: tuple(range(1, g.width, 2)) for g in structure.groups if g.within}
+    masked = copy.deepcopy(network)
+    mask(masked, structure.axes(kept))
+    expected = masked(X).detach()
+    cut(network, structure.axes(kept), factors=structure.factors(kept))
+    torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_one_layer_with_the_queries_of_two_attentions_loses_those_of_one() -> None:
+    network = _network(TwoQueries())
+    structure = _structure(network)
+    assert [group.name for group in structure.groups if group.queries] == ["1.q#head_dim"]
+    assert any("1.q#2#head_dim were left out" in note for note in structure.notes)
+    _cut_is_masked(network, structure)
+
+
+def test_an_attention_that_runs_twice_has_features() -> None:
+    block = Fused()
+    network = _network(block, block)
+    structure = _structure(network)
+    (features,) = (group for group in structure.groups if group.within)
+    assert {rows.index.size for rows in features.queries} == {HEADS * FEATURES}
+    _cut_is_masked(network, structure)
+
+
+def test_features_are_found_in_half_precision() -> None:
+    network = _network(Fused()).bfloat16()
+    assert [group.name for group in trace(TracedModel.of(network, X.bfloat16())).groups if group.within]
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "RMSprop", "ASGD"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
-from lightning_prune.structure.rules.registry import labelled, rule, unknown
+from lightning_prune.structure.rules.registry import argument, labelled, rule, unknown
 from lightning_prune.structure.tracing import AxisLabel, Tracer, Value, flat_tensors
 
 __all__: list[str] = []  # the rules register themselves
@@ -77,12 +77,12 @@ def matrix_product(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
 def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """softmax(q kᵀ · scale) v on (batch, heads, positions, features).
 
-    The features of v are followed. Those of q and k are frozen, unless they are the units (`Tracer.of_features`): a
-    scale may be computed from their number.
+    The features of v are followed. Those of q and k are frozen, unless they are the units (`Tracer.of_features`) and a
+    scale is given (`OwnScales`): it would be computed from their number.
     """
     q, k, v = (t.value(x) for x in args[:3])
     where = t.where(func)
-    if t.of_features:
+    if t.of_features and argument(func, args, kwargs, "scale") is not None:
         _contract(t, func, q, 3, k, 3, args[0].shape[3])
     else:
         t.freeze([q.axes[3], k.axes[3]], f"the scale of {where}")

@@ -266,7 +266,7 @@ class FakeCopy:
             return out
 
     def compute(self, call: Call) -> Any:
-        """Run a copy on real tensors without a tracer; inputs get noise, always the same."""
+        """Run a copy on real tensors without a tracer; inputs get noise, always the same, and at least float32."""
         with self._alone(call), self._state_restored(), contents_restored(self._stores()):
             self._recurrent()
             torch.manual_seed(0)
@@ -370,7 +370,9 @@ def _do_nothing() -> None: ...
 
 
 def _with_noise(leaf: Any) -> Any:
-    return leaf + torch.randn_like(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32)) + torch.randn_like(leaf)
 
 
 def _turn_caches_off(model: nn.Module) -> None:
