@@ -139,8 +139,9 @@ class _Covers:
         self.names = [group.name for group in groups]
         self.owner = np.full(len(self.atoms.parent), -1)
         for number, group in enumerate(groups):
-            first = group.members[0]
-            self.owner[self.atoms.find(analysis.labels[first.tensor][first.dim][first.index[:, 0]])] = number
+            for member in group.members:  # atoms of one unit need not be united here, as those of a head
+                axis = analysis.labels[member.tensor][member.dim]
+                self.owner[self.atoms.find(axis[member.index.flatten()])] = number
 
     def of(self, axis: IndexArray) -> frozenset[str] | None:
         """The groups of an axis; None if it has other indices too."""
@@ -185,7 +186,8 @@ def _flow(cover: _Covers, passes: tuple[Pass, ...], analysis: Analysis, structur
         for group in structure.groups
         if not group.within
     }
-    return Flow(passes, covers, owners, layer_kinds(model), producers)
+    counted = {group.name: group.sizes[0].tensor for group in structure.groups if group.sizes and not group.within}
+    return Flow(passes, covers, owners, layer_kinds(model), producers, counted)
 
 
 def layer_kinds(model: nn.Module) -> Mapping[str, str]:

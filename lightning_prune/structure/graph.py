@@ -263,7 +263,9 @@ class Structure:
         for group in map(self.group, kept):
             units = np.fromiter(kept[group.name], dtype=np.int64)
             for rows in group.queries if 0 < len(units) < group.width else ():
-                survivors = axes.get(rows.tensor, {}).get(0, np.empty(0, dtype=np.int64))
+                survivors = axes.get(rows.tensor, {}).get(0)
+                if survivors is None:  # its layer leaves with all heads
+                    continue
                 stay = np.intersect1d(rows.index[units], survivors)
                 factors[rows.tensor] = np.searchsorted(survivors, stay), math.sqrt(len(units) / group.width)
         return factors

@@ -125,6 +125,7 @@ class Flow:
         owners: Module of each parameter.
         kinds: ``"linear"``, ``"norm"`` or the reason why it cannot be removed, per module.
         producers: Parameters that produce the units of each group.
+        counted: Attribute that holds the number of units, for groups that have one (`Group.sizes`).
         removal: Groups and layers that are removed already.
     """
 
@@ -133,6 +134,7 @@ class Flow:
     owners: Mapping[str, str]
     kinds: Mapping[str, str]
     producers: Mapping[str, tuple[str, ...]]
+    counted: Mapping[str, str] = field(default_factory=dict)
     removal: Removal = field(default_factory=Removal)
     _known: dict[Names, Removal | str] = field(default_factory=dict)
 
@@ -170,6 +172,8 @@ class Flow:
             if not more:
                 break
             gone |= more
+        if counted := sorted(self.counted.keys() & gone):
+            return f"the network computes with their number, {self.counted[counted[0]]}"
         return self._modules(gone, used - still_used)
 
     def _modules(self, gone: Names, dead: Names) -> Removal | str:

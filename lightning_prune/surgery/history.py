@@ -385,9 +385,11 @@ def edits_of(
     narrow = {name: units for name, units in kept.items() if units}
     edits: list[Edit] = []
     if axes or narrow:
-        edits.append(Keep(axes, narrow, epoch, step, cut, info or {}, structure.factors(narrow)))
+        edits.append(Keep(axes, narrow, epoch, step, cut, info or {}, structure.factors(kept)))
     if drops:
-        edits.append(Drop(drops, tuple(name for name, units in kept.items() if not units), epoch, step, cut))
+        gone = {name for name, units in kept.items() if not units}
+        features = (group.name for group in structure.groups if group.within in gone)
+        edits.append(Drop(drops, (*(name for name in kept if name in gone), *features), epoch, step, cut))
     return tuple(edits)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import Ridge, SequentialRidge, inspect, load, prune, rebuild, save
+from lightning_prune import Ridge, Scope, SequentialRidge, inspect, load, prune, rebuild, save
 from lightning_prune.planning import select
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.attention import MultiheadAttention
@@ -379,6 +379,34 @@ def test_features_are_found_in_half_precision() -> None:
     network = _network(Fused()).bfloat16()
     assert [group.name for group in trace(TracedModel.of(network, X.bfloat16())).groups if group.within]
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_all_heads_leave_with_their_features(tmp_path: Path) -> None:
+    class Residual(Attention):
+        def __init__(self, *, counted: bool) -> None:
+            super().__init__(scaled=False)
+            if not counted:
+                del self.num_heads
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    network, other = (_network(Residual(counted=False), Residual(counted=True)) for _ in range(2))
+    scope, ratios = Scope(min_width=0), {"1.q": 1.0, "2.q": 0.5, "*#head_dim": 0.5}
+    with torch.no_grad():
+        network[1].out.bias.zero_()
+    expected = copy.deepcopy(network)
+    expected[1] = nn.Identity()
+    assert prune(network, X, pruning_ratio=ratios, scope=scope).widths["1.q"] == 0
+    prune(expected, X, pruning_ratio={"2.q": 0.5, "2.q#head_dim": 0.5})
+    torch.testing.assert_close(network(X), expected(X), rtol=1e-12, atol=1e-13)
+    save(network, tmp_path / "small.safetensors")
+    loaded = load(copy.deepcopy(other), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(X), network(X))
+    widths = prune(network, X, pruning_ratio=0.75, layers=["2.q", "*#head_dim"], scope=scope).widths
+    assert (widths["2.q"], widths["2.q#head_dim"]) == (1, 2)
+    with pytest.raises(ValueError, match=r"computes with their number, 2\.num_heads"):
+        prune(other, X, pruning_ratio={"2.q": 1.0}, scope=scope)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "RMSprop", "ASGD"])

@@ -58,6 +58,10 @@ def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if x.dtype != out.dtype or x.numel() != out.numel():
         unknown(t, func, args, kwargs, out)
         return
+    if not x.numel() and x.shape != out.shape:  # of a branch that was removed: its lengths do not say what is what
+        t.freeze(value.axes, f"an empty tensor that {t.where(func)} views")
+        t.label(out, [None] * out.dim(), zero=value.zero)
+        return
     blocks = _blocks_of_view(t, tuple(x.shape), tuple(out.shape), labelled(value.axes))
     if blocks is None:
         t.label(out, value.axes, zero=value.zero, source=value.source)
