@@ -134,3 +134,71 @@ def test_units_that_are_constant_keep_their_weight() -> None:
     assert narrow[1].weight.isfinite().all()
     torch.testing.assert_close(narrow[1](narrow[0](zeros[0])), model[1](model[0](zeros[0]))[:, KEPT])
     assert before.isfinite().all()
+
+
+class Called(nn.Module):
+    """A norm between two layers, called in some way."""
+
+    def __init__(self, norm: nn.Module, way: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last, self.way = nn.Linear(3, WIDTH), norm, nn.Linear(WIDTH, 2), way
+        nn.init.normal_(norm.weight, 1.0, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.norm(input=x) if self.way == "keyword" else self.norm(x))
+
+
+class Float(nn.LayerNorm):
+    """As of networks in half precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.double()).to(input)
+
+
+class Residual(nn.LayerNorm):
+    """Adds another input."""
+
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        return super().forward(input if other is None else input + other)
+
+
+def refitted(model: Called, extensions: list[RefitLayerNorm]) -> nn.Module:
+    draw = torch.Generator().manual_seed(1)
+    batches = list(torch.randn(3, 6, WIDTH, 3, dtype=torch.float64, generator=draw))  # as many positions as units
+    prune(model.double(), batches[0], pruning_ratio=0.5, layers="first", extensions=extensions, data=batches)
+    return model
+
+
+@pytest.mark.parametrize("way", ["keyword", "hook", "subclass"])
+def test_it_does_not_matter_how_the_norm_is_called(way: str) -> None:
+    expected = refitted(Called(nn.LayerNorm(WIDTH)), [RefitLayerNorm()]).norm
+    model = Called(Float(WIDTH) if way == "subclass" else nn.LayerNorm(WIDTH), way)
+    if way == "hook":
+        model.norm.register_forward_hook(lambda _, __, out: 2 * out + 1)
+    found = refitted(model, [RefitLayerNorm()]).norm
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_that_are_left_unchanged_are_named() -> None:
+    class Two(Called):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.norm(x, x.relu()))
+
+    expected = refitted(Two(Residual(WIDTH)), []).state_dict()
+    with pytest.warns(UserWarning, match="unchanged: norm is called with more than one tensor, or returns more"):
+        found = refitted(Two(Residual(WIDTH)), [RefitLayerNorm()])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    with pytest.warns(UserWarning, match="unchanged: norm normalizes over 2 axes"):
+        refitted(Called(nn.LayerNorm((WIDTH, WIDTH))), [RefitLayerNorm()])
+
+
+def test_a_constant_output_keeps_its_weight() -> None:
+    model, batches = network("LayerNorm")
+    one = batches[0][:1, :1].expand(3, 7, -1)
+    before = model[1].weight.detach().clone()
+    prune(model, one, pruning_ratio=0.5, layers="0", extensions=[RefitLayerNorm()], data=[one])
+    assert torch.isin(model[1].weight, before).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -19,6 +20,9 @@ from lightning_prune.surgery.tensors import canonical
 
 __all__ = ["RefitLayerNorm"]
 
+#: Variance of a unit, relative to its mean square, below which it is rounding.
+_SMALLEST_VARIANCE = 1e-9
+
 
 @final
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class RefitLayerNorm(Repair):
 
     and a norm without a bias gets the best :math:`\gamma` alone. Norms are those of `torch.nn.LayerNorm`,
     `torch.nn.RMSNorm` and their subclasses, and root-mean-square norms that networks write themselves (Llama, Gemma).
+
+    A warning names norms that are left unchanged: those over several axes, and those that are called with anything but
+    one tensor or return anything else.
 
     Inputs are those of the network before the cut, as of `Ridge`, which takes the inputs of layers to be what they were
     for the units that stay. So give both, where the embedding width of a transformer is cut.
@@ -49,28 +56,36 @@ class RefitLayerNorm(Repair):
 
     def before(self, model: nn.Module, axes: Axes, run: Run) -> dict[str, Tensor]:
         """The refitted weights and biases."""
-        norms = _norms(model, axes)
+        norms, problems = _norms(model, axes)
         with ExitStack() as hooks:
             for norm in norms:
-                hooks.callback(norm.module.register_forward_hook(norm.see).remove)
+                hooks.callback(norm.module.register_forward_hook(norm.see, with_kwargs=True).remove)
             if norms:
                 run(model, self.batches)
+        problems += [f"{norm.name} {norm.problem}" for norm in norms if not norm.count]
+        if problems:
+            warnings.warn(f"RefitLayerNorm leaves some norms unchanged: {'; '.join(problems)}", stacklevel=4)
         return {name: content for norm in norms if norm.count for name, content in norm.fit().items()}
 
 
-def _norms(model: nn.Module, axes: Axes) -> list[_Norm]:
-    """The norms that lose width."""
+def _norms(model: nn.Module, axes: Axes) -> tuple[list[_Norm], list[str]]:
+    """The norms that lose width, and those that cannot be refitted, with reasons."""
     written = own_norms(model)
-    found = []
+    found, problems = [], []
     for name, module in model.named_modules():
         own = canonical(name)
         weight = getattr(module, "weight", None)
-        kept = axes.get(f"{own}.weight" if own else "weight", {}).get(0)
+        dims = axes.get(f"{own}.weight" if own else "weight", {})
+        kept = dims.get(0)
         is_own = own in written and [one for one, _ in module.named_parameters()] == ["weight"]
         is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or is_own
-        if is_norm and kept is not None and isinstance(weight, Tensor) and weight.dim() == 1 and len(kept):
+        if not is_norm or not dims or not isinstance(weight, Tensor):
+            continue
+        if weight.dim() > 1:
+            problems.append(f"{own} normalizes over {weight.dim()} axes")
+        elif kept is not None and len(kept):
             found.append(_Norm(own, module, kept))
-    return found
+    return found, problems
 
 
 @dataclass(eq=False)
@@ -81,6 +96,8 @@ class _Norm:
     module: nn.Module
     kept: IndexArray
     count: int = field(default=0, init=False)
+    problem: str = field(default="was never called as a module", init=False)
+    is_refused: bool = field(default=False, init=False)
     sums: Tensor = field(init=False)
     offset: float = field(default=0.0, init=False)  # a unit is multiplied by (1 - offset) · weight + offset
 
@@ -92,10 +109,16 @@ class _Norm:
         cut(self.narrow, {name: {0: self.kept} for name, _ in self.narrow.named_parameters()})
         self.sums = torch.zeros(4, len(self.kept), dtype=torch.float64)
 
-    def see(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         """Add a batch."""
-        dim, kept = self._units(args[0]), torch.from_numpy(self.kept).to(out.device)
-        x, wanted = (one.detach().index_select(dim, kept) for one in (args[0], out))
+        inputs = [given for given in (*args, *kwargs.values()) if given is not None]
+        out = self.module.forward(*args, **kwargs)  # hooks on the outputs follow the narrow norm, too
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(out, Tensor):
+            self.problem, self.is_refused, self.count = "is called with more than one tensor, or returns more", True, 0
+        if self.is_refused or not out.numel():
+            return
+        dim, kept = self._units(inputs[0]), torch.from_numpy(self.kept).to(out.device)
+        x, wanted = (one.detach().index_select(dim, kept) for one in (inputs[0], out))
         if not self.count:
             self.offset = self._offset(x)
         y, z = (double(one.movedim(dim, -1).flatten(0, -2)) for one in (wanted, self.narrow(x)))
@@ -107,8 +130,15 @@ class _Norm:
     def _units(self, x: Tensor) -> int:
         """The axis that is normalized over: the last one, or that of channels."""
         (width,) = self.module.get_parameter("weight").shape
-        is_pytorchs = type(self.module) in (nn.LayerNorm, nn.RMSNorm)
-        return x.dim() - 1 if is_pytorchs or x.shape[1] != width else 1
+        if x.dim() < 3 or x.shape[1] != width:
+            return x.dim() - 1
+        if x.shape[-1] != width:
+            return 1
+        # Both are as long. The weight of the first unit changes nothing of the others.
+        other: Any = copy.deepcopy(self.module)
+        other.weight[0] += 1
+        changed = other.forward(x) != self.module.forward(x)
+        return 1 if changed[..., 1:].any() else x.dim() - 1
 
     def _offset(self, x: Tensor) -> float:
         """0, or 1/2 if units are multiplied by 1 + weight, as in Gemma."""
@@ -123,7 +153,8 @@ class _Norm:
         z, y, zz, zy = self.sums / self.count
         if self.has_bias:
             zz, zy = zz - z * z, zy - z * y
-        slope = torch.where(zz > 0, zy / zz.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+        varies = zz > _SMALLEST_VARIANCE * self.sums[2] / self.count
+        slope = torch.where(varies, zy / torch.where(varies, zz, 1.0), 1.0)
         factor = double(self.narrow.weight).cpu() * (1 - self.offset) + self.offset
         contents = {"weight": (slope * factor - self.offset) / (1 - self.offset)}
         if self.has_bias:
