@@ -1,4 +1,7 @@
-"""The networks of the survey: of torchvision, timm and Hugging Face, untrained, each with an example."""
+"""The networks of the survey: of torchvision, timm, Hugging Face, segmentation_models_pytorch and MONAI, untrained.
+
+Each has an example. Only torchvision is a dependency of the package.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,29 @@ TIMM = (
     *("deit_tiny_patch16_224", "beit_base_patch16_224", "mixer_s32_224", "resmlp_12_224", "gmlp_s16_224"),
     *("pvt_v2_b0", "xcit_nano_12_p16_224", "tiny_vit_5m_224", "focalnet_tiny_srf", "davit_tiny"),
 )
+
+#: Decoders of segmentation_models_pytorch, with a ResNet-18 as encoder (SegFormer: its own).
+SEGMENTATION = (
+    *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet"),
+    "Segformer",
+)
+
+#: Networks of MONAI for volumes, and their options beside `_VOLUMES`.
+MONAI: dict[str, dict[str, Any]] = {
+    "BasicUNet": {},
+    "UNet": {"channels": (16, 32, 64), "strides": (2, 2), "num_res_units": 2},
+    "AttentionUnet": {"channels": (16, 32, 64), "strides": (2, 2)},
+    "DynUNet": {"kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "res_block": True},
+    "SegResNet": {},
+    "VNet": {},
+    "HighResNet": {},
+    "UNETR": {"img_size": (32, 32, 32), "hidden_size": 192, "mlp_dim": 768},
+    "SwinUNETR": {"feature_size": 12},
+    "DenseNet121": {},
+    "SEResNet50": {},
+    "ViT": {"img_size": (32, 32, 32), "patch_size": (8, 8, 8), "classification": True, "num_classes": 3},
+}
+_VOLUMES = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}
 
 #: What torchvision's detectors choose their boxes from.
 _HEADS = ("head", "rpn.head", *(f"roi_heads.{part}_predictor" for part in ("box", "mask", "keypoint")))
@@ -129,7 +155,7 @@ class Network:
 
 
 def catalogue() -> dict[str, list[str]]:
-    """Names by family: all that torchvision has, some of timm's, encoders of text."""
+    """Names by family: all that torchvision has, some of timm's, encoders of text, decoders, networks for volumes."""
     families: dict[str, list[str]] = {"classification": [], **{family: [] for family in _FOLDERS.values()}}
     for name in torchvision.models.list_models():
         folder = torchvision.models.get_model_builder(name).__module__.split(".")[2]
@@ -140,6 +166,8 @@ def catalogue() -> dict[str, list[str]]:
         "timm": list(TIMM),
         "timm, drawn": list(DRAWN),
         "encoders": ["nn.TransformerEncoder", "BertModel"],
+        "segmentation_models_pytorch": [f"smp.{name}" for name in SEGMENTATION],
+        "MONAI": [f"monai.{name}" for name in MONAI],
     }
 
 
@@ -154,6 +182,10 @@ def build(name: str, family: str) -> Network:
         return Network(network, (_image(2, config["input_size"][-1] if config.get("fixed_input_size") else 224),))
     if family == "encoders":
         return _encoder(name)
+    if family == "segmentation_models_pytorch":
+        return _decoder(name.removeprefix("smp."))
+    if family == "MONAI":
+        return _for_volumes(name.removeprefix("monai."))
     model = torchvision_model(name).double()
     if family == "detection":
         images = [*_image(2, _DETECTION)]
@@ -193,6 +225,27 @@ def _encoder(name: str) -> Network:
 
     model = BertModel(BertConfig(attn_implementation="eager")).double()
     return Network(model, (), kwargs={"input_ids": tokens, "return_dict": False})
+
+
+def _decoder(name: str) -> Network:
+    import segmentation_models_pytorch as smp
+
+    encoder = "mit_b0" if name == "Segformer" else "resnet18"
+    model = getattr(smp, name)(encoder, encoder_weights=None, classes=3).double()
+    return Network(model, (_image(2, 128),))
+
+
+def _for_volumes(name: str) -> Network:
+    from monai.networks import nets
+
+    options = {**_VOLUMES, **MONAI[name]}
+    if name == "ViT":
+        del options["out_channels"]
+    elif name.startswith("SE"):
+        options["num_classes"] = options.pop("out_channels")
+    model = getattr(nets, name)(**options).double()
+    side = 64 if name == "SwinUNETR" else 32
+    return Network(model, (torch.randn(2, 1, side, side, side, dtype=torch.float64),))
 
 
 def _image(n: int, side: int) -> Tensor:
