@@ -59,6 +59,7 @@ def test_a_network_of_photographs_on_grey_images(data: str, in_tmp: Path) -> Non
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+@pytest.mark.filterwarnings("ignore:Ridge f(its weights to fewer rows|olds only the mean)")  # a few images
 def test_pruned_and_unfrozen(in_tmp: Path) -> None:
     """Two kinds of flowers; the cut comes before the first batch, and a resumed run goes on."""
     write_flowers(in_tmp / "flowers")
