@@ -386,6 +386,7 @@ class Trials:
         for run in self.analysis.runs:
             tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
             tracer.choices = self.analysis.tracer.choices
+            tracer.first_query_widths, tracer.crossed = run.query_widths, True  # a cut keeps the scale of attention
             copy = self.analysis.copy(run.kind)
             try:
                 with copy.cut(axes), called:

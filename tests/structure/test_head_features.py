@@ -19,7 +19,7 @@ from lightning_prune.planning import select
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.attention import MultiheadAttention
 from lightning_prune.surgery.edits import NetworkState, read_edit, transform_stored, write_edit
-from lightning_prune.surgery.history import edits_of
+from lightning_prune.surgery.history import edits_of, history_of
 from lightning_prune.surgery.repairs import Repair
 from lightning_prune.surgery.restore import dense_copy
 from lightning_prune.surgery.shrink import cut, mask
@@ -330,6 +330,19 @@ def test_queries_of_heads_are_multiplied_where_the_scale_follows_their_width() -
         if "1.out.weight" in name or "2.out.weight" in name:
             continue
         torch.testing.assert_close(tensor, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["own scale", "fused"])
+def test_a_single_feature_of_each_head_can_stay(name: str) -> None:
+    network = _networks()[name]
+    masked, structure = copy.deepcopy(network), _structure(network)
+    prune(network, X, pruning_ratio={"*#head_dim": 5 / 6})
+    assert network[1].head_dim == 1
+    history = history_of(network)
+    assert history is not None
+    mask(masked, history.axes)
+    torch.testing.assert_close(network(X), masked(X), rtol=1e-12, atol=1e-13)
+    assert structure.widths[next(name for name in structure.widths if "#" in name)] == FEATURES
 
 
 def test_a_stored_scale_is_that_of_the_width() -> None:
