@@ -64,7 +64,9 @@ def still_norms(model: nn.Module) -> Iterator[None]:
 
     def affine(module: Any, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         x, shape = args[0], [-1]
-        if isinstance(module, nn.GroupNorm) or "Norm2d" in type(module).__name__:
+        weight = getattr(module, "weight", None)
+        is_of_channels = isinstance(weight, Tensor) and len(weight) == x.shape[1] != x.shape[-1]
+        if isinstance(module, nn.GroupNorm) or "Norm2d" in type(module).__name__ or is_of_channels:
             shape = [-1, *[1] * (x.dim() - 2)]
         shape = list(getattr(module, "wb_shape", shape))  # timm's global response norm
         for name, combine in (("weight", torch.mul), ("bias", torch.add)):
@@ -72,7 +74,9 @@ def still_norms(model: nn.Module) -> Iterator[None]:
                 x = combine(x, getattr(module, name).view(shape))
         return x
 
-    handles = [module.register_forward_hook(affine) for module in model.modules() if _uneven(module)]
+    # A group norm of several channels may have single ones after the cut.
+    uneven = [module for module in model.modules() if vars(module).setdefault("_uneven", _uneven(module))]
+    handles = [module.register_forward_hook(affine) for module in uneven]
     try:
         yield
     finally:
