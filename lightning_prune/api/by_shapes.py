@@ -92,10 +92,9 @@ def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor], ex
     elif not problems:
         problems = list(_heads(network, axes))
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise HistoryError(
             f"expected the weights of this {type(network).__name__}, of which shapes tell how narrow it is: "
-            f"{'; '.join(problems[:3])}{more}. Nothing has changed. Use `save` where it was pruned, and `load`."
+            f"{listed(problems, 3)}. Nothing has changed. Use `save` where it was pruned, and `load`."
         )
     reset_compiled(network)
     load_narrow(network, axes, narrow)

@@ -259,8 +259,10 @@ class Structure:
 
     def factors(self, kept: Mapping[str, Iterable[int]]) -> Factors:
         """What rows of queries are multiplied by in a cut (`Group.queries`); arguments as of `axes`."""
-        axes, factors = self.axes(kept), {}
-        for group in map(self.group, kept):
+        factors: Factors = {}
+        asked = [group for group in map(self.group, kept) if group.queries]
+        axes = self.axes(kept) if asked else {}
+        for group in asked:
             units = np.fromiter(kept[group.name], dtype=np.int64)
             for rows in group.queries if 0 < len(units) < group.width else ():
                 survivors = axes.get(rows.tensor, {}).get(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.errors import listed
 from lightning_prune.structure import Structure, TracedModel, trace
 from lightning_prune.structure.flow import with_flow
 from lightning_prune.structure.graph import Axes
@@ -160,9 +161,8 @@ def _other_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
 def _another_network(
     problems: Sequence[str], otherwise: str = "the file or its pruning history was damaged: take another checkpoint"
 ) -> HistoryError:
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     return HistoryError(
-        f"This is a checkpoint of another architecture: {'; '.join(problems[:3])}{more}. Nothing has changed. "
+        f"This is a checkpoint of another architecture: {listed(problems, 3)}. Nothing has changed. "
         f"Build the network with the arguments it had when the checkpoint was written. If it has them, {otherwise}."
     )
 
