@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from lightning_prune.api.inspecting import traced_model_for
 from lightning_prune.api.portable import require_real, tensors_of
 from lightning_prune.errors import listed
 from lightning_prune.structure import Structure, trace
-from lightning_prune.structure.graph import Axes, Group
+from lightning_prune.structure.graph import Axes, Group, Member
 from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.size_attributes import modules_with_heads
 from lightning_prune.structure.traced_model import require_network, written
@@ -88,7 +88,7 @@ def load_by_shapes(model: Module, weights: str | Path | Mapping[str, Tensor], ex
     axes = {name: kept for name, kept in axes.items() if kept}
     problems = [*_problems(narrow, here), *_unsaved(network, axes, here)]
     if not problems and example is not None:
-        axes |= _sizes(trace(traced_model_for(network, example)), axes)
+        axes |= _sizes(trace(traced_model_for(network, example)), axes, non_persistent(network))
     elif not problems:
         problems = list(_heads(network, axes))
     if problems:
@@ -109,47 +109,86 @@ def _heads(network: nn.Module, axes: Axes) -> Iterator[str]:
             yield f"{name} may have lost attention heads, which no shape tells: give an `example`, too"
 
 
-def _sizes(structure: Structure, axes: Axes) -> Axes:
-    """Sizes in attributes that follow the widths of these axes."""
-    found: Axes = {}
+def _sizes(structure: Structure, axes: Axes, unsaved: Collection[str]) -> Axes:
+    """Sizes in attributes that follow the widths of these axes.
+
+    Args:
+        structure: Structure of the dense network.
+        axes: Axes that became shorter.
+        unsaved: Buffers that no `state_dict` holds.
+    """
+    counted: dict[str, int] = {}
     assumed: list[str] = []
-    for group in (group for group in structure.groups if group.sizes and not group.within):
-        units, rest, length = _units(structure, group, axes)
-        inner = [one for one in structure.groups if one.within == group.name]
-        features = {one.name: _units(structure, one, axes) for one in inner}
-        are_features = bool(inner) and not any(rest for _, rest, _ in features.values())
-        if rest and not are_features:
+    for group in (group for group in structure.groups if not group.within):
+        inner = [one for one in structure.groups if group.name in one.within]
+        if not any(one.sizes for one in (group, *inner)):
+            continue
+        ways = _ways(structure, group, inner, axes)
+        dense = {one.name: one.width for one in inner}
+        chosen = next((way for way in ways if way.items() >= dense.items() or way[group.name] == group.width), None)
+        if chosen is None or any(counted.get(name, number) != number for name, number in chosen.items()):
             raise HistoryError(
-                f"expected weights with whole heads or units of {group.name!r}, got an axis of {length} positions. "
-                "Nothing has changed. The weights are of another network, or heads and their features were pruned: use "
-                "`save` where it was pruned, and `load`."
+                f"expected weights with whole heads or units of {group.name!r}, got an axis of "
+                f"{_length(_whole(group, structure), structure, axes)} positions. Nothing has changed. The weights are "
+                "of another network, or heads and their features were pruned: use `save` where it was pruned, and "
+                "`load`."
             )
-        if units < group.width and not rest and are_features:
-            assumed.append(f"{group.name} has {units} heads")
-        counted = {group.name: units} if not rest else {name: number for name, (number, _, _) in features.items()}
-        for one in (one for one in (group, *inner) if counted.get(one.name, one.width) < one.width):
-            lengths = {size.tensor: counted[one.name] * size.index.shape[1] for size in one.sizes}
-            found.update((name, {0: np.arange(now)}) for name, now in lengths.items())
+        if len(ways) > 1:
+            features = ", ".join(f"{chosen[one.name]} of {one.width} of {one.name}" for one in inner)
+            assumed.append(f"{chosen[group.name]} of {group.width} heads of {group.name} and {features}")
+        counted |= chosen
+    found: Axes = {}
+    for group in (one for one in structure.groups if counted.get(one.name, one.width) < one.width):
+        found.update((size.tensor, {0: np.arange(counted[group.name] * size.index.shape[1])}) for size in group.sizes)
+        for name in sorted({member.tensor for member in group.members} & set(unsaved)):
+            raise HistoryError(
+                f"expected weights whose shapes tell what was kept, but {name} {list(structure.cost.shapes[name])} is "
+                "in no `state_dict`, and which of it was kept is not known. Nothing has changed. Use `save` where it "
+                "was pruned, and `load`."
+            )
     if assumed:
         warnings.warn(
-            f"load_by_shapes takes whole heads as removed where shapes allow for fewer features of heads, too: "
-            f"{listed(assumed)}. If features were pruned (`#head_dim`), use `save` where it was pruned, and `load`.",
+            f"load_by_shapes: shapes do not tell heads from their features (`#head_dim`), and whole heads are taken to "
+            f"be removed where they can be: left are {listed(assumed)}. If that is wrong, use `save` where the network "
+            "was pruned, and `load`.",
             stacklevel=3,
         )
     return found
 
 
-def _units(structure: Structure, group: Group, axes: Axes) -> tuple[int, int, int]:
-    """How many units an axis that these have alone holds after a cut, what remains of it, and its length."""
+def _ways(structure: Structure, group: Group, inner: Sequence[Group], axes: Axes) -> list[dict[str, int]]:
+    """Numbers of units of a group, and of the features of its heads, that shapes allow for; the fewest heads first."""
+    own = _whole(group, structure)
+    if not inner:
+        units, rest = divmod(_length(own, structure, axes), own.index.shape[1])
+        return [] if rest else [{group.name: units}]
+    among = {(member.tensor, member.dim) for member in group.members}
+    wholes = [(one, _whole(one, structure, among)) for one in inner]
+    lengths = [(one, _length(m, structure, axes), m.index.shape[1] // group.width) for one, m in wholes]
+    return [
+        {group.name: heads, **{one.name: now // (heads * per) for one, now, per in lengths}}
+        for heads in range(1, group.width + 1)
+        if all(now % (heads * per) == 0 and now // (heads * per) <= one.width for one, now, per in lengths)
+    ]
+
+
+def _whole(group: Group, structure: Structure, among: Collection[tuple[str, int]] | None = None) -> Member:
+    """An axis that the units of a group have alone, whose length tells their number."""
     shapes = structure.cost.shapes
-    whole = next((m for m in group.members if m.index.size == shapes[m.tensor][m.dim]), None)
-    if whole is None:
-        raise HistoryError(
-            f"expected an axis with the units of {group.name!r} alone, from whose length their number follows, but "
-            "others share each of them. Nothing has changed. Use `save` where it was pruned, and `load`."
-        )
-    length = len(axes.get(whole.tensor, {}).get(whole.dim, range(whole.index.size)))
-    return *divmod(length, whole.index.shape[1]), length
+    for member in group.members:
+        place = member.tensor, member.dim
+        if member.index.size == shapes[place[0]][place[1]] and (among is None or place in among):
+            return member
+    raise HistoryError(
+        f"expected an axis with the units of {group.name!r} alone, from whose length their number follows, but others "
+        "share each of them. Nothing has changed. Use `save` where it was pruned, and `load`."
+    )
+
+
+def _length(member: Member, structure: Structure, axes: Axes) -> int:
+    """Present length of an axis."""
+    dense = structure.cost.shapes[member.tensor][member.dim]
+    return len(axes.get(member.tensor, {}).get(member.dim, range(dense)))
 
 
 def _problems(narrow: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Iterator[str]:

@@ -79,7 +79,7 @@ class Inspection(Shown):
             rows.append(
                 (
                     group.name,
-                    f"every head of {group.within}" if group.within else _names(producers),
+                    f"every head of {_names(group.within)}" if group.within else _names(producers),
                     _names(group.consumers),
                     count(group.width) + (f" × {_channels(group)}" if _channels(group) > 1 else ""),
                     count(held),

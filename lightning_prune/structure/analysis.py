@@ -119,13 +119,18 @@ class Analysis:
         """The structure that was found."""
         groups = self.groups
         features = [] if self.head_features is None else self.head_features.groups
-        every = [one for group in groups for one in (group, *(f for f in features if f.within == group.name))]
+        every = [one for group in groups for one in (group, *(f for f in features if f.within[0] == group.name))]
         return Structure(
             tuple(every), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
         )
 
     def follow(self, structure: Structure) -> None:
         """Trace again with the units of a known structure."""
+        self.label_units(structure)
+        self.trace()
+
+    def label_units(self, structure: Structure) -> None:
+        """Give all positions of a unit one atom, as they are coupled in a known structure."""
         self.labels = {name: tuple(axis.copy() for axis in axes) for name, axes in self.labels.items()}
         for group in structure.groups:
             if group.within:  # its features are coupled through the heads
@@ -134,7 +139,6 @@ class Analysis:
             units = self.labels[first.tensor][first.dim][first.index[:, :1]]
             for member in group.members:
                 self.labels[member.tensor][member.dim][member.index] = units
-        self.trace()
 
     def trace(self) -> None:
         """Run all calls and unite the atoms that can only be removed together."""
@@ -227,8 +231,10 @@ class Analysis:
                     self.atoms.freeze(axis, "not used by any traced call")
 
     def free_indices(self) -> int:
-        """Number of indices, over all axes, that may be removed."""
-        atoms = np.concatenate([atoms for axes in self.labels.values() for atoms in axes])
+        """Number of indices, over all axes of parameters, that may be removed."""
+        named, none = self.first.named, np.empty(0, dtype=np.int64)
+        learned = (axes for name, axes in self.labels.items() if isinstance(named[name], nn.Parameter))
+        atoms = np.concatenate([none, *(atoms for axes in learned for atoms in axes)])
         return int((~self.atoms.frozen()[self.atoms.find(atoms)]).sum())
 
     # -- grouping ---------------------------------------------------------------------------------------------------
@@ -308,7 +314,8 @@ class Analysis:
         units = self.labels[first.tensor][first.dim][first.index[:, 0]]
         for part in parts:
             other = part.members[0]
-            self.atoms.unite(units, self.labels[other.tensor][other.dim][other.index[:, 0]])
+            theirs = self.labels[other.tensor][other.dim][other.index]
+            self.atoms.unite(np.repeat(units, theirs.shape[1]), theirs.ravel())
         members = tuple(sorted(whole.members, key=lambda m: self._place((m.tensor, m.dim))))
         return Group(members[0].layer, whole.width, members, whole.sizes)
 

@@ -76,9 +76,14 @@ class Atoms:
         if fresh.size:
             self.reason[fresh] = self._number(reason)
 
-    def frozen(self) -> npt.NDArray[np.bool_]:
-        """Mask over atoms: True for representatives of frozen classes."""
-        held = np.flatnonzero(self.reason >= 0)
+    def frozen(self, *, besides: str | None = None) -> npt.NDArray[np.bool_]:
+        """Mask over atoms: True for representatives of frozen classes.
+
+        Args:
+            besides: Leave out reasons that begin like this.
+        """
+        counts = [besides is None or not text.startswith(besides) for text in self.reasons]
+        held = np.flatnonzero(np.array([*counts, False])[self.reason])  # -1 is the last one
         frozen = np.zeros(len(self.parent), dtype=np.bool_)
         frozen[self.find(held)] = True
         return frozen

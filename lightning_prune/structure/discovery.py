@@ -196,10 +196,10 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         other = analysis.with_choices(choices)
         _find(other, trial=trial)
         best = other if other.free_indices() > analysis.free_indices() else analysis
-    elif trial and (heads := _heads(analysis)):
+    if trial and not any(map(_is_view, choices)) and (heads := _heads(analysis)):
         other = analysis.with_choices(heads)
         _find(other, trial=trial)
-        best = other if other.free_indices() >= analysis.free_indices() else analysis
+        best = other if other.free_indices() >= best.free_indices() else best
     tied = _with_tied_heads(best, {**together, **choices})
     return tied if tied is not None and tied.free_indices() > best.free_indices() else best
 

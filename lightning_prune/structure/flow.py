@@ -67,11 +67,11 @@ def with_flow(structure: Structure, traced: TracedModel, gone: Collection[str] =
     """
     with torch.inference_mode(False):
         try:
-            analysis, runs = _recorded(traced)
+            analysis, runs = _recorded(traced, structure)
         except Exception:
             if not traced.with_hooks:
                 raise
-            analysis, runs = _recorded(replace(traced, with_hooks=False))  # like `trace`, which adds a note
+            analysis, runs = _recorded(replace(traced, with_hooks=False), structure)  # like `trace`, which adds a note
     cover = _Covers(analysis, structure)
     passes = tuple(_pass(cover, *run) for run in runs)
     flow = _flow(cover, passes, analysis, structure, traced.model)
@@ -81,8 +81,9 @@ def with_flow(structure: Structure, traced: TracedModel, gone: Collection[str] =
 Run = tuple[list[tuple[list[Raw], list[Raw], bool]], set[int], list[Raw], dict[int, tuple[str, ...]], bool]
 
 
-def _recorded(traced: TracedModel) -> tuple[Analysis, list[Run]]:
+def _recorded(traced: TracedModel, structure: Structure) -> tuple[Analysis, list[Run]]:
     analysis = Analysis(traced)
+    analysis.label_units(structure)
     recorder = _Recorder(analysis)
     runs = [_run(recorder, analysis, call) for call in traced.calls]
     for call in traced.optional:
@@ -139,7 +140,7 @@ class _Covers:
         self.names = [group.name for group in groups]
         self.owner = np.full(len(self.atoms.parent), -1)
         for number, group in enumerate(groups):
-            for member in group.members:  # atoms of one unit need not be united here, as those of a head
+            for member in group.members:
                 axis = analysis.labels[member.tensor][member.dim]
                 self.owner[self.atoms.find(axis[member.index.flatten()])] = number
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -84,8 +84,10 @@ class Group:
         members: All axes of the units, producers first.
         sizes: Integer attributes of modules that follow the width, as axes without contents: a member called
             ``blocks.0.attn.num_heads`` with as many positions as its value (see `SizeAttribute`).
-        within: Name of the group of attention heads whose features the units are: each is one feature of every head.
-            Removing heads and features takes rows and columns of the same block. Empty for all other groups.
+        within: Names of the groups of attention heads whose features the units are: each is one feature of every head,
+            or two with rotary embeddings, which turn these together. Attentions that share the angles of these lose
+            the same ones. Removing heads and features takes rows and columns of the same block. Empty for all other
+            groups.
         queries: Rows of weights and biases that compute the queries of an attention whose scale follows the width of
             its heads, 1/√width. Those that stay are multiplied by √(units after / units before a cut), so that the
             temperature of the softmax stays.
@@ -95,7 +97,7 @@ class Group:
     width: int
     members: tuple[Member, ...]
     sizes: tuple[Member, ...] = ()
-    within: str = ""
+    within: tuple[str, ...] = ()
     queries: tuple[Member, ...] = ()
 
     @property
@@ -130,6 +132,14 @@ class Group:
             for axes in (self.members, self.sizes, self.queries)
         )
         return replace(self, members=members, sizes=sizes, queries=queries)
+
+    def vanishes_with(self, heads: Collection[str]) -> bool:
+        """Whether the units are features of heads that are all in these groups."""
+        return bool(self.within) and all(name in heads for name in self.within)
+
+    def without_heads(self, heads: Collection[str]) -> Group:
+        """The group, within heads that are not in these groups."""
+        return replace(self, within=tuple(name for name in self.within if name not in heads))
 
 
 @dataclass(frozen=True)
@@ -277,9 +287,9 @@ class Structure:
         units = {name: tuple(rows) for name, rows in kept.items()}
         axes, drops, removal = self.axes(units), self.drops(units), self.without(_vanished(units))
         groups = tuple(
-            g.take(units.get(g.name, range(g.width)), axes).without_layers(drops)
+            g.take(units.get(g.name, range(g.width)), axes).without_layers(drops).without_heads(removal.groups)
             for g in self.groups
-            if not {g.name, g.within} & removal.groups
+            if g.name not in removal.groups and not g.vanishes_with(removal.groups)
         )
         frozen = tuple(f for f in self.frozen if not _is_dropped(f.tensor, f.dim, drops))
         cost = self.cost.take(axes).without(removal.groups, drops)

@@ -11,6 +11,7 @@ from lightning_prune.structure.analysis import Analysis, HeadFeatures
 from lightning_prune.structure.graph import Group, IndexArray, Member
 from lightning_prune.structure.query_rows import with_query_rows
 from lightning_prune.structure.size_attributes import stored_scales
+from lightning_prune.structure.tracing import MEETS_FIXED
 from lightning_prune.structure.trials import Trials
 
 __all__ = ["SUFFIX", "add_head_features"]
@@ -23,8 +24,8 @@ def add_head_features(analysis: Analysis) -> None:
     """Find the groups of features that every head of an attention can lose, if there are whole heads to remove.
 
     A view splits an axis into heads and features. In the analysis heads are the units; in a second one features are. A
-    group of the second is taken if each of its units has as many positions of every head of one group, so that cuts of
-    both take rows and columns of one block, and if a trial cut of both passes.
+    group of the second is taken if each of its units has as many positions of every head of the groups that it meets,
+    so that cuts of both take rows and columns of one block, and if a trial cut of both passes.
 
     Args:
         analysis: The analysis, whose `head_features` are set.
@@ -34,9 +35,10 @@ def add_head_features(analysis: Analysis) -> None:
         return
     other = analysis.with_choices({})
     other.tracer.of_features = True
-    # Both have the same atoms of parameters. Positions, for one, are frozen by operators behind the heads.
-    frozen = np.flatnonzero(analysis.atoms.frozen()[analysis.atoms.find(np.arange(analysis.tracer.units))])
-    other.atoms.freeze(frozen, "frozen beside the heads")
+    # Both have the same atoms of parameters. Positions, for one, are frozen by operators behind the heads. What is
+    # frozen as it meets features, which have no units there, may have them here: the angles of rotary embeddings.
+    frozen = analysis.atoms.frozen(besides=MEETS_FIXED)[analysis.atoms.find(np.arange(analysis.tracer.units))]
+    other.atoms.freeze(np.flatnonzero(frozen), "frozen beside the heads")
     other.trace()
     other.freeze_unused()
     other.find_groups()
@@ -44,7 +46,7 @@ def add_head_features(analysis: Analysis) -> None:
     if len({len(tracer.macs) for tracer in tracers}) > 1 or len({len(tracer.written) for tracer in tracers}) > 1:
         return
     crossed = {group.name: owners.of(group) for group in other.groups if group.width > 2}
-    heads = {name: one.name for name, one in crossed.items() if one is not None}
+    heads = {name: tuple(one.name for one in owned) for name, owned in crossed.items() if owned}
     other.groups = Trials(other, heads).passing([group for group in other.groups if group.name in heads])
     found = [
         replace(
@@ -81,7 +83,9 @@ def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:
     if not features or trials.attempt([*wide, *features], follow=True) is None:
         return features
     by_name = {group.name: group for group in analysis.groups}
-    alone = [one for one in features if trials.attempt([by_name[one.within], one], follow=False) is None]
+    alone = [
+        one for one in features if trials.attempt([*map(by_name.__getitem__, one.within), one], follow=False) is None
+    ]
     if not alone or trials.attempt([*wide, *alone], follow=True) is None:
         return alone
     analysis.notes.append(
@@ -108,15 +112,16 @@ class _Owners:
             for member in group.members:
                 self._units.setdefault((member.tensor, member.dim), []).append((number, member.index))
 
-    def of(self, features: Group) -> Group | None:
-        """The group of heads that all these features cross; None if they do not."""
-        numbers = {self._crossed(member) for member in features.members}
-        number = numbers.pop()
-        return None if numbers or number is None else self.groups[number]
+    def of(self, features: Group) -> list[Group]:
+        """The groups of heads that these features cross; none if an axis has other units beside heads."""
+        axes = {(m.tensor, m.dim): m for m in features.members}
+        numbers = {self._crossed(member) for axis, member in axes.items() if axis in self._units}
+        found = [group for number, group in enumerate(self.groups) if number in numbers]
+        return [] if None in numbers else found
 
     def _crossed(self, member: Member) -> int | None:
         """The group whose units alone are on this axis, and have equally many positions of each feature."""
-        found = self._units.get((member.tensor, member.dim), [])
+        found = self._units[member.tensor, member.dim]
         if len(found) != 1:
             return None
         ((number, index),) = found

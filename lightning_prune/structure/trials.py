@@ -74,11 +74,11 @@ class Trials:
 
     Args:
         analysis: Analysis of the network; failing groups are frozen in it, with notes.
-        heads: The attention heads of each group, by name, if the units are features of heads. Those of one attention
-            may be tied, as code may use one number for the features of queries, keys and values.
+        heads: The groups of attention heads of each group, by name, if the units are features of heads. Those of one
+            attention may be tied, as code may use one number for the features of queries, keys and values.
     """
 
-    def __init__(self, analysis: Analysis, heads: Mapping[str, str] | None = None) -> None:
+    def __init__(self, analysis: Analysis, heads: Mapping[str, tuple[str, ...]] | None = None) -> None:
         self.analysis = analysis
         self._heads = heads or {}
         self._count = 0
@@ -134,7 +134,7 @@ class Trials:
             return [(group, None, [])]
         whole, absorbed = found
         if absorbed:
-            whole = self.analysis.tied(whole, absorbed)
+            whole = self.analysis.tied(whole, [_in_units(one, whole.width) for one in absorbed])
             tried.add(whole.name)
         left = [g for g in others if all(g is not other for other in absorbed)]
         return [(group, whole, absorbed), *self._alike(whole, len(absorbed), left, follow)]
@@ -201,33 +201,38 @@ class Trials:
             them, or passes alone.
         """
         found = candidates(self.analysis.first.module, group)
-        alike = [other for other in others if other.width == group.width and self._can_tie(group, other)]
+        alike = {id(other): _in_units(other, group.width) for other in others if self._can_tie(group, other)}
         failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
             return None
-        absorbed: list[Group] = []
+        start = group
         while failure is not None:
             here = [size for size in found.get(failure.module, ()) if size not in group.sizes]
             elsewhere = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
             further = self._further(_with_sizes(group, here), failure, follow)
             further = further or self._further(_with_sizes(group, elsewhere, most=0), failure, follow)
             if further is None:
-                near = self.suspects(alike, failure) or alike[:_MOST_TIED]
+                left = [other for other in alike.values() if not _is_part(other, group)]
+                near = self.suspects(left, failure) or left[:_MOST_TIED]
                 further = self._further((_merged(group, other) for other in near), failure, follow)
             if further is None:
                 return None
             group, failure = further
-            absorbed += [other for other in alike if _is_part(other, group)]
-            alike = [other for other in alike if not _is_part(other, group)]
-        return group, absorbed
+            like = _as_in_one_block(start, group, found, alike.values())
+            if failure is not None and like is not None:
+                group, failure = self._further([like], failure, follow) or (group, failure)
+        return group, [other for other in others if id(other) in alike and _is_part(alike[id(other)], group)]
 
     def _can_tie(self, group: Group, other: Group) -> bool:
         """Whether every unit of these groups is a single output of each layer that produces it, or of each gate.
 
-        Features of heads have an output for every head.
+        Features of heads have an output for every head, and some of them may be two features.
         """
         if self._heads:
-            return self._is_of_one_attention(group, other)
+            heads, theirs = self._heads.get(group.name, ()), self._heads.get(other.name, ())
+            return bool(theirs) and {*theirs} <= {*heads} and other.width % group.width == 0
+        if other.width != group.width:
+            return False
         members = (member for one in (group, other) for member in one.members if member.role == "out")
         several = {member.layer for member in members if member.index.shape[1] > 1}
         modules = dict(self.analysis.first.module.named_modules()) if several else {}
@@ -451,6 +456,43 @@ def _place(group: Group) -> tuple[tuple[str, int], ...]:
 def _kind(size: Member) -> tuple[str, int]:
     """The name of a size within its module, and what it counts of a unit."""
     return size.tensor.rpartition(".")[2], size.index.shape[1]
+
+
+def _in_units(group: Group, width: int) -> Group:
+    """The group in so many units, each of which is as many of its own."""
+
+    def folded(member: Member) -> Member:
+        by_unit = member.index.reshape(-1, width, member.index.shape[1]).transpose(1, 0, 2)
+        return replace(member, index=np.sort(by_unit.reshape(width, -1), axis=1))
+
+    if group.width == width:
+        return group
+    return replace(group, width=width, members=tuple(map(folded, group.members)), sizes=tuple(map(folded, group.sizes)))
+
+
+def _as_in_one_block(
+    before: Group, group: Group, found: Mapping[str, Sequence[Member]], alike: Iterable[Group]
+) -> Group | None:
+    """The group with the sizes and groups of all blocks that are like those it has in one; None if there are none.
+
+    Args:
+        before: The group without any.
+        group: The group.
+        found: Sizes that may follow the group, by module.
+        alike: Groups that may be tied to it.
+    """
+
+    def place(size: Member) -> tuple[str, int]:
+        return re.sub(r"\d+", "#", size.tensor), size.index.shape[1]
+
+    got = {place(size) for size in group.sizes if size not in before.sizes}
+    sizes = [size for some in found.values() for size in some if size not in group.sizes and place(size) in got]
+    others = [other for other in alike if not _is_part(other, before)]
+    tied = {_place(other) for other in others if _is_part(other, group)}
+    more = [other for other in others if not _is_part(other, group) and _place(other) in tied]
+    for other in more:
+        group = _merged(group, other)
+    return replace(group, sizes=(*group.sizes, *sizes)) if sizes or more else None
 
 
 def _merged(group: Group, other: Group) -> Group:

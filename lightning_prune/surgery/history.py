@@ -388,7 +388,7 @@ def edits_of(
         edits.append(Keep(axes, narrow, epoch, step, cut, info or {}, structure.factors(kept)))
     if drops:
         gone = {name for name, units in kept.items() if not units}
-        features = (group.name for group in structure.groups if group.within in gone)
+        features = (group.name for group in structure.groups if group.vanishes_with(gone))
         edits.append(Drop(drops, (*(name for name in kept if name in gone), *features), epoch, step, cut))
     return tuple(edits)
 

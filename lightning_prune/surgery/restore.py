@@ -212,6 +212,9 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
     for edit in history.since_replaced:
         if isinstance(edit, Keep):
             found = found.take(edit.kept)
+        elif isinstance(edit, Drop):  # features leave with all of their heads
+            heads = {name for name in edit.groups if name in found.widths and not found.group(name).within}
+            found = found.take(dict.fromkeys(heads, ()))
     return found if found.widths.keys() == history.groups_now else structure
 
 

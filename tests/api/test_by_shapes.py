@@ -84,14 +84,18 @@ class Attention(nn.Module):
 TOKENS = torch.linspace(-1, 1, 2 * 4 * 6).view(2, 4, 6)
 
 
-@pytest.mark.parametrize(("kind", "warns"), [("qkv", False), ("qkv", True), ("qkv#head_dim", False)])
-def test_heads_and_their_features(kind: str, warns: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ratio", "warns"),
+    [("qkv", 0.35, 0), ("qkv", 0.5, 2), ("qkv#head_dim", 0.35, 0), ("qkv#head_dim", 2 / 3, 4)],
+)
+def test_heads_and_their_features(kind: str, ratio: float, warns: int) -> None:
     def build() -> nn.Module:
         return Attention(*((4, 6) if warns else (5, 3) if kind == "qkv" else (3, 5)))
 
     net, fresh = build(), build()
-    prune(net, TOKENS, pruning_ratio=0.5 if warns else 0.35, layers=kind)
-    with pytest.warns(match="takes whole heads.* qkv has 2 heads") if warns else contextlib.nullcontext():
+    prune(net, TOKENS, pruning_ratio=ratio, layers=kind)
+    left = f"whole heads are taken.* {warns} of 4 heads of qkv and {6 if warns == 2 else 2} of 6 of qkv#"
+    with pytest.warns(match=left) if warns else contextlib.nullcontext():
         load_by_shapes(fresh, net.state_dict(), TOKENS)
     assert torch.equal(fresh(TOKENS), net(TOKENS))
     assert (fresh.num_heads, fresh.head_dim) == (net.num_heads, net.head_dim)

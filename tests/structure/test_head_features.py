@@ -168,16 +168,16 @@ def _drawn(structure: Structure, seed: int, which: Any = lambda _: True) -> dict
 def test_groups_are_found() -> None:
     found = {name: {g.name: (g.width, g.within) for g in _structure(n).groups} for name, n in _networks().items()}
     features = {name: {g: w for g, w in groups.items() if "#" in g} for name, groups in found.items()}
-    assert features["one number"] == {f"{n}.q#head_dim": (FEATURES, f"{n}.q") for n in "12"}
+    assert features["one number"] == {f"{n}.q#head_dim": (FEATURES, (f"{n}.q",)) for n in "12"}
     assert features["two numbers"] == {
-        f"{n}.{layer}#head_dim": (width, f"{n}.q") for n in "12" for layer, width in (("q", FEATURES), ("v", 8))
+        f"{n}.{layer}#head_dim": (width, (f"{n}.q",)) for n in "12" for layer, width in (("q", FEATURES), ("v", 8))
     }
     assert features["own scale"] == features["one number"]
-    assert {within for _, within in features["packed"].values()} == {"1.qkv", "2.qkv"}
+    assert {within for _, within in features["packed"].values()} == {("1.qkv",), ("2.qkv",)}
     assert features["fused"] == features["packed"]
-    assert features["PyTorch's"] == {f"{n}.attention#head_dim": (FEATURES, f"{n}.attention") for n in "12"}
+    assert features["PyTorch's"] == {f"{n}.attention#head_dim": (FEATURES, (f"{n}.attention",)) for n in "12"}
     for name, groups in found.items():
-        assert {groups[within][0] for _, within in features[name].values()} == {HEADS}, name
+        assert {groups[one][0] for _, within in features[name].values() for one in within} == {HEADS}, name
 
 
 @pytest.mark.parametrize("name", _networks())
@@ -418,6 +418,8 @@ def test_all_heads_leave_with_their_features(tmp_path: Path) -> None:
     assert torch.equal(loaded(X), network(X))
     widths = prune(network, X, pruning_ratio=0.75, layers=["2.q", "*#head_dim"], scope=scope).widths
     assert (widths["2.q"], widths["2.q#head_dim"]) == (1, 2)
+    widths = prune(network, X, pruning_ratio={"2.q#head_dim": 5 / 6}).widths  # of which this many shapes tell nothing
+    assert (widths["2.q"], widths["2.q#head_dim"]) == (1, 1)
     with pytest.raises(ValueError, match=r"computes with their number, 2\.num_heads"):
         prune(other, X, pruning_ratio={"2.q": 1.0}, scope=scope)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
 from lightning_prune.structure.rules.registry import argument, labelled, rule, unknown
-from lightning_prune.structure.tracing import AxisLabel, Tracer, Value, flat_tensors
+from lightning_prune.structure.tracing import MEETS_FIXED, AxisLabel, Tracer, Value, flat_tensors
 
 __all__: list[str] = []  # the rules register themselves
 
@@ -152,7 +152,7 @@ def _grouped(
         t.freeze([given, rows, inner], f"a grouped convolution with a computed weight in {where}")
         return None
     if given is None or isinstance(given, str):
-        t.freeze([rows, inner], f"meets an axis of fixed size in {where}")
+        t.freeze([rows, inner], f"{MEETS_FIXED} in {where}")
         return None
     by_group = rows.reshape(groups, -1)
     given_by_group = given.reshape(groups, -1)

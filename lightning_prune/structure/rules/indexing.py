@@ -79,7 +79,8 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Slice: the indices before each bound are frozen, since the bound is a number.
 
     For a bound counted from the end, those after it are. One of equal parts may lose the same indices as the others
-    instead. The trial checks bounds that are computed from a width.
+    instead, and where every second index is picked, say, two neighbours leave together. The trial checks bounds that
+    are computed from a width.
     """
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
@@ -92,6 +93,9 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if step == 1 and t.takes_equal_part(axis, len(axis[:start]), len(part)):
             by_part = axis.reshape(-1, len(part))
             t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(by_part) - 1))
+        elif 0 <= start < step > 1 and len(axis) % step == 0 and (end is None or end >= len(axis)):
+            blocks = axis.reshape(-1, step)
+            t.atoms.unite(blocks[:, 1:].ravel(), np.repeat(blocks[:, 0], step - 1))
         else:
             _freeze_far_side(t, func, axis, (start, end, step))
             if value.constant and len(part) < len(axis):  # such as positions beyond the example's length
@@ -99,7 +103,7 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.picked(axis, part)
         axis = part
     elif axis is None:
-        t.note(start)
+        t.note(None if t.crossed else start)
     t.label(out, [*value.axes[:dim], axis, *value.axes[dim + 1 :]], zero=value.zero)
 
 

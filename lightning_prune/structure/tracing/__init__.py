@@ -15,9 +15,10 @@ from lightning_prune.structure.tracing.labels import (
 from lightning_prune.structure.tracing.network_copy import FakeCopy
 from lightning_prune.structure.tracing.operators import flat_tensors, memory_of
 from lightning_prune.structure.tracing.recurrent import is_recurrent
-from lightning_prune.structure.tracing.tracer import Tracer
+from lightning_prune.structure.tracing.tracer import MEETS_FIXED, Tracer
 
 __all__ = [
+    "MEETS_FIXED",
     "WILD",
     "AxisLabel",
     "Blocks",

@@ -23,8 +23,10 @@ from lightning_prune.structure.tracing.operators import (
     storage_key,
 )
 
-__all__ = ["Tracer"]
+__all__ = ["MEETS_FIXED", "Tracer"]
 
+#: Why an axis is frozen that an operator aligns with one of fixed size.
+MEETS_FIXED = "meets an axis of fixed size"
 #: Largest number of elements of a constant whose content is compared.
 _SMALL = 10_000
 
@@ -175,7 +177,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if a is b:
             return a
         if a is None or b is None:
-            self.freeze([a, b], f"meets an axis of fixed size in {where}")
+            self.freeze([a, b], f"{MEETS_FIXED} in {where}")
             return None
         self.atoms.unite(a, b)
         return a
@@ -224,7 +226,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_part and self.first_decisions is None:
             self.splits.setdefault(key, ([_EQUAL_PART, _AFTER_BOUND], []))[1].append(label)
             self.split_in.setdefault(key, set()).add(self.module)
-        chosen = self.decide(self.choices.get(key, _AFTER_BOUND) if is_part else _AFTER_BOUND)
+        is_half = self.of_features and 2 * length == len(label)  # as rotary embeddings take features
+        default = _EQUAL_PART if is_half else _AFTER_BOUND
+        chosen = self.decide(self.choices.get(key, default) if is_part else _AFTER_BOUND)
         return chosen == _EQUAL_PART and is_part
 
     def decide(self, now: int) -> int:

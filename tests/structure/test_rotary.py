@@ -1,0 +1,196 @@
+"""Features of attention heads that rotary embeddings turn in pairs, by angles that all layers share."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune import Scope, inspect, load, load_by_shapes, prune, rebuild, save
+from lightning_prune.structure import Structure, TracedModel, trace
+from lightning_prune.surgery.history import HistoryError, history_of
+from lightning_prune.surgery.shrink import cut, mask
+
+HEADS, KEYS, FEATURES, WIDTH, LENGTH = 4, 2, 12, 10, 5
+X = torch.randn(2, LENGTH, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+PAIRS = FEATURES // 2
+HALVES, NEIGHBOURS = ([[n, n + 6] for n in range(6)], [[2 * n, 2 * n + 1] for n in range(6)])
+
+
+def _turned(x: Tensor, angles: Tensor, way: str) -> Tensor:
+    """Pairs of features turned by angles ``(length, pairs)``: those of two halves, or neighbours."""
+    if way == "neighbours":
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        angles = angles.repeat_interleave(2, -1)
+    else:
+        if way == "chunks":
+            first, second = x.chunk(2, -1)
+        else:
+            first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        other = torch.cat((-second, first), -1)
+        angles = torch.cat((angles, angles), -1)
+    return x * angles.cos() + other * angles.sin()
+
+
+class Attention(nn.Module):
+    """Self-attention with two query heads for each head of keys and values.
+
+    Args:
+        way: Which pairs of features are turned.
+        values: Another number for the features of values.
+    """
+
+    def __init__(self, way: str, values: int | None) -> None:
+        super().__init__()
+        self.head_dim, self.value_dim, self.way, self.scaling = FEATURES, values, way, FEATURES**-0.5
+        self.q, self.k = nn.Linear(WIDTH, HEADS * FEATURES), nn.Linear(WIDTH, KEYS * FEATURES, bias=False)
+        self.v = nn.Linear(WIDTH, KEYS * (values or FEATURES))
+        self.out = nn.Linear(HEADS * (values or FEATURES), WIDTH)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        q, k = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim or self.head_dim)).transpose(1, 2)
+        q, k = (_turned(one, angles, self.way) for one in (q, k))
+        k, v = (one[:, :, None].expand(-1, -1, HEADS // KEYS, -1, -1).flatten(1, 2) for one in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling, is_causal=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    """Residual layers with one set of frequencies, which is no part of the `state_dict`."""
+
+    frequencies: Tensor
+
+    def __init__(self, way: str = "halves", values: int | None = None, layers: int = 2) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.layers = nn.ModuleList(Attention(way, values) for _ in range(layers))
+        pairs = torch.arange(PAIRS, dtype=torch.float64)
+        self.register_buffer("frequencies", 3.0**-pairs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1], device=x.device, dtype=self.frequencies.dtype)[:, None] * self.frequencies
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x, angles)
+        return self.last(x)
+
+
+def _network(*args: Any) -> Decoder:
+    torch.manual_seed(0)
+    network = Decoder(*args).double().eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return network
+
+
+def _structure(network: nn.Module) -> Structure:
+    return trace(TracedModel.of(network, X))
+
+
+def _drawn(structure: Structure, seed: int) -> dict[str, tuple[int, ...]]:
+    draw = np.random.default_rng(seed)
+    return {g.name: tuple(sorted(draw.permutation(g.width)[: max(g.width // 2, 2)].tolist())) for g in structure.groups}
+
+
+NETWORKS = {
+    "halves": ("halves", None),
+    "chunks": ("chunks", None),
+    "neighbours": ("neighbours", None),
+    "halves, other values": ("halves", 6),
+    "neighbours, other values": ("neighbours", 6),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pairs_are_units_in_all_layers(name: str) -> None:
+    way, values = NETWORKS[name]
+    structure = _structure(_network(way, values))
+    features = {group.name: group for group in structure.groups if group.within}
+    heads = ("layers.0.q", "layers.1.q")
+    pairs = features.pop("layers.0.q#head_dim")
+    assert (pairs.width, pairs.within) == (PAIRS, heads)
+    rows = {member.tensor: member.index for member in pairs.members}
+    assert rows["frequencies"].tolist() == [[n] for n in range(PAIRS)]
+    by_head = rows["layers.1.k.weight"].reshape(PAIRS, KEYS, 2) - FEATURES * np.arange(KEYS)[:, None]
+    expected = NEIGHBOURS if way == "neighbours" else HALVES
+    assert by_head.transpose(1, 0, 2).tolist() == [expected] * KEYS
+    found = {group: (one.width, one.within) for group, one in features.items()}
+    assert found == ({f"layers.{n}.v#head_dim": (6, heads[n : n + 1]) for n in range(2)} if values else {})
+    assert [group.name for group in structure.groups if "#" not in group.name] == ["first", *heads]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", range(2))
+def test_cuts_of_heads_and_features_equal_the_masked_network(name: str, seed: int) -> None:
+    network = _network(*NETWORKS[name])
+    structure = _structure(network)
+    kept = _drawn(structure, seed)
+    axes, widths = structure.axes(kept), {group: len(units) for group, units in kept.items()}
+    masked = copy.deepcopy(network)
+    mask(masked, axes)
+    with torch.no_grad():
+        dense, expected = network(X), masked(X)
+    cut(network, axes)
+    torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
+    assert (expected - dense).abs().max() > 1e-3
+    assert structure.cost.params(widths) == sum(p.numel() for p in network.parameters())
+    again = _structure(network)
+    assert {g.name: g for g in again.groups} == {g.name: g for g in structure.take(kept).groups}
+
+
+def test_rows_and_frequencies_that_stay_are_those_of_kept_pairs() -> None:
+    network = _network()
+    weight, frequencies = network.layers[1].q.weight.detach().clone(), network.frequencies.clone()
+    structure = _structure(network)
+    cut(network, structure.axes({"layers.0.q#head_dim": (1, 3)}))
+    expected = weight.reshape(HEADS, FEATURES, WIDTH)[:, [1, 3, 7, 9]].flatten(0, 1)
+    assert torch.equal(network.layers[1].q.weight, expected)
+    assert torch.equal(network.frequencies, frequencies[[1, 3]])
+    assert [layer.head_dim for layer in network.layers] == [4, 4]
+    assert all(layer.out.weight.shape == (WIDTH, HEADS * 4) for layer in network.layers)
+
+
+def test_features_stay_in_the_layers_that_keep_heads() -> None:
+    network, scope = _network("halves", None, 3), Scope(min_width=0)
+    with torch.no_grad():
+        network.layers[1].out.bias.zero_()
+    expected = copy.deepcopy(network)
+    widths = prune(network, X, pruning_ratio={"layers.1.q": 1.0}, scope=scope).widths
+    assert (widths["layers.1.q"], widths["layers.0.q#head_dim"]) == (0, PAIRS)
+    (features,) = (group for group in inspect(network, X).structure.groups if group.within)
+    assert features.within == ("layers.0.q", "layers.2.q")
+    del expected.layers[1]
+    for one in (network, expected):
+        prune(one, X, pruning_ratio=0.5, layers=["*", "*#head_dim"], ignore="first")
+    torch.testing.assert_close(network(X), expected(X), rtol=1e-12, atol=1e-13)
+
+
+def test_files_keep_the_frequencies(tmp_path: Path) -> None:
+    network = _network()
+    prune(network, X, pruning_ratio=0.5, layers=["*", "*#head_dim"], ignore="first")
+    prune(network, X, pruning_ratio=0.75, layers="*#head_dim")
+    history, masked = history_of(network), _network()
+    assert history is not None
+    assert (network.frequencies.numel(), network.layers[0].head_dim) == (2, 4)
+    mask(masked, history.axes)
+    torch.testing.assert_close(network(X), masked(X), rtol=1e-12, atol=1e-13)
+    save(network, tmp_path / "small.safetensors")
+    loaded = load(_network(), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(X), network(X))
+    assert torch.equal(loaded.frequencies, network.frequencies)
+    rebuild(network, tmp_path / "small.py")
+    assert "frequencies" in (tmp_path / "small.py").read_text()
+
+
+def test_weights_alone_do_not_tell_which_frequencies_stay() -> None:
+    network = _network()
+    prune(network, X, pruning_ratio=2 / 3, layers="*#head_dim")
+    with pytest.raises(HistoryError, match=r"frequencies \[6\] is in no `state_dict`"):
+        load_by_shapes(_network(), network.state_dict(), X)
