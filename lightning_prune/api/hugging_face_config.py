@@ -93,7 +93,8 @@ def fit_config(model: Any) -> FittedConfig:
     try:
         config.validate()
     except Exception as error:
-        raise ConfigError(f"{type(config).__name__} does not accept {_shown(changes)}: {first_line(error)}") from error
+        reason = " ".join(str(error).split())  # the first of several lines names the check only
+        raise ConfigError(f"{type(config).__name__} does not accept {_shown(changes)}: {reason}") from error
     return FittedConfig(config, {_name(place): value for place, value in changes.items()}, built(type(model), config))
 
 
@@ -144,7 +145,9 @@ class _Search:
             layer = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
             known, other = first.setdefault((layer, self._start.shapes[name]), (name, shape))
             if other != shape:
-                raise ConfigError(f"{known} is {list(other)} and {name} {list(shape)}, of which it has one number")
+                raise ConfigError(
+                    f"{known} is {list(other)} and {name} {list(shape)}, but the configuration has one number for both"
+                )
 
     def fit(self) -> Changes:
         """The changes with which all shapes are those of the pruned network."""

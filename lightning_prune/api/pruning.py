@@ -104,15 +104,16 @@ def prune(
             mode.
         scope: ``"local"``, ``"global"``, ``"erk"``, ``"random"``, or a `Scope`; several draws are compared by the
             ``loss`` on ``data``.
-        layers: Layers to prune: names, globs, or names of parent modules; all by default.
-        ignore: Layers not to prune.
-        data: Samples for criteria and repairs: a `DataPass`, or batches ``(x, y)``, such as a `DataLoader` or a list.
-            They are moved to the network's device.
+        layers: Layers to prune: names, globs, or names of parent modules; all by default. Features of attention heads
+            are pruned only if they are named: ``["*", "*#head_dim"]``.
+        ignore: Layers not to prune; takes precedence over ``layers``.
+        data: Samples for criteria and repairs: a `DataPass`, or batches (``(x, y)``, inputs alone, or dicts of keyword
+            arguments), such as a `DataLoader` or a list. They are moved to the network's device.
         loss: Loss for gradient-based criteria (`Taylor`, `GraSP`, ...), ``loss(outputs, labels)``, such as
             ``torch.nn.functional.cross_entropy``; not needed for a `DataPass` with a loss.
-        extensions: Repairs of the remaining weights, in order: `Ridge`, `FoldMean`, `ReestimateBatchNorm`,
-            `RefitLayerNorm` from ``data``, or `Reinitialise`. They use the network's current mode, or train mode if it
-            is in eval mode.
+        extensions: Repairs of the remaining weights, in order: `Ridge`, `SequentialRidge`, `Fold`, `FoldMean`,
+            `ReestimateBatchNorm`, `RefitLayerNorm` from ``data``, or `Reinitialise`. They use the network's current
+            mode, or train mode if it is in eval mode.
         optimizers: One or several optimizers of the network, whose state is pruned too.
         measure: Measure the latency of one sample before and after the cut, which takes longer than the cut.
         latency_table: File that a script of `latency_script` has written, so that a budget of latency is one on the

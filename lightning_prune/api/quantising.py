@@ -131,7 +131,8 @@ def _inputs(name: str, raw: Any) -> _Batch:
     if len(parts) not in (1, 2) or not isinstance(parts[0], Tensor):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(
-            f"quantise: expected batches of inputs or of `(inputs, labels)` in `{name}`, got ({kinds}). Give tensors."
+            f"quantise: expected batches that are a tensor or `(inputs, labels)` in `{name}`, got ({kinds}). "
+            "Networks with several inputs are not supported."
         )
     return parts[0].detach().cpu(), parts[1] if len(parts) == 2 else None
 

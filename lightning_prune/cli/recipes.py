@@ -169,7 +169,8 @@ def _file(value: str) -> str:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{file}, line {line}: expected valid YAML: {error.problem}.") from error
+        quotes = ' Put names with * in quotes: "*.fc1".' if "alias" in (error.context or "") else ""
+        raise ValueError(f"{file}, line {line}: expected valid YAML: {error.problem}.{quotes}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: expected valid YAML: {error}") from error
     if not isinstance(found, Mapping):

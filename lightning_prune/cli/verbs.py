@@ -571,7 +571,9 @@ def _check_layers(model: LightningModule, callback: Callback) -> None:
     for argument in ("layers", "ignore"):
         given = getattr(callback, argument, None)
         for pattern in [given] if isinstance(given, str) else given or []:
-            if not any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names):
+            if "#" not in pattern and not any(
+                fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names
+            ):
                 layers = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
                 layers = list(dict.fromkeys(name for name in layers if name))
                 raise ValueError(

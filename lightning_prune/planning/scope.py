@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,6 +13,9 @@ from lightning_prune.arguments import Settings
 from lightning_prune.structure.graph import Group, Structure
 
 __all__ = ["Scope", "ScopeKind", "as_patterns", "matches", "pick", "select"]
+
+# Names in an error message.
+_MOST = 12
 
 #: How the amount to remove is distributed.
 ScopeKind = Literal["local", "global", "erk", "random"]
@@ -112,7 +115,7 @@ def select(
     A pattern is the name of a layer (``"encoder.fc1"``), a glob (``"encoder.*"``, ``"*.fc?"``), or the name of a
     module, for all layers inside. It selects a group if it matches the group's name or any layer that produces its
     units, as these layers can only shrink together. Groups of features of attention heads are selected only by patterns
-    of their own names (``"*#head_dim"``).
+    of their own names (``"*#head_dim"``), and ignored by those of their layers, too.
 
     Args:
         structure: Structure of the network.
@@ -138,9 +141,8 @@ def select(
     selected = [name for name, why in why_not.items() if why is None]
     refused = {name: why for name, why in why_not.items() if why is not None}
     if not selected:
-        groups = ", ".join(structure.widths)
         raise ValueError(
-            f"layers={layers!r} and ignore={ignore!r} leave nothing to prune. What can be pruned: {groups}"
+            f"layers={layers!r} and ignore={ignore!r} leave nothing to prune. {_can(tuple(structure.widths))}"
         )
     producers = {layer for group in structure.groups for layer in group.producers}
     return tuple(selected), refused | {layer: why for layer, why in frozen.items() if layer not in producers}
@@ -150,7 +152,7 @@ def _why_not(
     group: Group, wanted: Sequence[str], unwanted: Sequence[str], by_default: Sequence[str] | None
 ) -> str | None:
     """Why a group is not selected; None if it is. Of features, defaults have those that ``by_default`` names."""
-    if spared := [pattern for pattern in unwanted if _picks(pattern, group)]:
+    if spared := [pattern for pattern in unwanted if _picks(pattern, group) or _holds(pattern, group)]:
         return f"ignored by {spared[0]!r}"
     if by_default is not None:
         is_meant = not group.within or any(_picks(pattern, group) for pattern in by_default)
@@ -172,8 +174,8 @@ def pick(structure: Structure, argument: str, patterns: Sequence[str]) -> dict[s
         if pattern not in first.values() and not _names_removed_group(pattern, structure):
             taken = ", ".join(f"{g.name} ({first[g.name]!r})" for g in structure.groups if _picks(pattern, g))
             raise ValueError(
-                f"{argument}={pattern!r} has no effect: earlier names fit the same layers: {taken}. The first that "
-                "fits counts: put the narrower ones first."
+                f"{argument}={pattern!r} has no effect: earlier names match the same layers: {taken}. The first match "
+                "counts: put more specific names first."
             )
     return {name: pattern for name, pattern in first.items() if pattern is not None}
 
@@ -199,6 +201,11 @@ def matches(pattern: str, name: str) -> bool:
 def _picks(pattern: str, group: Group) -> bool:
     if group.within:  # only by its own name, since it has the layers of its heads
         return "#" in pattern and fnmatchcase(group.name, pattern)
+    return _holds(pattern, group)
+
+
+def _holds(pattern: str, group: Group) -> bool:
+    """Whether a pattern matches the name of a group or of a layer that produces its units."""
     return any(matches(pattern, name) for name in (group.name, *group.producers))
 
 
@@ -207,6 +214,13 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
     if any(_picks(pattern, group) for group in structure.groups) or _names_removed_group(pattern, structure):
         return
     names = list(dict.fromkeys(name for group in structure.groups for name in (group.name, *group.producers)))
+    if "#" in pattern:
+        names = [group.name for group in structure.groups if group.within]
+        if not names:
+            raise ValueError(
+                f"{argument}={pattern!r}: expected features of attention heads (#head_dim), but this network has none "
+                "that can be pruned. Whole heads are named by their layers."
+            )
     if fixed := {layer: reason for layer, reason in frozen.items() if matches(pattern, layer)}:
         if argument == "ignore":
             return  # it is not pruned anyway
@@ -218,7 +232,7 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
         )
     near = get_close_matches(pattern, names, n=3, cutoff=0.5)
     guess = f" Did you mean {', '.join(near)}?" if near else ""
-    raise ValueError(f"{argument}={pattern!r} fits no layer.{guess} {_can(names)}")
+    raise ValueError(f"{argument}={pattern!r} matches no layer.{guess} {_can(names)}")
 
 
 def _names_removed_group(pattern: str, structure: Structure) -> bool:
@@ -226,8 +240,9 @@ def _names_removed_group(pattern: str, structure: Structure) -> bool:
     return any(matches(pattern, name) for name in structure.vanished)
 
 
-def _can(names: Iterable[str]) -> str:
-    return f"What can be pruned: {', '.join(names)}"
+def _can(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more (`inspect` shows all)" if len(names) > _MOST else ""
+    return f"What can be pruned: {', '.join(names[:_MOST])}{more}"
 
 
 def _why(frozen: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal, cast, get_args
 
 from typing_extensions import override
 
+from lightning_prune.errors import listed
 from lightning_prune.planning.scope import pick
 from lightning_prune.structure import Size
 from lightning_prune.structure.graph import Structure
@@ -161,8 +162,8 @@ class Target:
         found = {name: self.remaining[fits[name]] for name in selected if name in fits}
         if not found:
             raise ValueError(
-                f"`pruning_ratio` names {', '.join(self.remaining)}, but `layers` and `ignore` leave "
-                f"{', '.join(selected)}. Name layers that may be pruned."
+                f"`pruning_ratio` names {', '.join(self.remaining)}, which `layers` and `ignore` exclude. They leave "
+                f"{listed(tuple(selected))}. Name some of these, or change `layers` and `ignore`."
             )
         return replace(self, remaining=found), tuple(found)
 

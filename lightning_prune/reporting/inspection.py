@@ -91,6 +91,8 @@ class Inspection(Shown):
         for group in [group for group in self.structure.groups if _channels(group) > 1][:1]:
             units, channels = count(group.width), _channels(group)
             note += f" {units} × {channels} means {units} units of {channels} channels each, removed together."
+        if any(group.within for group in self.structure.groups):
+            note += ' Features of heads (#head_dim) are pruned only if they are named: layers="*#head_dim".'
         return Grid("What can be pruned", columns, tuple(rows), words=3, note=note)
 
     def _frozen(self) -> Grid:

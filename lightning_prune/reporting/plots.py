@@ -48,8 +48,9 @@ def report_figure(report: Record) -> Figure:
     Args:
         report: The report; a panel without data shows a note instead.
     """
-    layers = len(report.dense.widths) if report.dense else 0
-    figure = new_figure(figsize=(min(16.0, max(10.0, 0.22 * layers + 3)), 7.5), dpi=150)
+    names = _groups(report)
+    width = min(16.0, max(10.0, 0.22 * len(names) + 3))
+    figure = new_figure(figsize=(width, 7.5 + _below(names, width)), dpi=150)
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
     grid = figure.add_gridspec(2, 2)
     clock = _Clock(report)
@@ -63,7 +64,7 @@ def report_figure(report: Record) -> Figure:
 
 def panel_figures(report: Record) -> tuple[Figure, Figure, Figure]:
     """The panels of `report_figure` as separate figures, small enough for a phone."""
-    figures = _figure(5.2, 3.6), _figure(5.2, 3.6), _figure(_wide(report), 3.6)
+    figures = _figure(5.2, 3.6), _figure(5.2, 3.6), _with_names(_groups(report))
     metric, size, widths = (figure.subplots() for figure in figures)
     clock = _Clock(report)
     _metric_panel(metric, report, clock)
@@ -78,7 +79,7 @@ def scores_figure(cut: Cut) -> Figure:
     Args:
         cut: A cut with scores.
     """
-    figure = _figure(min(16.0, max(5.2, 0.22 * len(cut.scores) + 1)), 3.6)
+    figure = _with_names(list(cut.scores))
     axes, found, x = figure.subplots(), list(cut.scores.values()), range(len(cut.scores))
     axes.vlines(x, [s.min for s in found], [s.max for s in found], color=_GREY, lw=1.2, label="lowest to highest")
     axes.vlines(x, [s.q25 for s in found], [s.q75 for s in found], color=_BLUE, lw=7, label="middle half")
@@ -103,9 +104,26 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _wide(report: Record) -> float:
-    """Width in inches of a figure with one bar per group."""
-    return min(16.0, max(5.2, 0.22 * (len(report.dense.widths) if report.dense else 0) + 1))
+def _groups(report: Record) -> list[str]:
+    return list(report.dense.widths) if report.dense else []
+
+
+def _with_names(names: Sequence[str]) -> Figure:
+    """A figure with one bar per group and room for the groups' names."""
+    width = min(16.0, max(5.2, 0.22 * len(names) + 1))
+    return _figure(width, 3.6 + _below(names, width))
+
+
+def _below(names: Sequence[str], width: float) -> float:
+    """Inches to add to the height of a figure for long names, which are written upwards."""
+    if not names or len(names) > _MOST_NAMES or not _turned(names, max(len(names), _FEWEST_SLOTS), width):
+        return 0.0
+    return 0.07 * max(0, max(map(len, names)) - 20)
+
+
+def _turned(names: Sequence[str], slots: int, width: float) -> bool:
+    """Whether names as tick labels would overlap side by side."""
+    return slots * max(map(len, names)) > _CHARACTERS * width
 
 
 class _Clock:
@@ -190,7 +208,7 @@ def _names(axes: Axes, names: Sequence[str], slots: int) -> None:
     """Group names as tick labels, if there is room for them."""
     if len(names) > _MOST_NAMES:
         return
-    turned = slots * max(map(len, names)) > _CHARACTERS * axes.figure.get_figwidth()  # type: ignore[union-attr]
+    turned = _turned(names, slots, axes.figure.get_figwidth())  # type: ignore[union-attr]
     size = 9 if len(names) <= 16 else 7
     axes.set_xticks(range(len(names)), names, rotation=90 if turned else 0, fontsize=size)
 

@@ -32,7 +32,7 @@ def test_the_first_name_that_fits_counts(tmp_path: Path) -> None:
 
 
 def test_misuse_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fits no layer"):
+    with pytest.raises(ValueError, match="matches no layer"):
         run(tmp_path, pruning_ratio={"nonsense": 0.5})
     with pytest.raises(ValueError, match="with a scope of 'global', got one per layer"):
         run(tmp_path, pruning_ratio={"net.0": 0.5}, scope="global")

@@ -26,6 +26,8 @@ FILES = {
     "broken.py": "class Mine(:\n",
     "needing.py": "import not_there\n",
     "tab.yaml": "model:\n\tclass_path: MLPClassifier\n",
+    "star.yaml": "model: MLPClassifier\ntrainer:\n  callbacks:\n    - class_path: StructuredPruning\n"
+    "      init_args: {pruning_ratio: 0.5, layers: [*.3]}\n",
     "text.yaml": "MLPClassifier",
     "empty.yaml": "",
     "entry.yaml": "model: MLPClassifier\ntrainers:\n  max_epochs: 2\n",
@@ -94,6 +96,11 @@ MISTAKES = [
     Mistake(
         "fit --config tab.yaml",
         "tab.yaml, line 2: expected valid YAML: found character '\\t' that cannot start any token.",
+    ),
+    Mistake(
+        "fit --config star.yaml",
+        "star.yaml, line 5: expected valid YAML: expected alphabetic or numeric character, but found '.'. Put names "
+        'with * in quotes: "*.fc1".',
     ),
     Mistake(
         "fit --config text.yaml", "text.yaml: expected entries such as `model:` and `trainer:`, got 'MLPClassifier'."

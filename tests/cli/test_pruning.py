@@ -357,6 +357,7 @@ def test_inspect_without_an_example(capsys: pytest.CaptureFixture[str]) -> None:
             ["--trainer.callbacks.layers=nonsense"],
             "callbacks.layers: expected names of layers, got 'nonsense'",
         ),
+        (["--trainer.callbacks.layers=*#head_dim"], "layers='*#head_dim': expected features of attention heads"),
     ],
 )
 def test_bad_amounts_and_layers(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def test_names_globs_and_prefixes(resnet_like, layers, ignore, expected):
 def test_a_prefix_is_a_whole_name(mlp):
     structure = mlp([4] * 7)  # net.0, net.2, ..., net.12, and the frozen net.14
     assert select(structure, "net")[0] == tuple(structure.widths)
-    with pytest.raises(ValueError, match="fits no layer"):
+    with pytest.raises(ValueError, match="matches no layer"):
         select(structure, "net.1")
 
 
@@ -138,9 +138,9 @@ def test_the_rest_is_refused_with_reasons(mlp):
 @pytest.mark.parametrize(
     ("layers", "ignore", "message"),
     [
-        ("net.O", None, r"layers='net.O' fits no layer. Did you mean .*net.0.*\? What can be pruned: net.0, net.2"),
-        ("nett.*", None, r"layers='nett.*' fits no layer. Did you mean net.[02], net.[02]\? What"),
-        (None, "decoder.*", "ignore='decoder.*' fits no layer. What can be pruned: net.0, net.2"),
+        ("net.O", None, r"layers='net.O' matches no layer. Did you mean .*net.0.*\? What can be pruned: net.0, net.2"),
+        ("nett.*", None, r"layers='nett.*' matches no layer. Did you mean net.[02], net.[02]\? What"),
+        (None, "decoder.*", "ignore='decoder.*' matches no layer. What can be pruned: net.0, net.2"),
         (["net.0", "net.4"], None, "layers='net.4'.* net.4 because it is an output of the model"),
         (None, "net", "ignore='net' leave nothing to prune. What can be pruned: net.0, net.2"),
         ([], None, r"layers=\[\] and ignore=None leave nothing"),

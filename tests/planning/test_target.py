@@ -140,10 +140,10 @@ def test_a_ratio_per_layer_finds_a_group_by_any_layer_that_produces_it(resnet_li
         ({}, "expected `pruning_ratio` to name layers, got {}"),
         ({"net.0": 1.5}, r"`pruning_ratio` of 'net.0' .* in \[0, 1\], got 1.5"),
         ({"net.0": 30}, r"got 30 \(did you mean 0.3\?\)"),
-        ({"net.1": 0.5}, "pruning_ratio='net.1' fits no layer. Did you mean net"),
+        ({"net.1": 0.5}, "pruning_ratio='net.1' matches no layer. Did you mean net"),
         ({"net.4": 0.5}, "expected layers that can be pruned. What .*: net.4 because it is an output"),
         ({"net.*": 0.5, "net.2": 0.1}, r"'net.2' has no effect: .* net.2 \('net.\*'\)"),
-        ({"net.2": 0.5}, "names net.2, but `layers` and `ignore` leave net.0"),
+        ({"net.2": 0.5}, "names net.2, which `layers` and `ignore` exclude. They leave net.0"),
     ],
 )
 def test_misuse_of_ratios_per_layer(mlp, ratios, message):

@@ -175,3 +175,16 @@ def test_panels_for_a_phone_are_those_of_the_picture(make_report):
     figures = panel_figures(report)
     assert [figure.axes[0].get_ylabel() for figure in figures] == whole
     assert all(figure.get_figwidth() < 6 for figure in figures)
+
+
+def test_long_names_leave_room_for_the_panel(make_report):
+    """Constrained layout warns of axes without height, and warnings are errors."""
+    names = [f"bert.encoder.layer.{n}.attention.self.query#head_dim.{'x' * 40}" for n in range(5)]
+    scores = {name: Scores.of(torch.arange(4.0), kept=[2, 3]) for name in names}
+    report = make_report()
+    widths = dict.fromkeys(names, 8)
+    report.dense = replace(report.dense, widths=widths)
+    report.cuts = [replace(cut, before=widths, after=widths) for cut in report.cuts]
+    for figure in (scores_figure(Cut(0, 1, 2, {}, {}, Size(1, 1), 0.1, scores=scores)), panel_figures(report)[2]):
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_window_extent().height > 100

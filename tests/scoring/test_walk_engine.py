@@ -82,7 +82,7 @@ class Counts(Reads):
         (Branches, "other operators run for other samples"),
         (Draws, "draws random numbers"),
         (Views, "writes into a tensor of which something else reads a view"),
-        (Counts, "gives|depends on the samples"),
+        (Counts, "give another output|depends on the samples"),
     ],
 )
 def test_a_network_that_cannot_be_taken_apart_is_run_whole(kind, reason):
@@ -91,7 +91,7 @@ def test_a_network_that_cannot_be_taken_apart_is_run_whole(kind, reason):
     x = torch.randn(4, 3, dtype=torch.float64)
     data = DataPass([x, x + 1])
     stations = [Station("first", "output"), Station("last", "output")]
-    with pytest.warns(UserWarning, match=f"the whole of {kind.__name__} is run for every value.*({reason})"):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} is run as a whole for each layer.*({reason})"):
         walk = Walk(model, data, stations)
     assert walk.is_plain
     found, expected = outputs(walk), outputs(Walk(model, data, stations, plain=True))

@@ -252,6 +252,23 @@ def test_features_are_pruned_where_they_are_named() -> None:
     )
 
 
+def test_ignoring_a_layer_ignores_the_features_of_its_heads() -> None:
+    structure = _structure(_networks()["one number"])
+    for ignored in ("2", "2.k", "2.*"):
+        selected, refused = select(structure, ["*", "*#head_dim"], ignore=ignored)
+        assert not [name for name in selected if name.startswith("2.q")]
+        assert refused["2.q#head_dim"] == f"ignored by {ignored!r}"
+    with pytest.raises(ValueError, match=r"matches no layer. Did you mean 1.q#head_dim.* pruned: 1.q#head_dim, 2.q#h"):
+        select(structure, "1.k#head_dim")
+
+
+def test_a_network_without_features_of_heads_says_so() -> None:
+    structure = _structure(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).double())
+    for named in ({"layers": "*#head_dim"}, {"ignore": "*#head_dim"}):
+        with pytest.raises(ValueError, match=r"expected features of attention heads \(#head_dim\), but this network"):
+            select(structure, **named)
+
+
 @pytest.mark.parametrize("ratios", [{"1.q#head_dim": 0.5}, {"*": 0.5, "*#head_dim": 0.5}])
 def test_features_are_named_by_the_pruning_ratio_too(ratios: dict[str, float]) -> None:
     widths = prune(_networks()["one number"], X, pruning_ratio=ratios).widths

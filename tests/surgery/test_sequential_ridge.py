@@ -281,11 +281,34 @@ def test_what_cannot_be_walked_is_run_whole():
 
     net, xs = Reads(), batches(16, 4)
     axes = axes_of(net, xs[0], [0, 2, 3])
-    with pytest.warns(UserWarning, match="run for every value"):
+    with pytest.warns(UserWarning, match="run as a whole for each layer"):
         narrow, _ = refitted(net, axes, DataPass(xs), SequentialRidge())
     expected, _ = refitted(net.net, axes_of(net.net, xs[0], [0, 2, 3]), DataPass(xs), SequentialRidge())
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(narrow.state_dict()[f"net.{name}"], tensor)
+
+
+def test_a_stream_that_is_not_compensated_is_named():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.last = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 6)
+
+        def forward(self, x):
+            x = self.first(x) * (1 if float(x.sum()) > 1e9 else 2)
+            return x + self.last(self.inner(x).relu())
+
+    net, xs = Reads(), batches(16, 4)
+    with (
+        pytest.warns(UserWarning, match="run as a whole for each layer, which is slow"),
+        pytest.warns(UserWarning, match="does not compensate errors of the residual stream in last, since"),
+    ):
+        refitted(
+            net,
+            {"inner.weight": {0: [0, 2]}, "inner.bias": {0: [0, 2]}, "last.weight": {1: [0, 2]}},
+            DataPass(xs),
+            SequentialRidge(),
+        )
 
 
 def test_layers_called_twice_and_shared_weights_stay():

@@ -86,7 +86,8 @@ class StructuredPruning(NetworkPruning):
         pruning_ratio: Share of the units to remove, in [0, 1): of every group, or of all with ``scope="global"``. Or a
             share per layer, ``{"layers.1": 0.5, "encoder.*": 0.2}``: the first name or glob that matches counts, and
             layers that match none are not pruned; here 1 removes a branch from the network, with
-            ``Scope(min_width=0)``.
+            ``Scope(min_width=0)``. Features of attention heads need a name of their own:
+            ``{"*": 0.5, "*#head_dim": 0.25}``.
         budget: Instead of a ratio, the size that remains: ``{"params": 0.6}``, ``{"macs": 0.5}``, ``{"units": 40}``,
             ``{"memory": 0.5}`` (bytes of one sample's activations), ``{"latency": 0.6}`` or ``{"latency_ms": 2.5}``
             (one sample, by a table measured at the start of the run). A float is a share of the dense network in (0,
@@ -97,8 +98,10 @@ class StructuredPruning(NetworkPruning):
         scope: ``"local"`` (each layer loses the same share), ``"global"`` (the lowest scores over all layers go),
             ``"erk"`` (wide layers lose most), ``"random"`` (a random allocation), or a `Scope` with limits of the
             widths, such as the best of twenty draws, ``Scope("random", draws=20)``.
-        layers: Layers to prune, all by default: names, globs, or names of modules that contain them.
-        ignore: Layers not to prune.
+        layers: Layers to prune, all by default: names, globs, or names of modules that contain them. Features of
+            attention heads are pruned only if a name or glob with ``#head_dim`` selects them: ``"*#head_dim"``, or
+            ``["*", "*#head_dim"]`` with everything else.
+        ignore: Layers not to prune, with the features of their heads; takes precedence over ``layers``.
         reset_monitors: Reset ``ModelCheckpoint`` and ``EarlyStopping`` after each cut, so that "best" means best at the
             final size, and disable early stopping until the last cut.
         dirpath: Folder for ``report.html``, ``.md``, ``.json`` and pictures; by default the logger's folder.

@@ -333,8 +333,8 @@ class Walk:
         except NotReplayable as problem:
             self.is_plain = True
             warnings.warn(
-                f"the whole of {type(self.model).__name__} is run for every value, which is slow and gives the same "
-                f"numbers: it cannot be run from a station on, because {problem}",
+                f"{type(self.model).__name__} is run as a whole for each layer, which is slow: its computation "
+                f"cannot be continued from a layer on, because {problem}",
                 stacklevel=3,
             )
             return HookEngine(self.model, self.places, self.forward_macs, self.data.call)

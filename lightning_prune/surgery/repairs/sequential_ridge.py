@@ -78,7 +78,7 @@ class SequentialRidge(Repair):
     with `Ridge`, and worse at a high learning rate (``docs/evidence/transfer``), because the fitted weights are larger.
 
     All batches pass once through the dense and once through the cut network (`Walk`). If a network does not support
-    this, it is run once per layer, and residual streams are not compensated.
+    this, it is run once per layer, and residual streams are not compensated; a warning says so.
 
     Args:
         batches: Batches of training data.
@@ -113,6 +113,13 @@ class SequentialRidge(Repair):
         if names:
             targets = Walk(dense, data, [Station(name, "output") for name in names])
             inputs = Walk(narrow, data, [Station(name, "input") for name in names])
+            is_plain = targets.is_plain or inputs.is_plain
+            if is_plain and (added := [name for name in names if inputs.consumer(name).stream is not None]):
+                warnings.warn(
+                    f"SequentialRidge does not compensate errors of the residual stream in {listed(added)}, since the "
+                    "network is run as a whole for each layer.",
+                    stacklevel=5,
+                )
             for given, taken in zip(targets.visits(batches), inputs.visits(batches), strict=True):
                 name = taken.station.layer
                 fit = _Fit(name, modules, inputs.consumer(name), axes, self, len(batches), factors)
