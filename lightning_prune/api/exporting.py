@@ -22,9 +22,9 @@ from lightning_prune.api.inspecting import traced_model_for
 from lightning_prune.api.samples import Samples, largest_difference, milliseconds, tensors_in
 from lightning_prune.errors import PruningError
 from lightning_prune.reporting import Exported
+from lightning_prune.structure.attention_calls import fastpath_disabled
 from lightning_prune.structure.traced_model import first_line, require_network, written
 from lightning_prune.structure.tracing import forked_rng
-from lightning_prune.structure.tracing.contexts import mha_fastpath_disabled
 
 __all__ = ["ExportError", "export", "program_of"]
 
@@ -181,7 +181,7 @@ def program_of(module: nn.Module, samples: Samples, batch_size: int | None) -> E
         batched = [leaf for leaf in tensors_in((args, kwargs)) if samples.has_samples(leaf)]
     for leaf in batched:
         shapes[leaf] = {0: Dim.AUTO}
-    with mha_fastpath_disabled(), torch.no_grad(), forked_rng():
+    with fastpath_disabled(), torch.no_grad(), forked_rng():
         dynamic = shapes.dynamic_shapes(module, args, kwargs)  # type: ignore[no-untyped-call]
         program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
     if batched and not program.range_constraints:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import final
 
@@ -14,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.scoring.contributions import per_pass
 from lightning_prune.scoring.criterion import crossings, unit_rows
-from lightning_prune.scoring.statistics import ActivationStatistic, Half, Statistic, Target
+from lightning_prune.scoring.statistics import ActivationStatistic, EndOfBatch, Half, Statistic, Target
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import named
 
-__all__ = ["EndOfBatch", "GradientStatistic", "MaskGradientStatistic", "MemberStatistic"]
+__all__ = ["GradientStatistic", "MaskGradientStatistic", "MemberStatistic"]
 
 
 class MemberStatistic(Statistic):
@@ -144,15 +143,3 @@ class MaskGradientStatistic(ActivationStatistic):
         for (name, passes), gradient in self._batch.items():
             self.record(name, 0, passes, score=gradient.square().sum(0))
         self._batch = {}
-
-
-class EndOfBatch(RemovableHandle):
-    """Handle that calls ``on_remove`` when it is removed with the other hooks of a batch."""
-
-    def __init__(self, on_remove: Callable[[], None]) -> None:
-        super().__init__(OrderedDict())
-        self.on_remove = on_remove
-
-    def remove(self) -> None:
-        """Call ``on_remove``."""
-        self.on_remove()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, final
 
 import torch
@@ -17,6 +19,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS, Ratio, contributions_of
 from lightning_prune.scoring.data import Batch, DataPass, forward
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Group, Member, Structure
 from lightning_prune.structure.layers import named
 
@@ -24,6 +27,7 @@ __all__ = [
     "ActivationStatistic",
     "ConsumerStatistic",
     "ContributionStatistic",
+    "EndOfBatch",
     "Statistic",
     "Target",
     "is_linear_layer",
@@ -445,6 +449,10 @@ class ActivationStatistic(ConsumerStatistic):
     def observe(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Register forward hooks on every Linear, Conv and ConvTranspose that consumes units."""
         targets = self.targets(model)
+        if any(isinstance(module, NonDynamicallyQuantizableLinear) for module in targets):
+            calls = ExitStack()
+            yield EndOfBatch(calls.close)
+            calls.enter_context(out_proj_called(model))
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             # A copy of the model made in this batch (for weight averaging) has the hook but is not a target.
@@ -536,15 +544,28 @@ class ContributionStatistic(ActivationStatistic):
         return value[self.read("passes", name, half) > 0].mean(0)
 
 
+class EndOfBatch(RemovableHandle):
+    """Handle that calls ``on_remove`` when it is removed with the other hooks of a batch."""
+
+    def __init__(self, on_remove: Callable[[], None]) -> None:
+        super().__init__(OrderedDict())
+        self.on_remove = on_remove
+
+    def remove(self) -> None:
+        """Call ``on_remove``."""
+        self.on_remove()
+
+
 def _consuming(group: Group) -> list[Member]:
     return [member for member in group.members if member.role == "in"]
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Whether the module is a plain linear layer or convolution that is used by calling it."""
-    own_forward = type(module).forward in [layer.forward for layer in LINEAR_LAYERS]
-    # MultiheadAttention uses the weight of NonDynamicallyQuantizableLinear without calling it.
-    return isinstance(module, LINEAR_LAYERS) and own_forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+    """Whether the module is a plain linear layer or convolution.
+
+    That of PyTorch's attention is one that is used by calling it in `out_proj_called` alone.
+    """
+    return isinstance(module, LINEAR_LAYERS) and type(module).forward in [layer.forward for layer in LINEAR_LAYERS]
 
 
 def unit_inputs(layer: Any, member: Member) -> Tensor | None:

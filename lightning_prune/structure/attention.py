@@ -44,7 +44,7 @@ def attention(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, only_causal, scale=scale)
-    out = F.linear(out.transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
+    out = layer.out_proj(out.transpose(1, 2).flatten(2))
     if not is_batched:
         return out[0], None if weights is None else weights[0]
     return out if layer.batch_first else out.transpose(0, 1), weights

@@ -254,11 +254,10 @@ def test_says_what_cannot_be_observed_and_why():
 @pytest.mark.parametrize(
     ("model", "tensor"),
     [
-        (nn.ModuleDict({"taker": nn.MultiheadAttention(4, 2)}), "taker.out_proj.weight"),  # is used without a call
         (nn.ModuleDict({"taker": weight_norm(nn.Linear(4, 2))}), "taker.parametrizations.weight.original1"),
         (nn.ModuleDict({"taker": nn.Bilinear(4, 4, 2)}), "taker.weight"),
     ],
-    ids=["attention", "computed weight", "not linear"],
+    ids=["computed weight", "not linear"],
 )
 def test_hooks_no_layer_that_is_not_called_as_a_plain_one(model, tensor):
     group = Group("producer", 4, (Member(tensor, 1, "in", np.arange(4)[:, None]),))

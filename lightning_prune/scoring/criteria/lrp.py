@@ -17,6 +17,7 @@ from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import Batch, DataPass, forward
 from lightning_prune.scoring.passes import entering, outputs_of
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["LRP", "Relevance"]
@@ -44,7 +45,8 @@ class Relevance(ConsumerStatistic):
 
     @torch.enable_grad()
     def _collect(self, model: nn.Module, batch: Batch) -> None:
-        with preserved_state(model), entering(self.targets(model)) as entered, _propagating(model, self.epsilon):
+        targets, epsilon = self.targets(model), self.epsilon
+        with out_proj_called(model), preserved_state(model), entering(targets) as entered, _propagating(model, epsilon):
             outputs = outputs_of(forward(model, batch))
         chosen = torch.stack([x.amax(1).sum() if x.dim() > 1 else x.sum() for x in outputs]).sum()
         gradients = torch.autograd.grad(chosen, [x for _, x, _ in entered], materialize_grads=True)

@@ -12,6 +12,7 @@ from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import DataPass
 from lightning_prune.scoring.passes import entering, positive_response
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, per_unit
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.tracing import Call
 
@@ -33,7 +34,7 @@ class PropagatedImportance(ConsumerStatistic):
         """Run one forward and backward pass on ones in the shape of the first batch."""
         self.follow(model)
         batch = next(iter(data))
-        with entering(self.targets(model)) as entered:
+        with out_proj_called(model), entering(self.targets(model)) as entered:
             response, _ = positive_response(model, Call(batch.args, batch.kwargs))
         inputs = [alias for _, alias, _ in entered]
         gradients = torch.autograd.grad(response, inputs, materialize_grads=True)

@@ -30,6 +30,7 @@ from lightning_prune.scoring.linear_maps import (
 )
 from lightning_prune.scoring.statistics import ActivationStatistic, Half, Target
 from lightning_prune.scoring.walk import Station, Walk, stations_of
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Structure
 from lightning_prune.structure.layers import canonical
 
@@ -90,7 +91,8 @@ class ReconstructionStatistic(ActivationStatistic):
             for handle in handles:
                 handle.remove()
         self._warn_of_few_rows(data.world_size)
-        self._see_streams(model, data)
+        with out_proj_called(model):
+            self._see_streams(model, data)
 
     def _warn_of_few_rows(self, processes: int) -> None:
         counts = {name: int(getattr(self, _moments(name))[0, -1, -1]) * processes for name in self._weights}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.scoring.criterion import ObservingCriterion
-from lightning_prune.scoring.gradients import EndOfBatch, GradientStatistic
+from lightning_prune.scoring.gradients import GradientStatistic
+from lightning_prune.scoring.statistics import EndOfBatch
 from lightning_prune.structure.graph import Structure
 
 __all__ = ["Taylor", "TaylorStatistic"]

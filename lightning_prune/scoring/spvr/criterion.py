@@ -21,6 +21,7 @@ from lightning_prune.scoring.spvr.ranking import (
     unmasked,
 )
 from lightning_prune.scoring.statistics import ConsumerStatistic, Half, Statistic, is_linear_layer
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Group, Structure
 from lightning_prune.structure.layers import canonical
 
@@ -126,6 +127,10 @@ class MaskingStatistic(ConsumerStatistic):
             data: The samples, with labels if available.
         """
         self.follow(model)
+        with out_proj_called(model):
+            self._rank(model, data)
+
+    def _rank(self, model: nn.Module, data: DataPass | Sequence[Batch]) -> None:
         places = self._places(model)
         scores, features = unmasked(model, data, places)
         reading = class_scores(scores, labels_of(data), self.settings.task, self.settings.normalized)

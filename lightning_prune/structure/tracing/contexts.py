@@ -18,7 +18,6 @@ __all__ = [
     "buffers_restored",
     "data_assignments_traced",
     "fake_tensor_log_disabled",
-    "mha_fastpath_disabled",
     "push_name",
     "record_mode_readers",
 ]
@@ -83,17 +82,6 @@ def buffers_restored(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
     finally:
         for buffer, content in before:
             buffer.copy_(content)
-
-
-@contextmanager
-def mha_fastpath_disabled() -> Iterator[None]:
-    """Disable the fused kernel for whole encoder layers, which would hide their operators."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.attention import scale_of
+from lightning_prune.structure.attention_calls import fastpath_disabled
 from lightning_prune.structure.hooks import (
     REGISTERS,
     computing_hooks,
@@ -46,7 +47,6 @@ from lightning_prune.structure.tracing.contexts import (
     buffers_restored,
     data_assignments_traced,
     fake_tensor_log_disabled,
-    mha_fastpath_disabled,
     push_name,
     record_mode_readers,
 )
@@ -281,7 +281,7 @@ class FakeCopy:
         self.module.train(call.training)
         with ExitStack() as stack:
             stack.enter_context(_TRACING)
-            stack.enter_context(mha_fastpath_disabled())
+            stack.enter_context(fastpath_disabled())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # the user's own run shows them
             stack.enter_context(fake_tensor_log_disabled())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_prune.scoring.contributions import LINEAR_LAYERS
 from lightning_prune.scoring.linear_maps import double
@@ -89,8 +88,7 @@ def tied_layers(model: nn.Module) -> set[str]:
 
 def input_dim(layer: Any) -> int | None:
     """Input dimension of the weight; None if calling the layer does not compute a plain linear map."""
-    known = isinstance(layer, LINEAR_LAYERS) and not isinstance(layer, NonDynamicallyQuantizableLinear)
-    if not known or type(layer).forward not in [kind.forward for kind in LINEAR_LAYERS]:
+    if not isinstance(layer, LINEAR_LAYERS) or type(layer).forward not in [kind.forward for kind in LINEAR_LAYERS]:
         return None
     if "weight" not in layer._parameters:
         return None  # computed by a parametrization

@@ -27,6 +27,7 @@ from lightning_prune.scoring.linear_maps import (
     rows_of,
     spread,
 )
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.surgery.repairs.linear import Consumer
 from lightning_prune.surgery.tensors import canonical, named
 
@@ -158,6 +159,7 @@ def observed_contents(
     """
     followers = _Followers(model)
     with ExitStack() as hooks:
+        hooks.enter_context(out_proj_called(model))
         for handle in (*followers.watch([o.consumer for o in observed]), *map(_hook, observed)):
             hooks.callback(handle.remove)
         run()

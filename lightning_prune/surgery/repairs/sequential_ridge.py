@@ -26,6 +26,7 @@ from lightning_prune.scoring.linear_maps import (
     spread,
 )
 from lightning_prune.scoring.walk import Consumer, Station, StationBatch, Walk, stations_of
+from lightning_prune.structure.attention_calls import out_proj_called
 from lightning_prune.structure.graph import Axes, Factors
 from lightning_prune.surgery.repairs.linear import input_dim, joined, tied_layers
 from lightning_prune.surgery.repairs.repair import Repair, require_positive
@@ -105,6 +106,12 @@ class SequentialRidge(Repair):
         self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass, factors: Factors
     ) -> dict[str, Tensor]:
         """The refitted weights, biases and running means; also sets them in the narrow network."""
+        with out_proj_called(dense), out_proj_called(narrow):
+            return self._between(dense, narrow, axes, data, factors)
+
+    def _between(
+        self, dense: nn.Module, narrow: nn.Module, axes: Axes, data: DataPass, factors: Factors
+    ) -> dict[str, Tensor]:
         batches = range(min(self.batches, len(data.batch_sizes)))
         modules = {canonical(name): module for name, module in narrow.named_modules()}
         names, problems = _layers(dense, narrow, data)
@@ -131,10 +138,10 @@ class SequentialRidge(Repair):
             warnings.warn(
                 f"SequentialRidge fits only the constant of {listed(short)}. A weight needs at least "
                 f"{_ROWS_PER_INPUT} rows per input, and at most max_inputs={self.max_inputs} inputs.",
-                stacklevel=5,
+                stacklevel=6,
             )
         if problems:
-            warnings.warn(f"SequentialRidge leaves some layers unchanged: {'; '.join(problems)}", stacklevel=5)
+            warnings.warn(f"SequentialRidge leaves some layers unchanged: {'; '.join(problems)}", stacklevel=6)
         return contents
 
 
