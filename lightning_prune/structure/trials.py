@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, islice
+from itertools import combinations, islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightning_prune.structure.analysis import Analysis, TracedRun
 from lightning_prune.structure.atoms import IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import CostModel
 from lightning_prune.structure.graph import Axes, Group, Member, Structure
+from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.size_attributes import candidates, unread
 from lightning_prune.structure.traced_model import first_line
@@ -176,8 +177,10 @@ class Trials:
         return []
 
     def _is_of_one_attention(self, one: Group, other: Group) -> bool:
-        heads = self._heads.get(one.name)
-        return heads is not None and heads == self._heads.get(other.name) and one.width == other.width
+        """Whether groups of features have the same heads, which several attentions may share, and lie in one module."""
+        heads, (first, second) = self._heads.get(one.name), sorted((_around(one), _around(other)), key=len)
+        is_same = heads is not None and heads == self._heads.get(other.name) and one.width == other.width
+        return is_same and (not first or is_within(second, [first]))
 
     def _freeze(self, group: Group, reason: str) -> None:
         self.analysis.failed.append(group)
@@ -446,6 +449,13 @@ def _with_sizes(group: Group, found: Sequence[Member], most: int = _MOST_COMBINA
     some = (sizes for number in (2, 3) for sizes in combinations(found, number) if number < len(found))
     for sizes in (*((size,) for size in found), *([tuple(found)] if len(found) > 1 else []), *islice(some, most)):
         yield replace(group, sizes=(*group.sizes, *sizes))
+
+
+def _around(group: Group) -> str:
+    """The deepest module around all layers of a group."""
+    paths = [layer.split(".") for layer in {member.layer for member in group.members}]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def _place(group: Group) -> tuple[tuple[str, int], ...]:
