@@ -106,6 +106,12 @@ class Change:
         now = place.read()
         place.names = {name for name in now.keys() | old.keys() if now.get(name) is not old.get(name)}
 
+    def drop_cached(self, module: nn.Module) -> None:
+        """Drop what ``module`` keeps of its parameters in eval mode, now and when this is undone or redone."""
+        place = _Cached(module)
+        self._done.append((place, None))
+        place.write(None)
+
     def also(self, back: Callable[[], object]) -> None:
         """Call ``back`` once when this is undone; :meth:`undone` does not redo it."""
         self._done.append((_Callback(back), None))
@@ -191,6 +197,22 @@ class _Attributes:
                 attributes[name] = content[name]
             else:
                 attributes.pop(name, None)
+
+
+class _Cached:
+    """What a module computes from its parameters once and keeps in eval mode; its own `train` drops it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def read(self) -> None: ...
+
+    def write(self, _: None) -> None:
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.train()
+        self.module.train(modes[0][1])
+        for part, training in modes:
+            part.training = training
 
 
 class _Callback:

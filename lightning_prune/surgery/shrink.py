@@ -95,6 +95,9 @@ def shrink(
         for entries, new_entries in states:
             change.replace_entries(entries, new_entries)
         _set_widths(change, owners, resized)
+        # Also in train mode: Lightning returns to it after validation without calling `train`.
+        for owner in (owner for owner in owners if type(owner).train is not nn.Module.train):
+            change.drop_cached(owner)
         _relax_unflatten(change, modules)
         try:
             drop(change, modules, drops or {}, optimizers)

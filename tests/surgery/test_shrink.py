@@ -536,3 +536,42 @@ def test_many_cuts_leave_nothing_behind(zoo):
         if width in (59, 41):
             counts.append(living())
     assert counts[0] == counts[1]
+
+
+class BiasedUnits(nn.Module):
+    """Keeps what it computes from its biases in eval mode, until `train` is called, as attention in timm's LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept, self.drop = {}, nn.Dropout()
+        self.biases = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x):
+        if "biases" not in self.kept:
+            self.kept["biases"] = self.biases.tanh().detach()
+        return x + self.kept["biases"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_what_modules_keep_in_eval_mode_follows_a_cut_and_its_undoing(training):
+    net, x = nn.Sequential(nn.Linear(3, 4), BiasedUnits(), nn.Linear(4, 2)).eval(), torch.ones(2, 3)
+    wide, masked = net(x), copy.deepcopy(net)
+    net[1].training = training  # as Lightning sets it after validation
+    change = cut(
+        net, {"0.weight": {0: [1, 3]}, "0.bias": {0: [1, 3]}, "1.biases": {0: [1, 3]}, "2.weight": {1: [1, 3]}}
+    )
+    masked[2].weight[:, [0, 2]] = 0
+    torch.testing.assert_close(net(x), masked(x))
+    with change.undone():
+        torch.testing.assert_close(net(x), wide)
+    torch.testing.assert_close(net(x), masked(x))
+    assert (net[1].training, net[1].drop.training) == (training, False)
+    change.undo()
+    torch.testing.assert_close(net(x), wide)
