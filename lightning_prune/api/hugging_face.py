@@ -129,16 +129,27 @@ def from_pretrained(kind: type[Model], source: str | Path, **options: Any) -> Mo
         TypeError: If ``kind`` is no class of a transformers model, or of another one than was saved.
         ConfigError: If the configuration builds no network.
         HistoryError: If the history is damaged, of a newer version or of another network than the configuration's, or
-            weights are missing.
+            weights are missing or of other shapes.
     """
     transformers = require("transformers", extra="transformers")
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise TypeError(f"from_pretrained: expected a class of transformers models, such as BertModel, got {kind!r}.")
+        got = getattr(kind, "__name__", repr(kind))
+        raise TypeError(
+            f"from_pretrained: expected the class of the model, such as BertModel, got {got}. An Auto class is none."
+        )
     loads: Any = kind
     where = {name: options[name] for name in _WHERE if name in options}
     file = transformers.utils.cached_file(str(source), _HISTORY, _raise_exceptions_for_missing_entries=False, **where)
     if file is None:
-        model: Model = loads.from_pretrained(source, **options)
+        try:
+            model: Model = loads.from_pretrained(source, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise HistoryError(
+                f"expected weights that fit the configuration in '{source}', got others. If the pruned model's own "
+                "`save_pretrained` wrote them, use lightning_prune.save_pretrained, or load them with `load_by_shapes`."
+            ) from error
         return model
     checkpoint, _ = from_json(Path(file).read_text(encoding="utf-8"))
     history = History.from_plain(checkpoint[KEY]) if KEY in checkpoint else None

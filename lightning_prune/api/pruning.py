@@ -309,7 +309,10 @@ def _ready(data: DataPass | Iterable[Any], model: nn.Module, loss: Callable[[Any
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         assert loss is not None
         if batch.labels is None:
-            raise ValueError("prune: expected data with labels for the loss, got none. Give batches `(x, y)`.")
+            raise ValueError(
+                "prune: expected data with labels for the loss, got none. Give batches `(x, y)`, or a "
+                "`lightning_prune.scoring.DataPass` with `labels=`, a function of a batch that returns them."
+            )
         return loss(forward(model, batch), batch.labels)
 
     def transfer(raw: Any) -> Any:

@@ -303,8 +303,15 @@ class TestErrors:
     def test_another_kind_of_network(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"expected a transformers model, got a Linear. Use `save`"):
             save_pretrained(nn.Linear(2, 2), tmp_path, torch.zeros(1, 2))
-        with pytest.raises(TypeError, match="expected a class of transformers models, such as BertModel, got"):
+        with pytest.raises(TypeError, match="expected the class of the model, such as BertModel, got Linear"):
             from_pretrained(nn.Linear, tmp_path)
+        with pytest.raises(TypeError, match=r"got AutoModel\. An Auto class is none"):
+            from_pretrained(transformers.AutoModel, tmp_path)
+
+    def test_a_folder_of_the_models_own_save_pretrained(self, tmp_path: Path) -> None:
+        pruned(bert).save_pretrained(tmp_path)
+        with pytest.raises(HistoryError, match=r"weights that fit the configuration in .* use lightning_prune.save_p"):
+            from_pretrained(transformers.BertModel, tmp_path)
 
     def test_a_folder_of_another_network(self, tmp_path: Path) -> None:
         save_pretrained(pruned(bert), tmp_path, TOKENS)

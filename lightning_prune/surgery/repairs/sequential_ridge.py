@@ -119,9 +119,8 @@ class SequentialRidge(Repair):
         short: list[str] = []
         if names:
             targets = Walk(dense, data, [Station(name, "output") for name in names])
-            inputs = Walk(narrow, data, [Station(name, "input") for name in names])
-            is_plain = targets.is_plain or inputs.is_plain
-            if is_plain and (added := [name for name in names if inputs.consumer(name).stream is not None]):
+            inputs = Walk(narrow, data, [Station(name, "input") for name in names], plain=targets.is_plain)
+            if inputs.is_plain and (added := [name for name in names if inputs.consumer(name).stream is not None]):
                 warnings.warn(
                     f"SequentialRidge does not compensate errors of the residual stream in {listed(added)}, since the "
                     "network is run as a whole for each layer.",
