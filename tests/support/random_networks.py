@@ -10,7 +10,7 @@ from lightning_prune.structure import TracedModel, Tracing, verify_shapes
 from tests.support.counting import counting
 from tests.support.cutting import draw, masked, settle, shrunk
 
-SIZE = 4
+SIZE, PAIRS = 4, 3
 
 
 def _groups(width, wish):
@@ -41,6 +41,35 @@ class Heads(nn.Module):
         q, k, v = self.qkv(x).view(n, length, 3, self.heads, features).permute(2, 0, 3, 1, 4)
         mixed = (q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v
         return x + self.out(mixed.transpose(1, 2).reshape(n, length, inner))
+
+
+class Rotary(nn.Module):
+    """Attention that turns pairs of features by angles which the network has once."""
+
+    def __init__(self, width, heads, shared, way, angles):
+        super().__init__()
+        self.features, self.shared, self.way, self.angles = 2 * PAIRS, shared, way, angles
+        self.q, self.out = nn.Linear(width, heads * self.features), nn.Linear(heads * self.features, width)
+        self.k, self.v = (nn.Linear(width, heads // shared * self.features) for _ in "kv")
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (-1, self.features)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        angles = torch.arange(x.shape[1])[:, None] * self.angles.frequencies
+        q, k = (self.turned(part, angles) for part in (q, k))
+        k, v = (part.repeat_interleave(self.shared, 1) for part in (k, v))
+        mixed = (q @ k.transpose(-1, -2) * 0.4).softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+    def turned(self, x, angles):
+        if self.way == 0:
+            other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+            return x * angles.cos().repeat_interleave(2, -1) + other * angles.sin().repeat_interleave(2, -1)
+        if self.way == 1:
+            first, second = x.chunk(2, -1)
+        else:
+            first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        angles = torch.cat((angles, angles), -1)
+        return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
 
 class Parts(nn.Module):
@@ -263,6 +292,24 @@ class RandomNet(nn.Module):
         """PyTorch's attention, by itself or with another value."""
         self._layer(name, nn.MultiheadAttention(width, _groups(width, a), bias=b % 2 == 0, batch_first=True))
         return width, 0, lambda layer, x, _: x + _over_positions(lambda y: layer(y, y, y)[0], x, None)
+
+    def _rotary(self, name, width, earlier, a, b):
+        """Attention with rotary embeddings, in which query heads may share those of keys and values."""
+        shared = 1 + b % 2
+        angles = next((one.angles for one in self.layers.values() if isinstance(one, Rotary)), None)
+        if angles is None:
+            angles = nn.Module()
+            angles.register_buffer("frequencies", 2.0 ** -torch.arange(PAIRS), persistent=False)
+        self._layer(name, Rotary(width, shared * (1 + a % 3), shared, b % 3, angles))
+        return width, 0, _over_positions
+
+    def _every_second(self, name, width, earlier, a, b):
+        """Every second channel, or all of them in another order."""
+        if width % 2:
+            return None
+        if a % 2:
+            return width // 2, 0, lambda layer, x, _: x[:, b % 2 :: 2]
+        return width, 0, lambda layer, x, _: torch.stack((x[:, 1::2], x[:, ::2]), 2).flatten(1, 2)
 
     def _parts(self, name, width, earlier, a, b):
         if width < 3:
