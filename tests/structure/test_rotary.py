@@ -25,6 +25,14 @@ HALVES, NEIGHBOURS = ([[n, n + 6] for n in range(6)], [[2 * n, 2 * n + 1] for n 
 
 def _turned(x: Tensor, angles: Tensor, way: str) -> Tensor:
     """Pairs of features turned by angles ``(length, pairs)``: those of two halves, or neighbours."""
+    if way in ("pairs", "complex"):
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        if way == "complex":
+            turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)
+            return torch.view_as_real(turned).flatten(-2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
     if way == "neighbours":
         other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
         angles = angles.repeat_interleave(2, -1)
@@ -103,6 +111,8 @@ NETWORKS = {
     "halves": ("halves", None),
     "chunks": ("chunks", None),
     "neighbours": ("neighbours", None),
+    "pairs": ("pairs", None),
+    "complex": ("complex", None),
     "halves, other values": ("halves", 6),
     "neighbours, other values": ("neighbours", 6),
 }
@@ -119,7 +129,7 @@ def test_pairs_are_units_in_all_layers(name: str) -> None:
     rows = {member.tensor: member.index for member in pairs.members}
     assert rows["frequencies"].tolist() == [[n] for n in range(PAIRS)]
     by_head = rows["layers.1.k.weight"].reshape(PAIRS, KEYS, 2) - FEATURES * np.arange(KEYS)[:, None]
-    expected = NEIGHBOURS if way == "neighbours" else HALVES
+    expected = HALVES if way in ("halves", "chunks") else NEIGHBOURS
     assert by_head.transpose(1, 0, 2).tolist() == [expected] * KEYS
     found = {group: (one.width, one.within) for group, one in features.items()}
     assert found == ({f"layers.{n}.v#head_dim": (6, heads[n : n + 1]) for n in range(2)} if values else {})

@@ -85,7 +85,18 @@ def broadcast(t: Tracer, func: Any, values: Sequence[tuple[torch.Tensor, Value]]
     return axes
 
 
-@rule("pointwise", "hardswish", "masked_fill", "mish", "rsub", "log_sigmoid", "hardshrink", "softshrink")
+@rule(
+    "pointwise",
+    "complex",
+    "hardswish",
+    "masked_fill",
+    "mish",
+    "polar",
+    "rsub",
+    "log_sigmoid",
+    "hardshrink",
+    "softshrink",
+)
 def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Any elementwise operator, with broadcasting."""
     inputs = [(x, t.value(x)) for x in flat_tensors(args, kwargs)]

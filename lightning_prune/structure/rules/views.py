@@ -81,6 +81,18 @@ def squeeze(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     _moved(t, out, value, [d for d in range(args[0].dim()) if d not in dropped])
 
 
+@rule("view_as_complex", "view_as_real")
+def complex_numbers(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Two real numbers, along the last dimension, as a complex one, and back."""
+    value = t.value(args[0])
+    axes = list(value.axes)
+    if out.is_complex():
+        t.freeze(axes[-1:], f"taken as parts of complex numbers in {t.where(func)}")
+        t.label(out, axes[:-1], zero=value.zero)
+    else:
+        t.label(out, [*axes, None], zero=value.zero)
+
+
 def _blocks_of_view(t: Tracer, old: tuple[int, ...], new: tuple[int, ...], labelled: list[int]) -> Blocks | None:
     """Old and new dimensions that correspond in a view; None if they are unchanged.
 

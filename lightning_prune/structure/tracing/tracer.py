@@ -206,8 +206,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parts:
                 self.splits.setdefault(key, (parts, []))[1].append(label)
                 self.split_in.setdefault(key, set()).add(self.module)
-            chosen = self.choices.get(key)
-            part = chosen if chosen in parts else parts[-1] if parts else None  # another axis may be split alike
+            chosen, default = self.choices.get(key), parts[-1:]
+            if self.of_features and len(parts) > 1 and sizes[parts[-1]] == 2:  # pairs that rotary embeddings turn
+                default = parts[-2:-1]
+            part = chosen if chosen in parts else default[0] if default else None  # another axis may be split alike
         else:
             part = first[0]
         others = tuple(n for k, n in enumerate(sizes) if k != part)
