@@ -220,11 +220,24 @@ class Trials:
                 further = self._further((_merged(group, other) for other in near), failure, follow)
             if further is None:
                 return None
-            group, failure = further
+            group, failure = self._fewest(group, *further, follow)
             like = _as_in_one_block(start, group, found, alike.values())
             if failure is not None and like is not None:
                 group, failure = self._further([like], failure, follow) or (group, failure)
         return group, [other for other in others if id(other) in alike and _is_part(alike[id(other)], group)]
+
+    def _fewest(
+        self, before: Group, group: Group, failure: Failure | None, follow: bool
+    ) -> tuple[Group, Failure | None]:
+        """The group without the sizes, of several new ones, that its cut gets as far without."""
+        new = [size for size in group.sizes if size not in before.sizes]
+        for size in new if len(new) > 1 else ():
+            less = replace(group, sizes=tuple(other for other in group.sizes if other != size))
+            self._count += 1
+            now = self.attempt([less], follow)
+            if now is None or (failure is not None and now.position >= failure.position):
+                group, failure = less, now
+        return group, failure
 
     def _can_tie(self, group: Group, other: Group) -> bool:
         """Whether every unit of these groups is a single output of each layer that produces it, or of each gate.

@@ -570,3 +570,36 @@ def test_many_attributes_of_one_value_are_no_search_without_end(monkeypatch: pyt
     monkeypatch.setattr(Trials, "attempt", lambda *args, **kw: counted.append(1) or attempt(*args, **kw))
     assert _traced(model).widths == {"block.qkv": 4, "block.qkv#head_dim": 6}
     assert len(counted) < 400
+
+
+class Selecting(nn.Module):
+    """A view with two sizes, and a parameter that a number selects: an index of its own, or one of the sizes."""
+
+    def __init__(self, index: str) -> None:
+        super().__init__()
+        self.layer_idx, self.queries, self.keys, self.index = 4, 4, 4, index
+        self.q, self.k, self.v = (nn.Linear(WIDTH, 4 * 3) for _ in "qkv")
+        self.out, self.offsets = nn.Linear(4 * 3, WIDTH), nn.ParameterList(torch.randn(WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = max(self.queries, self.keys)
+        x = x + self.offsets[getattr(self, self.index)]
+        q, k, v = (layer(x).view(*x.shape[:2], heads, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_number_that_is_an_index_stays() -> None:
+    network = _encoder(Selecting("layer_idx"))
+    masked, structure = copy.deepcopy(network), _traced(network)
+    group = structure.group("block.q")
+    assert {size.tensor for size in group.sizes} == {"block.queries", "block.keys"}
+    axes = structure.axes({"block.q": (0, 3)})
+    cut(network, axes)
+    mask(masked, axes)
+    torch.testing.assert_close(network(_example()), masked(_example()))
+    assert network.block.layer_idx == 4
+
+
+def test_a_size_that_selects_a_parameter_holds_the_heads() -> None:
+    structure = _traced_on(Selecting("keys"), torch.ones(BATCH, TOKENS, WIDTH))  # all of its parameters are alike
+    assert "q" not in structure.widths

@@ -340,7 +340,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         if operator.asks:
             return out
-        self._mark_used(args, kwargs)
+        self._mark_used(operator, args, kwargs)
         rule = self._rule_of.get(func)
         if rule is None:
             rule = self._rule_of[func] = self._rule(operator)
@@ -353,8 +353,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._written(out)
         return out
 
-    def _mark_used(self, args: Any, kwargs: Any) -> None:
-        """Mark the parameters and buffers that enter an operator as used, and check whether all inputs are constant."""
+    def _mark_used(self, operator: Operator, args: Any, kwargs: Any) -> None:
+        """Mark the parameters and buffers that enter an operator as used, and check whether all inputs are constant.
+
+        Their names are part of the script: a number that depends on a width must not select others.
+        """
         self.constant = True
         for tensor in flat_tensors(args, kwargs):
             known = self._values.get(id(tensor))
@@ -364,6 +367,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.constant = self.constant and value.constant
             if value.source is not None:
                 self.seen.add(value.source[0])
+                if operator.name not in LAYOUT:
+                    self._noted.append(value.source[0])
 
     def _is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is an unknown constant that is small enough to compare."""
