@@ -105,7 +105,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _groups(report: Record) -> list[str]:
-    return list(report.dense.widths) if report.dense else []
+    return list(report.dense_widths)
 
 
 def _with_names(names: Sequence[str]) -> Figure:
@@ -181,7 +181,7 @@ def _size_panel(axes: Axes, report: Record, clock: _Clock) -> None:
 
 def _width_panel(axes: Axes, report: Record) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    dense = dict(report.dense.widths) if report.dense else {}
+    dense = report.dense_widths
     if not dense:
         _note(axes, "no widths were recorded")
         return

@@ -15,6 +15,7 @@ from lightning_prune.reporting.layer_scores import ScoredDepth, ScoredLayer
 from lightning_prune.reporting.measure import Timing
 from lightning_prune.reporting.metric_names import data_of_metric, kind_of_metric, mode_of_metric
 from lightning_prune.structure import Size, Structure
+from lightning_prune.structure.head_features import SUFFIX
 
 __all__ = ["Cut", "Measurement", "Record", "Scores", "SizeCheckpoint", "size_of", "timed"]
 
@@ -251,10 +252,20 @@ class Record:
         return f"after {part}, {before}" if part else before, now
 
     @property
+    def dense_widths(self) -> dict[str, int]:
+        """Units of the dense network by group, without features of heads of which none was removed.
+
+        Those are pruned only where they are named, and belong to heads, which are counted.
+        """
+        now = self.widths
+        dense = self.dense.widths if self.dense else {}
+        return {name: n for name, n in dense.items() if not name.endswith(SUFFIX) or now.get(name, n) < n}
+
+    @property
     def pruning_ratio(self) -> float:
         """Share of the units (with masks: of the weights) that is removed, in [0, 1)."""
-        dense = sum(self.dense.widths.values()) if self.dense else 0
-        return 1 - sum(self.widths.values()) / dense if dense else 0.0
+        dense, now = self.dense_widths, self.widths
+        return 1 - sum(now[name] for name in dense) / sum(dense.values()) if sum(dense.values()) else 0.0
 
     @property
     def main_metric(self) -> str | None:

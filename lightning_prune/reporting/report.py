@@ -209,7 +209,8 @@ class Report(Record):
 
     def _cuts(self) -> Grid:
         metric = self.main_metric
-        widths = Report(self.dense, start=self.start).widths
+        counted = self.dense_widths
+        widths = {name: n for name, n in Report(self.dense, start=self.start).widths.items() if name in counted}
         sizes = ("units", "parameters") if self.what == "units" else ("zero weights", "non-zero weights")
         columns: tuple[str, ...] = ("cut", "after epoch", "step", *sizes, "MACs", "seconds")
         rows = []
@@ -258,7 +259,7 @@ class Report(Record):
         return Grid("Sizes", columns, rows, note=note)
 
     def _widths(self) -> Grid:
-        dense, now = self.dense.widths if self.dense else {}, self.widths
+        dense, now = self.dense_widths, self.widths
         if self.what == "weights":
             zeros = {name: old - now[name] for name, old in dense.items()}
             cells = [(n, count(w), count(zeros[n]), count(now[n]), share(zeros[n], w)) for n, w in dense.items()]

@@ -215,6 +215,17 @@ def test_units_are_those_of_the_whole_network(make_report):
     assert [row[3] for row in report.grids()[1].rows] == ["50 → 48", "48 → 42"]
 
 
+@pytest.mark.parametrize("are_pruned", [False, True])
+def test_features_of_heads_are_counted_where_they_were_pruned(make_report, are_pruned):
+    report = make_report(cut_epochs=(2,))
+    report.dense = replace(report.dense, widths={**report.dense.widths, "net.0#head_dim": 50})
+    after = {"net.0": 10, "net.1": 15, **({"net.0#head_dim": 20} if are_pruned else {})}
+    report.cuts = [replace(report.cuts[0], after=after)]
+    assert report.pruning_ratio == pytest.approx(0.55 if are_pruned else 0.5)
+    assert report.grids()[1].rows[0][3] == ("100 → 45" if are_pruned else "50 → 25")
+    assert [row[0] for row in report.grids()[-1].rows] == ["net.0", "net.1", *["net.0#head_dim"] * are_pruned]
+
+
 def timed_report(old, new):
     """Of a network whose latency at batch 1 was ``(ms, spread)`` and is another one."""
     report = Report(timed(Size(100, 1000, {"a": 10}), {1: Timing(*old)}))
