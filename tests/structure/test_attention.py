@@ -16,9 +16,10 @@ HEADS, FEATURES, POSITIONS = 6, 4, 3
 class Attention(nn.Module):
     """Attends over the positions whose first feature is positive: as many as the example has."""
 
-    def __init__(self, mask: bool = False) -> None:
+    def __init__(self, mask: bool = False, keys: int = HEADS) -> None:
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(5, HEADS * FEATURES, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (nn.Linear(5, n * FEATURES, bias=False) for n in (HEADS, keys, keys))
+        self.shared = keys < HEADS  # heads of keys and values, by several of queries each
         self.out = nn.Linear(HEADS * FEATURES, 2, bias=False)
         self.mask = nn.Linear(5, HEADS) if mask else None
         self.double()
@@ -29,7 +30,9 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (-1, FEATURES)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         bias = None if self.mask is None else self.mask(x).transpose(1, 2)[:, :, None]
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=self.shared).transpose(1, 2).flatten(2)
+        )
 
 
 def example() -> torch.Tensor:
@@ -48,6 +51,16 @@ def test_whole_heads_are_units() -> None:
     small = shrunk(model, axes)
     assert small.query.out_features == HEADS * FEATURES // 2
     torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_of_queries_leave_with_those_of_keys_that_they_share() -> None:
+    model, x = Attention(keys=2), example()
+    structure = trace(TracedModel.of(model, x))
+    (group,) = structure.groups
+    assert group.width == 2
+    assert structure.axes({group.name: [1]})["query.weight"][0].tolist() == list(range(12, 24))
+    axes = structure.axes(half(structure))
+    torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-12, atol=1e-12)
 
 
 def test_products_of_queries_and_keys_and_of_shares_and_values_are_counted() -> None:

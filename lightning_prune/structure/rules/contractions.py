@@ -91,8 +91,10 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.freeze(t.value(tensor).axes, f"the mask of {where}")
     for tensor, value in zip(args[:2], (q, k), strict=True):
         t.note_lengths(tensor.shape[2:], value.axes[2:])
-    outer = [t.meet(t.meet(q.axes[d], k.axes[d], where), v.axes[d], where) for d in (0, 1)]
     samples, heads, rows, features = args[0].shape
+    outer = list(q.axes[:2])
+    for value in (k, v):  # with `enable_gqa`, one of their heads serves several of the queries
+        outer = [t.meet(outer[0], value.axes[0], where), t.meet(outer[1], _repeated(value.axes[1], heads), where)]
     pairs = samples * rows * args[1].shape[2]
     t.count(pairs, [outer[1], q.axes[3]], [heads, features])
     t.count(pairs, [outer[1], v.axes[3]], [heads, args[2].shape[3]])
@@ -100,6 +102,13 @@ def attention(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.label(extra, [*outer, *([None] * (extra.dim() - 2))] if extra.dim() > 2 else [None] * extra.dim())
     axes = [*outer, None, v.axes[3]]
     t.label(out[0], axes, zero=zero_along(args[2], v, axes))
+
+
+def _repeated(axis: AxisLabel, length: int) -> AxisLabel:
+    """An axis whose indices are repeated, each in place, up to a length."""
+    if not isinstance(axis, np.ndarray) or not len(axis) < length:
+        return axis
+    return np.repeat(axis, length // len(axis))
 
 
 @rule("convolution", "cudnn_convolution", "mkldnn_convolution", "_convolution")
