@@ -41,7 +41,7 @@ class Reads(nn.Module):
 
     def forward(self, x):
         y = self.first(x)
-        return self.last(y * 2 if x.sum().item() > 0 else y)
+        return self.last(y * 2 if y.sum().item() > 0 else y)
 
 
 class Branches(Reads):
@@ -96,6 +96,33 @@ def test_a_network_that_cannot_be_taken_apart_is_run_whole(kind, reason):
     assert walk.is_plain
     found, expected = outputs(walk), outputs(Walk(model, data, stations, plain=True))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Padded(Reads):
+    """A mask is left out if it is all ones, as transformers does."""
+
+    def forward(self, x, mask):
+        x = self.first(x)
+        return self.last(x if mask.all() else x * mask[:, None])
+
+
+def test_numbers_read_out_of_the_inputs_are_the_same_for_all_batches():
+    torch.manual_seed(0)
+    model = Padded().double()
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    batches = [{"x": torch.randn(len(part), 3, dtype=torch.float64), "mask": part} for part in mask.split([5, 2])]
+    stations = [Station("first", "output"), Station("last", "output")]
+    one = DataPass(batches[:1])
+    assert [bool(batch.kwargs["mask"][:2].all()) for batch in one] == [True]  # as it is not of the whole batch
+    walk = Walk(model, one, stations)
+    assert not walk.is_plain
+    for a, b in zip(outputs(walk), outputs(Walk(model, one, stations, plain=True)), strict=True):
+        torch.testing.assert_close(a, b)
+    both = DataPass(batches)
+    assert {bool(batch.kwargs["mask"].all()) for batch in both} == {False, True}
+    with pytest.warns(UserWarning, match="reads a number out of its inputs that differs"):
+        walk = Walk(model, both, stations)
+    assert walk.is_plain
 
 
 class Filled(Reads):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lightning_prune.scoring.contexts import preserved_state
 from lightning_prune.scoring.data import Batch, Forward, forward
@@ -91,6 +91,7 @@ class Program:
         model: The network, recorded in eval mode and not changed.
         batch: Samples to record with.
         call: Runs the network on a batch.
+        first: The first of two samples to record with.
 
     Attributes:
         steps: Steps in the order of execution.
@@ -104,11 +105,13 @@ class Program:
         NotReplayable: With the reason.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, call: Forward = forward) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, call: Forward = forward, first: int = 0) -> None:
         # One sample is repeated, to detect operators that mix samples.
-        two, three = (_recorded(model, batch, rows, call) for rows in ([0, 1], [0, 1, 1]))
+        pair = [first, first + 1, first + 1]
+        two, three = (_recorded(model, batch, rows, call) for rows in (pair[:2], pair))
         if two.problems:
             raise NotReplayable("; ".join(dict.fromkeys(two.problems)))
+        self.read = two.read
         self.steps = [_merged(one, other) for one, other in _pairs(two, three)]
         self.output = map_places(_merged_leaf, two.output, three.output)
         self.shapes = [tuple(value.shape) for value in two.values]
@@ -139,6 +142,16 @@ class Program:
     def gives_tensors(self) -> bool:
         """Whether all outputs are computed from the inputs."""
         return all(isinstance(place, Value) and self.depends[place.number] for place in leaves(self.output))
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the network runs these steps on a batch: it reads the recorded numbers out of its inputs."""
+        if not self.read:
+            return True
+        context = Context({}, tree_leaves((batch.args, dict(batch.kwargs))), len(batch), {}, {})
+        wanted = [place.number for place, _ in self.read if isinstance(place, Value)]
+        with torch.no_grad():
+            found = self.run(self.work(range(len(self.steps)), wanted), {}, context)
+        return all(_resolved(place, found, context).item() == number for place, number in self.read)
 
     def value_at(self, position: int) -> int:
         """Number of the value at a marker."""

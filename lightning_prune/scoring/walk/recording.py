@@ -125,6 +125,8 @@ class Recording:
         calls: Calls of modules, in the order in which they ended.
         values: The recorded tensor of each value.
         problems: Reasons why the steps cannot be replayed.
+        read: Numbers that were read out of tensors which depend on the inputs alone, such as whether an attention mask
+            is all ones, with the placeholders of these. The steps are those of batches with the same numbers.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -132,6 +134,7 @@ class Recording:
     calls: list[ModuleCall] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    read: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 def record(model: nn.Module, batch: Batch, call: Forward = forward) -> Recording:
@@ -170,6 +173,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stale: set[int] = set()
         self._by_storage: dict[int, set[int]] = {}  # values by storage
         self._data_dependent: set[int] = set()  # values that depend on the inputs
+        self._computed: set[int] = set()  # those that weights enter, too, or that stations are at
         for name, tensor in named(model).items():
             self._register(tensor, Weight(name))
         for index, leaf in enumerate(tree_leaves(inputs)):
@@ -211,6 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording.steps.append(Step(None, (place,), {}, (number,), station=station))
         if self._is_data(place):
             self._data_dependent.add(number)
+            self._computed.add(number)
         return place
 
     def restore(self, tensor: Tensor, place: Any, mark: int) -> None:
@@ -235,12 +240,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         self._check_replayable(func, before, written)
         is_data = any(self._is_data(place) for place in leaves(places))
+        is_computed = is_data and any(self._is_computed(place) for place in leaves(places))
         if is_data and func is torch.ops.aten._local_scalar_dense.default:
-            self.recording.problems.append("a number is read out of a tensor, and what follows may depend on it")
+            if is_computed:
+                self.recording.problems.append("a number is read out of a tensor, and what follows may depend on it")
+            else:
+                self.recording.read.append((places[0][0], out))
         if isinstance(before, Tensor):
             self._mark_stale(before, is_data)
         outs = tuple(self.new(leaf) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(out))
         self._data_dependent.update(number for number in outs if number is not None and is_data)
+        self._computed.update(number for number in outs if number is not None and is_computed)
         macs = _macs(func, args, kwargs, out)
         self.recording.steps.append(Step(func, *places, outs, written if before is not None else None, macs))
         return out
@@ -260,6 +270,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stale |= there
         if is_data:
             self._data_dependent |= there
+
+    def _is_computed(self, place: Any) -> bool:
+        return isinstance(place, Weight) or (isinstance(place, Value) and place.number in self._computed)
 
     def _is_data(self, place: Any) -> bool:
         return isinstance(place, Input) or (isinstance(place, Value) and place.number in self._data_dependent)

@@ -72,6 +72,10 @@ class _Engine(Protocol):
     def variants(self, asked: Variants) -> Any: ...
 
 
+#: Largest number of pairs of samples that are tried for recording the operators of a network.
+_MOST_PAIRS = 8
+
+
 def stations_of(
     model: nn.Module,
     batch: Batch,
@@ -321,11 +325,27 @@ class Walk:
         with untouched, torch.inference_mode(False), torch.no_grad():
             yield
 
+    def _program(self, batch: Batch) -> Program:
+        """The operators of the network, recorded with two samples on which it decides as on all batches.
+
+        Raises:
+            NotReplayable: If there are none, or the operators cannot be replayed.
+        """
+        for first in range(0, min(max(len(batch), 1), 2 * _MOST_PAIRS), 2):
+            program = Program(self.model, batch, self.data.call, first)
+            if program.fits(batch):
+                break
+        if not program.read or all(program.fits(other) for other in self.data):
+            return program
+        raise NotReplayable(
+            "it reads a number out of its inputs that differs between batches (whether a mask is all ones, say)"
+        )
+
     def _live(self, memory_limit: int, most_rows: int) -> _Engine:
         """The replay engine, or the hook engine with a warning if the network cannot be replayed."""
         first = next(iter(self.data))
         try:
-            program = Program(self.model, first, self.data.call)
+            program = self._program(first)
             live = ReplayEngine(self.model, program, self.places, memory_limit, most_rows)
             with preserved_state(self.model, seed=self.data.seed), torch.inference_mode(False), torch.no_grad():
                 live.check(first, self.data.call)
