@@ -57,7 +57,7 @@ def add_head_features(analysis: Analysis) -> None:
         )
         for group in other.groups
     ]
-    found = _passing(analysis, found)
+    found = _passing(analysis, _with_fixed_angles(analysis, found))
     modules = {group.name: _with_own_scale(other, group) for group in found}
     found = [
         replace(one, sizes=(*one.sizes, *stored_scales(other.first.module, one, modules[one.name]))) for one in found
@@ -65,6 +65,26 @@ def add_head_features(analysis: Analysis) -> None:
     found = with_query_rows(analysis, found, modules)
     if found:
         analysis.head_features = HeadFeatures(found, other)
+
+
+def _with_fixed_angles(analysis: Analysis, features: list[Group]) -> list[Group]:
+    """The groups without those whose angles are computed again for inputs that are longer than any before.
+
+    That happens with the dynamic rotary embeddings of transformers, from the configuration, in as many pairs as at first.
+    """
+    modules = dict(analysis.first.module.named_modules())
+
+    def are_fixed(group: Group) -> bool:
+        owners = (modules.get(member.tensor.rpartition(".")[0]) for member in group.members)
+        return not any("dynamic" in str(getattr(owner, "rope_type", "")) for owner in owners)
+
+    lost = [group.name for group in features if not are_fixed(group)]
+    if lost:
+        analysis.notes.append(
+            f"the features of heads of {', '.join(lost)} were left out, as the angles of their rotary embeddings are "
+            "computed again for long inputs (`rope_type` is 'dynamic')"
+        )
+    return [group for group in features if group.name not in lost]
 
 
 def _with_own_scale(analysis: Analysis, features: Group) -> set[str]:

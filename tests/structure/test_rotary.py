@@ -167,6 +167,14 @@ def test_rows_and_frequencies_that_stay_are_those_of_kept_pairs() -> None:
     assert all(layer.out.weight.shape == (WIDTH, HEADS * 4) for layer in network.layers)
 
 
+def test_features_stay_whose_angles_are_computed_again_for_long_inputs() -> None:
+    network = _network()
+    network.rope_type = "dynamic"  # as in transformers, where a longer input gives all pairs again
+    structure = _structure(network)
+    assert not [group for group in structure.groups if group.within]
+    assert "layers.0.q#head_dim were left out, as the angles" in " ".join(structure.notes)
+
+
 def test_features_stay_in_the_layers_that_keep_heads() -> None:
     network, scope = _network("halves", None, 3), Scope(min_width=0)
     with torch.no_grad():
