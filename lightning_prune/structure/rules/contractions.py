@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,9 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channel = x.dim() - spatial - 1  # 0 for an unbatched input
     where = t.where(func)
     t.freeze(w.axes[2:], f"the kernel size of {where}")
-    t.freeze(v.axes[channel + 1 :], f"the positions of {where}")
+    positions = _positions(t, v.axes[channel + 1 :], weight, args)
+    mixed = [axis for axis, kept in zip(v.axes[channel + 1 :], positions, strict=True) if kept is None]
+    t.freeze(mixed, f"neighbours are mixed by {where}")
     dim_in, dim_out = (0, 1) if transposed else (1, 0)
     t.role(w, dim_in, "in")
     t.role(w, dim_out, "out")
@@ -135,15 +138,25 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         produced = _grouped(t, v.axes[channel], w, groups, transposed, where, weight.shape[1])
     if bias is not None:
         produced = t.meet(produced, t.value(bias).axes[0], where)
-    axes = [*v.axes[:channel], produced, *([None] * spatial)]
-    positions = x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :]
+    axes = [*v.axes[:channel], produced, *positions]
+    lengths = x.shape[channel + 1 :] if transposed else out.shape[channel + 1 :]
     batch = math.prod(x.shape[:channel])
     if t.samples is None and not t.constant:
         t.samples = batch
-    t.count(math.prod(positions) * math.prod(weight.shape[2:]) * batch, w.axes[:2], weight.shape[:2])
-    # The bias is added to every sample.
-    samples_zero = not labelled(axes[:channel]) or (v.zero and bias is None)
-    t.label(out, axes, zero=w.zero and samples_zero and (bias is None or t.value(bias).zero))
+    t.count(math.prod(weight.shape[2:]) * batch, [*w.axes[:2], *positions], [*weight.shape[:2], *lengths])
+    # The bias is added to every sample and position.
+    others_zero = not labelled([*axes[:channel], *positions]) or (v.zero and bias is None)
+    t.label(out, axes, zero=w.zero and others_zero and (bias is None or t.value(bias).zero))
+
+
+def _positions(t: Tracer, axes: Sequence[AxisLabel], weight: Any, args: Any) -> list[AxisLabel]:
+    """Labels of the output's positions: those of the input along which a kernel of 1 takes each by itself."""
+    kernel, spatial = weight.shape[2:], len(axes)
+    stride, padding, added = (list(args[i]) * (spatial // len(args[i])) for i in (3, 4, 7))
+    return [
+        axis if tuple(sizes) == (1, 1, 0, 0) and isinstance(axis, np.ndarray) and not t.atoms.are_frozen(axis) else None
+        for axis, *sizes in zip(axes, kernel, stride, padding, added, strict=True)
+    ]
 
 
 def _grouped(
