@@ -3,12 +3,14 @@
 PyTorch's fused attention multiplies the products of queries and keys by 1/√width if it is given no scale. Where
 features of heads are removed, the rows of the queries are multiplied by √(new width / old width), so that the
 temperature of the softmax stays. Which rows these are is read from gradients, and that nothing else depends on them is
-shown by numbers: on a copy with noise in its weights, the cut network must equal the masked one.
+shown by numbers: on a copy with noise in its weights, the cut network must equal one whose attention is given the scale
+of the whole heads. Queries that a norm over their features gives are multiplied by its weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,8 +30,10 @@ from lightning_prune.structure.tracing import Call, FakeCopy, output_tensors
 
 __all__ = ["with_query_rows"]
 
-#: How many times further from the masked network the cut one must be without the factors than with them.
+#: How many times further from the network with the scale of whole heads the cut one must be without the factors.
 _CERTAINTY = 100
+#: Share of the queries below which a layer only turns them, as one in front of a norm.
+_SMALLEST_SHARE = 1e-3
 #: What queries are multiplied by in the checks; the attention divides them by it. The second shows where they are
 #: clipped, the first what is added to them.
 _SIZES = (1.0, 1024.0)
@@ -47,7 +51,7 @@ def with_query_rows(analysis: Analysis, groups: Sequence[Group], modules: Mappin
         modules: Names of the modules whose attention computes its scale from the width, for groups that have any.
     """
     asked = [group for group in groups if modules.get(group.name)]
-    found, why = {}, "the cut network would not equal the masked one"
+    found, why = {}, "multiplied queries would not have the effect of the scale alone"
     if asked:
         try:
             found = {group.name: group for group in _Numbers(analysis).checked(asked, modules)}
@@ -77,7 +81,7 @@ class _Numbers:
         if size > _MOST_PARAMETERS:
             raise ValueError(f"expected at most {_MOST_PARAMETERS:,} parameters, to run a copy, got {size:,}")
         self.analysis = analysis
-        self.calls = [run.call for run in analysis.runs if run.call.method == "forward"]
+        self.runs = [run for run in analysis.runs if run.call.method == "forward"]
         self.copy = analysis.traced.copy("real")
         for tensor in self.copy.named.values():
             if tensor.is_floating_point():
@@ -90,10 +94,10 @@ class _Numbers:
                 parameter.requires_grad_().data.add_(noise.to(parameter))
 
     def checked(self, groups: Sequence[Group], modules: Mapping[str, set[str]]) -> list[Group]:
-        """The groups with their queries, of which a cut keeps what the masked network computes."""
+        """The groups with their queries, of which a cut keeps the temperature of the softmax."""
         recorder = _Queries(self.copy, groups, modules)
         with recorder:
-            self.copy.compute(self.calls[0])
+            self.copy.compute(self.runs[0].call)
         whole, own = recorder.queries(), set().union(*modules.values())
         if self._is_equal(whole, own):
             return whole
@@ -104,17 +108,18 @@ class _Numbers:
         return found
 
     def _is_equal(self, groups: Sequence[Group], modules: set[str]) -> bool:
-        """Whether a cut equals the masked network in every call, and would not without the factors."""
+        """Whether a cut equals one that keeps the scale, in every call, and would not without the factors."""
         kept = {group.name: tuple(range(0, group.width, 2)) for group in groups}
         structure = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes))
         axes, factors = structure.axes(kept), structure.factors(kept)
         rows = {q.tensor: q.index.flatten() for group in groups for q in group.queries}
         for size in _SIZES:
-            with torch.no_grad(), self._multiplied(rows, size), _Check(self.copy, modules, size):
-                for call in self.calls:
-                    with self.copy.masked(axes):
-                        masked = self._values(call)
-                    without, scaled = (float((self._cut(call, axes, f) - masked).norm()) for f in ({}, factors))
+            with torch.no_grad(), self._multiplied(rows, size):
+                for run in self.runs:
+                    with _Check(self.copy, modules, size, run.query_widths):
+                        wanted = self._cut(run.call, axes, {})
+                    with _Check(self.copy, modules, size):
+                        without, scaled = (float((self._cut(run.call, axes, f) - wanted).norm()) for f in ({}, factors))
                     if not scaled * _CERTAINTY < without:
                         return False
         return True
@@ -151,11 +156,14 @@ class _Check(TorchFunctionMode):
         copy: The copy that runs.
         modules: Modules whose queries are divided.
         size: What they are divided by.
+        widths: Widths of heads in the order of the attentions that compute their scale, to give them the scale of
+            these; None for that of their own.
     """
 
-    def __init__(self, copy: FakeCopy, modules: set[str], size: float) -> None:
+    def __init__(self, copy: FakeCopy, modules: set[str], size: float, widths: Sequence[int] | None = None) -> None:
         super().__init__()
         self.copy, self.modules, self.size = copy, modules, size
+        self.widths = None if widths is None else iter(widths)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -165,8 +173,11 @@ class _Check(TorchFunctionMode):
             return args[0] if args else named["input"]
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs or {})
-        if named.get("scale") is None and self.copy.stack[-1] in self.modules:
-            named["query"] = named["query"] / self.size
+        if named.get("scale") is None:
+            if self.copy.stack[-1] in self.modules:
+                named["query"] = named["query"] / self.size
+            if self.widths is not None:
+                named["scale"] = next(self.widths) ** -0.5
         return func(**{**named, "dropout_p": 0.0})
 
 
@@ -195,10 +206,15 @@ class _Queries(TorchFunctionMode):
         own = {name: tensor for name, tensor in present.items() if isinstance(tensor, nn.Parameter)}
         if not own or not query.requires_grad:
             return
-        value = (query * torch.randn_like(query)).sum()
+        value = (query * query.detach()).sum()
         grads = torch.autograd.grad(value, list(own.values()), retain_graph=True, allow_unused=True)
-        for name, grad in zip(own, grads, strict=True):
-            if grad is not None:
+        found = {name: grad for name, grad in zip(own, grads, strict=True) if grad is not None}
+        # By how much the queries change if a layer's weights and bias are multiplied.
+        shares: dict[str, float] = defaultdict(float)
+        for name, grad in found.items():
+            shares[name.rpartition(".")[0]] += float((grad * own[name]).sum() / value)
+        for name, grad in found.items():
+            if abs(shares[name.rpartition(".")[0]]) > _SMALLEST_SHARE:
                 rows = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
                 self.rows[group.name, name] = rows | self.rows.get((group.name, name), rows)
 

@@ -56,15 +56,18 @@ class Fused(nn.Module):
 
     Args:
         uses: Other uses of the queries than in the attention, or another attention while training.
+        norm: Norm of the features of queries and keys.
     """
 
-    def __init__(self, uses: str = "") -> None:
+    def __init__(self, uses: str = "", norm: type[nn.Module] | None = None) -> None:
         super().__init__()
+        self.q_norm, self.k_norm = (norm(FEATURES) if norm else nn.Identity() for _ in "qk")
         self.head_dim, self.scale, self.fused, self.uses = FEATURES, FEATURES**-0.5, True, uses
         self.qkv, self.out = nn.Linear(WIDTH, 3 * HEADS * FEATURES), nn.Linear(HEADS * FEATURES, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.uses == "bias":
             q = q.tanh()
         if self.uses == "clip":
@@ -360,6 +363,20 @@ def test_a_single_feature_of_each_head_can_stay(name: str) -> None:
     mask(masked, history.axes)
     torch.testing.assert_close(network(X), masked(X), rtol=1e-12, atol=1e-13)
     assert structure.widths[next(name for name in structure.widths if "#" in name)] == FEATURES
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_queries_that_a_norm_gives_are_multiplied_by_its_weight(norm: type[nn.Module]) -> None:
+    network = _network(Fused(norm=norm))
+    structure = _structure(network)
+    (features,) = (group for group in structure.groups if group.within)
+    assert {rows.tensor.removesuffix("bias") for rows in features.queries} <= {"1.q_norm.weight", "1.q_norm."}
+    kept = {features.name: (0, 2, 5)}
+    expected = copy.deepcopy(network)
+    cut(expected, structure.axes(kept))
+    expected[1].fused, expected[1].scale = False, FEATURES**-0.5
+    cut(network, structure.axes(kept), factors=structure.factors(kept))
+    torch.testing.assert_close(network(X), expected(X), rtol=1e-12, atol=1e-13)
 
 
 def test_a_stored_scale_is_that_of_the_width() -> None:

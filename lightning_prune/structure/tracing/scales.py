@@ -43,7 +43,7 @@ class OwnScales(TorchFunctionMode):
         tracer, width = self.tracer, query.shape[-1]
         label = tracer.value(query).axes[-1]
         if tracer.of_features and isinstance(label, np.ndarray):
-            tracer.own_scales.setdefault(tracer.module, []).append(label)
+            tracer.own_scales.setdefault(tracer.stack[-1] if tracer.stack else "", []).append(label)
         number = len(tracer.query_widths)
         tracer.query_widths.append(width)
         if tracer.first_query_widths is None or not (tracer.of_features or tracer.crossed):
