@@ -69,11 +69,13 @@ def with_query_rows(analysis: Analysis, groups: Sequence[Group], modules: Mappin
 class _Numbers:
     """Runs a copy of the network with noise in its weights, and in float32 where they have half the precision.
 
+    Of sharded weights, of which no process has all, the copy has the noise alone.
+
     Args:
         analysis: Analysis of the network.
 
     Raises:
-        ValueError: If the network is too large, or no process has all weights.
+        ValueError: If the network is too large.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -82,7 +84,7 @@ class _Numbers:
             raise ValueError(f"expected at most {_MOST_PARAMETERS:,} parameters, to run a copy, got {size:,}")
         self.analysis = analysis
         self.runs = [run for run in analysis.runs if run.call.method == "forward"]
-        self.copy = analysis.traced.copy("real")
+        self.copy = analysis.traced.copy("real", blank=True)
         for tensor in self.copy.named.values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))

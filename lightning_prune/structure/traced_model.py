@@ -62,9 +62,9 @@ class TracedModel:
         calls = tuple(Call(args, kwargs, training=training) for training in (False, True))
         return cls(model, calls)
 
-    def copy(self, kind: Kind) -> FakeCopy:
-        """A copy of the network on tensors of this kind."""
-        return FakeCopy(self.model, self.memo, self.prepare, kind=kind, with_hooks=self.with_hooks)
+    def copy(self, kind: Kind, *, blank: bool = False) -> FakeCopy:
+        """A copy of the network on tensors of this kind; see `FakeCopy` for ``blank``."""
+        return FakeCopy(self.model, self.memo, self.prepare, kind=kind, with_hooks=self.with_hooks, blank=blank)
 
 
 def require_names(model: nn.Module) -> None:

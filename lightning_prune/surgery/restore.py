@@ -204,7 +204,7 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
     history = history_of(traced.model)
     if history is None or structure.widths.keys() == history.groups_now:
         return structure
-    wide, change = dense_copy(traced, "real"), Change()
+    wide, change = dense_copy(traced, "real", blank=True), Change()
     for edit in history.until_replaced:
         apply(change, edit, wide)
     traced = replace(traced, model=wide, memo=None)
@@ -218,14 +218,15 @@ def with_history(structure: Structure, traced: TracedModel) -> Structure:
     return found if found.widths.keys() == history.groups_now else structure
 
 
-def dense_copy(traced: TracedModel, kind: Literal["real", "meta"] = "meta") -> nn.Module:
+def dense_copy(traced: TracedModel, kind: Literal["real", "meta"] = "meta", *, blank: bool = False) -> nn.Module:
     """A copy of the network with the shapes it had before its first edit; tensors that were edited are zero.
 
     Args:
         traced: The network.
         kind: See `TracedModel.copy`.
+        blank: See `FakeCopy`.
     """
-    wide, history = traced.copy(kind).module, history_of(traced.model)
+    wide, history = traced.copy(kind, blank=blank).module, history_of(traced.model)
     attach(wide, None)
     if history is not None:
         _widen(Change(), wide, history)

@@ -14,10 +14,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
+from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_prune import prune
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.structure.sharding import WholeTensors, fit_groups, require_reduced, require_supported, whole
-from lightning_prune.surgery import CutError, history_of, transaction
+from lightning_prune.surgery import CutError, history_of, transaction, with_history
 from lightning_prune.surgery.tensors import named
 
 pytestmark = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="refused before PyTorch 2.13")
@@ -144,6 +146,35 @@ def test_copies_are_plain() -> None:
     assert trace(traced).widths == trace(TracedModel.of(plain(), batch(0))).widths == {"0": 7, "2": 5}
     assert [isinstance(part, FSDPModule) for part in model] == [True, False, True, False, False]
     model(batch(0)).sum().backward()
+
+
+class Attention(nn.Module):
+    """Attention with a scale that PyTorch computes, and two heads of eight features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 8
+        self.q, self.k, self.v = (nn.Linear(4, 16) for _ in "qkv")
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_features_of_heads_are_those_of_the_plain_network() -> None:
+    network, wide = (nn.Sequential(Attention(), nn.Linear(4, 2)) for _ in range(2))
+    x, mesh = torch.randn(2, 3, 4), init_device_mesh("cpu", (1,))
+    expected = trace(TracedModel.of(network, x)).groups
+    assert any(group.queries for group in expected)
+    fully_shard(wide, mesh=mesh)
+    assert trace(TracedModel.of(wide, x)).groups == expected
+    prune(network, x, pruning_ratio={"0.q": 0.5, "*#head_dim": 0.75})  # of one head with two features, shapes tell less
+    traced = TracedModel.of(network, x)
+    narrow = with_history(trace(traced), traced).groups
+    fully_shard(network, mesh=mesh)
+    assert with_history(trace(traced), traced).groups == narrow
+    assert [group.name for group in narrow] == [group.name for group in expected]
 
 
 def test_whole_tensors() -> None:

@@ -72,6 +72,7 @@ class FakeCopy:
         kind: ``"meta"`` is fastest; ``"fake"`` tensors also have a device and mix with constants; ``"real"`` ones are
             for operators that depend on data.
         with_hooks: Whether hooks run on the copy.
+        blank: Whether a real copy has zeros in place of sharded weights, rather than raising a `ValueError`.
 
     Attributes:
         hooks: Hooks of the copy.
@@ -86,8 +87,9 @@ class FakeCopy:
         *,
         kind: Kind = "fake",
         with_hooks: bool = True,
+        blank: bool = False,
     ) -> None:
-        self.kind = kind
+        self.kind, self.blank = kind, blank
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else None
         self.stack: list[str] = []
         self.asked: set[type] | None = None
@@ -140,14 +142,14 @@ class FakeCopy:
 
     def _blank(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor without content in place of a sharded one."""
-        if self.kind == "real":
+        if self.kind == "real" and not self.blank:
             raise ValueError(
                 "expected a network whose weights are all in this process, to copy them, got one that is sharded by "
                 "`fully_shard`"
             )
         with self.mode or nullcontext():
-            device = "meta" if self.mode is None else tensor.device
-            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            device = "meta" if self.kind == "meta" else tensor.device
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).zero_()
         return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
