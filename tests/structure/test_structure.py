@@ -836,3 +836,29 @@ def test_computed_weights_produce_units():
     }
     prune(network, torch.randn(2, 3, 4, 4), pruning_ratio=0.5)
     assert (network[0].out_channels, network[2].in_channels) == (4, 4)
+
+
+class Picks(nn.Module):
+    """Picks one token of each sample, or along dimensions apart from each other, which PyTorch puts first."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.first, self.last, self.apart = nn.Linear(4, 6), nn.Linear(6, 2), apart
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        if self.apart:
+            picked = x.transpose(2, 3)[:, torch.tensor([0, 1, 1]), :, torch.tensor([2, 0, 1])]
+            return self.last(picked).transpose(0, 1)
+        return self.last(x[torch.arange(len(x)), torch.arange(len(x)) % 2])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_axes_that_nothing_is_picked_along_are_followed(apart):
+    torch.manual_seed(0)
+    model = Picks(apart).double()
+    x = torch.randn((3, 5, 7, 4) if apart else (3, 5, 4), dtype=torch.float64)
+    structure = trace(TracedModel.of(model, x))
+    assert structure.widths == {"first": 6}
+    axes = structure.axes({"first": (0, 3, 5)})
+    torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-13, atol=1e-13)

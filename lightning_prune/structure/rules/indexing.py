@@ -138,7 +138,7 @@ def unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("index_select", "gather", "index", "take_along_dim", "_unsafe_index")
 def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Index with a tensor: the indexed axis is frozen, the others are followed."""
+    """Index with tensors: the indexed axes are frozen, the others are followed."""
     name = str(func._schema.name).removeprefix("aten::")
     x, value = args[0], t.value(args[0])
     if name == "index_select":
@@ -146,17 +146,18 @@ def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
         t.label(out, [*value.axes[:dim], None, *value.axes[dim + 1 :]], zero=value.zero)
         return
-    indices = args[1] if name in ("index", "_unsafe_index") else None
-    if indices is None or sum(i is not None for i in indices) != 1:
+    indices = args[1] if name in ("index", "_unsafe_index") else ()
+    dims = [d for d, i in enumerate(indices) if i is not None]
+    if not dims or any(indices[d].dtype in (torch.bool, torch.uint8) for d in dims):
         unknown(t, func, args, kwargs, out)
         return
-    dim = next(d for d, i in enumerate(indices) if i is not None)
-    if indices[dim].dtype in (torch.bool, torch.uint8):
-        unknown(t, func, args, kwargs, out)
-        return
-    t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
-    t.freeze(t.value(indices[dim]).axes, f"used as an index in {t.where(func)}")
-    t.label(out, [*value.axes[:dim], *([None] * indices[dim].dim()), *value.axes[dim + 1 :]], zero=value.zero)
+    for d in dims:
+        t.freeze([value.axes[d]], f"picked from by number in {t.where(func)}")
+        t.freeze(t.value(indices[d]).axes, f"used as an index in {t.where(func)}")
+    rest = [axis for d, axis in enumerate(value.axes) if d not in dims]
+    picked: list[AxisLabel] = [None] * (out.dim() - len(rest))
+    before = dims[0] if dims[-1] - dims[0] < len(dims) else 0  # PyTorch puts what is picked along apart ones first
+    t.label(out, [*rest[:before], *picked, *rest[before:]], zero=value.zero)
 
 
 @rule("index_add", "index_reduce", "scatter_add", "scatter_reduce")
