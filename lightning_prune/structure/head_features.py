@@ -70,7 +70,7 @@ def add_head_features(analysis: Analysis) -> None:
 def _with_fixed_angles(analysis: Analysis, features: list[Group]) -> list[Group]:
     """The groups without those whose angles are computed again for inputs that are longer than any before.
 
-    That happens with the dynamic rotary embeddings of transformers, from the configuration, in as many pairs as at first.
+    Dynamic rotary embeddings of transformers are, from the configuration, in as many pairs as at first.
     """
     modules = dict(analysis.first.module.named_modules())
 
