@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import LRP, NISP, Contribution, Reconstruction, Ridge, SequentialRidge, prune
+from lightning_prune import LRP, NISP, Contribution, GraSP, Reconstruction, Ridge, SequentialRidge, prune
 from lightning_prune.scoring import ContributionStatistic
 from lightning_prune.structure import TracedModel, trace
 from lightning_prune.surgery.history import history_of
@@ -119,6 +119,14 @@ def test_other_criteria_score_heads(criterion: Any) -> None:
     assert history is not None
     (edit,) = history.edits
     assert edit.kept["attention"] == (0, 3)
+
+
+def test_second_derivatives_of_fused_attention() -> None:
+    network = _attention()
+    widths = prune(
+        network, X, criterion=GraSP(), data=[(X, X)], loss=lambda y, x: (y - x).square().mean(), pruning_ratio=0.5
+    ).widths
+    assert widths["attention"] == HEADS // 2
 
 
 @pytest.mark.parametrize("repair", [Ridge(strength=1e-9), SequentialRidge(strength=1e-9)])

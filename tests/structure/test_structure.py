@@ -839,26 +839,54 @@ def test_computed_weights_produce_units():
 
 
 class Picks(nn.Module):
-    """Picks one token of each sample, or along dimensions apart from each other, which PyTorch puts first."""
+    """Picks some tokens by index tensors or masks, or writes to them."""
 
-    def __init__(self, apart):
+    def __init__(self, way):
         super().__init__()
-        self.first, self.last, self.apart = nn.Linear(4, 6), nn.Linear(6, 2), apart
+        self.first, self.other, self.last, self.way = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2), way
 
     def forward(self, x):
-        x = self.first(x).relu()
-        if self.apart:
-            picked = x.transpose(2, 3)[:, torch.tensor([0, 1, 1]), :, torch.tensor([2, 0, 1])]
-            return self.last(picked).transpose(0, 1)
-        return self.last(x[torch.arange(len(x)), torch.arange(len(x)) % 2])
+        y, z = self.first(x).relu(), self.other(x).relu()
+        some = torch.tensor([True, False, True, True, False], device=x.device)
+        y = y + z
+        if self.way == "one of each sample":
+            y = y[torch.arange(len(x)), torch.arange(len(x)) % 2]
+        elif self.way == "apart":  # PyTorch puts what is picked first
+            places = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
+            y = y.unflatten(1, (5, 1)).expand(-1, -1, 3, -1).transpose(2, 3)[:, places[0], :, places[1]].transpose(0, 1)
+        elif self.way == "mask":
+            y = y[:, some]
+        elif self.way == "mask of samples and tokens":
+            y = y[some.expand(len(x), -1)]
+        elif self.way == "write":
+            y = y.clone()
+            y[:, some] = z[:, :3]
+        elif self.way == "write one":
+            y = y.clone()
+            y[:, torch.tensor([1, 3])] = z[:, :1]
+        return self.last(y)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_axes_that_nothing_is_picked_along_are_followed(apart):
+@pytest.mark.parametrize(
+    "way", ["one of each sample", "apart", "mask", "mask of samples and tokens", "write", "write one"]
+)
+def test_axes_that_nothing_is_picked_along_are_followed(way):
     torch.manual_seed(0)
-    model = Picks(apart).double()
-    x = torch.randn((3, 5, 7, 4) if apart else (3, 5, 4), dtype=torch.float64)
+    model = Picks(way).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
     structure = trace(TracedModel.of(model, x))
     assert structure.widths == {"first": 6}
     axes = structure.axes({"first": (0, 3, 5)})
     torch.testing.assert_close(shrunk(model, axes)(x), masked(model, axes)(x), rtol=1e-13, atol=1e-13)
+
+
+def test_places_of_units_freeze_them():
+    class Units(Picks):
+        def forward(self, x):
+            y = self.first(x).clone()
+            y[..., torch.tensor([0, 2])] = 1.0
+            return self.last(y)
+
+    structure = trace(TracedModel.of(Units(""), torch.randn(3, 5, 4)))
+    assert structure.widths == {}
+    assert "picked from by number" in next(f.reason for f in structure.frozen if f.tensor == "first.weight")

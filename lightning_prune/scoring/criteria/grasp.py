@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_prune.scoring.criterion import ObservingCriterion
 from lightning_prune.scoring.data import Batch, DataPass
@@ -37,7 +38,8 @@ class GradientFlow(MemberStatistic):
             products = torch.autograd.grad(half_square, values, materialize_grads=True)
             self.record_weights({n: w.detach() * p for (n, w), p in zip(weights.items(), products, strict=True)})
 
-        data.run(model, see, call=data.loss_of, keep_modes=True, grad=True)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
+            data.run(model, see, call=data.loss_of, keep_modes=True, grad=True)
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 
 from lightning_prune.structure.atoms import IndexArray
 from lightning_prune.structure.rules.elementwise import broadcast, zero_along
-from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule, unknown
-from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, memory_of
+from lightning_prune.structure.rules.registry import argument, labelled, rigid, rule
+from lightning_prune.structure.tracing import WILD, AxisLabel, Tracer, Value, memory_of
 
 __all__ = ["index", "reads_sizes", "split"]
 
@@ -136,28 +137,53 @@ def unbind(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.label(part, [*value.axes[:dim], *value.axes[dim + 1 :]], zero=value.zero)
 
 
-@rule("index_select", "gather", "index", "take_along_dim", "_unsafe_index")
-def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Index with tensors: the indexed axes are frozen, the others are followed."""
-    name = str(func._schema.name).removeprefix("aten::")
+@rule("index_select")
+def index_select(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Pick along one axis, which is frozen."""
     x, value = args[0], t.value(args[0])
-    if name == "index_select":
-        dim = args[1] % x.dim()
-        t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
-        t.label(out, [*value.axes[:dim], None, *value.axes[dim + 1 :]], zero=value.zero)
-        return
-    indices = args[1] if name in ("index", "_unsafe_index") else ()
-    dims = [d for d, i in enumerate(indices) if i is not None]
-    if not dims or any(indices[d].dtype in (torch.bool, torch.uint8) for d in dims):
-        unknown(t, func, args, kwargs, out)
-        return
-    for d in dims:
-        t.freeze([value.axes[d]], f"picked from by number in {t.where(func)}")
-        t.freeze(t.value(indices[d]).axes, f"used as an index in {t.where(func)}")
-    rest = [axis for d, axis in enumerate(value.axes) if d not in dims]
+    dim = args[1] % x.dim()
+    t.freeze([value.axes[dim]], f"picked from by number in {t.where(func)}")
+    t.label(out, [*value.axes[:dim], None, *value.axes[dim + 1 :]], zero=value.zero)
+
+
+@rule("index", "_unsafe_index")
+def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Index with tensors of places or masks: the indexed axes are frozen, the others are followed."""
+    value = t.value(args[0])
+    before, rest = _indexed(t, func, value, args[1])
     picked: list[AxisLabel] = [None] * (out.dim() - len(rest))
-    before = dims[0] if dims[-1] - dims[0] < len(dims) else 0  # PyTorch puts what is picked along apart ones first
     t.label(out, [*rest[:before], *picked, *rest[before:]], zero=value.zero)
+
+
+@rule("index_put", "_unsafe_index_put", "_index_put_impl")
+def index_put(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Write to what tensors of places or masks pick: the indexed axes are frozen, the others meet the values'."""
+    value, given, where = t.value(args[0]), t.value(args[2]), t.where(func)
+    before, rest = _indexed(t, func, value, args[1])
+    behind = min(len(rest) - before, len(given.axes))  # aligned from the right, as in broadcasting
+    t.freeze([*rest[:before], *given.axes[: len(given.axes) - behind]], f"the places of {where}")
+    for back in range(1, behind + 1):
+        if args[2].shape[-back] > 1:
+            t.meet(rest[-back], given.axes[-back], where)
+    t.label(out, value.axes, zero=value.zero and given.zero)
+
+
+def _indexed(t: Tracer, func: Any, value: Value, indices: Sequence[Any]) -> tuple[int, list[AxisLabel]]:
+    """Freeze the axes that are indexed; the others, and how many of them stand before what is picked."""
+    dims: list[int] = []
+    at = 0
+    for places in indices:
+        if places is None:
+            at += 1
+            continue
+        covered = places.dim() if places.dtype in (torch.bool, torch.uint8) else 1
+        dims += range(at, at + covered)
+        at += covered
+        t.freeze(t.value(places).axes, f"used as an index in {t.where(func)}")
+    t.freeze([value.axes[d] for d in dims], f"picked from by number in {t.where(func)}")
+    rest = [axis for d, axis in enumerate(value.axes) if d not in dims]
+    # PyTorch puts what is picked first where the indexed axes are apart from each other.
+    return dims[0] if dims and dims[-1] - dims[0] < len(dims) else 0, rest
 
 
 @rule("index_add", "index_reduce", "scatter_add", "scatter_reduce")
