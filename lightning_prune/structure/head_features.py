@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from lightning_prune.errors import listed
 from lightning_prune.structure.analysis import Analysis, HeadFeatures
 from lightning_prune.structure.graph import Group, IndexArray, Member
 from lightning_prune.structure.query_rows import with_query_rows
@@ -48,6 +50,7 @@ def add_head_features(analysis: Analysis) -> None:
     crossed = {group.name: owners.of(group) for group in other.groups if group.width > 2}
     heads = {name: tuple(one.name for one in owned) for name, owned in crossed.items() if owned}
     other.groups = Trials(other, heads).passing([group for group in other.groups if group.name in heads])
+    analysis.notes += _failed(other, heads)
     found = [
         replace(
             group,
@@ -65,6 +68,22 @@ def add_head_features(analysis: Analysis) -> None:
     found = with_query_rows(analysis, found, modules)
     if found:
         analysis.head_features = HeadFeatures(found, other)
+
+
+def _failed(analysis: Analysis, heads: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Notes on the features whose trial cuts failed, one for the same layer of all blocks.
+
+    Of each attention only those that failed first are named, as the others fail without them.
+    """
+    alike: dict[str, list[Group]] = {}
+    for group in reversed({heads[group.name]: group for group in reversed(analysis.failed)}.values()):
+        alike.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
+    reasons = analysis.atoms.class_reasons()
+    return [
+        f"the features of heads of {listed([f'{group.name}{SUFFIX}' for group in groups], 3)} stay: "
+        f"{reasons[int(analysis.atoms_of(groups[0])[0])]}"
+        for groups in alike.values()
+    ]
 
 
 def _with_fixed_angles(analysis: Analysis, features: list[Group]) -> list[Group]:
@@ -103,9 +122,18 @@ def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:
     if not features or trials.attempt([*wide, *features], follow=True) is None:
         return features
     by_name = {group.name: group for group in analysis.groups}
-    alone = [
-        one for one in features if trials.attempt([*map(by_name.__getitem__, one.within), one], follow=False) is None
-    ]
+    alone, failed = [], dict[str, str]()
+    for one in features:
+        failure = trials.attempt([*map(by_name.__getitem__, one.within), one], follow=False)
+        if failure is None:
+            alone.append(one)
+        else:
+            failed[one.name] = failure.reason
+    if failed:
+        analysis.notes.append(
+            f"the features of heads of {listed([*failed], 3)} stay: a trial cut failed together with their heads: "
+            f"{next(iter(failed.values()))}"
+        )
     if not alone or trials.attempt([*wide, *alone], follow=True) is None:
         return alone
     analysis.notes.append(

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, islice, takewhile
+from itertools import chain, combinations, islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Trials:
         self._heads = heads or {}
         self._count = 0
         self._draw = 0  # which of `_draws` is tried
+        self._furthest: dict[str, str] = {}  # why the furthest repair of a group failed
         self._beyond_repair = Counter[tuple[tuple[str, int], ...]]()  # groups by their place in a block
 
     def passing(self, groups: list[Group]) -> list[Group]:
@@ -131,7 +132,7 @@ class Trials:
         tried.add(group.name)
         if found is None:
             self._beyond_repair[place] += 1
-            self._freeze(group, reason)
+            self._freeze(group, self._furthest.get(group.name, reason) if self._heads else reason)
             return [(group, None, [])]
         whole, absorbed = found
         if absorbed:
@@ -192,7 +193,7 @@ class Trials:
 
         A cut is repaired where it fails: attributes of the module in which it does are set, or all others, the fewest
         first, or another group of this width is cut alike, as code may use the width of one for both, until it gets
-        further.
+        further. For features of heads, an attribute and another group are also tried at once.
 
         Args:
             group: A group whose cut fails.
@@ -218,7 +219,11 @@ class Trials:
                 left = [other for other in alike.values() if not _is_part(other, group)]
                 near = self.suspects(left, failure) or left[:_MOST_TIED]
                 further = self._further((_merged(group, other) for other in near), failure, follow)
+                if further is None and self._heads:  # code may use one number for queries, keys and values at once
+                    sized = (_with_sizes(_merged(group, other), [*here, *elsewhere], most=0) for other in near)
+                    further = self._further(chain.from_iterable(sized), failure, follow)
             if further is None:
+                self._furthest[start.name] = f"a trial cut failed: {failure.reason}"
                 return None
             group, failure = self._fewest(group, *further, follow)
             like = _as_in_one_block(start, group, found, alike.values())

@@ -83,6 +83,26 @@ class Fused(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
 
+class AtOnce(nn.Module):
+    """All three layers run before the first view of their outputs, and one number is read for all.
+
+    Args:
+        scale: Scale of the products; None to compute it from the features.
+    """
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.head_dim, self.fixed = FEATURES, scale
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * FEATURES) for _ in "qkv")
+        self.out = nn.Linear(HEADS * FEATURES, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.q(x), self.k(x), self.v(x)
+        q, k, v = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in found)
+        weights = q @ k.transpose(-2, -1) * (self.fixed or q.shape[-1] ** -0.5)
+        return self.out((weights.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class TwoQueries(nn.Module):
     """Two attentions with the same heads, whose queries one layer computes."""
 
@@ -403,6 +423,35 @@ def _cut_is_masked(network: nn.Module, structure: Structure) -> None:
     expected = masked(X).detach()
     cut(network, structure.axes(kept), factors=structure.factors(kept))
     torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_features_of_layers_that_all_run_before_their_views() -> None:
+    network = _network(AtOnce(0.4), AtOnce(0.4))
+    structure = _structure(network)
+    assert [group.name for group in structure.groups if group.within] == ["1.q#head_dim", "2.q#head_dim"]
+    assert not structure.notes
+    _cut_is_masked(network, structure)
+
+
+def test_notes_say_why_features_stay() -> None:
+    network = _network(AtOnce(None), AtOnce(None))
+    (note,) = _structure(network).notes
+    assert note.startswith("the features of heads of 1.v#head_dim; 2.v#head_dim stay: a trial cut failed: ")
+    assert note.endswith("a number that depends on a width enters `mul` in `1`")
+    with pytest.raises(
+        ValueError, match=r"has none that can be pruned\..* Note: the features of heads of 1\.v#head_dim"
+    ):
+        prune(network, X, pruning_ratio=0.5, layers="*#head_dim")
+
+
+def test_a_note_says_which_features_stay_with_their_heads() -> None:
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            is_narrow = self.q.out_features < HEADS * self.head_dim and self.head_dim < FEATURES
+            return super().forward(x) * (2 if is_narrow else 1)
+
+    (note,) = _structure(_network(Attention(), Twice())).notes
+    assert note.startswith("the features of heads of 2.q#head_dim stay: a trial cut failed together with their heads: ")
 
 
 def test_one_layer_with_the_queries_of_two_attentions_loses_those_of_one() -> None:
