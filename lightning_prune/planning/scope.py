@@ -217,7 +217,11 @@ def _check(argument: str, pattern: str, structure: Structure, frozen: dict[str, 
     if "#" in pattern:
         names = [group.name for group in structure.groups if group.within]
         if not names:
-            why = [f" Note: {note}." for note in structure.notes if note.startswith("the features of heads")]
+            why = [
+                f" Note: {note}."
+                for note in (*structure.notes, *structure.remarks)
+                if note.startswith("the features of heads")
+            ]
             raise ValueError(
                 f"{argument}={pattern!r}: expected features of attention heads (#head_dim), but this network has none "
                 f"that can be pruned. Whole heads are named by their layers.{''.join(why)}"

@@ -173,7 +173,7 @@ class Structure:
         frozen: Output axes and bare parameters that cannot, with reasons.
         cost: Costs as functions of the widths.
         notes: Limitations, for instance a step that could not be traced.
-        remarks: Notes that concern only the time that tracing took.
+        remarks: Notes that only `inspect` shows: on the time that tracing took, and on features of heads that stay.
         flow: Data flow, which determines the groups that can be removed entirely (`with_flow`); without it, none can.
     """
 

@@ -50,7 +50,7 @@ def add_head_features(analysis: Analysis) -> None:
     crossed = {group.name: owners.of(group) for group in other.groups if group.width > 2}
     heads = {name: tuple(one.name for one in owned) for name, owned in crossed.items() if owned}
     other.groups = Trials(other, heads).passing([group for group in other.groups if group.name in heads])
-    analysis.notes += _failed(other, heads)
+    analysis.remarks |= dict.fromkeys(_failed(other, heads))
     found = [
         replace(
             group,
@@ -130,10 +130,9 @@ def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:
         else:
             failed[one.name] = failure.reason
     if failed:
-        analysis.notes.append(
-            f"the features of heads of {listed([*failed], 3)} stay: a trial cut failed together with their heads: "
-            f"{next(iter(failed.values()))}"
-        )
+        names, why = listed([*failed], 3), next(iter(failed.values()))
+        note = f"the features of heads of {names} stay: a trial cut failed together with their heads: {why}"
+        analysis.remarks[note] = None
     if not alone or trials.attempt([*wide, *alone], follow=True) is None:
         return alone
     analysis.notes.append(

@@ -429,13 +429,13 @@ def test_features_of_layers_that_all_run_before_their_views() -> None:
     network = _network(AtOnce(0.4), AtOnce(0.4))
     structure = _structure(network)
     assert [group.name for group in structure.groups if group.within] == ["1.q#head_dim", "2.q#head_dim"]
-    assert not structure.notes
+    assert not structure.remarks
     _cut_is_masked(network, structure)
 
 
 def test_notes_say_why_features_stay() -> None:
     network = _network(AtOnce(None), AtOnce(None))
-    (note,) = _structure(network).notes
+    (note,) = _structure(network).remarks
     assert note.startswith("the features of heads of 1.v#head_dim; 2.v#head_dim stay: a trial cut failed: ")
     assert note.endswith("a number that depends on a width enters `mul` in `1`")
     with pytest.raises(
@@ -450,7 +450,7 @@ def test_a_note_says_which_features_stay_with_their_heads() -> None:
             is_narrow = self.q.out_features < HEADS * self.head_dim and self.head_dim < FEATURES
             return super().forward(x) * (2 if is_narrow else 1)
 
-    (note,) = _structure(_network(Attention(), Twice())).notes
+    (note,) = _structure(_network(Attention(), Twice())).remarks
     assert note.startswith("the features of heads of 2.q#head_dim stay: a trial cut failed together with their heads: ")
 
 
