@@ -25,6 +25,7 @@ def main(names: list[str]) -> None:
                 timeout=None,
                 kernel_name="python3",
                 record_timing=False,
+                coalesce_streams=True,
                 resources={"metadata": {"path": folder}},
             ).execute()
         for cell in notebook.cells:
