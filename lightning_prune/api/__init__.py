@@ -1,11 +1,11 @@
 """Functions that need no Trainer, and no Lightning."""
 
 from lightning_prune.api.by_shapes import load_by_shapes
+from lightning_prune.api.device_latency import latency_script
 from lightning_prune.api.exporting import export
 from lightning_prune.api.hub import PrunedModel
 from lightning_prune.api.hugging_face import SavedModel, from_pretrained, save_pretrained
 from lightning_prune.api.inspecting import inspect
-from lightning_prune.api.latency_script import latency_script
 from lightning_prune.api.portable import load, save
 from lightning_prune.api.pruning import prune
 from lightning_prune.api.quantising import quantise

@@ -35,7 +35,7 @@ import lightning_prune.data
 import lightning_prune.models
 import lightning_prune.planning
 import lightning_prune.scoring.criteria
-from lightning_prune.api.latency_script import Runtime
+from lightning_prune.api.device_latency import Runtime
 from lightning_prune.callbacks.display.wandb_run import log_checkpoints
 from lightning_prune.callbacks.lightning.checkpoints import load_into
 from lightning_prune.callbacks.quantisation_aware import rounding_in

@@ -170,7 +170,7 @@ def test_as_by_hand(optimizer: str, share: float, every: int, tmp_path: Path) ->
         assert step == (2 + OVER) * BATCHES // every
         assert abs(last) < 1e-12
     note = pruner.report.notes[-1]
-    assert f"Cut 1 changed the held-out loss by {last:+.2%}" in note
+    assert "Cut 1 changed the held-out loss by " + f"{last:+.2%}".replace("-0.00%", "+0.00%") in note
     assert f"it would have changed it by {jumps[0]:+.2%}" in note
 
 
@@ -183,7 +183,7 @@ def test_units_are_zero_in_the_end_in_any_precision(optimizer: str, precision: s
     # In bfloat16 alone, the losses may be the same number before.
     assert [cut.epoch for cut in pruner.report.cuts] == [3] or precision == "bf16-true"
     assert curves.of("pruning/jump")[0] != 0
-    assert curves.of("pruning/jump_at_cut") == [0.0]
+    assert curves.of("pruning/jump_at_cut") == pytest.approx([0.0], abs=1e-6)
 
 
 def test_a_norm_over_units_is_cut_in_the_end_and_told(tmp_path: Path) -> None:

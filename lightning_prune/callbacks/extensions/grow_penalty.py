@@ -25,6 +25,9 @@ __all__ = ["GrowPenalty"]
 # rounding of bfloat16 weights.
 _STAGES, _CHECKED = 100, 10
 
+# Relative change of a loss that may be rounding, as sums of fewer terms are added in another order.
+_ROUNDING = 1e-6
+
 _STEP = CutPoint(0, 0, "step", 1.0)
 
 
@@ -156,12 +159,12 @@ class GrowPenalty(CutExtension):
         change = _change(before, loss)
         log_now(run.trainer, {"pruning/jump_at_cut": change})
         note = (
-            f"Cut {run.report.cuts[-1].index + 1} changed the held-out loss by {change:+.2%}, from {before:.4g} to "
-            f"{loss:.4g}. When it was planned, it would have changed it by {_change(*self._first):+.2%}, from "
+            f"Cut {run.report.cuts[-1].index + 1} changed the held-out loss by {_percent(change)}, from {before:.4g} "
+            f"to {loss:.4g}. When it was planned, it would have changed it by {_percent(_change(*self._first))}, from "
             f"{self._first[0]:.4g}."
         )
         run.report.notes.append(note)
-        if abs(change) > self.jump:
+        if abs(change) > max(self.jump, _ROUNDING):
             warnings.warn(
                 f"{self!r}: more than `jump`. {note} Give a larger `over`, or cut less at once. Units whose norm is "
                 "taken over all of them, and repairs, change the outputs in any case.",
@@ -224,3 +227,8 @@ def _change(before: float, after: float) -> float:
     if before == after:
         return 0.0
     return (after - before) / abs(before) if before else math.inf
+
+
+def _percent(change: float) -> str:
+    """With its sign, and zero as +0.00%."""
+    return f"{change:+.2%}".replace("-0.00%", "+0.00%")

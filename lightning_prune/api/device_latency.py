@@ -58,10 +58,11 @@ def latency_script(
         StructureError: If the network cannot be exported.
 
     Example:
-        >>> import torch
+        >>> import tempfile, torch
         >>> from lightning_prune import latency_script
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> latency_script(net, torch.zeros(1, 4), "time_layers.py")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     latency_script(net, torch.zeros(1, 4), f"{folder}/time_layers.py")
     """
     if runtime not in get_args(Runtime):
         raise ValueError(f'latency_script: expected `runtime` of "torch" or "onnxruntime", got {runtime!r}.')
