@@ -205,12 +205,19 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
 
 
 def _heads(analysis: Analysis) -> dict[SplitKey, int]:
-    """The parts that are heads, for splits in modules that take a softmax: attention loses heads if it can."""
+    """The parts that are heads, for splits in modules that take a softmax: attention loses heads if it can.
+
+    A layer in such a module may make the split, as those of einops do.
+    """
     tracer = analysis.tracer
+
+    def is_in_attention(module: str) -> bool:
+        return not tracer.attentions.isdisjoint((module, module.rpartition(".")[0]))
+
     return {
         key: parts[-2]
         for key, (parts, _) in tracer.splits.items()
-        if len(parts) > 1 and _is_view(key) and tracer.split_in[key] <= tracer.attentions
+        if len(parts) > 1 and _is_view(key) and all(map(is_in_attention, tracer.split_in[key]))
     }
 
 
@@ -229,12 +236,15 @@ def _with_tied_heads(analysis: Analysis, choices: Mapping[SplitKey, int]) -> Ana
 
     Code that reads the embedding width from its input, and views the features of all heads as that many, cannot lose
     one without the other. Nor can other layers of that width whose cut failed, as code may view their channels as that
-    many, too.
+    many, too. A unit of the embedding may be several channels already: where it is split into heads itself (a query of
+    all windows), or into halves.
     """
-    failed: dict[int, list[Group]] = {}
+    single: dict[int, list[Group]] = {}
+    several: dict[int, list[Group]] = {}
     for group in analysis.failed:
-        if group.members[0].index.shape[1] == 1:
-            failed.setdefault(group.width, []).append(group)
+        index = group.members[0].index
+        (single if index.shape[1] == 1 else several).setdefault(index.size, []).append(group)
+    failed = {**several, **single}
     if not (failed and choices):
         return None
     every = _with_tied(analysis, choices, failed)
@@ -254,11 +264,12 @@ def _with_tied(
         for label in other.tracer.splits[key][1]:
             # Queries, keys and values may be one axis.
             likely = math.prod(key[1][choices[key] :])
-            width = max((w for w in streams if len(label) in (w, 2 * w, 3 * w)), default=None)
+            single = (w for w, groups in streams.items() if groups[0].members[0].index.shape[1] == 1)
+            width = max((w for w in single if len(label) in (w, 2 * w, 3 * w)), default=None)
             width = likely if likely in streams else width
             if width is not None:
                 for first in (group.members[0] for group in streams[width]):
-                    other.atoms.unite(label[:width], other.labels[first.tensor][first.dim][first.index[:, 0]])
+                    other.atoms.unite(label[:width], other.labels[first.tensor][first.dim][np.sort(first.index, None)])
                 found = True
     if not found:
         return None

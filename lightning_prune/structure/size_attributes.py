@@ -1,7 +1,8 @@
 """Sizes that modules keep in integer attributes (``num_heads``, ``head_dim``) or lists of them, and compute with.
 
-Sizes are named like tensors, ``blocks.0.attn.num_heads`` or ``conv.splits[1]``, and are cut like a tensor with one axis
-of that length. A float attribute ``scale`` of 1/√n, where n is the width of attention heads, counts as a size of n.
+Sizes are named like tensors, ``blocks.0.attn.num_heads``, ``conv.splits[1]`` or ``rearrange.axes_lengths[h]`` (layers
+of einops), and are cut like a tensor with one axis of that length. A float attribute ``scale`` of 1/√n, where n is the
+width of attention heads, counts as a size of n.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ _SCALES = ("scale", "scaling")
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """An integer attribute of a module, an integer in a list or tuple, or a float that is 1/√n of one.
+    """An integer attribute of a module, an integer in a list, tuple or dict, or a float that is 1/√n of one.
 
     Attributes:
         module: The module.
         attribute: Name of the attribute.
-        position: Position in the list; None for a number.
+        position: Position in the list, or key in the dict; None for a number.
     """
 
     module: nn.Module
     attribute: str
-    position: int | None = None
+    position: int | str | None = None
 
     @property
     def content(self) -> Any:
-        """Content of the attribute: the number, or the list."""
+        """Content of the attribute: the number, the list or the dict."""
         return vars(self.module)[self.attribute]
 
     @property
@@ -51,18 +52,33 @@ class SizeAttribute:
         value: int | float = self.content if self.position is None else self.content[self.position]
         return round(value**-2) if isinstance(value, float) else value
 
-    def with_value(self, value: int) -> Any:
-        """Content of the attribute with another integer."""
-        if self.position is None:
-            return value**-0.5 if isinstance(self.content, float) else value
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the module that hold the integer, by name."""
+        return {name: vars(self.module)[name] for name in self.with_value(self.value)}
+
+    def with_value(self, value: int) -> dict[str, Any]:
+        """These attributes with another integer."""
         whole = self.content
-        return type(whole)((*whole[: self.position], value, *whole[self.position + 1 :]))
+        if self.position is None:
+            return {self.attribute: value**-0.5 if isinstance(whole, float) else value}
+        if not isinstance(whole, dict):
+            parts = [value if n == self.position else part for n, part in enumerate(whole)]
+            return {self.attribute: type(whole)(parts)}
+        lengths = {**whole, self.position: value}  # of einops, which computes with the pairs, and is copied by the dict
+        return {self.attribute: lengths, f"_{self.attribute}": tuple(lengths.items())}
 
 
-def _integers(own: str, content: object) -> Iterator[tuple[str, int | None, int]]:
+def _is_of_einops(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "einops" and "axes_lengths" in vars(module)
+
+
+def _integers(own: str, content: object) -> Iterator[tuple[str, int | str | None, int]]:
     """Name, position and value of the integers in an attribute."""
     if type(content) is int:
         yield own, None, content
+    elif type(content) is dict:
+        yield from ((f"{own}[{key}]", key, part) for key, part in content.items() if type(part) is int)
     elif isinstance(content, (list, tuple)) and not hasattr(content, "_fields"):
         yield from ((f"{own}[{n}]", n, part) for n, part in enumerate(content) if type(part) is int)
 
@@ -125,7 +141,7 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
     """Attributes that may hold the width of a group or a multiple of it, by module.
 
     They are those of the group's layers, of the deepest module around all of them, and of the modules in between, but
-    not those that follow from a layer's tensors.
+    not those that follow from a layer's tensors. Layers of einops are part of the module that they are in.
 
     Args:
         model: The network.
@@ -142,7 +158,7 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
     per_unit = {divisor for member in group.members for divisor in _divisors(member.index.shape[1])}
     found = {}
     for name, module in ((canonical(name), module) for name, module in model.named_modules()):
-        if name not in around:
+        if name not in around and not (_is_of_einops(module) and name.rpartition(".")[0] in around):
             continue
         members = tuple(
             _member(f"{name}.{own}" if name else own, group.width, value // group.width)
@@ -159,7 +175,9 @@ def _own_sizes(module: nn.Module) -> dict[str, object]:
     """Attributes of a module that do not follow from its tensors."""
     if isinstance(module, nn.MultiheadAttention):
         return {"head_dim": vars(module).get("head_dim")}
-    return {} if updates_widths(module) else vars(module)
+    if _is_of_einops(module):
+        return {"axes_lengths": vars(module)["axes_lengths"]}
+    return {} if updates_widths(module) else {n: one for n, one in vars(module).items() if not isinstance(one, dict)}
 
 
 def _divisors(n: int) -> set[int]:

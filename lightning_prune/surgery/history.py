@@ -89,7 +89,7 @@ class Dense:
         }
         for name, place in sizes.items():
             owner = name.rpartition(".")[0]
-            attributes[owner] = {**attributes.get(owner, {}), place.attribute: place.content}
+            attributes[owner] = {**attributes.get(owner, {}), **place.attributes}
         # Earlier entries take precedence.
         known = {owner: {**found, **self.attributes.get(owner, {})} for owner, found in attributes.items()}
         return replace(self, buffers={**buffers, **self.buffers}, attributes={**self.attributes, **known})

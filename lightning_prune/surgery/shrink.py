@@ -146,7 +146,7 @@ def _set_widths(
     """Set the attributes of layers that follow from their tensors, and sizes in other attributes."""
     for place, value in resized.items():  # first, as heads are counted by their features
         scale = {"scale": scale_of(place.module)} if isinstance(place.module, nn.MultiheadAttention) else {}
-        change.set_attributes(place.module, {**scale, place.attribute: place.with_value(value)})
+        change.set_attributes(place.module, {**scale, **place.with_value(value)})
     for owner, old_shapes in owners.items():
         change.edit_attributes(owner, lambda owner=owner, old=old_shapes: refresh(owner, old))  # type: ignore[misc]
 

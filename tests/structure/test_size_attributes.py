@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lightning_prune.surgery.edits import Keep
 from lightning_prune.surgery.history import attach, edits_of
 from lightning_prune.surgery.restore import match_checkpoint_shapes
 from lightning_prune.surgery.shrink import CutError, cut, mask
+from tests.support.cutting import draw
 
 BATCH, TOKENS, WIDTH = 2, 3, 8
 
@@ -173,7 +175,7 @@ class Literal(Attention):
 
 
 class Shared(nn.Module):
-    """Two attentions with one number of heads, so that neither can lose heads alone."""
+    """Two attentions with one number of heads, so that neither can lose heads alone, but both the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,11 +188,21 @@ class Shared(nn.Module):
         return self.out(torch.cat([part.softmax(-1).flatten(2) for part in parts], -1))
 
 
-@pytest.mark.parametrize("block", [Literal(), Shared()])
-def test_what_no_attribute_repairs_is_frozen(block: nn.Module) -> None:
-    structure = _traced(_encoder(copy.deepcopy(block)))
+def test_what_no_attribute_repairs_is_frozen() -> None:
+    structure = _traced(_encoder(Literal()))
     assert structure.widths == {"embed": WIDTH}
     assert any(frozen.layer.startswith("block.") for frozen in structure.frozen)
+
+
+def test_attentions_with_one_number_of_heads_lose_the_same_heads() -> None:
+    model, x = _encoder(Shared()), _example()
+    structure = _traced(model)
+    assert structure.widths == {"embed": WIDTH, "block.first": 4}
+    axes, zeroed = structure.axes({"block.first": (1, 3)}), copy.deepcopy(model)
+    cut(model, axes)
+    mask(zeroed, axes)
+    assert (model.block.n, model.block.second.out_features) == (2, 12)
+    torch.testing.assert_close(model(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
 
 class Biased(nn.Module):
@@ -348,6 +360,71 @@ def test_sizes_in_a_list(tmp_path) -> None:
         assert torch.equal(again(x), model(x))
 
 
+class Rearrange(nn.Module):
+    """As that of einops, for the two patterns of `Einops`: it computes with the pairs, and is copied by the dict."""
+
+    def __init__(self, pattern: str, **axes_lengths: int) -> None:
+        super().__init__()
+        self.pattern, self.axes_lengths, self._axes_lengths = pattern, axes_lengths, tuple(axes_lengths.items())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"pattern": self.pattern, "axes_lengths": self.axes_lengths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["pattern"], **state["axes_lengths"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = dict(self._axes_lengths)
+        if self.pattern == "b h l d -> b l (h d)":
+            return x.transpose(1, 2).flatten(2)
+        return x.view(*x.shape[:2], lengths["qkv"], lengths["heads"], -1).permute(2, 0, 3, 1, 4)
+
+
+Rearrange.__module__ = "einops.layers.torch"
+
+
+class Einops(nn.Module):
+    """Attention whose number of heads is in a layer of einops alone."""
+
+    def __init__(self, heads: int = 4, features: int = 3) -> None:
+        super().__init__()
+        width = heads * features
+        self.embed, self.qkv, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3 * width), nn.Linear(width, 2)
+        self.apart = Rearrange("b l (qkv heads d) -> qkv b heads l d", qkv=3, heads=heads)
+        self.together, self.scale = Rearrange("b h l d -> b l (h d)"), features**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.apart(self.qkv(self.embed(x)))
+        return self.out(self.together((q @ k.mT * self.scale).softmax(-1) @ v))
+
+
+def test_heads_in_a_layer_of_einops(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = Einops().double(), _example()
+    dense, structure = copy.deepcopy(model), _traced(model)
+    assert structure.widths == {"embed": WIDTH, "qkv": 4, "qkv#head_dim": 3}
+    axes = structure.axes({"qkv": (1, 3), "embed": (0, 2, 5)})
+    change, zeroed = cut(model, axes), copy.deepcopy(dense)
+    mask(zeroed, axes)
+    for narrow in (model, copy.deepcopy(model)):
+        assert narrow.apart.axes_lengths == dict(narrow.apart._axes_lengths) == {"qkv": 3, "heads": 2}
+        torch.testing.assert_close(narrow(x), zeroed(x), rtol=1e-12, atol=1e-12)
+    change.undo()
+    assert model.apart.axes_lengths == dict(model.apart._axes_lengths) == {"qkv": 3, "heads": 4}
+    prune(model, x, pruning_ratio=0.5)
+    save(model, tmp_path / "small.safetensors")
+    rebuild(model, tmp_path / "small.py")
+    defined: dict[str, Any] = {}
+    exec((tmp_path / "small.py").read_text(), defined)
+    loaded = load(copy.deepcopy(dense), tmp_path / "small.safetensors")
+    rebuilt = defined["load"](copy.deepcopy(dense), str(tmp_path / "small.safetensors"))
+    for again in (loaded, rebuilt):
+        assert again.apart.axes_lengths == dict(again.apart._axes_lengths) == {"qkv": 3, "heads": 2}
+        assert torch.equal(again(x), model(x))
+    match_checkpoint_shapes(loaded, {}, None)
+    assert loaded.apart.axes_lengths == dict(loaded.apart._axes_lengths) == {"qkv": 3, "heads": 4}
+
+
 class TiedBlock(nn.Module):
     """Views the features of all heads as its inputs are wide, as much published code does."""
 
@@ -422,6 +499,55 @@ def test_layers_that_code_views_as_wide_as_the_embedding_leave_with_its_heads() 
         cut(small, axes)
         mask(zeroed, axes)
         assert (small[3].heads, small[3].head_dim, small[3].pool.out_channels) == (len(heads), 2, 2 * len(heads))
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
+
+
+class GivenQuery(nn.Module):
+    """Its queries are the channels of the embedding, without a layer in between, as the global queries of GCViT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.both, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q = x.reshape(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
+        both = self.both(x).reshape(batch, tokens, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, *both.unbind(0), scale=0.5)
+        return x + self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Halved(nn.Module):
+    """Attends across channels after a step for one half of them, as EdgeNeXt does."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.gain = heads, nn.Parameter(torch.rand(width // 2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        y = torch.cat((self.gain * first, second), dim=-1)
+        batch, tokens, width = y.shape
+        q, k, v = self.qkv(y).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        y = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+        return x + self.out(y.permute(0, 3, 1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize("block", [GivenQuery, Halved])
+def test_channels_that_leave_together_already_leave_with_heads(block: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), block(24, 4), block(24, 4), nn.Linear(24, 2)).double()
+    structure, x = _traced(model), _example()
+    assert structure.widths["0"] == (4 if block is GivenQuery else 2)
+    for kept in (draw(structure, seed) for seed in range(3)):
+        axes = structure.axes(kept)
+        small, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+        cut(small, axes, factors=structure.factors(kept))
+        mask(zeroed, axes)
+        features = len(kept["0#head_dim"]) if "0#head_dim" in kept else 24 // structure.widths["0"]
+        assert small[0].out_features == features * len(kept["0"])
         torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
 

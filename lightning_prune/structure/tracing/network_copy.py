@@ -163,7 +163,7 @@ class FakeCopy:
         """
         whole = dict(self.named)
         sizes = {place: len(axes[name][0]) for name, place in self._sizes(axes).items()}
-        contents = [(place, place.content) for place in sizes]
+        contents = [(place.module, place.attributes) for place in sizes]
         axes = {name: kept for name, kept in axes.items() if name in whole}
         owners = {id(module): module for name in axes for module, _ in self._slots[id(whole[name])]}
         before = [(m, _plain(m), {n: tuple(t.shape) for n, t in tensors(m).items()}) for m in owners.values()]
@@ -172,13 +172,13 @@ class FakeCopy:
                 self.named[name] = self._narrow(whole[name], kept)
                 self._put(whole[name], self.named[name])
             for place, value in sizes.items():
-                vars(place.module)[place.attribute] = place.with_value(value)
+                vars(place.module).update(place.with_value(value))
             for module, _, shapes in before:
                 refresh(module, shapes)
             yield
         finally:
-            for place, content in contents:
-                vars(place.module)[place.attribute] = content
+            for module, attributes in contents:
+                vars(module).update(attributes)
             for name in axes:
                 self._put(whole[name], whole[name])
             for module, plain, _ in before:
