@@ -182,9 +182,10 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
     }
     # Queries and keys of other widths are split by other sizes, and are heads of one attention.
     together = {key: parts[-2] for key, parts in splits.items() if _has_heads(parts)}
+    with_together = analysis.with_choices(together) if len(splits) > 1 and together else None
     choices: dict[SplitKey, int] = {}
     for key, parts in splits.items():
-        if len(splits) > 1 and key in together and _can_cut(analysis.with_choices(together), key):
+        if with_together is not None and key in together and _can_cut(with_together, key):
             choices = together
             break
         for part in parts[:-1]:
@@ -289,12 +290,13 @@ def _find(analysis: Analysis, *, trial: bool) -> None:
 
 
 def _can_cut(analysis: Analysis, key: SplitKey) -> bool:
-    """Whether units of this split can be removed with the analysis' choices, judged by the first call with it."""
+    """Whether units of this split can be removed with the analysis' choices, judged by the first calls with it."""
     for call in (*analysis.traced.calls, *analysis.traced.optional):
-        analysis.run_if_possible(call)
         if key in analysis.tracer.splits:
             break
-    else:
+        if all(run.call is not call for run in analysis.runs):
+            analysis.run_if_possible(call)
+    if key not in analysis.tracer.splits:
         return False
     analysis.freeze_unused()
     analysis.find_groups()

@@ -23,6 +23,7 @@ from lightning_prune.structure.rules import RULES, unknown
 from lightning_prune.structure.size_attributes import candidates, unread
 from lightning_prune.structure.traced_model import first_line
 from lightning_prune.structure.tracing import (
+    DiscreteResults,
     FakeCopy,
     Tracer,
     flat_tensors,
@@ -53,6 +54,7 @@ class Failure:
     numbers: bool = False  # whether operators or their numbers differed
     module: str = ""  # the module of the latest operator
     position: tuple[int, int] = (0, 0)  # the run that failed, and the number of operators that had run
+    is_masked: bool = False  # whether the masked network itself shows it, at the first of these atoms
 
 
 class _Called(TorchFunctionMode):
@@ -303,6 +305,8 @@ class Trials:
         if len(groups) == 1:
             return [(groups[0], f"a trial cut failed: {failure.reason}")]
         suspects = self.suspects(groups, failure)
+        if suspects and failure.is_masked:
+            return [(group, f"a trial cut failed: {failure.reason}") for group in suspects]
         if 0 < len(suspects) < len(groups):
             found = self._failing(suspects, follow)
             if found:
@@ -382,8 +386,11 @@ class Trials:
         for number, run in enumerate(self.analysis.runs):
             call, copy = run.call, self.analysis.copy(run.kind)
             try:
+                tracer.discrete = None
                 if run.kind == "real":
-                    run = self._masked(run, copy, axes)
+                    run, tracer.discrete, bound = self._masked(run, copy, axes)
+                    if follow and bound is not None:
+                        return replace(self._failure(bound, tracer, None), position=(number, 0), is_masked=True)
                 tracer.first_decisions, tracer.first_views = run.decisions, run.views
                 tracer.expected, tracer.first_query_widths = run.script, run.query_widths
                 with copy.cut(axes):
@@ -421,13 +428,30 @@ class Trials:
                 return None
         return called.functions
 
-    def _masked(self, run: TracedRun, copy: FakeCopy, axes: Axes) -> TracedRun:
-        """The same run of the masked network, which has the same data-dependent sizes as a correct cut."""
-        tracer = self._second_tracer(SealedAtoms(self.analysis.atoms))
+    def _masked(
+        self, run: TracedRun, copy: FakeCopy, axes: Axes
+    ) -> tuple[TracedRun, DiscreteResults, MismatchError | None]:
+        """The same run of the masked network, which has the same data-dependent sizes as a correct cut.
+
+        Returns:
+            The run, its discrete results, and units that may not be removed where data are like this, if there are any.
+        """
+        atoms = SealedAtoms(self.analysis.atoms)
+        tracer = self._second_tracer(atoms)
         tracer.choices = self.analysis.tracer.choices
+        tracer.discrete = discrete = DiscreteResults()
+        tracer.removed = np.zeros(len(atoms), dtype=np.bool_)
+        for name, dims in self.analysis.labels.items():
+            for dim, positions in axes.get(name, {}).items():
+                tracer.removed[atoms.find(np.delete(dims[dim], positions))] = True
         with copy.masked(axes):
             copy.run(tracer, run.call, self.analysis.labels)
-        return TracedRun.of(run.call, run.kind, tracer)
+        discrete.give()
+        try:
+            atoms.check()
+        except MismatchError as error:
+            return TracedRun.of(run.call, run.kind, tracer), discrete, error
+        return TracedRun.of(run.call, run.kind, tracer), discrete, None
 
     def _second_tracer(self, atoms: SealedAtoms) -> Tracer:
         tracer = Tracer(atoms, RULES, unknown)

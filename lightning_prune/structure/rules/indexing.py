@@ -150,26 +150,35 @@ def index_select(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
 def index(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Index with tensors of places or masks: the indexed axes are frozen, the others are followed."""
     value = t.value(args[0])
-    before, rest = _indexed(t, func, value, args[1])
+    before, dims = _followed(t, func, value, args[1])
+    rest = [value.axes[d] for d in dims]
     picked: list[AxisLabel] = [None] * (out.dim() - len(rest))
     t.label(out, [*rest[:before], *picked, *rest[before:]], zero=value.zero)
 
 
 @rule("index_put", "_unsafe_index_put", "_index_put_impl")
 def index_put(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Write to what tensors of places or masks pick: the indexed axes are frozen, the others meet the values'."""
+    """Write to what tensors of places or masks pick: the indexed axes are frozen, the others meet the values'.
+
+    Axes with the same content at every index, as of zeros that results are collected in, take the values' labels.
+    """
     value, given, where = t.value(args[0]), t.value(args[2]), t.where(func)
-    before, rest = _indexed(t, func, value, args[1])
-    behind = min(len(rest) - before, len(given.axes))  # aligned from the right, as in broadcasting
-    t.freeze([*rest[:before], *given.axes[: len(given.axes) - behind]], f"the places of {where}")
+    before, dims = _followed(t, func, value, args[1])
+    behind = min(len(dims) - before, len(given.axes))  # aligned from the right, as in broadcasting
+    others = [value.axes[d] for d in dims[:before]]
+    t.freeze([*others, *given.axes[: len(given.axes) - behind]], f"the places of {where}")
+    axes: list[AxisLabel] = [
+        None if isinstance(axis, str) and d not in dims else axis for d, axis in enumerate(value.axes)
+    ]
     for back in range(1, behind + 1):
         if args[2].shape[-back] > 1:
-            t.meet(rest[-back], given.axes[-back], where)
-    t.label(out, value.axes, zero=value.zero and given.zero)
+            axes[dims[-back]] = t.meet(axes[dims[-back]], given.axes[-back], where)
+    starts_at_zero = value.zero or memory_of(args[0]) in t.zeros
+    t.label(out, axes, zero=given.zero and starts_at_zero)
 
 
-def _indexed(t: Tracer, func: Any, value: Value, indices: Sequence[Any]) -> tuple[int, list[AxisLabel]]:
-    """Freeze the axes that are indexed; the others, and how many of them stand before what is picked."""
+def _followed(t: Tracer, func: Any, value: Value, indices: Sequence[Any]) -> tuple[int, list[int]]:
+    """Freeze the axes that are indexed; the other dimensions, and how many of them stand before what is picked."""
     dims: list[int] = []
     at = 0
     for places in indices:
@@ -181,9 +190,9 @@ def _indexed(t: Tracer, func: Any, value: Value, indices: Sequence[Any]) -> tupl
         at += covered
         t.freeze(t.value(places).axes, f"used as an index in {t.where(func)}")
     t.freeze([value.axes[d] for d in dims], f"picked from by number in {t.where(func)}")
-    rest = [axis for d, axis in enumerate(value.axes) if d not in dims]
     # PyTorch puts what is picked first where the indexed axes are apart from each other.
-    return dims[0] if dims and dims[-1] - dims[0] < len(dims) else 0, rest
+    before = dims[0] if dims and dims[-1] - dims[0] < len(dims) else 0
+    return before, [d for d in range(len(value.axes)) if d not in dims]
 
 
 @rule("index_add", "index_reduce", "scatter_add", "scatter_reduce")

@@ -14,6 +14,7 @@ from lightning_prune.structure.tracing.labels import (
 )
 from lightning_prune.structure.tracing.network_copy import FakeCopy
 from lightning_prune.structure.tracing.operators import flat_tensors, memory_of
+from lightning_prune.structure.tracing.real_runs import DiscreteResults
 from lightning_prune.structure.tracing.recurrent import is_recurrent
 from lightning_prune.structure.tracing.tracer import MEETS_FIXED, Tracer
 
@@ -24,6 +25,7 @@ __all__ = [
     "Blocks",
     "Call",
     "Decision",
+    "DiscreteResults",
     "FakeCopy",
     "Kind",
     "MacsRecord",

@@ -50,6 +50,7 @@ from lightning_prune.structure.tracing.contexts import (
     push_name,
     record_mode_readers,
 )
+from lightning_prune.structure.tracing.empty_batches import EmptyBatches
 from lightning_prune.structure.tracing.labels import AxisLabel, Kind
 from lightning_prune.structure.tracing.operators import CONSTANT
 from lightning_prune.structure.tracing.recurrent import RecurrentFunctions, is_recurrent
@@ -258,6 +259,7 @@ class FakeCopy:
             if recurrent:
                 stack.enter_context(RecurrentFunctions(tracer))
             stack.enter_context(OwnScales(tracer))
+            stack.enter_context(EmptyBatches())
             stack.enter_context(tracer)
             run = self.module if call.method == "forward" else getattr(self.module, call.method)
             out = run(*args, **kwargs)

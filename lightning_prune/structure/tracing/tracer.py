@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ from lightning_prune.structure.tracing.operators import (
     same_line,
     storage_key,
 )
+from lightning_prune.structure.tracing.real_runs import DiscreteResults, norm_of_kept
 
 __all__ = ["MEETS_FIXED", "Tracer"]
 
@@ -29,6 +31,9 @@ __all__ = ["MEETS_FIXED", "Tracer"]
 MEETS_FIXED = "meets an axis of fixed size"
 #: Largest number of elements of a constant whose content is compared.
 _SMALL = 10_000
+
+#: Operators that may be part of a norm over units.
+_NORMS = ("native_layer_norm", "native_group_norm", "mean")
 
 #: What a slice may take, in place of the part of a split that carries the units.
 _EQUAL_PART, _AFTER_BOUND = 0, 1
@@ -65,6 +70,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trail: Arguments of the latest operators, to locate a failure.
         zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
         own_norms: Names of the modules that are norms over units which the network writes itself.
+        removed: Whether each atom is removed, where the masked network of a cut runs; norms leave these out.
+        discrete: Results of a masked network on real numbers, which are recorded or given to its cut.
     """
 
     def __init__(self, atoms: Atoms, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]) -> None:
@@ -105,6 +112,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.own_scales: dict[str, list[IndexArray]] = {}
         self.zeros: set[int] = set()
         self.own_norms: frozenset[str] = frozenset()
+        self.removed: npt.NDArray[np.bool_] | None = None
+        self.discrete: DiscreteResults | None = None
         self.trail: deque[tuple[Any, Any]] = deque(maxlen=8)
         self.module = ""  # the module of the latest operator
         self._rule_of: dict[Any, Callable[..., None]] = {}
@@ -335,9 +344,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": "meta"}
         self.trail.append((args, kwargs))
         self.module = self.stack[-1] if self.stack else ""
-        out = operator.shortcut(*args, **kwargs) if self.meta and operator.shortcut else NotImplemented
-        if out is NotImplemented:
-            out = func(*args, **kwargs)
+        out = self._computed(operator, args, kwargs)
         if operator.asks:
             return out
         self._mark_used(operator, args, kwargs)
@@ -351,6 +358,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_memory((args, kwargs), out)
         if operator.writes and isinstance(out, torch.Tensor):
             self._written(out)
+        return out
+
+    def _computed(self, operator: Operator, args: Any, kwargs: Any) -> Any:
+        """The result of an operator."""
+        out = operator.shortcut(*args, **kwargs) if self.meta and operator.shortcut else NotImplemented
+        if self.removed is not None and operator.name in _NORMS:
+            out = norm_of_kept(operator, args, kwargs, self._kept(args[0], self.removed), is_own=self.is_own_norm)
+        if out is NotImplemented:
+            out = operator.func(*args, **kwargs)
+        if self.discrete is not None:
+            out = self.discrete.result(operator, flat_tensors(args, kwargs), out, self._has_units)
         return out
 
     def _mark_used(self, operator: Operator, args: Any, kwargs: Any) -> None:
@@ -369,6 +387,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.seen.add(value.source[0])
                 if operator.name not in LAYOUT:
                     self._noted.append(value.source[0])
+
+    def _kept(self, tensor: torch.Tensor, removed: npt.NDArray[np.bool_]) -> dict[int, torch.Tensor]:
+        """Positions that are kept along the dimensions of which some are not."""
+        kept = {}
+        for dim, axis in enumerate(self.value(tensor).axes):
+            if isinstance(axis, np.ndarray):
+                roots = self.atoms.find(axis)
+                places = np.flatnonzero((roots >= len(removed)) | ~removed[np.minimum(roots, len(removed) - 1)])
+                if len(places) < len(axis):
+                    kept[dim] = torch.from_numpy(places).to(tensor.device)
+        return kept
+
+    def _has_units(self, tensor: torch.Tensor) -> bool:
+        """Whether an axis of a tensor can shrink."""
+        axes = self.value(tensor).axes
+        return any(isinstance(axis, np.ndarray) and not self.atoms.are_frozen(axis) for axis in axes)
 
     def _is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is an unknown constant that is small enough to compare."""
