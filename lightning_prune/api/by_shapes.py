@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,9 +137,8 @@ def _sizes(structure: Structure, axes: Axes, unsaved: Collection[str]) -> Axes:
             features = ", ".join(f"{chosen[one.name]} of {one.width} of {one.name}" for one in inner)
             assumed.append(f"{chosen[group.name]} of {group.width} heads of {group.name} and {features}")
         counted |= chosen
-    found: Axes = {}
-    for group in (one for one in structure.groups if counted.get(one.name, one.width) < one.width):
-        found.update((size.tensor, {0: np.arange(counted[group.name] * size.index.shape[1])}) for size in group.sizes)
+    fewer = [one for one in structure.groups if counted.get(one.name, one.width) < one.width]
+    for group in fewer:
         for name in sorted({member.tensor for member in group.members} & set(unsaved)):
             raise HistoryError(
                 f"expected weights whose shapes tell what was kept, but {name} {list(structure.cost.shapes[name])} is "
@@ -153,7 +152,18 @@ def _sizes(structure: Structure, axes: Axes, unsaved: Collection[str]) -> Axes:
             "was pruned, and `load`.",
             stacklevel=3,
         )
-    return found
+    return _left(structure, fewer, counted)
+
+
+def _left(structure: Structure, groups: Iterable[Group], counted: Mapping[str, int]) -> Axes:
+    """The sizes that count the units of these groups, when so many are left."""
+    left: dict[str, int] = {}
+    for group in groups:
+        for size in group.sizes:  # that of a norm without weights may count the units of several groups
+            (whole,) = structure.cost.shapes.get(size.tensor, (size.index.size,))
+            lost = (group.width - counted[group.name]) * size.index.shape[1]
+            left[size.tensor] = left.get(size.tensor, whole) - lost
+    return {name: {0: np.arange(number)} for name, number in left.items()}
 
 
 def _ways(structure: Structure, group: Group, inner: Sequence[Group], axes: Axes) -> list[dict[str, int]]:

@@ -97,6 +97,7 @@ class Analysis:
         }
         with plain_classes(traced.model):
             self.tracer.own_norms = own_norms(traced.model)
+        self.norm_sizes: dict[str, IndexArray] = {}  # atoms that the sizes of norms without weights count
         self.runs: list[TracedRun] = []
         self.groups: list[Group] = []
         self.failed: list[Group] = []  # groups whose trial cuts failed
@@ -119,10 +120,26 @@ class Analysis:
         """The structure that was found."""
         groups = self.groups
         features = [] if self.head_features is None else self.head_features.groups
+        found = {group.name: self._with_norm_sizes(group) for group in groups}
+        if self.head_features is not None:
+            found |= {group.name: self.head_features.analysis._with_norm_sizes(group) for group in features}
         every = [one for group in groups for one in (group, *(f for f in features if f.within[0] == group.name))]
         return Structure(
-            tuple(every), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
+            tuple(found[group.name] for group in every),
+            tuple(self._frozen(groups)),
+            self._cost(groups),
+            tuple(self.notes),
+            tuple(self.remarks),
         )
+
+    def _with_norm_sizes(self, group: Group) -> Group:
+        """The group with the sizes of norms without weights that count its units."""
+        sizes, units = [], self.atoms_of(group)
+        for name, label in self.norm_sizes.items():
+            positions = [np.flatnonzero(self.atoms.find(label) == unit) for unit in units]
+            if len(positions[0]):
+                sizes.append(Member(name, 0, "along", np.stack(positions)))
+        return replace(group, sizes=(*group.sizes, *sizes)) if sizes else group
 
     def follow(self, structure: Structure) -> None:
         """Trace again with the units of a known structure."""
@@ -196,11 +213,26 @@ class Analysis:
                 self.remarks[f"`{call.method}` was traced on {dearer}, which takes longer, as {why}"] = None
                 continue
             self.freeze_output(self.tracer, call, out)
+            self._note_norm_sizes(self.copy(kind))
             self.runs.append(TracedRun.of(call, kind, self.tracer))
             if not self.copy(kind).depends_on_mode:
                 self.same_in_both_modes.append(call)
             self.tracer.forget()
             return
+
+    def _note_norm_sizes(self, copy: FakeCopy) -> None:
+        """Note what the sizes of norms without weights count; calls of one norm lose the same units."""
+        for name, axes in copy.unweighted_norms.axes():
+            for tensor, dim in axes:
+                label = self.tracer.value(tensor).axes[dim]
+                if not isinstance(label, np.ndarray):
+                    continue
+                known = self.norm_sizes.setdefault(name, label)
+                if len(known) == len(label):
+                    self.atoms.unite(known, label)
+                else:
+                    self.atoms.freeze(np.concatenate([known, label]), f"normalised at two widths by `{name}`")
+        copy.unweighted_norms.inputs.clear()
 
     def _run_on(self, kind: Kind, call: Call) -> Any:
         """Run a call, and again with the weights of its attention layers if it turns out to use them."""
@@ -389,7 +421,8 @@ class Analysis:
 
         tracer = self.tracer
         other = tracer if self.head_features is None else self.head_features.analysis.tracer
-        return CostModel(parameters, terms(tracer.macs, other.macs), self.shapes, terms(tracer.written, other.written))
+        shapes = self.shapes | {name: (len(label),) for name, label in self.norm_sizes.items()}
+        return CostModel(parameters, terms(tracer.macs, other.macs), shapes, terms(tracer.written, other.written))
 
     def _lengths(self, groups: Sequence[Group]) -> Callable[[IndexArray], Axis]:
         """A function from the atoms of an axis to its length."""

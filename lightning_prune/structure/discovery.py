@@ -118,6 +118,7 @@ def _verify_shapes(analyse: Callable[[], Analysis], structure: Structure, kept: 
     single = [structure.group(name) for name, rows in units.items() if len(rows) == 1 < structure.widths[name]]
     if not groups and not single:
         return
+    _check_projections(structure, {name: rows for name, rows in units.items() if rows})
     with torch.inference_mode(False):
         try:
             analysis = analyse()
@@ -165,6 +166,19 @@ def _with_features(analysis: Analysis, *, trial: bool) -> Analysis:
     if trial:
         add_head_features(analysis)
     return analysis
+
+
+def _check_projections(structure: Structure, kept: Mapping[str, Iterable[int]]) -> None:
+    """Raise an error if an LSTM would have as many hidden units as projections: PyTorch takes it for one without."""
+    for name, axes in structure.axes(kept).items():
+        if name.rpartition(".")[2] != "weight_hr_l0":
+            continue
+        projected, hidden = (len(axes.get(dim, range(size))) for dim, size in enumerate(structure.cost.shapes[name]))
+        if projected == hidden:
+            raise StructureError(
+                f"{name.rpartition('.')[0]}: this cut leaves {hidden} hidden units and as many projections, which "
+                "PyTorch's LSTM cannot run. Nothing has changed. Keep another number of either (`pruning_ratio`)."
+            )
 
 
 def _best(analysis: Analysis, *, trial: bool) -> Analysis:

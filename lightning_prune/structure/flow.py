@@ -187,7 +187,13 @@ def _flow(cover: _Covers, passes: tuple[Pass, ...], analysis: Analysis, structur
         for group in structure.groups
         if not group.within
     }
-    counted = {group.name: group.sizes[0].tensor for group in structure.groups if group.sizes and not group.within}
+    # An instance norm runs at any width.
+    counted = {
+        group.name: size.tensor
+        for group in structure.groups
+        for size in reversed(group.sizes)
+        if not group.within and not size.tensor.endswith("num_features")
+    }
     return Flow(passes, covers, owners, layer_kinds(model), producers, counted)
 
 

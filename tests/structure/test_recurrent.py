@@ -397,3 +397,12 @@ def test_criteria_without_a_linear_consumer_say_so():
     with pytest.raises(StructureError, match=r"cannot score 0: its units enter 1, which is no plain Linear"):
         prune(model, x, pruning_ratio=0.5, criterion=Contribution(), data=[(x, x)])
     assert prune(model, x, pruning_ratio=0.4, criterion=L1()).widths == {"0": 3}
+
+
+def test_as_many_hidden_units_as_projections_are_refused():
+    """PyTorch tells an LSTM with projections by the two numbers, and fails where they are equal."""
+    network = Reader(proj_size=4, batch_first=True)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(StructureError, match=r"memory: this cut leaves 4 hidden units and as many projections.*Keep"):
+        prune(network, torch.randn(2, 5, 3), pruning_ratio={"memory#2": 0.0, "memory": 3 / 7})
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

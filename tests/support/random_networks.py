@@ -1,5 +1,6 @@
 """Random networks, and what every cut of them must satisfy."""
 
+import numpy as np
 import torch
 from hypothesis import event
 from hypothesis import strategies as st
@@ -72,6 +73,94 @@ class Rotary(nn.Module):
         return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
 
+class OwnNorm(nn.Module):
+    """A root-mean-square norm of tokens, or a global response norm of images with channels last."""
+
+    def __init__(self, width, response):
+        super().__init__()
+        self.weight, self.response = nn.Parameter(torch.rand(width) + 0.5), response
+        if response:
+            self.bias = nn.Parameter(torch.randn(width) * 0.2)
+
+    def forward(self, x):
+        if self.response:
+            size = x.norm(dim=(1, 2), keepdim=True)
+            return x + self.weight * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.bias
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class OverChannels(nn.Module):
+    """A norm over the channels, or over groups of them.
+
+    Zeros would count in its statistics, so that a masked network has to leave them out: it sets `kept`, and the norm is
+    computed here by its formula.
+    """
+
+    def __init__(self, width, kind, groups):
+        super().__init__()
+        self.kind, self.groups, self.kept = kind, groups if kind == "group" else 1, None
+        if kind == "group":
+            self.norm = nn.GroupNorm(groups, width)
+        elif kind in ("layer", "root mean square"):
+            self.norm = (nn.LayerNorm if kind == "layer" else nn.RMSNorm)(width, eps=1e-6)
+        else:
+            self.norm = OwnNorm(width, response=kind == "response")
+
+    def forward(self, x):
+        if self.kept is not None:
+            return self.of_kept(x)
+        if self.kind == "group":
+            return self.norm(x)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def of_kept(self, x):
+        weight, bias = (
+            None if one is None else one[:, None, None] for one in map(self.norm._parameters.get, ("weight", "bias"))
+        )
+        normed = torch.zeros_like(x)
+        for part in np.array_split(np.arange(x.shape[1]), self.groups):
+            one = np.intersect1d(part, self.kept)
+            if not len(one):
+                continue
+            y = x[:, one]
+            if self.kind == "response":
+                size = y.square().sum((2, 3), keepdim=True).sqrt()
+                normed[:, one] = y * size / (size.mean(1, keepdim=True) + 1e-6)
+            elif self.kind == "group":
+                normed[:, one] = (y - y.mean((1, 2, 3), keepdim=True)) / (
+                    y.var((1, 2, 3), correction=0, keepdim=True) + 1e-5
+                ).sqrt()
+            elif self.kind == "layer":
+                normed[:, one] = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+            else:
+                normed[:, one] = y / (y.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        normed = normed * weight + (0 if bias is None else bias)
+        return x + normed if self.kind == "response" else normed
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer along the positions, or a cell that is called at each of them."""
+
+    def __init__(self, width, hidden, a, b):
+        super().__init__()
+        name = ("LSTM", "GRU", "RNN")[b % 3]
+        self.is_cell = a > 4
+        if self.is_cell:
+            self.layer, self.out = getattr(nn, f"{name}Cell")(width, hidden), hidden
+            return
+        self.layer = getattr(nn, name)(width, hidden, 1 + b % 2, bidirectional=a % 2 > 0, batch_first=True)
+        self.out = hidden * (1 + a % 2)
+
+    def forward(self, x):
+        if not self.is_cell:
+            return self.layer(x)[0]
+        states, state = [], None
+        for token in x.unbind(1):
+            state = self.layer(token, state)
+            states.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(states, 1)
+
+
 class Parts(nn.Module):
     """Parts of sizes in a list, one of them through a layer."""
 
@@ -141,6 +230,21 @@ class RandomNet(nn.Module):
     def _norm(self, name, width, earlier, a, b):
         self._layer(name, nn.BatchNorm2d(width, affine=b % 4 > 0))
         return width, 0, lambda layer, x, _: layer(x)
+
+    def _over_channels(self, name, width, earlier, a, b):
+        """A norm over the channels: of layers, root mean squares, global responses or groups."""
+        kind = ("layer", "root mean square", "own", "response", "group")[a % 5]
+        self._layer(name, OverChannels(width, kind, _groups(width, b)))
+        return width, 0, lambda layer, x, _: layer(x)
+
+    def _instance_norm(self, name, width, earlier, a, b):
+        self._layer(name, nn.InstanceNorm2d(width, affine=b % 2 == 0, track_running_stats=b % 3 == 0))
+        return width, 0, lambda layer, x, _: layer(x)
+
+    def _recurrent(self, name, width, earlier, a, b):
+        layer = Recurrent(width, 2 + (a + b) % 4, a, b)
+        self._layer(name, layer)
+        return layer.out, 0, _over_positions
 
     def _prelu(self, name, width, earlier, a, b):
         self._layer(name, nn.PReLU(width if b % 2 else 1))
@@ -407,6 +511,15 @@ networks = st.tuples(
 )
 
 
+def _reference(model, axes):
+    """The masked network, whose norms are over what is kept."""
+    reference = masked(model, axes)
+    for name, module in reference.named_modules():
+        if isinstance(module, OverChannels):
+            module.kept = axes.get(f"{name}.norm.weight", {}).get(0)
+    return reference
+
+
 def check(drawn):
     """The property, for one network."""
     steps, end, seed = drawn
@@ -423,7 +536,7 @@ def check(drawn):
         verify_shapes(TracedModel.of(model, x), structure, kept)
         axes = structure.axes(kept)
         small = shrunk(model, axes, structure.factors(kept))
-        torch.testing.assert_close(small(x), masked(model, axes)(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(small(x), _reference(model, axes)(x), rtol=1e-9, atol=1e-9)
         structure, model = structure.take(kept), small
         assert structure.cost.params(structure.widths) == sum(p.numel() for p in model.parameters())
         with counting() as counter:

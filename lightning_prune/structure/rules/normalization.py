@@ -52,8 +52,6 @@ def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, shape, weight, bias = args[0], args[1], args[2], args[3]
     value, first = t.value(x), x.dim() - len(shape)
     axes = list(value.axes)
-    if weight is None:
-        t.freeze(axes[first:], f"a layer norm without weights in {t.where(func)}: its size is written as a number")
     for tensor in (weight, bias):
         if tensor is not None:
             for d, axis in enumerate(t.value(tensor).axes):

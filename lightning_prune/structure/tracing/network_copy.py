@@ -56,6 +56,7 @@ from lightning_prune.structure.tracing.operators import CONSTANT
 from lightning_prune.structure.tracing.recurrent import RecurrentFunctions, is_recurrent
 from lightning_prune.structure.tracing.scales import OwnScales
 from lightning_prune.structure.tracing.tracer import Tracer
+from lightning_prune.structure.tracing.unweighted_norms import UnweightedNorms
 
 __all__ = ["FakeCopy"]
 
@@ -95,6 +96,7 @@ class FakeCopy:
         self.stack: list[str] = []
         self.asked: set[type] | None = None
         self.tracked = False
+        self.unweighted_norms = UnweightedNorms()
         self.named: dict[str, torch.Tensor] = {}
         hooks, held = computing_hooks(model) if with_hooks else {}, stored_objects(model)
         replacements = self._replacements(model, memo or {}, held)
@@ -242,6 +244,7 @@ class FakeCopy:
             labels: Label of every axis of every parameter and buffer.
         """
         tracer.stack = self.stack
+        self.unweighted_norms.inputs.clear()
         tracer.meta = self.kind == "meta"
         with ExitStack() as stack:
             stack.enter_context(self._alone(call))
@@ -363,7 +366,7 @@ class FakeCopy:
         for name, module in self.module.named_modules():
             if isinstance(module, nn.RNNBase):  # reads the memory of its weights
                 vars(module)["flatten_parameters"] = _do_nothing
-            forward = module.forward
+            forward = self.unweighted_norms.forward_of(canonical(name), module)
             if isinstance(module, nn.MultiheadAttention) and type(module) in ATTENTION and has_own_projections(module):
                 vars(module)["scale"] = scale_of(module)  # stays where the features of heads are cut
                 forward = self.attention_weights.forward_of(module)
