@@ -141,26 +141,31 @@ def test_rounding_does_not_decide_which_rows_are_chosen() -> None:
     assert_cut_is_masked(model, structure.axes(half(structure)), x)
 
 
-def normalised(layers: nn.ModuleDict, x: Tensor) -> Tensor:
-    """Chosen rows go through a batch norm, and there may be none."""
+def of_rows(layers: nn.ModuleDict, x: Tensor) -> Tensor:
+    """Chosen rows of feature maps go through a batch norm and a layer, and there may be none."""
     h = layers["first"](x).relu()
-    rows = h[layers["score"](h).squeeze(-1) > 0]
+    rows = h[layers["score"](h).mean((1, 2)) > 0]
     rows = layers["norm"](layers["second"](rows)).relu()
-    return layers["last"](rows)
+    return layers["last"](rows.flatten(1))
 
 
-def test_batch_norm_of_no_rows() -> None:
+def test_layers_that_get_no_rows() -> None:
     """In the masked network, no row has a score that is high enough."""
     torch.manual_seed(0)
-    layers = {"score": nn.Linear(8, 1), "second": nn.Linear(8, 6), "norm": nn.BatchNorm1d(6), "last": nn.Linear(6, 2)}
-    model = Net(normalised, first=nn.Linear(4, 8), **layers)
+    layers = {
+        "score": nn.Conv1d(8, 1, 1),
+        "second": nn.Conv1d(8, 6, 1),
+        "norm": nn.BatchNorm1d(6),
+        "last": nn.Linear(18, 2),
+    }
+    model = Net(of_rows, first=nn.Conv1d(4, 8, 1), **layers)
+    x = torch.rand(9, 4, 3, dtype=torch.float64)
     with torch.no_grad():
         model.layers["first"].weight.abs_()
         model.layers["first"].bias.fill_(1.0)
         model.layers["score"].weight.fill_(1.0)
-        x = torch.rand(9, 4, dtype=torch.float64)
-        h = model.layers["first"](x)
-        model.layers["score"].bias.fill_(-0.9 * float(h.sum(1).min()))
+        lowest = float(model.layers["first"](x).sum(1).mean(1).min())
+        model.layers["score"].bias.fill_(-0.9 * lowest)
         model.layers["norm"].bias.normal_()
     structure = trace(both_modes(model, x))
     assert structure.widths == {"layers.first": 8, "layers.second": 6}

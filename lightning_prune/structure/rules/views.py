@@ -58,18 +58,27 @@ def view(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if x.dtype != out.dtype or x.numel() != out.numel():
         unknown(t, func, args, kwargs, out)
         return
-    if not x.numel() and x.shape != out.shape:  # of a branch that was removed: its lengths do not say what is what
-        t.freeze(value.axes, f"an empty tensor that {t.where(func)} views")
-        t.label(out, [None] * out.dim(), zero=value.zero)
-        return
-    blocks = _blocks_of_view(t, tuple(x.shape), tuple(out.shape), labelled(value.axes))
+    old, new = tuple(x.shape), tuple(out.shape)
+    if not x.numel() and old != new:
+        if not _views_rows(value, old, new):  # of a branch that was removed: its lengths do not say what is what
+            t.freeze(value.axes, f"an empty tensor that {t.where(func)} views")
+            t.label(out, [None] * out.dim(), zero=value.zero)
+            return
+        old, new = (tuple(n or 1 for n in shape) for shape in (old, new))
+    blocks = _blocks_of_view(t, old, new, labelled(value.axes))
     if blocks is None:
         t.label(out, value.axes, zero=value.zero, source=value.source)
         return
     axes: list[AxisLabel] = []
-    for old, new in blocks:
-        axes += _regroup(t, func, [(x.shape[d], value.axes[d]) for d in old], [out.shape[d] for d in new])
+    for before, after in blocks:
+        axes += _regroup(t, func, [(old[d], value.axes[d]) for d in before], [new[d] for d in after])
     t.label(out, axes, zero=value.zero)
+
+
+def _views_rows(value: Value, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether an empty tensor has no rows, where nothing was chosen, and each of them would be viewed alike."""
+    is_rows = old.count(0) == new.count(0) == 1 and not isinstance(value.axes[old.index(0)], np.ndarray)
+    return is_rows and math.prod(filter(None, old)) == math.prod(filter(None, new))
 
 
 @rule("squeeze", "squeeze_copy")
