@@ -1,6 +1,7 @@
-"""The networks of the survey: of torchvision, timm, Hugging Face, segmentation_models_pytorch and MONAI, untrained.
+"""The networks of the survey, untrained.
 
-Each has an example. Only torchvision is a dependency of the package.
+They are of torchvision, timm, Hugging Face, segmentation_models_pytorch, MONAI and diffusers. Each has an example. Only
+torchvision is a dependency of the package.
 """
 
 from __future__ import annotations
@@ -52,6 +53,57 @@ MONAI: dict[str, dict[str, Any]] = {
 }
 _VOLUMES = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3}
 
+_ATTENTION = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "in_channels": 4, "sample_size": 8}
+_IMAGES = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+
+#: Small networks of diffusers and their options.
+DIFFUSERS: dict[str, dict[str, Any]] = {
+    "UNet2DModel": {
+        **_IMAGES,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "UNet2DConditionModel": {
+        **_IMAGES,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "AutoencoderKL": {
+        **_IMAGES,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "DiTTransformer2DModel": {**_ATTENTION, "num_embeds_ada_norm": 10, "out_channels": 8},
+    "PixArtTransformer2DModel": {
+        **_ATTENTION,
+        "out_channels": 8,
+        "cross_attention_dim": 32,
+        "caption_channels": 16,
+        "use_additional_conditions": False,
+    },
+    "SD3Transformer2DModel": {
+        **_ATTENTION,
+        "patch_size": 2,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 16,
+        "out_channels": 4,
+    },
+    "FluxTransformer2DModel": {
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (4, 4, 8),
+    },
+}
+
 #: What torchvision's detectors choose their boxes from.
 _HEADS = ("head", "rpn.head", *(f"roi_heads.{part}_predictor" for part in ("box", "mask", "keypoint")))
 
@@ -60,6 +112,19 @@ _DETECTION = 128
 
 #: The folder of torchvision that a network's builder lies in, and its family here.
 _FOLDERS = {"segmentation": "segmentation", "detection": "detection", "video": "video", "optical_flow": "optical flow"}
+
+
+class Placed(nn.Module):
+    """A network of diffusers for tokens of an image of 2 x 3 and of a text, at their places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.image = torch.tensor([[0.0, row, column] for row in range(2) for column in range(3)]).double()
+
+    def forward(self, tokens: Tensor, **options: Tensor) -> Tensor:
+        text = torch.zeros(options["encoder_hidden_states"].shape[1], 3).double()
+        return self.model(tokens, img_ids=self.image, txt_ids=text, return_dict=False, **options)[0]  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
@@ -168,6 +233,7 @@ def catalogue() -> dict[str, list[str]]:
         "encoders": ["nn.TransformerEncoder", "BertModel"],
         "segmentation_models_pytorch": [f"smp.{name}" for name in SEGMENTATION],
         "MONAI": [f"monai.{name}" for name in MONAI],
+        "diffusers": [f"diffusers.{name}" for name in DIFFUSERS],
     }
 
 
@@ -180,12 +246,14 @@ def build(name: str, family: str) -> Network:
         network = timm.create_model(name).double()
         config = network.default_cfg
         return Network(network, (_image(2, config["input_size"][-1] if config.get("fixed_input_size") else 224),))
-    if family == "encoders":
-        return _encoder(name)
-    if family == "segmentation_models_pytorch":
-        return _decoder(name.removeprefix("smp."))
-    if family == "MONAI":
-        return _for_volumes(name.removeprefix("monai."))
+    builders = {
+        "encoders": _encoder,
+        "segmentation_models_pytorch": _decoder,
+        "MONAI": _for_volumes,
+        "diffusers": _denoiser,
+    }
+    if family in builders:
+        return builders[family](name)
     model = torchvision_model(name).double()
     if family == "detection":
         images = [*_image(2, _DETECTION)]
@@ -230,6 +298,7 @@ def _encoder(name: str) -> Network:
 def _decoder(name: str) -> Network:
     import segmentation_models_pytorch as smp
 
+    name = name.removeprefix("smp.")
     encoder = "mit_b0" if name == "Segformer" else "resnet18"
     model = getattr(smp, name)(encoder, encoder_weights=None, classes=3).double()
     return Network(model, (_image(2, 128),))
@@ -238,6 +307,7 @@ def _decoder(name: str) -> Network:
 def _for_volumes(name: str) -> Network:
     from monai.networks import nets
 
+    name = name.removeprefix("monai.")
     options = {**_VOLUMES, **MONAI[name]}
     if name == "ViT":
         del options["out_channels"]
@@ -246,6 +316,35 @@ def _for_volumes(name: str) -> Network:
     model = getattr(nets, name)(**options).double()
     side = 64 if name == "SwinUNETR" else 32
     return Network(model, (torch.randn(2, 1, side, side, side, dtype=torch.float64),))
+
+
+def _denoiser(name: str) -> Network:
+    import diffusers
+
+    name = name.removeprefix("diffusers.")
+    model = getattr(diffusers, name)(**DIFFUSERS[name]).double()
+    channels, side = (3, 16) if name in ("UNet2DModel", "AutoencoderKL") else (4, 8)
+    image, step, text = (
+        torch.randn(2, channels, side, side).double(),
+        torch.tensor([3, 7]),
+        torch.randn(2, 5, 16).double(),
+    )
+    given = {
+        "UNet2DModel": {"timestep": step},
+        "UNet2DConditionModel": {"timestep": step, "encoder_hidden_states": text},
+        "AutoencoderKL": {},
+        "DiTTransformer2DModel": {"timestep": step, "class_labels": step},
+        "PixArtTransformer2DModel": {
+            "timestep": step,
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+        "SD3Transformer2DModel": {"timestep": step, "encoder_hidden_states": text, "pooled_projections": text[:, 0]},
+    }
+    if name == "FluxTransformer2DModel":
+        options = {"encoder_hidden_states": text, "pooled_projections": text[:, 0], "timestep": step / 10}
+        return Network(Placed(model), (torch.randn(2, 6, 4).double(),), kwargs=options)
+    return Network(model, (image,), kwargs={**given[name], "return_dict": False})
 
 
 def _image(n: int, side: int) -> Tensor:
