@@ -173,6 +173,9 @@ def _ways(structure: Structure, group: Group, inner: Sequence[Group], axes: Axes
         units, rest = divmod(_length(own, structure, axes), own.index.shape[1])
         return [] if rest else [{group.name: units}]
     among = {(member.tensor, member.dim) for member in group.members}
+    if any(size.length for one in inner for size in one.sizes):  # no shape tells the features of several groups apart
+        units, rest = divmod(_length(own, structure, axes), own.index.shape[1])
+        return [] if rest else [{group.name: units, **{one.name: one.width for one in inner}}]
     wholes = [(one, _whole(one, structure, among)) for one in inner]
     lengths = [(one, _length(m, structure, axes), m.index.shape[1] // group.width) for one, m in wholes]
     return [

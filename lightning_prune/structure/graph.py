@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -52,12 +53,14 @@ class Member:
         role: ``"out"``, ``"in"`` or ``"along"``.
         index: Positions on the axis, shape ``(width, k)``; ``k`` > 1 where a unit has several (a channel flattened over
             its pixels, a depthwise multiplier).
+        length: Of a size that counts units of several groups: its value. 0 for all others.
     """
 
     tensor: str
     dim: int
     role: Role
     index: IndexArray
+    length: int = 0
 
     @property
     def layer(self) -> str:
@@ -89,8 +92,8 @@ class Group:
             the same ones. Removing heads and features takes rows and columns of the same block. Empty for all other
             groups.
         queries: Rows of weights and biases that compute the queries of an attention whose scale follows the width of
-            its heads, 1/√width. Those that stay are multiplied by √(units after / units before a cut), so that the
-            temperature of the softmax stays.
+            its heads, 1/√width. Those that stay are multiplied by √(features after / before a cut), of all groups with
+            rows of the same weight, so that the temperature of the softmax stays.
     """
 
     name: str
@@ -120,7 +123,8 @@ class Group:
             if survivors is None:
                 return replace(member, index=index)
             stays = np.isin(index, survivors)  # those of removed heads, or features of heads, are gone
-            return replace(member, index=np.searchsorted(survivors, index[stays]).reshape(len(rows), -1))
+            index = np.searchsorted(survivors, index[stays]).reshape(len(rows), -1)
+            return replace(member, index=index, length=len(survivors) if member.length else 0)
 
         members, sizes, queries = (tuple(map(narrow, some)) for some in (self.members, self.sizes, self.queries))
         return replace(self, width=len(rows), members=members, sizes=sizes, queries=queries)
@@ -258,7 +262,8 @@ class Structure:
             for member in (*group.members, *group.sizes):
                 axis = member.tensor, member.dim
                 if axis not in stays:
-                    shape = self.cost.shapes.get(member.tensor, (member.index.size,))  # of a size, all positions
+                    # A size is as long as all of its positions.
+                    shape = self.cost.shapes.get(member.tensor, (member.length or member.index.size,))
                     stays[axis] = np.ones(shape[member.dim], dtype=np.bool_)
                 stays[axis][member.index[lost]] = False
         axes: Axes = {}
@@ -269,17 +274,22 @@ class Structure:
 
     def factors(self, kept: Mapping[str, Iterable[int]]) -> Factors:
         """What rows of queries are multiplied by in a cut (`Group.queries`); arguments as of `axes`."""
+        asked = dict.fromkeys(rows.tensor for group in self.groups if group.name in kept for rows in group.queries)
+        if not asked:
+            return {}
+        units = {name: tuple(rows) for name, rows in kept.items()}
+        axes, before, after = self.axes(units), defaultdict[str, int](int), defaultdict[str, list[IndexArray]](list)
+        for group in self.groups:
+            for rows in group.queries:
+                before[rows.tensor] += rows.index.size
+                after[rows.tensor].append(rows.index[list(units.get(group.name, range(group.width)))].ravel())
         factors: Factors = {}
-        asked = [group for group in map(self.group, kept) if group.queries]
-        axes = self.axes(kept) if asked else {}
-        for group in asked:
-            units = np.fromiter(kept[group.name], dtype=np.int64)
-            for rows in group.queries if 0 < len(units) < group.width else ():
-                survivors = axes.get(rows.tensor, {}).get(0)
-                if survivors is None:  # its layer leaves with all heads
-                    continue
-                stay = np.intersect1d(rows.index[units], survivors)
-                factors[rows.tensor] = np.searchsorted(survivors, stay), math.sqrt(len(units) / group.width)
+        for tensor in asked:
+            stay, survivors = np.concatenate(after[tensor]), axes.get(tensor, {}).get(0)
+            # Without survivors its layer leaves with all heads.
+            if survivors is not None and 0 < len(stay) < before[tensor]:
+                left = np.searchsorted(survivors, np.intersect1d(stay, survivors))
+                factors[tensor] = left, math.sqrt(len(stay) / before[tensor])
         return factors
 
     def take(self, kept: Mapping[str, Iterable[int]]) -> Structure:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_prune.errors import listed
 from lightning_prune.structure.analysis import Analysis, HeadFeatures
+from lightning_prune.structure.feature_parts import in_parts, named_by_place, parts_of, whole_again
 from lightning_prune.structure.graph import Group, IndexArray, Member
 from lightning_prune.structure.query_rows import with_query_rows
 from lightning_prune.structure.size_attributes import stored_scales
@@ -25,16 +26,45 @@ SUFFIX = "#head_dim"
 def add_head_features(analysis: Analysis) -> None:
     """Find the groups of features that every head of an attention can lose, if there are whole heads to remove.
 
+    Where the halves of an axis have other units each, as where rotary embeddings turn one of them, they are in groups
+    of their own. If not all of these can be cut, the halves leave together where more can be removed so.
+
+    Args:
+        analysis: The analysis, whose `head_features` are set.
+    """
+    notes, remarks = list(analysis.notes), dict(analysis.remarks)
+    if _set_head_features(analysis, halves_leave=False):
+        return
+    apart, notes_apart, remarks_apart = analysis.head_features, analysis.notes, analysis.remarks
+    analysis.head_features, analysis.notes, analysis.remarks = None, notes, remarks
+    _set_head_features(analysis, halves_leave=True)
+    if _reach(analysis.head_features) <= _reach(apart):
+        analysis.head_features, analysis.notes, analysis.remarks = apart, notes_apart, remarks_apart
+
+
+def _reach(features: HeadFeatures | None) -> int:
+    """Number of positions, over all axes, that groups of features may lose."""
+    groups = [] if features is None else features.groups
+    return sum(member.index.size for group in groups for member in group.members)
+
+
+def _set_head_features(analysis: Analysis, *, halves_leave: bool) -> bool:
+    """Set the features of heads, if any are found.
+
     A view splits an axis into heads and features. In the analysis heads are the units; in a second one features are. A
     group of the second is taken if each of its units has as many positions of every head of the groups that it meets,
     so that cuts of both take rows and columns of one block, and if a trial cut of both passes.
 
     Args:
-        analysis: The analysis, whose `head_features` are set.
+        analysis: The analysis.
+        halves_leave: Whether both halves of an axis, of which slices take one, always lose the same indices.
+
+    Returns:
+        False if halves with other units each are in groups that cannot be cut.
     """
     owners = _Owners((group for group in analysis.groups if group.width > 1), analysis.shapes)
     if not (analysis.tracer.choices and owners.with_several):
-        return
+        return True
     other = analysis.with_choices({})
     other.tracer.of_features = True
     # Both have the same atoms of parameters. Positions, for one, are frozen by operators behind the heads. What is
@@ -42,14 +72,24 @@ def add_head_features(analysis: Analysis) -> None:
     frozen = analysis.atoms.frozen(besides=MEETS_FIXED)[analysis.atoms.find(np.arange(analysis.tracer.units))]
     other.atoms.freeze(np.flatnonzero(frozen), "frozen beside the heads")
     other.trace()
+    differ = _unite_halves(other, always=halves_leave)
     other.freeze_unused()
     other.find_groups()
     tracers = analysis.tracer, other.tracer
     if len({len(tracer.macs) for tracer in tracers}) > 1 or len({len(tracer.written) for tracer in tracers}) > 1:
-        return
-    crossed = {group.name: owners.of(group) for group in other.groups if group.width > 2}
-    heads = {name: tuple(one.name for one in owned) for name, owned in crossed.items() if owned}
-    other.groups = Trials(other, heads).passing([group for group in other.groups if group.name in heads])
+        return True
+    crossing = [(group, owned) for group in other.groups if group.width > 2 and (owned := owners.of(group))]
+    units = {group.name: other.atoms_of(group) for group, _ in crossing}
+    are_frozen = other.atoms.frozen()
+    products = ((module, other.atoms.find(label)) for module, label in other.tracer.products)
+    parts = parts_of(units, ((module, roots) for module, roots in products if not are_frozen[roots].all()))
+    names = named_by_place(other.groups, parts)
+    parts = {names.get(name, name): own for name, own in parts.items()}
+    whole = [replace(group, name=names.get(group.name, group.name)) for group, _ in crossing]
+    heads = {one.name: tuple(g.name for g in owned) for one, (_, owned) in zip(whole, crossing, strict=True)}
+    split, parts = in_parts(whole, heads, parts)
+    heads |= {name: heads[part.whole] for name, (part, *_) in parts.items() if part.whole}
+    other.groups = whole_again(Trials(other, heads, parts).passing(split), parts, whole)
     analysis.remarks |= dict.fromkeys(_failed(other, heads))
     found = [
         replace(
@@ -62,12 +102,33 @@ def add_head_features(analysis: Analysis) -> None:
     ]
     found = _passing(analysis, _with_fixed_angles(analysis, found))
     modules = {group.name: _with_own_scale(other, group) for group in found}
-    found = [
-        replace(one, sizes=(*one.sizes, *stored_scales(other.first.module, one, modules[one.name]))) for one in found
-    ]
+    for number, group in enumerate(found):
+        own = parts.get(group.name.removesuffix(SUFFIX), ())
+        scales = stored_scales(other.first.module, group, modules[group.name], own)
+        found[number] = replace(group, sizes=(*group.sizes, *scales))
     found = with_query_rows(analysis, found, modules)
     if found:
         analysis.head_features = HeadFeatures(found, other)
+    in_halves = {f"{name}{SUFFIX}" for name, (part, *_) in parts.items() if not part.whole}
+    return not differ or in_halves <= {group.name for group in found}
+
+
+def _unite_halves(analysis: Analysis, *, always: bool) -> bool:
+    """Unite the halves of axes that were split in two, where each has as many units; whether others have not.
+
+    Args:
+        analysis: The analysis.
+        always: Whether to unite all of them.
+    """
+    differ = False
+    for axis in analysis.tracer.halves:
+        first, second = axis.reshape(2, -1)
+        counts = {len(np.unique(analysis.atoms.find(half))) for half in (first, second)}
+        if always or len(counts) == 1:
+            analysis.atoms.unite(first, second)
+        else:
+            differ = True
+    return differ
 
 
 def _failed(analysis: Analysis, heads: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -144,6 +205,8 @@ def _passing(analysis: Analysis, features: list[Group]) -> list[Group]:
 
 def _by_feature(size: Member) -> Member:
     """A size that counts the features of all heads, in their order: head by head."""
+    if size.length:  # it is in this order
+        return size
     width, times = size.index.shape
     return replace(size, index=np.ascontiguousarray(size.index.reshape(times, width).T))
 

@@ -111,10 +111,12 @@ class _Numbers:
 
     def _is_equal(self, groups: Sequence[Group], modules: set[str]) -> bool:
         """Whether a cut equals one that keeps the scale, in every call, and would not without the factors."""
-        kept = {group.name: tuple(range(0, group.width, 2)) for group in groups}
+        kept = _kept(groups)
         structure = Structure(tuple(groups), (), CostModel((), (), self.analysis.shapes))
         axes, factors = structure.axes(kept), structure.factors(kept)
-        rows = {q.tensor: q.index.flatten() for group in groups for q in group.queries}
+        rows: dict[str, IndexArray] = {}
+        for query in (query for group in groups for query in group.queries):
+            rows[query.tensor] = np.union1d(rows.get(query.tensor, query.index), query.index)
         for size in _SIZES:
             with torch.no_grad(), self._multiplied(rows, size):
                 for run in self.runs:
@@ -149,6 +151,21 @@ class _Numbers:
     def _values(self, call: Call) -> Tensor:
         outputs = [out for out in output_tensors(self.copy.compute(call)) if out.is_floating_point()]
         return torch.cat([out.detach().double().flatten() for out in outputs])
+
+
+def _kept(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+    """About half of the units of each group, and another share of those with rows of the same tensor."""
+    kept: dict[str, tuple[int, ...]] = {}
+    taken = defaultdict[str, set[float]](set)
+    for group in groups:
+        width, tensors = group.width, {query.tensor for query in group.queries}
+        shares = set().union(*(taken[tensor] for tensor in tensors))
+        numbers = (*range(width // 2, 0, -1), *range(width // 2 + 1, width))
+        number = next((number for number in numbers if number / width not in shares), numbers[0])
+        kept[group.name] = tuple(n * width // number for n in range(number))
+        for tensor in tensors:
+            taken[tensor].add(number / width)
+    return kept
 
 
 class _Check(TorchFunctionMode):

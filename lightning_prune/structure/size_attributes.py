@@ -8,13 +8,14 @@ width of attention heads, counts as a size of n.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from lightning_prune.structure.feature_parts import Part, part_in
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.layers import canonical, updates_widths
 
@@ -90,21 +91,26 @@ def _is_scale(own: str, content: object) -> bool:
     return math.isclose(content, round(content**-2) ** -0.5, rel_tol=1e-9)
 
 
-def stored_scales(model: nn.Module, features: Group, names: Iterable[str]) -> tuple[Member, ...]:
+def stored_scales(
+    model: nn.Module, features: Group, names: Iterable[str], parts: Sequence[Part] = ()
+) -> tuple[Member, ...]:
     """Attributes with the scale 1/√width of heads, which another way to compute their attention reads.
 
     Args:
         model: The network.
         features: The group of the features of heads.
         names: Modules whose attention computes its scale from the width.
+        parts: The features of a head that the units are, where there are others.
     """
+    widths = {part.total for part in parts} or {features.width}
     modules = {canonical(name): module for name, module in model.named_modules()}
-    return tuple(
-        _member(f"{name}.{own}" if name else own, features.width, 1)
+    sizes = (
+        _counting(name, own, round(content**-2), features, parts)
         for name in names
         for own, content in vars(modules[name]).items()
-        if _is_scale(own, content) and round(content**-2) == features.width
+        if _is_scale(own, content) and round(content**-2) in widths
     )
+    return tuple(size for size in sizes if size is not None)
 
 
 def size_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, SizeAttribute]:
@@ -137,7 +143,7 @@ def modules_with_heads(model: nn.Module) -> list[str]:
     ]
 
 
-def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
+def candidates(model: nn.Module, group: Group, parts: Sequence[Part] = ()) -> dict[str, tuple[Member, ...]]:
     """Attributes that may hold the width of a group or a multiple of it, by module.
 
     They are those of the group's layers, of the deepest module around all of them, and of the modules in between, but
@@ -146,6 +152,7 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
     Args:
         model: The network.
         group: The group.
+        parts: The features of a head that its units are, where there are others.
 
     Returns:
         The positions of each unit on each attribute, by name of the module.
@@ -160,15 +167,25 @@ def candidates(model: nn.Module, group: Group) -> dict[str, tuple[Member, ...]]:
     for name, module in ((canonical(name), module) for name, module in model.named_modules()):
         if name not in around and not (_is_of_einops(module) and name.rpartition(".")[0] in around):
             continue
-        members = tuple(
-            _member(f"{name}.{own}" if name else own, group.width, value // group.width)
+        members = (
+            _counting(name, own, value, group, parts)
             for attribute, content in _own_sizes(module).items()
             for own, _, value in _integers(attribute, content)
-            if value > 1 and value % group.width == 0 and value // group.width in per_unit
         )
-        if members:
-            found[name] = members
+        fitting = tuple(member for member in members if member is not None and member.index.shape[1] in per_unit)
+        if fitting:
+            found[name] = fitting
     return found
+
+
+def _counting(module: str, own: str, value: int, group: Group, parts: Sequence[Part]) -> Member | None:
+    """An attribute that may count the units of a group, or all features of heads of which these are a part."""
+    name, part = f"{module}.{own}" if module else own, part_in(parts, module, value)
+    if value <= 1:
+        return None
+    if part is not None:
+        return Member(name, 0, "along", part.positions(value), value)
+    return _member(name, group.width, value // group.width) if value % group.width == 0 else None
 
 
 def _own_sizes(module: nn.Module) -> dict[str, object]:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.structure.analysis import Analysis, TracedRun
 from lightning_prune.structure.atoms import IndexArray, MismatchError, NumberError, SealedAtoms
 from lightning_prune.structure.cost import CostModel
+from lightning_prune.structure.feature_parts import Part
 from lightning_prune.structure.graph import Axes, Group, Member, Structure
 from lightning_prune.structure.layers import is_within
 from lightning_prune.structure.rules import RULES, unknown
@@ -79,11 +80,18 @@ class Trials:
         analysis: Analysis of the network; failing groups are frozen in it, with notes.
         heads: The groups of attention heads of each group, by name, if the units are features of heads. Those of one
             attention may be tied, as code may use one number for the features of queries, keys and values.
+        parts: The features of a head that the units are, by the name of the group, where there are others.
     """
 
-    def __init__(self, analysis: Analysis, heads: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        heads: Mapping[str, tuple[str, ...]] | None = None,
+        parts: Mapping[str, Sequence[Part]] | None = None,
+    ) -> None:
         self.analysis = analysis
         self._heads = heads or {}
+        self._parts = parts or {}
         self._count = 0
         self._draw = 0  # which of `_draws` is tried
         self._furthest: dict[str, str] = {}  # why the furthest repair of a group failed
@@ -138,7 +146,7 @@ class Trials:
             return [(group, None, [])]
         whole, absorbed = found
         if absorbed:
-            whole = self.analysis.tied(whole, [_in_units(one, whole.width) for one in absorbed])
+            whole = self._tied(whole, [_in_units(one, whole.width) for one in absorbed])
             tried.add(whole.name)
         left = [g for g in others if all(g is not other for other in absorbed)]
         return [(group, whole, absorbed), *self._alike(whole, len(absorbed), left, follow)]
@@ -167,7 +175,7 @@ class Trials:
             longer = other
             for one in tied:
                 longer = _merged(longer, one)
-            fitting = candidates(self.analysis.first.module, longer)
+            fitting = self._candidates(longer)
             sizes = tuple(size for sizes in fitting.values() for size in sizes if _kind(size) in wanted)
             if Counter(map(_kind, sizes)) == wanted and not claimed & {size.tensor for size in sizes}:
                 claimed |= {size.tensor for size in sizes}
@@ -176,14 +184,27 @@ class Trials:
         for some in (found, [one for one in found if _place(one[1]) == _place(group)]):
             self._count += bool(some)
             if some and self.attempt([group, *(longer for _, longer, _ in some)], follow) is None:
-                return [(old, self.analysis.tied(new, tied) if tied else new, tied) for old, new, tied in some]
+                return [(old, self._tied(new, tied) if tied else new, tied) for old, new, tied in some]
         return []
+
+    def _tied(self, whole: Group, parts: Sequence[Group]) -> Group:
+        """The group with others that were tied to it; by its name, its part of the features of heads is known."""
+        tied = self.analysis.tied(whole, parts)
+        return replace(tied, name=whole.name) if whole.name in self._parts else tied
+
+    def _candidates(self, group: Group) -> dict[str, tuple[Member, ...]]:
+        return candidates(self.analysis.first.module, group, self._parts.get(group.name, ()))
+
+    def _have_places(self, one: Group, other: Group) -> bool:
+        """Whether features of one attention are at the same places of its heads, as far as these are known."""
+        first, second = (self._parts[group.name][0].of if group.name in self._parts else "" for group in (one, other))
+        return not (first or second) or first == other.name or second == one.name
 
     def _is_of_one_attention(self, one: Group, other: Group) -> bool:
         """Whether groups of features have the same heads, which several attentions may share, and lie in one module."""
         heads, (first, second) = self._heads.get(one.name), sorted((_around(one), _around(other)), key=len)
         is_same = heads is not None and heads == self._heads.get(other.name) and one.width == other.width
-        return is_same and (not first or is_within(second, [first]))
+        return is_same and self._have_places(one, other) and (not first or is_within(second, [first]))
 
     def _freeze(self, group: Group, reason: str) -> None:
         self.analysis.failed.append(group)
@@ -206,7 +227,7 @@ class Trials:
             The group with its `sizes` and the members of tied groups, and these groups; None if its cut fails with
             them, or passes alone.
         """
-        found = candidates(self.analysis.first.module, group)
+        found = self._candidates(group)
         alike = {id(other): _in_units(other, group.width) for other in others if self._can_tie(group, other)}
         failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
@@ -253,7 +274,8 @@ class Trials:
         """
         if self._heads:
             heads, theirs = self._heads.get(group.name, ()), self._heads.get(other.name, ())
-            return bool(theirs) and {*theirs} <= {*heads} and other.width % group.width == 0
+            is_inside = bool(theirs) and {*theirs} <= {*heads} and other.width % group.width == 0
+            return is_inside and self._have_places(group, other)
         if other.width != group.width:
             return False
         members = (member for one in (group, other) for member in one.members if member.role == "out")
@@ -265,7 +287,7 @@ class Trials:
         """The groups with those attributes too that the network does not compute with, but that name its heads."""
 
         def with_unread(group: Group) -> Group:
-            found = candidates(self.analysis.first.module, group) if group.width > 1 else {}
+            found = self._candidates(group) if group.width > 1 else {}
             named = [size for sizes in found.values() for size in unread(group, sizes, features=bool(self._heads))]
             others = [size for size in named if size not in group.sizes]
             return replace(group, sizes=(*group.sizes, *others)) if others else group

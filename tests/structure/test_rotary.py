@@ -70,16 +70,54 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
 
+class Partial(nn.Module):
+    """Self-attention with rotary embeddings of the first features of each head.
+
+    Args:
+        way: Which pairs of features are turned.
+        turned: How many features are.
+        bound: Where their number is from: an attribute, the angles, half of another attribute, or neither (it is a
+            number in the code).
+        scale: Whether PyTorch computes the scale.
+        values: Another number for the features of values.
+    """
+
+    def __init__(self, way: str, turned: int, bound: str, scale: bool = False, values: int | None = None) -> None:
+        super().__init__()
+        self.head_dim, self.way, self.bound, self.is_scaled, self.value_dim = FEATURES, way, bound, scale, values
+        self.scaling = FEATURES**-0.5
+        if bound == "attribute":
+            self.rotary_ndims = turned
+        self.q, self.k = nn.Linear(WIDTH, HEADS * FEATURES), nn.Linear(WIDTH, HEADS * FEATURES, bias=False)
+        self.v = nn.Linear(WIDTH, HEADS * (values or FEATURES))
+        self.out = nn.Linear(HEADS * (values or FEATURES), WIDTH)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        q, k = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, self.value_dim or self.head_dim)).transpose(1, 2)
+        n = {"angles": 2 * angles.shape[-1], "half": self.head_dim // 2, "number": 8}.get(self.bound, 0)
+        n = n or self.rotary_ndims
+        if self.bound == "half":
+            q, k = (torch.cat((_turned(a, angles, self.way), b), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        else:
+            q, k = (torch.cat((_turned(one[..., :n], angles, self.way), one[..., n:]), -1) for one in (q, k))
+        scale = None if self.is_scaled else self.scaling
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
 class Decoder(nn.Module):
     """Residual layers with one set of frequencies, which is no part of the `state_dict`."""
 
     frequencies: Tensor
 
-    def __init__(self, way: str = "halves", values: int | None = None, layers: int = 2) -> None:
+    def __init__(self, way: str = "halves", values: int | None = None, layers: int = 2, partial: Any = ()) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
-        self.layers = nn.ModuleList(Attention(way, values) for _ in range(layers))
-        pairs = torch.arange(PAIRS, dtype=torch.float64)
+        self.layers = nn.ModuleList(
+            Partial(way, *partial, values=values) if partial else Attention(way, values) for _ in range(layers)
+        )
+        pairs = torch.arange(partial[0] // 2 if partial else PAIRS, dtype=torch.float64)
         self.register_buffer("frequencies", 3.0**-pairs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,3 +250,108 @@ def test_weights_alone_do_not_tell_which_frequencies_stay() -> None:
     prune(network, X, pruning_ratio=2 / 3, layers="*#head_dim")
     with pytest.raises(HistoryError, match=r"frequencies \[6\] is in no `state_dict`"):
         load_by_shapes(_network(), network.state_dict(), X)
+
+
+PARTIAL = {
+    "halves, 8 by an attribute": ("halves", None, 2, (8, "attribute")),
+    "halves, 6 by the angles": ("halves", None, 2, (6, "angles")),
+    "neighbours, 6 by an attribute": ("neighbours", None, 2, (6, "attribute")),
+    "neighbours, 8 by the angles": ("neighbours", None, 2, (8, "angles")),
+    "halves, other values": ("halves", 6, 2, (8, "attribute")),
+    "neighbours, the scale is PyTorch's": ("neighbours", None, 2, (8, "angles", True)),
+    "halves, the scale is PyTorch's": ("halves", None, 2, (6, "attribute", True)),
+}
+
+
+def _cut(network: Decoder, kept: dict[str, tuple[int, ...]], structure: Structure) -> None:
+    cut(network, structure.axes(kept), factors=structure.factors(kept))
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_turned_pairs_and_other_features_are_two_groups(name: str) -> None:
+    way, values, _, (turned, bound, *scale) = PARTIAL[name]
+    structure = _structure(_network(*PARTIAL[name]))
+    features = {group.name: group for group in structure.groups if group.within}
+    heads, rest = ("layers.0.q", "layers.1.q"), FEATURES - turned
+    own = {f"layers.{n}.v#head_dim": (6, heads[n : n + 1]) for n in range(2)} if values else {}
+    assert {group: (one.width, one.within) for group, one in features.items()} == {
+        "layers.0.q#head_dim": (turned // 2, heads),
+        **{f"layers.{n}.q#2#head_dim": (rest, heads[n : n + 1]) for n in range(2)},
+        **own,
+    }
+    pairs, others = features["layers.0.q#head_dim"], features["layers.1.q#2#head_dim"]
+    rows = {member.tensor: member.index for member in pairs.members}
+    assert rows["frequencies"].tolist() == [[n] for n in range(turned // 2)]
+    far = turned // 2
+    expected = [[n, n + far] if way == "halves" else [2 * n, 2 * n + 1] for n in range(far)]
+    assert rows["layers.1.k.weight"].reshape(far, HEADS, 2)[:, 0].tolist() == expected
+    (weight,) = (member for member in others.members if member.tensor == "layers.1.q.weight")
+    assert weight.index[:, 0].tolist() == [*range(turned, FEATURES)]
+    numbers = {"head_dim", *(["rotary_ndims"] if bound == "attribute" else []), *(["scaling"] if scale else [])}
+    assert {size.tensor.rpartition(".")[2] for size in pairs.sizes} == numbers
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize("seed", range(2))
+def test_cuts_under_partial_rotary_embeddings_equal_the_masked_network(name: str, seed: int) -> None:
+    network = _network(*PARTIAL[name])
+    structure, draw = _structure(network), np.random.default_rng(seed)
+    kept = {
+        group.name: tuple(sorted(draw.permutation(group.width)[: max(group.width * 3 // 4, 3)].tolist()))
+        for group in structure.groups
+    }
+    if seed:  # of one of two groups with a number in common alone
+        kept = {group: units for group, units in kept.items() if "layers.0.q#2" not in group}
+    masked, widths = copy.deepcopy(network), structure.widths | {group: len(units) for group, units in kept.items()}
+    mask(masked, structure.axes(kept))
+    with torch.no_grad():
+        dense, expected = network(X), masked(X)
+    _cut(network, kept, structure)
+    torch.testing.assert_close(network(X), expected, rtol=1e-12, atol=1e-13)
+    assert (expected - dense).abs().max() > 1e-3
+    assert structure.cost.params(widths) == sum(p.numel() for p in network.parameters())
+    again = _structure(network)
+    assert {g.name: g for g in again.groups} == {g.name: g for g in structure.take(kept).groups}
+
+
+def test_files_of_networks_with_partial_rotary_embeddings(tmp_path: Path) -> None:
+    name = PARTIAL["halves, 8 by an attribute"]
+    network = _network(*name)
+    prune(network, X, pruning_ratio={"*q": 0.5, "*#head_dim": 0.25}, ignore="first")
+    prune(network, X, pruning_ratio=0.5, layers="*#2#head_dim")
+    history, masked = history_of(network), _network(*name)
+    assert history is not None
+    first = network.layers[0]
+    assert (network.frequencies.numel(), first.rotary_ndims, first.head_dim) == (3, 6, 8)
+    mask(masked, history.axes)
+    torch.testing.assert_close(network(X), masked(X), rtol=1e-12, atol=1e-13)
+    save(network, tmp_path / "small.safetensors")
+    loaded = load(_network(*name), tmp_path / "small.safetensors")
+    assert torch.equal(loaded(X), network(X))
+    rebuild(network, tmp_path / "small.py")
+    assert "frequencies" in (tmp_path / "small.py").read_text()
+
+
+def test_weights_alone_tell_heads_under_partial_rotary_embeddings() -> None:
+    name = PARTIAL["halves, 8 by an attribute"]
+    network = _network(*name)
+    prune(network, X, pruning_ratio=0.5, layers="*q")
+    loaded = load_by_shapes(_network(*name), network.state_dict(), X)
+    assert torch.equal(loaded(X), network(X))
+    prune(network, X, pruning_ratio=0.5, layers="*#2#head_dim")
+    with pytest.raises(HistoryError, match="heads and their features were pruned"):
+        load_by_shapes(_network(*name), network.state_dict(), X)
+
+
+def test_turned_features_stay_whose_number_is_in_the_code() -> None:
+    network = _network("halves", None, 2, (8, "number"))
+    structure = _structure(network)
+    found = {group.name: group.width for group in structure.groups if group.within}
+    assert found == {f"layers.{n}.q#2#head_dim": 4 for n in range(2)}
+    assert "layers.0.q#head_dim stay" in " ".join(structure.remarks)
+
+
+def test_halves_leave_together_where_code_has_one_number_for_both() -> None:
+    structure = _structure(_network("halves", None, 2, (6, "half")))
+    (features,) = (group for group in structure.groups if group.within)
+    assert features.width == 3

@@ -23,6 +23,8 @@ def _is_zero(value: Value, dim: int) -> bool:
 def _contract(t: Tracer, func: Any, a: Value, dim_a: int, b: Value, dim_b: int, length: int) -> None:
     """Sum over a common axis: exact if one side is zero for removed units."""
     label = t.meet(a.axes[dim_a], b.axes[dim_b], t.where(func))
+    if t.of_features and isinstance(label, np.ndarray) and not (a.constant or b.constant):
+        t.products.append((t.module, label))
     if isinstance(label, np.ndarray) and not (_is_zero(a, dim_a) or _is_zero(b, dim_b)):
         t.freeze([label], f"summed over in {t.where(func)} where removed units would not be zero")
     t.note_lengths([length], [label])

@@ -63,7 +63,10 @@ def split(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axis = value.axes[dim]
     sizes = [p.shape[dim] for p in parts]
     if isinstance(axis, np.ndarray) and len(parts) > 1:
-        if t.decide(len(set(sizes)) == 1):
+        are_equal = t.decide(len(set(sizes)) == 1)
+        if are_equal and t.of_features and len(parts) == 2:
+            t.halves.append(axis)
+        elif are_equal:
             by_part = axis.reshape(len(parts), -1)
             t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(parts) - 1))
         elif "split_with_sizes" not in str(func._schema.name):
@@ -81,7 +84,8 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
     For a bound counted from the end, those after it are. One of equal parts may lose the same indices as the others
     instead, and where every second index is picked, say, two neighbours leave together. The trial checks bounds that
-    are computed from a width.
+    are computed from a width. Features of heads leave on both sides of a bound, which must follow in a trial, as that
+    between those which rotary embeddings turn and the others.
     """
     x, value = args[0], t.value(args[0])
     dim = argument(func, args, kwargs, "dim", 0) % x.dim()
@@ -91,13 +95,16 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     axis = value.axes[dim]
     if isinstance(axis, np.ndarray):
         part = axis[start:end:step]
-        if step == 1 and t.takes_equal_part(axis, len(axis[:start]), len(part)):
+        is_part = step == 1 and t.takes_equal_part(axis, len(axis[:start]), len(part))
+        if is_part and t.of_features:
+            t.halves.append(axis)
+        elif is_part:
             by_part = axis.reshape(-1, len(part))
             t.atoms.unite(by_part[1:].ravel(), np.tile(by_part[0], len(by_part) - 1))
         elif 0 <= start < step > 1 and len(axis) % step == 0 and (end is None or end >= len(axis)):
             blocks = axis.reshape(-1, step)
             t.atoms.unite(blocks[:, 1:].ravel(), np.repeat(blocks[:, 0], step - 1))
-        else:
+        elif not (t.of_features and step == 1) or value.constant:
             _freeze_far_side(t, func, axis, (start, end, step))
             if value.constant and len(part) < len(axis):  # such as positions beyond the example's length
                 t.freeze([axis], f"a part of a parameter, taken by {t.where(func)}")

@@ -67,6 +67,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         query_widths: Features of each query of a run whose attention computes its scale from their number.
         first_query_widths: Those of the first trace.
         own_scales: Atoms of these features, by module, where they are the units.
+        products: Atoms of the features of queries and keys that a module multiplies, where these are the units.
+        halves: Axes of which slices took halves, where features are the units.
         trail: Arguments of the latest operators, to locate a failure.
         zeros: Storages (`memory_of`) of the tensors of zeros that were made and not written to.
         own_norms: Names of the modules that are norms over units which the network writes itself.
@@ -110,6 +112,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.query_widths: list[int] = []
         self.first_query_widths: list[int] | None = None
         self.own_scales: dict[str, list[IndexArray]] = {}
+        self.products: list[tuple[str, IndexArray]] = []
+        self.halves: list[IndexArray] = []
         self.zeros: set[int] = set()
         self.own_norms: frozenset[str] = frozenset()
         self.removed: npt.NDArray[np.bool_] | None = None
