@@ -258,6 +258,7 @@ PARTIAL = {
     "neighbours, 6 by an attribute": ("neighbours", None, 2, (6, "attribute")),
     "neighbours, 8 by the angles": ("neighbours", None, 2, (8, "angles")),
     "halves, other values": ("halves", 6, 2, (8, "attribute")),
+    "halves, as many other values": ("halves", FEATURES, 2, (8, "attribute")),
     "neighbours, the scale is PyTorch's": ("neighbours", None, 2, (8, "angles", True)),
     "halves, the scale is PyTorch's": ("halves", None, 2, (6, "attribute", True)),
 }
@@ -273,7 +274,7 @@ def test_turned_pairs_and_other_features_are_two_groups(name: str) -> None:
     structure = _structure(_network(*PARTIAL[name]))
     features = {group.name: group for group in structure.groups if group.within}
     heads, rest = ("layers.0.q", "layers.1.q"), FEATURES - turned
-    own = {f"layers.{n}.v#head_dim": (6, heads[n : n + 1]) for n in range(2)} if values else {}
+    own = {f"layers.{n}.v#head_dim": (values, heads[n : n + 1]) for n in range(2)} if values else {}
     assert {group: (one.width, one.within) for group, one in features.items()} == {
         "layers.0.q#head_dim": (turned // 2, heads),
         **{f"layers.{n}.q#2#head_dim": (rest, heads[n : n + 1]) for n in range(2)},
