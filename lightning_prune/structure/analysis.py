@@ -69,8 +69,10 @@ class Analysis:
         traced: TracedModel,
         choices: Mapping[SplitKey, int] | None = None,
         copies: dict[Kind, FakeCopy] | None = None,
+        ties: Sequence[Sequence[tuple[str, int]]] = (),
     ) -> None:
         self.traced = traced
+        self.ties = ties
         self.notes: list[str] = []
         self.atoms = Atoms()
         self.copies = copies or {}
@@ -114,7 +116,11 @@ class Analysis:
 
     def with_choices(self, choices: Mapping[SplitKey, int]) -> Analysis:
         """A new analysis of the same network on the same copies, with these parts chosen for splits."""
-        return Analysis(self.traced, choices, self.copies)
+        return Analysis(self.traced, choices, self.copies, self.ties)
+
+    def with_ties(self, ties: Sequence[Sequence[tuple[str, int]]]) -> Analysis:
+        """A new analysis where axes of tensors that are tied lose the same units."""
+        return Analysis(self.traced, self.tracer.choices, self.copies, ties)
 
     def structure(self) -> Structure:
         """The structure that was found."""
@@ -175,6 +181,9 @@ class Analysis:
         self.tracer.counting = False
         for call in self.traced.optional:
             self.run_if_possible(call)
+        for (tensor, dim), *others in self.ties:
+            for other, at in others:
+                self.atoms.unite(self.labels[tensor][dim], self.labels[other][at])
 
     # -- tracing ----------------------------------------------------------------------------------------------------
 

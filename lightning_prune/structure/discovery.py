@@ -188,6 +188,10 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         The best analysis.
     """
     _find(analysis, trial=trial)
+    if ties := _of_one_width(analysis):
+        other = analysis.with_ties(ties)
+        _find(other, trial=trial)
+        analysis = other if other.free_indices() > analysis.free_indices() else analysis
     frozen = analysis.atoms.frozen()
     splits = {
         key: parts
@@ -217,6 +221,16 @@ def _best(analysis: Analysis, *, trial: bool) -> Analysis:
         best = other if other.free_indices() >= best.free_indices() else best
     tied = _with_tied_heads(best, {**together, **choices})
     return tied if tied is not None and tied.free_indices() > best.free_indices() else best
+
+
+def _of_one_width(analysis: Analysis) -> list[list[tuple[str, int]]]:
+    """Whole axes of the groups whose cuts failed, by width: code may view one as wide as another."""
+    found: dict[int, list[tuple[str, int]]] = {}
+    for member in (group.members[0] for group in analysis.failed):
+        width = analysis.shapes[member.tensor][member.dim]
+        if member.index.shape == (width, 1):
+            found.setdefault(width, []).append((member.tensor, member.dim))
+    return [axes for axes in found.values() if len(axes) > 1]
 
 
 def _heads(analysis: Analysis) -> dict[SplitKey, int]:

@@ -551,6 +551,35 @@ def test_channels_that_leave_together_already_leave_with_heads(block: type[nn.Mo
         torch.testing.assert_close(small(x), zeroed(x), rtol=1e-12, atol=1e-12)
 
 
+class Captioned(nn.Module):
+    """Views a text as wide as the image that attends to it, as PixArt of diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text, self.out = nn.Linear(5, WIDTH), nn.Linear(5, WIDTH), nn.Linear(WIDTH, 2)
+        self.wide, self.q = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3)
+        self.k, self.v = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image, text = self.image(x), self.text(x)
+        text = text.view(len(x), -1, image.shape[-1])
+        scale, shift, gate = self.wide(image.mean(1)).view(len(x), 3, -1).chunk(3, 1)
+        mixed = (self.q(image) @ self.k(text).mT).softmax(-1) @ self.v(text)
+        return self.out(image * scale + shift + gate * mixed)
+
+
+def test_layers_that_code_views_as_wide_as_another_lose_the_same_channels() -> None:
+    torch.manual_seed(0)
+    model, x = Captioned().double(), _example()
+    structure = _traced(model)
+    assert structure.widths == {"image": WIDTH, "q": 3}
+    axes, zeroed = structure.axes({"image": (0, 2, 3, 7)}), copy.deepcopy(model)
+    cut(model, axes)
+    mask(zeroed, axes)
+    assert model.text.out_features == 4
+    torch.testing.assert_close(model(x), zeroed(x), rtol=1e-12, atol=1e-12)
+
+
 class ClassToken(nn.Module):
     """Attends from a class token, whose position is sliced off and viewed together with the features."""
 

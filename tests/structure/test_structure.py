@@ -533,13 +533,13 @@ def scaled():
     """Layers that multiply by their width, among others; sums keep the trial from seeing at which one it fails."""
 
     def forward(net, x):
-        scale = sum(getattr(net, f"bad{i}")(x).shape[1] for i in range(6)) / 36
+        scale = sum(getattr(net, f"bad{i}")(x).shape[1] for i in range(6)) / 51
         bad = [getattr(net, f"bad{i}")(x) for i in range(6)]
         return net.last(net.good(x)) + sum(getattr(net, f"end{i}")(h * scale) for i, h in enumerate(bad))
 
-    bad = {f"bad{i}": nn.Linear(4, 6) for i in range(6)}
+    bad = {f"bad{i}": nn.Linear(4, 6 + i) for i in range(6)}
     return Net(
-        forward, **bad, **{f"end{i}": nn.Linear(6, 2) for i in range(6)}, good=nn.Linear(4, 5), last=nn.Linear(5, 2)
+        forward, **bad, **{f"end{i}": nn.Linear(6 + i, 2) for i in range(6)}, good=nn.Linear(4, 5), last=nn.Linear(5, 2)
     )
 
 
