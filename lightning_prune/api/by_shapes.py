@@ -152,17 +152,16 @@ def _sizes(structure: Structure, axes: Axes, unsaved: Collection[str]) -> Axes:
             "was pruned, and `load`.",
             stacklevel=3,
         )
-    return _left(structure, fewer, counted)
+    return _left(fewer, counted)
 
 
-def _left(structure: Structure, groups: Iterable[Group], counted: Mapping[str, int]) -> Axes:
+def _left(groups: Iterable[Group], counted: Mapping[str, int]) -> Axes:
     """The sizes that count the units of these groups, when so many are left."""
     left: dict[str, int] = {}
     for group in groups:
         for size in group.sizes:  # that of a norm without weights may count the units of several groups
-            (whole,) = structure.cost.shapes.get(size.tensor, (size.index.size,))
             lost = (group.width - counted[group.name]) * size.index.shape[1]
-            left[size.tensor] = left.get(size.tensor, whole) - lost
+            left[size.tensor] = left.get(size.tensor, size.length or size.index.size) - lost
     return {name: {0: np.arange(number)} for name, number in left.items()}
 
 

@@ -144,7 +144,7 @@ class Analysis:
         for name, label in self.norm_sizes.items():
             positions = [np.flatnonzero(self.atoms.find(label) == unit) for unit in units]
             if len(positions[0]):
-                sizes.append(Member(name, 0, "along", np.stack(positions)))
+                sizes.append(Member(name, 0, "along", np.stack(positions), len(label)))
         return replace(group, sizes=(*group.sizes, *sizes)) if sizes else group
 
     def follow(self, structure: Structure) -> None:
@@ -430,8 +430,7 @@ class Analysis:
 
         tracer = self.tracer
         other = tracer if self.head_features is None else self.head_features.analysis.tracer
-        shapes = self.shapes | {name: (len(label),) for name, label in self.norm_sizes.items()}
-        return CostModel(parameters, terms(tracer.macs, other.macs), shapes, terms(tracer.written, other.written))
+        return CostModel(parameters, terms(tracer.macs, other.macs), self.shapes, terms(tracer.written, other.written))
 
     def _lengths(self, groups: Sequence[Group]) -> Callable[[IndexArray], Axis]:
         """A function from the atoms of an axis to its length."""
