@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,11 +76,16 @@ def still_norms(model: nn.Module) -> Iterator[None]:
                 x = combine(x, getattr(module, name).view(shape))
         return x
 
+    def function(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+        return x if weight is None else layer_norm(x, shape, weight, *rest, **options)
+
+    layer_norm = F.layer_norm  # also called outside of modules, without weights
     # A group norm of several channels may have single ones after the cut.
     uneven = [module for module in model.modules() if vars(module).setdefault("_uneven", _uneven(module))]
     handles = [module.register_forward_hook(affine) for module in uneven]
     try:
-        yield
+        with mock.patch.object(F, "layer_norm", function):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -301,7 +301,8 @@ def _decoder(name: str) -> Network:
     name = name.removeprefix("smp.")
     encoder = "mit_b0" if name == "Segformer" else "resnet18"
     model = getattr(smp, name)(encoder, encoder_weights=None, classes=3).double()
-    return Network(model, (_image(2, 128),))
+    side = 160 if name == "Segformer" else 128  # else it would have as many channels as columns
+    return Network(model, (_image(2, side),))
 
 
 def _for_volumes(name: str) -> Network:
