@@ -124,28 +124,25 @@ class Analysis:
 
     def structure(self) -> Structure:
         """The structure that was found."""
-        groups = self.groups
-        features = [] if self.head_features is None else self.head_features.groups
-        found = {group.name: self._with_norm_sizes(group) for group in groups}
-        if self.head_features is not None:
-            found |= {group.name: self.head_features.analysis._with_norm_sizes(group) for group in features}
+        groups, inner = self._with_norm_sizes(self.groups), self.head_features
+        features = [] if inner is None else inner.analysis._with_norm_sizes(inner.groups)
         every = [one for group in groups for one in (group, *(f for f in features if f.within[0] == group.name))]
         return Structure(
-            tuple(found[group.name] for group in every),
-            tuple(self._frozen(groups)),
-            self._cost(groups),
-            tuple(self.notes),
-            tuple(self.remarks),
+            tuple(every), tuple(self._frozen(groups)), self._cost(groups), tuple(self.notes), tuple(self.remarks)
         )
 
-    def _with_norm_sizes(self, group: Group) -> Group:
-        """The group with the sizes of norms without weights that count its units."""
-        sizes, units = [], self.atoms_of(group)
-        for name, label in self.norm_sizes.items():
-            positions = [np.flatnonzero(self.atoms.find(label) == unit) for unit in units]
-            if len(positions[0]):
-                sizes.append(Member(name, 0, "along", np.stack(positions), len(label)))
-        return replace(group, sizes=(*group.sizes, *sizes)) if sizes else group
+    def _with_norm_sizes(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the sizes of norms without weights that count their units."""
+        counted = {name: self.atoms.find(label) for name, label in self.norm_sizes.items()}
+        found = []
+        for group in groups:
+            units, sizes = self.atoms_of(group), []
+            for name, roots in counted.items():
+                positions = [np.flatnonzero(roots == unit) for unit in units]
+                if len(positions[0]):
+                    sizes.append(Member(name, 0, "along", np.stack(positions), len(roots)))
+            found.append(replace(group, sizes=(*group.sizes, *sizes)))
+        return found
 
     def follow(self, structure: Structure) -> None:
         """Trace again with the units of a known structure."""

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -102,6 +103,13 @@ class Group:
     sizes: tuple[Member, ...] = ()
     within: tuple[str, ...] = ()
     queries: tuple[Member, ...] = ()
+
+    @property
+    def around(self) -> str:
+        """Name of the deepest module around all of its layers; the network's own name is empty."""
+        paths = [layer.split(".") for layer in {member.layer for member in self.members}]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return ".".join(parts[0] for parts in shared)
 
     @property
     def producers(self) -> tuple[str, ...]:

@@ -158,10 +158,8 @@ def candidates(model: nn.Module, group: Group, parts: Sequence[Part] = ()) -> di
         The positions of each unit on each attribute, by name of the module.
     """
     paths = [layer.split(".") for layer in {member.layer for member in group.members}]
-    common = 0
-    while all(len(path) > common and path[common] == paths[0][common] for path in paths):
-        common += 1
-    around = {".".join(path[:depth]) for path in paths for depth in range(common, len(path) + 1)}
+    shared = len(group.around.split(".")) if group.around else 0
+    around = {".".join(path[:depth]) for path in paths for depth in range(shared, len(path) + 1)}
     per_unit = {divisor for member in group.members for divisor in _divisors(member.index.shape[1])}
     found = {}
     for name, module in ((canonical(name), module) for name, module in model.named_modules()):

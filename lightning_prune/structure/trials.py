@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, islice, takewhile
+from itertools import chain, combinations, islice
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ class Trials:
 
     def _is_of_one_attention(self, one: Group, other: Group) -> bool:
         """Whether groups of features have the same heads, which several attentions may share, and lie in one module."""
-        heads, (first, second) = self._heads.get(one.name), sorted((_around(one), _around(other)), key=len)
+        heads, (first, second) = self._heads.get(one.name), sorted((one.around, other.around), key=len)
         is_same = heads is not None and heads == self._heads.get(other.name) and one.width == other.width
         return is_same and self._have_places(one, other) and (not first or is_within(second, [first]))
 
@@ -513,13 +513,6 @@ def _with_sizes(group: Group, found: Sequence[Member], most: int = _MOST_COMBINA
     some = (sizes for number in (2, 3) for sizes in combinations(found, number) if number < len(found))
     for sizes in (*((size,) for size in found), *([tuple(found)] if len(found) > 1 else []), *islice(some, most)):
         yield replace(group, sizes=(*group.sizes, *sizes))
-
-
-def _around(group: Group) -> str:
-    """The deepest module around all layers of a group."""
-    paths = [layer.split(".") for layer in {member.layer for member in group.members}]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return ".".join(parts[0] for parts in shared)
 
 
 def _place(group: Group) -> tuple[tuple[str, int], ...]:
