@@ -26,8 +26,8 @@ from lightning_prune.structure import Structure, trace
 from lightning_prune.structure.tracing import output_tensors
 
 #: Layers that make the queries of an attention, and the inner widths of feed-forward layers.
-QUERIES = re.compile(r"\.(q|query|q_proj|c_attn)$")
-INNER = re.compile(r"\.(intermediate\.dense|fc1|wi|wi_0|gate_proj|c_fc|pwconv1)$")
+QUERIES = re.compile(r"\.(q|query|q_proj|qkv_proj|c_attn)$")
+INNER = re.compile(r"\.(intermediate\.dense|fc1|wi|wi_0|gate_proj|gate_up_proj|c_fc|pwconv1)$")
 IDS = torch.randint(3, 8000, (1, 32), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS}
 DECODER = {"vocab_size": 8000, "num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -80,6 +80,18 @@ NETWORKS: dict[str, Network] = {
             "num_key_value_heads": 2,
             "intermediate_size": 8960,
         },
+        lambda: TEXT,
+    ),
+    "Phi-3 mini (2 layers)": (
+        "Phi3ForCausalLM",
+        {**DECODER, "num_hidden_layers": 2, "hidden_size": 3072, "num_attention_heads": 32, "intermediate_size": 8192},
+        lambda: TEXT,
+    ),
+    "Phi-4 mini (2 layers)": (
+        "Phi3ForCausalLM",
+        {**DECODER, "num_hidden_layers": 2, "hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8}
+        | {"intermediate_size": 8192, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
         lambda: TEXT,
     ),
     "T5-small": (

@@ -16,6 +16,7 @@ from lightning_prune.api.portable import tensors_to_store, whole_file
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import TracedModel, attention
 from lightning_prune.structure.layers import is_within, options, tensors
+from lightning_prune.structure.module_configs import ModuleConfig, module_configs, own_integers
 from lightning_prune.structure.stubs import Constant, Empty
 from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import History, Keep, LayerSpec, history_of, spec_of
@@ -94,6 +95,7 @@ def _text(network: nn.Module, history: History, tied: Mapping[str, str]) -> str:
     has_stubs = any(isinstance(modules[name], (Constant, Empty)) for name in modules if is_within(name, replaced))
     functions: list[Any] = [standalone.narrow, standalone.narrow_layer, standalone.differences, standalone.load]
     functions += [standalone.Empty, standalone.Constant, standalone.positions] if has_stubs else []
+    functions += [ModuleConfig] if module_configs(network) else []
     attentions = [name for name, module in modules.items() if type(module) is attention.MultiheadAttention]
     sources = [inspect.getsource(one) for one in functions]
     if attentions:
@@ -137,8 +139,8 @@ def _changed(network: nn.Module, history: History) -> Iterator[tuple[str, Parts]
         before = history.dense.attributes.get(name, {})
         parts: Parts = {
             part: (dense, now) if type(dense) is type(now) is list else (_plain(dense), _plain(now))
-            for part, dense in before.items()
-            for now in [vars(module)[part]]
+            for part, whole in before.items()
+            for dense, now in [own_integers(whole, vars(module)[part])]
         }
         if type(module) is nn.Unflatten:  # a cut lets it infer a length, and nothing tells what that was
             parts["unflattened_size"] = (None, _plain(module.unflattened_size))

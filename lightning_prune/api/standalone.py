@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.structure.attention import MultiheadAttention
+from lightning_prune.structure.module_configs import ModuleConfig
 
 __all__ = ["Constant", "Empty", "differences", "load", "narrow", "narrow_layer", "positions"]
 
@@ -47,6 +48,8 @@ def narrow_layer(layer: nn.Module, parts: Mapping[str, tuple[Any, Any]]) -> None
         here = getattr(layer, part, None)
         if isinstance(here, Tensor):
             here.data = here.detach()[tuple(map(slice, now))].clone()
+        elif isinstance(now, dict) and not isinstance(here, dict):
+            setattr(layer, part, ModuleConfig(here, now))
         else:
             setattr(layer, part, now)
 
@@ -58,6 +61,8 @@ def differences(layers: Mapping[str, nn.Module]) -> list[str]:
         for part, (dense, _) in parts.items():
             here = getattr(layers.get(name), part, "missing")
             here = tuple(here.shape) if isinstance(here, Tensor) else here
+            if isinstance(dense, dict) and not isinstance(here, dict):
+                here = {number: getattr(here, number, "missing") for number in dense}
             if dense not in (None, here):
                 found.append(f"{name}.{part} is {here} instead of {dense}")
     for name, (kind, _) in REPLACED.items():

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_prune.structure.attention import MultiheadAttention
+from lightning_prune.structure.module_configs import module_configs
 from lightning_prune.structure.stubs import Constant, Empty
 from lightning_prune.structure.traced_model import require_network, written
 from lightning_prune.surgery import attach, attach_masks
@@ -32,7 +33,8 @@ def strip(model: Module) -> Module:
 
     Raises:
         ValueError: If whole layers were removed, or an `nn.MultiheadAttention` was cut, and modules of this package
-            stand there; nothing has changed.
+            stand there, or if layers compute with numbers of their own in place of those of a configuration that they
+            share; nothing has changed.
 
     Example:
         >>> import pickle, torch
@@ -57,6 +59,13 @@ def strip(model: Module) -> Module:
             f"strip: expected a network of its own modules and PyTorch's, got modules of lightning_prune in place of "
             f"{', '.join(stubs)}, which were removed. Nothing has changed. Use `save` and `rebuild` instead: that file "
             "has such modules, too."
+        )
+    configs = module_configs(network)
+    if configs:
+        raise ValueError(
+            f"strip: expected a network of its own modules and PyTorch's, got numbers of lightning_prune in "
+            f"{', '.join(configs)}: layers that share a configuration have other numbers of heads or features now. "
+            "Nothing has changed. Use `save` and `rebuild` instead: that file has such numbers, too."
         )
     attach(network, None)
     attach_masks(network, {})

@@ -116,11 +116,19 @@ class Analysis:
 
     def with_choices(self, choices: Mapping[SplitKey, int]) -> Analysis:
         """A new analysis of the same network on the same copies, with these parts chosen for splits."""
-        return Analysis(self.traced, choices, self.copies, self.ties)
+        other = Analysis(self.traced, choices, self.copies, self.ties)
+        other.tracer.bounds_follow = self.tracer.bounds_follow
+        return other
 
     def with_ties(self, ties: Sequence[Sequence[tuple[str, int]]]) -> Analysis:
         """A new analysis where axes of tensors that are tied lose the same units."""
         return Analysis(self.traced, self.tracer.choices, self.copies, ties)
+
+    def with_bounds_that_follow(self) -> Analysis:
+        """A new analysis where bounds of slices follow units on both sides, as trials decide."""
+        other = Analysis(self.traced, None, self.copies, self.ties)
+        other.tracer.bounds_follow = True
+        return other
 
     def structure(self) -> Structure:
         """The structure that was found."""

@@ -182,6 +182,19 @@ def _check_projections(structure: Structure, kept: Mapping[str, Iterable[int]]) 
 
 
 def _best(analysis: Analysis, *, trial: bool) -> Analysis:
+    """Find the groups; where slices freeze units in an attention, let their bounds follow if that frees more units.
+
+    Returns:
+        The best analysis.
+    """
+    best = _best_of_splits(analysis, trial=trial)
+    if trial and not best.tracer.attentions.isdisjoint(best.tracer.bounds):
+        other = _best_of_splits(best.with_bounds_that_follow(), trial=trial)
+        best = other if other.free_indices() > best.free_indices() else best
+    return best
+
+
+def _best_of_splits(analysis: Analysis, *, trial: bool) -> Analysis:
     """Find the groups; where a split axis is frozen, try the other parts of the split and keep what frees more units.
 
     Returns:

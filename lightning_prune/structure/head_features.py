@@ -89,7 +89,8 @@ def _set_head_features(analysis: Analysis, *, halves_leave: bool) -> bool:
     heads = {one.name: tuple(g.name for g in owned) for one, (_, owned) in zip(whole, crossing, strict=True)}
     split, parts = in_parts(whole, heads, parts)
     heads |= {name: heads[part.whole] for name, (part, *_) in parts.items() if part.whole}
-    other.groups = whole_again(Trials(other, heads, parts).passing(split), parts, whole)
+    of_heads = {size.tensor: size.index.shape[1] for group in analysis.groups for size in group.sizes}
+    other.groups = whole_again(Trials(other, heads, parts, of_heads).passing(split), parts, whole)
     analysis.remarks |= dict.fromkeys(_failed(other, heads))
     found = [
         replace(

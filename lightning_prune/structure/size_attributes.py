@@ -1,8 +1,8 @@
 """Sizes that modules keep in integer attributes (``num_heads``, ``head_dim``) or lists of them, and compute with.
 
-Sizes are named like tensors, ``blocks.0.attn.num_heads``, ``conv.splits[1]`` or ``rearrange.axes_lengths[h]`` (layers
-of einops), and are cut like a tensor with one axis of that length. A float attribute ``scale`` of 1/√n, where n is the
-width of attention heads, counts as a size of n.
+Sizes are named like tensors, ``blocks.0.attn.num_heads``, ``conv.splits[1]``, ``rearrange.axes_lengths[h]`` (layers of
+einops) or ``attn.config[num_heads]`` (configurations), and are cut like a tensor with one axis of that length. A float
+attribute ``scale`` of 1/√n, where n is the width of attention heads, counts as a size of n.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from lightning_prune.structure.feature_parts import Part, part_in
 from lightning_prune.structure.graph import Group, Member
 from lightning_prune.structure.layers import canonical, updates_widths
+from lightning_prune.structure.module_configs import integers_of, names_read, with_integer
 
 __all__ = ["SizeAttribute", "candidates", "modules_with_heads", "size_attributes", "stored_scales", "unread"]
 
@@ -30,12 +31,12 @@ _SCALES = ("scale", "scaling")
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """An integer attribute of a module, an integer in a list, tuple or dict, or a float that is 1/√n of one.
+    """An integer attribute of a module, an integer in a list, dict or configuration, or a float that is 1/√n of one.
 
     Attributes:
         module: The module.
         attribute: Name of the attribute.
-        position: Position in the list, or key in the dict; None for a number.
+        position: Position in the list or tuple, key in the dict, or name in the configuration; None for a number.
     """
 
     module: nn.Module
@@ -44,14 +45,14 @@ class SizeAttribute:
 
     @property
     def content(self) -> Any:
-        """Content of the attribute: the number, the list or the dict."""
+        """Content of the attribute: the number, the list, the dict or the configuration."""
         return vars(self.module)[self.attribute]
 
     @property
     def value(self) -> int:
         """The integer."""
-        value: int | float = self.content if self.position is None else self.content[self.position]
-        return round(value**-2) if isinstance(value, float) else value
+        found = (value for _, position, value in _integers(self.attribute, self.content) if position == self.position)
+        return next(found, None) or round(self.content**-2)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -63,9 +64,11 @@ class SizeAttribute:
         whole = self.content
         if self.position is None:
             return {self.attribute: value**-0.5 if isinstance(whole, float) else value}
-        if not isinstance(whole, dict):
+        if isinstance(whole, (list, tuple)):
             parts = [value if n == self.position else part for n, part in enumerate(whole)]
             return {self.attribute: type(whole)(parts)}
+        if isinstance(self.position, str) and not isinstance(whole, dict):
+            return {self.attribute: with_integer(whole, self.position, value)}
         lengths = {**whole, self.position: value}  # of einops, which computes with the pairs, and is copied by the dict
         return {self.attribute: lengths, f"_{self.attribute}": tuple(lengths.items())}
 
@@ -82,6 +85,8 @@ def _integers(own: str, content: object) -> Iterator[tuple[str, int | str | None
         yield from ((f"{own}[{key}]", key, part) for key, part in content.items() if type(part) is int)
     elif isinstance(content, (list, tuple)) and not hasattr(content, "_fields"):
         yield from ((f"{own}[{n}]", n, part) for n, part in enumerate(content) if type(part) is int)
+    else:
+        yield from ((f"{own}[{name}]", name, number) for name, number in integers_of(own, content).items())
 
 
 def _is_scale(own: str, content: object) -> bool:
@@ -146,8 +151,9 @@ def modules_with_heads(model: nn.Module) -> list[str]:
 def candidates(model: nn.Module, group: Group, parts: Sequence[Part] = ()) -> dict[str, tuple[Member, ...]]:
     """Attributes that may hold the width of a group or a multiple of it, by module.
 
-    They are those of the group's layers, of the deepest module around all of them, and of the modules in between, but
-    not those that follow from a layer's tensors. Layers of einops are part of the module that they are in.
+    They are those of the group's layers, of the deepest module around all of them (not a layer itself), and of the
+    modules in between, but not those that follow from a layer's tensors. Layers of einops are part of the module that
+    they are in.
 
     Args:
         model: The network.
@@ -158,7 +164,8 @@ def candidates(model: nn.Module, group: Group, parts: Sequence[Part] = ()) -> di
         The positions of each unit on each attribute, by name of the module.
     """
     paths = [layer.split(".") for layer in {member.layer for member in group.members}]
-    shared = len(group.around.split(".")) if group.around else 0
+    around_all = len(group.around.split(".")) if group.around else 0
+    shared = min([around_all, *(len(path) - 1 for path in paths)])  # a group of one layer is in the module with it
     around = {".".join(path[:depth]) for path in paths for depth in range(shared, len(path) + 1)}
     per_unit = {divisor for member in group.members for divisor in _divisors(member.index.shape[1])}
     found = {}
@@ -168,7 +175,9 @@ def candidates(model: nn.Module, group: Group, parts: Sequence[Part] = ()) -> di
         members = (
             _counting(name, own, value, group, parts)
             for attribute, content in _own_sizes(module).items()
-            for own, _, value in _integers(attribute, content)
+            for unread in [integers_of(attribute, content).keys() - names_read(module)]
+            for own, position, value in _integers(attribute, content)
+            if position not in unread
         )
         fitting = tuple(member for member in members if member is not None and member.index.shape[1] in per_unit)
         if fitting:
@@ -192,7 +201,10 @@ def _own_sizes(module: nn.Module) -> dict[str, object]:
         return {"head_dim": vars(module).get("head_dim")}
     if _is_of_einops(module):
         return {"axes_lengths": vars(module)["axes_lengths"]}
-    return {} if updates_widths(module) else {n: one for n, one in vars(module).items() if not isinstance(one, dict)}
+    # A whole network keeps its configuration, which is saved with it.
+    kept = {"config"} if hasattr(module, "save_pretrained") else set[str]()
+    own = {name: one for name, one in vars(module).items() if not isinstance(one, dict) and name not in kept}
+    return {} if updates_widths(module) else own
 
 
 def _divisors(n: int) -> set[int]:

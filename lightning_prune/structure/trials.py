@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, islice
 from typing import Any
@@ -81,6 +81,7 @@ class Trials:
         heads: The groups of attention heads of each group, by name, if the units are features of heads. Those of one
             attention may be tied, as code may use one number for the features of queries, keys and values.
         parts: The features of a head that the units are, by the name of the group, where there are others.
+        of_heads: Sizes that count heads, and how many each counts of a unit. Those of features of all heads do, too.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class Trials:
         analysis: Analysis,
         heads: Mapping[str, tuple[str, ...]] | None = None,
         parts: Mapping[str, Sequence[Part]] | None = None,
+        of_heads: Mapping[str, int] | None = None,
     ) -> None:
         self.analysis = analysis
         self._heads = heads or {}
         self._parts = parts or {}
+        self._of_heads = of_heads or {}
         self._count = 0
         self._draw = 0  # which of `_draws` is tried
         self._furthest: dict[str, str] = {}  # why the furthest repair of a group failed
@@ -193,7 +196,14 @@ class Trials:
         return replace(tied, name=whole.name) if whole.name in self._parts else tied
 
     def _candidates(self, group: Group) -> dict[str, tuple[Member, ...]]:
-        return candidates(self.analysis.first.module, group, self._parts.get(group.name, ()))
+        """Sizes that may follow a group, by module; for features, without those that count heads alone."""
+        parts = self._parts.get(group.name, ())
+        width = parts[0].total if parts else group.width
+        return {
+            module: left
+            for module, sizes in candidates(self.analysis.first.module, group, parts).items()
+            if (left := tuple(size for size in sizes if self._of_heads.get(size.tensor, width) % width == 0))
+        }
 
     def _have_places(self, one: Group, other: Group) -> bool:
         """Whether features of one attention are at the same places of its heads, as far as these are known."""
@@ -232,14 +242,32 @@ class Trials:
         failure = self.attempt([group], follow) if found or alike else None
         if failure is None:
             return None
-        start = group
+        whole, first = self._search(group, failure, found, alike.values(), follow)
+        if whole is None and first and (self._heads or self.analysis.tracer.choices):
+            # Of heads and features, both may be numbers of this attention, and the wrong one got further by chance.
+            left = {module: tuple(size for size in sizes if size not in first) for module, sizes in found.items()}
+            whole, _ = self._search(group, failure, left, alike.values(), follow)
+        if whole is None:
+            return None
+        return whole, [other for other in others if id(other) in alike and _is_part(alike[id(other)], whole)]
+
+    def _search(
+        self,
+        start: Group,
+        failure: Failure | None,
+        found: Mapping[str, Sequence[Member]],
+        alike: Collection[Group],
+        follow: bool,
+    ) -> tuple[Group | None, tuple[Member, ...]]:
+        """The group with what makes its cut pass, None if nothing does, and the sizes that first got it further."""
+        group, first = start, tuple[Member, ...]()
         while failure is not None:
             here = [size for size in found.get(failure.module, ()) if size not in group.sizes]
             elsewhere = [size for sizes in found.values() for size in sizes if size not in (*group.sizes, *here)]
             further = self._further(_with_sizes(group, here), failure, follow)
             further = further or self._further(_with_sizes(group, elsewhere, most=0), failure, follow)
             if further is None:
-                left = [other for other in alike.values() if not _is_part(other, group)]
+                left = [other for other in alike if not _is_part(other, group)]
                 near = self.suspects(left, failure) or left[:_MOST_TIED]
                 further = self._further((_merged(group, other) for other in near), failure, follow)
                 if further is None and self._heads:  # code may use one number for queries, keys and values at once
@@ -247,12 +275,13 @@ class Trials:
                     further = self._further(chain.from_iterable(sized), failure, follow)
             if further is None:
                 self._furthest[start.name] = f"a trial cut failed: {failure.reason}"
-                return None
+                return None, first
             group, failure = self._fewest(group, *further, follow)
-            like = _as_in_one_block(start, group, found, alike.values())
+            first = first or group.sizes
+            like = _as_in_one_block(start, group, found, alike)
             if failure is not None and like is not None:
                 group, failure = self._further([like], failure, follow) or (group, failure)
-        return group, [other for other in others if id(other) in alike and _is_part(alike[id(other)], group)]
+        return group, first
 
     def _fewest(
         self, before: Group, group: Group, failure: Failure | None, follow: bool
@@ -479,6 +508,7 @@ class Trials:
         tracer = Tracer(atoms, RULES, unknown)
         tracer.units, tracer.compares_lengths = self.analysis.tracer.units, self.analysis.tracer.compares_lengths
         tracer.own_norms, tracer.of_features = self.analysis.tracer.own_norms, self.analysis.tracer.of_features
+        tracer.bounds_follow = self.analysis.tracer.bounds_follow
         tracer.whole_groups = dict(self.analysis.tracer.whole_groups)
         return tracer
 

@@ -79,7 +79,7 @@ class Dense:
     def with_cut(self, model: nn.Module, names: Iterable[str]) -> Dense:
         """Add the state of ``model`` before its tensors ``names`` are cut for the first time."""
         names = set(names)
-        present, unsaved, sizes = named(model), non_persistent(model), size_attributes(model, names)
+        present, unsaved, sizes = named(model), non_persistent(model), size_attributes(model, sorted(names))
         touched = {id(present[name]) for name in names - sizes.keys()}
         buffers = {name: present[name].detach().clone() for name in unsaved if id(present.get(name)) in touched}
         attributes = {

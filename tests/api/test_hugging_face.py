@@ -59,6 +59,12 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **TEXT, **heads}))
 
 
+def phi3() -> Any:
+    """It reads the number of heads from the configuration, which its layers share."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**{**SIZES, **TEXT, **heads}))
+
+
 def tied() -> Any:
     """A decoder of two layers, with one tensor for the first and the last."""
     config = transformers.BertConfig(
@@ -159,6 +165,7 @@ class TestConfiguration:
             (classifier, HALF),
             (gpt2, {"n_embd": 16, "n_head": 2}),
             (llama, {**HALF, "num_attention_heads": 4, "num_key_value_heads": 2}),
+            (phi3, {**HALF, "num_attention_heads": 4, "num_key_value_heads": 2}),
         ],
     )
     def test_equal_widths_are_written_there(self, build: Build, changes: dict[str, int], tmp_path: Path) -> None:
@@ -219,6 +226,23 @@ class TestHistory:
         assert loaded.generation_config.max_new_tokens == 7
         assert loaded.dtype == torch.bfloat16
         assert from_pretrained(type(model), tmp_path / "small", dtype=torch.float32).dtype == torch.float32
+
+    def test_numbers_of_heads_that_differ_between_layers(self, tmp_path: Path) -> None:
+        """Which layers read from the configuration, of which the whole network still has the dense one."""
+        model = pruned(phi3, "model.layers.1.self_attn.qkv_proj")
+        first, second = (layer.self_attn.config for layer in model.model.layers)
+        assert first is model.config
+        assert isinstance(second, transformers.Phi3Config)
+        assert (first.num_attention_heads, second.num_attention_heads) == (8, 4)
+        saved = save_pretrained(model, tmp_path, TOKENS)
+        assert saved.way == "history"
+        loaded = from_pretrained(type(model), tmp_path)
+        assert_same(loaded, model)
+        assert loaded.config.num_attention_heads == 8
+        for one in (model, loaded):  # masks are made for one implementation, which every layer must use
+            one.set_attn_implementation("eager")
+            assert {layer.self_attn.config._attn_implementation for layer in one.model.layers} == {"eager"}
+        assert_same(loaded, model)
 
     def test_removed_layers(self, tmp_path: Path) -> None:
         """From which the network is widened again, as by a checkpoint from before."""
@@ -339,13 +363,13 @@ class TestErrors:
         assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.parametrize("build", [gpt2, llama, whisper, pytest.param(t5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [gpt2, llama, phi3, whisper, pytest.param(t5, marks=pytest.mark.slow)])
 def test_generation_after_a_cut(build: Build) -> None:
     """Tokens with a cache of keys and values are those without; heads are cut with the default configuration."""
     model = pruned(build)
     history = history_of(model)
     assert history is not None
-    assert any(name.endswith(("c_attn", "q_proj", "SelfAttention.q")) for name in history.widths_now)
+    assert any(name.endswith(("c_attn", "q_proj", "qkv_proj", "SelfAttention.q")) for name in history.widths_now)
     prompt = {name: value for name, value in INPUTS.get(build, TOKENS).items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     tokens = model.generate(**prompt, **options, use_cache=True)

@@ -71,19 +71,23 @@ def test_products_of_queries_and_keys_and_of_shares_and_values_are_counted() -> 
         assert structure.cost.macs({group.name: heads}) == layers + 2 * heads * POSITIONS * POSITIONS * FEATURES
 
 
-class Counted(Attention):
-    """Its number of heads is written down, so that only features could leave."""
+class Single(Attention):
+    """One head, so that only features could leave."""
+
+    def __init__(self, mask: bool) -> None:
+        super().__init__()
+        self.mask = nn.Linear(5, 1, dtype=torch.float64) if mask else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x[:, x[0, :, 0] > 0]
-        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (layer(x)[:, None] for layer in (self.query, self.key, self.value))
         bias = None if self.mask is None else self.mask(x).transpose(1, 2)[:, :, None]
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_what_decides_the_scale_or_the_mask_stays(mask: bool) -> None:
-    model, x = Counted(mask).requires_grad_(False), example()  # else it is other operators, where there is a mask
+    model, x = Single(mask).requires_grad_(False), example()  # else it is other operators, where there is a mask
     structure = trace(TracedModel.of(model, x))
     reasons = {frozen.tensor: frozen.reason for frozen in structure.frozen}
     for name in ("query.weight", "key.weight"):

@@ -188,6 +188,35 @@ class Shared(nn.Module):
         return self.out(torch.cat([part.softmax(-1).flatten(2) for part in parts], -1))
 
 
+class Fused(nn.Module):
+    """One layer makes queries, keys and values, which are split by numbers that equal others by chance."""
+
+    def __init__(self, heads: int, keys: int, features: int) -> None:
+        super().__init__()
+        self.w, self.nq, self.nk = features, heads, keys
+        self.qkv, self.o = nn.Linear(WIDTH, (heads + 2 * keys) * features), nn.Linear(heads * features, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split([self.nq * self.w, self.nk * self.w, self.nk * self.w], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.w)).transpose(1, 2) for part in parts)
+        times = q.shape[1] // k.shape[1]
+        k, v = (part[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for part in (k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("heads", "keys", "features"), [(6, 6, 6), (6, 3, 6), (8, 2, 4), (4, 2, 6), (4, 4, 8)])
+def test_of_numbers_that_are_equal_those_that_follow_are_found(heads: int, keys: int, features: int) -> None:
+    model, x = _encoder(Fused(heads, keys, features)), _example()
+    structure = _traced(model)
+    assert structure.widths == {"embed": WIDTH, "block.qkv": keys, "block.qkv#head_dim": features}
+    kept = {"block.qkv": (*range(keys - 1),), "block.qkv#head_dim": (*range(0, features, 2),), "embed": (0, 3, 4)}
+    axes, zeroed = structure.axes(kept), copy.deepcopy(model)
+    cut(model, axes, factors=structure.factors(kept))
+    mask(zeroed, axes)
+    assert (model.block.nq, model.block.nk, model.block.w) == (heads // keys * (keys - 1), keys - 1, features // 2)
+    torch.testing.assert_close(model(x), zeroed(x), rtol=1e-12, atol=1e-12)
+
+
 def test_what_no_attribute_repairs_is_frozen() -> None:
     structure = _traced(_encoder(Literal()))
     assert structure.widths == {"embed": WIDTH}

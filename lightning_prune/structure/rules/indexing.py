@@ -104,7 +104,7 @@ def slice_(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         elif 0 <= start < step > 1 and len(axis) % step == 0 and (end is None or end >= len(axis)):
             blocks = axis.reshape(-1, step)
             t.atoms.unite(blocks[:, 1:].ravel(), np.repeat(blocks[:, 0], step - 1))
-        elif not (t.of_features and step == 1) or value.constant:
+        elif value.constant or step != 1 or not (t.of_features or t.bounds_follow):
             _freeze_far_side(t, func, axis, (start, end, step))
             if value.constant and len(part) < len(axis):  # such as positions beyond the example's length
                 t.freeze([axis], f"a part of a parameter, taken by {t.where(func)}")
@@ -121,6 +121,7 @@ def _freeze_far_side(t: Tracer, func: Any, axis: IndexArray, bounds: tuple[int, 
         if bound is not None and -len(axis) < bound < len(axis) and bound:
             held = slice(bound) if bound > 0 else slice(bound, None)
             t.freeze([axis[held]], f"lies on the far side of a bound of {t.where(func)}")
+            t.bounds.setdefault(t.module, []).append(axis[held])
     if step != 1:
         t.freeze([axis], f"picked at regular intervals in {t.where(func)}")
 

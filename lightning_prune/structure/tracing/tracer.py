@@ -63,6 +63,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first_decisions: Decisions of the first trace, which a trial must reproduce.
         first_views: Views of the first trace.
         of_features: Whether features of attention heads are the units rather than heads.
+        bounds_follow: Whether bounds of slices may follow units on both sides, which trials decide.
+        bounds: Atoms that bounds of slices froze, by module.
         crossed: Whether the other parts of a split may have become shorter.
         query_widths: Features of each query of a run whose attention computes its scale from their number.
         first_query_widths: Those of the first trace.
@@ -108,6 +110,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.first_decisions: list[Decision] | None = None
         self.first_views: list[Blocks | None] = []
         self.of_features = False
+        self.bounds_follow = False
+        self.bounds: dict[str, list[IndexArray]] = {}
         self.crossed = False
         self.query_widths: list[int] = []
         self.first_query_widths: list[int] | None = None
@@ -355,7 +359,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = self._rule_of.get(func)
         if rule is None:
             rule = self._rule_of[func] = self._rule(operator)
-        if operator.name in ("_softmax", "_safe_softmax") or "dot_product_attention" in operator.name:
+        if operator.name in ("_softmax", "_safe_softmax") or "scaled_dot_product" in operator.name:
             self.attentions.add(self.module)
         rule(self, func, args, kwargs, out)
         self._compare(operator, args, kwargs, out)
