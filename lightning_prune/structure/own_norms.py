@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.structure.layers import canonical, refresh
 
-__all__ = ["own_norms"]
+__all__ = ["own_layer_norms", "own_norms"]
 
 #: Samples, and their magnitude, beside which the norm's ε does not count.
 _SAMPLES, _MAGNITUDE = 8, 1e3
@@ -22,9 +22,10 @@ _TOLERANCE = 1e-4
 
 
 def own_norms(model: nn.Module) -> frozenset[str]:
-    """Names of the modules that are root-mean-square or global response norms, at any width.
+    """Names of the modules that are layer norms, root-mean-square norms or global response norms, at any width.
 
-    - Root-mean-square norm, over the last axis or over channels: ``x / rms(x) · g(weight)``.
+    - Layer norm and root-mean-square norm, over the last axis or over channels: inputs divided by their deviation or by
+      their root mean square, with the mean subtracted or not, times g(weight), plus a bias if there is one.
     - Global response norm (`ConvNeXt V2 <https://arxiv.org/abs/2301.00808>`_) of images, with channels last or second:
       ``x + scale · x · n + shift``, where n is the norm of each channel over all positions, divided by the mean of all
       channels.
@@ -33,14 +34,17 @@ def own_norms(model: nn.Module) -> frozenset[str]:
     masked network, as with `nn.LayerNorm`. A module is recognised by its results on random numbers, with its own
     weights and with narrower ones.
     """
-    kinds = ((_has_one_weight, _is_rms_norm), (_has_scale_and_shift, _is_response_norm))
-    found = {
-        name
-        for name, module in model.named_modules()
-        for fits, is_norm in kinds
-        if fits(module) and (is_norm(module, channels_last=True) or is_norm(module, channels_last=False))
-    }
-    return frozenset(map(canonical, found))
+    return _that_are(model, _is_response_norm) | own_layer_norms(model)
+
+
+def own_layer_norms(model: nn.Module) -> frozenset[str]:
+    """Those of them that are layer norms or root-mean-square norms."""
+    return _that_are(model, _is_layer_norm)
+
+
+def _that_are(model: nn.Module, is_norm: Callable[[nn.Module, bool], bool]) -> frozenset[str]:
+    names = (name for name, module in model.named_modules() if is_norm(module, True) or is_norm(module, False))
+    return frozenset(map(canonical, names))
 
 
 def _vectors(module: nn.Module) -> dict[str, Tensor]:
@@ -49,45 +53,57 @@ def _vectors(module: nn.Module) -> dict[str, Tensor]:
     return own if all(tensor.numel() == max(tensor.shape, default=0) > 1 for tensor in own.values()) else {}
 
 
-def _has_one_weight(module: nn.Module) -> bool:
-    own = _vectors(module)
-    return list(own) == ["weight"] and own["weight"].dim() == 1
+#: What a norm over units makes of its inputs, before its weight.
+_NORMALISED: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x / x.square().mean(1, keepdim=True).sqrt(),
+    lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True),
+    lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+    lambda x: x / x.std(1, correction=0, keepdim=True),
+)
 
 
-def _has_scale_and_shift(module: nn.Module) -> bool:
-    own = _vectors(module)
-    return len(own) == 2 and len({tensor.numel() for tensor in own.values()}) == 1
-
-
-def _is_rms_norm(module: nn.Module, *, channels_last: bool) -> bool:
+def _is_layer_norm(module: nn.Module, channels_last: bool) -> bool:
     """Whether the results are those of a norm of units that are last, or followed by two more axes."""
+    own = _vectors(module)
+    if len({tensor.numel() for tensor in own.values()}) != 1 or len(own) > 2:
+        return False
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.RMSNorm):
         return False
-    ones = () if channels_last else (1, 1)
+    ones, names, width = () if channels_last else (1, 1), list(own), next(iter(own.values())).numel()
 
-    def factors(norm: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
-        """What the norm multiplies every normalised input by."""
-        outputs = _results(norm, {"weight": weight}, inputs.reshape(*inputs.shape, *ones))
-        return outputs.reshape(inputs.shape) / (inputs / inputs.square().mean(1, keepdim=True).sqrt())
+    def compare(norm: nn.Module, draw: torch.Generator) -> bool:
+        weights = torch.randn(len(names), width, generator=draw)
+        inputs, kept = _MAGNITUDE * torch.randn(_SAMPLES, width, generator=draw), torch.arange(0, width, 2)
 
-    def compare(own: nn.Module, draw: torch.Generator) -> bool:
-        width = module.get_parameter("weight").numel()
-        weight = torch.randn(width, generator=draw)
-        inputs = _MAGNITUDE * torch.randn(_SAMPLES, width, generator=draw)
-        kept = torch.arange(0, width, 2)
-        whole = factors(own, weight, inputs)
-        narrow = factors(own, weight[kept], inputs[:, kept])
-        expected = whole[:1]
-        return _are_close(whole, expected.expand_as(whole)) and _are_close(narrow, expected[:, kept].expand_as(narrow))
+        def odd_and_even(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            """The parts of the results that change their sign with the inputs, and that do not: the bias."""
+            both = torch.cat([x, -x]).reshape(2 * len(x), -1, *ones)
+            out, of_minus = _results(norm, dict(zip(names, weights, strict=True)), both).reshape(2, *x.shape)
+            return (out - of_minus) / 2, (out + of_minus) / 2
+
+        (odd, even), (narrow, bias) = odd_and_even(weights, inputs), odd_and_even(weights[:, kept], inputs[:, kept])
+        largest = float(odd.abs().max())
+        if not (_are_close(even, even[:1], largest) and _are_close(bias, even[:1, kept], largest)):
+            return False
+        for normalised in _NORMALISED:
+            whole = normalised(inputs)
+            factors = (odd * whole).sum(0) / whole.square().sum(0)
+            left = factors[kept] * normalised(inputs[:, kept])
+            if _are_close(odd, factors * whole, largest) and _are_close(narrow, left, largest):
+                return True
+        return False
 
     return _holds(module, compare)
 
 
-def _is_response_norm(module: nn.Module, *, channels_last: bool) -> bool:
+def _is_response_norm(module: nn.Module, channels_last: bool) -> bool:
     """Whether the results are those of a global response norm."""
-    if type(module).__module__.startswith("torch.nn."):
+    own = _vectors(module)
+    if type(module).__module__.startswith("torch.nn.") or len(own) != 2:
         return False
-    names = list(_vectors(module))
+    if len({tensor.numel() for tensor in own.values()}) != 1:
+        return False
+    names = list(own)
 
     def compare(own: nn.Module, draw: torch.Generator) -> bool:
         width = _vectors(module)[names[0]].numel()
@@ -125,8 +141,10 @@ def _holds(module: nn.Module, compare: Callable[[nn.Module, torch.Generator], bo
         return False
 
 
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max()))
+def _are_close(found: Tensor, expected: Tensor, largest: float | None = None) -> bool:
+    """Whether numbers are equal up to rounding, relative to the largest of them."""
+    largest = float(expected.abs().max()) if largest is None else largest
+    return torch.allclose(found, expected.expand_as(found), rtol=_TOLERANCE, atol=_TOLERANCE * largest)
 
 
 def _results(norm: Any, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Trials:
         self._of_heads = of_heads or {}
         self._count = 0
         self._draw = 0  # which of `_draws` is tried
-        self._furthest: dict[str, str] = {}  # why the furthest repair of a group failed
+        self._furthest: dict[str, str] = {}  # why the first repair of a group failed where it got furthest
         self._beyond_repair = Counter[tuple[tuple[str, int], ...]]()  # groups by their place in a block
 
     def passing(self, groups: list[Group]) -> list[Group]:
@@ -274,7 +274,7 @@ class Trials:
                     sized = (_with_sizes(_merged(group, other), [*here, *elsewhere], most=0) for other in near)
                     further = self._further(chain.from_iterable(sized), failure, follow)
             if further is None:
-                self._furthest[start.name] = f"a trial cut failed: {failure.reason}"
+                self._furthest.setdefault(start.name, f"a trial cut failed: {failure.reason}")
                 return None, first
             group, failure = self._fewest(group, *further, follow)
             first = first or group.sizes

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.structure import TracedModel, trace
-from lightning_prune.structure.own_norms import own_norms
+from lightning_prune.structure.own_norms import own_layer_norms, own_norms
 from tests.support.cutting import shrunk
 
 
@@ -97,7 +97,92 @@ def test_a_cut_equals_a_narrower_network(norm: type[nn.Module]) -> None:
     assert torch.equal(narrow(x), expected(x))
 
 
-@pytest.mark.parametrize("norm", [Centred, OfAFixedWidth, Gate])
+class WithBias(Centred):
+    """A layer norm as in the paper, with other names; the shift may be a buffer of zeros."""
+
+    def __init__(self, width: int) -> None:
+        nn.Module.__init__(self)
+        self.gamma, self.beta = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return (x - mean) / torch.sqrt(var + 1e-6) * self.gamma + self.beta
+
+
+class WithBuffer(WithBias):
+    def __init__(self, width: int) -> None:
+        nn.Module.__init__(self)
+        self.gamma = nn.Parameter(torch.randn(width))
+        self.register_buffer("beta", torch.zeros(width))
+
+
+class OfDeviation(WithBias):
+    """As in "The Annotated Transformer": the deviation of a sample."""
+
+    def forward(self, x):
+        return self.gamma * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) + self.beta
+
+
+class WithoutMean(Norm):
+    """As in Restormer: divided by the deviation, and not centred."""
+
+    def forward(self, x):
+        return x / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5) * self.weight
+
+
+class OfImages(WithBias):
+    """As in ConvNeXt, over channels."""
+
+    def forward(self, x):
+        u = x.mean(1, keepdim=True)
+        s = (x - u).pow(2).mean(1, keepdim=True)
+        return self.gamma[:, None, None] * ((x - u) / torch.sqrt(s + 1e-6)) + self.beta[:, None, None]
+
+
+OWN = [Centred, WithBias, WithBuffer, OfDeviation, WithoutMean, OfImages]
+
+
+def layers(norm: type[nn.Module], width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    if norm is OfImages:
+        return nn.Sequential(nn.Conv2d(5, width, 1), norm(width), nn.GELU(), nn.Conv2d(width, 3, 1)).double()
+    return nn.Sequential(nn.Linear(5, width), norm(width), nn.GELU(), nn.Linear(width, 3)).double()
+
+
+@pytest.mark.parametrize("norm", OWN)
+def test_a_cut_layer_norm_equals_a_narrower_one(norm: type[nn.Module]) -> None:
+    net, x = layers(norm), torch.randn(4, 5, 6, 5, dtype=torch.float64)
+    x = x.transpose(1, 3) if norm is OfImages else x
+    assert own_norms(net) == own_layer_norms(net) == {"1"}
+    structure = trace(TracedModel.of(net, x))
+    assert structure.widths == {"0": 8}
+    for kept in ([0, 3, 5], [1, 6]):
+        narrow, expected = shrunk(net, structure.axes({"0": kept})), layers(norm, len(kept))
+        own = net.state_dict()
+        weights = {name: own[name][kept] for name in own if not name.startswith("3.")}
+        expected.load_state_dict({**weights, "3.weight": own["3.weight"][:, kept], "3.bias": own["3.bias"]})
+        torch.testing.assert_close(narrow(x), expected(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", OWN)
+def test_on_real_numbers(norm: type[nn.Module]) -> None:
+    """The masked network, which a trial compares a cut with, leaves removed units out of its statistics."""
+
+    class Kept(norm):  # type: ignore[misc,valid-type]
+        def forward(self, x):
+            chosen = super().forward(x)
+            return chosen[chosen.flatten(1).sum(1) > -1e9]  # a size that depends on data
+
+    net, x = layers(Kept), torch.randn(4, 5, 6, 5, dtype=torch.float64)
+    if norm is OfImages:
+        net, x = nn.Sequential(nn.Conv2d(5, 8, 1), Kept(8), nn.GELU(), nn.Conv2d(8, 3, 1)).double(), x.transpose(1, 3)
+    assert own_norms(net) == {"1"}
+    structure = trace(TracedModel.of(net, x))
+    assert any("real tensors" in remark for remark in structure.remarks)
+    assert structure.widths == {"0": 8}
+
+
+@pytest.mark.parametrize("norm", [OfAFixedWidth, Gate])
 def test_what_only_looks_like_one_stays_frozen(norm: type[nn.Module]) -> None:
     net = network(norm)
     assert own_norms(net) == frozenset()

@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_prune.structure.rules.elementwise import broadcast, pointwise
 from lightning_prune.structure.rules.registry import argument, dimensions, rigid, rule
-from lightning_prune.structure.tracing import Tracer, flat_tensors
+from lightning_prune.structure.tracing import STATISTICS, Tracer, flat_tensors
 
 __all__ = ["spatial"]
 
@@ -128,7 +128,8 @@ def pad(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Reduce or normalise over dimensions, which are frozen unless removed units do not change the result.
 
-    The mean in a norm that the network writes itself is that of a narrower norm after a cut, like a layer norm's.
+    Mean and variance in a norm that the network writes itself are those of a narrower norm after a cut, like a layer
+    norm's.
     """
     name = str(func._schema.name).removeprefix("aten::")
     if name in ("max", "min") and len(flat_tensors(args)) == 2:
@@ -139,7 +140,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dims = dimensions(argument(func, args, kwargs, "dim"), x.dim())
     touched = [value.axes[d] for d in dims]
     t.note_lengths([x.shape[d] for d in dims], touched)
-    is_norm = name == "mean" and dims in ([x.dim() - 1], [1]) and t.is_own_norm
+    is_norm = name in STATISTICS and dims in ([x.dim() - 1], [1]) and t.is_own_norm
     if not is_norm and not (value.zero and _ignores_zeros(func, args, kwargs)):
         t.freeze(touched, f"reduced over in {t.where(func)}")
     for result in flat_tensors(out):

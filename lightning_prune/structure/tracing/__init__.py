@@ -14,12 +14,13 @@ from lightning_prune.structure.tracing.labels import (
 )
 from lightning_prune.structure.tracing.network_copy import FakeCopy
 from lightning_prune.structure.tracing.operators import flat_tensors, memory_of
-from lightning_prune.structure.tracing.real_runs import DiscreteResults
+from lightning_prune.structure.tracing.real_runs import STATISTICS, DiscreteResults
 from lightning_prune.structure.tracing.recurrent import is_recurrent
 from lightning_prune.structure.tracing.tracer import MEETS_FIXED, Tracer
 
 __all__ = [
     "MEETS_FIXED",
+    "STATISTICS",
     "WILD",
     "AxisLabel",
     "Blocks",

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lightning_prune.structure.tracing.operators import Operator, flat_tensors, memory_of
 
-__all__ = ["DiscreteResults", "norm_of_kept"]
+__all__ = ["STATISTICS", "DiscreteResults", "norm_of_kept"]
+
+#: Operators by which networks write norms over units.
+STATISTICS = frozenset(("mean", "std", "std_mean", "var", "var_mean"))
 
 #: Operators that return floating-point numbers which jump where their inputs change a little.
 _ROUNDED = frozenset(("round", "floor", "ceil", "trunc", "sign", "remainder", "floor_divide"))
@@ -93,7 +96,7 @@ def norm_of_kept(operator: Operator, args: Any, kwargs: Any, kept: Mapping[int, 
         args: Its arguments, of which the first is the input of the norm.
         kwargs: Its keyword arguments.
         kept: Positions that are kept along the input's dimensions of which some are not.
-        is_own: Whether a mean is that of a norm which the network writes itself.
+        is_own: Whether statistics are those of a norm which the network writes itself.
 
     Returns:
         The result, zero for the other units, or `NotImplemented` if none are left out of its statistics.
@@ -104,12 +107,12 @@ def norm_of_kept(operator: Operator, args: Any, kwargs: Any, kept: Mapping[int, 
     elif operator.name == "native_group_norm":
         over = [1] if args[6] < x.shape[1] else []
     else:
-        over = [d % rank for d in args[1]] if operator.name == "mean" and is_own else []
+        over = [d % rank for d in args[1]] if is_own else []
     kept = {d: kept[d] for d in over if d in kept}
     if not kept:
         return NotImplemented
     narrow = _taken(x, kept)
-    if operator.name == "mean":
+    if operator.name in STATISTICS:
         return operator.func(narrow, *args[1:], **kwargs)
     weights = [
         None if weight is None else _taken(weight, {d - over[0]: places for d, places in kept.items()})

@@ -23,7 +23,7 @@ from lightning_prune.structure.tracing.operators import (
     same_line,
     storage_key,
 )
-from lightning_prune.structure.tracing.real_runs import DiscreteResults, norm_of_kept
+from lightning_prune.structure.tracing.real_runs import STATISTICS, DiscreteResults, norm_of_kept
 
 __all__ = ["MEETS_FIXED", "Tracer"]
 
@@ -33,7 +33,7 @@ MEETS_FIXED = "meets an axis of fixed size"
 _SMALL = 10_000
 
 #: Operators that may be part of a norm over units.
-_NORMS = ("native_layer_norm", "native_group_norm", "mean")
+_NORMS = STATISTICS | {"native_layer_norm", "native_group_norm"}
 
 #: What a slice may take, in place of the part of a split that carries the units.
 _EQUAL_PART, _AFTER_BOUND = 0, 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.scoring.linear_maps import double
 from lightning_prune.structure.graph import Axes, IndexArray
-from lightning_prune.structure.own_norms import own_norms
+from lightning_prune.structure.own_norms import own_layer_norms
 from lightning_prune.surgery.repairs.repair import Repair, Run, require_positive
 from lightning_prune.surgery.shrink import cut
 from lightning_prune.surgery.tensors import canonical
@@ -36,7 +36,7 @@ class RefitLayerNorm(Repair):
     .. math:: \gamma, \beta = \arg\min_{\gamma, \beta} \; \mathbb{E} \, (\gamma z + \beta - y)^2
 
     and a norm without a bias gets the best :math:`\gamma` alone. Norms are those of `torch.nn.LayerNorm`,
-    `torch.nn.RMSNorm` and their subclasses, and root-mean-square norms that networks write themselves (Llama, Gemma).
+    `torch.nn.RMSNorm` and their subclasses, and those that networks write themselves (Llama, Gemma, Cohere).
 
     A warning names norms that are left unchanged: those over several axes, and those that are called with anything but
     one tensor or return anything else.
@@ -71,14 +71,14 @@ class RefitLayerNorm(Repair):
 
 def _norms(model: nn.Module, axes: Axes) -> tuple[list[_Norm], list[str]]:
     """The norms that lose width, and those that cannot be refitted, with reasons."""
-    written = own_norms(model)
+    written = own_layer_norms(model)
     found, problems = [], []
     for name, module in model.named_modules():
         own = canonical(name)
         weight = getattr(module, "weight", None)
         dims = axes.get(f"{own}.weight" if own else "weight", {})
         kept = dims.get(0)
-        is_own = own in written and [one for one, _ in module.named_parameters()] == ["weight"]
+        is_own = own in written and {one for one, _ in module.named_parameters()} <= {"weight", "bias"}
         is_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or is_own
         if not is_norm or not dims or not isinstance(weight, Tensor):
             continue
